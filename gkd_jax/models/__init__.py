@@ -1,0 +1,1 @@
+"""Models behind plain functions; the only place where Flax is imported."""

@@ -1,0 +1,284 @@
+"""The layers of T5 as Flax Linen modules, one block at a time, with T5X's parameter names.
+
+A module here is a single layer; `gkd_jax.models.t5` stacks them. Matrix products take operands of
+the compute dtype and accumulate in float32; norms, softmax and biases are float32.
+
+Axes: B batch, T queries, S keys, D model, H heads, K head dim, F mlp.
+"""
+
+import math
+
+from flax import linen as nn
+import jax
+from jax import lax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from gkd_jax.sharding import constrain
+
+
+MASKED = -1e10  # T5X's additive mask: exp(MASKED - max) is exactly 0 in float32
+ACTIVATIONS = ("batch", "length", "embed_activations")  # [B S D] or [B T D], for `constrain`
+Heads = Float[Array, "B H S K"]
+fan_in_normal = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+fan_in_truncated = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+
+
+class Dense(nn.Module):
+    """A bias-free linear map with parameter `kernel` [in, features]."""
+
+    features: int
+    dtype: str
+    kernel_init: nn.initializers.Initializer = fan_in_truncated
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B F"]:
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+        return matmul(x, kernel, self.dtype)
+
+
+def matmul(
+    x: Float[Array, "*B D"], kernel: Float[Array, "D F"], dtype: str
+) -> Float[Array, "*B F"]:
+    """x @ kernel with operands in `dtype`, accumulated in float32, result in `dtype`."""
+    out = jnp.dot(x.astype(dtype), kernel.astype(dtype), preferred_element_type=jnp.float32)
+    return out.astype(dtype)
+
+
+class RMSNorm(nn.Module):
+    """T5's layer norm: no mean, no bias; computed in float32."""
+
+    epsilon: float
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        x = x.astype(jnp.float32)
+        x = x * lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
+        return (x * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(self.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head attention without 1/sqrt(K) (T5 folds it into the query's initialisation)."""
+
+    num_heads: int
+    head_dim: int
+    d_model: int
+    dropout_rate: float
+    dtype: str
+
+    def setup(self):
+        inner = self.num_heads * self.head_dim
+
+        def query_init(key, shape, dtype=jnp.float32):
+            return fan_in_normal(key, shape, dtype) / math.sqrt(self.head_dim)
+
+        self.query = Dense(inner, self.dtype, query_init)
+        self.key = Dense(inner, self.dtype, fan_in_normal)
+        self.value = Dense(inner, self.dtype, fan_in_normal)
+        self.out = Dense(self.d_model, self.dtype, fan_in_normal)
+        self.dropout = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))
+
+    def split_heads(self, x: Float[Array, "B S HK"]) -> Heads:
+        x = x.reshape(*x.shape[:2], self.num_heads, self.head_dim).swapaxes(1, 2)
+        return constrain(x, ("batch", "heads", "length", "kv"))
+
+    def keys_values(self, x: Float[Array, "B S D"]) -> tuple[Heads, Heads]:
+        """Projects what is attended to; done once a sequence when decoding."""
+        return self.split_heads(self.key(x)), self.split_heads(self.value(x))
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        keys: Heads,
+        values: Heads,
+        bias: Float[Array, "#B #H #T S"],
+        *,
+        deterministic: bool,
+    ) -> Float[Array, "B T D"]:
+        queries = self.split_heads(self.query(x))
+        scores = jnp.einsum("BHTK,BHSK->BHTS", queries, keys, preferred_element_type=jnp.float32)
+        probabilities = jax.nn.softmax(scores + bias, axis=-1).astype(self.dtype)
+        probabilities = self.dropout(probabilities, deterministic=deterministic)
+        mixed = jnp.einsum(
+            "BHTS,BHSK->BHTK", probabilities, values, preferred_element_type=jnp.float32
+        )
+        mixed = mixed.astype(self.dtype).swapaxes(1, 2)
+        return self.out(mixed.reshape(*x.shape[:2], self.num_heads * self.head_dim))
+
+
+class MLP(nn.Module):
+    """T5 1.0: act(x wi) wo. T5 1.1: act0(x wi_0) * act1(x wi_1) wo."""
+
+    d_ff: int
+    d_model: int
+    activations: tuple[str, ...]
+    dropout_rate: float
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"], *, deterministic: bool) -> Float[Array, "B T D"]:
+        hidden = None
+        for index, activation in enumerate(self.activations):
+            name = "wi" if len(self.activations) == 1 else f"wi_{index}"
+            branch = _activate(activation, Dense(self.d_ff, self.dtype, name=name)(x))
+            hidden = branch if hidden is None else hidden * branch
+        hidden = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))(
+            hidden, deterministic=deterministic
+        )
+        hidden = constrain(hidden, ("batch", "length", "mlp"))
+        return Dense(self.d_model, self.dtype, name="wo")(hidden)
+
+
+def _activate(name: str, x: Float[Array, "B T F"]) -> Float[Array, "B T F"]:
+    return x if name == "linear" else {"relu": jax.nn.relu, "gelu": jax.nn.gelu}[name](x)
+
+
+class RelativePositionBias(nn.Module):
+    """Adds a learned number per head and bucket of distance to the attention scores."""
+
+    num_heads: int
+    buckets: int
+    max_distance: int
+    bidirectional: bool
+
+    @nn.compact
+    def __call__(self, queries: int, keys: int) -> Float[Array, "1 H T S"]:
+        init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
+        embedding = self.param("rel_embedding", init, (self.num_heads, self.buckets))
+        # The bias depends on s - t alone: look up the T + S distances (one of them padding), then
+        # shear the row so that out[t, s] = row[s - t + T - 1]. Its gradient needs no scatter over
+        # T x S, and no one-hot [T, S, buckets] exists.
+        distances = jnp.arange(-(queries - 1), keys + 1)
+        bucket = relative_position_bucket(
+            distances, self.bidirectional, self.buckets, self.max_distance
+        )
+        row = embedding[:, bucket]
+        sheared = jnp.tile(row, (1, queries))[:, : queries * (queries + keys - 1)]
+        sheared = sheared.reshape(self.num_heads, queries, queries + keys - 1)
+        return sheared[None, :, :, queries - 1 :]
+
+
+def relative_position_bucket(
+    distance: Int[Array, " N"], bidirectional: bool, buckets: int, max_distance: int
+) -> Int[Array, " N"]:
+    """T5's buckets of `key position - query position`: exact when near, logarithmic when far."""
+    offset = jnp.zeros_like(distance)
+    if bidirectional:
+        buckets //= 2
+        offset = jnp.where(distance > 0, buckets, 0)
+        distance = jnp.abs(distance)
+    else:
+        distance = jnp.maximum(-distance, 0)
+    exact = buckets // 2
+    ratio = jnp.log(jnp.maximum(distance, 1).astype(jnp.float32) / exact)
+    far = exact + (ratio / math.log(max_distance / exact) * (buckets - exact)).astype(jnp.int32)
+    return offset + jnp.where(distance < exact, distance, jnp.minimum(far, buckets - 1))
+
+
+def padding_bias(mask: Bool[Array, "B S"]) -> Float[Array, "B 1 1 S"]:
+    """0 where a key may be attended to, MASKED elsewhere."""
+    return jnp.where(mask, 0.0, MASKED)[:, None, None, :]
+
+
+def causal_bias(length: int) -> Float[Array, "1 1 T T"]:
+    """0 for the past and present, MASKED for the future."""
+    return jnp.where(jnp.tril(jnp.ones((length, length), bool)), 0.0, MASKED)[None, None]
+
+
+class EncoderLayer(nn.Module):
+    """Pre-norm self-attention and MLP."""
+
+    attention: Attention
+    mlp: MLP
+    pre_attention_layer_norm: RMSNorm
+    pre_mlp_layer_norm: RMSNorm
+    dropout: nn.Dropout
+    relpos_bias: RelativePositionBias | None = None
+
+    def __call__(
+        self,
+        x: Float[Array, "B S D"],
+        position_bias: Float[Array, "1 H S S"] | None,
+        mask_bias: Float[Array, "B 1 1 S"],
+        *,
+        deterministic: bool,
+    ) -> Float[Array, "B S D"]:
+        if self.relpos_bias is not None:
+            position_bias = self.relpos_bias(x.shape[1], x.shape[1])
+        normed = self.pre_attention_layer_norm(x)
+        keys, values = self.attention.keys_values(normed)
+        bias = position_bias + mask_bias
+        y = self.attention(normed, keys, values, bias, deterministic=deterministic)
+        x = constrain(x + self.dropout(y, deterministic=deterministic), ACTIVATIONS)
+        y = self.mlp(self.pre_mlp_layer_norm(x), deterministic=deterministic)
+        return constrain(x + self.dropout(y, deterministic=deterministic), ACTIVATIONS)
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm causal self-attention, cross-attention and MLP."""
+
+    self_attention: Attention
+    encoder_decoder_attention: Attention
+    mlp: MLP
+    pre_self_attention_layer_norm: RMSNorm
+    pre_cross_attention_layer_norm: RMSNorm
+    pre_mlp_layer_norm: RMSNorm
+    dropout: nn.Dropout
+    relpos_bias: RelativePositionBias | None = None
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        encoded: Float[Array, "B S D"],
+        position_bias: Float[Array, "1 H T T"] | None,
+        cross_bias: Float[Array, "B 1 1 S"],
+        *,
+        deterministic: bool,
+    ) -> Float[Array, "B T D"]:
+        """Teacher-forced: every position at once."""
+        if self.relpos_bias is not None:
+            position_bias = self.relpos_bias(x.shape[1], x.shape[1])
+        normed = self.pre_self_attention_layer_norm(x)
+        keys, values = self.self_attention.keys_values(normed)
+        bias = position_bias + causal_bias(x.shape[1])
+        y = self.self_attention(normed, keys, values, bias, deterministic=deterministic)
+        x = constrain(x + self.dropout(y, deterministic=deterministic), ACTIVATIONS)
+        cross = self.cross_keys_values(encoded)
+        return self._cross_attention_and_mlp(x, *cross, cross_bias, deterministic=deterministic)
+
+    def decode(
+        self,
+        x: Float[Array, "B 1 D"],
+        self_keys: Heads,
+        self_values: Heads,
+        position: Int[Array, ""],
+        self_bias: Float[Array, "1 H 1 T"],
+        cross_keys: Float[Array, "B H S2 K"],
+        cross_values: Float[Array, "B H S2 K"],
+        cross_bias: Float[Array, "B 1 1 S2"],
+    ) -> tuple[Float[Array, "B 1 D"], Heads, Heads]:
+        """One position: writes its key and value into the cache and attends to the past."""
+        normed = self.pre_self_attention_layer_norm(x)
+        key, value = self.self_attention.keys_values(normed)
+        self_keys = lax.dynamic_update_slice(self_keys, key, (0, 0, position, 0))
+        self_values = lax.dynamic_update_slice(self_values, value, (0, 0, position, 0))
+        x = x + self.self_attention(normed, self_keys, self_values, self_bias, deterministic=True)
+        x = self._cross_attention_and_mlp(
+            x, cross_keys, cross_values, cross_bias, deterministic=True
+        )
+        return x, self_keys, self_values
+
+    def cross_keys_values(self, encoded: Float[Array, "B S D"]) -> tuple[Heads, Heads]:
+        return self.encoder_decoder_attention.keys_values(encoded)
+
+    def position_bias(self, length: int) -> Float[Array, "1 H T T"]:
+        return self.relpos_bias(length, length)
+
+    def _cross_attention_and_mlp(self, x, keys, values, bias, *, deterministic):
+        normed = self.pre_cross_attention_layer_norm(x)
+        y = self.encoder_decoder_attention(normed, keys, values, bias, deterministic=deterministic)
+        x = constrain(x + self.dropout(y, deterministic=deterministic), ACTIVATIONS)
+        y = self.mlp(self.pre_mlp_layer_norm(x), deterministic=deterministic)
+        return constrain(x + self.dropout(y, deterministic=deterministic), ACTIVATIONS)

@@ -1,0 +1,234 @@
+"""Decoding a T5 in one jitted program: temperature sampling and greedy, with a KV cache.
+
+Every token is drawn from one uniform number, a function of (key, row of the global batch, position)
+alone, so that a sample is the same on any mesh, any number of processes and after a resume. The
+uniform is inverted through the softmax's cumulative distribution in two levels (block sums, then
+inside one block): noise for every vocabulary entry is never generated.
+
+Axes: B batch, S source, T target, V vocabulary.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+import numpy as np
+
+from gkd_jax.models import t5
+
+
+EOS_ID = 1
+_BLOCK = 128
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How tokens are drawn. The paper: temperature 1, no top-k, no top-p.
+
+    Attributes:
+        temperature: divides the logits; 0 is greedy.
+        top_k: only the k likeliest tokens; 0 is off.
+        top_p: only the smallest set of likeliest tokens with this much probability; 1 is off.
+        banned_ids: token ids never drawn. Pad belongs here in training, and so do the ids beyond
+            the vocabulary's pieces (see `banned_tail`).
+        eos_id: ends a sequence.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    banned_ids: tuple[int, ...] = (t5.PAD_ID,)
+    eos_id: int = EOS_ID
+
+    def __post_init__(self):
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature must be at least 0 (greedy), got {self.temperature}")
+        if not isinstance(self.top_k, int) or self.top_k < 0:
+            raise ValueError(f"top_k must be an integer of at least 0 (off), got {self.top_k!r}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
+        if self.eos_id in self.banned_ids:
+            raise ValueError(f"banned_ids contains eos_id={self.eos_id}: no sequence could end")
+
+
+class Sample(NamedTuple):
+    """What was decoded.
+
+    Attributes:
+        tokens: up to and including EOS, then 0.
+        weights: 1.0 up to and including EOS (everywhere where none came), 0.0 after.
+        log_probs: log-probability of each token under the distribution drawn from (temperature and
+            bans applied; under greedy decoding, temperature 1), 0.0 after EOS. Nats.
+    """
+
+    tokens: Int[Array, "B T"]
+    weights: Float[Array, "B T"]
+    log_probs: Float[Array, "B T"]
+
+
+def banned_tail(config: t5.T5Config, num_pieces: int) -> tuple[int, ...]:
+    """Pad and the ids of the embedding that no piece of the vocabulary has (32100..32127)."""
+    return (t5.PAD_ID, *range(num_pieces, config.vocab_size))
+
+
+class _Loop(NamedTuple):
+    tokens: Int[Array, "B T"]
+    log_probs: Float[Array, "B T"]
+    last: Int[Array, " B"]
+    ended: Bool[Array, " B"]
+    cache: t5.Cache
+
+
+def sample(
+    config: t5.T5Config,
+    params: t5.Params,
+    inputs: Int[Array, "B S"],
+    key: Key[Array, ""] | None = None,
+    *,
+    max_length: int,
+    sampling: SamplingConfig = SamplingConfig(),
+    encoded: t5.Encoded | None = None,
+) -> Sample:
+    """Decodes one sequence for each row of `inputs`; stops when all have ended.
+
+    Args:
+        config: the model's sizes.
+        params: its parameters.
+        inputs: source ids, padded with 0.
+        key: of this step; each row folds in its place in the global batch. None for greedy.
+        max_length: most tokens to decode, T.
+        sampling: temperature, filters and banned ids.
+        encoded: the encoder's result where the caller has it already.
+
+    Returns:
+        The tokens. No gradient flows out of it (`lax.while_loop` has no reverse mode; the paper's
+        Eq. 4 stops it in any case).
+    """
+    if key is None and sampling.temperature > 0:
+        raise ValueError(f"temperature={sampling.temperature} needs a key; only greedy does not")
+    batch_size = inputs.shape[0]
+    if encoded is None:
+        encoded = t5.encode(config, params, inputs)
+    cache = t5.init_cache(config, params, encoded, max_length)
+    allowed = _allowed(config.vocab_size, sampling.banned_ids)
+    uniforms = None if sampling.temperature == 0 else row_uniforms(key, batch_size, max_length)
+
+    def not_all_ended(loop: _Loop):
+        return (loop.cache.position < max_length) & ~jnp.all(loop.ended)
+
+    def step(loop: _Loop) -> _Loop:
+        position = loop.cache.position
+        logits, cache = t5.decode_step(config, params, encoded, loop.last, loop.cache)
+        logits = jnp.where(allowed[None], logits, -jnp.inf)
+        if sampling.temperature == 0:
+            tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        else:
+            logits = filter_logits(logits / sampling.temperature, sampling)
+            tokens = draw(logits, uniforms[position])
+        log_probs = jnp.take_along_axis(logits, tokens[:, None], axis=1)[:, 0]
+        log_probs = log_probs - jax.nn.logsumexp(logits, axis=-1)
+        tokens = jnp.where(loop.ended, t5.PAD_ID, tokens)
+        log_probs = jnp.where(loop.ended, 0.0, log_probs)
+        return _Loop(
+            tokens=lax.dynamic_update_index_in_dim(loop.tokens, tokens, position, 1),
+            log_probs=lax.dynamic_update_index_in_dim(loop.log_probs, log_probs, position, 1),
+            last=tokens,
+            ended=loop.ended | (tokens == sampling.eos_id),
+            cache=cache,
+        )
+
+    loop = lax.while_loop(
+        not_all_ended,
+        step,
+        _Loop(
+            tokens=jnp.full((batch_size, max_length), t5.PAD_ID, jnp.int32),
+            log_probs=jnp.zeros((batch_size, max_length)),
+            last=jnp.full((batch_size,), t5.PAD_ID, jnp.int32),
+            ended=jnp.zeros((batch_size,), bool),
+            cache=cache,
+        ),
+    )
+    weights = weights_until_eos(loop.tokens, sampling.eos_id)
+    return Sample(loop.tokens, weights, loop.log_probs)
+
+
+def weights_until_eos(tokens: Int[Array, "B T"], eos_id: int = EOS_ID) -> Float[Array, "B T"]:
+    """1.0 up to and including the first EOS, 0.0 after it; all 1.0 where none came."""
+    eos = (tokens == eos_id).astype(jnp.int32)
+    return (jnp.cumsum(eos, axis=1) - eos == 0).astype(jnp.float32)
+
+
+def row_uniforms(
+    key: Key[Array, ""], batch_size: int, length: int
+) -> Float[Array, "{length} {batch_size}"]:
+    """One number in [0, 1) for each position and row, a function of (key, row, position) alone."""
+
+    def one(row, position):
+        return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, row), position))
+
+    rows, positions = jnp.arange(batch_size), jnp.arange(length)
+    return jax.vmap(lambda position: jax.vmap(lambda row: one(row, position))(rows))(positions)
+
+
+def draw(logits: Float[Array, "B V"], uniforms: Float[Array, " B"]) -> Int[Array, " B"]:
+    """The token whose interval of the cumulative softmax each uniform falls into.
+
+    A token of probability 0 is never drawn. Uniforms have 23 bits: tokens rarer than about 1e-7
+    are drawn with that resolution.
+    """
+    batch_size, vocab_size = logits.shape
+    blocks = -(-vocab_size // _BLOCK)
+    padding = ((0, 0), (0, blocks * _BLOCK - vocab_size))
+    mass = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+    mass = jnp.pad(mass, padding).reshape(batch_size, blocks, _BLOCK)
+    block_sums = jnp.sum(mass, axis=-1)
+    cumulative = jnp.cumsum(block_sums, axis=-1)
+    target = uniforms * cumulative[:, -1]
+    block = _first_above(cumulative, block_sums, target)
+    rows = jnp.arange(batch_size)
+    before = cumulative[rows, block] - block_sums[rows, block]
+    inside = mass[rows, block]
+    index = _first_above(jnp.cumsum(inside, axis=-1), inside, target - before)
+    return (block * _BLOCK + index).astype(jnp.int32)
+
+
+def _first_above(
+    cumulative: Float[Array, "B N"], mass: Float[Array, "B N"], target: Float[Array, " B"]
+) -> Int[Array, " B"]:
+    """First entry with mass > 0 whose cumulative sum exceeds the target.
+
+    Where rounding puts the target at or above the total, the last entry that has mass.
+    """
+    has_mass = mass > 0
+    hit = has_mass & (cumulative > target[:, None])
+    last = mass.shape[1] - 1 - jnp.argmax(has_mass[:, ::-1], axis=1)
+    return jnp.where(jnp.any(hit, axis=1), jnp.argmax(hit, axis=1), last)
+
+
+def filter_logits(logits: Float[Array, "B V"], sampling: SamplingConfig) -> Float[Array, "B V"]:
+    """-inf for what top-k, then top-p, leaves out; the identity where both are off."""
+    if 0 < sampling.top_k < logits.shape[-1]:
+        kth = lax.top_k(logits, sampling.top_k)[0][:, -1:]
+        logits = jnp.where(logits < kth, -jnp.inf, logits)
+    if sampling.top_p < 1:
+        ordered = jnp.sort(logits, axis=-1, descending=True)
+        probabilities = jax.nn.softmax(ordered, axis=-1)
+        # Keep a token if what is likelier than it has less than top_p: the first always stays.
+        kept = jnp.cumsum(probabilities, axis=-1) - probabilities < sampling.top_p
+        threshold = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
+        logits = jnp.where(logits < threshold, -jnp.inf, logits)
+    return logits
+
+
+def _allowed(vocab_size: int, banned_ids: tuple[int, ...]) -> Bool[np.ndarray, " V"]:
+    allowed = np.ones(vocab_size, bool)
+    out_of_range = [i for i in banned_ids if not 0 <= i < vocab_size]
+    if out_of_range:
+        raise ValueError(
+            f"banned_ids must lie in [0, {vocab_size}), the model's vocabulary; got {out_of_range}"
+        )
+    allowed[list(banned_ids)] = False
+    return allowed

@@ -1,0 +1,181 @@
+"""One table from logical axes to mesh axes, and the shardings that follow from it.
+
+Arrays name their logical axes (`("layers", "embed", "mlp")`); a rule says over which mesh axes each
+is split. Mesh axes: `data` (batch only), `fsdp` (batch and parameters), `tensor` (heads, mlp and
+vocabulary).
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+import contextlib
+import contextvars
+import dataclasses
+import math
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+import numpy as np
+
+
+MESH_AXES = ("data", "fsdp", "tensor")
+Rules = Mapping[str, str | tuple[str, ...] | None]
+RULES: Rules = {
+    "batch": ("data", "fsdp"),
+    "length": None,
+    "layers": None,
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "embed_activations": None,
+    "mlp": "tensor",
+    "heads": "tensor",
+    "joined_kv": "tensor",
+    "kv": None,
+    "relpos_buckets": None,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Sizes of the mesh axes; one of them may be -1, which takes the devices that are left."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self):
+        sizes = dataclasses.astuple(self)
+        if any(size != -1 and size < 1 for size in sizes) or sizes.count(-1) > 1:
+            raise ValueError(
+                "mesh axes must be positive, at most one of them -1 (the rest), "
+                f"got data={self.data}, fsdp={self.fsdp}, tensor={self.tensor}"
+            )
+
+    def sizes(self, num_devices: int) -> tuple[int, int, int]:
+        """The concrete (data, fsdp, tensor) for so many devices."""
+        fixed = math.prod(size for size in dataclasses.astuple(self) if size != -1)
+        data, fsdp, tensor = (
+            num_devices // fixed if size == -1 else size for size in dataclasses.astuple(self)
+        )
+        if data * fsdp * tensor != num_devices:
+            raise ValueError(
+                f"a mesh of data={self.data} x fsdp={self.fsdp} x tensor={self.tensor} does not "
+                f"fit {num_devices} devices"
+            )
+        return data, fsdp, tensor
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over all devices (or those given), laid out for the interconnect where it matters."""
+    devices = jax.devices() if devices is None else devices
+    sizes = config.sizes(len(devices))
+    # GSPMD propagates from annotations: Auto axes, where jax.make_mesh defaults to Explicit.
+    return jax.make_mesh(
+        sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices
+    )
+
+
+def spec(axes: Sequence[str | None], rules: Rules = RULES) -> PartitionSpec:
+    """The mesh axes of an array with these logical axes.
+
+    Raises:
+        ValueError: for an unknown logical axis, or two that claim one mesh axis.
+    """
+    entries, used = [], []
+    for axis in axes:
+        if axis is not None and axis not in rules:
+            raise ValueError(f"unknown logical axis {axis!r}, expected one of {sorted(rules)}")
+        entry = None if axis is None else rules[axis]
+        used.extend([] if entry is None else [entry] if isinstance(entry, str) else entry)
+        entries.append(entry)
+    if len(used) != len(set(used)):
+        raise ValueError(f"logical axes {tuple(axes)} claim a mesh axis twice: {entries}")
+    return PartitionSpec(*entries)
+
+
+def tree_shardings(shapes: Any, axes: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
+    """NamedShardings for a tree of arrays, checked against its shapes.
+
+    Args:
+        shapes: a tree of arrays or `ShapeDtypeStruct`s.
+        axes: the same tree with a tuple of logical axes at each leaf.
+        mesh: the mesh.
+        rules: logical to mesh axes.
+
+    Raises:
+        ValueError: naming every array whose dimension the mesh does not divide.
+    """
+    errors = []
+
+    def sharding(path, shape, names):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        partition = spec(names, rules)
+        for size, entry, axis in zip(shape.shape, partition, names, strict=True):
+            parts = math.prod(mesh.shape[a] for a in _as_tuple(entry))
+            if size % parts:
+                errors.append(
+                    f"{name} {shape.shape}: {axis}={size} does not divide over {entry} ({parts})"
+                )
+        return NamedSharding(mesh, partition)
+
+    shardings = jax.tree_util.tree_map_with_path(
+        sharding, shapes, axes, is_leaf=lambda leaf: hasattr(leaf, "shape")
+    )
+    if errors:
+        raise ValueError("the mesh does not divide these arrays:\n  " + "\n  ".join(errors))
+    return shardings
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Every device holds the whole array."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh, rules: Rules = RULES) -> NamedSharding:
+    """Rows of a batch over the mesh axes of `batch`; further dimensions whole."""
+    return NamedSharding(mesh, spec(("batch",), rules))
+
+
+def check_batch_size(batch_size: int, mesh: Mesh, rules: Rules = RULES) -> None:
+    """Raises ValueError unless the mesh divides the rows of a batch."""
+    parts = math.prod(mesh.shape[axis] for axis in _as_tuple(rules["batch"]))
+    if batch_size % parts:
+        raise ValueError(
+            f"the batch size must be divisible by data x fsdp = {parts}, got {batch_size}"
+        )
+
+
+def _as_tuple(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+_active: contextvars.ContextVar[tuple[Mesh, Rules] | None] = contextvars.ContextVar(
+    "gkd_jax_sharding", default=None
+)
+
+
+@contextlib.contextmanager
+def use(mesh: Mesh, rules: Rules = RULES) -> Iterator[None]:
+    """While tracing under it, `constrain` lays activations out by these rules."""
+    token = _active.set((mesh, rules))
+    try:
+        yield
+    finally:
+        _active.reset(token)
+
+
+def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
+    """Fixes the layout of an activation; the identity outside `use` and on one device."""
+    active = _active.get()
+    if active is None or active[0].size == 1:
+        return x
+    mesh, rules = active
+    partition = spec(axes, rules)
+    for size, entry in zip(x.shape, partition, strict=True):
+        if size % math.prod(mesh.shape[a] for a in _as_tuple(entry)):
+            return x  # a dimension too small to split (one token, say): leave it to the compiler
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, partition))
+
+
+def bytes_per_device(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> int:
+    """Bytes of one array that one device holds."""
+    return int(np.prod(sharding.shard_shape(shape.shape))) * shape.dtype.itemsize

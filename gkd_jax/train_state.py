@@ -1,0 +1,90 @@
+"""What a checkpoint holds of the student: the step, the parameters and the optimizer's state."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Int
+import optax
+
+from gkd_jax import sharding
+from gkd_jax.models import t5
+
+
+class TrainState(NamedTuple):
+    """The student in training. The teacher is never part of it.
+
+    Attributes:
+        step: updates done.
+        params: float32 parameters.
+        opt_state: the optimizer's.
+    """
+
+    step: Int[Array, ""]
+    params: t5.Params
+    opt_state: Any
+
+
+def create(params: t5.Params, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first update."""
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+def abstract(config: t5.T5Config, optimizer: optax.GradientTransformation) -> TrainState:
+    """The shapes of `create`, as `jax.ShapeDtypeStruct`s."""
+    return jax.eval_shape(lambda params: create(params, optimizer), t5.abstract_params(config))
+
+
+def shardings(state: TrainState, mesh: Mesh, rules: sharding.Rules = sharding.RULES) -> TrainState:
+    """Where each array of an abstract state lives.
+
+    An optimizer's array whose path ends in a parameter's path lies as that parameter does; where it
+    is a mean over one of the parameter's dimensions (Adafactor), without that dimension's axis.
+    """
+    axes = t5.logical_axes(state.params)
+    by_path = {
+        tuple(entry.key for entry in path): (leaf.shape, leaf_axes)
+        for (path, leaf), leaf_axes in zip(
+            jax.tree_util.tree_flatten_with_path(state.params)[0],
+            jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, tuple)),
+            strict=True,
+        )
+    }
+
+    def opt_axes(path, leaf):
+        keys = tuple(entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey))
+        shape, names = by_path.get(keys, ((), ()))
+        if leaf.shape == shape:
+            return names
+        for dropped in reversed(range(len(shape))):
+            if leaf.shape == shape[:dropped] + shape[dropped + 1 :]:
+                return names[:dropped] + names[dropped + 1 :]
+        return (None,) * leaf.ndim
+
+    opt = jax.tree_util.tree_map_with_path(opt_axes, state.opt_state)
+    return TrainState(
+        step=sharding.replicated(mesh),
+        params=sharding.tree_shardings(state.params, axes, mesh, rules),
+        opt_state=sharding.tree_shardings(state.opt_state, opt, mesh, rules),
+    )
+
+
+def describe(params: t5.Params, placed: t5.Params, indent: str = "") -> str:
+    """One line an array: path, shape, dtype, logical axes, mesh axes, bytes per device."""
+    lines, total = [], 0
+    axes = jax.tree.leaves(t5.logical_axes(params), is_leaf=lambda x: isinstance(x, tuple))
+    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+    for (path, leaf), names, where in zip(leaves, axes, jax.tree.leaves(placed), strict=True):
+        assert isinstance(where, NamedSharding)
+        size = sharding.bytes_per_device(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), where)
+        total += size
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        lines.append(
+            f"{indent}{name:<64} {leaf.shape!s:<22} {leaf.dtype!s:<9} {names} "
+            f"{tuple(where.spec)} {size}"
+        )
+    lines.append(
+        f"{indent}total: {t5.num_params(params):,} parameters, {total:,} bytes per device"
+    )
+    return "\n".join(lines)
