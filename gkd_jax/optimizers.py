@@ -1,0 +1,186 @@
+"""Adafactor with T5X's numbers, AdamW, and the paper's learning-rate schedule.
+
+Parameters under a path component `layers` are stacked on axis 0. Adafactor treats each layer as a
+parameter of its own: its factors, its scale and its clipping, as T5X does.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+import optax
+
+
+Schedule = Callable[[Any], Any]
+
+
+def linear_schedule(
+    *,
+    learning_rate: float,
+    warmup_steps: int = 0,
+    cooldown_steps: int = 0,
+    total_steps: int,
+) -> Schedule:
+    """The paper's schedule: linear from 0, constant, linear to 0 at `total_steps`.
+
+    Args:
+        learning_rate: of the constant part.
+        warmup_steps: updates of the rise; the paper's XSum: 2,000 of 40,000.
+        cooldown_steps: updates of the fall; the paper's XSum: the last 10,000.
+        total_steps: updates of the run.
+
+    Raises:
+        ValueError: for negative numbers, or parts longer than the run.
+    """
+    if not learning_rate > 0:
+        raise ValueError(f"learning_rate must be positive, got {learning_rate}")
+    if warmup_steps < 0 or cooldown_steps < 0 or warmup_steps + cooldown_steps > total_steps:
+        raise ValueError(
+            "warmup_steps and cooldown_steps must be at least 0 and fit total_steps, "
+            f"got {warmup_steps} + {cooldown_steps} > {total_steps}"
+        )
+
+    def schedule(count):
+        count = jnp.asarray(count, jnp.float32)
+        rise = count / warmup_steps if warmup_steps else jnp.ones(())
+        fall = (total_steps - count) / cooldown_steps if cooldown_steps else jnp.ones(())
+        return learning_rate * jnp.clip(jnp.minimum(rise, fall), 0.0, 1.0)
+
+    return schedule
+
+
+def adamw(
+    *,
+    schedule: Schedule,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    max_grad_norm: float | None = None,
+) -> optax.GradientTransformation:
+    """AdamW (Loshchilov & Hutter, 2019); `max_grad_norm` clips the global norm first."""
+    adam = optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
+    return _clipped(adam, max_grad_norm)
+
+
+class AdafactorState(NamedTuple):
+    """Second moments of the gradients; each tree has the structure of the parameters.
+
+    Attributes:
+        count: updates done.
+        v_row, v_col: means of squared gradients over the last and the second-to-last dimension of a
+            factored parameter; zeros of shape (1,), per layer [L, 1], elsewhere.
+        v: squared gradients of an unfactored parameter; zeros (1,) or [L, 1] elsewhere.
+    """
+
+    count: Int[Array, ""]
+    v_row: Any
+    v_col: Any
+    v: Any
+
+
+def adafactor(
+    *,
+    schedule: Schedule,
+    decay_rate: float = 0.8,
+    clipping_threshold: float = 1.0,
+    min_parameter_scale: float = 1e-3,
+    epsilon: float = 1e-30,
+    min_dim_size_to_factor: int = 128,
+    stacked_min_dim_size_to_factor: int = 0,
+    max_grad_norm: float | None = None,
+) -> optax.GradientTransformation:
+    """Adafactor (Shazeer & Stern, 2018) as T5X runs it: parameter-scaled, no momentum.
+
+    Args:
+        schedule: relative step size; the update is scaled by the parameter's RMS.
+        decay_rate: the second moments decay by 1 - (count + 1)^-decay_rate.
+        clipping_threshold: of the RMS of one parameter's (one layer's) update.
+        min_parameter_scale: the least RMS that a parameter is given.
+        epsilon: added to squared gradients.
+        min_dim_size_to_factor: unstacked matrices are factored from this size of both dimensions.
+        stacked_min_dim_size_to_factor: the same for matrices of stacked layers. T5X factors those
+            of its scanned network at any size (0) and of its plain network from 128.
+        max_grad_norm: clips the global norm of the gradients first.
+    """
+
+    def is_factored(stacked: bool, name: str, shape: tuple[int, ...]) -> bool:
+        least = stacked_min_dim_size_to_factor if stacked else min_dim_size_to_factor
+        return len(shape) == 2 and name != "rel_embedding" and min(shape) >= least
+
+    def init(params):
+        def leaf(path, param):
+            stacked, name = _place(path)
+            lead, shape = (param.shape[:1], param.shape[1:]) if stacked else ((), param.shape)
+            empty = jnp.zeros((*lead, 1))
+            if is_factored(stacked, name, shape):
+                return jnp.zeros((*lead, shape[0])), jnp.zeros((*lead, shape[1])), empty
+            return empty, empty, jnp.zeros(param.shape)
+
+        rows, cols, full = _transpose(jax.tree_util.tree_map_with_path(leaf, params), params, 3)
+        return AdafactorState(jnp.zeros((), jnp.int32), rows, cols, full)
+
+    def update(grads, state, params):
+        decay = 1.0 - (state.count.astype(jnp.float32) + 1.0) ** -decay_rate
+        rate = schedule(state.count)
+
+        def one(grad, param, v_row, v_col, v, factored: bool):
+            """One parameter, or one layer of a stacked one."""
+            grad = grad.astype(jnp.float32)
+            squared = jnp.square(grad) + epsilon
+            if factored:
+                v_row = decay * v_row + (1 - decay) * jnp.mean(squared, axis=1)
+                v_col = decay * v_col + (1 - decay) * jnp.mean(squared, axis=0)
+                row = jax.lax.rsqrt(v_row / jnp.mean(v_row))
+                step = grad * row[:, None] * jax.lax.rsqrt(v_col)[None, :]
+            else:
+                v = decay * v + (1 - decay) * squared
+                step = grad * jax.lax.rsqrt(v)
+            step = step / jnp.maximum(1.0, _rms(step) / clipping_threshold)
+            scale = jnp.maximum(_rms(param), min_parameter_scale)
+            return -rate * scale * step, v_row, v_col, v
+
+        def leaf(path, grad, param, v_row, v_col, v):
+            stacked, name = _place(path)
+            factored = is_factored(stacked, name, param.shape[1:] if stacked else param.shape)
+
+            def run(*arrays):
+                return one(*arrays, factored=factored)
+
+            return (jax.vmap(run) if stacked else run)(grad, param, v_row, v_col, v)
+
+        results = jax.tree_util.tree_map_with_path(
+            leaf, grads, params, state.v_row, state.v_col, state.v
+        )
+        updates, rows, cols, full = _transpose(results, grads, 4)
+        return updates, AdafactorState(state.count + 1, rows, cols, full)
+
+    return _clipped(optax.GradientTransformation(init, update), max_grad_norm)
+
+
+def _clipped(
+    optimizer: optax.GradientTransformation, max_grad_norm: float | None
+) -> optax.GradientTransformation:
+    if max_grad_norm is None:
+        return optimizer
+    if not max_grad_norm > 0:
+        raise ValueError(f"max_grad_norm must be positive or None, got {max_grad_norm}")
+    return optax.chain(optax.clip_by_global_norm(max_grad_norm), optimizer)
+
+
+def _place(path) -> tuple[bool, str]:
+    """Whether a parameter is stacked over layers, and its name."""
+    names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
+    return "layers" in names, names[-1] if names else ""
+
+
+def _rms(x: Float[Array, "..."]) -> Float[Array, ""]:
+    return jnp.sqrt(jnp.mean(jnp.square(x)))
+
+
+def _transpose(tree_of_tuples, like, num: int):
+    """A tree of tuples to a tuple of trees."""
+    outer = jax.tree.structure(like)
+    return jax.tree.transpose(outer, jax.tree.structure((0,) * num), tree_of_tuples)
