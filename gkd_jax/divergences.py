@@ -17,7 +17,9 @@ from jaxtyping import Array, Float
 
 Logits = Float[Array, "*B V"]
 PerToken = Float[Array, "*B"]
-_IMPOSSIBLE = -1e4  # stands for log 0 where a KL would be infinite: a large penalty, finite gradient
+_IMPOSSIBLE = (
+    -1e4
+)  # stands for log 0 where a KL would be infinite: a large penalty, finite gradient
 _LARGEST_EXPONENT = 80.0  # exp(80) is finite in float32, exp(-80) a normal number
 
 

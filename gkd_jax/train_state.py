@@ -84,7 +84,5 @@ def describe(params: t5.Params, placed: t5.Params, indent: str = "") -> str:
             f"{indent}{name:<64} {leaf.shape!s:<22} {leaf.dtype!s:<9} {names} "
             f"{tuple(where.spec)} {size}"
         )
-    lines.append(
-        f"{indent}total: {t5.num_params(params):,} parameters, {total:,} bytes per device"
-    )
+    lines.append(f"{indent}total: {t5.num_params(params):,} parameters, {total:,} bytes per device")
     return "\n".join(lines)

@@ -102,26 +102,29 @@ def t5_1_1(
     size: str,
     *,
     vocab_size: int = 32128,
-    dropout_rate: float = 0.0,
-    dtype: str = "float32",
-    remat: bool = False,
-    scan_unroll: int = 1,
+    d_model: int | None = None,
+    num_heads: int | None = None,
+    head_dim: int | None = None,
+    d_ff: int | None = None,
+    num_layers: int | None = None,
 ) -> T5Config:
-    """T5 1.1, LM-adapted T5 and FLAN-T5: gated GELU, an output head of its own."""
-    d_model, heads, head_dim, _, d_ff, _, num_layers = _size(size)
-    d_model, heads, head_dim = _T5_1_1_WIDTHS.get(size, (d_model, heads, head_dim))
+    """T5 1.1, LM-adapted T5 and FLAN-T5: gated GELU, an output head of its own.
+
+    Args:
+        size: tiny, small, base, large, xl or xxl.
+        vocab_size: rows of the embedding.
+        d_model, num_heads, head_dim, d_ff, num_layers: replace the size's own.
+    """
+    width, heads, dim, _, ff, _, depth = _size(size)
+    width, heads, dim = _T5_1_1_WIDTHS.get(size, (width, heads, dim))
     return T5Config(
         vocab_size=vocab_size,
-        d_model=d_model,
-        num_heads=heads,
-        head_dim=head_dim,
-        d_ff=d_ff,
-        num_encoder_layers=num_layers,
-        num_decoder_layers=num_layers,
-        dropout_rate=dropout_rate,
-        dtype=dtype,
-        remat=remat,
-        scan_unroll=scan_unroll,
+        d_model=d_model or width,
+        num_heads=num_heads or heads,
+        head_dim=head_dim or dim,
+        d_ff=d_ff or ff,
+        num_encoder_layers=num_layers or depth,
+        num_decoder_layers=num_layers or depth,
     )
 
 
@@ -129,28 +132,28 @@ def t5_1_0(
     size: str,
     *,
     vocab_size: int = 32128,
-    dropout_rate: float = 0.0,
-    dtype: str = "float32",
-    remat: bool = False,
-    scan_unroll: int = 1,
+    d_model: int | None = None,
+    num_heads: int | None = None,
+    head_dim: int | None = None,
+    d_ff: int | None = None,
+    num_layers: int | None = None,
 ) -> T5Config:
-    """The first T5: ReLU, embedding and head tied with the head's input scaled by D^-0.5."""
-    d_model, heads, head_dim, d_ff, _, num_layers, _ = _size(size)
+    """The first T5: ReLU, embedding and head tied with the head's input scaled by D^-0.5.
+
+    Args: as for `t5_1_1`.
+    """
+    width, heads, dim, ff, _, depth, _ = _size(size)
     return T5Config(
         vocab_size=vocab_size,
-        d_model=d_model,
-        num_heads=heads,
-        head_dim=head_dim,
-        d_ff=d_ff,
-        num_encoder_layers=num_layers,
-        num_decoder_layers=num_layers,
+        d_model=d_model or width,
+        num_heads=num_heads or heads,
+        head_dim=head_dim or dim,
+        d_ff=d_ff or ff,
+        num_encoder_layers=num_layers or depth,
+        num_decoder_layers=num_layers or depth,
         mlp_activations=("relu",),
         tie_embeddings=True,
         scale_logits=True,
-        dropout_rate=dropout_rate,
-        dtype=dtype,
-        remat=remat,
-        scan_unroll=scan_unroll,
     )
 
 

@@ -1,0 +1,272 @@
+"""From a seqio task to batches of token ids.
+
+The training stream belongs to the job: row k of global batch n is the same example for any number
+of processes. Each process makes the whole (cheap) stream and hands its devices their rows. The
+stream's position is part of every checkpoint, so that a resumed run sees the next batch.
+"""
+
+from collections.abc import Iterator, Mapping
+import dataclasses
+import pathlib
+from typing import Any, NamedTuple
+
+from jax.sharding import Mesh
+import jax
+import numpy as np
+import seqio
+import tensorflow as tf
+
+from gkd_jax import sharding, vocabularies
+from gkd_jax.batch import Batch
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What a run trains on.
+
+    Attributes:
+        task: name of a seqio task or mixture.
+        feature_lengths: {"inputs": S, "targets": T}: longer sequences are cut, shorter ones padded.
+        batch_size: rows of the global batch.
+        seed: of the order of examples.
+        vocabulary: "bytes", "arithmetic", or a SentencePiece file; None keeps the task's own.
+        extra_ids: sentinel ids added to a SentencePiece file's pieces (T5: 100).
+        split: of the task.
+        num_examples: train on the first so many only (data fractions); None is all.
+        use_cached: read the task from seqio's cache.
+        length_buckets: batches are made of examples of similar length and padded to the smallest of
+            these lengths that holds them, then to `feature_lengths`; () pads all alike.
+    """
+
+    task: str
+    feature_lengths: Mapping[str, int]
+    batch_size: int
+    seed: int = 0
+    vocabulary: str | None = None
+    extra_ids: int = 0
+    split: str = "train"
+    num_examples: int | None = None
+    use_cached: bool = False
+    length_buckets: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        if not isinstance(self.task, str) or not self.task:
+            raise ValueError(f"task must be the name of a seqio task, got {self.task!r}")
+        if not isinstance(self.feature_lengths, Mapping) or set(self.feature_lengths) != {
+            "inputs",
+            "targets",
+        }:
+            raise ValueError(
+                "feature_lengths must be {'inputs': ..., 'targets': ...}, "
+                f"got {self.feature_lengths!r}"
+            )
+        for name, length in self.feature_lengths.items():
+            if not isinstance(length, int) or length < 1:
+                raise ValueError(f"feature_lengths[{name!r}] must be positive, got {length!r}")
+        if not isinstance(self.batch_size, int) or self.batch_size < 1:
+            raise ValueError(f"batch_size must be a positive integer, got {self.batch_size!r}")
+        if self.num_examples is not None and self.num_examples < 1:
+            raise ValueError(f"num_examples must be positive or None, got {self.num_examples}")
+        if tuple(sorted(set(self.length_buckets))) != tuple(self.length_buckets):
+            raise ValueError(f"length_buckets must increase, got {self.length_buckets}")
+
+    def shapes(self) -> list[tuple[int, int]]:
+        """The (S, T) that batches can have, largest last."""
+        limits = self.feature_lengths["inputs"], self.feature_lengths["targets"]
+        buckets = [
+            (min(length, limits[0]), min(length, limits[1])) for length in self.length_buckets
+        ]
+        return list(dict.fromkeys([*buckets, limits]))
+
+
+def find_task(name: str, vocabulary: seqio.Vocabulary | None) -> seqio.Task | seqio.Mixture:
+    """A registered task or mixture, with another vocabulary where one is given.
+
+    Raises:
+        ValueError: naming the tasks there are, or what the task lacks.
+    """
+    known = set(seqio.TaskRegistry.names()) | set(seqio.MixtureRegistry.names())
+    if name not in known:
+        raise ValueError(f"unknown task or mixture {name!r}, expected one of {sorted(known)}")
+    task = seqio.get_mixture_or_task(name)
+    missing = {"inputs", "targets"} - set(task.output_features)
+    if missing:
+        raise ValueError(f"task {name!r} has no feature {sorted(missing)}: it needs both")
+    if vocabulary is None:
+        return task
+    if isinstance(task, seqio.Mixture):
+        raise ValueError(
+            f"{name!r} is a mixture, whose vocabulary is that of its tasks: leave VOCABULARY None"
+        )
+    features = {
+        key: dataclasses.replace(feature, vocabulary=vocabulary)
+        for key, feature in task.output_features.items()
+    }
+    # A copy of the task, not of its registration: preprocessors read the features they are given.
+    return task.replace(
+        name=f"{name}__{vocabularies.content_hash(vocabulary)[:12]}", output_features=features
+    )
+
+
+def open_task(config: DataConfig) -> tuple[Any, seqio.Vocabulary]:
+    """The task with its vocabulary, both features sharing one."""
+    vocabulary = None
+    if config.vocabulary is not None:
+        vocabulary = vocabularies.load(config.vocabulary, extra_ids=config.extra_ids)
+    task = find_task(config.task, vocabulary)
+    return task, task.output_features["targets"].vocabulary
+
+
+class TrainIterator:
+    """An endless stream of global batches whose position can be saved and restored."""
+
+    def __init__(self, task: Any, config: DataConfig):
+        lengths = dict(config.feature_lengths)
+        limited = config.num_examples is not None
+        dataset = task.get_dataset(
+            lengths,
+            split=config.split,
+            use_cached=config.use_cached,
+            shuffle=not limited,
+            seed=config.seed,
+            num_epochs=1 if limited else None,
+            try_in_mem_cache=False,
+        )
+        if limited:
+            dataset = dataset.take(config.num_examples)
+            dataset = dataset.shuffle(
+                min(config.num_examples, 50_000), seed=config.seed, reshuffle_each_iteration=True
+            ).repeat()
+        dataset = dataset.map(_with_weights, num_parallel_calls=1)
+        dataset = _batched(dataset, config)
+        options = tf.data.Options()
+        options.deterministic = True
+        options.threading.private_threadpool_size = 1
+        self._iterator = iter(dataset.with_options(options).prefetch(2))
+        self._checkpoint = tf.train.Checkpoint(iterator=self._iterator)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        try:
+            example = next(self._iterator)
+        except StopIteration:
+            raise RuntimeError("the dataset has no examples: the stream ended") from None
+        return Batch(*(example[name].numpy() for name in Batch._fields))
+
+    def save(self, directory: pathlib.Path) -> None:
+        """Writes the position after the last batch taken."""
+        self._checkpoint.write(str(directory / "iterator"))
+
+    def restore(self, directory: pathlib.Path) -> None:
+        """Goes on where `save` was called."""
+        self._checkpoint.read(str(directory / "iterator")).assert_consumed()
+
+
+def _with_weights(example: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+    """Weights mark real target tokens before any padding: ids cannot tell (see `Batch`)."""
+    return {
+        "inputs": tf.cast(example["inputs"], tf.int32),
+        "targets": tf.cast(example["targets"], tf.int32),
+        "weights": tf.ones_like(example["targets"], tf.float32),
+    }
+
+
+def _batched(dataset: tf.data.Dataset, config: DataConfig) -> tf.data.Dataset:
+    shapes = config.shapes()
+
+    def padded(shape):
+        return {"inputs": [shape[0]], "targets": [shape[1]], "weights": [shape[1]]}
+
+    if len(shapes) == 1:
+        return dataset.padded_batch(config.batch_size, padded(shapes[0]), drop_remainder=True)
+
+    def bucket(example):
+        fits = [
+            (tf.size(example["inputs"]) <= source) & (tf.size(example["targets"]) <= target)
+            for source, target in shapes
+        ]
+        return tf.argmax(tf.cast(tf.stack(fits), tf.int32), output_type=tf.int64)
+
+    def reduce(key, window):
+        def branch(shape):
+            batch = window.padded_batch(config.batch_size, padded(shape), drop_remainder=True)
+            # One element type for all buckets: the sizes differ, so they are left open here.
+            return batch.map(_any_shape)
+
+        choices = tf.data.Dataset.from_tensors(0)
+        result = None
+        for index, shape in enumerate(shapes):
+            chosen = choices.filter(lambda _, i=index: key == i).flat_map(
+                lambda _, s=shape: branch(s)
+            )
+            result = chosen if result is None else result.concatenate(chosen)
+        return result
+
+    return dataset.group_by_window(
+        key_func=bucket, reduce_func=reduce, window_size=config.batch_size
+    )
+
+
+def _any_shape(example: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+    return {name: tf.ensure_shape(value, [None, None]) for name, value in example.items()}
+
+
+class EvalBatch(NamedTuple):
+    """Some examples of a split; the last batch is filled up with rows that do not count."""
+
+    batch: Batch
+    examples: list[dict[str, Any]]  # one a real row, with the task's `*_pretokenized` texts
+
+
+def eval_batches(
+    task: Any,
+    *,
+    feature_lengths: Mapping[str, int],
+    split: str,
+    batch_size: int,
+    num_examples: int | None = None,
+    use_cached: bool = False,
+) -> Iterator[EvalBatch]:
+    """A split in its own order, once, in batches of one shape."""
+    dataset = task.get_dataset(
+        dict(feature_lengths), split=split, use_cached=use_cached, shuffle=False, num_epochs=1,
+        try_in_mem_cache=False,
+    )
+    if num_examples is not None:
+        dataset = dataset.take(num_examples)
+    rows: list[dict[str, Any]] = []
+    for example in dataset.as_numpy_iterator():
+        rows.append(example)
+        if len(rows) == batch_size:
+            yield fill_batch(rows, feature_lengths, batch_size)
+            rows = []
+    if rows:
+        yield fill_batch(rows, feature_lengths, batch_size)
+
+
+def fill_batch(
+    rows: list[dict[str, Any]], feature_lengths: Mapping[str, int], batch_size: int
+) -> EvalBatch:
+    """Cut and padded rows; the batch is filled up with empty ones."""
+    source, target = feature_lengths["inputs"], feature_lengths["targets"]
+    batch = Batch(
+        np.zeros((batch_size, source), np.int32),
+        np.zeros((batch_size, target), np.int32),
+        np.zeros((batch_size, target), np.float32),
+    )
+    for index, row in enumerate(rows):
+        inputs, targets = row["inputs"][:source], row["targets"][:target]
+        batch.inputs[index, : len(inputs)] = inputs
+        batch.targets[index, : len(targets)] = targets
+        batch.weights[index, : len(targets)] = 1.0
+    return EvalBatch(batch, rows)
+
+
+def place(batch: Batch, mesh: Mesh, rules: sharding.Rules = sharding.RULES) -> Batch:
+    """Hands every local device its rows of a global batch that each process holds whole."""
+    where = sharding.batch_sharding(mesh, rules)
+    return Batch(
+        *(jax.make_array_from_callback(x.shape, where, lambda index, x=x: x[index]) for x in batch)
+    )

@@ -1,0 +1,185 @@
+"""Decoding with a checkpoint: predictions as JSONL (`infer`), or scored as well (`eval`).
+
+`infer` is also how SeqKD's data are made: the teacher decodes the training split, and
+`gkd_jax.tasks.jsonl` reads the result as a task.
+"""
+
+from collections.abc import Iterator
+import dataclasses
+import json
+import os
+import pathlib
+import sys
+from typing import Any
+
+import jax
+
+from gkd_jax import data, evaluate, sharding
+from gkd_jax.evaluate import EvalConfig
+from gkd_jax.models import t5
+from gkd_jax.pretrained import Model, check_vocabularies, initial_params
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Decoding:
+    """A model ready to decode a task."""
+
+    task: Any
+    vocabulary: Any
+    decoder: evaluate.Decoder
+    params: t5.Params | None
+    batch_size: int
+    lengths: dict[str, int]
+
+    def batches(self, config: data.DataConfig, evaluation: EvalConfig):
+        return data.eval_batches(
+            self.task,
+            feature_lengths=self.lengths,
+            split=evaluation.split,
+            batch_size=self.batch_size,
+            num_examples=evaluation.num_examples,
+            use_cached=config.use_cached,
+        )
+
+
+def _prepare(
+    model: Model,
+    data_config: data.DataConfig,
+    evaluation: EvalConfig,
+    mesh_config: sharding.MeshConfig,
+    dry_run: bool,
+) -> _Decoding:
+    task, vocabulary = data.open_task(data_config)
+    config = model.config(vocabulary.vocab_size)
+    check_vocabularies(vocabulary, {"model": model}, frozenset())
+    mesh = sharding.make_mesh(mesh_config)
+    batch_size = evaluation.batch_size or data_config.batch_size
+    sharding.check_batch_size(batch_size, mesh)
+    lengths = dict(data_config.feature_lengths)
+    lengths["targets"] = evaluation.target_length or lengths["targets"]
+    decoder = evaluate.make_decoder(
+        config, evaluation, vocabulary=vocabulary, mesh=mesh, length=lengths["targets"]
+    )
+    params = None
+    if not dry_run:
+        shapes = t5.abstract_params(config, model.param_dtype)
+        where = sharding.tree_shardings(shapes, t5.logical_axes(shapes), mesh)
+        target = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where
+        )
+        params = initial_params(model, config, target, jax.random.key(0), "model")
+    return _Decoding(
+        task=task,
+        vocabulary=vocabulary,
+        decoder=decoder,
+        params=params,
+        batch_size=batch_size,
+        lengths=lengths,
+    )
+
+
+def evaluate_checkpoint(
+    *,
+    model: Model,
+    data_config: data.DataConfig,
+    evaluation: EvalConfig,
+    output_dir: str,
+    mesh_config: sharding.MeshConfig = sharding.MeshConfig(),
+    dry_run: bool = False,
+) -> None:
+    """Writes OUTPUT_DIR/metrics.json and OUTPUT_DIR/predictions.jsonl, and prints the metrics."""
+    ready = _prepare(model, data_config, evaluation, mesh_config, dry_run)
+    if dry_run:
+        return
+    rows = list(ready.decoder(ready.params, ready.batches(data_config, evaluation)))
+    values = evaluate.score(ready.task, rows)
+    if jax.process_index() == 0:
+        folder = pathlib.Path(output_dir)
+        evaluate.write_rows(folder / "predictions.jsonl", rows)
+        temporary = folder / "metrics.tmp"
+        temporary.write_text(json.dumps({data_config.task: values}, indent=1) + "\n")
+        os.replace(temporary, folder / "metrics.json")
+    print(json.dumps({data_config.task: values}))
+
+
+def run(
+    *,
+    model: Model,
+    data_config: data.DataConfig,
+    evaluation: EvalConfig,
+    output: str,
+    text_file: str | None = None,
+    mesh_config: sharding.MeshConfig = sharding.MeshConfig(),
+    dry_run: bool = False,
+) -> None:
+    """Writes one JSON object a line: `inputs`, `targets` (the prediction) and `reference`.
+
+    A run that was stopped goes on after the lines it has. The file is itself a task: see
+    `gkd_jax.tasks.jsonl`.
+
+    Args:
+        model: what decodes.
+        data_config: whose inputs, and with which vocabulary and lengths.
+        evaluation: split and decoding.
+        output: the JSONL file.
+        text_file: decode the lines of this file in place of the task's split.
+        mesh_config: how devices are arranged.
+        dry_run: check everything, decode nothing.
+    """
+    if text_file is not None and not os.path.isfile(text_file):
+        raise FileNotFoundError(f"text_file: no file {text_file!r}")
+    ready = _prepare(model, data_config, evaluation, mesh_config, dry_run)
+    if dry_run:
+        return
+    if text_file is None:
+        batches = ready.batches(data_config, evaluation)
+    else:
+        batches = _text_batches(text_file, ready)
+    path = pathlib.Path(output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    done = _complete_lines(path)
+    # Only whole batches are skipped, so that a sampled row keeps its key.
+    skipped = done // ready.batch_size
+    _truncate(path, skipped * ready.batch_size)
+    rows = ready.decoder(ready.params, batches, first=skipped)
+    with path.open("a") as file:
+        for example, prediction in rows:
+            if jax.process_index() == 0:
+                line = {
+                    "inputs": evaluate.text(example, "inputs"),
+                    "targets": prediction,
+                    "reference": evaluate.text(example, "targets"),
+                }
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                file.flush()
+    print(f"wrote {path}", file=sys.stderr)
+
+
+def _text_batches(text_file: str, ready: _Decoding) -> Iterator[data.EvalBatch]:
+    """The lines of a file, tokenized as inputs; EOS at the end."""
+    lines = pathlib.Path(text_file).read_text().splitlines()
+    for start in range(0, len(lines), ready.batch_size):
+        rows = []
+        for line in lines[start : start + ready.batch_size]:
+            ids = ready.vocabulary.encode(line)[: ready.lengths["inputs"] - 1]
+            rows.append(
+                {
+                    "inputs": [*ids, ready.vocabulary.eos_id],
+                    "targets": [],
+                    "inputs_pretokenized": line,
+                    "targets_pretokenized": "",
+                }
+            )
+        yield data.fill_batch(rows, ready.lengths, ready.batch_size)
+
+
+def _complete_lines(path: pathlib.Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def _truncate(path: pathlib.Path, num_lines: int) -> None:
+    if path.exists():
+        lines = path.read_bytes().splitlines(keepends=True)[:num_lines]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_bytes(b"".join(lines))
+        os.replace(temporary, path)

@@ -1,0 +1,247 @@
+"""The command line: absl flags, gin files, and errors of one line. Nothing else imports gin.
+
+    gkd-jax train --gin_file=gin/gkd.gin --gin.MODEL_DIR="'/tmp/run'" --gin.TRAIN_STEPS=100
+
+Exit status: 0 done, 1 the run failed, 2 wrong usage or configuration, 143 saved after SIGTERM.
+"""
+
+from collections.abc import Sequence
+import difflib
+import os
+import pathlib
+import re
+import sys
+import traceback
+
+from absl import flags
+
+
+# TensorFlow only reads data here: keep its log lines, and the accelerator, to JAX.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+COMMANDS = {
+    "train": "SFT, supervised KD, SeqKD, GKD: whatever the gin file says; resumes by itself",
+    "eval": "decodes and scores a task's split with a checkpoint",
+    "infer": "decodes a task's inputs, or a text file, to JSONL",
+}
+_USAGE = "usage: gkd-jax COMMAND [--gin_file=FILE ...] [--gin.MACRO=VALUE ...]\n\n" + "\n".join(
+    f"  {name:<12}{text}" for name, text in COMMANDS.items()
+)
+
+
+class UsageError(Exception):
+    """Something on the command line or in a gin file is wrong."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs one command and exits with its status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        _main(arguments)
+    except SystemExit:
+        raise
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        if "--traceback" in arguments:
+            traceback.print_exc()
+        print(f"gkd-jax: error: {_one_message(error)}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, _configuration_errors()) else 1)
+
+
+def _main(arguments: list[str]) -> None:
+    if not arguments or arguments[0] in ("-h", "--help", "--helpfull"):
+        print(_USAGE)
+        return
+    command, *rest = arguments
+    if command not in COMMANDS:
+        raise UsageError(
+            f"unknown command {command!r}{_suggestion(command, COMMANDS)}, expected one of "
+            f"{', '.join(COMMANDS)}"
+        )
+    values, bindings = _parse_flags(command, rest)
+    if values.help:
+        print(_USAGE + "\n\n" + values.main_module_help())
+        return
+    if not values.gin_file:
+        raise UsageError(f"{command} needs --gin_file=FILE")
+    _set_up(values)
+    _parse_gin(values, bindings)
+    {"train": _train, "eval": _eval, "infer": _infer}[command](values)
+
+
+def _parse_flags(command: str, arguments: list[str]) -> tuple[flags.FlagValues, list[str]]:
+    """absl flags, with T5X's `--gin.NAME=VALUE` rewritten to bindings."""
+    values = flags.FlagValues()
+    flags.DEFINE_multi_string("gin_file", [], "a gin file; later ones win", flag_values=values)
+    flags.DEFINE_multi_string("gin_bindings", [], "one gin binding", flag_values=values)
+    flags.DEFINE_list("gin_search_paths", ["."], "where gin files lie", flag_values=values)
+    flags.DEFINE_string("tfds_data_dir", None, "where TFDS data sets lie", flag_values=values)
+    flags.DEFINE_bool("traceback", False, "show where an error came from", flag_values=values)
+    flags.DEFINE_bool("dry_run", False, "check everything, train nothing", flag_values=values)
+    flags.DEFINE_bool("help", False, "this text", short_name="h", flag_values=values)
+    bindings, others = [], []
+    for argument in arguments:
+        match = re.fullmatch(r"--gin\.([^=]+)=(.*)", argument, flags=re.DOTALL)
+        if match:
+            bindings.append(f"{match[1]} = {match[2]}")
+        elif argument.startswith("--gin."):
+            raise UsageError(f"{argument!r} has no value: write {argument}=VALUE")
+        else:
+            others.append(argument)
+    try:
+        extra = values(["gkd-jax", *others])[1:]
+    except flags.Error as error:
+        raise UsageError(f"{command}: {error}") from None
+    if extra:
+        raise UsageError(f"{command} takes flags only, got {extra[0]!r}")
+    return values, [*values.gin_bindings, *bindings]
+
+
+def _set_up(values: flags.FlagValues) -> None:
+    """Process-wide settings, before a device is touched."""
+    import jax
+    import tensorflow as tf
+
+    cache = os.environ.get("GKD_JAX_COMPILATION_CACHE")
+    if cache is None:
+        cache = str(pathlib.Path.home() / ".cache" / "gkd_jax" / "compiled")
+    if cache:
+        jax.config.update("jax_compilation_cache_dir", cache)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    tf.config.set_visible_devices([], "GPU")
+    if values.tfds_data_dir:
+        if not values.tfds_data_dir.startswith("gs://") and not os.path.isdir(
+            values.tfds_data_dir
+        ):
+            raise UsageError(f"--tfds_data_dir: no folder {values.tfds_data_dir!r}")
+        import seqio
+
+        seqio.set_tfds_data_dir_override(values.tfds_data_dir)
+
+
+def _parse_gin(values: flags.FlagValues, bindings: list[str]) -> None:
+    """Files first, then the command line under the files' imports, so that it can name what they
+    name (`--gin.DIVERGENCE=@divergences.reverse_kl`)."""
+    import gin
+
+    import gkd_jax
+
+    package = pathlib.Path(gkd_jax.__file__).parent
+    for path in [*values.gin_search_paths, str(package.parent), str(package)]:
+        gin.add_config_file_search_path(path)
+    for name in values.gin_file:
+        try:
+            gin.parse_config_file(name)
+        except OSError as error:
+            raise UsageError(f"--gin_file: cannot read {name!r}: {error}") from None
+        except Exception as error:
+            raise UsageError(f"{name}: {_one_message(error)}") from error
+    imports = [
+        line for line in gin.config_str().splitlines() if line.startswith(("import ", "from "))
+    ]
+    header = "\n".join(["from __gin__ import dynamic_registration", *dict.fromkeys(imports)])
+    header = re.sub(
+        r"(from __gin__ import dynamic_registration\n)+", r"\1", header + "\n", count=1
+    )
+    for binding in bindings:
+        name = binding.split(" = ")[0]
+        if "." not in name:
+            _check_macro(name)
+        try:
+            gin.parse_config(header + binding)
+        except Exception as error:
+            raise UsageError(f"--gin.{binding.replace(' = ', '=', 1)}: {_one_message(error)}") from (
+                error
+            )
+
+
+def _check_macro(name: str) -> None:
+    """gin accepts any macro; one that no file defines is a slip of the pen."""
+    import gin
+
+    known = {
+        line.split(" = ")[0]
+        for line in gin.config_str().splitlines()
+        if re.match(r"[A-Za-z_]\w* = ", line)
+    }
+    known |= {
+        line.split(" = ")[0].rstrip(" =\\")
+        for line in gin.config_str().splitlines()
+        if re.match(r"[A-Za-z_]\w* = ?\\?$", line)
+    }
+    if name not in known:
+        raise UsageError(
+            f"--gin.{name}: no such macro in the gin files{_suggestion(name, known)}; "
+            f"they define {', '.join(sorted(known))}"
+        )
+
+
+def _train(values: flags.FlagValues) -> None:
+    import gin
+
+    from gkd_jax import metrics, train
+
+    run = gin.get_configurable(train.run)
+    phases = _macro("PHASES", ())
+    if not phases:
+        run(dry_run=values.dry_run, config_text=gin.operative_config_str)
+        return
+    root = pathlib.Path(_macro("MODEL_DIR", None))
+    pending = frozenset(str(root / phase) for phase in phases if values.dry_run)
+    for phase in phases:
+        print(f"\n=== {phase} ===", file=sys.stderr)
+        with gin.config_scope(phase):
+            run(
+                model_dir=str(root / phase),
+                name=f"{phase}: ",
+                dry_run=values.dry_run,
+                pending=pending,
+                config_text=gin.operative_config_str,
+            )
+    if not values.dry_run:
+        print(metrics.study_table(root, phases))
+
+
+def _eval(values: flags.FlagValues) -> None:
+    import gin
+
+    from gkd_jax import infer
+
+    gin.get_configurable(infer.evaluate_checkpoint)(dry_run=values.dry_run)
+
+
+def _infer(values: flags.FlagValues) -> None:
+    import gin
+
+    from gkd_jax import infer
+
+    gin.get_configurable(infer.run)(dry_run=values.dry_run)
+
+
+def _macro(name: str, default):
+    import gin
+
+    try:
+        return gin.query_parameter(f"%{name}")
+    except ValueError:
+        return default
+
+
+def _suggestion(name: str, known) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _configuration_errors() -> tuple[type[Exception], ...]:
+    return (UsageError, ValueError, TypeError, FileNotFoundError, NotADirectoryError)
+
+
+def _one_message(error: BaseException) -> str:
+    """The message without gin's account of the call it happened in."""
+    lines = [
+        line
+        for line in str(error).splitlines()
+        if line.strip() and not line.lstrip().startswith(("In call to configurable", "In file "))
+    ]
+    return " ".join(line.strip() for line in lines) or type(error).__name__

@@ -1,0 +1,117 @@
+"""Where numbers go: metrics.jsonl and TensorBoard in MODEL_DIR, and lines on the terminal."""
+
+from collections.abc import Mapping, Sequence
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+
+import tensorflow as tf
+
+
+class Writer:
+    """Appends to MODEL_DIR/metrics.jsonl and MODEL_DIR/tensorboard; every step once.
+
+    After a resume the lines beyond the restored step are dropped: they will be written again.
+    """
+
+    def __init__(self, model_dir: str, *, resume_step: int):
+        self._path = pathlib.Path(model_dir) / "metrics.jsonl"
+        if self._path.exists():
+            kept = [line for line in read(self._path) if line["step"] <= resume_step]
+            temporary = self._path.with_suffix(".tmp")
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            os.replace(temporary, self._path)
+        self._file = self._path.open("a")
+        self._tensorboard = tf.summary.create_file_writer(
+            str(pathlib.Path(model_dir) / "tensorboard")
+        )
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """One line: `{"step": step, **values}`."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        with self._tensorboard.as_default(step=step):
+            for name, value in values.items():
+                tf.summary.scalar(name, value)
+
+    def close(self) -> None:
+        self._file.close()
+        self._tensorboard.close()
+
+
+def read(path: pathlib.Path) -> list[dict[str, float]]:
+    """The lines of a metrics.jsonl; a last line cut short by a crash is left out."""
+    lines = []
+    for line in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return lines
+
+
+class Progress:
+    """A bar that is redrawn in a terminal, plain lines elsewhere."""
+
+    def __init__(self, total: int, *, start: int, every: int, name: str = ""):
+        self._total, self._start, self._every, self._name = total, start, every, name
+        self._terminal = sys.stderr.isatty()
+        self._began = time.monotonic()
+        self._sample_s = self._update_s = 0.0
+
+    def step(self, done: int, values: Mapping[str, float]) -> None:
+        """Called after each step, with the number of steps done so far."""
+        self._sample_s += values.get("time/sample_s", 0.0)
+        self._update_s += values.get("time/update_s", 0.0)
+        last = done == self._total
+        if not last and not (self._terminal or done % self._every == 0):
+            return
+        elapsed = time.monotonic() - self._began
+        per_step = elapsed / max(done - self._start, 1)
+        eta = per_step * (self._total - done)
+        busy = max(self._sample_s + self._update_s, 1e-9)
+        text = (
+            f"{self._name}step {done}/{self._total}  loss {values['train/loss']:.4f}  "
+            f"{per_step * 1e3:.0f} ms/step (sample {self._sample_s / busy:.0%}, "
+            f"update {self._update_s / busy:.0%})  eta {_clock(eta)}"
+        )
+        if self._terminal:
+            filled = round(24 * done / self._total)
+            bar = "#" * filled + "." * (24 - filled)
+            print(f"\r[{bar}] {text}\033[K", end="\n" if last else "", file=sys.stderr, flush=True)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+
+def _clock(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return "-"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"
+
+
+def study_table(root: pathlib.Path, phases: Sequence[str]) -> str:
+    """The last evaluation of each run of a study, one row a run, as Markdown."""
+    rows: dict[str, dict[str, float]] = {}
+    for phase in phases:
+        path = pathlib.Path(root) / phase / "metrics.jsonl"
+        evaluations = [
+            line
+            for line in (read(path) if path.exists() else [])
+            if any(name.startswith("eval/") for name in line)
+        ]
+        rows[phase] = {
+            name.removeprefix("eval/"): value
+            for name, value in (evaluations[-1] if evaluations else {}).items()
+            if name.startswith("eval/")
+        }
+    names = list(dict.fromkeys(name for row in rows.values() for name in row))
+    lines = ["| run | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for phase, row in rows.items():
+        cells = [f"{row[name]:.1f}" if name in row else "" for name in names]
+        lines.append(f"| {phase} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)

@@ -1,0 +1,164 @@
+"""Where a model comes from: random weights of some size, or a checkpoint of any format."""
+
+from collections.abc import Callable
+import dataclasses
+import sys
+
+from etils import epath
+import jax
+import seqio
+
+from gkd_jax import checkpoints, convert, vocabularies
+from gkd_jax.models import t5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+    """One of the two models.
+
+    Attributes:
+        architecture: `t5.t5_1_1` or `t5.t5_1_0`: size -> sizes.
+        size: tiny, small, base, large, xl or xxl; None takes the checkpoint's.
+        checkpoint: a MODEL_DIR, a Hugging Face folder or a T5X checkpoint; None is random weights.
+        dropout_rate: while training (a teacher has none).
+        dtype: of compute, "float32" or "bfloat16".
+        param_dtype: of the parameters in memory; a frozen teacher's may be "bfloat16".
+        remat: recompute activations in the backward pass.
+        scan_unroll: layers per iteration of the scan; None is all on CPU, one elsewhere.
+    """
+
+    architecture: Callable[..., t5.T5Config] = t5.t5_1_1
+    size: str | None = None
+    checkpoint: str | None = None
+    dropout_rate: float = 0.0
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+    remat: bool = False
+    scan_unroll: int | None = None
+
+    def __post_init__(self):
+        if self.size is None and self.checkpoint is None:
+            raise ValueError(
+                "a model needs a size (tiny, small, base, large, xl, xxl) or a checkpoint, got None"
+            )
+
+    def config(self, num_pieces: int, *, pending: bool = False) -> t5.T5Config:
+        """The model's sizes, from its checkpoint where there is one.
+
+        Args:
+            num_pieces: of the vocabulary; a new model's embedding is rounded up to 128.
+            pending: the checkpoint will be made by another run: trust `size`.
+        """
+        chosen = None
+        if self.size is not None:
+            chosen = self.architecture(self.size, vocab_size=-(-num_pieces // 128) * 128)
+        if self.checkpoint is not None and not pending:
+            stored = load_config(self.checkpoint)
+            if chosen is not None:
+                _check_sizes(self.checkpoint, self.size, stored, chosen)
+            chosen = stored
+        assert chosen is not None
+        unroll = self.scan_unroll
+        if unroll is None:
+            unroll = 64 if jax.default_backend() == "cpu" else 1
+        return dataclasses.replace(
+            chosen,
+            dropout_rate=self.dropout_rate,
+            dtype=self.dtype,
+            remat=self.remat,
+            scan_unroll=unroll,
+        )
+
+
+def _check_sizes(path: str, size: str | None, stored: t5.T5Config, chosen: t5.T5Config) -> None:
+    names = ("d_model", "num_heads", "head_dim", "d_ff", "num_encoder_layers", "num_decoder_layers")
+    wrong = [
+        f"{name} {getattr(stored, name)} != {getattr(chosen, name)}"
+        for name in names
+        if getattr(stored, name) != getattr(chosen, name)
+    ]
+    if wrong:
+        raise ValueError(
+            f"checkpoint {path!r} is not of size {size!r}: {', '.join(wrong)}; leave the size None "
+            "to take the checkpoint's"
+        )
+
+
+def initial_params(
+    model: Model, config: t5.T5Config, target: t5.Params, key: jax.Array, name: str
+) -> t5.Params:
+    """Parameters from the checkpoint, or random ones, laid out as `target`."""
+    if model.checkpoint is not None:
+        return load_params(model.checkpoint, target, config)
+    if name == "teacher":
+        print(
+            "WARNING: the teacher has random weights (TEACHER_CHECKPOINT is None): the student "
+            "learns noise",
+            file=sys.stderr,
+        )
+    dtype = jax.tree.leaves(target)[0].dtype
+
+    def init(key):
+        return jax.tree.map(lambda x: x.astype(dtype), t5.init(config, key))
+
+    return jax.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, target))(key)
+
+
+def check_vocabularies(
+    vocabulary: seqio.Vocabulary, chosen: dict[str, Model | None], pending: frozenset[str]
+) -> None:
+    """Our own checkpoints know their vocabulary; others' hold none to compare."""
+    expected = vocabularies.content_hash(vocabulary)
+    for name, model in chosen.items():
+        if model is None or model.checkpoint is None or model.checkpoint in pending:
+            continue
+        step_folder = checkpoints.find_step(model.checkpoint)
+        if step_folder is None:
+            continue
+        found = checkpoints.read_description(step_folder)["vocabulary"]
+        if found != expected:
+            raise ValueError(
+                f"the {name}'s checkpoint {model.checkpoint!r} was trained with another vocabulary "
+                f"(content {found[:12]}) than this task's (content {expected[:12]})"
+            )
+
+
+def load_config(path: str) -> t5.T5Config:
+    """Sizes of a model on disk: our own checkpoint, a Hugging Face folder or a T5X checkpoint.
+
+    Args:
+        path: a MODEL_DIR (its newest step is meant), one of its `checkpoints/<step>`, a folder with
+            `config.json` and safetensors, or a T5X `checkpoint_<step>`; local or gs://.
+
+    Raises:
+        FileNotFoundError: where there is nothing.
+        ValueError: where no format fits, saying what was looked for.
+    """
+    if not epath.Path(path).exists():
+        raise FileNotFoundError(f"no checkpoint at {path!r}: there is no such file or folder")
+    step_folder = checkpoints.find_step(path)
+    return (
+        convert.read_config(path) if step_folder is None else checkpoints.read_config(step_folder)
+    )
+
+
+def load_params(path: str, target: t5.Params, config: t5.T5Config) -> t5.Params:
+    """Parameters on disk, straight into the dtypes and shardings of `target`.
+
+    Args:
+        path: as for `load_config`.
+        target: `ShapeDtypeStruct`s, with shardings where the arrays are to be spread.
+        config: `load_config`'s result.
+    """
+    step_folder = checkpoints.find_step(path)
+    if step_folder is not None:
+        return checkpoints.read_params(step_folder, target)
+    leaf = jax.tree.leaves(target)[0]
+    shardings = None if leaf.sharding is None else jax.tree.map(lambda x: x.sharding, target)
+    return convert.read_params(path, config, dtype=leaf.dtype, shardings=shardings)
+
+
+def load_model(path: str) -> tuple[t5.T5Config, t5.Params]:
+    """A model on disk as (config, float32 parameters): `load_config` and `load_params`."""
+    config = load_config(path)
+    return config, load_params(path, t5.abstract_params(config), config)
