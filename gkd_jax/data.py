@@ -18,6 +18,7 @@ import tensorflow as tf
 
 from gkd_jax import sharding, vocabularies
 from gkd_jax.batch import Batch
+from gkd_jax.tasks import folder, jsonl
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,10 +26,11 @@ class DataConfig:
     """What a run trains on.
 
     Attributes:
-        task: name of a seqio task or mixture.
+        task: name of a seqio task or mixture, or the path of a JSONL file (`gkd_jax.tasks.jsonl`).
         feature_lengths: {"inputs": S, "targets": T}: longer sequences are cut, shorter ones padded.
         batch_size: rows of the global batch.
         seed: of the order of examples.
+        data_dir: where tasks made from a folder of files find it.
         vocabulary: "bytes", "arithmetic", or a SentencePiece file; None keeps the task's own.
         extra_ids: sentinel ids added to a SentencePiece file's pieces (T5: 100).
         split: of the task.
@@ -42,6 +44,7 @@ class DataConfig:
     feature_lengths: Mapping[str, int]
     batch_size: int
     seed: int = 0
+    data_dir: str | None = None
     vocabulary: str | None = None
     extra_ids: int = 0
     split: str = "train"
@@ -110,10 +113,12 @@ def find_task(name: str, vocabulary: seqio.Vocabulary | None) -> seqio.Task | se
 
 def open_task(config: DataConfig) -> tuple[Any, seqio.Vocabulary]:
     """The task with its vocabulary, both features sharing one."""
+    folder.set_data_dir(config.data_dir)
     vocabulary = None
     if config.vocabulary is not None:
         vocabulary = vocabularies.load(config.vocabulary, extra_ids=config.extra_ids)
-    task = find_task(config.task, vocabulary)
+    name = jsonl.jsonl_task(config.task).name if config.task.endswith(".jsonl") else config.task
+    task = find_task(name, vocabulary)
     return task, task.output_features["targets"].vocabulary
 
 

@@ -114,10 +114,12 @@ def adafactor(
         def leaf(path, param):
             stacked, name = _place(path)
             lead, shape = (param.shape[:1], param.shape[1:]) if stacked else ((), param.shape)
-            empty = jnp.zeros((*lead, 1))
             if is_factored(stacked, name, shape):
-                return jnp.zeros((*lead, shape[0])), jnp.zeros((*lead, shape[1])), empty
-            return empty, empty, jnp.zeros(param.shape)
+                sizes = [(shape[0],), (shape[1],), (1,)]
+            else:
+                sizes = [(1,), (1,), shape]
+            # Three arrays, also where shapes agree: a donated buffer must not be shared.
+            return tuple(jnp.zeros((*lead, *size)) for size in sizes)
 
         rows, cols, full = _transpose(jax.tree_util.tree_map_with_path(leaf, params), params, 3)
         return AdafactorState(jnp.zeros((), jnp.int32), rows, cols, full)

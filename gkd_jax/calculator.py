@@ -1,0 +1,187 @@
+"""The calculator that GSM8K is evaluated with (Cobbe et al., 2021): `48/2 =` becomes `48/2 = 24`.
+
+Plain arithmetic in text, without `<<...>>` marks, since T5's vocabulary has no `<`. A
+recursive-descent parser over `+ - * /`, parentheses, decimals and thousands commas; text that a
+model wrote is never handed to `eval`. Values are exact fractions.
+"""
+
+from collections.abc import Sequence
+from fractions import Fraction
+import re
+
+
+Number = Fraction
+
+_MAX_DIGITS = 18
+_MAX_LEXEMES = 64
+_MAX_DEPTH = 16
+_NUMBER = r"\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![\d,]*\d)|\d+(?:\.\d+)?|\.\d+"
+# A letter x is a times sign only before a number: not in "box" or "2x + 3".
+_LEXEME = re.compile(
+    rf"(?P<number>[$€£]?(?:{_NUMBER})%?)|(?P<operator>[-+*/\u00d7\u00f7\u2212()]|(?<![A-Za-z])x(?=\s*[$€£\d(.]))"
+    r"|(?P<equals>=)|(?P<space>\s+)|(?P<other>[^\s=])"
+)
+_OPERATORS = {"\u00d7": "*", "x": "*", "\u00f7": "/", "\u2212": "-"}
+
+
+def number(text: str) -> Number | None:
+    """Value of a decimal such as `1,200.50`, `$3` or `20%`; None if it is none or is too long."""
+    match = re.fullmatch(rf"[$€£]?({_NUMBER})(%?)", text)
+    if match is None or sum(c.isdigit() for c in text) > _MAX_DIGITS:
+        return None
+    value = Fraction(match[1].replace(",", ""))
+    return value / 100 if match[2] else value
+
+
+def evaluate(expression: str) -> Number | None:
+    """Exact value of an arithmetic expression; None where it is none, or divides by zero."""
+    lexemes = [match for match in _LEXEME.finditer(expression) if match.lastgroup != "space"]
+    if any(match.lastgroup not in ("number", "operator") for match in lexemes):
+        return None
+    return _parse([match[0] for match in lexemes])
+
+
+def pending_result(text: str) -> str | None:
+    """What a calculator writes after text that ends in `expression =`; None where it does not.
+
+    For decoding: the result's pieces are forced when this is not None.
+    """
+    lexemes = [(str(match.lastgroup), match[0]) for match in _LEXEME.finditer(text[-2048:])]
+    while lexemes and lexemes[-1][0] == "space":
+        lexemes.pop()
+    if not lexemes or lexemes[-1][0] != "equals":
+        return None
+    value = _value_before(lexemes, len(lexemes) - 1)
+    return None if value is None else to_text(value)
+
+
+def correct(text: str) -> str:
+    """Text with the result of every `expression = number` made right.
+
+    A corrected result replaces the wrong number in what follows too, so that later steps and the
+    answer use it: the propagation by string matching of Wei et al. (2022). A result that is right
+    once rounded to the two or more decimals it is written with stays as it is.
+    """
+    lexemes = [(str(match.lastgroup), match[0]) for match in _LEXEME.finditer(text)]
+    for index, (kind, _) in enumerate(lexemes):
+        if kind == "equals":
+            _correct_result(lexemes, index)
+    return "".join(written for _, written in lexemes)
+
+
+def to_text(value: Number) -> str:
+    """A number as people write it: whole, or with up to six decimals, without trailing zeros."""
+    if value.denominator == 1:
+        return str(value.numerator)
+    millionths = round(value * 10**6)
+    sign, (whole, rest) = "-" if millionths < 0 else "", divmod(abs(millionths), 10**6)
+    decimals = f"{rest:06d}".rstrip("0")
+    return f"{sign}{whole}.{decimals}" if decimals else f"{sign}{whole}"
+
+
+def _correct_result(lexemes: list[tuple[str, str]], equals: int) -> None:
+    position = equals + 1
+    while position < len(lexemes) and lexemes[position][0] == "space":
+        position += 1
+    negative = position < len(lexemes) and lexemes[position][1] in ("-", "\u2212")
+    result = position + negative
+    if result >= len(lexemes) or lexemes[result][0] != "number":
+        return
+    value, written = _value_before(lexemes, equals), number(lexemes[result][1])
+    if value is None or written is None:
+        return
+    decimals = len(lexemes[result][1].rstrip("%").partition(".")[2])
+    signed = -written if negative else written
+    if signed == value or (decimals >= 2 and round(value, decimals) == signed):
+        return
+    wrong = lexemes[result][1]
+    if negative:
+        lexemes[position] = ("other", "")
+    lexemes[result] = ("number", _written_like(wrong, value))
+    if negative or value < 0:
+        return  # a sign of its own: what follows cannot be matched number by number
+    for later in range(result + 1, len(lexemes)):
+        kind, text = lexemes[later]
+        if kind == "number" and number(text) == written:
+            lexemes[later] = (kind, _written_like(text, value))
+
+
+def _written_like(pattern: str, value: Number) -> str:
+    """The value with the currency or percent sign that the wrong number had."""
+    currency = pattern[0] if pattern[0] in "$€£" else ""
+    if pattern.endswith("%"):
+        return f"{currency}{to_text(value * 100)}%"
+    return f"-{currency}{to_text(-value)}" if value < 0 else f"{currency}{to_text(value)}"
+
+
+def _value_before(lexemes: Sequence[tuple[str, str]], equals: int) -> Number | None:
+    """Value of the longest expression, with an operator in it, that ends at an equals sign."""
+    run: list[str] = []
+    before = ""
+    for kind, text in reversed(lexemes[:equals]):
+        if kind not in ("number", "operator", "space"):
+            before = text
+            break
+        if kind != "space":
+            run.append(text)
+        if len(run) > _MAX_LEXEMES:
+            return None
+    run.reverse()
+    # "2y + 3 + 4 =" is no arithmetic, though "+ 3 + 4" alone would be.
+    if run and (run[0] in "+*/\u00d7\u00f7x" or (run[0] in "-\u2212" and before.isalnum())):
+        return None
+    for start in range(len(run) - 2):
+        value = _parse(run[start:])
+        if value is not None:
+            return value
+    return None
+
+
+def _parse(lexemes: list[str]) -> Number | None:
+    lexemes = [_OPERATORS.get(lexeme, lexeme) for lexeme in lexemes]
+    if not lexemes or len(lexemes) > _MAX_LEXEMES:
+        return None
+    try:
+        value, end = _sum(lexemes, 0, 0)
+    except (_NoExpression, ZeroDivisionError):
+        return None
+    return value if end == len(lexemes) else None
+
+
+class _NoExpression(Exception):
+    """The lexemes are no arithmetic expression."""
+
+
+def _sum(lexemes: list[str], at: int, depth: int) -> tuple[Number, int]:
+    value, at = _product(lexemes, at, depth)
+    while at < len(lexemes) and lexemes[at] in "+-":
+        sign = 1 if lexemes[at] == "+" else -1
+        term, at = _product(lexemes, at + 1, depth)
+        value += sign * term
+    return value, at
+
+
+def _product(lexemes: list[str], at: int, depth: int) -> tuple[Number, int]:
+    value, at = _factor(lexemes, at, depth)
+    while at < len(lexemes) and lexemes[at] in "*/":
+        divides = lexemes[at] == "/"
+        factor, at = _factor(lexemes, at + 1, depth)
+        value = value / factor if divides else value * factor
+    return value, at
+
+
+def _factor(lexemes: list[str], at: int, depth: int) -> tuple[Number, int]:
+    if at >= len(lexemes) or depth > _MAX_DEPTH:
+        raise _NoExpression
+    if lexemes[at] in "+-":
+        value, end = _factor(lexemes, at + 1, depth + 1)
+        return (value if lexemes[at] == "+" else -value), end
+    if lexemes[at] == "(":
+        value, end = _sum(lexemes, at + 1, depth + 1)
+        if end >= len(lexemes) or lexemes[end] != ")":
+            raise _NoExpression
+        return value, end + 1
+    value = number(lexemes[at])
+    if value is None:
+        raise _NoExpression
+    return value, at + 1

@@ -1,0 +1,85 @@
+"""Telling checkpoint formats apart by the files that are there."""
+
+from typing import Literal
+
+from etils import epath
+
+
+Format = Literal["gkd", "hf", "t5x_native", "t5x_orbax_msgpack", "t5x_orbax_ocdbt"]
+
+_LOOKED_FOR = (
+    "gkd_jax: checkpoints/ (a MODEL_DIR), or params/ and model/ (one step); "
+    "Hugging Face: config.json with model.safetensors or model.safetensors.index.json; "
+    "T5X: checkpoint, state/checkpoint or state/manifest.ocdbt"
+)
+
+
+def detect(path: str) -> Format:
+    """Which kind of checkpoint a folder is.
+
+    Args:
+        path: a folder, local or gs://.
+
+    Raises:
+        FileNotFoundError: where there is no such folder.
+        ValueError: where it is none of them; says what was looked for.
+    """
+    folder = epath.Path(path)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no checkpoint folder {path}")
+    if (folder / "checkpoints").is_dir() or (
+        (folder / "params").is_dir() and (folder / "model").is_dir()
+    ):
+        return "gkd"
+    weights = [
+        name
+        for name in ("model.safetensors", "model.safetensors.index.json")
+        if (folder / name).is_file()
+    ]
+    if (folder / "config.json").is_file() and weights:
+        return "hf"
+    for root in (folder, folder / "state"):
+        if (root / "manifest.ocdbt").is_file():
+            return "t5x_orbax_ocdbt"
+        if (root / "checkpoint").is_file():
+            return _kind_of_msgpack(root)
+    raise ValueError(f"{path} is no known checkpoint. {_hint(folder, weights)}")
+
+
+def t5x_root(path: str) -> epath.Path:
+    """The folder that holds a T5X checkpoint's arrays: the step's own, or its `state`."""
+    folder = epath.Path(path)
+    state = folder / "state"
+    for name in ("checkpoint", "manifest.ocdbt"):
+        if (folder / name).is_file():
+            return folder
+    return state
+
+
+def _kind_of_msgpack(root: epath.Path) -> Format:
+    # T5X's own index starts with the keys "version" and "optimizer"; Orbax's has the bare tree.
+    with (root / "checkpoint").open("rb") as file:
+        start = file.read(64)
+    native = (
+        b"\xa7version" in start or b"\xa9optimizer" in start
+    )  # msgpack strings of 7 and 9 bytes
+    return "t5x_native" if native else "t5x_orbax_msgpack"
+
+
+def _hint(folder: epath.Path, weights: list[str]) -> str:
+    if (folder / "pytorch_model.bin").is_file() or (
+        folder / "pytorch_model.bin.index.json"
+    ).is_file():
+        return (
+            "It has pytorch_model.bin, which is refused: it is a pickle, and unpickling executes "
+            "code from the file. Save it again as safetensors: "
+            "model.save_pretrained(DIR, safe_serialization=True)"
+        )
+    if weights:
+        return f"It has {weights[0]} but no config.json"
+    if (folder / "config.json").is_file():
+        return "It has config.json but no model.safetensors or model.safetensors.index.json"
+    steps = sorted(child.name for child in folder.iterdir() if child.name.startswith("checkpoint_"))
+    if steps:
+        return f"It contains {', '.join(steps[:5])}: give one of these folders"
+    return f"Looked for {_LOOKED_FOR}"

@@ -1,0 +1,252 @@
+"""Hugging Face folders of T5, mT5 and umT5: config.json and safetensors."""
+
+from collections.abc import Iterable
+import json
+import os
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import numpy as np
+
+from gkd_jax.convert import safetensors
+from gkd_jax.convert.layout import Layout, flatten, hf_layout, to_stored
+from gkd_jax.convert.stored import Stored, as_dtype, check
+from gkd_jax.convert.writing import check_on_this_host, complete_folder
+from gkd_jax.models import t5
+
+
+_SHARED, _HEAD = "shared.weight", "lm_head.weight"
+_SAME_AS_SHARED = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+# Old T5 files hold it; T5's cross-attention has no position bias, and transformers ignores it too.
+_UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+_ACTIVATIONS = {
+    "relu": ("relu",),
+    "gelu_new": ("gelu",),
+    "gated-relu": ("relu", "linear"),
+    "gated-gelu": ("gelu", "linear"),
+    "gated-gelu_new": ("gelu", "linear"),
+}
+_ARCHITECTURES = {
+    "t5": "T5ForConditionalGeneration",
+    "mt5": "MT5ForConditionalGeneration",
+    "umt5": "UMT5ForConditionalGeneration",
+}
+_MT5_VOCAB_SIZE = 250_112
+_ROWS = 4096  # compared at a time
+
+
+def read_config(path: str) -> t5.T5Config:
+    """The sizes in a folder's config.json, and from the weights whether the head is tied.
+
+    transformers has stored `tie_word_embeddings` with several meanings, so the head counts as
+    untied where `lm_head.weight` is stored and differs from `shared.weight`.
+
+    Raises:
+        ValueError: for another kind of model, or a field that is missing or unknown.
+    """
+    folder = _local(path)
+    fields = _read_json(folder / "config.json")
+    kind = fields.get("model_type")
+    if kind not in _ARCHITECTURES:
+        raise ValueError(
+            f"{folder}/config.json: model_type must be one of {', '.join(_ARCHITECTURES)}, "
+            f"got {kind!r}"
+        )
+    default = "relu" if kind == "t5" else "gated-gelu"
+    activations = fields.get("feed_forward_proj", default)
+    if not isinstance(activations, str) or activations not in _ACTIVATIONS:
+        raise ValueError(
+            f"{folder}/config.json: feed_forward_proj must be one of "
+            f"{', '.join(_ACTIVATIONS)}, got {activations!r}"
+        )
+    needed = ("vocab_size", "d_model", "num_heads", "d_kv", "d_ff", "num_layers")
+    absent = [name for name in needed if name not in fields]
+    if absent:
+        raise ValueError(f"{folder}/config.json lacks {', '.join(absent)}")
+    decoder_layers = fields.get("num_decoder_layers")
+    try:
+        return t5.T5Config(
+            vocab_size=fields["vocab_size"],
+            d_model=fields["d_model"],
+            num_heads=fields["num_heads"],
+            head_dim=fields["d_kv"],
+            d_ff=fields["d_ff"],
+            num_encoder_layers=fields["num_layers"],
+            num_decoder_layers=fields["num_layers"] if decoder_layers is None else decoder_layers,
+            mlp_activations=_ACTIVATIONS[activations],
+            tie_embeddings=not _has_own_head(_open_weights(folder)),
+            scale_logits=_is_scaled(fields),
+            relpos_buckets=fields.get("relative_attention_num_buckets", 32),
+            relpos_max_distance=fields.get("relative_attention_max_distance", 128),
+            per_layer_relpos=kind == "umt5",
+            layer_norm_epsilon=fields.get("layer_norm_epsilon", 1e-6),
+        )
+    except ValueError as error:
+        raise ValueError(f"{folder}/config.json: {error}") from error
+
+
+def open_model(path: str, config: t5.T5Config) -> tuple[Layout, dict[str, Stored]]:
+    """The names of a model's arrays and the arrays themselves, compared with each other."""
+    folder = _local(path)
+    arrays = _open_weights(folder)
+    ignored = [*_SAME_AS_SHARED, _UNUSED]
+    if _SHARED not in arrays:  # of arrays that share memory, safetensors stores one
+        for name in (*_SAME_AS_SHARED, _HEAD):
+            if name in arrays and (name != _HEAD or config.tie_embeddings):
+                arrays[_SHARED] = arrays[name]
+                break
+    if config.tie_embeddings and not _has_own_head(arrays):
+        ignored.append(_HEAD)
+    layout = hf_layout(config)
+    check(layout, arrays, path, ignored=ignored)
+    return layout, arrays
+
+
+def _is_scaled(fields: dict[str, Any]) -> bool:
+    """Whether hidden states are divided by sqrt(D) before the head."""
+    scaled = fields.get("scale_decoder_outputs")
+    if scaled is None:  # mT5 never scales; transformers 5 stores its flag as true all the same
+        scaled = fields["model_type"] != "mt5" and fields.get("tie_word_embeddings") is not False
+    return bool(scaled)
+
+
+def _has_own_head(arrays: dict[str, Stored]) -> bool:
+    head = arrays.get(_HEAD)
+    names = (_SHARED, *_SAME_AS_SHARED)
+    embedding = next((arrays[name] for name in names if name in arrays), None)
+    if head is None or embedding is None:
+        return False
+    if head.shape != embedding.shape or head.dtype != embedding.dtype or len(head.shape) != 2:
+        return True
+    for row in range(0, head.shape[0], _ROWS):
+        index = (slice(row, min(row + _ROWS, head.shape[0])), slice(0, head.shape[1]))
+        if not np.array_equal(head.read(index), embedding.read(index)):
+            return True
+    return False
+
+
+def _open_weights(folder: pathlib.Path) -> dict[str, Stored]:
+    single = folder / "model.safetensors"
+    if single.is_file():
+        return safetensors.open_file(single)
+    index = folder / "model.safetensors.index.json"
+    places = _read_json(index).get("weight_map")
+    if not isinstance(places, dict):
+        raise ValueError(f"{index}: expected an object weight_map, got {places!r}")
+    for file in places.values():
+        if not isinstance(file, str) or pathlib.PurePath(file).name != file or file == "..":
+            raise ValueError(f"{index}: a shard must be a file of the folder, got {file!r}")
+    shards = {file: safetensors.open_file(folder / file) for file in sorted(set(places.values()))}
+    absent = [f"{name} in {file}" for name, file in places.items() if name not in shards[file]]
+    if absent:
+        raise ValueError(f"{index} names arrays that are not there: {', '.join(absent)}")
+    return {name: shards[file][name] for name, file in places.items()}
+
+
+def _local(path: str) -> pathlib.Path:
+    if "://" in path:
+        raise ValueError(f"a Hugging Face folder must be local, got {path}: copy it first")
+    return pathlib.Path(path)
+
+
+def _read_json(file: pathlib.Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise FileNotFoundError(f"no file {file}")
+    try:
+        fields = json.loads(file.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{file}: expected an object, got {type(fields).__name__}")
+    return fields
+
+
+# Writing ------------------------------------------------------------------------------------------
+
+
+def write_hf(
+    path: str,
+    config: t5.T5Config,
+    params: t5.Params,
+    *,
+    dtype: str = "float32",
+    tokenizer_files: Iterable[str | os.PathLike[str]] = (),
+) -> None:
+    """Writes a folder that transformers loads with `from_pretrained`.
+
+    Args:
+        path: the folder to make; appears only when it is complete.
+        config: the model's sizes.
+        params: its parameters.
+        dtype: of the stored weights, "float32" or "bfloat16".
+        tokenizer_files: copied in, such as `spiece.model` and `tokenizer_config.json`.
+
+    Raises:
+        ValueError: where the folder exists, is remote, or the model has no counterpart.
+    """
+    kind = as_dtype(dtype)
+    fields = _config_fields(config, dtype)
+    leaves = flatten(params)
+    check_on_this_host(leaves)
+    layout = hf_layout(config)
+    arrays = [
+        (part.name, part.shape, _maker(leaves[key], part, layer if entry.by_layer else None))
+        for key, entry in layout.items()
+        for layer, part in enumerate(entry.parts)
+    ]
+    generation = {"decoder_start_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
+    with complete_folder(path) as folder:
+        safetensors.write_file(folder / "model.safetensors", arrays, kind)
+        for name, content in (("config.json", fields), ("generation_config.json", generation)):
+            (folder / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+        for file in tokenizer_files:
+            shutil.copy(file, folder)
+
+
+def _maker(leaf, part, layer):
+    def make() -> np.ndarray:
+        value = leaf if layer is None else leaf[layer]
+        return to_stored(np.asarray(jax.device_get(value)), part.axes, part.shape)
+
+    return make
+
+
+def _config_fields(config: t5.T5Config, dtype: str) -> dict[str, Any]:
+    names = {acts: name for name, acts in reversed(_ACTIVATIONS.items())}
+    if config.mlp_activations not in names:
+        raise ValueError(
+            f"transformers' T5 knows mlp_activations {sorted(names)}, got {config.mlp_activations}"
+        )
+    kind = "t5"
+    if config.per_layer_relpos:
+        kind = "umt5"
+    elif config.vocab_size == _MT5_VOCAB_SIZE and not config.scale_logits:
+        kind = "mt5"
+    return {
+        "architectures": [_ARCHITECTURES[kind]],
+        "model_type": kind,
+        "vocab_size": config.vocab_size,
+        "d_model": config.d_model,
+        "num_heads": config.num_heads,
+        "d_kv": config.head_dim,
+        "d_ff": config.d_ff,
+        "num_layers": config.num_encoder_layers,
+        "num_decoder_layers": config.num_decoder_layers,
+        "feed_forward_proj": names[config.mlp_activations],
+        "relative_attention_num_buckets": config.relpos_buckets,
+        "relative_attention_max_distance": config.relpos_max_distance,
+        "layer_norm_epsilon": config.layer_norm_epsilon,
+        "dropout_rate": config.dropout_rate,
+        "initializer_factor": 1.0,
+        "is_encoder_decoder": True,
+        "use_cache": True,
+        # transformers 4 ties and scales by the first, transformers 5 scales by the second.
+        "tie_word_embeddings": config.tie_embeddings,
+        "scale_decoder_outputs": config.scale_logits,
+        "decoder_start_token_id": 0,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "torch_dtype": dtype,
+    }

@@ -1,0 +1,174 @@
+"""Where each parameter lies in a foreign checkpoint: names, shapes and the order of dimensions.
+
+A parameter here is one array with its layers stacked on axis 0; elsewhere it is one array a layer
+(T5X's plain network, Hugging Face) or one array stacked on axis 1 with its heads unfused (T5X's
+scanned network).
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from gkd_jax.models import t5
+
+
+class Part(NamedTuple):
+    """One stored array: a parameter, or one layer of it.
+
+    Attributes:
+        name: of the stored array.
+        shape: of the stored array.
+        axes: for each dimension of the parameter (of the layer, where it is one), the stored
+            dimensions it is made of, outermost first: ((0,), (2, 3)) fuses heads.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    axes: tuple[tuple[int, ...], ...]
+
+
+class Entry(NamedTuple):
+    """One parameter: its shape, and the one array, or the arrays of its layers, that hold it."""
+
+    shape: tuple[int, ...]
+    parts: tuple[Part, ...]
+    by_layer: bool
+
+
+Layout = dict[str, Entry]  # by the parameter's path, "encoder/layers/attention/query/kernel"
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+    """The leaves of nested dicts by their path, joined by "/"."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def unflatten(leaves: dict[str, Any], separator: str = "/") -> dict[str, Any]:
+    """The inverse of `flatten`."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *folders, name = path.split(separator)
+        node = tree
+        for folder in folders:
+            node = node.setdefault(folder, {})
+        node[name] = leaf
+    return tree
+
+
+def t5x_layout(config: t5.T5Config, *, scanned: bool) -> Layout:
+    """Names as in T5X's `target`: `examples/t5`, or `examples/scalable_t5` where `scanned`."""
+    layout = {}
+    for path, leaf in flatten(t5.abstract_params(config)).items():
+        names = path.split("/")
+        if "layers" not in names:
+            part = Part(".".join(names), leaf.shape, _identity(leaf.ndim))
+            layout[path] = Entry(leaf.shape, (part,), by_layer=False)
+        elif scanned:
+            layout[path] = Entry(leaf.shape, (_scanned_part(config, names, leaf.shape),), False)
+        else:
+            parts = tuple(
+                Part(
+                    ".".join(f"layers_{layer}" if name == "layers" else name for name in names),
+                    leaf.shape[1:],
+                    _identity(leaf.ndim - 1),
+                )
+                for layer in range(leaf.shape[0])
+            )
+            layout[path] = Entry(leaf.shape, parts, by_layer=True)
+    return layout
+
+
+def _identity(ndim: int) -> tuple[tuple[int, ...], ...]:
+    return tuple((axis,) for axis in range(ndim))
+
+
+def _scanned_part(config: t5.T5Config, names: list[str], shape: tuple[int, ...]) -> Part:
+    """Layers on axis 1, and the joined heads as two dimensions."""
+    stored_name = ".".join(names[0] if name == "layers" else name for name in names)
+    heads = (config.num_heads, config.head_dim)
+    sizes = [(size,) for size in shape[1:]]
+    if names[-2] in ("query", "key", "value"):
+        sizes[1] = heads
+    elif names[-2] == "out":
+        sizes[0] = heads
+    axes, next_axis = [], 0
+    for group in sizes:
+        inner = range(next_axis, next_axis + len(group))
+        axes.append(tuple(axis if axis == 0 else axis + 1 for axis in inner))
+        next_axis += len(group)
+    flat = [size for group in sizes for size in group]
+    stored_shape = (flat[0], shape[0], *flat[1:])
+    return Part(stored_name, stored_shape, ((1,), *axes))
+
+
+_HF_ATTENTION = {"query": "q", "key": "k", "value": "v", "out": "o"}
+_HF_POSITION = "SelfAttention.relative_attention_bias.weight"
+
+
+def hf_layout(config: t5.T5Config) -> Layout:
+    """Names as in transformers' T5, mT5 and umT5; its weights are transposed kernels."""
+    layout = {}
+    for path, leaf in flatten(t5.abstract_params(config)).items():
+        names = path.split("/")
+        if "layers" in names:
+            shape = leaf.shape[1:]
+            parts = tuple(
+                _hf_part(_hf_layer_name(names, layer), shape, names)
+                for layer in range(leaf.shape[0])
+            )
+            layout[path] = Entry(leaf.shape, parts, by_layer=True)
+        else:
+            part = _hf_part(_hf_name(names), leaf.shape, names)
+            layout[path] = Entry(leaf.shape, (part,), by_layer=False)
+    return layout
+
+
+def _hf_part(name: str, shape: tuple[int, ...], names: list[str]) -> Part:
+    if names[-1] in ("kernel", "rel_embedding"):
+        return Part(name, shape[::-1], ((1,), (0,)))
+    return Part(name, shape, _identity(len(shape)))
+
+
+def _hf_name(names: list[str]) -> str:
+    if names[0] == "token_embedder":
+        return "shared.weight"
+    stack, module = names[:2]
+    if module == "logits_dense":
+        return "lm_head.weight"
+    if module == "relpos_bias":
+        return f"{stack}.block.0.layer.0.{_HF_POSITION}"
+    return f"{stack}.final_layer_norm.weight"
+
+
+def _hf_layer_name(names: list[str], layer: int) -> str:
+    stack, _, module, *rest = names
+    prefix = f"{stack}.block.{layer}.layer."
+    mlp = 1 if stack == "encoder" else 2
+    if module == "relpos_bias":
+        return f"{prefix}0.{_HF_POSITION}"
+    if module == "mlp":
+        return f"{prefix}{mlp}.DenseReluDense.{rest[0]}.weight"
+    if module == "encoder_decoder_attention":
+        return f"{prefix}1.EncDecAttention.{_HF_ATTENTION[rest[0]]}.weight"
+    if module in ("attention", "self_attention"):
+        return f"{prefix}0.SelfAttention.{_HF_ATTENTION[rest[0]]}.weight"
+    sublayer = {"pre_mlp_layer_norm": mlp, "pre_cross_attention_layer_norm": 1}.get(module, 0)
+    return f"{prefix}{sublayer}.layer_norm.weight"
+
+
+def to_ours(stored: np.ndarray, axes: tuple[tuple[int, ...], ...]) -> np.ndarray:
+    """Reorders and fuses the dimensions of a stored array into a parameter's."""
+    ordered = stored.transpose([axis for group in axes for axis in group])
+    sizes = [int(np.prod([stored.shape[axis] for axis in group])) for group in axes]
+    return ordered.reshape(sizes)
+
+
+def to_stored(
+    ours: np.ndarray, axes: tuple[tuple[int, ...], ...], shape: tuple[int, ...]
+) -> np.ndarray:
+    """The inverse of `to_ours`, for a stored array of `shape`."""
+    order = [axis for group in axes for axis in group]
+    split = ours.reshape([shape[axis] for axis in order])
+    return np.ascontiguousarray(split.transpose(np.argsort(order)))

@@ -1,0 +1,258 @@
+"""Reading T5X checkpoints: native (version 3), Orbax with a msgpack index, Orbax OCDBT.
+
+Each is a set of zarr arrays named by the dotted path in the training state, `target.` before the
+parameters. Sizes are inferred, since T5X stores none.
+"""
+
+import os
+import re
+from typing import Any, NamedTuple
+
+from etils import epath
+import numpy as np
+import tensorstore as ts
+
+from gkd_jax.convert import formats, msgpack_tree
+from gkd_jax.convert.stored import Index, Stored, in_memory
+from gkd_jax.models import t5
+
+
+_PLACEHOLDER = "PLACEHOLDER://"
+_TARGET = "target."
+_LARGEST_INDEX = 2**31  # bytes of the msgpack file; public ones have a few hundred kilobytes
+
+
+class T5XArrays(NamedTuple):
+    """The arrays of a checkpoint by dotted name, and whether layers are stacked (scanned)."""
+
+    arrays: dict[str, Stored]
+    scanned: bool
+
+
+def open_arrays(path: str, *, prefix: str = _TARGET) -> T5XArrays:
+    """Opens the arrays whose dotted name starts with `prefix`; reads their sizes, not their data.
+
+    Args:
+        path: a folder `checkpoint_<step>`, local or gs://.
+        prefix: "target." for the parameters, "state." for the optimizer. Kept in the names.
+
+    Raises:
+        FileNotFoundError, ValueError: for a missing or damaged array; names all of them.
+    """
+    root = formats.t5x_root(path)
+    if (root / "manifest.ocdbt").is_file():
+        inline, specs = {}, _ocdbt_specs(root)
+    else:
+        inline, specs = _msgpack_specs(root)
+    specs = {name: spec for name, spec in specs.items() if name.startswith(prefix)}
+    arrays = {
+        name: in_memory(name, array) for name, array in inline.items() if name.startswith(prefix)
+    }
+    arrays |= _open_zarr(specs)
+    if not arrays:
+        raise ValueError(f"{path} holds no array whose name starts with {prefix!r}")
+    scanned = any(".encoder.encoder." in name for name in arrays)
+    return T5XArrays(arrays, scanned)
+
+
+def infer_config(path: str, opened: T5XArrays) -> t5.T5Config:
+    """The sizes of the model in a checkpoint.
+
+    T5X does not store the activations: a gated MLP (`wi_0`, `wi_1`) is taken for T5 1.1's
+    ("gelu", "linear"), another for T5 1.0's ("relu",). A model without `logits_dense` is taken for
+    one whose head is tied and scaled (`logits_via_embedding`).
+
+    Raises:
+        ValueError: where an array that sizes come from is missing or has the wrong rank.
+    """
+    shapes = {name.removeprefix(_TARGET): a.shape for name, a in opened.arrays.items()}
+    scanned = opened.scanned
+    layer = "encoder.encoder" if scanned else "encoder.layers_0"
+
+    def shape(name: str, rank: int) -> tuple[int, ...]:
+        if name not in shapes or len(shapes[name]) != rank:
+            found = f"found {shapes[name]}" if name in shapes else "missing"
+            raise ValueError(
+                f"{path}: cannot infer the model's sizes: {_TARGET}{name} must be an array of "
+                f"{rank} dimensions, {found}"
+            )
+        return shapes[name]
+
+    vocab_size, d_model = shape("token_embedder.embedding", 2)
+    per_layer = f"{layer}.relpos_bias.rel_embedding" in shapes
+    bias = f"{layer if per_layer else 'encoder'}.relpos_bias.rel_embedding"
+    bias_shape = shape(bias, 3 if scanned and per_layer else 2)
+    heads = bias_shape[0]
+    query = shape(f"{layer}.attention.query.kernel", 4 if scanned else 2)
+    joined = query[-2] * query[-1] if scanned else query[-1]
+    if not heads or joined % heads:
+        raise ValueError(f"{path}: {heads} heads ({bias}) do not divide {joined} (query kernel)")
+    return t5.T5Config(
+        vocab_size=vocab_size,
+        d_model=d_model,
+        num_heads=heads,
+        head_dim=joined // heads,
+        d_ff=shape(f"{layer}.mlp.wo.kernel", 3 if scanned else 2)[0],
+        num_encoder_layers=_num_layers(path, shapes, "encoder", scanned),
+        num_decoder_layers=_num_layers(path, shapes, "decoder", scanned),
+        mlp_activations=("gelu", "linear") if f"{layer}.mlp.wi_0.kernel" in shapes else ("relu",),
+        tie_embeddings="decoder.logits_dense.kernel" not in shapes,
+        scale_logits="decoder.logits_dense.kernel" not in shapes,
+        relpos_buckets=bias_shape[-1],
+        per_layer_relpos=per_layer,
+    )
+
+
+def _num_layers(path: str, shapes: dict[str, tuple[int, ...]], stack: str, scanned: bool) -> int:
+    if scanned:
+        found = shapes.get(f"{stack}.{stack}.mlp.wo.kernel", ())
+        numbers = {int(found[1]) - 1} if len(found) == 3 else set()
+    else:
+        pattern = re.compile(rf"{stack}\.layers_(\d{{1,6}})\.")
+        matches = (pattern.match(name) for name in shapes)
+        numbers = {int(match[1]) for match in matches if match}
+    if not numbers:
+        raise ValueError(f"{path}: cannot infer the number of {stack} layers: none found")
+    count = max(numbers) + 1
+    if not scanned and count > len(shapes):
+        raise ValueError(
+            f"{path}: {stack}.layers_{count - 1} in a checkpoint of {len(shapes)} arrays"
+        )
+    return count
+
+
+def _ocdbt_specs(root: epath.Path) -> dict[str, Any]:
+    base = os.fspath(root)
+    base = base if "://" in base else f"file://{os.path.abspath(base)}"
+    store = {"driver": "ocdbt", "base": base.rstrip("/") + "/"}
+    try:
+        keys = ts.KvStore.open(store).result().list().result()
+    except ValueError as error:
+        raise ValueError(f"{root}/manifest.ocdbt is damaged: {_short(error)}") from error
+    suffix = b"/.zarray"
+    names = [key[: -len(suffix)].decode() for key in keys if key.endswith(suffix)]
+    return {name: {**store, "path": f"{name}/"} for name in names}
+
+
+def _msgpack_specs(root: epath.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The arrays inside the msgpack file, and where it says that the others are."""
+    file = root / "checkpoint"
+    if file.stat().length > _LARGEST_INDEX:
+        raise ValueError(f"{file} has more than {_LARGEST_INDEX} bytes, expected an index")
+    tree = msgpack_tree.parse(file.read_bytes(), os.fspath(file))
+    if "optimizer" in tree:
+        version = tree.get("version")
+        if version is None or int(version) != 3:
+            raise ValueError(f"{file}: T5X's format must have version 3, got {version!r}")
+        tree = tree["optimizer"]
+    elif "_optimizer" in tree:  # Orbax checkpoints of early 2023
+        tree = tree["_optimizer"]
+    inline: dict[str, np.ndarray] = {}
+    specs: dict[str, Any] = {}
+
+    def visit(node: Any, name: str) -> None:
+        if isinstance(node, dict) and "driver" in node:
+            specs[name] = _zarr_store(root, _spec_folder(node), f"{file}: {name}")
+        elif isinstance(node, dict):
+            for key, child in node.items():
+                visit(child, f"{name}.{key}" if name else str(key))
+        elif isinstance(node, str) and node.startswith(_PLACEHOLDER):
+            specs[name] = _zarr_store(root, node.removeprefix(_PLACEHOLDER), f"{file}: {name}")
+        elif isinstance(node, np.ndarray):
+            inline[name] = node
+        elif isinstance(node, int | float):
+            inline[name] = np.asarray(node)
+
+    visit(tree, "")
+    return inline, specs
+
+
+def _spec_folder(spec: dict[str, Any]) -> Any:
+    """The folder in a TensorStore spec: only its last component counts, wherever it was written."""
+    store = spec.get("kvstore")
+    folder = store.get("path") if isinstance(store, dict) else None
+    if folder is None:  # written by TensorStore before 0.1.14
+        folder = spec.get("path")
+    return folder.rstrip("/").split("/")[-1] if isinstance(folder, str) else folder
+
+
+def _zarr_store(root: epath.Path, folder: Any, what: str) -> dict[str, Any]:
+    """The key-value store of an array's folder, which must lie in the checkpoint's own."""
+    plain = isinstance(folder, str) and folder not in ("", ".", "..")
+    if not plain or re.search(r"[/\\\0]", folder):
+        raise ValueError(f"{what}: an array must lie in a folder of the checkpoint, got {folder!r}")
+    base = os.fspath(root)
+    if base.startswith("gs://"):
+        bucket, _, inside = base.removeprefix("gs://").partition("/")
+        return {"driver": "gcs", "bucket": bucket, "path": f"{inside.rstrip('/')}/{folder}/"}
+    real = os.path.realpath(os.path.join(base, folder))
+    if os.path.dirname(real) != os.path.realpath(base):
+        raise ValueError(f"{what}: {folder} leads out of the checkpoint, to {real}")
+    return {"driver": "file", "path": f"{real}/"}
+
+
+def _open_zarr(specs: dict[str, Any]) -> dict[str, Stored]:
+    # fill_missing_data_reads: a chunk that is not there is an error, never zeros.
+    opening = {
+        name: ts.open(
+            {"driver": "zarr", "kvstore": store, "fill_missing_data_reads": False},
+            open=True,
+            read=True,
+        )
+        for name, store in specs.items()
+    }
+    arrays, problems, missing_only = {}, [], True
+    for name, future in opening.items():
+        try:
+            arrays[name] = _stored(name, specs[name], future.result())
+        except (ValueError, NotImplementedError) as error:
+            problems.append(f"{name}: {_short(error)}")
+            missing_only &= "NOT_FOUND" in str(error)
+    if problems:
+        kind = FileNotFoundError if missing_only else ValueError
+        raise kind("cannot open these arrays:\n  " + "\n  ".join(problems))
+    return arrays
+
+
+def _stored(name: str, store: dict[str, Any], array: ts.TensorStore) -> Stored:
+    metadata = array.spec().to_json()["metadata"]
+    compressor = metadata.get("compressor") or {}
+    check_tails = store["driver"] == "file" and compressor.get("id") == "gzip"
+
+    def read(index: Index) -> np.ndarray:
+        try:
+            values = array[index].read().result()
+        except ValueError as error:
+            kind = FileNotFoundError if "NOT_FOUND" in str(error) else ValueError
+            raise kind(f"{name}: {_short(error)}") from error
+        if check_tails:
+            _check_chunk_tails(name, store["path"], metadata, index)
+        return values
+
+    return Stored(
+        name=name, shape=tuple(array.shape), dtype=np.dtype(array.dtype.numpy_dtype), read=read
+    )
+
+
+def _check_chunk_tails(name: str, folder: str, metadata: dict[str, Any], index: Index) -> None:
+    """A gzip file ends with its uncompressed size, which TensorStore does not look at."""
+    chunks, separator = metadata["chunks"], metadata.get("dimension_separator", ".")
+    itemsize = 2 if metadata["dtype"] == "bfloat16" else np.dtype(metadata["dtype"]).itemsize
+    expected = int(np.prod(chunks)) * itemsize
+    ranges = [
+        range(part.start // size, -(-part.stop // size))
+        for part, size in zip(index, chunks, strict=True)
+    ]
+    for position in np.ndindex(*[len(numbers) for numbers in ranges]):
+        numbers = [ranges[axis][step] for axis, step in enumerate(position)]
+        file = os.path.join(folder, separator.join(map(str, numbers)) if numbers else "0")
+        with open(file, "rb") as chunk:
+            chunk.seek(-4, os.SEEK_END)
+            size = int.from_bytes(chunk.read(4), "little")
+        if size != expected % 2**32:
+            raise ValueError(f"{name}: the chunk {file} is cut or damaged")
+
+
+def _short(error: Exception) -> str:
+    """TensorStore's message without the specification and source lines that it appends."""
+    return re.split(r" \[(?:tensorstore_spec|source locations)", str(error))[0]

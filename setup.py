@@ -1,0 +1,90 @@
+"""The package: gkd_jax, with tasks/ and gin/ mapped into it so that wheels carry both."""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+
+HERE = pathlib.Path(__file__).parent
+
+
+def version() -> str:
+    """Reads gkd_jax.__version__ without importing gkd_jax, whose imports are not there yet."""
+    text = (HERE / "gkd_jax" / "__init__.py").read_text(encoding="utf-8")
+    match = re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE)
+    if match is None:
+        raise ValueError('gkd_jax/__init__.py must hold a line __version__ = "X.Y.Z", found none')
+    return match.group(1)
+
+
+def readme() -> str:
+    path = HERE / "README.md"
+    return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
+TEST = [
+    "beartype>=0.22",
+    "hypothesis>=6.100",
+    "pytest>=8",
+    "pytest-xdist>=3.6",
+    "torch>=2.6",
+    "transformers>=5,<6",
+]
+DEV = [*TEST, "pre-commit>=4", "pyright>=1.1.400", "ruff>=0.12"]
+
+setup(
+    name="gkd_jax",
+    version=version(),
+    description="On-policy distillation of T5 in JAX: GKD (Agarwal et al., ICLR 2024)",
+    long_description=readme(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+    keywords="jax flax t5 distillation on-policy gkd t5x seqio",
+    python_requires=">=3.11,<3.14",
+    # gkd_jax.gin is a namespace package: gin/__init__.py would hide gin-config from anyone
+    # who runs Python in the repository root.
+    packages=[*find_packages(include=["gkd_jax", "gkd_jax.*"]), "gkd_jax.tasks", "gkd_jax.gin"],
+    package_dir={"gkd_jax.tasks": "tasks", "gkd_jax.gin": "gin"},
+    package_data={
+        "gkd_jax.gin": ["**/*.gin"],
+        "gkd_jax.tasks": ["**/*.json", "**/*.jsonl", "**/*.model", "**/*.tsv", "**/*.txt"],
+    },
+    install_requires=[
+        "absl-py>=2.1",
+        "etils[epath]>=1.9",
+        "flax>=0.12,<0.13",
+        "gin-config>=0.5,<0.6",
+        "importlib_resources>=6",
+        "jax>=0.10,<0.13",
+        "jaxtyping>=0.3,<0.4",
+        "ml_dtypes>=0.5",
+        "msgpack>=1",
+        "numpy>=2,<3",
+        "optax>=0.2.8,<0.3",
+        "orbax-checkpoint>=0.12,<0.13",
+        "rouge_score>=0.1.2,<0.2",
+        "sacrebleu>=2.4,<3",
+        "safetensors>=0.5",
+        "sentencepiece>=0.2,<0.3",
+        "seqio>=0.0.20,<0.1",
+        "tensorflow>=2.19,<3",
+        "tensorflow-datasets>=4.9.8,<5",
+        "tensorstore>=0.1.70",
+    ],
+    extras_require={
+        "test": TEST,
+        "dev": DEV,
+        "tpu": ["jax[tpu]"],
+        "gpu": ["jax[cuda12]"],
+        "report": ["matplotlib>=3.8"],
+    },
+    entry_points={"console_scripts": ["gkd-jax = gkd_jax.main:main"]},
+)

@@ -1,0 +1,72 @@
+"""Multi30k, English to German (Elliott et al., 2016): `multi30k_ende`, image captions.
+
+DATA_DIR holds {train,val,test_2016_flickr}.{en,de}, plain or `.gz`: the raw task 1 files of
+https://github.com/multi30k/dataset. A joint vocabulary is made from the training files:
+
+    python -m gkd_jax.tasks.multi30k --data_dir=DIR --output=multi30k.model --vocab_size=4000
+"""
+
+import argparse
+from collections.abc import Sequence
+
+import seqio
+import tensorflow as tf
+
+from gkd_jax import text_metrics, vocabularies
+from gkd_jax.tasks import features, folder
+
+
+TASK = "multi30k_ende"
+FILES = {"train": "train", "validation": "val", "test": "test_2016_flickr"}
+
+
+def read_pairs(data_dir: str, split: str) -> tuple[list[str], list[str]]:
+    """English and German sentences of a split.
+
+    Raises:
+        FileNotFoundError: naming file and folder.
+        ValueError: if the two files have different numbers of lines.
+    """
+    stem = FILES[split]
+    english, german = (folder.read_lines(data_dir, f"{stem}.{code}") for code in ("en", "de"))
+    if len(english) != len(german):
+        raise ValueError(
+            f"{stem}.en and {stem}.de in {data_dir!r} must have as many lines, "
+            f"got {len(english)} and {len(german)}"
+        )
+    return english, german
+
+
+def _dataset(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
+    del shuffle_files, seed  # one table in memory: seqio shuffles it
+    english, german = read_pairs(folder.data_dir(TASK), split)
+    return tf.data.Dataset.from_tensor_slices({"inputs": english, "targets": german})
+
+
+features.register(
+    TASK,
+    source=seqio.FunctionDataSource(_dataset, splits=list(FILES)),
+    preprocessors=[],
+    metric_fns=[text_metrics.bleu],
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Trains the joint vocabulary."""
+    parser = argparse.ArgumentParser(prog="python -m gkd_jax.tasks.multi30k", description=__doc__)
+    parser.add_argument("--data_dir", required=True, help="folder of train.en and train.de")
+    parser.add_argument("--output", required=True, help="the SentencePiece file to write")
+    parser.add_argument("--vocab_size", type=int, default=4000)
+    values = parser.parse_args(arguments)
+    try:
+        english, german = read_pairs(values.data_dir, "train")
+        vocabularies.train_sentencepiece(
+            [*english, *german], values.output, vocab_size=values.vocab_size
+        )
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    print(f"wrote {values.output}: {values.vocab_size} pieces")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""Eight CPU devices, strict shapes and the shared data, for every test."""
+
+import getpass
+import os
+import pathlib
+import tempfile
+
+
+# Before jax is imported anywhere: it reads these once.
+os.environ["JAX_PLATFORMS"] = "cpu"
+DEVICES = "--xla_force_host_platform_device_count=8"
+if DEVICES not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}".strip()
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import jax  # noqa: E402
+from jaxtyping import install_import_hook  # noqa: E402
+import pytest  # noqa: E402
+
+
+# Every jaxtyping signature in gkd_jax is checked at each call. Nothing of gkd_jax may have been
+# imported before this line.
+install_import_hook("gkd_jax", "beartype.beartype")
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+CACHE = pathlib.Path(tempfile.gettempdir()) / f"gkd_jax_test_cache_{getpass.getuser()}"
+
+# "a [B T] plus b [T]" is a silent broadcast, and usually a wrong axis.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_compilation_cache_dir", str(CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.fixture(scope="session")
+def shared() -> pathlib.Path:
+    """The folder with shared data: GKD_JAX_SHARED, else ../shared beside the repository."""
+    default = ROOT.parent / "shared"
+    path = pathlib.Path(os.environ.get("GKD_JAX_SHARED") or default).resolve()
+    if not path.is_dir():
+        pytest.skip(f"needs the shared data: {path} is not a folder (set GKD_JAX_SHARED)")
+    return path

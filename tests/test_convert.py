@@ -1,0 +1,399 @@
+"""T5X and Hugging Face checkpoints: equal in every format, equal logits, exact round trips."""
+
+import dataclasses
+import gzip
+import json
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+import ml_dtypes
+import msgpack
+import numpy as np
+import pytest
+
+from gkd_jax import convert, optimizers, sampling
+from gkd_jax.batch import Batch
+from gkd_jax.convert import stored, t5x_write
+from gkd_jax.convert.layout import flatten
+from gkd_jax.models import t5
+
+
+NETWORKS = ("t5", "scalable_t5")
+LEARNING_RATE = 3e-3  # of the T5X run that wrote the checkpoints
+
+
+def checkpoint(shared, network, kind):
+    return str(shared / "t5x_checkpoints" / f"{network}_{kind}" / "checkpoint_3")
+
+
+def golden(shared, network):
+    return np.load(shared / "t5x_checkpoints" / f"{network}_golden.npz")
+
+
+def batch_of(arrays, name):
+    return Batch(
+        jnp.asarray(arrays[f"{name}/encoder_input_tokens"]),
+        jnp.asarray(arrays[f"{name}/decoder_target_tokens"]),
+        jnp.asarray(arrays[f"{name}/decoder_loss_weights"], jnp.float32),
+    )
+
+
+def random_params(config, seed=0):
+    """Like an initialisation, but with norms and position biases that are not constant."""
+    keys = iter(jax.random.split(jax.random.key(seed), 1000))
+    params = t5.init(config, next(keys))
+
+    def shake(leaf):
+        return leaf + 0.1 * jax.random.normal(next(keys), leaf.shape)
+
+    return jax.tree.map(shake, params)
+
+
+def assert_same(left, right):
+    left, right = flatten(left), flatten(right)
+    assert left.keys() == right.keys()
+    for path in left:
+        assert left[path].dtype == right[path].dtype, path
+        np.testing.assert_array_equal(np.asarray(left[path]), np.asarray(right[path]), path)
+
+
+PLAIN = t5.T5Config(
+    vocab_size=48,
+    d_model=24,
+    num_heads=3,
+    head_dim=4,
+    d_ff=20,
+    num_encoder_layers=2,
+    num_decoder_layers=3,
+)
+TIED = dataclasses.replace(PLAIN, mlp_activations=("relu",), tie_embeddings=True, scale_logits=True)
+PER_LAYER = dataclasses.replace(PLAIN, per_layer_relpos=True)
+
+
+# T5X's checkpoints --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_formats_are_detected(shared, network):
+    assert convert.detect(checkpoint(shared, network, "native_f32")) == "t5x_native"
+    assert convert.detect(checkpoint(shared, network, "orbax_ocdbt")) == "t5x_orbax_ocdbt"
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("kind", ["native_f32", "native_bf16", "orbax_ocdbt"])
+def test_sizes_are_inferred(shared, network, kind):
+    sizes = json.loads((shared / "t5x_checkpoints" / f"{network}_config.json").read_text())
+    config = convert.read_config(checkpoint(shared, network, kind))
+    assert config == t5.T5Config(
+        vocab_size=sizes["vocab_size"],
+        d_model=sizes["emb_dim"],
+        num_heads=sizes["num_heads"],
+        head_dim=sizes["head_dim"],
+        d_ff=sizes["mlp_dim"],
+        num_encoder_layers=sizes["num_encoder_layers"],
+        num_decoder_layers=sizes["num_decoder_layers"],
+        mlp_activations=tuple(sizes["mlp_activations"]),
+        tie_embeddings=sizes["logits_via_embedding"],
+        per_layer_relpos=sizes["scan_layers"],
+    )
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_all_formats_hold_the_same_parameters(shared, network):
+    native = checkpoint(shared, network, "native_f32")
+    config = convert.read_config(native)
+    expected = convert.read_params(native, config)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), expected) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), t5.abstract_params(config)
+    )
+    ocdbt = convert.read_params(checkpoint(shared, network, "orbax_ocdbt"), config)
+    assert_same(ocdbt, expected)
+    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), expected)
+    bf16 = checkpoint(shared, network, "native_bf16")
+    assert_same(convert.read_params(bf16, config, dtype=None), rounded)
+    assert_same(convert.read_params(native, config, dtype="bfloat16"), rounded)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_logits_and_greedy_tokens_equal_t5x(shared, network):
+    path = checkpoint(shared, network, "native_f32")
+    config = convert.read_config(path)
+    params = convert.read_params(path, config)
+    arrays = golden(shared, network)
+    batch = batch_of(arrays, "batch")
+    logits = t5.logits(config, params, batch)
+    real = np.asarray(batch.weights) > 0
+    np.testing.assert_allclose(np.asarray(logits)[real], arrays["logits"][real], atol=1e-4)
+    tokens = arrays["greedy/tokens"]
+    drawn = sampling.sample(
+        config,
+        params,
+        batch.inputs,
+        max_length=tokens.shape[1],
+        sampling=sampling.SamplingConfig(temperature=0.0, banned_ids=()),
+    )
+    np.testing.assert_array_equal(drawn.tokens, tokens)
+
+
+def adafactor(config):
+    return optimizers.adafactor(
+        schedule=lambda count: LEARNING_RATE,
+        stacked_min_dim_size_to_factor=0 if config.per_layer_relpos else 128,
+    )
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("kind", ["native_f32", "orbax_ocdbt"])
+def test_training_continues_as_in_t5x(shared, network, kind):
+    path = checkpoint(shared, network, kind)
+    config = convert.read_config(path)
+    params = convert.read_params(path, config)
+    optimizer = adafactor(config)
+    state = convert.read_t5x_optimizer(path, config)
+    assert int(state.count) == 3
+    shapes = jax.tree.map(lambda x: x.shape, optimizer.init(params))
+    assert jax.tree.map(lambda x: x.shape, state) == shapes
+    arrays = golden(shared, network)
+
+    def loss(params, batch):
+        log_probs = jax.nn.log_softmax(t5.logits(config, params, batch))
+        picked = jnp.take_along_axis(log_probs, batch.targets[..., None], axis=-1)[..., 0]
+        return -jnp.sum(picked * batch.weights)
+
+    losses = []
+    for name in ("train3", "train4"):
+        value, grads = jax.value_and_grad(loss)(params, batch_of(arrays, name))
+        updates, state = optimizer.update(grads, state, params)
+        params = jax.tree.map(jnp.add, params, updates)
+        losses.append(float(value))
+    np.testing.assert_allclose(losses, arrays["continued_loss_sum"], rtol=1e-5)
+    batch = batch_of(arrays, "batch")
+    real = np.asarray(batch.weights) > 0
+    logits = np.asarray(t5.logits(config, params, batch))
+    np.testing.assert_allclose(logits[real], arrays["continued_logits"][real], atol=2e-4)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_shards_are_read_straight_into_their_devices(shared, network):
+    path = checkpoint(shared, network, "native_f32")
+    config = convert.read_config(path)
+    expected = convert.read_params(path, config)
+    # 8 shards of the joined heads cut both heads of 48 into pieces.
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def place(leaf):
+        largest = max(range(leaf.ndim), key=lambda axis: leaf.shape[axis])
+        return NamedSharding(mesh, P(*["x" if a == largest else None for a in range(leaf.ndim)]))
+
+    shardings = jax.tree.map(place, t5.abstract_params(config))
+    placed = convert.read_params(path, config, shardings=shardings)
+    assert jax.tree.map(lambda x: x.sharding, placed) == shardings
+    assert_same(placed, expected)
+
+
+def test_a_shard_reads_only_its_own_bytes():
+    asked = []
+    array = np.arange(32.0, dtype=np.float32).reshape(8, 4)
+
+    def read(index):
+        asked.append(array[index].size)
+        return array[index]
+
+    kept = stored.Stored(name="x", shape=(8, 4), dtype=array.dtype, read=read)
+    part = stored.Part("x", (8, 4), ((0,), (1,)))
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    layout = {"x": stored.Entry((8, 4), (part,), False)}
+    placed = stored.read_tree(layout, {"x": kept}, None, {"x": NamedSharding(mesh, P("x"))})
+    np.testing.assert_array_equal(placed["x"], array)
+    assert asked == [8, 8, 8, 8]  # four shards; the replicas along y cost nothing
+
+
+# Round trips --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [PLAIN, TIED, PER_LAYER], ids=["plain", "tied", "per_layer"])
+def test_hugging_face_and_t5x_and_back_are_exact(tmp_path, config):
+    params = random_params(config)
+    hf = str(tmp_path / "hf")
+    convert.write_hf(hf, config, params)
+    assert convert.detect(hf) == "hf"
+    assert convert.read_config(hf) == config
+    from_hf = convert.read_params(hf, config)
+    assert_same(from_hf, params)
+    folder = convert.write_t5x(str(tmp_path), config, from_hf, step=7)
+    assert folder == str(tmp_path / "checkpoint_7")
+    assert convert.read_config(folder) == config
+    assert_same(convert.read_params(folder, config), params)
+    assert not list(tmp_path.glob("*tmp*"))
+
+
+@pytest.mark.parametrize("config", [TIED, PER_LAYER], ids=["tied", "per_layer"])
+def test_bfloat16_on_disk(tmp_path, config):
+    params = random_params(config)
+    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    hf = str(tmp_path / "hf")
+    convert.write_hf(hf, config, params, dtype="bfloat16")
+    assert_same(convert.read_params(hf, config, dtype=None), rounded)
+    native = convert.write_t5x(str(tmp_path), config, params, step=0, dtype="bfloat16")
+    assert_same(convert.read_params(native, config, dtype=None), rounded)
+
+
+def wide(config):
+    return dataclasses.replace(config, d_model=128, d_ff=160, head_dim=43, vocab_size=130)
+
+
+@pytest.mark.parametrize("smallest", [0, 128])
+@pytest.mark.parametrize(
+    "config",
+    [PLAIN, PER_LAYER, wide(PLAIN), wide(PER_LAYER)],
+    ids=["plain", "per_layer", "plain_wide", "per_layer_wide"],
+)
+def test_optimizer_state_survives_t5x(tmp_path, config, smallest):
+    params = random_params(config)
+    optimizer = optimizers.adafactor(
+        schedule=lambda count: 1e-2, stacked_min_dim_size_to_factor=smallest
+    )
+    _, state = optimizer.update(random_params(config, seed=1), optimizer.init(params), params)
+    state = state._replace(count=jnp.asarray(11, jnp.int32))
+    folder = convert.write_t5x(str(tmp_path), config, params, step=11, opt_state=state)
+    back = convert.read_t5x_optimizer(folder, config)
+    assert int(back.count) == 11
+    for field in ("v_row", "v_col", "v"):
+        assert_same(getattr(back, field), getattr(state, field))
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_rewritten_checkpoint_has_t5x_own_files(shared, tmp_path, network):
+    path = checkpoint(shared, network, "native_f32")
+    config = convert.read_config(path)
+    folder = convert.write_t5x(
+        str(tmp_path),
+        config,
+        convert.read_params(path, config),
+        step=3,
+        opt_state=convert.read_t5x_optimizer(path, config),
+    )
+    ours, theirs = read_native(folder), read_native(path)
+    assert ours.keys() == theirs.keys()
+    for name, (array, place) in theirs.items():
+        np.testing.assert_array_equal(ours[name][0], array, name)
+        assert (ours[name][0].dtype, ours[name][1]) == (array.dtype, place), name
+
+
+def read_native(folder):
+    """An independent reader of T5X's format: every array, and whether it is a folder."""
+
+    def extension(code, data):
+        shape, dtype, buffer = msgpack.unpackb(data)
+        return np.frombuffer(buffer, dtype).reshape(shape)
+
+    with open(f"{folder}/checkpoint", "rb") as file:
+        index = msgpack.unpackb(file.read(), ext_hook=extension)
+    assert index["version"] == 3
+    found = {}
+
+    def visit(node, name):
+        if not isinstance(node, dict):
+            found[name] = (node, "msgpack")
+        elif "driver" in node:
+            assert node["kvstore"] == {"driver": "file", "path": f"{name}/"}
+            found[name] = (read_zarr(f"{folder}/{name}", node), "zarr")
+        else:
+            for key, child in node.items():
+                visit(child, f"{name}.{key}" if name else key)
+
+    visit(index["optimizer"], "")
+    return found
+
+
+def read_zarr(folder, spec):
+    with open(f"{folder}/.zarray") as file:
+        metadata = json.load(file)
+    assert metadata["zarr_format"] == 2
+    assert metadata["compressor"] == {"id": "gzip", "level": 1}
+    for field in ("shape", "chunks", "compressor"):
+        assert spec["metadata"][field] == metadata[field]
+    dtype = np.dtype(ml_dtypes.bfloat16 if metadata["dtype"] == "bfloat16" else metadata["dtype"])
+    assert dtype.name == spec["dtype"]
+    shape, chunks = metadata["shape"], metadata["chunks"]
+    out = np.zeros(shape, dtype)
+    for position in np.ndindex(
+        *[-(-size // step) for size, step in zip(shape, chunks, strict=True)]
+    ):
+        name = ".".join(map(str, position))
+        with gzip.open(f"{folder}/{name}") as file:
+            chunk = np.frombuffer(file.read(), dtype).reshape(chunks)
+        where = tuple(slice(p * c, (p + 1) * c) for p, c in zip(position, chunks, strict=True))
+        out[where] = chunk[tuple(slice(0, size) for size in out[where].shape)]
+    return out
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_independent_reader_reads_what_is_written(tmp_path, monkeypatch, dtype):
+    monkeypatch.setattr(t5x_write, "_LARGEST_CHUNK", 600)  # several chunks an array
+    params = random_params(TIED)
+    folder = convert.write_t5x(str(tmp_path), TIED, params, step=2, dtype=dtype)
+    found = read_native(folder)
+    assert found.pop("state.step")[0] == 2
+    kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32
+    for path, leaf in flatten(params).items():
+        rows = [leaf]
+        names = [f"target.{path.replace('/', '.')}"]
+        if "/layers/" in path:
+            rows = list(leaf)
+            names = [names[0].replace("layers", f"layers_{i}") for i in range(len(leaf))]
+        for name, row in zip(names, rows, strict=True):
+            np.testing.assert_array_equal(found.pop(name)[0], np.asarray(row).astype(kind), name)
+    assert not found
+    assert len(list((tmp_path / "checkpoint_2/target.token_embedder.embedding").iterdir())) > 3
+    cast = jax.tree.map(lambda x: x.astype(kind).astype(jnp.float32), params)
+    assert_same(convert.read_params(folder, TIED), cast)
+
+
+def test_orbax_with_a_msgpack_index(shared, tmp_path):
+    """The layout of 2023: T5X's arrays under `state`, with placeholders for leaves."""
+    path = checkpoint(shared, "t5", "native_f32")
+    root = tmp_path / "checkpoint_3" / "state"
+    root.mkdir(parents=True)
+    tree = {}
+    for source in (shared / "t5x_checkpoints/t5_native_f32/checkpoint_3").iterdir():
+        if source.is_dir():
+            target = root / source.name
+            target.mkdir()
+            for file in source.iterdir():
+                (target / file.name).write_bytes(file.read_bytes())
+            node = tree
+            *parents, leaf = source.name.split(".")
+            for parent in parents:
+                node = node.setdefault(parent, {})
+            node[leaf] = f"PLACEHOLDER://{source.name}"
+    (root / "checkpoint").write_bytes(msgpack.packb(tree))
+    found = str(tmp_path / "checkpoint_3")
+    assert convert.detect(found) == "t5x_orbax_msgpack"
+    config = convert.read_config(path)
+    assert convert.read_config(found) == config
+    assert_same(convert.read_params(found, config), convert.read_params(path, config))
+
+
+def test_writers_refuse_what_is_there(tmp_path):
+    params = random_params(TIED)
+    (tmp_path / "hf").mkdir()
+    with pytest.raises(ValueError, match="exists already"):
+        convert.write_hf(str(tmp_path / "hf"), TIED, params)
+    convert.write_t5x(str(tmp_path), TIED, params, step=1)
+    with pytest.raises(ValueError, match="exists already"):
+        convert.write_t5x(str(tmp_path), TIED, params, step=1)
+    with pytest.raises(ValueError, match="local folder"):
+        convert.write_hf("gs://bucket/hf", TIED, params)
+    with pytest.raises(ValueError, match="float16"):
+        convert.write_t5x(str(tmp_path), TIED, params, step=2, dtype="float16")
+
+
+def test_a_failed_writing_leaves_nothing(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        convert.write_hf(
+            str(tmp_path / "hf"), TIED, random_params(TIED), tokenizer_files=[tmp_path / "absent"]
+        )
+    assert not list(tmp_path.iterdir())
