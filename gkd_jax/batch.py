@@ -3,14 +3,13 @@
 Axes: B batch, S source length, T target length.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from jaxtyping import Array, Float, Int
-import numpy as np
+from jaxtyping import Float, Int
 
 
 class Batch(NamedTuple):
-    """One global batch.
+    """One global batch, of JAX or NumPy arrays.
 
     Inputs are padded with id 0, which the encoder masks. Targets are masked by `weights` alone: a
     student can emit any id, so `targets > 0` says nothing about where a sequence ends.
@@ -21,6 +20,6 @@ class Batch(NamedTuple):
         weights: 1.0 where a target token counts (EOS included), 0.0 elsewhere.
     """
 
-    inputs: Int[Array | np.ndarray, "B S"]
-    targets: Int[Array | np.ndarray, "B T"]
-    weights: Float[Array | np.ndarray, "B T"]
+    inputs: Int[Any, "B S"]
+    targets: Int[Any, "B T"]
+    weights: Float[Any, "B T"]

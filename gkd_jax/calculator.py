@@ -15,7 +15,8 @@ Number = Fraction
 _MAX_DIGITS = 18
 _MAX_LEXEMES = 64
 _MAX_DEPTH = 16
-_NUMBER = r"\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![\d,]*\d)|\d+(?:\.\d+)?|\.\d+"
+# At most six groups, and no look-ahead over many: the time must stay linear in any text.
+_NUMBER = r"\d{1,3}(?:,\d{3}){1,6}(?:\.\d+)?(?!,?\d)|\d+(?:\.\d+)?|\.\d+"
 # A letter x is a times sign only before a number: not in "box" or "2x + 3".
 _LEXEME = re.compile(
     rf"(?P<number>[$€£]?(?:{_NUMBER})%?)|(?P<operator>[-+*/\u00d7\u00f7\u2212()]|(?<![A-Za-z])x(?=\s*[$€£\d(.]))"

@@ -96,7 +96,7 @@ class Checkpoints:
 
     def restore(self, step: int, target: TrainState, stream: TrainIterator) -> TrainState:
         """The state at a step, laid out as `target` (arrays or placed `ShapeDtypeStruct`s)."""
-        restored = self._orbax.restore(
+        restored: Any = self._orbax.restore(
             step,
             args=ocp.args.Composite(
                 params=ocp.args.StandardRestore(target.params),

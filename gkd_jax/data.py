@@ -7,18 +7,19 @@ stream's position is part of every checkpoint, so that a resumed run sees the ne
 
 from collections.abc import Iterator, Mapping
 import dataclasses
+import functools
 import pathlib
 from typing import Any, NamedTuple
 
-from jax.sharding import Mesh
 import jax
+from jax.sharding import Mesh
 import numpy as np
 import seqio
 import tensorflow as tf
 
 from gkd_jax import sharding, vocabularies
 from gkd_jax.batch import Batch
-from gkd_jax.tasks import folder, jsonl
+from gkd_jax.tasks import folder, jsonl  # pyright: ignore[reportMissingImports]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -137,7 +138,7 @@ class TrainIterator:
             num_epochs=1 if limited else None,
             try_in_mem_cache=False,
         )
-        if limited:
+        if config.num_examples is not None:
             dataset = dataset.take(config.num_examples)
             dataset = dataset.shuffle(
                 min(config.num_examples, 50_000), seed=config.seed, reshuffle_each_iteration=True
@@ -200,14 +201,11 @@ def _batched(dataset: tf.data.Dataset, config: DataConfig) -> tf.data.Dataset:
             # One element type for all buckets: the sizes differ, so they are left open here.
             return batch.map(_any_shape)
 
-        choices = tf.data.Dataset.from_tensors(0)
-        result = None
-        for index, shape in enumerate(shapes):
-            chosen = choices.filter(lambda _, i=index: key == i).flat_map(
-                lambda _, s=shape: branch(s)
-            )
-            result = chosen if result is None else result.concatenate(chosen)
-        return result
+        def chosen(index):
+            is_it = tf.data.Dataset.from_tensors(0).filter(lambda _: key == index)
+            return is_it.flat_map(lambda _: branch(shapes[index]))
+
+        return functools.reduce(lambda a, b: a.concatenate(b), map(chosen, range(len(shapes))))
 
     return dataset.group_by_window(
         key_func=bucket, reduce_func=reduce, window_size=config.batch_size
@@ -236,7 +234,11 @@ def eval_batches(
 ) -> Iterator[EvalBatch]:
     """A split in its own order, once, in batches of one shape."""
     dataset = task.get_dataset(
-        dict(feature_lengths), split=split, use_cached=use_cached, shuffle=False, num_epochs=1,
+        dict(feature_lengths),
+        split=split,
+        use_cached=use_cached,
+        shuffle=False,
+        num_epochs=1,
         try_in_mem_cache=False,
     )
     if num_examples is not None:

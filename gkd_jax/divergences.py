@@ -74,7 +74,7 @@ def jsd(
 
 
 def total_variation(student_logits: Logits, teacher_logits: Logits) -> PerToken:
-    """Half the L1 distance between P and Q, in [0, 1]: f-distill's divergence (Wen et al., 2023)."""
+    """Half the L1 distance of P and Q, in [0, 1]: f-distill's divergence (Wen et al., 2023)."""
     q, p = (jnp.exp(_log_softmax(x)) for x in (student_logits, teacher_logits))
     return 0.5 * jnp.sum(jnp.abs(p - q), axis=-1)
 

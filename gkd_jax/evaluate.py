@@ -112,7 +112,8 @@ def score(task: seqio.Task, rows: list[Row]) -> dict[str, float]:
     ]
     values: dict[str, float] = {}
     for metric_fn in task.metric_fns:
-        values.update({name: float(value) for name, value in metric_fn(targets, guesses).items()})
+        results: Mapping[str, Any] = metric_fn(targets, guesses)
+        values.update({name: float(value) for name, value in results.items()})
     return values
 
 

@@ -15,7 +15,7 @@ P is the teacher, Q the student. Axes: B batch, S source, T target, V vocabulary
 
 from collections.abc import Callable
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -161,6 +161,7 @@ def per_token_loss(
             student_logits, batch.targets, label_smoothing=config.label_smoothing
         )
     assert models.teacher is not None
+    assert teacher_params is not None
     teacher_logits = t5.logits(models.teacher, teacher_params, batch)
     teacher_logits = mask_tail(teacher_logits / config.teacher_temperature, models.num_pieces)
     return config.divergence(student_logits, jax.lax.stop_gradient(teacher_logits))
@@ -203,7 +204,8 @@ def update(
     count = jnp.maximum(count, 1.0)  # a batch without any target: loss 0, gradient 0
     grads = jax.tree.map(lambda g: g / count, grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    state = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
+    params: Any = optax.apply_updates(state.params, updates)
+    state = TrainState(state.step + 1, params, opt_state)
 
     num_tokens = jnp.maximum(jnp.sum(batch.weights), 1.0)
     num_sequences = jnp.maximum(jnp.sum(jnp.any(batch.weights > 0, axis=1)), 1.0)

@@ -12,6 +12,7 @@ import pathlib
 import re
 import sys
 import traceback
+from typing import Any
 
 from absl import flags
 
@@ -111,9 +112,7 @@ def _set_up(values: flags.FlagValues) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     tf.config.set_visible_devices([], "GPU")
     if values.tfds_data_dir:
-        if not values.tfds_data_dir.startswith("gs://") and not os.path.isdir(
-            values.tfds_data_dir
-        ):
+        if not values.tfds_data_dir.startswith("gs://") and not os.path.isdir(values.tfds_data_dir):
             raise UsageError(f"--tfds_data_dir: no folder {values.tfds_data_dir!r}")
         import seqio
 
@@ -124,7 +123,6 @@ def _parse_gin(values: flags.FlagValues, bindings: list[str]) -> None:
     """Files first, then the command line under the files' imports, so that it can name what they
     name (`--gin.DIVERGENCE=@divergences.reverse_kl`)."""
     import gin
-
     import gkd_jax
 
     package = pathlib.Path(gkd_jax.__file__).parent
@@ -141,9 +139,7 @@ def _parse_gin(values: flags.FlagValues, bindings: list[str]) -> None:
         line for line in gin.config_str().splitlines() if line.startswith(("import ", "from "))
     ]
     header = "\n".join(["from __gin__ import dynamic_registration", *dict.fromkeys(imports)])
-    header = re.sub(
-        r"(from __gin__ import dynamic_registration\n)+", r"\1", header + "\n", count=1
-    )
+    header = re.sub(r"(from __gin__ import dynamic_registration\n)+", r"\1", header + "\n", count=1)
     for binding in bindings:
         name = binding.split(" = ")[0]
         if "." not in name:
@@ -151,9 +147,9 @@ def _parse_gin(values: flags.FlagValues, bindings: list[str]) -> None:
         try:
             gin.parse_config(header + binding)
         except Exception as error:
-            raise UsageError(f"--gin.{binding.replace(' = ', '=', 1)}: {_one_message(error)}") from (
-                error
-            )
+            raise UsageError(
+                f"--gin.{binding.replace(' = ', '=', 1)}: {_one_message(error)}"
+            ) from (error)
 
 
 def _check_macro(name: str) -> None:
@@ -179,7 +175,6 @@ def _check_macro(name: str) -> None:
 
 def _train(values: flags.FlagValues) -> None:
     import gin
-
     from gkd_jax import metrics, train
 
     run = gin.get_configurable(train.run)
@@ -187,7 +182,7 @@ def _train(values: flags.FlagValues) -> None:
     if not phases:
         run(dry_run=values.dry_run, config_text=gin.operative_config_str)
         return
-    root = pathlib.Path(_macro("MODEL_DIR", None))
+    root = pathlib.Path(str(_macro("MODEL_DIR", "")))
     pending = frozenset(str(root / phase) for phase in phases if values.dry_run)
     for phase in phases:
         print(f"\n=== {phase} ===", file=sys.stderr)
@@ -205,7 +200,6 @@ def _train(values: flags.FlagValues) -> None:
 
 def _eval(values: flags.FlagValues) -> None:
     import gin
-
     from gkd_jax import infer
 
     gin.get_configurable(infer.evaluate_checkpoint)(dry_run=values.dry_run)
@@ -213,13 +207,12 @@ def _eval(values: flags.FlagValues) -> None:
 
 def _infer(values: flags.FlagValues) -> None:
     import gin
-
     from gkd_jax import infer
 
     gin.get_configurable(infer.run)(dry_run=values.dry_run)
 
 
-def _macro(name: str, default):
+def _macro(name: str, default: Any) -> Any:
     import gin
 
     try:

@@ -124,7 +124,7 @@ def adafactor(
         rows, cols, full = _transpose(jax.tree_util.tree_map_with_path(leaf, params), params, 3)
         return AdafactorState(jnp.zeros((), jnp.int32), rows, cols, full)
 
-    def update(grads, state, params):
+    def update(updates, state, params=None):
         decay = 1.0 - (state.count.astype(jnp.float32) + 1.0) ** -decay_rate
         rate = schedule(state.count)
 
@@ -154,10 +154,10 @@ def adafactor(
             return (jax.vmap(run) if stacked else run)(grad, param, v_row, v_col, v)
 
         results = jax.tree_util.tree_map_with_path(
-            leaf, grads, params, state.v_row, state.v_col, state.v
+            leaf, updates, params, state.v_row, state.v_col, state.v
         )
-        updates, rows, cols, full = _transpose(results, grads, 4)
-        return updates, AdafactorState(state.count + 1, rows, cols, full)
+        steps, rows, cols, full = _transpose(results, updates, 4)
+        return steps, AdafactorState(state.count + 1, rows, cols, full)
 
     return _clipped(optax.GradientTransformation(init, update), max_grad_norm)
 

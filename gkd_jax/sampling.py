@@ -114,7 +114,9 @@ def sample(
         encoded = t5.encode(config, params, inputs)
     cache = t5.init_cache(config, params, encoded, max_length)
     allowed = _allowed(config.vocab_size, sampling.banned_ids)
-    uniforms = None if sampling.temperature == 0 else row_uniforms(key, batch_size, max_length)
+    uniforms = jnp.zeros((max_length, batch_size))  # greedy needs none
+    if key is not None:
+        uniforms = row_uniforms(key, batch_size, max_length)
 
     def not_all_ended(loop: _Loop):
         return (loop.cache.position < max_length) & ~jnp.all(loop.ended)

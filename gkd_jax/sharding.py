@@ -64,7 +64,7 @@ class MeshConfig:
         return data, fsdp, tensor
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over all devices (or those given), laid out for the interconnect where it matters."""
     devices = jax.devices() if devices is None else devices
     sizes = config.sizes(len(devices))

@@ -313,7 +313,8 @@ def run(
         print(f"resumed from step {start} of {model_dir}", file=sys.stderr)
     teacher_params = None
     if program.teacher is not None:
-        assert teacher is not None and program.models.teacher is not None
+        assert teacher is not None
+        assert program.models.teacher is not None
         key = jax.random.key(trainer.seed + 1)
         teacher_params = pretrained.initial_params(
             teacher, program.models.teacher, program.teacher, key, "teacher"

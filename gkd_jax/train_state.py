@@ -36,7 +36,7 @@ def abstract(config: t5.T5Config, optimizer: optax.GradientTransformation) -> Tr
     return jax.eval_shape(lambda params: create(params, optimizer), t5.abstract_params(config))
 
 
-def shardings(state: TrainState, mesh: Mesh, rules: sharding.Rules = sharding.RULES) -> TrainState:
+def shardings(state: TrainState, mesh: Mesh, rules: sharding.Rules = sharding.RULES) -> Any:
     """Where each array of an abstract state lives.
 
     An optimizer's array whose path ends in a parameter's path lies as that parameter does; where it
@@ -63,8 +63,9 @@ def shardings(state: TrainState, mesh: Mesh, rules: sharding.Rules = sharding.RU
         return (None,) * leaf.ndim
 
     opt = jax.tree_util.tree_map_with_path(opt_axes, state.opt_state)
+    where: Any = sharding.replicated(mesh)
     return TrainState(
-        step=sharding.replicated(mesh),
+        step=where,
         params=sharding.tree_shardings(state.params, axes, mesh, rules),
         opt_state=sharding.tree_shardings(state.opt_state, opt, mesh, rules),
     )

@@ -30,7 +30,7 @@ def _dataset(split: str, shuffle_files: bool, seed: int | None = None) -> tf.dat
     rows = jsonl.parse(lines, os.path.join(data_dir, FILES[split]), ("source", "target"))
     return tf.data.Dataset.from_tensor_slices(
         {
-            "inputs": [PREFIX + " ".join(row["source"]) for row in rows],
+            "inputs": [PREFIX + _clean(" ".join(row["source"])) for row in rows],
             "targets": [_clean(row["target"][0]) for row in rows],
             # One string: examples have different numbers of references.
             "references": [json.dumps([_clean(text) for text in row["target"]]) for row in rows],

@@ -210,6 +210,27 @@ def test_a_cut_chunk_is_refused(native, part):
         read(native)
 
 
+def test_a_flipped_bit_in_a_chunk_is_never_read(native):
+    file = native / KERNEL / "0.0"
+    config = convert.read_config(str(native))
+    expected = convert.read_params(str(native), config)["encoder"]["layers"]["mlp"]["wi_0"]
+    data = file.read_bytes()
+    rng = np.random.default_rng(0)
+    messages = []
+    for _ in range(15):
+        damaged = bytearray(data)
+        damaged[int(rng.integers(len(data)))] ^= 1 << int(rng.integers(8))
+        file.write_bytes(bytes(damaged))
+        try:
+            found = convert.read_params(str(native), config)["encoder"]["layers"]["mlp"]["wi_0"]
+        except ValueError as error:
+            messages.append(str(error))
+        else:  # gzip's header has a few bits that do not matter
+            np.testing.assert_array_equal(found["kernel"], expected["kernel"])
+    assert len(messages) > 10
+    assert all(KERNEL in message for message in messages)
+
+
 def test_every_cut_of_the_index_is_refused(native):
     file = native / "checkpoint"
     data = file.read_bytes()
@@ -418,7 +439,7 @@ def test_other_folders(tmp_path, native):
     with pytest.raises(ValueError, match="checkpoint_5: give one of these"):
         convert.detect(str(native.parent))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="Looked for .*model.safetensors.*manifest.ocdbt"):
+    with pytest.raises(ValueError, match=r"Looked for .*model\.safetensors.*manifest\.ocdbt"):
         convert.detect(str(tmp_path / "empty"))
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     assert convert.detect(str(tmp_path / "run")) == "gkd"

@@ -20,8 +20,8 @@ SIZES = {
     "d_model": 32,
     "d_kv": 12,
     "d_ff": 40,
-    "num_layers": 2,
-    "num_decoder_layers": 3,
+    "num_layers": 3,
+    "num_decoder_layers": 2,  # transformers' cache cannot hold more than num_layers
     "num_heads": 3,
     "relative_attention_num_buckets": 8,
     "relative_attention_max_distance": 20,

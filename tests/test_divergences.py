@@ -187,9 +187,7 @@ def test_unit_scale_divides_by_beta_times_one_minus_beta(beta):
     rng = np.random.default_rng(5)
     x, y = rng.normal(0, 2, (2, 6, 9)).astype(np.float32)
     expected = np.asarray(divergences.jsd(x, y, beta=beta)) / (beta * (1 - beta))
-    np.testing.assert_allclose(
-        divergences.jsd(x, y, beta=beta, scale="unit"), expected, rtol=1e-6
-    )
+    np.testing.assert_allclose(divergences.jsd(x, y, beta=beta, scale="unit"), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("beta", [0.0, 1.0, -0.1, 1.5, float("nan")])
@@ -230,7 +228,7 @@ def test_ids_that_one_excludes(name, excluded_by):
     """Finite divergences keep their value; an infinite KL costs 1e4 nats times the probability."""
     rng = np.random.default_rng(7)
     student, teacher = rng.normal(0, 1, (2, 4, 6)).astype(np.float32)
-    one_sided = (student if excluded_by == "student" else teacher)
+    one_sided = student if excluded_by == "student" else teacher
     one_sided[:, 1] = -np.inf
     q, p = (special.softmax(x.astype(np.float64), axis=-1) for x in (student, teacher))
     if name == "total_variation" or name.startswith("jsd"):

@@ -132,8 +132,8 @@ def test_cross_entropy_of_bfloat16_logits_is_float32():
     targets = np.array([[4, 299]], np.int32)
     got = losses.cross_entropy(logits, targets)
     exact = np.asarray(logits, np.float64)
-    expected = np.log(np.exp(exact).sum(-1)) - np.take_along_axis(exact, targets[..., None], -1)[
-        ..., 0
-    ]
+    expected = (
+        np.log(np.exp(exact).sum(-1)) - np.take_along_axis(exact, targets[..., None], -1)[..., 0]
+    )
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, expected, rtol=1e-6)

@@ -1,7 +1,8 @@
 from fractions import Fraction
 import math
 
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 import pytest
 from rouge_score import rouge_scorer
 import sacrebleu

@@ -48,7 +48,7 @@ def read_params(
     path: str,
     config: t5.T5Config,
     *,
-    dtype: str | None = "float32",
+    dtype: Any | None = "float32",
     shardings: Any | None = None,
 ) -> t5.Params:
     """The parameters of a Hugging Face or T5X checkpoint.
@@ -58,7 +58,7 @@ def read_params(
     Args:
         path: the checkpoint's folder.
         config: the sizes to expect, as from `read_config`.
-        dtype: in memory: "float32", "bfloat16", or None for the stored one.
+        dtype: in memory: "float32" or "bfloat16", by name or as a dtype; None for the stored one.
         shardings: a tree like the parameters with a `jax.sharding.Sharding` at each leaf; None puts
             everything on the default device.
 

@@ -33,6 +33,18 @@ _ARCHITECTURES = {
     "mt5": "MT5ForConditionalGeneration",
     "umt5": "UMT5ForConditionalGeneration",
 }
+_SIZES = {
+    "vocab_size": "vocab_size",
+    "d_model": "d_model",
+    "num_heads": "num_heads",
+    "d_kv": "head_dim",
+    "d_ff": "d_ff",
+    "num_layers": "num_encoder_layers",
+    "num_decoder_layers": "num_decoder_layers",
+    "relative_attention_num_buckets": "relpos_buckets",
+    "relative_attention_max_distance": "relpos_max_distance",
+}
+_DEFAULTS = {"relative_attention_num_buckets": 32, "relative_attention_max_distance": 128}
 _MT5_VOCAB_SIZE = 250_112
 _ROWS = 4096  # compared at a time
 
@@ -65,26 +77,31 @@ def read_config(path: str) -> t5.T5Config:
     absent = [name for name in needed if name not in fields]
     if absent:
         raise ValueError(f"{folder}/config.json lacks {', '.join(absent)}")
-    decoder_layers = fields.get("num_decoder_layers")
     try:
         return t5.T5Config(
-            vocab_size=fields["vocab_size"],
-            d_model=fields["d_model"],
-            num_heads=fields["num_heads"],
-            head_dim=fields["d_kv"],
-            d_ff=fields["d_ff"],
-            num_encoder_layers=fields["num_layers"],
-            num_decoder_layers=fields["num_layers"] if decoder_layers is None else decoder_layers,
+            **_numbers(fields),
             mlp_activations=_ACTIVATIONS[activations],
             tie_embeddings=not _has_own_head(_open_weights(folder)),
             scale_logits=_is_scaled(fields),
-            relpos_buckets=fields.get("relative_attention_num_buckets", 32),
-            relpos_max_distance=fields.get("relative_attention_max_distance", 128),
             per_layer_relpos=kind == "umt5",
-            layer_norm_epsilon=fields.get("layer_norm_epsilon", 1e-6),
         )
     except ValueError as error:
         raise ValueError(f"{folder}/config.json: {error}") from error
+
+
+def _numbers(fields: dict[str, Any]) -> dict[str, Any]:
+    """The sizes by our names, of the right type."""
+    numbers = {ours: fields.get(theirs, _DEFAULTS.get(theirs)) for theirs, ours in _SIZES.items()}
+    if numbers["num_decoder_layers"] is None:
+        numbers["num_decoder_layers"] = fields["num_layers"]
+    for theirs, ours in _SIZES.items():
+        number = numbers[ours]
+        if type(number) is not int or number < 1:
+            raise ValueError(f"{theirs} must be a positive integer, got {number!r}")
+    epsilon = fields.get("layer_norm_epsilon", 1e-6)
+    if type(epsilon) is not float or not 0 < epsilon < 1:
+        raise ValueError(f"layer_norm_epsilon must be a number in (0, 1), got {epsilon!r}")
+    return {**numbers, "layer_norm_epsilon": epsilon}
 
 
 def open_model(path: str, config: t5.T5Config) -> tuple[Layout, dict[str, Stored]]:
@@ -227,16 +244,8 @@ def _config_fields(config: t5.T5Config, dtype: str) -> dict[str, Any]:
     return {
         "architectures": [_ARCHITECTURES[kind]],
         "model_type": kind,
-        "vocab_size": config.vocab_size,
-        "d_model": config.d_model,
-        "num_heads": config.num_heads,
-        "d_kv": config.head_dim,
-        "d_ff": config.d_ff,
-        "num_layers": config.num_encoder_layers,
-        "num_decoder_layers": config.num_decoder_layers,
+        **{theirs: getattr(config, ours) for theirs, ours in _SIZES.items()},
         "feed_forward_proj": names[config.mlp_activations],
-        "relative_attention_num_buckets": config.relpos_buckets,
-        "relative_attention_max_distance": config.relpos_max_distance,
         "layer_norm_epsilon": config.layer_norm_epsilon,
         "dropout_rate": config.dropout_rate,
         "initializer_factor": 1.0,

@@ -88,7 +88,7 @@ def _scanned_part(config: t5.T5Config, names: list[str], shape: tuple[int, ...])
     """Layers on axis 1, and the joined heads as two dimensions."""
     stored_name = ".".join(names[0] if name == "layers" else name for name in names)
     heads = (config.num_heads, config.head_dim)
-    sizes = [(size,) for size in shape[1:]]
+    sizes: list[tuple[int, ...]] = [(size,) for size in shape[1:]]
     if names[-2] in ("query", "key", "value"):
         sizes[1] = heads
     elif names[-2] == "out":

@@ -102,10 +102,11 @@ def _join_chunks(node: Any, depth: int) -> Any:
     if not isinstance(shape, dict) or not isinstance(chunks, dict):
         raise ValueError("a split array must have a shape and chunks")
     sizes = _shape([shape.get(str(axis)) for axis in range(len(shape))])
-    pieces = [chunks.get(str(number)) for number in range(len(chunks))]
-    if not pieces or not all(isinstance(piece, np.ndarray) for piece in pieces):
+    found = [chunks.get(str(number)) for number in range(len(chunks))]
+    pieces = [piece.ravel() for piece in found if isinstance(piece, np.ndarray)]
+    if not found or len(pieces) != len(found):
         raise ValueError("a split array's chunks must be arrays")
-    joined = np.concatenate([np.ravel(piece) for piece in pieces])
+    joined = np.concatenate(pieces)
     if joined.size != math.prod(sizes):
         raise ValueError(f"a split array of shape {sizes} has {joined.size} numbers")
     return joined.reshape(sizes)

@@ -49,15 +49,16 @@ def whole(shape: tuple[int, ...]) -> Index:
     return tuple(slice(0, size) for size in shape)
 
 
-def as_dtype(dtype: str) -> np.dtype:
-    """The NumPy dtype of "float32" or "bfloat16".
+def as_dtype(dtype: Any) -> np.dtype:
+    """The NumPy dtype of "float32" or "bfloat16", by name or as a dtype.
 
     Raises:
-        ValueError: for another name.
+        ValueError: for another one.
     """
-    if dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"dtype must be 'float32' or 'bfloat16', got {dtype!r}")
-    return BFLOAT16 if dtype == "bfloat16" else np.dtype(np.float32)
+    name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
+    if name not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype must be 'float32' or 'bfloat16', got {name!r}")
+    return BFLOAT16 if name == "bfloat16" else np.dtype(np.float32)
 
 
 def check(
@@ -92,7 +93,7 @@ def check(
 
 
 def read_tree(
-    layout: Layout, arrays: dict[str, Stored], dtype: str | None, shardings: Any | None
+    layout: Layout, arrays: dict[str, Stored], dtype: Any | None, shardings: Any | None
 ) -> t5.Params:
     """Reads every parameter; each process only what its own devices hold.
 

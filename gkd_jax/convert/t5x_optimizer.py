@@ -111,8 +111,8 @@ def _read_part(part: Part, arrays: dict[str, Stored], key: str, *, scanned: bool
         return _Moments(empty, empty, to_ours(read("v"), part.axes))
     for first, second, swapped in _factorings(part, key, scanned=scanned):
         if shapes == (first.shape, second.shape, _UNUSED):
-            pair = to_ours(read("v_row"), first.axes), to_ours(read("v_col"), second.axes)
-            return _Moments(*(pair[::-1] if swapped else pair), empty)
+            row, col = to_ours(read("v_row"), first.axes), to_ours(read("v_col"), second.axes)
+            return _Moments(col, row, empty) if swapped else _Moments(row, col, empty)
     raise ValueError(f"{name}: v_row, v_col, v {shapes} do not fit a parameter of {part.shape}")
 
 

@@ -72,7 +72,8 @@ def write_t5x(
                 )
         tree = unflatten(index, separator=".")
         tree["state"].setdefault(PARAM_STATES, {})
-        (folder / "checkpoint").write_bytes(msgpack.packb({"version": 3, "optimizer": tree}))
+        with (folder / "checkpoint").open("wb") as file:
+            msgpack.pack({"version": 3, "optimizer": tree}, file)
     return target
 
 

@@ -2,10 +2,9 @@
 
 from collections.abc import Iterator
 import contextlib
-import os
 import pathlib
+import secrets
 import shutil
-import tempfile
 from typing import Any
 
 
@@ -22,20 +21,14 @@ def complete_folder(path: str) -> Iterator[pathlib.Path]:
     if final.exists():
         raise ValueError(f"output {path} exists already: give a new folder")
     final.parent.mkdir(parents=True, exist_ok=True)
-    folder = pathlib.Path(tempfile.mkdtemp(prefix=f"{final.name}.tmp-", dir=final.parent))
+    folder = final.with_name(f"{final.name}.tmp-{secrets.token_hex(4)}")
+    folder.mkdir()
     try:
-        folder.chmod(0o777 & ~_umask())
         yield folder
         folder.rename(final)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def check_on_this_host(leaves: dict[str, Any]) -> None:

@@ -273,13 +273,14 @@ def encode(
     mask_bias = layers.padding_bias(mask)
     position_bias = None
     if not config.per_layer_relpos:
-        position_bias = _relpos(config, "encoder").apply(
-            {"params": stack["relpos_bias"]}, inputs.shape[1], inputs.shape[1]
+        position_bias = _apply(
+            _relpos(config, "encoder"), stack["relpos_bias"], inputs.shape[1], inputs.shape[1]
         )
 
     def run_layer(x, layer_params, key):
-        return layer.apply(
-            {"params": layer_params},
+        return _apply(
+            layer,
+            layer_params,
             x,
             position_bias,
             mask_bias,
@@ -319,13 +320,12 @@ def hidden(
     position_bias = None
     if not config.per_layer_relpos:
         length = batch.targets.shape[1]
-        position_bias = _relpos(config, "decoder").apply(
-            {"params": stack["relpos_bias"]}, length, length
-        )
+        position_bias = _apply(_relpos(config, "decoder"), stack["relpos_bias"], length, length)
 
     def run_layer(x, layer_params, key):
-        return layer.apply(
-            {"params": layer_params},
+        return _apply(
+            layer,
+            layer_params,
             x,
             encoded.states,
             position_bias,
@@ -360,11 +360,7 @@ def apply_head(
     """Hidden states to float32 logits."""
     if config.scale_logits:
         states = states * config.d_model**-0.5
-    out = jnp.dot(
-        states.astype(config.dtype),
-        head_kernel(config, params).astype(config.dtype),
-        preferred_element_type=jnp.float32,
-    )
+    out = layers.project(states, head_kernel(config, params), config.dtype)
     if out.ndim == 3:
         out = constrain(out, ("batch", "length", "vocab"))
     return out
@@ -397,17 +393,17 @@ def init_cache(config: T5Config, params: Params, encoded: Encoded, length: int) 
     stack, layer = params["decoder"], _decoder_layer(config)
 
     def project(layer_params):
-        return layer.apply({"params": layer_params}, encoded.states, method="cross_keys_values")
+        return _apply(layer, layer_params, encoded.states, method="cross_keys_values")
 
     cross_keys, cross_values = jax.lax.map(project, stack["layers"])
     if config.per_layer_relpos:
 
         def layer_bias(layer_params):
-            return layer.apply({"params": layer_params}, length, method="position_bias")[0]
+            return _apply(layer, layer_params, length, method="position_bias")[0]
 
         bias = jax.vmap(layer_bias)(stack["layers"])
     else:
-        bias = _relpos(config, "decoder").apply({"params": stack["relpos_bias"]}, length, length)
+        bias = _apply(_relpos(config, "decoder"), stack["relpos_bias"], length, length)
     shape = (config.num_decoder_layers, encoded.states.shape[0], config.num_heads, length)
     empty = jnp.zeros((*shape, config.head_dim), config.dtype)
     empty = constrain(empty, ("layers", "batch", "heads", "length", "kv"))
@@ -428,8 +424,9 @@ def decode_step(
         # The self-attention cache is carried whole and updated in place, one token a layer.
         x, self_keys, self_values = carry
         layer_params, cross_keys, cross_values, index = layer_inputs
-        x, keys, values = layer.apply(
-            {"params": layer_params},
+        x, keys, values = _apply(
+            layer,
+            layer_params,
             x,
             lax.dynamic_index_in_dim(self_keys, index, keepdims=False),
             lax.dynamic_index_in_dim(self_values, index, keepdims=False),
@@ -495,9 +492,14 @@ def _run_stack(
     return x
 
 
+def _apply(module: nn.Module, params: Params, *args: Any, **options: Any) -> Any:
+    """`module.apply`, whose result Flax types as anything with or without mutated variables."""
+    return module.apply({"params": params}, *args, **options)
+
+
 def _norm(config: T5Config, params: Params, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     norm = layers.RMSNorm(config.layer_norm_epsilon, config.dtype)
-    return norm.apply({"params": params}, x)
+    return _apply(norm, params, x)
 
 
 def _dropout(
@@ -506,7 +508,7 @@ def _dropout(
     if key is None or config.dropout_rate == 0:
         return x
     dropout = nn.Dropout(config.dropout_rate, broadcast_dims=(-2,))
-    return dropout.apply({}, x, deterministic=False, rngs={"dropout": key})
+    return _apply(dropout, {}, x, deterministic=False, rngs={"dropout": key})
 
 
 def _split(key: Key[Array, ""] | None, num: int) -> list[Any]:
@@ -533,19 +535,19 @@ def _attention(config: T5Config) -> layers.Attention:
 
 
 def _block(config: T5Config, stack: str) -> dict[str, Any]:
-    norm = dict(epsilon=config.layer_norm_epsilon, dtype=config.dtype)
-    return dict(
-        mlp=layers.MLP(
-            d_ff=config.d_ff,
-            d_model=config.d_model,
-            activations=config.mlp_activations,
-            dropout_rate=config.dropout_rate,
-            dtype=config.dtype,
-        ),
-        pre_mlp_layer_norm=layers.RMSNorm(**norm),
-        dropout=nn.Dropout(config.dropout_rate, broadcast_dims=(-2,)),
-        relpos_bias=_relpos(config, stack) if config.per_layer_relpos else None,
+    mlp = layers.MLP(
+        d_ff=config.d_ff,
+        d_model=config.d_model,
+        activations=config.mlp_activations,
+        dropout_rate=config.dropout_rate,
+        dtype=config.dtype,
     )
+    return {
+        "mlp": mlp,
+        "pre_mlp_layer_norm": layers.RMSNorm(config.layer_norm_epsilon, config.dtype),
+        "dropout": nn.Dropout(config.dropout_rate, broadcast_dims=(-2,)),
+        "relpos_bias": _relpos(config, stack) if config.per_layer_relpos else None,
+    }
 
 
 def _encoder_layer(config: T5Config) -> layers.EncoderLayer:

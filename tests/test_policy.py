@@ -1,0 +1,261 @@
+"""The rules of the code base that no linter knows, read off the syntax trees."""
+
+import ast
+from collections.abc import Iterator
+import pathlib
+
+import pytest
+
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "gkd_jax"
+
+# A module imports from rows above its own only. A package is one entry: its submodules may
+# import each other. `__init__` is `import gkd_jax` itself, the public names.
+LAYERS: tuple[tuple[str, ...], ...] = (
+    ("batch", "divergences", "losses", "optimizers", "sharding", "text_metrics"),
+    ("models",),
+    ("sampling", "beam_search", "train_state", "rewards"),
+    ("gkd", "rl", "vocabularies"),
+    ("data", "checkpoints", "convert", "metrics"),
+    ("evaluate", "infer"),
+    ("train",),
+    ("__init__",),
+    ("precompile", "bench", "report"),
+    ("main",),
+    ("__main__",),
+)
+LAYER_OF = {module: layer for layer, row in enumerate(LAYERS) for module in row}
+
+FORBIDDEN_NAMES = ("utils", "Base", "Manager", "Factory", "helper")
+MAX_FUNCTION_LINES = 60
+MAX_FILE_LINES = 450
+LONG_FUNCTIONS = {("gkd_jax/train.py", "run")}
+
+PACKAGE_FILES = sorted(PACKAGE.rglob("*.py"))
+SOURCE_FILES = PACKAGE_FILES + sorted((ROOT / "tasks").rglob("*.py"))
+
+
+def relative(path: pathlib.Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def parse(path: pathlib.Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def entry(path: str) -> str:
+    """gkd_jax/models/t5.py -> models; gkd_jax/train.py -> train."""
+    return pathlib.PurePosixPath(path).parts[1].removesuffix(".py")
+
+
+def imports(tree: ast.AST, path: str) -> Iterator[tuple[int, str, str]]:
+    """(line, module, name or "") of every import, inside functions too, made absolute."""
+    package = pathlib.PurePosixPath(path).parts[:-1]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name, ""
+        elif isinstance(node, ast.ImportFrom):
+            parents = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join([*parents, *([node.module] if node.module else [])])
+            for alias in node.names:
+                yield node.lineno, module, alias.name
+
+
+def imports_of(tree: ast.AST, path: str, package: str) -> list[str]:
+    return [
+        f"{path}:{line} imports {module}"
+        for line, module, _ in imports(tree, path)
+        if module.split(".")[0] == package
+    ]
+
+
+def gkd_jax_entry(module: str, name: str, modules: set[str]) -> str | None:
+    """The table's entry that an import reaches, or None outside gkd_jax."""
+    first, *rest = module.split(".")
+    if first != "gkd_jax":
+        return None
+    if rest:
+        return rest[0]
+    return name if name in modules else "__init__"
+
+
+def layer_violations(tree: ast.AST, path: str, modules: set[str]) -> list[str]:
+    own = entry(path)
+    found = []
+    for line, module, name in imports(tree, path):
+        target = gkd_jax_entry(module, name, modules)
+        if target is None or (target == own and path.count("/") > 1):
+            continue
+        where = f"{path}:{line}: {own} imports {target}"
+        if own not in LAYER_OF or target not in LAYER_OF:
+            found.append(f"{where}, and one of them is not in LAYERS: add it")
+        elif LAYER_OF[target] >= LAYER_OF[own]:
+            found.append(f"{where}, layer {LAYER_OF[own]} from layer {LAYER_OF[target]}")
+    return found
+
+
+def defined_names(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node.lineno, node.name
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.lineno, node.id
+
+
+def is_forbidden(name: str) -> bool:
+    # "Base" with its capital: "base" is a size of T5.
+    return any(word in (name.lower() if word.islower() else name) for word in FORBIDDEN_NAMES)
+
+
+def long_functions(tree: ast.AST, path: str) -> list[str]:
+    return [
+        f"{path}:{node.lineno}: {node.name} has {length} lines"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and (length := (node.end_lineno or node.lineno) - node.lineno + 1) > MAX_FUNCTION_LINES
+        and (path, node.name) not in LONG_FUNCTIONS
+    ]
+
+
+def executes_data(tree: ast.AST, path: str) -> list[str]:
+    """Calls of eval and exec, and what reads pickles (unpickling runs code of the file)."""
+    found = [
+        f"{path}:{line} imports {module}"
+        for line, module, _ in imports(tree, path)
+        if module.split(".")[0] in {"pickle", "cloudpickle", "dill", "joblib", "shelve"}
+    ]
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        function = ast.unparse(node.func)
+        if function.removeprefix("builtins.") in {"eval", "exec"}:
+            found.append(f"{path}:{node.lineno} calls {function}")
+        if any(keyword.arg == "allow_pickle" for keyword in node.keywords):
+            found.append(f"{path}:{node.lineno} passes allow_pickle")
+    return found
+
+
+def package_modules() -> set[str]:
+    return {entry(relative(path)) for path in PACKAGE_FILES} | set(LAYER_OF)
+
+
+def test_there_is_source_to_check():
+    assert {"gkd_jax/__init__.py", "gkd_jax/main.py"} <= {relative(path) for path in SOURCE_FILES}
+
+
+def test_every_module_has_a_layer():
+    unknown = sorted(package_modules() - set(LAYER_OF))
+    assert not unknown, f"not in LAYERS of tests/test_policy.py: add {unknown} to their row"
+
+
+def test_modules_import_from_lower_layers_only():
+    modules = package_modules()
+    found = [
+        violation
+        for path in PACKAGE_FILES
+        for violation in layer_violations(parse(path), relative(path), modules)
+    ]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("package", "allowed"), [("gin", "gkd_jax/main.py"), ("flax", "gkd_jax/models/")]
+)
+def test_gin_and_flax_stay_where_they_belong(package, allowed):
+    found = [
+        line
+        for path in SOURCE_FILES
+        if not relative(path).startswith(allowed)
+        for line in imports_of(parse(path), relative(path), package)
+    ]
+    assert not found, "\n".join(found)
+
+
+def test_gin_folder_is_no_package():
+    # With gin/__init__.py, `import gin` in the repository root finds the recipes.
+    assert (ROOT / "gin").is_dir()
+    assert not [relative(path) for path in (ROOT / "gin").rglob("__init__.py")]
+
+
+def test_names_say_what_things_are():
+    found = [relative(path) for path in SOURCE_FILES if is_forbidden(relative(path))]
+    for path in SOURCE_FILES:
+        names = defined_names(parse(path))
+        found += [f"{relative(path)}:{line}: {name}" for line, name in names if is_forbidden(name)]
+    assert not found, "\n".join(found)
+
+
+def test_functions_and_files_are_short():
+    found = [line for path in PACKAGE_FILES for line in long_functions(parse(path), relative(path))]
+    for path in PACKAGE_FILES:
+        lines = len(path.read_text(encoding="utf-8").splitlines())
+        if lines > MAX_FILE_LINES:
+            found.append(f"{relative(path)} has {lines} lines, more than {MAX_FILE_LINES}")
+    assert not found, "\n".join(found)
+
+
+def test_no_data_is_executed():
+    found = [line for path in SOURCE_FILES for line in executes_data(parse(path), relative(path))]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "violates"),
+    [
+        ("gkd_jax/gkd.py", "from gkd_jax import losses", False),
+        ("gkd_jax/gkd.py", "from gkd_jax.train import run", True),
+        ("gkd_jax/gkd.py", "def f():\n    import gkd_jax.train", True),
+        ("gkd_jax/gkd.py", "from . import rl", True),
+        ("gkd_jax/gkd.py", "from gkd_jax import Batch", True),
+        ("gkd_jax/gkd.py", "from gkd_jax import nowhere_in_the_table", True),
+        ("gkd_jax/models/t5.py", "from gkd_jax.models import layers", False),
+        ("gkd_jax/models/t5.py", "from ..gkd import update", True),
+        ("gkd_jax/__main__.py", "from gkd_jax.main import main", False),
+        ("gkd_jax/report.py", "from gkd_jax import main", True),
+        ("gkd_jax/new.py", "from gkd_jax import losses", True),
+    ],
+)
+def test_layer_rule_sees_planted_imports(path, source, violates):
+    modules = {*LAYER_OF, "nowhere_in_the_table"}
+    assert bool(layer_violations(ast.parse(source), path, modules)) == violates
+
+
+@pytest.mark.parametrize(
+    ("source", "executes"),
+    [
+        ("eval('1')", True),
+        ("builtins.exec('1')", True),
+        ("import pickle", True),
+        ("from pickle import loads", True),
+        ("np.load(f, allow_pickle=True)", True),
+        ("model.eval()", False),
+        ("evaluate.run()", False),
+    ],
+)
+def test_execution_rule_sees_planted_calls(source, executes):
+    assert bool(executes_data(ast.parse(source), "gkd_jax/x.py")) == executes
+
+
+@pytest.mark.parametrize(
+    ("name", "forbidden"),
+    [
+        ("BaseModel", True),
+        ("RunManager", True),
+        ("data_utils", True),
+        ("_helper", True),
+        ("StepFactory", True),
+        ("base", False),
+        ("t5_1_1_base", False),
+    ],
+)
+def test_name_rule_sees_planted_names(name, forbidden):
+    assert is_forbidden(name) == forbidden
+
+
+def test_length_rule_sees_a_planted_function():
+    body = "\n".join(["    x = 1"] * MAX_FUNCTION_LINES)
+    tree = ast.parse(f"def run():\n{body}\n")
+    assert long_functions(tree, "gkd_jax/infer.py")
+    assert not long_functions(tree, "gkd_jax/train.py")
