@@ -61,7 +61,8 @@ def correct(text: str) -> str:
 
     A corrected result replaces the wrong number in what follows too, so that later steps and the
     answer use it: the propagation by string matching of Wei et al. (2022). A result that is right
-    once rounded to the two or more decimals it is written with stays as it is.
+    once rounded to the two or more decimals it is written with stays as it is, and so does one that
+    an expression follows (`4 + 4 / 2 = 4 + 2 = 6`: only the 6 is a result).
     """
     lexemes = [(str(match.lastgroup), match[0]) for match in _LEXEME.finditer(text)]
     for index, (kind, _) in enumerate(lexemes):
@@ -88,12 +89,17 @@ def _correct_result(lexemes: list[tuple[str, str]], equals: int) -> None:
     result = position + negative
     if result >= len(lexemes) or lexemes[result][0] != "number":
         return
+    if _goes_on(lexemes, result + 1):
+        return
     value, written = _value_before(lexemes, equals), number(lexemes[result][1])
     if value is None or written is None:
         return
     decimals = len(lexemes[result][1].rstrip("%").partition(".")[2])
     signed = -written if negative else written
-    if signed == value or (decimals >= 2 and round(value, decimals) == signed):
+    # "100 - 5 = 95%" is right, as is "1 - 0.05 = 95%".
+    if signed == value or (lexemes[result][1].endswith("%") and signed * 100 == value):
+        return
+    if decimals >= 2 and round(value, decimals) == signed:
         return
     wrong = lexemes[result][1]
     if negative:
@@ -107,6 +113,17 @@ def _correct_result(lexemes: list[tuple[str, str]], equals: int) -> None:
             lexemes[later] = (kind, _written_like(text, value))
 
 
+def _goes_on(lexemes: Sequence[tuple[str, str]], at: int) -> bool:
+    """Whether a number before `at` only starts an expression (`= 4 + 2`, `= 1 1/2`)."""
+    rest = [lexeme for lexeme in lexemes[at : at + 6] if lexeme[0] != "space"]
+    kinds = [kind for kind, _ in rest]
+    if kinds[:2] == ["operator", "number"]:
+        return rest[0][1] != ")"
+    if kinds[:1] == ["operator"] and rest[0][1] == "(":
+        return True
+    return kinds[:2] == ["number", "operator"] and rest[1][1] == "/"
+
+
 def _written_like(pattern: str, value: Number) -> str:
     """The value with the currency or percent sign that the wrong number had."""
     currency = pattern[0] if pattern[0] in "$€£" else ""
@@ -116,7 +133,7 @@ def _written_like(pattern: str, value: Number) -> str:
 
 
 def _value_before(lexemes: Sequence[tuple[str, str]], equals: int) -> Number | None:
-    """Value of the longest expression, with an operator in it, that ends at an equals sign."""
+    """Value of the expression, with an operator in it, that ends at an equals sign."""
     run: list[str] = []
     before = ""
     for kind, text in reversed(lexemes[:equals]):
@@ -131,11 +148,17 @@ def _value_before(lexemes: Sequence[tuple[str, str]], equals: int) -> Number | N
     # "2y + 3 + 4 =" is no arithmetic, though "+ 3 + 4" alone would be.
     if run and (run[0] in "+*/\u00d7\u00f7x" or (run[0] in "-\u2212" and before.isalnum())):
         return None
-    for start in range(len(run) - 2):
-        value = _parse(run[start:])
-        if value is not None:
-            return value
-    return None
+    for i in reversed(range(len(run) - 1)):
+        if number(run[i]) is not None and number(run[i + 1]) is not None:
+            if run[i + 2 : i + 3] == ["/"]:
+                return None  # a mixed fraction, 1 1/2
+            run = run[i + 1 :]  # a number of the sentence before
+            break
+    value = _parse(run) if len(run) > 2 else None
+    while value is None and len(run) > 3 and run[0] == "(":  # "(3 + 4 = 7)"
+        run = run[1:]
+        value = _parse(run)
+    return value
 
 
 def _parse(lexemes: list[str]) -> Number | None:
@@ -164,9 +187,10 @@ def _sum(lexemes: list[str], at: int, depth: int) -> tuple[Number, int]:
 
 def _product(lexemes: list[str], at: int, depth: int) -> tuple[Number, int]:
     value, at = _factor(lexemes, at, depth)
-    while at < len(lexemes) and lexemes[at] in "*/":
+    while at < len(lexemes) and lexemes[at] in "*/(":
         divides = lexemes[at] == "/"
-        factor, at = _factor(lexemes, at + 1, depth)
+        # 8(26) is a product too.
+        factor, at = _factor(lexemes, at if lexemes[at] == "(" else at + 1, depth)
         value = value / factor if divides else value * factor
     return value, at
 

@@ -120,6 +120,7 @@ def open_task(config: DataConfig) -> tuple[Any, seqio.Vocabulary]:
         vocabulary = vocabularies.load(config.vocabulary, extra_ids=config.extra_ids)
     name = jsonl.jsonl_task(config.task).name if config.task.endswith(".jsonl") else config.task
     task = find_task(name, vocabulary)
+    vocabularies.check_readable(task.output_features["targets"].vocabulary)
     return task, task.output_features["targets"].vocabulary
 
 

@@ -214,7 +214,7 @@ def update(
         "loss_token_mean": sums.tokens / num_tokens,
         "loss_sequence_mean": sums.sequences / num_sequences,
         "target_length": num_tokens / num_sequences,
-        "grad_norm": optax.global_norm(grads),
+        "grad_norm": optax.tree.norm(grads),
     }
     return state, metrics
 

@@ -7,6 +7,7 @@ import os
 import pathlib
 import sys
 import time
+from typing import Any
 
 import tensorflow as tf
 
@@ -42,7 +43,7 @@ class Writer:
         self._tensorboard.close()
 
 
-def read(path: pathlib.Path) -> list[dict[str, float]]:
+def read(path: pathlib.Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; a last line cut short by a crash is left out."""
     lines = []
     for line in path.read_text().splitlines():
@@ -96,7 +97,7 @@ def _clock(seconds: float) -> str:
 
 def study_table(root: pathlib.Path, phases: Sequence[str]) -> str:
     """The last evaluation of each run of a study, one row a run, as Markdown."""
-    rows: dict[str, dict[str, float]] = {}
+    rows: dict[str, dict[str, Any]] = {}
     for phase in phases:
         path = pathlib.Path(root) / phase / "metrics.jsonl"
         evaluations = [

@@ -128,28 +128,21 @@ def adafactor(
         decay = 1.0 - (state.count.astype(jnp.float32) + 1.0) ** -decay_rate
         rate = schedule(state.count)
 
-        def one(grad, param, v_row, v_col, v, factored: bool):
-            """One parameter, or one layer of a stacked one."""
-            grad = grad.astype(jnp.float32)
-            squared = jnp.square(grad) + epsilon
-            if factored:
-                v_row = decay * v_row + (1 - decay) * jnp.mean(squared, axis=1)
-                v_col = decay * v_col + (1 - decay) * jnp.mean(squared, axis=0)
-                row = jax.lax.rsqrt(v_row / jnp.mean(v_row))
-                step = grad * row[:, None] * jax.lax.rsqrt(v_col)[None, :]
-            else:
-                v = decay * v + (1 - decay) * squared
-                step = grad * jax.lax.rsqrt(v)
-            step = step / jnp.maximum(1.0, _rms(step) / clipping_threshold)
-            scale = jnp.maximum(_rms(param), min_parameter_scale)
-            return -rate * scale * step, v_row, v_col, v
-
         def leaf(path, grad, param, v_row, v_col, v):
             stacked, name = _place(path)
             factored = is_factored(stacked, name, param.shape[1:] if stacked else param.shape)
 
-            def run(*arrays):
-                return one(*arrays, factored=factored)
+            def run(grad, param, *moments):
+                step, *moments = _adafactor_step(
+                    grad,
+                    *moments,
+                    decay=decay,
+                    clipping_threshold=clipping_threshold,
+                    epsilon=epsilon,
+                    factored=factored,
+                )
+                scale = jnp.maximum(_rms(param), min_parameter_scale)
+                return -rate * scale * step, *moments
 
             return (jax.vmap(run) if stacked else run)(grad, param, v_row, v_col, v)
 
@@ -160,6 +153,21 @@ def adafactor(
         return steps, AdafactorState(state.count + 1, rows, cols, full)
 
     return _clipped(optax.GradientTransformation(init, update), max_grad_norm)
+
+
+def _adafactor_step(grad, v_row, v_col, v, *, decay, clipping_threshold, epsilon, factored):
+    """The clipped step of one parameter, or of one layer of a stacked one, and its new moments."""
+    grad = grad.astype(jnp.float32)
+    squared = jnp.square(grad) + epsilon
+    if factored:
+        v_row = decay * v_row + (1 - decay) * jnp.mean(squared, axis=1)
+        v_col = decay * v_col + (1 - decay) * jnp.mean(squared, axis=0)
+        row = jax.lax.rsqrt(v_row / jnp.mean(v_row))
+        step = grad * row[:, None] * jax.lax.rsqrt(v_col)[None, :]
+    else:
+        v = decay * v + (1 - decay) * squared
+        step = grad * jax.lax.rsqrt(v)
+    return step / jnp.maximum(1.0, _rms(step) / clipping_threshold), v_row, v_col, v
 
 
 def _clipped(

@@ -1,8 +1,4 @@
-"""The life of a run: from a configuration to a trained student.
-
-`build` turns a configuration into shapes, shardings and jitted functions without allocating an
-array; `run` is the loop, to be read from top to bottom.
-"""
+"""The life of a run, from a configuration to a trained student: `run`, from top to bottom."""
 
 from collections.abc import Callable
 import contextlib
@@ -16,11 +12,8 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import Mesh
 import numpy as np
 import optax
-import seqio
 
 from gkd_jax import (
     checkpoints,
@@ -33,205 +26,13 @@ from gkd_jax import (
     train_state,
     vocabularies,
 )
-from gkd_jax.batch import Batch
 from gkd_jax.evaluate import EvalConfig
-from gkd_jax.models import t5
 from gkd_jax.optimizers import Schedule
 from gkd_jax.pretrained import Model
-from gkd_jax.sampling import banned_tail
-from gkd_jax.train_state import TrainState
+from gkd_jax.program import Program, Trainer, build, compile_steps, model_info, plan, shardings_of
 
 
 SIGTERM_STATUS = 143  # 128 + SIGTERM: saved, and to be started again
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Trainer:
-    """How long a run is and what it leaves behind.
-
-    Attributes:
-        train_steps: updates, counted from 0.
-        seed: of initialisation, coins, samples and dropout.
-        eval_period: evaluate every so many steps, and at the end; None evaluates at the end.
-        save_period: save every so many steps, and at the end.
-        keep: newest checkpoints kept; None keeps all.
-        num_microbatches: accumulate gradients over so many parts of the batch.
-        log_period: steps between lines where there is no terminal.
-    """
-
-    train_steps: int
-    seed: int = 0
-    eval_period: int | None = None
-    save_period: int = 1000
-    keep: int | None = 1
-    num_microbatches: int = 1
-    log_period: int = 50
-
-    def __post_init__(self):
-        for name in ("train_steps", "save_period", "num_microbatches", "log_period"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
-        for name in ("eval_period", "keep"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} must be a positive integer or None, got {value!r}")
-        if not isinstance(self.seed, int) or self.seed < 0:
-            raise ValueError(f"seed must be an integer of at least 0, got {self.seed!r}")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Program:
-    """Everything about a run that is known before any array exists."""
-
-    mesh: Mesh
-    task: Any
-    vocabulary: seqio.Vocabulary
-    models: gkd.Models
-    method: gkd.GKDConfig
-    optimizer: optax.GradientTransformation
-    state: TrainState  # abstract, with shardings
-    teacher: t5.Params | None  # abstract, with shardings
-    sample: Callable[..., Any]
-    update: Callable[..., Any]
-
-    def batch(self, rows: int, shape: tuple[int, int]) -> Batch:
-        """An abstract batch of `rows` and (S, T)."""
-        where = sharding.batch_sharding(self.mesh)
-        source, target = shape
-        return Batch(
-            jax.ShapeDtypeStruct((rows, source), jnp.int32, sharding=where),
-            jax.ShapeDtypeStruct((rows, target), jnp.int32, sharding=where),
-            jax.ShapeDtypeStruct((rows, target), jnp.float32, sharding=where),
-        )
-
-
-def build(
-    *,
-    student: Model,
-    teacher: Model | None,
-    data_config: data.DataConfig,
-    method: gkd.GKDConfig,
-    optimizer: Callable[..., optax.GradientTransformation],
-    schedule: Schedule,
-    trainer: Trainer,
-    mesh_config: sharding.MeshConfig,
-    pending: frozenset[str] = frozenset(),
-) -> Program:
-    """Checks a configuration and makes its jitted functions, from shapes alone.
-
-    Args:
-        pending: checkpoints that do not exist yet, since another run will make them.
-
-    Raises:
-        ValueError: for whatever does not fit together, naming the value and what was expected.
-    """
-    task, vocabulary = data.open_task(data_config)
-    num_pieces = vocabulary.vocab_size
-    if method.divergence is not None and teacher is None:
-        raise ValueError("a divergence needs a teacher, got teacher=None")
-    teacher = teacher if method.divergence is not None else None
-    configs = {
-        name: model.config(num_pieces, pending=model.checkpoint in pending)
-        for name, model in (("student", student), ("teacher", teacher))
-        if model is not None
-    }
-    models = gkd.Models(
-        student=configs["student"], teacher=configs.get("teacher"), num_pieces=num_pieces
-    )
-    pretrained.check_vocabularies(vocabulary, {"student": student, "teacher": teacher}, pending)
-    mesh = sharding.make_mesh(mesh_config)
-    sharding.check_batch_size(data_config.batch_size, mesh)
-    if data_config.batch_size % trainer.num_microbatches:
-        raise ValueError(
-            f"num_microbatches={trainer.num_microbatches} does not divide the batch size "
-            f"{data_config.batch_size}"
-        )
-    sharding.check_batch_size(data_config.batch_size // trainer.num_microbatches, mesh)
-
-    banned = banned_tail(models.student, num_pieces)
-    method = dataclasses.replace(
-        method, sampling=dataclasses.replace(method.sampling, banned_ids=banned)
-    )
-    transformation = optimizer(schedule=schedule)
-    state = train_state.abstract(models.student, transformation)
-    state = _with_shardings(state, train_state.shardings(state, mesh))
-    teacher_params = None
-    if teacher is not None:
-        assert models.teacher is not None
-        teacher_params = t5.abstract_params(models.teacher, teacher.param_dtype)
-        axes = t5.logical_axes(teacher_params)
-        teacher_params = _with_shardings(
-            teacher_params, sharding.tree_shardings(teacher_params, axes, mesh)
-        )
-
-    def sample_batch(params, batch, key):
-        with sharding.use(mesh):
-            return gkd.sample_targets(method, models, params, batch, key)
-
-    def update_batch(state, teacher_params, batch, key):
-        with sharding.use(mesh):
-            return gkd.update(
-                method,
-                models,
-                transformation,
-                trainer.num_microbatches,
-                state,
-                teacher_params,
-                batch,
-                key,
-            )
-
-    return Program(
-        mesh=mesh,
-        task=task,
-        vocabulary=vocabulary,
-        models=models,
-        method=method,
-        optimizer=transformation,
-        state=state,
-        teacher=teacher_params,
-        sample=jax.jit(sample_batch, out_shardings=sharding.batch_sharding(mesh)),
-        update=jax.jit(
-            update_batch,
-            out_shardings=(_shardings_of(state), sharding.replicated(mesh)),
-            donate_argnums=0,
-        ),
-    )
-
-
-def _with_shardings(shapes: Any, shardings: Any) -> Any:
-    return jax.tree.map(
-        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, shardings
-    )
-
-
-def _shardings_of(shapes: Any) -> Any:
-    return jax.tree.map(lambda x: x.sharding, shapes)
-
-
-def plan(program: Program, data_config: data.DataConfig, trainer: Trainer) -> str:
-    """What a run will do, in a few lines."""
-    models, method = program.models, program.method
-    mesh = " x ".join(f"{name}={size}" for name, size in program.mesh.shape.items())
-    divergence = method.divergence
-    name = getattr(divergence, "__name__", str(divergence)) if divergence else "cross-entropy"
-    lines = [
-        f"task       {data_config.task} ({data_config.split}), batch {data_config.batch_size}, "
-        f"lengths {program_shapes(data_config)}, {models.num_pieces} pieces",
-        f"student    {t5.num_params(program.state.params):,} parameters",
-        "teacher    "
-        + (f"{t5.num_params(program.teacher):,} parameters" if program.teacher else "none"),
-        f"loss       {name}, {method.reduction.__name__}, "
-        f"on-policy fraction {method.on_policy_fraction}",
-        f"steps      {trainer.train_steps}",
-        f"mesh       {mesh}",
-    ]
-    return "\n".join(lines)
-
-
-def program_shapes(data_config: data.DataConfig) -> str:
-    return ", ".join(f"{source}/{target}" for source, target in data_config.shapes())
 
 
 def run(
@@ -287,7 +88,7 @@ def run(
     folder = pathlib.Path(model_dir)
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / "config.gin", config_text())
-    _write(folder / "model_info.txt", _model_info(program))
+    _write(folder / "model_info.txt", model_info(program))
 
     #### Data, state, and where a run before this one stopped ######################################
     saved = checkpoints.Checkpoints(model_dir, keep=trainer.keep)
@@ -306,7 +107,7 @@ def run(
             "student",
         )
         create = functools.partial(train_state.create, optimizer=program.optimizer)
-        state = jax.jit(create, out_shardings=_shardings_of(program.state))(params)
+        state = jax.jit(create, out_shardings=shardings_of(program.state))(params)
         del params
     else:
         state = saved.restore(start, program.state, stream)
@@ -320,9 +121,6 @@ def run(
             teacher, program.models.teacher, program.teacher, key, "teacher"
         )
     writer = metrics.Writer(model_dir, resume_step=start)
-    progress = metrics.Progress(
-        trainer.train_steps, start=start, every=trainer.log_period, name=name
-    )
     evaluator = _evaluator(program, data_config, evaluation, folder)
     description = checkpoints.describe_model(
         program.models.student, vocabularies.content_hash(program.vocabulary)
@@ -330,10 +128,16 @@ def run(
 
     #### Both kinds of step, compiled before the first #############################################
     sample_fns, update_fns = compile_steps(program, data_config)
+    progress = metrics.Progress(
+        trainer.train_steps, start=start, every=trainer.log_period, name=name
+    )
 
     #### The loop: Algorithm 1 #####################################################################
     pending_step = None
-    with _sigterm_flag() as stopped:
+    with contextlib.ExitStack() as closing:
+        closing.callback(writer.close)
+        closing.callback(saved.close)
+        stopped = closing.enter_context(_sigterm_flag())
         for step in range(start, trainer.train_steps):
             batch = data.place(next(stream), program.mesh)
             shape = (batch.inputs.shape[1], batch.targets.shape[1])
@@ -359,26 +163,9 @@ def run(
                 saved.save(done, state, stream, description)
             if last:
                 break
-    saved.close()
-    writer.close()
-    if stopped:
+    if stopped and done < trainer.train_steps:
         print(f"SIGTERM: saved step {done}; run the same command to go on", file=sys.stderr)
         raise SystemExit(SIGTERM_STATUS)
-
-
-def compile_steps(program: Program, data_config: data.DataConfig):
-    """The step kinds that lambda can reach, compiled for each shape of batch."""
-    fraction = program.method.on_policy_fraction
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    sample_fns, update_fns = {}, {}
-    for shape in data_config.shapes():
-        batch = program.batch(data_config.batch_size, shape)
-        if fraction > 0:
-            sample_fns[shape] = program.sample.lower(program.state.params, batch, key).compile()
-        update_fns[shape] = program.update.lower(
-            program.state, program.teacher, batch, key
-        ).compile()
-    return sample_fns, update_fns
 
 
 @dataclasses.dataclass
@@ -481,15 +268,6 @@ def _evaluator(
         return {f"eval/{name}/{key}": value for key, value in values.items()}
 
     return evaluate_at
-
-
-def _model_info(program: Program) -> str:
-    student = program.state.params
-    text = "student\n" + train_state.describe(student, _shardings_of(student))
-    if program.teacher is not None:
-        described = train_state.describe(program.teacher, _shardings_of(program.teacher))
-        text += "\n\nteacher\n" + described
-    return text + "\n"
 
 
 def _write(path: pathlib.Path, text: str) -> None:

@@ -107,7 +107,7 @@ def test_float64_agrees_with_numpy(name, spread):
         gradient = _gradients(jnp.asarray(student), jnp.asarray(teacher))[name]
     np.testing.assert_allclose(got, _numpy_value(name, student, teacher), rtol=1e-11, atol=1e-14)
     expected = _numpy_gradient(name, student, teacher)
-    np.testing.assert_allclose(gradient, expected, rtol=1e-10, atol=1e-14)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("spread", [0.1, 3.0, 50.0, 1e4])
@@ -173,7 +173,7 @@ def test_jsd_limits():
 
 def test_jsd_is_symmetric_at_one_half_and_mirrored_elsewhere():
     rng = np.random.default_rng(4)
-    x, y = rng.normal(0, 2, (2, 6, 9)).astype(np.float32)
+    x, y = jnp.asarray(rng.normal(0, 2, (2, 6, 9)), jnp.float32)
     np.testing.assert_allclose(divergences.jsd(x, y), divergences.jsd(y, x), rtol=1e-5)
     np.testing.assert_allclose(
         divergences.jsd(x, y, beta=0.2), divergences.jsd(y, x, beta=0.8), rtol=1e-5
@@ -185,7 +185,7 @@ def test_jsd_is_symmetric_at_one_half_and_mirrored_elsewhere():
 @pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
 def test_unit_scale_divides_by_beta_times_one_minus_beta(beta):
     rng = np.random.default_rng(5)
-    x, y = rng.normal(0, 2, (2, 6, 9)).astype(np.float32)
+    x, y = jnp.asarray(rng.normal(0, 2, (2, 6, 9)), jnp.float32)
     expected = np.asarray(divergences.jsd(x, y, beta=beta)) / (beta * (1 - beta))
     np.testing.assert_allclose(divergences.jsd(x, y, beta=beta, scale="unit"), expected, rtol=1e-6)
 
@@ -261,8 +261,10 @@ def test_equal_distributions_have_divergence_zero_and_no_gradient(name):
     logits = rng.normal(0, 4, (5, 40)).astype(np.float32)
     logits[:, 7] = -np.inf
     np.testing.assert_array_equal(JITTED[name](logits, logits), np.zeros(5))
-    # Not exactly 0: the probabilities sum to 1 up to float32 rounding.
-    np.testing.assert_allclose(_gradients(logits, logits)[name], 0.0, atol=1e-6)
+    # Not exactly 0: the probabilities sum to 1 up to float32 rounding. Total variation has a kink
+    # here, where rounding picks a subgradient: q (s - E s) / 2 with any signs s is right.
+    largest = 1e-6 + (special.softmax(logits, axis=-1) if name == "total_variation" else 0.0)
+    assert (np.abs(_gradients(logits, logits)[name]) <= largest).all()
 
 
 @pytest.mark.parametrize("name", NAMES)

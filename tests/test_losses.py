@@ -99,7 +99,7 @@ def test_microbatches_add_up(reduction):
 def test_cross_entropy(smoothing):
     rng = np.random.default_rng(1)
     logits = rng.normal(0, 3, (2, 4, 7)).astype(np.float32)
-    targets = rng.integers(0, 5, (2, 4)).astype(np.int32)
+    targets = jnp.asarray(rng.integers(0, 5, (2, 4)), jnp.int32)
     logits[..., 5:] = -np.inf  # ids without a piece take no part
     got = losses.cross_entropy(jnp.asarray(logits), targets, label_smoothing=smoothing)
     for b in range(2):
@@ -115,7 +115,7 @@ def test_cross_entropy(smoothing):
 def test_the_gradient_of_cross_entropy_is_softmax_minus_target(smoothing):
     rng = np.random.default_rng(2)
     logits = rng.normal(0, 3, (2, 4, 7)).astype(np.float32)
-    targets = rng.integers(0, 5, (2, 4)).astype(np.int32)
+    targets = jnp.asarray(rng.integers(0, 5, (2, 4)), jnp.int32)
     logits[..., 5:] = -np.inf
 
     def total(z):
@@ -129,7 +129,7 @@ def test_the_gradient_of_cross_entropy_is_softmax_minus_target(smoothing):
 
 def test_cross_entropy_of_bfloat16_logits_is_float32():
     logits = jnp.asarray(np.random.default_rng(3).normal(0, 3, (1, 2, 300)), jnp.bfloat16)
-    targets = np.array([[4, 299]], np.int32)
+    targets = jnp.asarray([[4, 299]], jnp.int32)
     got = losses.cross_entropy(logits, targets)
     exact = np.asarray(logits, np.float64)
     expected = (

@@ -13,12 +13,13 @@ PACKAGE = ROOT / "gkd_jax"
 # A module imports from rows above its own only. A package is one entry: its submodules may
 # import each other. `__init__` is `import gkd_jax` itself, the public names.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("batch", "divergences", "losses", "optimizers", "sharding", "text_metrics"),
-    ("models",),
-    ("sampling", "beam_search", "train_state", "rewards"),
-    ("gkd", "rl", "vocabularies"),
-    ("data", "checkpoints", "convert", "metrics"),
-    ("evaluate", "infer"),
+    ("batch", "calculator", "divergences", "losses", "optimizers", "sharding"),
+    ("models", "text_metrics", "vocabularies"),
+    ("sampling", "beam_search", "train_state", "rewards", "tasks"),
+    ("gkd", "rl", "convert", "data", "metrics"),
+    ("checkpoints",),
+    ("evaluate", "pretrained"),
+    ("infer", "program"),
     ("train",),
     ("__init__",),
     ("precompile", "bench", "report"),
@@ -109,12 +110,21 @@ def is_forbidden(name: str) -> bool:
     return any(word in (name.lower() if word.islower() else name) for word in FORBIDDEN_NAMES)
 
 
+def code_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines of a function without its docstring, which says what it takes at any length."""
+    lines = (node.end_lineno or node.lineno) - node.lineno + 1
+    if ast.get_docstring(node) is None:
+        return lines
+    docstring = node.body[0]
+    return lines - ((docstring.end_lineno or docstring.lineno) - docstring.lineno + 1)
+
+
 def long_functions(tree: ast.AST, path: str) -> list[str]:
     return [
         f"{path}:{node.lineno}: {node.name} has {length} lines"
         for node in ast.walk(tree)
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-        and (length := (node.end_lineno or node.lineno) - node.lineno + 1) > MAX_FUNCTION_LINES
+        and (length := code_lines(node)) > MAX_FUNCTION_LINES
         and (path, node.name) not in LONG_FUNCTIONS
     ]
 
@@ -157,7 +167,7 @@ def test_modules_import_from_lower_layers_only():
         for path in PACKAGE_FILES
         for violation in layer_violations(parse(path), relative(path), modules)
     ]
-    assert not found, "\n".join(found)
+    assert not found, "\n".join(dict.fromkeys(found))
 
 
 @pytest.mark.parametrize(

@@ -111,47 +111,52 @@ def read_tree(
     leaves = {}
     for path, entry in layout.items():
         kind = arrays[entry.parts[0].name].dtype if dtype is None else as_dtype(dtype)
-        if places is None:
-            leaves[path] = jnp.asarray(_read_entry(entry, arrays, whole(entry.shape), kind))
-        else:
-            leaves[path] = _read_sharded(entry, arrays, kind, places[path])
+        try:
+            if places is None:
+                leaves[path] = jnp.asarray(_read(entry, arrays, [whole(entry.shape)], kind)[0])
+            else:
+                leaves[path] = _read_sharded(entry, arrays, kind, places[path])
+        except MemoryError as error:
+            raise ValueError(f"{path}: no memory for {entry.shape} of {kind}") from error
     return unflatten(leaves)
 
 
 def _read_sharded(
     entry: Entry, arrays: dict[str, Stored], dtype: np.dtype, sharding: jax.sharding.Sharding
 ) -> jax.Array:
-    read: dict[Any, np.ndarray] = {}  # replicas share one reading
+    def bounds(index: Index) -> tuple[tuple[int, int], ...]:
+        sizes = zip(index, entry.shape, strict=True)
+        return tuple(part.indices(size)[:2] for part, size in sizes)
 
-    def shard(index):
-        bounds = tuple(
-            slice(*part.indices(size)[:2]) for part, size in zip(index, entry.shape, strict=True)
-        )
-        key = tuple((part.start, part.stop) for part in bounds)
-        if key not in read:
-            read[key] = _read_entry(entry, arrays, bounds, dtype)
-        return read[key]
-
-    return jax.make_array_from_callback(entry.shape, sharding, shard)
+    here = sharding.addressable_devices_indices_map(entry.shape).values()
+    wanted = list(dict.fromkeys(bounds(index) for index in here if index is not None))
+    indices = [tuple(slice(*pair) for pair in pairs) for pairs in wanted]
+    shards = dict(zip(wanted, _read(entry, arrays, indices, dtype), strict=True))
+    return jax.make_array_from_callback(
+        entry.shape, sharding, lambda index: shards[bounds(index or ())], dtype=dtype
+    )
 
 
-def _read_entry(
-    entry: Entry, arrays: dict[str, Stored], index: Index, dtype: np.dtype
-) -> np.ndarray:
-    """One slice of one parameter."""
-    out = np.empty([part.stop - part.start for part in index], dtype)
+def _read(
+    entry: Entry, arrays: dict[str, Stored], indices: list[Index], dtype: np.dtype
+) -> list[np.ndarray]:
+    """Slices of one parameter; layer by layer, since all of them come from the same chunks."""
+    slices = [np.empty([part.stop - part.start for part in index], dtype) for index in indices]
     if not entry.by_layer:
-        out[...] = _read_part(entry.parts[0], arrays, index)
-        return out
-    layers, inner = index[0], index[1:]
+        for out, index in zip(slices, indices, strict=True):
+            out[...] = _read_part(entry.parts[0], arrays, index)
+        return slices
 
     def read_layer(layer: int) -> None:
-        out[layer - layers.start] = _read_part(entry.parts[layer], arrays, inner)
+        for out, (layers, *inner) in zip(slices, indices, strict=True):
+            if layers.start <= layer < layers.stop:
+                out[layer - layers.start] = _read_part(entry.parts[layer], arrays, tuple(inner))
 
+    needed = {layer for index in indices for layer in range(index[0].start, index[0].stop)}
     with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
-        for _ in pool.map(read_layer, range(layers.start, layers.stop)):
+        for _ in pool.map(read_layer, sorted(needed)):
             pass
-    return out
+    return slices
 
 
 def _read_part(part: Part, arrays: dict[str, Stored], index: Index) -> np.ndarray:

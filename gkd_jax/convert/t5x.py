@@ -19,6 +19,7 @@ from gkd_jax.models import t5
 
 _PLACEHOLDER = "PLACEHOLDER://"
 _TARGET = "target."
+_CACHE = 2**30  # bytes of decompressed chunks: every shard of a layer needs the same ones
 _LARGEST_INDEX = 2**31  # bytes of the msgpack file; public ones have a few hundred kilobytes
 
 
@@ -192,13 +193,14 @@ def _zarr_store(root: epath.Path, folder: Any, what: str) -> dict[str, Any]:
 
 
 def _open_zarr(specs: dict[str, Any]) -> dict[str, Stored]:
-    # fill_missing_data_reads: a chunk that is not there is an error, never zeros.
+    context = ts.Context({"cache_pool": {"total_bytes_limit": _CACHE}})
+    options = {
+        "driver": "zarr",
+        "fill_missing_data_reads": False,  # a chunk that is not there is an error, never zeros
+        "recheck_cached_data": "open",
+    }
     opening = {
-        name: ts.open(
-            {"driver": "zarr", "kvstore": store, "fill_missing_data_reads": False},
-            open=True,
-            read=True,
-        )
+        name: ts.open({**options, "kvstore": store}, open=True, read=True, context=context)
         for name, store in specs.items()
     }
     arrays, problems, missing_only = {}, [], True

@@ -11,7 +11,6 @@ Axes: B batch, S source, T target, V vocabulary, D model, H heads, K head dim, F
 """
 
 from collections.abc import Callable
-import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -23,144 +22,14 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from gkd_jax.batch import Batch
 from gkd_jax.models import layers
+from gkd_jax.models.t5_config import T5Config, t5_1_0, t5_1_1
 from gkd_jax.sharding import constrain
 
 
+__all__ = ["Cache", "Encoded", "Params", "T5Config", "t5_1_0", "t5_1_1"]
+
 Params = dict[str, Any]
 PAD_ID = 0  # also the decoder's start token
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class T5Config:
-    """Sizes and numerics of one T5.
-
-    Attributes:
-        vocab_size: rows of the embedding, V; may exceed the vocabulary's pieces (32128 for 32100).
-        d_model, num_heads, head_dim, d_ff: D, H, K, F.
-        num_encoder_layers, num_decoder_layers: L of each stack.
-        mlp_activations: ("gelu", "linear") for T5 1.1, ("relu",) for T5 1.0.
-        tie_embeddings: the output head is the transposed embedding (T5 1.0).
-        scale_logits: divide hidden states by sqrt(D) before the head (T5 1.0).
-        relpos_buckets, relpos_max_distance: of the relative position bias.
-        per_layer_relpos: every layer has its own position bias (umT5, T5X's scanned T5).
-        layer_norm_epsilon: of the RMS norms.
-        dropout_rate: of activations and attention probabilities while training.
-        dtype: "float32" or "bfloat16": operands of matrix products, which accumulate in float32.
-        remat: recompute each layer's activations in the backward pass.
-        scan_unroll: layers per iteration of the scan over layers; >= L unrolls all.
-    """
-
-    vocab_size: int
-    d_model: int
-    num_heads: int
-    head_dim: int
-    d_ff: int
-    num_encoder_layers: int
-    num_decoder_layers: int
-    mlp_activations: tuple[str, ...] = ("gelu", "linear")
-    tie_embeddings: bool = False
-    scale_logits: bool = False
-    relpos_buckets: int = 32
-    relpos_max_distance: int = 128
-    per_layer_relpos: bool = False
-    layer_norm_epsilon: float = 1e-6
-    dropout_rate: float = 0.0
-    dtype: str = "float32"
-    remat: bool = False
-    scan_unroll: int = 1
-
-    def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type is int and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{field.name} must be a positive integer, got {value!r}")
-        if not 0 <= self.dropout_rate < 1:
-            raise ValueError(f"dropout_rate must lie in [0, 1), got {self.dropout_rate}")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"dtype must be 'float32' or 'bfloat16', got {self.dtype!r}")
-        known = {"relu", "gelu", "linear"}
-        if not self.mlp_activations or not set(self.mlp_activations) <= known:
-            raise ValueError(
-                f"mlp_activations must be one or more of {sorted(known)}, "
-                f"got {self.mlp_activations!r}"
-            )
-
-
-# d_model, num_heads, head_dim, d_ff (1.0), d_ff (1.1), layers (1.0), layers (1.1)
-_SIZES = {
-    "tiny": (64, 4, 16, 256, 128, 2, 2),
-    "small": (512, 8, 64, 2048, 1024, 6, 8),
-    "base": (768, 12, 64, 3072, 2048, 12, 12),
-    "large": (1024, 16, 64, 4096, 2816, 24, 24),
-    "xl": (1024, 32, 128, 16384, 5120, 24, 24),
-    "xxl": (1024, 128, 128, 65536, 10240, 24, 24),
-}
-_T5_1_1_WIDTHS = {"small": (512, 6, 64), "xl": (2048, 32, 64), "xxl": (4096, 64, 64)}
-
-
-def t5_1_1(
-    size: str,
-    *,
-    vocab_size: int = 32128,
-    d_model: int | None = None,
-    num_heads: int | None = None,
-    head_dim: int | None = None,
-    d_ff: int | None = None,
-    num_layers: int | None = None,
-) -> T5Config:
-    """T5 1.1, LM-adapted T5 and FLAN-T5: gated GELU, an output head of its own.
-
-    Args:
-        size: tiny, small, base, large, xl or xxl.
-        vocab_size: rows of the embedding.
-        d_model, num_heads, head_dim, d_ff, num_layers: replace the size's own.
-    """
-    width, heads, dim, _, ff, _, depth = _size(size)
-    width, heads, dim = _T5_1_1_WIDTHS.get(size, (width, heads, dim))
-    return T5Config(
-        vocab_size=vocab_size,
-        d_model=d_model or width,
-        num_heads=num_heads or heads,
-        head_dim=head_dim or dim,
-        d_ff=d_ff or ff,
-        num_encoder_layers=num_layers or depth,
-        num_decoder_layers=num_layers or depth,
-    )
-
-
-def t5_1_0(
-    size: str,
-    *,
-    vocab_size: int = 32128,
-    d_model: int | None = None,
-    num_heads: int | None = None,
-    head_dim: int | None = None,
-    d_ff: int | None = None,
-    num_layers: int | None = None,
-) -> T5Config:
-    """The first T5: ReLU, embedding and head tied with the head's input scaled by D^-0.5.
-
-    Args: as for `t5_1_1`.
-    """
-    width, heads, dim, ff, _, depth, _ = _size(size)
-    return T5Config(
-        vocab_size=vocab_size,
-        d_model=d_model or width,
-        num_heads=num_heads or heads,
-        head_dim=head_dim or dim,
-        d_ff=d_ff or ff,
-        num_encoder_layers=num_layers or depth,
-        num_decoder_layers=num_layers or depth,
-        mlp_activations=("relu",),
-        tie_embeddings=True,
-        scale_logits=True,
-    )
-
-
-def _size(size: str) -> tuple[int, ...]:
-    if size not in _SIZES:
-        raise ValueError(f"size must be one of {', '.join(_SIZES)}, got {size!r}")
-    return _SIZES[size]
 
 
 class Encoded(NamedTuple):

@@ -1,0 +1,262 @@
+"""Adafactor and AdamW against optax, layer by layer, and the schedule against its definition."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from gkd_jax import optimizers
+
+
+LEARNING_RATE = 0.02
+STEPS = 5
+
+
+def _constant(_count):
+    return LEARNING_RATE
+
+
+def _optax_adafactor(min_dim_size_to_factor, **changes):
+    """T5X's Adafactor in optax's words."""
+    settings = {
+        "learning_rate": LEARNING_RATE,
+        "min_dim_size_to_factor": min_dim_size_to_factor,
+        "decay_rate": 0.8,
+        "multiply_by_parameter_scale": True,
+        "clipping_threshold": 1.0,
+        "momentum": None,
+        "eps": 1e-30,
+    }
+    return optax.adafactor(**(settings | changes))
+
+
+def _normal(shape, seed, scale=1.0):
+    return jnp.asarray(np.random.default_rng(seed).normal(0, scale, shape), jnp.float32)
+
+
+def _run(optimizer, params, steps=STEPS):
+    """Updates with gradients that grow, so that clipping acts; returns the last parameters."""
+
+    @jax.jit
+    def step(params, state, grads):
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = optimizer.init(params)
+    for index in range(steps):
+        leaves, structure = jax.tree.flatten(params)
+        grads = [
+            _normal(x.shape, 100 * index + x.size, 10.0 ** (index % 3)) * (1 + index)
+            for x in leaves
+        ]
+        params, state = step(params, state, jax.tree.unflatten(structure, grads))
+    return params
+
+
+def _layer(params, index):
+    return jax.tree.map(lambda x: x[index], params)
+
+
+def _run_layers(optimizer, stacked, num_layers):
+    """The same gradients as `_run(stacked)`, each layer a tree of its own; stacked again."""
+    results = []
+    for layer in range(num_layers):
+
+        def only(index, _layer=layer):
+            return lambda x: _normal(x.shape, 100 * index + x.size, 10.0 ** (index % 3))[_layer]
+
+        params = _layer(stacked, layer)
+        state = optimizer.init(params)
+        for index in range(STEPS):
+            grads = jax.tree.map(lambda x, f=only(index), i=index: f(x) * (1 + i), stacked)
+            updates, state = optimizer.update(grads, state, params)
+            params = optax.apply_updates(params, updates)
+        results.append(params)
+    return jax.tree.map(lambda *xs: jnp.stack(xs), *results)
+
+
+def _assert_trees_close(got, expected, rtol=2e-5):
+    for (path, x), y in zip(
+        jax.tree_util.tree_flatten_with_path(got)[0], jax.tree.leaves(expected), strict=True
+    ):
+        np.testing.assert_allclose(
+            x, y, rtol=rtol, atol=1e-6, err_msg=jax.tree_util.keystr(path, simple=True)
+        )
+
+
+def test_unstacked_parameters_equal_optax():
+    params = {
+        "token_embedder": {"embedding": _normal((300, 160), 0)},  # factored
+        "decoder": {
+            "logits_dense": {"kernel": _normal((160, 200), 1, 1e-5)},  # under the least scale
+            "decoder_norm": {"scale": jnp.ones(160)},
+            "relpos_bias": {"rel_embedding": _normal((4, 32), 2)},  # too small to factor
+        },
+        "small": {"kernel": _normal((160, 100), 3)},
+    }
+    got = _run(optimizers.adafactor(schedule=_constant), params)
+    _assert_trees_close(got, _run(_optax_adafactor(128), params))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"decay_rate": 0.6}, {"clipping_threshold": 0.3}, {"min_dim_size_to_factor": 50}]
+)
+def test_settings_equal_optax(changes):
+    params = {"a": _normal((60, 80), 0), "b": _normal((7,), 1)}
+    got = _run(optimizers.adafactor(schedule=_constant, **changes), params)
+    settings = {"min_dim_size_to_factor": 128} | changes
+    _assert_trees_close(got, _run(_optax_adafactor(**settings), params))
+    default = _run(optimizers.adafactor(schedule=_constant), params)
+    assert not np.allclose(got["a"], default["a"], rtol=1e-4)
+
+
+def _stacked(num_layers, sizes):
+    """Layers of very different scales, so that a scale or a clipping over all of them shows."""
+    scales = (10.0 ** -np.arange(num_layers, dtype=np.float32))[:, None]
+    return {
+        "kernel": _normal((num_layers, *sizes), 5) * scales[:, :, None],
+        "scale": _normal((num_layers, sizes[0]), 6) * scales,
+        "rel_embedding": _normal((num_layers, 4, 32), 7) * scales[:, :, None],
+    }
+
+
+def test_each_stacked_layer_is_a_parameter_of_its_own():
+    stacked = _stacked(3, (20, 24))
+    got = _run(optimizers.adafactor(schedule=_constant), {"layers": stacked})["layers"]
+    for name, least in (("kernel", 0), ("scale", 128), ("rel_embedding", 128)):
+        part = {name: stacked[name]}
+        _assert_trees_close({name: got[name]}, _run_layers(_optax_adafactor(least), part, 3))
+
+
+@pytest.mark.parametrize("size", [100, 140])
+def test_stacked_min_dim_size_to_factor(size):
+    """128 is T5X's plain network: kernels of 100 stay unfactored, those of 140 do not."""
+    stacked = {"kernel": _stacked(2, (size, 150))["kernel"]}
+    optimizer = optimizers.adafactor(schedule=_constant, stacked_min_dim_size_to_factor=128)
+    got = _run(optimizer, {"layers": stacked})["layers"]
+    _assert_trees_close(got, _run_layers(_optax_adafactor(128), stacked, 2))
+    state = optimizer.init({"layers": stacked})
+    assert state.v["layers"]["kernel"].shape == ((2, size, 150) if size < 128 else (2, 1))
+
+
+def test_adafactor_follows_its_schedule():
+    """The update at count n is the one at a constant rate, times schedule(n)."""
+    params = {"w": _normal((6, 5), 0)}
+    grads = {"w": _normal((6, 5), 1)}
+    plain = optimizers.adafactor(schedule=_constant)
+    moving = optimizers.adafactor(schedule=lambda count: LEARNING_RATE * (1 + count))
+    plain_state, moving_state = plain.init(params), moving.init(params)
+    for count in range(3):
+        expected, plain_state = plain.update(grads, plain_state, params)
+        got, moving_state = moving.update(grads, moving_state, params)
+        np.testing.assert_allclose(got["w"], (1 + count) * expected["w"], rtol=1e-6)
+
+
+def test_adafactor_of_a_zero_gradient_is_finite():
+    params = {"layers": {"kernel": jnp.zeros((2, 3, 4))}, "w": jnp.zeros((3,))}
+    optimizer = optimizers.adafactor(schedule=_constant)
+    updates, _ = optimizer.update(
+        jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params
+    )
+    for leaf in jax.tree.leaves(updates):
+        np.testing.assert_array_equal(leaf, np.zeros_like(leaf))
+
+
+def test_adafactor_state_shares_no_buffer():
+    """Donation refuses a buffer that occurs twice."""
+    params = {"layers": {"scale": jnp.ones((2, 1))}, "w": jnp.ones((1,))}
+    state = optimizers.adafactor(schedule=_constant).init(params)
+    pointers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state)]
+    assert len(pointers) == len(set(pointers))
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_adamw_equals_its_definition(weight_decay):
+    """Loshchilov & Hutter (2019), Algorithm 2, written out for one parameter."""
+    b1, b2, eps = 0.8, 0.95, 1e-6
+    optimizer = optimizers.adamw(
+        schedule=_constant, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay
+    )
+    param = np.array([1.0, -2.0, 0.5])
+    params = jnp.asarray(param, jnp.float32)
+    state, m, v = optimizer.init(params), 0.0, 0.0
+    for count in range(1, 5):
+        grad = np.random.default_rng(count).normal(size=3)
+        updates, state = optimizer.update(jnp.asarray(grad, jnp.float32), state, params)
+        params = optax.apply_updates(params, updates)
+        m, v = b1 * m + (1 - b1) * grad, b2 * v + (1 - b2) * grad**2
+        step = (m / (1 - b1**count)) / (np.sqrt(v / (1 - b2**count)) + eps)
+        param = param - LEARNING_RATE * (step + weight_decay * param)
+        np.testing.assert_allclose(params, param, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "make", [partial(optimizers.adafactor, clipping_threshold=10.0), optimizers.adamw]
+)
+def test_max_grad_norm_clips_the_global_norm_first(make):
+    params = {"a": _normal((4, 5), 0), "layers": {"b": _normal((2, 3, 3), 1)}}
+    grads = jax.tree.map(lambda x: _normal(x.shape, x.size, 5.0), params)
+    small = jax.tree.map(lambda x: 1e-3 * x, grads)
+    norm = np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(grads)))
+    assert norm > 2
+    plain, clipped = make(schedule=_constant), make(schedule=_constant, max_grad_norm=2.0)
+    states = plain.init(params), clipped.init(params)
+    # A small gradient first, so that the second one's size matters to the moments.
+    _, plain_state = plain.update(small, states[0], params)
+    _, clipped_state = clipped.update(small, states[1], params)
+    scaled = jax.tree.map(lambda x: x * (2.0 / norm), grads)
+    expected, _ = plain.update(scaled, plain_state, params)
+    got, _ = clipped.update(grads, clipped_state, params)
+    _assert_trees_close(got, expected)
+    unclipped, _ = plain.update(grads, plain_state, params)
+    assert not np.allclose(unclipped["a"], got["a"], rtol=1e-3)
+
+
+@pytest.mark.parametrize("make", [optimizers.adafactor, optimizers.adamw])
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan")])
+def test_max_grad_norm_is_checked(make, value):
+    with pytest.raises(ValueError, match=f"max_grad_norm must be positive or None, got {value}"):
+        make(schedule=_constant, max_grad_norm=value)
+
+
+def test_schedule_values():
+    """The paper's XSum shape at a hundredth: 20 of 400 up, the last 100 down."""
+    schedule = optimizers.linear_schedule(
+        learning_rate=3e-4, warmup_steps=20, cooldown_steps=100, total_steps=400
+    )
+    counts = [0, 1, 10, 20, 21, 299, 300, 301, 350, 399, 400, 500]
+    shares = [0, 0.05, 0.5, 1, 1, 1, 1, 0.99, 0.5, 0.01, 0, 0]
+    got = [schedule(count) for count in counts]
+    np.testing.assert_allclose(got, 3e-4 * np.array(shares), rtol=1e-5, atol=1e-10)
+    np.testing.assert_allclose(jax.jit(schedule)(jnp.asarray(350)), 1.5e-4, rtol=1e-5)
+
+
+def test_schedule_without_warmup_starts_at_the_full_rate():
+    schedule = optimizers.linear_schedule(learning_rate=0.5, total_steps=10)
+    np.testing.assert_array_equal([schedule(count) for count in (0, 5, 10)], [0.5, 0.5, 0.5])
+
+
+def test_schedule_of_overlapping_parts_fits_exactly():
+    schedule = optimizers.linear_schedule(
+        learning_rate=1.0, warmup_steps=4, cooldown_steps=6, total_steps=10
+    )
+    np.testing.assert_allclose([schedule(count) for count in (2, 4, 7)], [0.5, 1.0, 0.5])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learning_rate": 0.0}, "learning_rate must be positive, got 0.0"),
+        ({"learning_rate": -1.0}, "learning_rate must be positive, got -1.0"),
+        ({"warmup_steps": -1}, "got -1 "),
+        ({"cooldown_steps": -2}, "-2 > 10"),
+        ({"warmup_steps": 6, "cooldown_steps": 5}, "got 6 .* 5 > 10"),
+    ],
+)
+def test_refused_schedules(changes, message):
+    make = partial(optimizers.linear_schedule, learning_rate=1.0, total_steps=10)
+    with pytest.raises(ValueError, match=message):
+        make(**changes)

@@ -1,0 +1,208 @@
+"""Whole runs through `train.run`: learning, resuming, and what they leave behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from gkd_jax import (
+    checkpoints,
+    divergences,
+    evaluate,
+    gkd,
+    metrics,
+    optimizers,
+    pretrained,
+    sharding,
+    train,
+)
+from gkd_jax.data import DataConfig
+from gkd_jax.models import t5
+import gkd_jax.tasks.arithmetic  # noqa: F401
+
+
+LENGTHS = {"inputs": 48, "targets": 32}
+
+
+def small(size, *, vocab_size):
+    return t5.t5_1_1(
+        size, vocab_size=vocab_size, d_model=16, num_heads=2, head_dim=8, d_ff=32, num_layers=1
+    )
+
+
+def options(model_dir, *, steps, fraction=0.0, divergence=None, teacher=None, student=None, **more):
+    student = student or pretrained.Model(architecture=small, size="tiny")
+    return {
+        "model_dir": str(model_dir),
+        "student": student,
+        "teacher": teacher,
+        "data_config": DataConfig(task="arithmetic", feature_lengths=LENGTHS, batch_size=8),
+        "method": gkd.GKDConfig(on_policy_fraction=fraction, divergence=divergence),
+        "optimizer": optimizers.adafactor,
+        "schedule": optimizers.linear_schedule(learning_rate=0.02, total_steps=100),
+        "trainer": train.Trainer(train_steps=steps, save_period=3, log_period=100),
+        "mesh_config": sharding.MeshConfig(data=4, fsdp=2, tensor=1),
+        **more,
+    }
+
+
+def lines(model_dir):
+    return metrics.read(model_dir / "metrics.jsonl")
+
+
+def final_params(model_dir):
+    return pretrained.load_model(str(model_dir))[1]
+
+
+@pytest.fixture(scope="module")
+def teacher_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("teacher")
+    train.run(**options(folder, steps=12))
+    return folder
+
+
+def test_cross_entropy_falls_and_the_run_directory_is_complete(teacher_dir):
+    losses = [line["train/loss"] for line in lines(teacher_dir)]
+    assert len(losses) == 12
+    assert losses[-1] < 0.8 * losses[0]
+    for name in ("config.gin", "model_info.txt", "metrics.jsonl", "tensorboard", "checkpoints/12"):
+        assert (teacher_dir / name).exists(), name
+    assert "decoder/logits_dense/kernel" in (teacher_dir / "model_info.txt").read_text()
+
+
+def on_policy(teacher_dir, **more):
+    return {
+        "fraction": 0.5,
+        "divergence": divergences.forward_kl,
+        "teacher": pretrained.Model(checkpoint=str(teacher_dir)),
+        **more,
+    }
+
+
+def test_a_stopped_run_goes_on_exactly_as_one_never_stopped(teacher_dir, tmp_path):
+    """Same coins, samples, batches, losses and parameters, bit for bit."""
+    train.run(**options(tmp_path / "whole", steps=8, **on_policy(teacher_dir)))
+    train.run(**options(tmp_path / "parts", steps=5, **on_policy(teacher_dir)))
+    train.run(**options(tmp_path / "parts", steps=8, **on_policy(teacher_dir)))
+    whole, parts = lines(tmp_path / "whole"), lines(tmp_path / "parts")
+    assert [line["step"] for line in parts] == list(range(1, 9))
+    for a, b in zip(whole, parts, strict=True):
+        for name in a:
+            if not name.startswith("time/"):
+                assert a[name] == b[name], name
+    assert {line["train/on_policy"] for line in whole} == {0.0, 1.0}
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        final_params(tmp_path / "whole"),
+        final_params(tmp_path / "parts"),
+    )
+
+
+def test_one_device_and_eight_give_the_same_losses(teacher_dir, tmp_path, monkeypatch):
+    common = on_policy(teacher_dir)
+    train.run(**options(tmp_path / "eight", steps=4, **common))
+    one = jax.devices()[:1]
+    monkeypatch.setattr(
+        sharding, "make_mesh", lambda config, make=sharding.make_mesh: make(config, one)
+    )
+    single = sharding.MeshConfig()
+    train.run(**options(tmp_path / "one", steps=4, **common, mesh_config=single))
+    for a, b in zip(lines(tmp_path / "eight"), lines(tmp_path / "one"), strict=True):
+        assert a["train/loss"] == pytest.approx(b["train/loss"], rel=2e-4)
+        assert a.get("train/sample_length") == b.get("train/sample_length")
+
+
+def test_evaluation_scores_every_example_once(teacher_dir, tmp_path):
+    evaluation = evaluate.EvalConfig(num_examples=11)  # not a multiple of the batch
+    train.run(**options(tmp_path, steps=2, evaluation=evaluation))
+    last = lines(tmp_path)[-1]
+    assert last["step"] == 2
+    assert 0 <= last["eval/arithmetic/accuracy"] <= 100
+    rows = (tmp_path / "eval" / "arithmetic" / "2.jsonl").read_text().splitlines()
+    assert len(rows) == 11
+    assert set(json.loads(rows[0])) == {"inputs", "targets", "prediction"}
+
+
+def test_dry_run_writes_nothing(tmp_path):
+    train.run(**options(tmp_path / "none", steps=2), dry_run=True)
+    assert not (tmp_path / "none").exists()
+
+
+def test_metrics_of_a_truncated_last_line_are_dropped(teacher_dir, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
+    writer = metrics.Writer(str(tmp_path), resume_step=2)
+    writer.write(3, {"train/loss": 1.0})
+    writer.close()
+    assert [line["step"] for line in metrics.read(path)] == [1, 2, 3]
+
+
+def test_a_student_of_another_vocabulary_is_refused(teacher_dir, tmp_path):
+    student = pretrained.Model(checkpoint=str(teacher_dir))
+    with pytest.raises(ValueError, match="another vocabulary"):
+        train.run(
+            **options(
+                tmp_path,
+                steps=2,
+                student=student,
+                data_config=DataConfig(
+                    task="arithmetic", feature_lengths=LENGTHS, batch_size=8, vocabulary="bytes"
+                ),
+            )
+        )
+
+
+def test_a_checkpoint_of_another_size_is_refused(teacher_dir, tmp_path):
+    student = pretrained.Model(size="small", checkpoint=str(teacher_dir))
+    with pytest.raises(ValueError, match="is not of size 'small': d_model 16 != 512"):
+        train.run(**options(tmp_path, steps=2, student=student))
+
+
+def test_a_teacher_without_weights_is_said_loudly(tmp_path, capfd):
+    teacher = pretrained.Model(architecture=small, size="tiny")
+    train.run(**options(tmp_path, steps=1, divergence=divergences.reverse_kl, teacher=teacher))
+    assert "WARNING: the teacher has random weights" in capfd.readouterr().err
+
+
+def test_a_bfloat16_teacher_is_held_in_bfloat16(teacher_dir):
+    config = checkpoints.read_config(checkpoints.find_step(str(teacher_dir)))
+    target = t5.abstract_params(config, "bfloat16")
+    params = pretrained.load_params(str(teacher_dir), target, config)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"bfloat16"}
+
+
+QUICK = """
+import sys
+import time
+sys.path.insert(0, {tests!r})
+import conftest
+from test_train import options
+from gkd_jax import train
+train.run(**options({folder!r}, steps=2000))
+"""
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_a_signal_loses_nothing_that_was_saved(tmp_path, number, status):
+    script = QUICK.format(tests=os.path.dirname(__file__), folder=str(tmp_path))
+    process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
+    path = tmp_path / "metrics.jsonl"
+    while process.poll() is None and not (path.exists() and len(path.read_text()) > 3000):
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == status, err[-2000:]
+    saved = checkpoints.find_step(str(tmp_path))
+    assert saved is not None
+    step = int(saved.name)
+    if number == signal.SIGTERM:
+        assert f"SIGTERM: saved step {step}" in err
+        assert lines(tmp_path)[-1]["step"] == step
+    train.run(**options(tmp_path, steps=step + 2))
+    assert [line["step"] for line in lines(tmp_path)] == list(range(1, step + 3))
