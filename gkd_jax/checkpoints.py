@@ -149,3 +149,16 @@ def read_params(step_folder: epath.Path, target: t5.Params) -> t5.Params:
     """Parameters alone, in the shapes, dtypes and shardings of `target`."""
     with ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore(step_folder.resolve() / "params", target)
+
+
+def write_params(folder: str, config: t5.T5Config, params: t5.Params, vocabulary_hash: str) -> None:
+    """A model without training state, in a step folder of its own; an empty hash is unknown."""
+    target = epath.Path(folder).resolve()
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler("params", "model")) as checkpointer:
+        checkpointer.save(
+            target,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(params),
+                model=ocp.args.JsonSave(describe_model(config, vocabulary_hash)),
+            ),
+        )

@@ -23,6 +23,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 COMMANDS = {
     "train": "SFT, supervised KD, SeqKD, GKD: whatever the gin file says; resumes by itself",
     "eval": "decodes and scores a task's split with a checkpoint",
+    "convert": "a checkpoint to Hugging Face's, T5X's or our own format",
     "infer": "decodes a task's inputs, or a text file, to JSONL",
 }
 _USAGE = "usage: gkd-jax COMMAND [--gin_file=FILE ...] [--gin.MACRO=VALUE ...]\n\n" + "\n".join(
@@ -64,6 +65,10 @@ def _main(arguments: list[str]) -> None:
     if values.help:
         print(_USAGE + "\n\n" + values.main_module_help())
         return
+    if command == "convert":
+        _set_up(values)
+        _convert(values)
+        return
     if not values.gin_file:
         raise UsageError(f"{command} needs --gin_file=FILE")
     _set_up(values)
@@ -80,6 +85,14 @@ def _parse_flags(command: str, arguments: list[str]) -> tuple[flags.FlagValues, 
     flags.DEFINE_string("tfds_data_dir", None, "where TFDS data sets lie", flag_values=values)
     flags.DEFINE_bool("traceback", False, "show where an error came from", flag_values=values)
     flags.DEFINE_bool("dry_run", False, "check everything, train nothing", flag_values=values)
+    if command == "convert":
+        flags.DEFINE_string("input", None, "a checkpoint of any format", flag_values=values)
+        flags.DEFINE_string("output", None, "a folder that does not exist", flag_values=values)
+        flags.DEFINE_enum("to", None, ["hf", "t5x", "gkd"], "the format", flag_values=values)
+        flags.DEFINE_enum(
+            "dtype", "float32", ["float32", "bfloat16"], "of the output", flag_values=values
+        )
+        flags.DEFINE_integer("step", 0, "of a T5X checkpoint's name", flag_values=values)
     flags.DEFINE_bool("help", False, "this text", short_name="h", flag_values=values)
     bindings, others = [], []
     for argument in arguments:
@@ -210,6 +223,17 @@ def _infer(values: flags.FlagValues) -> None:
     from gkd_jax import infer
 
     gin.get_configurable(infer.run)(dry_run=values.dry_run)
+
+
+def _convert(values: flags.FlagValues) -> None:
+    from gkd_jax import pretrained
+
+    for name in ("input", "output", "to"):
+        if getattr(values, name) is None:
+            raise UsageError(f"convert needs --{name}")
+    pretrained.convert_checkpoint(
+        values.input, values.output, to=values.to, dtype=values.dtype, step=values.step
+    )
 
 
 def _macro(name: str, default: Any) -> Any:

@@ -116,7 +116,7 @@ def check_vocabularies(
         if step_folder is None:
             continue
         found = checkpoints.read_description(step_folder)["vocabulary"]
-        if found != expected:
+        if found and found != expected:
             raise ValueError(
                 f"the {name}'s checkpoint {model.checkpoint!r} was trained with another vocabulary "
                 f"(content {found[:12]}) than this task's (content {expected[:12]})"
@@ -162,3 +162,31 @@ def load_model(path: str) -> tuple[t5.T5Config, t5.Params]:
     """A model on disk as (config, float32 parameters): `load_config` and `load_params`."""
     config = load_config(path)
     return config, load_params(path, t5.abstract_params(config), config)
+
+
+def convert_checkpoint(
+    source: str, output: str, *, to: str, dtype: str = "float32", step: int = 0
+) -> None:
+    """Writes a checkpoint in another format.
+
+    Args:
+        source: as for `load_config`.
+        output: a folder that does not exist yet.
+        to: "hf", "t5x" (a `checkpoint_<step>` inside `output`) or "gkd".
+        dtype: of the written parameters; "gkd" keeps float32.
+        step: of a T5X checkpoint.
+
+    Raises:
+        FileExistsError: where the output exists.
+    """
+    if epath.Path(output).exists():
+        raise FileExistsError(f"{output!r} exists already: convert writes to a new folder")
+    config, params = load_model(source)
+    if to == "hf":
+        convert.write_hf(output, config, params, dtype=dtype)
+    elif to == "t5x":
+        convert.write_t5x(output, config, params, step=step, dtype=dtype)
+    else:
+        step_folder = checkpoints.find_step(source)
+        known = None if step_folder is None else checkpoints.read_description(step_folder)
+        checkpoints.write_params(output, config, params, known["vocabulary"] if known else "")

@@ -122,18 +122,11 @@ def build(
         with sharding.use(mesh):
             return gkd.sample_targets(method, models, params, batch, key)
 
+    parts = (method, models, transformation, trainer.num_microbatches)
+
     def update_batch(state, teacher_params, batch, key):
         with sharding.use(mesh):
-            return gkd.update(
-                method,
-                models,
-                transformation,
-                trainer.num_microbatches,
-                state,
-                teacher_params,
-                batch,
-                key,
-            )
+            return gkd.update(*parts, state, teacher_params, batch, key)
 
     return Program(
         mesh=mesh,

@@ -96,15 +96,15 @@ def answer_accuracy(targets: Sequence[str], predictions: Sequence[str]) -> dict[
     """Share of chains of thought that end in the right number, as GSM8K is graded.
 
     The answer is the number after the last `The answer is`. Numbers are compared exactly, so
-    `$1,200.00` equals `1200`. `accuracy_calculator` corrects the equations of the prediction first
-    (see `calculator.correct`).
+    `$1,200.00` equals `1200`. `accuracy_with_calculator` corrects the equations of the prediction
+    first (see `calculator.correct`).
 
     Args:
         targets: texts that hold the right answer in the same form.
         predictions: decoded texts.
 
     Returns:
-        `accuracy` and `accuracy_calculator`, 0 to 100.
+        `accuracy` and `accuracy_with_calculator`, 0 to 100.
 
     Raises:
         ValueError: if a target has no answer, or if the lists are empty or differ in length.
@@ -120,7 +120,7 @@ def answer_accuracy(targets: Sequence[str], predictions: Sequence[str]) -> dict[
     count = len(targets)
     return {
         "accuracy": 100.0 * hits / count,
-        "accuracy_calculator": 100.0 * hits_calculator / count,
+        "accuracy_with_calculator": 100.0 * hits_calculator / count,
     }
 
 

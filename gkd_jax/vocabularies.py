@@ -210,13 +210,15 @@ def train_sentencepiece(
 
     Args:
         texts: one sentence each.
-        path: the `.model` file; written whole or not at all. Its folder is made.
+        path: the local `.model` file; written whole or not at all. Its folder is made.
         vocab_size: pieces, special ones included.
         character_coverage: share of the text's characters that get a piece.
 
     Raises:
-        ValueError: if the texts cannot give that many pieces, or there are none.
+        ValueError: if the texts cannot give that many pieces, there are none, or path is remote.
     """
+    if "://" in os.fspath(path):
+        raise ValueError(f"path must be local, to be renamed into place; got {os.fspath(path)!r}")
     sentences = list(texts)
     if not sentences:
         raise ValueError("train_sentencepiece needs sentences, got none")

@@ -4,8 +4,10 @@
     targets: 7 + 5 = 12. 12 * 2 = 24. The answer is 24.
 
 Problems have two or three steps, and are graded as GSM8K is: by the number at the end of a chain of
-thought that a model has to get right step by step. A T5 of less than a million parameters learns it
-from scratch in about a minute of one CPU core with the vocabulary "arithmetic" (the default here).
+thought that a model has to get right step by step. With the vocabulary "arithmetic" (the default
+here), a T5 of 0.8 M parameters trained from scratch for 900 steps of 64 (gin/quickstart.gin)
+answered 96 % of the validation split right, in one run; one of 0.15 M, after 400 steps, 9 %.
+The longest input has 34 tokens and the longest target 24, EOS included.
 """
 
 from collections.abc import Callable

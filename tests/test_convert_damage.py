@@ -231,6 +231,50 @@ def test_a_flipped_bit_in_a_chunk_is_never_read(native):
     assert all(KERNEL in message for message in messages)
 
 
+def test_absurd_sizes_are_refused(tmp_path):
+    """A tied model has no other array whose size would tell."""
+    config = dataclasses.replace(CONFIG, tie_embeddings=True, scale_logits=True)
+    folder = convert.write_t5x(str(tmp_path), config, t5.init(config, jax.random.key(0)), step=1)
+    file = tmp_path / "checkpoint_1" / "target.token_embedder.embedding" / ".zarray"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "shape": [2**50, 16]}))
+    with pytest.raises(ValueError, match="token_embedder/embedding: no memory"):
+        read(folder)
+
+
+@pytest.fixture
+def ocdbt(shared, tmp_path):
+    target = tmp_path / "checkpoint_3"
+    for file in (shared / "t5x_checkpoints/t5_orbax_ocdbt/checkpoint_3").rglob("*"):
+        if file.is_file():  # the originals may be read-only
+            copy = target / file.relative_to(shared / "t5x_checkpoints/t5_orbax_ocdbt/checkpoint_3")
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(file.read_bytes())
+    return target
+
+
+OCDBT_DAMAGES = {"cut": lambda f: cut(f, f.stat().st_size // 2), "missing": lambda f: f.unlink()}
+
+
+@pytest.mark.parametrize("damage", OCDBT_DAMAGES)
+def test_damaged_ocdbt_data_name_the_array(ocdbt, damage):
+    data = max((ocdbt / "state").rglob("d/*"), key=lambda file: file.stat().st_size)
+    OCDBT_DAMAGES[damage](data)
+    with pytest.raises((ValueError, FileNotFoundError), match=r"target\.\w+"):
+        read(ocdbt)
+
+
+@pytest.mark.parametrize("position", [0.0, 0.1, 0.5, 0.99])
+@pytest.mark.parametrize("name", ["manifest.ocdbt", "d"])
+def test_a_flipped_bit_in_the_ocdbt_index_is_refused(ocdbt, name, position):
+    place = ocdbt / "state" / name
+    file = place if place.is_file() else next(place.iterdir())
+    data = bytearray(file.read_bytes())
+    data[int(position * len(data))] ^= 4
+    file.write_bytes(bytes(data))
+    with pytest.raises(ValueError, match=r"manifest\.ocdbt is damaged"):
+        read(ocdbt)
+
+
 def test_every_cut_of_the_index_is_refused(native):
     file = native / "checkpoint"
     data = file.read_bytes()
@@ -391,6 +435,13 @@ HF_DAMAGES = {
         ValueError,
         r"shared\.weight .*found int32",
     ),
+    "an encoder with its own embedding": (
+        lambda f: edit_header(
+            f, lambda h: h.update({"encoder.embed_tokens.weight": h["lm_head.weight"]})
+        ),
+        ValueError,
+        r"encoder\.embed_tokens\.weight differs from shared\.weight",
+    ),
     "an unknown dtype": (
         lambda f: edit_header(f, lambda h: h["shared.weight"].update(dtype="O")),
         ValueError,
@@ -442,6 +493,11 @@ def test_other_folders(tmp_path, native):
     with pytest.raises(ValueError, match=r"Looked for .*model\.safetensors.*manifest\.ocdbt"):
         convert.detect(str(tmp_path / "empty"))
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    assert convert.detect(str(tmp_path / "run")) == "gkd"
-    with pytest.raises(ValueError, match="load_model"):
-        convert.read_config(str(tmp_path / "run"))
+    with pytest.raises(ValueError, match="no complete step"):
+        convert.detect(str(tmp_path / "run"))
+    for item in ("params", "model"):
+        (tmp_path / "run" / "checkpoints" / "3" / item).mkdir(parents=True)
+    for ours in (tmp_path / "run", tmp_path / "run" / "checkpoints" / "3"):
+        assert convert.detect(str(ours)) == "gkd"
+        with pytest.raises(ValueError, match="load_model"):
+            convert.read_config(str(ours))

@@ -199,14 +199,14 @@ def test_adamw_equals_its_definition(weight_decay):
 def test_max_grad_norm_clips_the_global_norm_first(make):
     params = {"a": _normal((4, 5), 0), "layers": {"b": _normal((2, 3, 3), 1)}}
     grads = jax.tree.map(lambda x: _normal(x.shape, x.size, 5.0), params)
-    small = jax.tree.map(lambda x: 1e-3 * x, grads)
+    first = jax.tree.map(lambda x: 0.05 * _normal(x.shape, x.size + 1, 5.0), params)
     norm = np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(grads)))
     assert norm > 2
     plain, clipped = make(schedule=_constant), make(schedule=_constant, max_grad_norm=2.0)
     states = plain.init(params), clipped.init(params)
-    # A small gradient first, so that the second one's size matters to the moments.
-    _, plain_state = plain.update(small, states[0], params)
-    _, clipped_state = clipped.update(small, states[1], params)
+    # A gradient that is not clipped first, so that the second one's size matters to the moments.
+    _, plain_state = plain.update(first, states[0], params)
+    _, clipped_state = clipped.update(first, states[1], params)
     scaled = jax.tree.map(lambda x: x * (2.0 / norm), grads)
     expected, _ = plain.update(scaled, plain_state, params)
     got, _ = clipped.update(grads, clipped_state, params)

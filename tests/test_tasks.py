@@ -198,6 +198,17 @@ def test_arithmetic_vocabulary_covers_every_problem():
     assert words <= set(vocabularies.pieces(vocabulary))
 
 
+def test_arithmetic_lengths_are_the_documented_ones():
+    pairs = [pair for rows in arithmetic.problems().values() for pair in rows]
+    # Words and punctuation counted here, not by the vocabulary; one more for EOS.
+    longest = [
+        1 + max(len(re.findall(r"[^\s.?]+|[.?]", pair[column])) for pair in pairs)
+        for column in (0, 1)
+    ]
+    assert longest == [34, 24]
+    assert [int(n) for n in re.findall(r"(\d+)(?: tokens|, EOS)", arithmetic.__doc__)] == longest
+
+
 # GSM8K --------------------------------------------------------------------------------------------
 
 

@@ -188,7 +188,10 @@ train.run(**options({folder!r}, steps=2000))
 """
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(signal.SIGTERM, 143), pytest.param(signal.SIGKILL, -9, marks=pytest.mark.slow)],
+)
 def test_a_signal_loses_nothing_that_was_saved(tmp_path, number, status):
     script = QUICK.format(tests=os.path.dirname(__file__), folder=str(tmp_path))
     process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)

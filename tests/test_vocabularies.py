@@ -137,4 +137,6 @@ def test_impossible_sentencepiece_sizes_leave_no_file(tmp_path):
         vocabularies.train_sentencepiece(["a b c"], tmp_path / "a.model", vocab_size=5000)
     with pytest.raises(ValueError, match="got none"):
         vocabularies.train_sentencepiece([], tmp_path / "a.model", vocab_size=50)
+    with pytest.raises(ValueError, match=r"must be local.*gs://bucket"):
+        vocabularies.train_sentencepiece(["a b c"], "gs://bucket/a.model", vocab_size=8)
     assert not list(tmp_path.iterdir())

@@ -27,9 +27,7 @@ def detect(path: str) -> Format:
     folder = epath.Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"no checkpoint folder {path}")
-    if (folder / "checkpoints").is_dir() or (
-        (folder / "params").is_dir() and (folder / "model").is_dir()
-    ):
+    if _is_step(folder) or any(_is_step(child) for child in _children(folder / "checkpoints")):
         return "gkd"
     weights = [
         name
@@ -46,6 +44,14 @@ def detect(path: str) -> Format:
     raise ValueError(f"{path} is no known checkpoint. {_hint(folder, weights)}")
 
 
+def _is_step(folder: epath.Path) -> bool:
+    return (folder / "params").is_dir() and (folder / "model").is_dir()
+
+
+def _children(folder: epath.Path) -> list[epath.Path]:
+    return list(folder.iterdir()) if folder.is_dir() else []
+
+
 def t5x_root(path: str) -> epath.Path:
     """The folder that holds a T5X checkpoint's arrays: the step's own, or its `state`."""
     folder = epath.Path(path)
@@ -60,9 +66,8 @@ def _kind_of_msgpack(root: epath.Path) -> Format:
     # T5X's own index starts with the keys "version" and "optimizer"; Orbax's has the bare tree.
     with (root / "checkpoint").open("rb") as file:
         start = file.read(64)
-    native = (
-        b"\xa7version" in start or b"\xa9optimizer" in start
-    )  # msgpack strings of 7 and 9 bytes
+    # \xa7 and \xa9: msgpack's strings of 7 and 9 bytes.
+    native = b"\xa7version" in start or b"\xa9optimizer" in start
     return "t5x_native" if native else "t5x_orbax_msgpack"
 
 
@@ -79,6 +84,8 @@ def _hint(folder: epath.Path, weights: list[str]) -> str:
         return f"It has {weights[0]} but no config.json"
     if (folder / "config.json").is_file():
         return "It has config.json but no model.safetensors or model.safetensors.index.json"
+    if (folder / "checkpoints").is_dir():
+        return "It is a MODEL_DIR whose checkpoints/ holds no complete step yet"
     steps = sorted(child.name for child in folder.iterdir() if child.name.startswith("checkpoint_"))
     if steps:
         return f"It contains {', '.join(steps[:5])}: give one of these folders"

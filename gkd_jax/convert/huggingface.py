@@ -116,6 +116,12 @@ def open_model(path: str, config: t5.T5Config) -> tuple[Layout, dict[str, Stored
                 break
     if config.tie_embeddings and not _has_own_head(arrays):
         ignored.append(_HEAD)
+    for name in _SAME_AS_SHARED:
+        if name in arrays and _SHARED in arrays and not _same(arrays[name], arrays[_SHARED]):
+            raise ValueError(
+                f"{path}: {name} differs from {_SHARED}: encoder and decoder must share one "
+                "embedding"
+            )
     layout = hf_layout(config)
     check(layout, arrays, path, ignored=ignored)
     return layout, arrays
@@ -133,15 +139,18 @@ def _has_own_head(arrays: dict[str, Stored]) -> bool:
     head = arrays.get(_HEAD)
     names = (_SHARED, *_SAME_AS_SHARED)
     embedding = next((arrays[name] for name in names if name in arrays), None)
-    if head is None or embedding is None:
+    return head is not None and embedding is not None and not _same(head, embedding)
+
+
+def _same(one: Stored, other: Stored) -> bool:
+    """Whether two matrices hold the same numbers; stops at the first rows that differ."""
+    if one.shape != other.shape or one.dtype != other.dtype or len(one.shape) != 2:
         return False
-    if head.shape != embedding.shape or head.dtype != embedding.dtype or len(head.shape) != 2:
-        return True
-    for row in range(0, head.shape[0], _ROWS):
-        index = (slice(row, min(row + _ROWS, head.shape[0])), slice(0, head.shape[1]))
-        if not np.array_equal(head.read(index), embedding.read(index)):
-            return True
-    return False
+    for row in range(0, one.shape[0], _ROWS):
+        index = (slice(row, min(row + _ROWS, one.shape[0])), slice(0, one.shape[1]))
+        if not np.array_equal(one.read(index), other.read(index)):
+            return False
+    return True
 
 
 def _open_weights(folder: pathlib.Path) -> dict[str, Stored]:

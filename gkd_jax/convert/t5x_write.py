@@ -12,7 +12,7 @@ import tensorstore as ts
 
 from gkd_jax.convert.layout import flatten, t5x_layout, to_stored, unflatten
 from gkd_jax.convert.stored import as_dtype
-from gkd_jax.convert.t5x_optimizer import PARAM_STATES, stored_states
+from gkd_jax.convert.t5x_optimizer import stored_states
 from gkd_jax.convert.writing import check_on_this_host, complete_folder
 from gkd_jax.models import t5
 from gkd_jax.optimizers import AdafactorState
@@ -70,8 +70,8 @@ def write_t5x(
                 index[name] = (
                     _packed(array) if in_msgpack else _write_array(folder, name, array, "float32")
                 )
+        # Without an optimizer no param_states either: T5X takes an empty map for an array.
         tree = unflatten(index, separator=".")
-        tree["state"].setdefault(PARAM_STATES, {})
         with (folder / "checkpoint").open("wb") as file:
             msgpack.pack({"version": 3, "optimizer": tree}, file)
     return target

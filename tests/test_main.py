@@ -1,0 +1,151 @@
+"""The command line: what is right runs, what is wrong ends with status 2 and one clear line."""
+
+import json
+import pathlib
+
+import pytest
+
+import gin
+from gkd_jax import main, pretrained
+
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+TINY = [
+    "--gin.MIXTURE_OR_TASK_NAME='arithmetic'",
+    "--gin.STUDENT_SIZE='tiny'",
+    "--gin.TEACHER_SIZE='tiny'",
+]
+LENGTHS = "--gin.TASK_FEATURE_LENGTHS={'inputs': 40, 'targets': 24}"
+
+
+@pytest.fixture(autouse=True)
+def _fresh_gin(monkeypatch):
+    monkeypatch.setenv("GKD_JAX_COMPILATION_CACHE", "")
+    gin.clear_config()
+    yield
+    gin.clear_config()
+
+
+def run(*arguments):
+    """Exit status of a command; 0 where it returns."""
+    try:
+        main.main(list(arguments))
+    except SystemExit as error:
+        return error.code or 0
+    return 0
+
+
+def train(tmp_path, *more):
+    return run("train", "--gin_file=gin/gkd.gin", f"--gin.MODEL_DIR='{tmp_path}/run'", *TINY, *more)
+
+
+def test_gkd_trains_evaluates_and_converts(tmp_path, capfd):
+    steps = ["--gin.TRAIN_STEPS=2", "--gin.BATCH_SIZE=8", LENGTHS]
+    assert train(tmp_path, *steps, "--gin.evaluate.EvalConfig.num_examples=3") == 0
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 2]
+    assert "train.run" in (tmp_path / "run" / "config.gin").read_text()
+    gin.clear_config()
+    common = [
+        f"--gin.CHECKPOINT='{tmp_path}/run'",
+        "--gin.MIXTURE_OR_TASK_NAME='arithmetic'",
+        "--gin.NUM_EXAMPLES=5",
+        "--gin.BATCH_SIZE=8",
+        LENGTHS,
+    ]
+    assert (
+        run("eval", "--gin_file=gin/eval.gin", f"--gin.OUTPUT_DIR='{tmp_path}/eval'", *common) == 0
+    )
+    scores = json.loads((tmp_path / "eval" / "metrics.json").read_text())
+    assert set(scores["arithmetic"]) == {"accuracy", "accuracy_with_calculator"}
+    gin.clear_config()
+    output = tmp_path / "out.jsonl"
+    assert run("infer", "--gin_file=gin/infer.gin", f"--gin.OUTPUT='{output}'", *common) == 0
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert len(rows) == 5
+    assert set(rows[0]) == {"inputs", "targets", "reference"}
+    for form in ("hf", "t5x", "gkd"):
+        target = tmp_path / form
+        assert run("convert", f"--input={tmp_path}/run", f"--output={target}", f"--to={form}") == 0
+    config, _ = pretrained.load_model(str(tmp_path / "gkd"))
+    assert pretrained.load_config(str(tmp_path / "hf")).d_model == config.d_model
+    assert pretrained.load_config(str(tmp_path / "t5x" / "checkpoint_0")).d_model == config.d_model
+
+
+def test_an_override_may_name_a_function(tmp_path, capfd):
+    assert train(tmp_path, "--gin.DIVERGENCE=@divergences.reverse_kl", LENGTHS, "--dry_run") == 0
+    assert "reverse_kl" in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+RECIPES = sorted(
+    path.relative_to(ROOT).as_posix()
+    for path in (ROOT / "gin").rglob("*.gin")
+    if path.stem not in ("eval", "infer", "decode", "multi30k")
+)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_train_recipe_builds(recipe, tmp_path):
+    arguments = ["train", f"--gin_file={recipe}", f"--gin.MODEL_DIR='{tmp_path}/run'", "--dry_run"]
+    if recipe != "gin/quickstart.gin":
+        arguments += TINY
+    assert run(*arguments) == 0
+    assert not (tmp_path / "run").exists()
+
+
+WRONG = {
+    "unknown command": (["trian"], "did you mean 'train'"),
+    "no gin file": (["train"], "train needs --gin_file=FILE"),
+    "unknown flag": (["train", "--gin_fil=x"], "gin_fil"),
+    "missing gin file": (["train", "--gin_file=gin/none.gin"], "gin/none.gin"),
+    "flag without a value": (["train", "--gin_file=gin/gkd.gin", "--gin.BETA"], "has no value"),
+    "positional": (["train", "x"], "takes flags only, got 'x'"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_usage(case, capfd):
+    arguments, message = WRONG[case]
+    assert run(*arguments) == 2
+    assert message in capfd.readouterr().err
+
+
+BAD = {
+    "--gin.DROPOUT_RAT=0.2": "did you mean 'DROPOUT_RATE'",
+    "--gin.gkd.GKDConfig.lamda=1": "lamda",
+    "--gin.ON_POLICY_FRACTION=1.5": "on_policy_fraction must lie in [0, 1], got 1.5",
+    "--gin.TEACHER_TEMPERATURE=0.0": "teacher_temperature must be positive, got 0",
+    "--gin.SAMPLING_TEMPERATURE=-1.0": "temperature must be at least 0",
+    "--gin.MIXTURE_OR_TASK_NAME='arithmetics'": "unknown task or mixture 'arithmetics'",
+    "--gin.TASK_FEATURE_LENGTHS={'inputs': 0, 'targets': 8}": "must be positive, got 0",
+    "--gin.TASK_FEATURE_LENGTHS={'inputs': 8}": "feature_lengths must be",
+    "--gin.STUDENT_SIZE='huge'": "size must be one of tiny",
+    "--gin.STUDENT_SIZE=None": "a model needs a size",
+    "--gin.STUDENT_CHECKPOINT='/no/such/folder'": "no checkpoint at '/no/such/folder'",
+    "--gin.TEACHER_CHECKPOINT='/no/such/folder'": "no checkpoint at '/no/such/folder'",
+    "--gin.VOCABULARY='/no/such.model'": "/no/such.model",
+    "--gin.BATCH_SIZE=12": "the batch size must be divisible by data x fsdp = 8, got 12",
+    "--gin.BATCH_SIZE=-4": "batch_size must be a positive integer, got -4",
+    "--gin.TRAIN_STEPS=0": "train_steps must be a positive integer, got 0",
+    "--gin.TRAIN_STEPS=-5": "-5",
+    "--gin.LEARNING_RATE=0.0": "learning_rate must be positive, got 0",
+    "--gin.WARMUP_STEPS=2000": "warmup_steps",
+    "--gin.DTYPE='float16'": "dtype must be 'float32' or 'bfloat16', got 'float16'",
+    "--gin.DROPOUT_RATE=1.0": "dropout_rate must lie in [0, 1), got 1.0",
+    "--gin.NUM_MICROBATCHES=3": "num_microbatches=3 does not divide the batch size 32",
+    "--gin.LABEL_SMOOTHING=1.5": "label_smoothing must lie in [0, 1), got 1.5",
+    "--gin.RANDOM_SEED=-1": "seed must be an integer of at least 0, got -1",
+    "--gin.DIVERGENCE=@divergences.kl": "divergences.kl",
+    "--gin.sharding.MeshConfig.tensor=3": "does not fit 8 devices",
+    "--gin.DATA_DIR='/no/such/dir'": "there is no folder '/no/such/dir'",
+}
+
+
+@pytest.mark.parametrize("override", BAD)
+def test_wrong_configurations_end_with_status_2_and_one_line(override, tmp_path, capfd):
+    assert train(tmp_path, override, "--dry_run") == 2
+    error = [line for line in capfd.readouterr().err.splitlines() if "gkd-jax: error" in line]
+    assert len(error) == 1
+    assert BAD[override] in error[0]
+    assert not (tmp_path / "run").exists()
