@@ -155,7 +155,7 @@ def per_token_loss(
 ) -> Float[Array, "B T"]:
     """D(P || Q) at each target position, or the cross-entropy of the target; nats."""
     student_logits = t5.logits(models.student, student_params, batch, dropout_key=dropout_key)
-    student_logits = mask_tail(student_logits / config.student_temperature, models.num_pieces)
+    student_logits = of_pieces(student_logits / config.student_temperature, models.num_pieces)
     if config.divergence is None:
         return losses.cross_entropy(
             student_logits, batch.targets, label_smoothing=config.label_smoothing
@@ -163,15 +163,13 @@ def per_token_loss(
     assert models.teacher is not None
     assert teacher_params is not None
     teacher_logits = t5.logits(models.teacher, teacher_params, batch)
-    teacher_logits = mask_tail(teacher_logits / config.teacher_temperature, models.num_pieces)
+    teacher_logits = of_pieces(teacher_logits / config.teacher_temperature, models.num_pieces)
     return config.divergence(student_logits, jax.lax.stop_gradient(teacher_logits))
 
 
-def mask_tail(logits: Float[Array, "B T V"], num_pieces: int) -> Float[Array, "B T V"]:
-    """-inf for ids that no piece of the vocabulary has."""
-    if logits.shape[-1] == num_pieces:
-        return logits
-    return jnp.where((jnp.arange(logits.shape[-1]) < num_pieces)[None, None], logits, -jnp.inf)
+def of_pieces(logits: Float[Array, "B T V"], num_pieces: int) -> Float[Array, "B T P"]:
+    """Without the ids that no piece has: the two models may round their embeddings up differently."""
+    return logits[..., :num_pieces]
 
 
 class LossSums(NamedTuple):

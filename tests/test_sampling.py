@@ -363,7 +363,7 @@ def test_bad_settings_are_refused(changes, message):
 
 
 def test_sampling_needs_a_key(params, inputs):
-    with pytest.raises(ValueError, match="temperature=1.0 needs a key"):
+    with pytest.raises(ValueError, match=r"temperature=1\.0 needs a key"):
         sampling.sample(CONFIG, params, inputs, max_length=T)
 
 

@@ -69,7 +69,7 @@ def test_two_axes_cannot_claim_one_mesh_axis(axes):
 
 
 def test_an_unknown_logical_axis_is_named():
-    with pytest.raises(ValueError, match="unknown logical axis 'embd', expected one of .*'embed'"):
+    with pytest.raises(ValueError, match=r"unknown logical axis 'embd', expected one of .*'embed'"):
         sharding.spec(("embd",))
 
 

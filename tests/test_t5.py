@@ -212,8 +212,9 @@ def test_bfloat16_is_close_to_float32(name, batch, params):
     config = dataclasses.replace(CONFIGS[name], dtype="bfloat16")
     got = logits(config, params[name], batch)
     assert got.dtype == jnp.float32
-    error = np.abs(got - exact).max() / np.abs(exact).max()
-    assert 0 < error < 0.05  # 0 would mean that the setting does nothing
+    # Of the whole, not of the worst logit: single ones cancel, and have no relative precision.
+    error = np.linalg.norm(got - exact) / np.linalg.norm(exact)
+    assert 0 < error < 0.03  # 0 would mean that the setting does nothing
 
 
 def test_dropout_is_off_without_a_key_and_centred_with_one(batch, params):
