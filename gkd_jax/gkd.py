@@ -168,7 +168,7 @@ def per_token_loss(
 
 
 def of_pieces(logits: Float[Array, "B T V"], num_pieces: int) -> Float[Array, "B T P"]:
-    """Without the ids that no piece has: the two models may round their embeddings up differently."""
+    """Without the ids that no piece has: two models may round their embeddings up differently."""
     return logits[..., :num_pieces]
 
 
