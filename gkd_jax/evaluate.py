@@ -12,6 +12,7 @@ import numpy as np
 import seqio
 
 from gkd_jax import data, sharding
+from gkd_jax.beam_search import beam_search
 from gkd_jax.models import t5
 from gkd_jax.sampling import SamplingConfig, banned_tail, sample
 
@@ -26,8 +27,9 @@ class EvalConfig:
 
     Attributes:
         split: of the task.
-        decoding: "greedy" or "sample" (temperature sampling).
+        decoding: "greedy", "sample" (temperature sampling) or "beam".
         temperature: of "sample".
+        num_beams, alpha: of "beam"; the defaults are the paper's for WMT.
         batch_size: rows decoded at once; None takes the training batch's.
         num_examples: the first so many; None is all.
         target_length: most tokens to decode; None takes the training feature length.
@@ -37,14 +39,22 @@ class EvalConfig:
     split: str = "validation"
     decoding: str = "greedy"
     temperature: float = 1.0
+    num_beams: int = 4
+    alpha: float = 0.6
     batch_size: int | None = None
     num_examples: int | None = None
     target_length: int | None = None
     seed: int = 0
 
     def __post_init__(self):
-        if self.decoding not in ("greedy", "sample"):
-            raise ValueError(f"decoding must be 'greedy' or 'sample', got {self.decoding!r}")
+        if self.decoding not in ("greedy", "sample", "beam"):
+            raise ValueError(
+                f"decoding must be 'greedy', 'sample' or 'beam', got {self.decoding!r}"
+            )
+        if not isinstance(self.num_beams, int) or self.num_beams < 1:
+            raise ValueError(f"num_beams must be a positive integer, got {self.num_beams!r}")
+        if not self.alpha >= 0:
+            raise ValueError(f"alpha must be at least 0 (no length penalty), got {self.alpha}")
         if self.decoding == "sample" and not self.temperature > 0:
             raise ValueError(f"temperature must be positive to sample, got {self.temperature}")
         for name in ("batch_size", "num_examples", "target_length"):
@@ -65,14 +75,25 @@ def make_decoder(
 
     Batches before `first` are skipped; those after it are decoded as if they had not been.
     """
-    temperature = 0.0 if evaluation.decoding == "greedy" else evaluation.temperature
+    temperature = evaluation.temperature if evaluation.decoding == "sample" else 0.0
     banned = banned_tail(config, vocabulary.vocab_size)
     sampling = SamplingConfig(temperature=temperature, banned_ids=banned)
 
     def decode(params, inputs, key):
         with sharding.use(mesh):
-            drawn = sample(config, params, inputs, key, max_length=length, sampling=sampling)
-        return drawn.tokens
+            if evaluation.decoding != "beam":
+                drawn = sample(config, params, inputs, key, max_length=length, sampling=sampling)
+                return drawn.tokens
+            beams = beam_search(
+                config,
+                params,
+                inputs,
+                max_length=length,
+                num_beams=evaluation.num_beams,
+                alpha=evaluation.alpha,
+                banned_ids=banned,
+            )
+            return beams.tokens[:, 0]
 
     # Replicated, so that every process can read all rows.
     decode_fn = jax.jit(decode, out_shardings=sharding.replicated(mesh))

@@ -113,7 +113,7 @@ def sample(
     if encoded is None:
         encoded = t5.encode(config, params, inputs)
     cache = t5.init_cache(config, params, encoded, max_length)
-    allowed = _allowed(config.vocab_size, sampling.banned_ids)
+    allowed = allowed_ids(config.vocab_size, sampling.banned_ids)
     uniforms = jnp.zeros((max_length, batch_size))  # greedy needs none
     if key is not None:
         uniforms = row_uniforms(key, batch_size, max_length)
@@ -225,7 +225,12 @@ def filter_logits(logits: Float[Array, "B V"], sampling: SamplingConfig) -> Floa
     return logits
 
 
-def _allowed(vocab_size: int, banned_ids: tuple[int, ...]) -> Bool[np.ndarray, " V"]:
+def allowed_ids(vocab_size: int, banned_ids: tuple[int, ...]) -> Bool[np.ndarray, " V"]:
+    """A mask of the ids that may be decoded.
+
+    Raises:
+        ValueError: naming the ids that the vocabulary does not have.
+    """
     allowed = np.ones(vocab_size, bool)
     out_of_range = [i for i in banned_ids if not 0 <= i < vocab_size]
     if out_of_range:

@@ -64,6 +64,10 @@ def test_gkd_trains_evaluates_and_converts(tmp_path, capfd):
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert len(rows) == 5
     assert set(rows[0]) == {"inputs", "targets", "reference"}
+    gin.clear_config()
+    beams = [f"--gin.OUTPUT='{tmp_path}/beams.jsonl'", "--gin.DECODING='beam'", *common]
+    assert run("infer", "--gin_file=gin/infer.gin", *beams) == 0
+    assert len((tmp_path / "beams.jsonl").read_text().splitlines()) == 5
     for form in ("hf", "t5x", "gkd"):
         target = tmp_path / form
         assert run("convert", f"--input={tmp_path}/run", f"--output={target}", f"--to={form}") == 0
@@ -138,6 +142,8 @@ BAD = {
     "--gin.RANDOM_SEED=-1": "seed must be an integer of at least 0, got -1",
     "--gin.DIVERGENCE=@divergences.kl": "divergences.kl",
     "--gin.sharding.MeshConfig.tensor=3": "does not fit 8 devices",
+    "--gin.evaluate.EvalConfig.decoding='best'": "decoding must be 'greedy', 'sample' or 'beam'",
+    "--gin.evaluate.EvalConfig.num_beams=0": "num_beams must be a positive integer, got 0",
     "--gin.DATA_DIR='/no/such/dir'": "there is no folder '/no/such/dir'",
 }
 

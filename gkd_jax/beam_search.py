@@ -1,0 +1,159 @@
+"""Beam search with the scores of T5X's: log-probability over a length penalty.
+
+A finished sequence of n tokens (EOS included) scores log Q(y | x) / ((5 + n) / 6)^alpha (Wu et al.,
+2016). The search ends early when no live beam can still beat the worst finished one. The paper's
+WMT evaluation uses 4 beams and alpha 0.6, as Raffel et al. (2020).
+
+Axes: B batch, S source, T target, V vocabulary, W beams.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from gkd_jax.models import t5
+from gkd_jax.sampling import EOS_ID, allowed_ids
+
+
+EMPTY = -1e7  # the score of a beam that holds nothing
+
+
+class Beams(NamedTuple):
+    """The best sequences of each row, best first.
+
+    Attributes:
+        tokens: up to and including EOS, then 0.
+        scores: log-probability over the length penalty; nats. Where no beam has ended, those of the
+            live ones, without a penalty. A slot that holds nothing scores `EMPTY`.
+    """
+
+    tokens: Int[Array, "B W T"]
+    scores: Float[Array, "B W"]
+
+
+class _Search(NamedTuple):
+    position: Int[Array, ""]
+    live: Int[Array, "B W T"]
+    live_log_probs: Float[Array, "B W"]
+    finished: Int[Array, "B W T"]
+    finished_scores: Float[Array, "B W"]
+    last: Int[Array, "B W"]
+    cache: t5.Cache
+
+
+def beam_search(
+    config: t5.T5Config,
+    params: t5.Params,
+    inputs: Int[Array, "B S"],
+    *,
+    max_length: int,
+    num_beams: int = 4,
+    alpha: float = 0.6,
+    banned_ids: tuple[int, ...] = (t5.PAD_ID,),
+    eos_id: int = EOS_ID,
+) -> Beams:
+    """The likeliest sequences found for each row of `inputs`.
+
+    Args:
+        config: the model's sizes.
+        params: its parameters.
+        inputs: source ids, padded with 0.
+        max_length: most tokens to decode, T.
+        num_beams: sequences followed at once, W.
+        alpha: of the length penalty; 0 is none.
+        banned_ids: token ids never chosen.
+        eos_id: ends a sequence.
+    """
+    if num_beams < 1:
+        raise ValueError(f"num_beams must be positive, got {num_beams}")
+    rows = inputs.shape[0]
+    allowed = allowed_ids(config.vocab_size, banned_ids)
+    encoded = t5.encode(config, params, inputs)
+    encoded = jax.tree.map(lambda x: jnp.repeat(x, num_beams, axis=0), encoded)
+    best_penalty = length_penalty(max_length + 1, alpha)
+
+    def can_improve(search: _Search):
+        best_live = search.live_log_probs[:, 0] / best_penalty
+        done = jnp.all(jnp.min(search.finished_scores, axis=1) > best_live)
+        return (search.position < max_length) & ~done
+
+    def step(search: _Search) -> _Search:
+        logits, cache = t5.decode_step(
+            config, params, encoded, search.last.reshape(-1), search.cache
+        )
+        log_probs = jax.nn.log_softmax(jnp.where(allowed[None], logits, -jnp.inf))
+        # Twice the beams: even if half of the candidates end here, W of them live on.
+        total = log_probs.reshape(rows, num_beams, -1) + search.live_log_probs[..., None]
+        candidates, flat = lax.top_k(total.reshape(rows, -1), 2 * num_beams)
+        parents, tokens = flat // config.vocab_size, flat % config.vocab_size
+        sequences = jnp.take_along_axis(search.live, parents[..., None], axis=1)
+        sequences = lax.dynamic_update_index_in_dim(sequences, tokens, search.position, 2)
+        ended = tokens == eos_id
+        return _keep_best(search, cache, candidates, sequences, tokens, parents, ended, alpha)
+
+    empty = jnp.full((rows, num_beams, max_length), t5.PAD_ID, jnp.int32)
+    search = lax.while_loop(
+        can_improve,
+        step,
+        _Search(
+            position=jnp.zeros((), jnp.int32),
+            live=empty,
+            # One beam to start from: equal ones would be W copies of one search.
+            live_log_probs=jnp.full((rows, num_beams), EMPTY).at[:, 0].set(0.0),
+            finished=empty,
+            finished_scores=jnp.full((rows, num_beams), EMPTY),
+            last=empty[:, :, 0],
+            cache=t5.init_cache(config, params, encoded, max_length),
+        ),
+    )
+    any_finished = jnp.any(search.finished_scores > EMPTY, axis=1)[:, None]
+    return Beams(
+        tokens=jnp.where(any_finished[..., None], search.finished, search.live),
+        scores=jnp.where(any_finished, search.finished_scores, search.live_log_probs),
+    )
+
+
+def length_penalty(length: Any, alpha: float) -> Any:
+    """((5 + length) / 6)^alpha."""
+    return ((5.0 + length) / 6.0) ** alpha
+
+
+def _keep_best(
+    search: _Search,
+    cache: t5.Cache,
+    candidates: Float[Array, "B C"],
+    sequences: Int[Array, "B C T"],
+    tokens: Int[Array, "B C"],
+    parents: Int[Array, "B C"],
+    ended: Bool[Array, "B C"],
+    alpha: float,
+) -> _Search:
+    """The W best candidates that go on, and the W best sequences that have ended so far."""
+    num_beams = search.live.shape[1]
+    live_log_probs, chosen = lax.top_k(jnp.where(ended, EMPTY, candidates), num_beams)
+    scores = candidates / length_penalty(search.position + 1, alpha)
+    pool = jnp.concatenate([search.finished_scores, jnp.where(ended, scores, EMPTY)], axis=1)
+    finished_scores, best = lax.top_k(pool, num_beams)
+    pool_sequences = jnp.concatenate([search.finished, sequences], axis=1)
+    return _Search(
+        position=search.position + 1,
+        live=jnp.take_along_axis(sequences, chosen[..., None], axis=1),
+        live_log_probs=live_log_probs,
+        finished=jnp.take_along_axis(pool_sequences, best[..., None], axis=1),
+        finished_scores=finished_scores,
+        last=jnp.take_along_axis(tokens, chosen, axis=1),
+        cache=_reorder(cache, jnp.take_along_axis(parents, chosen, axis=1)),
+    )
+
+
+def _reorder(cache: t5.Cache, parents: Int[Array, "B W"]) -> t5.Cache:
+    """Each beam goes on with its parent's past; a row's beams share what they attend to."""
+    rows, num_beams = parents.shape
+    index = (jnp.arange(rows)[:, None] * num_beams + parents).reshape(-1)
+    return cache._replace(
+        self_keys=jnp.take(cache.self_keys, index, axis=1),
+        self_values=jnp.take(cache.self_values, index, axis=1),
+    )
