@@ -118,10 +118,21 @@ def open_task(config: DataConfig) -> tuple[Any, seqio.Vocabulary]:
     vocabulary = None
     if config.vocabulary is not None:
         vocabulary = vocabularies.load(config.vocabulary, extra_ids=config.extra_ids)
-    name = jsonl.jsonl_task(config.task).name if config.task.endswith(".jsonl") else config.task
+    name = (
+        jsonl.jsonl_task(config.task).name
+        if config.task.endswith((".jsonl", ".jsonl.gz"))
+        else config.task
+    )
     task = find_task(name, vocabulary)
     vocabularies.check_readable(task.output_features["targets"].vocabulary)
     return task, task.output_features["targets"].vocabulary
+
+
+def check_split(task: seqio.Task | seqio.Mixture, split: str) -> None:
+    """Raises ValueError, naming the splits there are, unless the task has this one."""
+    known = list(task.splits or ())
+    if split.split("[")[0] not in known:
+        raise ValueError(f"task {task.name!r} has no split {split!r}, expected one of {known}")
 
 
 class TrainIterator:

@@ -26,6 +26,7 @@ class EvalConfig:
     """How a split is decoded and how much of it.
 
     Attributes:
+        task: what is decoded; None is the task that is trained on.
         split: of the task.
         decoding: "greedy", "sample" (temperature sampling) or "beam".
         temperature: of "sample".
@@ -36,6 +37,7 @@ class EvalConfig:
         seed: of "sample".
     """
 
+    task: str | None = None
     split: str = "validation"
     decoding: str = "greedy"
     temperature: float = 1.0

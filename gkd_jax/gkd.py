@@ -209,6 +209,7 @@ def update(
     num_sequences = jnp.maximum(jnp.sum(jnp.any(batch.weights > 0, axis=1)), 1.0)
     metrics = {
         "loss": sums.loss / count,
+        "cross_entropy" if config.divergence is None else "divergence": sums.loss / count,
         "loss_token_mean": sums.tokens / num_tokens,
         "loss_sequence_mean": sums.sequences / num_sequences,
         "target_length": num_tokens / num_sequences,

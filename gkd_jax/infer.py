@@ -50,6 +50,7 @@ def _prepare(
     dry_run: bool,
 ) -> _Decoding:
     task, vocabulary = data.open_task(data_config)
+    data.check_split(task, evaluation.split)
     config = model.config(vocabulary.vocab_size)
     check_vocabularies(vocabulary, {"model": model}, frozenset())
     mesh = sharding.make_mesh(mesh_config)

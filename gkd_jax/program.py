@@ -101,6 +101,7 @@ def build(
         ValueError: for whatever does not fit together, naming the value and what was expected.
     """
     task, vocabulary = data.open_task(data_config)
+    data.check_split(task, data_config.split)
     if method.divergence is None:
         teacher = None
     elif teacher is None:

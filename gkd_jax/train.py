@@ -82,6 +82,7 @@ def run(
         mesh_config=mesh_config,
         pending=pending,
     )
+    evaluator = _evaluator(program, data_config, evaluation, pathlib.Path(model_dir))
     print(plan(program, data_config, trainer), file=sys.stderr)
     if dry_run:
         return
@@ -121,7 +122,6 @@ def run(
             teacher, program.models.teacher, program.teacher, key, "teacher"
         )
     writer = metrics.Writer(model_dir, resume_step=start)
-    evaluator = _evaluator(program, data_config, evaluation, folder)
     description = checkpoints.describe_model(
         program.models.student, vocabularies.content_hash(program.vocabulary)
     )
@@ -199,7 +199,6 @@ def _log(step: _Pending, writer: metrics.Writer, progress: metrics.Progress, sch
     _finished_at[0] = time.monotonic()
     line = {
         **{f"train/{name}": value for name, value in values.items()},
-        "train/divergence": values["loss"],
         "train/on_policy": float(step.on_policy),
         "train/learning_rate": float(schedule(step.step)),
         **numbers,
@@ -248,11 +247,13 @@ def _evaluator(
         mesh=program.mesh,
         length=lengths["targets"],
     )
-    name = data_config.task
+    name = evaluation.task or data_config.task
+    task, _ = data.open_task(dataclasses.replace(data_config, task=name))
+    data.check_split(task, evaluation.split)
 
     def evaluate_at(params, step: int) -> dict[str, float]:
         batches = data.eval_batches(
-            program.task,
+            task,
             feature_lengths=lengths,
             split=evaluation.split,
             batch_size=evaluation.batch_size or data_config.batch_size,
@@ -260,7 +261,7 @@ def _evaluator(
             use_cached=data_config.use_cached,
         )
         rows = list(decoder(params, batches))
-        values = evaluate.score(program.task, rows)
+        values = evaluate.score(task, rows)
         if jax.process_index() == 0:
             evaluate.write_rows(folder / "eval" / name / f"{step}.jsonl", rows)
         shown = "  ".join(f"{key} {value:.2f}" for key, value in values.items())

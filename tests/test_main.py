@@ -144,6 +144,7 @@ BAD = {
     "--gin.sharding.MeshConfig.tensor=3": "does not fit 8 devices",
     "--gin.evaluate.EvalConfig.decoding='best'": "decoding must be 'greedy', 'sample' or 'beam'",
     "--gin.evaluate.EvalConfig.num_beams=0": "num_beams must be a positive integer, got 0",
+    "--gin.EVAL_SPLIT='dev'": "has no split 'dev', expected one of ['train', 'validation', 'test']",
     "--gin.DATA_DIR='/no/such/dir'": "there is no folder '/no/such/dir'",
 }
 

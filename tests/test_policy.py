@@ -15,8 +15,8 @@ PACKAGE = ROOT / "gkd_jax"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("batch", "calculator", "divergences", "losses", "optimizers", "sharding"),
     ("models", "text_metrics", "vocabularies"),
-    ("sampling", "beam_search", "train_state", "rewards", "tasks"),
-    ("gkd", "rl", "convert", "data", "metrics"),
+    ("sampling", "train_state", "rewards", "tasks"),
+    ("beam_search", "gkd", "rl", "convert", "data", "metrics"),
     ("checkpoints",),
     ("evaluate", "pretrained"),
     ("infer", "program"),
