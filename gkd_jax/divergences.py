@@ -62,12 +62,16 @@ def jsd(
         raise ValueError(f"scale must be 'paper' or 'unit', got {scale!r}")
     log_q, log_p = _log_softmax(student_logits), _log_softmax(teacher_logits)
     possible = (log_p > -jnp.inf) | (log_q > -jnp.inf)
-    # log(Q / P), within what float32 can exponentiate: beyond it, one of the two is 0 anyway.
-    log_ratio = jnp.where(possible, _floor(log_q) - _floor(log_p), 0.0)
-    log_ratio = jnp.clip(log_ratio, -_LARGEST_EXPONENT, _LARGEST_EXPONENT)
+
+    def log_ratio(log_a, log_b):
+        """log(A / B), within what float32 can exponentiate: beyond it, A or B is 0 anyway."""
+        ratio = jnp.where(possible, _floor(log_a) - _floor(log_b), 0.0)
+        return jnp.clip(ratio, -_LARGEST_EXPONENT, _LARGEST_EXPONENT)
+
     # log(M / P) and log(M / Q) by log1p and expm1: exact where P and Q are close, 0 where equal.
-    log_m_over_p = jnp.log1p((1 - beta) * jnp.expm1(log_ratio))
-    log_m_over_q = jnp.log1p(beta * jnp.expm1(-log_ratio))
+    # Not expm1(-log(Q / P)) in the second: XLA of jaxlib 0.10.2 miscompiles that on CPU.
+    log_m_over_p = jnp.log1p((1 - beta) * jnp.expm1(log_ratio(log_q, log_p)))
+    log_m_over_q = jnp.log1p(beta * jnp.expm1(log_ratio(log_p, log_q)))
     terms = beta * jnp.exp(log_p) * log_m_over_p + (1 - beta) * jnp.exp(log_q) * log_m_over_q
     divergence = -jnp.sum(terms, axis=-1)
     return divergence / (beta * (1 - beta)) if scale == "unit" else divergence

@@ -141,6 +141,16 @@ def test_jsd_of_close_distributions_keeps_its_digits(name):
     np.testing.assert_allclose(JITTED[name](student, teacher), expected, rtol=0.05)
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("shape", [(64, 259), (2, 3, 32128)])
+def test_compiled_values_of_real_vocabularies(name, shape):
+    """A compiler once fused jsd, at 256 ids or more and without its gradient, into wrong values."""
+    rng = np.random.default_rng(3)
+    student, teacher = rng.normal(0, 2, (2, *shape)).astype(np.float32)
+    got = JITTED[name](student, teacher)
+    np.testing.assert_allclose(got, _numpy_value(name, student, teacher), rtol=2e-4, atol=1e-6)
+
+
 def test_the_teacher_weights_forward_kl():
     """Teacher first: a student that gives no mass to a teacher's mode pays for it."""
     teacher, student = np.log([0.5, 0.5]), np.log([1 - 1e-6, 1e-6])
