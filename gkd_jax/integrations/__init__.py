@@ -1,0 +1,1 @@
+"""Adapters to other frameworks. Nothing in gkd_jax imports them: import the one you want."""
