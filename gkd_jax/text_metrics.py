@@ -1,4 +1,4 @@
-"""Metrics of decoded text: BLEU, ROUGE, exact match, numeric answers, Self-BLEU.
+"""Metrics of decoded text: BLEU, ROUGE, exact match, stated answers, Self-BLEU.
 
 Every function of targets and predictions is a seqio `metric_fn`: lists of strings in, a dict of
 Python floats out. All values are percentages. An empty prediction is a wrong prediction, not an
@@ -17,6 +17,7 @@ from gkd_jax import calculator
 References = Sequence[str] | Sequence[Sequence[str]]
 
 _ROUGE_TYPES = ("rouge1", "rouge2", "rougeLsum")
+_STATED = re.compile(r"the answer is:?\s*", re.I)
 _ANSWER = re.compile(r"the answer is:?\s*(-?)\s*[$€£]?\s*(-?)(\d[\d,]*(?:\.\d+)?|\.\d+)", re.I)
 
 
@@ -92,6 +93,31 @@ def exact_match(targets: References, predictions: Sequence[str]) -> dict[str, fl
     return {"exact_match": 100.0 * hits / len(references)}
 
 
+def grouped_exact_match(
+    targets: Sequence[tuple[str, str]], predictions: Sequence[str]
+) -> dict[str, float]:
+    """Exact match within each group, averaged over the groups, each with the same weight.
+
+    So MMLU is averaged over subjects and BIG-Bench Hard over tasks.
+
+    Args:
+        targets: (group, right text) of each example.
+        predictions: decoded texts; white space at their ends does not count.
+
+    Returns:
+        `accuracy`, 0 to 100.
+
+    Raises:
+        ValueError: if the lists are empty or differ in length.
+    """
+    _check_lengths(targets, predictions)
+    hits: dict[str, list[bool]] = {}
+    for (group, target), prediction in zip(targets, predictions, strict=True):
+        hits.setdefault(group, []).append(prediction.strip() == target.strip())
+    shares = [sum(group) / len(group) for group in hits.values()]
+    return {"accuracy": 100.0 * sum(shares) / len(shares)}
+
+
 def answer_accuracy(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
     """Share of chains of thought that end in the right number, as GSM8K is graded.
 
@@ -132,6 +158,15 @@ def answer(text: str) -> calculator.Number | None:
     minus, other_minus, digits = found[-1]
     value = calculator.number(digits.rstrip(","))
     return None if value is None else -value if minus or other_minus else value
+
+
+def stated_answer(text: str) -> str | None:
+    """What follows the last `the answer is`, without a period at the end; None where nothing does.
+
+    Of `So the answer is (B).` it is `(B)`.
+    """
+    parts = _STATED.split(text)
+    return (parts[-1].strip().removesuffix(".").strip() or None) if len(parts) > 1 else None
 
 
 def self_bleu(samples: Sequence[Sequence[str]], *, tokenize: str = "intl") -> dict[str, float]:

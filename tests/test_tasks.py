@@ -1,10 +1,11 @@
+import csv
 import gzip
-import importlib
 import json
 import pickle
 import re
 import runpy
 
+import numpy as np
 import pytest
 import seqio
 import tensorflow as tf
@@ -12,10 +13,13 @@ import tensorflow as tf
 from gkd_jax import calculator, text_metrics, vocabularies
 from gkd_jax.tasks import (
     arithmetic,
+    bbh,
     features,
+    flan,
     folder,
     gsm8k,
     jsonl,
+    mmlu,
     multi30k,
     scitldr,
     wmt,
@@ -31,7 +35,16 @@ def data_dirs(shared, monkeypatch):
     """Points TFDS at the shared data; gives the folder of each folder-based task."""
     seqio.set_tfds_data_dir_override(str(shared / "tfds"))
     monkeypatch.setattr(folder, "_data_dir", None)
-    yield {"multi30k_ende": shared / "data" / "multi30k", "scitldr": shared / "data" / "scitldr"}
+    data = shared / "data"
+    yield {
+        "multi30k_ende": data / "multi30k",
+        "scitldr": data / "scitldr",
+        "mmlu": data / "mmlu",
+        "bbh_direct": data / "bbh",
+        "bbh_cot": data,
+        "flan": data,
+        "flan_all": data / "flan",
+    }
     seqio.set_tfds_data_dir_override(None)
 
 
@@ -64,8 +77,16 @@ COUNTS = {
     ("arithmetic", "train"): 50_000,
     ("arithmetic", "validation"): 512,
     ("arithmetic", "test"): 1024,
+    ("bbh_cot", "test"): 6511,
+    ("bbh_direct", "test"): 6511,
+    # Three rounds of 2728 + 1084 + 2061 and of 3000 from each of the three larger files.
+    ("flan", "train"): 44_619,
+    ("flan_all", "train"): 2728 + 6915 + 7112 + 1084 + 6070 + 2061,
     ("gsm8k", "train"): 7473,
     ("gsm8k", "test"): 1319,
+    ("gsm8k_cot", "test"): 1319,
+    ("mmlu", "validation"): 1531,
+    ("mmlu", "test"): 14_042,
     ("multi30k_ende", "train"): 29_000,
     ("multi30k_ende", "validation"): 1014,
     ("multi30k_ende", "test"): 1000,
@@ -75,21 +96,40 @@ COUNTS = {
     ("wmt_t2t_ende_v003", "validation"): 3000,
     ("wmt_t2t_ende_v003", "test"): 3003,
 }
-NAMES = ["arithmetic", "gsm8k", "multi30k_ende", "scitldr", "wmt_t2t_ende_v003", "xsum"]
+MODULES = {
+    "arithmetic": arithmetic,
+    "bbh_cot": bbh,
+    "bbh_direct": bbh,
+    "flan": flan,
+    "gsm8k": gsm8k,
+    "gsm8k_cot": gsm8k,
+    "mmlu": mmlu,
+    "multi30k_ende": multi30k,
+    "scitldr": scitldr,
+    "wmt_t2t_ende_v003": wmt,
+    "xsum": xsum,
+}
+NAMES = list(MODULES)
+SPLITS = {name: "train" if name == "flan" else "test" for name in NAMES}
 
 
 @pytest.mark.parametrize(("name", "split"), COUNTS)
 def test_number_of_examples(name, split, data_dirs):
     if name in data_dirs:
         folder.set_data_dir(data_dirs[name])
-    source = seqio.TaskRegistry.get(name).source.get_dataset(split=split, shuffle=False)
-    assert source.reduce(0, lambda count, _: count + 1).numpy() == COUNTS[name, split]
+    source = seqio.TaskRegistry.get(name).source
+    examples = source.get_dataset(split=split, shuffle=False)
+    # A table in memory knows its size; files are read.
+    in_memory = isinstance(source, seqio.FunctionDataSource)
+    count = examples.cardinality() if in_memory else examples.reduce(0, lambda n, _: n + 1)
+    assert count.numpy() == COUNTS[name, split]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_examples_end_in_eos_and_keep_their_texts(name, data_dirs):
     task = open_task(name, data_dirs)
-    for example in dataset(task, "test", lengths=LENGTHS).take(5).as_numpy_iterator():
+    examples = dataset(task, SPLITS[name], lengths=LENGTHS)
+    for example in examples.take(5).as_numpy_iterator():
         for feature, length in LENGTHS.items():
             ids = example[feature].tolist()
             text = example[f"{feature}_pretokenized"].decode()
@@ -104,7 +144,9 @@ def test_a_saved_stream_goes_on_where_it_was(name, data_dirs, tmp_path):
     task = open_task(name, data_dirs)
 
     def stream():
-        examples = dataset(task, "test", shuffle=True, seed=3, lengths=LENGTHS, num_epochs=None)
+        examples = dataset(
+            task, SPLITS[name], shuffle=True, seed=3, lengths=LENGTHS, num_epochs=None
+        )
         return iter(examples.map(lambda x: x["inputs_pretokenized"]))
 
     original = stream()
@@ -120,14 +162,10 @@ def test_a_saved_stream_goes_on_where_it_was(name, data_dirs, tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_tasks_can_be_replaced_and_imported_again(name):
     task = seqio.TaskRegistry.get(name)
-    module = {"multi30k_ende": multi30k, "wmt_t2t_ende_v003": wmt}.get(name)
-    importlib.reload(module or {m.__name__.split(".")[-1]: m for m in MODULES}[name])
+    runpy.run_path(MODULES[name].__file__)
     assert seqio.TaskRegistry.get(name) is task
     if name != "arithmetic":
         assert task.output_features["targets"].vocabulary == vocabularies.t5_default()
-
-
-MODULES = (arithmetic, gsm8k, scitldr, xsum)
 
 
 def test_t5_vocabulary_covers_the_gsm8k_targets(data_dirs, shared):
@@ -241,6 +279,448 @@ def test_gsm8k_rewrites_an_answer():
         "inputs": b"Two lines. How many?",
         "targets": b"It is 48/2 = 24. Then 24+1=25 The answer is 1,025.",
     }
+
+
+# Few-shot prompts ---------------------------------------------------------------------------------
+
+
+def examples_of(name, data_dir, *, split="test", vocabulary=None, length=None) -> list[dict]:
+    folder.set_data_dir(data_dir)
+    task = with_vocabulary(name, vocabulary or seqio.ByteVocabulary())
+    lengths = None if length is None else {"inputs": length, "targets": 48}
+    return list(dataset(task, split, lengths=lengths).as_numpy_iterator())
+
+
+def prompts_of(name, data_dir, **settings) -> list[str]:
+    return [row["inputs_pretokenized"].decode() for row in examples_of(name, data_dir, **settings)]
+
+
+def score(task: seqio.Task, rows) -> dict[str, float]:
+    """The task's metrics of (example, prediction) pairs, as seqio computes them."""
+    targets = [
+        task.postprocess_fn(row["targets_pretokenized"].decode(), example=row, is_target=True)
+        for row, _ in rows
+    ]
+    guesses = [task.postprocess_fn(guess, example=row, is_target=False) for row, guess in rows]
+    values: dict[str, float] = {}
+    for metric_fn in task.metric_fns:
+        values |= metric_fn(targets, guesses)
+    return values
+
+
+@pytest.fixture
+def no_data_dir(monkeypatch):
+    monkeypatch.setattr(folder, "_data_dir", None)
+
+
+def test_prompt_files_may_have_several_lines_a_part():
+    lines = ["Solve.", "", "Q: One", " two?", "A: Yes.", "So yes.", "", "Q:Three?", "A: No."]
+    header, shots = gsm8k.parse_shots(lines, "p.txt")
+    assert header == "Solve."
+    assert shots == [("One two?", "Yes. So yes.", 3), ("Three?", "No.", 8)]
+    assert shots[0].text() == "Q: One two? A: Yes. So yes."
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["Q: a", "A: b", "Q: c", "Q: d", "A: e"], r"p\.txt, line 3: .*'A:'.* found 0"),
+        (["Q: a", "A: b", "A: c"], r"p\.txt, line 1: .*'A:'.* found 2"),
+        (["A: b"], r"p\.txt: expected lines that begin with 'Q:', found none"),
+    ],
+)
+def test_bad_prompt_files_name_the_line(lines, message):
+    with pytest.raises(ValueError, match=message):
+        gsm8k.parse_shots(lines, "p.txt")
+
+
+@pytest.mark.parametrize("kept", range(4))
+@pytest.mark.parametrize("spare", [0, 1])
+def test_as_many_shots_are_kept_as_fit(kept, spare):
+    shots = ["one", "three", "five5"]
+    texts = {
+        key: [value] for key, value in {"header": "H", "shots": shots, "question": "Q"}.items()
+    }
+    prompt = " ".join(["H", *shots[3 - kept :], "Q"])
+    output_features = features.output_features(seqio.ByteVocabulary())
+    joined = gsm8k.join_prompt(
+        tf.data.Dataset.from_tensor_slices(texts),
+        output_features,
+        {"inputs": len(prompt) + 1 + spare, "targets": 4},  # bytes and EOS
+    )
+    (row,) = joined.as_numpy_iterator()
+    assert row == {"question": b"Q", "inputs": prompt.encode()}
+
+
+# MMLU ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mmlu_folder(tmp_path, no_data_dir):
+    """All subjects: anatomy with three questions of test, the others with one."""
+    for part in ("dev", "val", "test"):
+        (tmp_path / part).mkdir()
+        for subject in mmlu.SUBJECTS:
+            count = 6 if part == "dev" else 3 if subject == "anatomy" else 1
+            rows = [f"{part} {i}?,w{i},x,y,z,{'ABCD'[i % 4]}\n" for i in range(count)]
+            (tmp_path / part / f"{subject}_{part}.csv").write_text("".join(rows))
+    return tmp_path
+
+
+def test_mmlu_prompt_is_that_of_hendrycks(mmlu_folder):
+    quoted = '"Which, of\nthese "" is it?",1.5,"a, b",c  d,None,D\n'
+    (mmlu_folder / "test" / "high_school_physics_test.csv").write_text(quoted)
+    (row,) = examples_of("mmlu_high_school_physics", mmlu_folder)
+    assert row["inputs_pretokenized"].decode() == (
+        "The following are multiple choice questions (with answers) about high school physics. "
+        "dev 0? A. w0 B. x C. y D. z Answer: A dev 1? A. w1 B. x C. y D. z Answer: B "
+        "dev 2? A. w2 B. x C. y D. z Answer: C dev 3? A. w3 B. x C. y D. z Answer: D "
+        "dev 4? A. w4 B. x C. y D. z Answer: A "
+        'Which, of these " is it? A. 1.5 B. a, b C. c d D. None Answer:'
+    )
+    assert row["targets_pretokenized"] == b"D"
+
+
+def test_mmlu_is_averaged_over_subjects(mmlu_folder):
+    rows = examples_of("mmlu", mmlu_folder)
+    assert len(rows) == 59
+    # The subjects take turns.
+    assert sorted(row["group"].decode() for row in rows[:57]) == sorted(mmlu.SUBJECTS)
+    # Right: one of the three of anatomy and all of virology.
+    guesses = [{"anatomy": "A", "virology": " A"}.get(row["group"].decode(), "a") for row in rows]
+    task = seqio.TaskRegistry.get("mmlu")
+    values = score(task, list(zip(rows, guesses, strict=True)))
+    assert values == {"accuracy": pytest.approx(100 * (1 / 3 + 1) / 57)}
+
+
+def test_mmlu_finds_its_folder_in_data_dir(mmlu_folder, tmp_path):
+    outer = tmp_path / "outer"
+    outer.mkdir()
+    mmlu_folder.joinpath("dev").rename(outer / "x")
+    (outer / "mmlu").mkdir()
+    (outer / "x").rename(outer / "mmlu" / "dev")
+    (mmlu_folder / "val").rename(outer / "mmlu" / "val")
+    assert len(prompts_of("mmlu_virology", outer, split="validation")) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("q,a,b,c,d,A\nq,a,b,c,B\n", r"line 2: expected a question, four options and A, B, C or D"),
+        ("q,a,b,c,d,E\n", r"line 1: .* got \['q', 'a', 'b', 'c', 'd', 'E'\]"),
+        ('"q"x,a,b,c,d,A\n', "line 1: "),
+        ("", "empty file"),
+    ],
+)
+def test_bad_mmlu_files_name_file_and_line(mmlu_folder, content, message):
+    (mmlu_folder / "test" / "virology_test.csv").write_text(content)
+    with pytest.raises(ValueError, match=r"virology_test\.csv.*" + message) as error:
+        mmlu.read_subject(str(mmlu_folder), "virology", "test")
+    assert "\n" not in str(error.value)
+
+
+def test_missing_mmlu_files_and_shots(mmlu_folder):
+    (mmlu_folder / "dev" / "virology_dev.csv").write_text("q,a,b,c,d,A\n")
+    with pytest.raises(ValueError, match=r"virology_dev\.csv.* must have 5 questions.* got 1"):
+        mmlu.read_subject(str(mmlu_folder), "virology", "test")
+    (mmlu_folder / "val" / "anatomy_val.csv").unlink()
+    with pytest.raises(FileNotFoundError, match=r"anatomy_val\.csv"):
+        mmlu.read_subject(str(mmlu_folder), "anatomy", "validation")
+
+
+def test_mmlu_long_prompts_lose_their_first_shots_and_nothing_else(data_dirs, shared):
+    path = str(shared / "data" / "t5_vocab" / "spiece.model")
+    vocabulary = vocabularies.load(path, extra_ids=100)
+    subject = "high_school_european_history"
+    prompts = prompts_of(f"mmlu_{subject}", data_dirs["mmlu"], vocabulary=vocabulary, length=1024)[
+        :30
+    ]
+
+    def blocks(part):
+        with open(data_dirs["mmlu"] / part / f"{subject}_{part}.csv", newline="") as file:
+            for question, *options, letter in csv.reader(file):
+                lines = [question, *(f"{x}. {y}" for x, y in zip("ABCD", options, strict=True))]
+                yield "\n".join(lines) + "\nAnswer:", f" {letter}\n\n"
+
+    header = "The following are multiple choice questions (with answers) about "
+    shots = [question + letter for question, letter in blocks("dev")]
+    counts = set()
+    for prompt, (question, _) in zip(prompts, blocks("test"), strict=False):
+        # T5's vocabulary takes the authors' newlines for the spaces that are here.
+        candidates = [
+            vocabulary.encode(
+                header + subject.replace("_", " ") + ".\n\n" + "".join(kept) + question
+            )
+            for kept in (shots[i:] for i in range(6))
+        ]
+        fitting = [ids for ids in candidates if len(ids) < 1024]
+        assert vocabulary.encode(prompt) == fitting[0]
+        counts.add(len(fitting))
+    assert len(counts) > 1
+
+
+# BIG-Bench Hard -----------------------------------------------------------------------------------
+
+BBH_PROMPT = """\
+A note.
+-----
+Say whether it is true.
+
+Q: 1 is 1
+Options:
+(A) yes
+(B) no
+A: Let's think step by step.
+It is. So the answer is (A).
+
+Q: 1 is 2
+A: Let's think step by step. It isn't. So the answer is (B).
+
+Q: 2 is 2
+A: Let's think step by step.
+As above. So the answer is (A).
+"""
+BBH_EXAMPLES = {"canary": "x", "examples": [{"input": "3 is\n4", "target": "(B)"}]}
+
+
+@pytest.fixture
+def bbh_folder(tmp_path, no_data_dir):
+    (tmp_path / "cot-prompts").mkdir()
+    (tmp_path / "bbh").mkdir()
+    for name in bbh.FILES:
+        (tmp_path / "cot-prompts" / f"{name}.txt").write_text(BBH_PROMPT)
+        (tmp_path / "bbh" / f"{name}.json").write_text(json.dumps(BBH_EXAMPLES))
+    return tmp_path
+
+
+def test_bbh_prompts(bbh_folder):
+    assert prompts_of("bbh_direct", bbh_folder)[26] == (
+        "Say whether it is true. Q: 1 is 1 Options: (A) yes (B) no A: (A) Q: 1 is 2 A: (B) "
+        "Q: 2 is 2 A: (A) Q: 3 is 4 A:"
+    )
+    assert prompts_of("bbh_cot_snarks", bbh_folder) == [
+        "Say whether it is true. Q: 1 is 1 Options: (A) yes (B) no A: Let's think step by step. "
+        "It is. So the answer is (A). Q: 1 is 2 A: Let's think step by step. It isn't. "
+        "So the answer is (B). Q: 2 is 2 A: Let's think step by step. As above. "
+        "So the answer is (A). Q: 3 is 4 A: Let's think step by step."
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "prediction", "right"),
+    [
+        ("bbh_direct_snarks", " (B)", True),
+        ("bbh_direct_snarks", "(B) Q: 1 is 3 A: (A)", True),
+        ("bbh_direct_snarks", "(B).", False),
+        ("bbh_direct_snarks", "So the answer is (B).", False),
+        ("bbh_direct_snarks", "", False),
+        ("bbh_cot_snarks", "No. So the answer is (B).", True),
+        ("bbh_cot_snarks", "The answer is (A)? No. so the answer is (B)", True),
+        ("bbh_cot_snarks", "So the answer is (B). Q: 1 is 1 A: So the answer is (A).", True),
+        ("bbh_cot_snarks", "So the answer is B.", False),
+        ("bbh_cot_snarks", "(B)", False),
+        ("bbh_cot_snarks", "", False),
+    ],
+)
+def test_bbh_predictions_are_graded(bbh_folder, name, prediction, right):
+    (row,) = examples_of(name, bbh_folder)
+    values = score(seqio.TaskRegistry.get(name), [(row, prediction)])
+    assert values == {"accuracy": 100.0 * right}
+
+
+def test_bbh_is_averaged_over_files_and_over_tasks(bbh_folder):
+    rows = examples_of("bbh_direct", bbh_folder)
+    # Right: all of word_sorting and two thirds of tracking_shuffled_objects.
+    right = {f"tracking_shuffled_objects_{n}_objects" for n in ("three", "five")} | {"word_sorting"}
+    guesses = ["(B)" if row["group"].decode() in right else "" for row in rows]
+    task = seqio.TaskRegistry.get("bbh_direct")
+    values = score(task, list(zip(rows, guesses, strict=True)))
+    assert values == {
+        "accuracy": pytest.approx(100 * 3 / 27),
+        "accuracy_23_tasks": pytest.approx(100 * (1 + 2 / 3) / 23),
+    }
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("bbh/snarks.json", '{\n"examples": [}', r"snarks\.json, line 2: not JSON"),
+        ("bbh/snarks.json", '{"examples": []}', r"snarks\.json: .*'examples'.* not empty"),
+        ("bbh/snarks.json", "[]", r"snarks\.json: expected an object"),
+        (
+            "bbh/snarks.json",
+            '{"examples": [{"input": "a", "target": "b"}, {"input": "a"}]}',
+            r"snarks\.json, example 2: .*'input' and 'target', got \{'input': 'a'\}",
+        ),
+        (
+            "cot-prompts/snarks.txt",
+            BBH_PROMPT.replace("It isn't. So the answer is", "It isn't"),
+            r"snarks\.txt, line 12: .*'So the answer is \.\.\.', got .*It isn't \(B\)",
+        ),
+        ("cot-prompts/snarks.txt", "Q: a\nA: So the answer is b.", r"snarks\.txt: .* 3 .* got 1"),
+    ],
+)
+def test_bad_bbh_files_name_file_and_place(bbh_folder, file, content, message):
+    (bbh_folder / file).write_text(content)
+    with pytest.raises(ValueError, match=message) as error:
+        bbh.read_file(str(bbh_folder), "snarks", cot=False)
+    assert "\n" not in str(error.value)
+
+
+def test_bbh_direct_prompts_show_answers_that_the_file_has(data_dirs):
+    free = {"dyck_languages", "multistep_arithmetic_two", "object_counting", "word_sorting"}
+    for name in bbh.FILES:
+        direct, cot = (
+            bbh.read_file(str(data_dirs["bbh_direct"]), name, cot=cot) for cot in (False, True)
+        )
+        assert direct.header == cot.header
+        assert "canary" not in direct.header
+        assert [shot.split(" A: ")[0] for shot in direct.shots] == [
+            shot.split(" A: ")[0] for shot in cot.shots
+        ]
+        answers = {shot.split(" A: ")[-1] for shot in direct.shots}
+        assert name in free or answers <= {target for _, target in direct.questions}
+
+
+# Instructions -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def flan_folder(tmp_path, no_data_dir):
+    where = tmp_path / "flan"
+    (where / "cot").mkdir(parents=True)
+    (where / "a.jsonl").write_text('{"inputs": "in", "targets": "out", "task": "x"}\n')
+    (where / "notes.md").write_text("not read")
+    (where / "cot" / "b.tsv").write_text("Is it?\\nOptions:\\n- yes\tyes\tIt is.\n")
+    with gzip.open(where / "cot" / "c.tsv.gz", "wt") as file:
+        file.write("".join(f"c{i}\td{i}\n" for i in range(8)))
+    return tmp_path
+
+
+def test_flan_reads_every_file_of_a_folder(flan_folder):
+    rows = [
+        (row["inputs_pretokenized"].decode(), row["targets_pretokenized"].decode())
+        for row in examples_of("flan_all", flan_folder, split="train")
+    ]
+    assert sorted(rows) == sorted(
+        [
+            ("Is it? Options: - yes", "It is. So the answer is yes."),
+            ("in", "out"),
+            *((f"c{i}", f"d{i}") for i in range(8)),
+        ]
+    )
+
+
+def test_a_mixture_of_another_folder_and_maximum(flan_folder):
+    task = flan.mixture_task("small", folder=flan_folder, maximum=2)
+    try:
+        assert flan.mixture_task("small") is task
+        other = with_vocabulary("small", seqio.ByteVocabulary())
+        texts = [
+            row["inputs_pretokenized"].decode()
+            for row in dataset(other, "train", shuffle=True).as_numpy_iterator()
+        ]
+    finally:
+        seqio.TaskRegistry.remove("small")
+    # Four rounds: the eight of c.tsv once, the two single ones each time.
+    assert sorted(texts) == sorted(
+        ["in", "Is it? Options: - yes"] * 4 + [f"c{i}" for i in range(8)]
+    )
+    with pytest.raises(ValueError, match="maximum must be positive or None, got 0"):
+        flan.mixture_task("smaller", maximum=0)
+
+
+def test_mixed_order_keeps_the_shares_in_every_round():
+    sizes, maximum = [5, 70, 12], 12
+    order = flan.mixed_order(sizes, maximum, 0)
+    assert len(order) == 6 * (5 + 12 + 12)
+    rounds = order.reshape(6, -1)
+    for one in rounds:
+        files = np.searchsorted([5, 75], one, side="right")
+        assert np.bincount(files).tolist() == [5, 12, 12]
+        assert len(set(one.tolist())) == len(one)
+    assert set(order.tolist()) == set(range(87))
+    assert not np.array_equal(rounds[0], rounds[1])
+    assert np.array_equal(order, flan.mixed_order(sizes, maximum, 0))
+    assert not np.array_equal(order, flan.mixed_order(sizes, maximum, 1))
+    assert sorted(flan.mixed_order(sizes, None, 0).tolist()) == list(range(87))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.tsv", "a\tb\nc\n", r"x\.tsv, line 2: expected 2 or 3 columns with text, got 'c'"),
+        ("x.tsv", "a\t \n", r"x\.tsv, line 1: "),
+        ("x.tsv", "", r"x\.tsv: .*empty file"),
+        ("x.jsonl", '{"inputs": "a"}\n', r"x\.jsonl, line 1: key 'targets' is missing"),
+    ],
+)
+def test_bad_instruction_files_name_file_and_line(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        flan.read_file(str(tmp_path / name))
+
+
+def test_a_folder_without_instructions(tmp_path, no_data_dir):
+    with pytest.raises(FileNotFoundError, match=re.escape(repr(str(tmp_path)))):
+        flan.find_files(str(tmp_path))
+    with pytest.raises(ValueError, match=r"'flan'.*DATA_DIR.*not set"):
+        seqio.TaskRegistry.get("flan").source.get_dataset(split="train")
+
+
+# GSM8K with worked problems -----------------------------------------------------------------------
+
+
+def test_gsm8k_cot_prompt_of_our_own_is_right(no_data_dir):
+    header, shots = gsm8k.cot_prompt()
+    assert header == ""
+    assert len(shots) == 4
+    for shot in shots:
+        # Every equation holds, and the last result is the answer.
+        assert calculator.correct(shot.answer) == shot.answer
+        results = re.findall(r"= (\d+)", shot.answer)
+        assert len(results) >= 2
+        assert shot.answer.endswith(f" The answer is {results[-1]}.")
+
+
+def test_gsm8k_cot_puts_worked_problems_before_the_question(data_dirs, tmp_path):
+    folder.set_data_dir(tmp_path)
+    task = with_vocabulary("gsm8k_cot", seqio.ByteVocabulary())
+    plain = with_vocabulary("gsm8k", seqio.ByteVocabulary())
+
+    def first(some_task, lengths=None):
+        return next(dataset(some_task, "test", lengths=lengths).as_numpy_iterator())
+
+    question = first(plain)["inputs_pretokenized"].decode()
+    built_in = first(task)["inputs_pretokenized"].decode()
+    assert built_in.startswith("Q: A baker fills 6 trays")
+    assert built_in.endswith(f" The answer is 10. Q: {question} A:")
+    assert first(task)["targets_pretokenized"] == first(plain)["targets_pretokenized"]
+
+    (tmp_path / "gsm8k").mkdir()
+    (tmp_path / "gsm8k" / "cot_prompt.txt").write_text(
+        "Solve.\nQ: One?\nA: The answer is 1.\n\nQ: Two?\nA: 1 + 1 = 2.\nThe answer is 2.\n"
+    )
+    prompt = f"Q: Two? A: 1 + 1 = 2. The answer is 2. Q: {question} A:"
+    whole = f"Solve. Q: One? A: The answer is 1. {prompt}"
+    assert first(task)["inputs_pretokenized"].decode() == whole
+    lengths = {"inputs": len(whole.encode()), "targets": 48}  # too few by EOS
+    assert first(task, lengths)["inputs_pretokenized"].decode() == f"Solve. {prompt}"
+
+
+def test_gsm8k_cot_prompt_file_must_state_answers(tmp_path, no_data_dir):
+    (tmp_path / "cot_prompt.txt").write_text("Q: One?\nA: The answer is 1.\nQ: Two?\nA: Two.\n")
+    folder.set_data_dir(tmp_path)
+    with pytest.raises(ValueError, match=r"cot_prompt\.txt, line 3: .* got 'Two\.'"):
+        gsm8k.cot_prompt()
+
+
+def test_gsm8k_cot_grades_the_first_answer_only():
+    row = {"targets_pretokenized": b"1 + 1 = 2. The answer is 2."}
+    guess = "1 + 1 = 2. The answer is 2. Q: And now? A: The answer is 3."
+    for name, accuracy in [("gsm8k_cot", 100.0), ("gsm8k", 0.0)]:
+        values = score(seqio.TaskRegistry.get(name), [(row, guess)])
+        assert values == dict.fromkeys(["accuracy", "accuracy_with_calculator"], accuracy)
 
 
 # Summaries and translations -----------------------------------------------------------------------

@@ -102,6 +102,35 @@ def test_exact_match_ignores_outer_space_only():
     assert values == {"exact_match": pytest.approx(200 / 3)}
 
 
+def test_grouped_exact_match_gives_every_group_the_same_weight():
+    targets = [("a", "A"), ("a", "B"), ("a", "C"), ("a", "D"), ("b", "A")]
+    guesses = ["A", " A", "", "C", " A\n"]
+    values = text_metrics.grouped_exact_match(targets, guesses)
+    assert values == {"accuracy": pytest.approx((25 + 100) / 2)}
+    with pytest.raises(ValueError, match="got 0 and 0"):
+        text_metrics.grouped_exact_match([], [])
+    with pytest.raises(ValueError, match="got 5 and 1"):
+        text_metrics.grouped_exact_match(targets, ["A"])
+
+
+@pytest.mark.parametrize(
+    ("text", "stated"),
+    [
+        ("It is. So the answer is (B).", "(B)"),
+        ("So the answer is valid", "valid"),
+        ("So THE answer is: ] ) > .", "] ) >"),
+        ("The answer is a. No, the answer is it&t oven.", "it&t oven"),
+        ("So the answer is -219.", "-219"),
+        ("So the answer is.", None),
+        ("The answer is ", None),
+        ("(B)", None),
+        ("", None),
+    ],
+)
+def test_stated_answer(text, stated):
+    assert text_metrics.stated_answer(text) == stated
+
+
 def test_self_bleu_ranges_from_all_different_to_all_the_same():
     same = [["a b c d e"] * 3, ["x"] * 2]
     assert text_metrics.self_bleu(same)["self_bleu"] == pytest.approx(100.0)
