@@ -23,7 +23,9 @@ def readme() -> str:
     return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
+REPORT = ["matplotlib>=3.8"]
 TEST = [
+    *REPORT,
     "beartype>=0.22",
     "hypothesis>=6.100",
     "pytest>=8",
@@ -55,7 +57,7 @@ setup(
     packages=[*find_packages(include=["gkd_jax", "gkd_jax.*"]), "gkd_jax.tasks", "gkd_jax.gin"],
     package_dir={"gkd_jax.tasks": "tasks", "gkd_jax.gin": "gin"},
     package_data={
-        "gkd_jax.gin": ["**/*.gin"],
+        "gkd_jax.gin": ["**/*.gin", "**/*.toml"],
         "gkd_jax.tasks": ["**/*.json", "**/*.jsonl", "**/*.model", "**/*.tsv", "**/*.txt"],
     },
     install_requires=[
@@ -87,7 +89,7 @@ setup(
         "dev": DEV,
         "tpu": ["jax[tpu]"],
         "gpu": ["jax[cuda12]"],
-        "report": ["matplotlib>=3.8"],
+        "report": REPORT,
     },
     entry_points={"console_scripts": ["gkd-jax = gkd_jax.main:main"]},
 )

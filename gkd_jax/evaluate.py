@@ -1,24 +1,42 @@
 """Decoding a task's split and scoring it with the task's own metric functions."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
 import json
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
 import numpy as np
 import seqio
 
-from gkd_jax import data, sharding
+from gkd_jax import calculator_decoding, data, divergences, gkd, sharding, text_metrics
+from gkd_jax.batch import Batch
 from gkd_jax.beam_search import beam_search
 from gkd_jax.models import t5
-from gkd_jax.sampling import SamplingConfig, banned_tail, sample
+from gkd_jax.rl import Reward
+from gkd_jax.sampling import SamplingConfig, banned_tail, sample, weights_until_eos
 
 
-Row = tuple[dict[str, Any], str]  # an example and the text decoded for it
+class Row(NamedTuple):
+    """What was decoded for an example.
+
+    Attributes:
+        example: with the task's `*_pretokenized` texts.
+        prediction: the decoded text.
+        tokens: the ids it was decoded from, EOS included.
+        divergence: KL(teacher || student) at each of the tokens, nats; None without a teacher.
+    """
+
+    example: dict[str, Any]
+    prediction: str
+    tokens: list[int]
+    divergence: list[float] | None
+
+
 Decoder = Callable[..., Iterator[Row]]
+TokenDivergence = Callable[[t5.Params, t5.Params, Batch], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,23 +48,30 @@ class EvalConfig:
         split: of the task.
         decoding: "greedy", "sample" (temperature sampling) or "beam".
         temperature: of "sample".
+        num_samples: of "sample", for each input; two or more add `self_bleu`.
+        calculator: of "greedy": after `expression =` the result is forced into the text, as in the
+            paper's GSM8K evaluation.
         num_beams, alpha: of "beam"; the defaults are the paper's for WMT.
         batch_size: rows decoded at once; None takes the training batch's.
         num_examples: the first so many; None is all.
         target_length: most tokens to decode; None takes the training feature length.
         seed: of "sample".
+        rewards: functions of `gkd_jax.rewards` whose mean over the split is reported, by name.
     """
 
     task: str | None = None
     split: str = "validation"
     decoding: str = "greedy"
     temperature: float = 1.0
+    num_samples: int = 1
+    calculator: bool = False
     num_beams: int = 4
     alpha: float = 0.6
     batch_size: int | None = None
     num_examples: int | None = None
     target_length: int | None = None
     seed: int = 0
+    rewards: Sequence[Reward] = ()
 
     def __post_init__(self):
         if self.decoding not in ("greedy", "sample", "beam"):
@@ -59,6 +84,14 @@ class EvalConfig:
             raise ValueError(f"alpha must be at least 0 (no length penalty), got {self.alpha}")
         if self.decoding == "sample" and not self.temperature > 0:
             raise ValueError(f"temperature must be positive to sample, got {self.temperature}")
+        if not isinstance(self.num_samples, int) or self.num_samples < 1:
+            raise ValueError(f"num_samples must be a positive integer, got {self.num_samples!r}")
+        if self.num_samples > 1 and self.decoding != "sample":
+            raise ValueError(
+                f"num_samples={self.num_samples} needs decoding='sample', got {self.decoding!r}"
+            )
+        if self.calculator and self.decoding != "greedy":
+            raise ValueError(f"the calculator needs decoding='greedy', got {self.decoding!r}")
         for name in ("batch_size", "num_examples", "target_length"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
@@ -70,22 +103,84 @@ def make_decoder(
     evaluation: EvalConfig,
     *,
     vocabulary: seqio.Vocabulary,
+    num_pieces: int,
     mesh: Mesh,
     length: int,
+    divergence: TokenDivergence | None = None,
 ) -> Decoder:
-    """A function (params, batches, first=0) -> each example with the text decoded for it.
+    """A function (params, batches, first=0, teacher_params=None) -> rows, one a decoded text.
 
     Batches before `first` are skipped; those after it are decoded as if they had not been.
+
+    Args:
+        config: the model's sizes.
+        evaluation: how to decode.
+        vocabulary: of the tokens.
+        num_pieces: of the vocabulary; ids beyond it are not decoded.
+        mesh: where it runs.
+        length: most tokens to decode.
+        divergence: at each decoded token (see `teacher_divergence`); needs `teacher_params`.
     """
+    banned = banned_tail(config, num_pieces)
+    decode_fn = _decode_fn(config, evaluation, vocabulary, banned, mesh, length)
+    repeats = evaluation.num_samples
+
+    def predictions(params, batches, *, first: int = 0, teacher_params: Any = None):
+        for index, (batch, examples) in enumerate(batches):
+            if index < first:
+                continue
+            key = jax.random.fold_in(jax.random.key(evaluation.seed), index)
+            inputs = data.place(batch, mesh).inputs
+            tokens = np.asarray(decode_fn(params, inputs, key))
+            weights = np.asarray(weights_until_eos(jax.numpy.asarray(tokens)))
+            values = None
+            if divergence is not None:
+                rows = data.place(
+                    Batch(np.repeat(batch.inputs, repeats, axis=0), tokens, weights), mesh
+                )
+                values = np.asarray(divergence(params, teacher_params, rows))
+            # Rows beyond the examples fill the last batch up: they do not count.
+            for i in range(len(examples) * repeats):
+                size = int(weights[i].sum())
+                yield Row(
+                    examples[i // repeats],
+                    to_text(vocabulary, tokens[i]),
+                    tokens[i, :size].tolist(),
+                    None if values is None else values[i, :size].tolist(),
+                )
+
+    return predictions
+
+
+def _decode_fn(
+    config: t5.T5Config,
+    evaluation: EvalConfig,
+    vocabulary: seqio.Vocabulary,
+    banned: tuple[int, ...],
+    mesh: Mesh,
+    length: int,
+):
+    """(params, inputs, key) -> tokens, replicated so that every process can read all rows."""
+    if evaluation.calculator:
+        decode = calculator_decoding.make_decode(
+            config, vocabulary, mesh=mesh, max_length=length, banned_ids=banned
+        )
+        return lambda params, inputs, key: decode(params, inputs)
     temperature = evaluation.temperature if evaluation.decoding == "sample" else 0.0
-    banned = banned_tail(config, vocabulary.vocab_size)
     sampling = SamplingConfig(temperature=temperature, banned_ids=banned)
 
-    def decode(params, inputs, key):
+    def decode_batch(params, inputs, key):
         with sharding.use(mesh):
             if evaluation.decoding != "beam":
-                drawn = sample(config, params, inputs, key, max_length=length, sampling=sampling)
-                return drawn.tokens
+                return sample(
+                    config,
+                    params,
+                    inputs,
+                    key,
+                    max_length=length,
+                    sampling=sampling,
+                    num_samples=evaluation.num_samples,
+                ).tokens
             beams = beam_search(
                 config,
                 params,
@@ -97,20 +192,21 @@ def make_decoder(
             )
             return beams.tokens[:, 0]
 
-    # Replicated, so that every process can read all rows.
-    decode_fn = jax.jit(decode, out_shardings=sharding.replicated(mesh))
+    return jax.jit(decode_batch, out_shardings=sharding.replicated(mesh))
 
-    def predictions(params, batches, *, first: int = 0):
-        for index, (batch, examples) in enumerate(batches):
-            if index < first:
-                continue
-            key = jax.random.fold_in(jax.random.key(evaluation.seed), index)
-            tokens = decode_fn(params, data.place(batch, mesh).inputs, key)
-            # Rows beyond the examples fill the last batch up: they do not count.
-            for example, row in zip(examples, np.asarray(tokens), strict=False):
-                yield example, to_text(vocabulary, row)
 
-    return predictions
+def teacher_divergence(models: gkd.Models, mesh: Mesh) -> TokenDivergence:
+    """A function (student params, teacher params, batch) -> KL(teacher || student) at each token.
+
+    Both at temperature 1, whatever the training minimises: so that runs can be compared.
+    """
+    method = gkd.GKDConfig(divergence=divergences.forward_kl)
+
+    def values(params, teacher_params, batch):
+        with sharding.use(mesh):
+            return gkd.per_token_loss(method, models, params, teacher_params, batch)
+
+    return jax.jit(values, out_shardings=sharding.replicated(mesh))
 
 
 def to_text(vocabulary: seqio.Vocabulary, tokens: np.ndarray) -> str:
@@ -121,36 +217,68 @@ def to_text(vocabulary: seqio.Vocabulary, tokens: np.ndarray) -> str:
     return vocabulary.decode([token for token in ids if token != 0])
 
 
-def score(task: seqio.Task, rows: list[Row]) -> dict[str, float]:
-    """The task's metrics of (example, prediction) rows, postprocessed as the task says."""
+def score(
+    task: seqio.Task, rows: Sequence[Row], evaluation: EvalConfig = EvalConfig()
+) -> dict[str, float]:
+    """The task's metrics of rows, postprocessed as the task says, and what `evaluation` adds.
+
+    Returns:
+        The task's own metrics; `teacher_divergence` (nats; the mean over each sequence's tokens,
+        then over sequences: Eq. 2) where rows have it; `self_bleu` of several samples an input; the
+        mean of each reward under its function's name.
+    """
     if not rows:
         raise ValueError(f"task {task.name!r} has no examples to evaluate")
     targets = [
-        task.postprocess_fn(text(example, "targets"), example=example, is_target=True)
-        for example, _ in rows
+        task.postprocess_fn(text(row.example, "targets"), example=row.example, is_target=True)
+        for row in rows
     ]
     guesses = [
-        task.postprocess_fn(prediction, example=example, is_target=False)
-        for example, prediction in rows
+        task.postprocess_fn(row.prediction, example=row.example, is_target=False) for row in rows
     ]
     values: dict[str, float] = {}
     for metric_fn in task.metric_fns:
         results: Mapping[str, Any] = metric_fn(targets, guesses)
         values.update({name: float(value) for name, value in results.items()})
+    means = [np.mean(row.divergence) for row in rows if row.divergence]
+    if means:
+        values["teacher_divergence"] = float(np.mean(means))
+    texts = [row.prediction for row in rows]
+    if evaluation.num_samples > 1:
+        step = evaluation.num_samples
+        groups = [texts[i : i + step] for i in range(0, len(texts), step)]
+        values.update(text_metrics.self_bleu(groups))
+    for reward in evaluation.rewards:
+        inputs = [text(row.example, "inputs") for row in rows]
+        references = [text(row.example, "targets") for row in rows]
+        name = getattr(reward, "__name__", type(reward).__name__).lower()
+        values[name] = float(np.mean(reward(inputs, texts, references)))
     return values
 
 
-def write_rows(path: pathlib.Path, rows: list[Row]) -> None:
-    """JSONL of inputs, targets and predictions."""
+def write_rows(path: pathlib.Path, rows: Sequence[Row], vocabulary: seqio.Vocabulary) -> None:
+    """JSONL of inputs, targets, predictions and, with a teacher, each token and its divergence."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
-        for example, prediction in rows:
-            line = {
-                "inputs": text(example, "inputs"),
-                "targets": text(example, "targets"),
-                "prediction": prediction,
+        for row in rows:
+            line: dict[str, Any] = {
+                "inputs": text(row.example, "inputs"),
+                "targets": text(row.example, "targets"),
+                "prediction": row.prediction,
             }
+            if row.divergence is not None:
+                line["tokens"] = [piece(vocabulary, token) for token in row.tokens]
+                line["token_divergence"] = [round(value, 4) for value in row.divergence]
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def piece(vocabulary: seqio.Vocabulary, token: int) -> str:
+    """One token as people read it; a SentencePiece piece keeps its word mark."""
+    if token == vocabulary.eos_id:
+        return "</s>"
+    if isinstance(vocabulary, seqio.SentencePieceVocabulary):
+        return vocabulary.tokenizer.id_to_piece(token)
+    return vocabulary.decode([token])
 
 
 def text(example: Mapping[str, Any], feature: str) -> str:

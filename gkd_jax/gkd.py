@@ -9,29 +9,34 @@
 
 Supervised KD is lambda = 0; on-policy KD is lambda = 1; ImitKD and f-distill are lambda = 0.5 with
 forward KL and total variation; SFT is lambda = 0 with no divergence: cross-entropy on the targets.
+With `rl`, a reward of the student's samples joins the divergence (Eq. 5).
 
-P is the teacher, Q the student. Axes: B batch, S source, T target, V vocabulary.
+P is the teacher, Q the student. Axes: B batch, N = B x samples a prompt, S source, T target,
+V vocabulary.
 """
 
 from collections.abc import Callable
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 import numpy as np
 import optax
 
 from gkd_jax import divergences, losses
 from gkd_jax.batch import Batch
 from gkd_jax.models import t5
-from gkd_jax.sampling import Sample, SamplingConfig, sample
+from gkd_jax.rl import RLConfig, policy_loss
+from gkd_jax.sampling import Sample, SamplingConfig, allowed_ids, sample
 from gkd_jax.train_state import TrainState
 
 
 Divergence = Callable[[jax.Array, jax.Array], jax.Array]
 Reduction = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+Schedule = Callable[[Any], Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,27 +45,35 @@ class GKDConfig:
 
     Attributes:
         on_policy_fraction: the paper's lambda, the probability that a step trains on the student's
-            own samples.
+            own samples; or a schedule of the step, such as `@optax.linear_schedule()`.
+        mixing: "step" tosses one coin for the whole batch (Algorithm 1); "example" makes exactly
+            ceil(lambda B) rows of every batch on-policy.
         divergence: D(student_logits, teacher_logits) -> per token, or None for the cross-entropy of
             the dataset's targets (SFT, SeqKD), which needs no teacher.
         teacher_temperature: divides the teacher's logits inside the divergence (the paper: 1, or
-            0.1 for GSM8K and for XSum students that will be sampled from).
+            0.1 for GSM8K and for XSum students that will be sampled from); a number or a schedule.
         student_temperature: divides the student's logits inside the divergence (the paper: 1).
         sampling: how the student's sequences are drawn (the paper: temperature 1, nothing cut).
+        num_samples: sequences drawn for each prompt of an on-policy batch; the encoders run once.
+        rl: a reward beside the divergence (Eq. 5); None is pure distillation.
         reduction: `losses.sequence_mean` (Eq. 2 and Algorithm 1's 1/B) or `losses.token_mean`.
         label_smoothing: of the cross-entropy.
     """
 
-    on_policy_fraction: float = 1.0
+    on_policy_fraction: float | Schedule = 1.0
+    mixing: str = "step"
     divergence: Divergence | None = divergences.forward_kl
-    teacher_temperature: float = 1.0
+    teacher_temperature: float | Schedule = 1.0
     student_temperature: float = 1.0
     sampling: SamplingConfig = SamplingConfig()
+    num_samples: int = 1
+    rl: RLConfig | None = None
     reduction: Reduction = losses.sequence_mean
     label_smoothing: float = 0.0
 
     def __post_init__(self):
-        if not 0 <= self.on_policy_fraction <= 1:
+        scheduled = callable(self.on_policy_fraction)
+        if not callable(self.on_policy_fraction) and not 0 <= self.on_policy_fraction <= 1:
             raise ValueError(
                 f"on_policy_fraction must lie in [0, 1], got {self.on_policy_fraction}"
             )
@@ -69,19 +82,48 @@ class GKDConfig:
                 "divergence must be a function such as @divergences.forward_kl, "
                 f"got {self.divergence!r}"
             )
-        if self.divergence is None and self.on_policy_fraction > 0:
+        if self.divergence is None and self.on_policy_fraction != 0:
             raise ValueError(
                 "without a divergence the loss is the cross-entropy of the targets, which must "
                 "never be the student's own samples: on_policy_fraction must be 0, got "
                 f"{self.on_policy_fraction}"
             )
-        for name in ("teacher_temperature", "student_temperature"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.on_policy_fraction > 0 and self.sampling.temperature == 0:
+        if self.mixing not in ("step", "example"):
+            raise ValueError(f"mixing must be 'step' or 'example', got {self.mixing!r}")
+        if self.mixing == "example" and (scheduled or self.num_samples > 1 or self.rl):
+            raise ValueError(
+                "mixing='example' compiles a fixed number of rows to sample: it needs a constant "
+                "on_policy_fraction, num_samples=1 and no reward"
+            )
+        if not callable(self.teacher_temperature) and not self.teacher_temperature > 0:
+            raise ValueError(
+                f"teacher_temperature must be positive, got {self.teacher_temperature}"
+            )
+        if not self.student_temperature > 0:
+            raise ValueError(
+                f"student_temperature must be positive, got {self.student_temperature}"
+            )
+        if self.on_policy_fraction != 0 and self.sampling.temperature == 0:
             raise ValueError("sampling.temperature must be positive in training, got 0 (greedy)")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing must lie in [0, 1), got {self.label_smoothing}")
+        if not isinstance(self.num_samples, int) or self.num_samples < 1:
+            raise ValueError(f"num_samples must be a positive integer, got {self.num_samples!r}")
+        if self.rl is not None:
+            if self.on_policy_fraction == 0:
+                raise ValueError("a reward needs samples: on_policy_fraction must not be 0")
+            if self.sampling.top_k or self.sampling.top_p < 1:
+                raise ValueError("a reward needs samples of the whole policy: top_k=0 and top_p=1")
+
+    def uses_samples(self) -> bool:
+        """Whether any step may train on the student's own samples."""
+        return callable(self.on_policy_fraction) or self.on_policy_fraction > 0
+
+    def uses_dataset(self) -> bool:
+        """Whether any step may train on a batch as the dataset has it."""
+        if self.mixing == "example":
+            return self.on_policy_fraction == 0
+        return callable(self.on_policy_fraction) or self.on_policy_fraction < 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,29 +162,60 @@ def step_keys(seed: int, step: int) -> StepKeys:
     return StepKeys(*jax.random.split(jax.random.fold_in(jax.random.key(seed), step)))
 
 
-def is_on_policy(seed: int, step: int, on_policy_fraction: float) -> bool:
-    """The coin of Algorithm 1, one for the whole batch: u < lambda.
+def is_on_policy(seed: int, step: int, config: GKDConfig) -> bool:
+    """Whether a step samples: the coin of Algorithm 1, one for the whole batch, u < lambda.
 
     It is drawn on the host from (seed, step), so that every process decides alike without waiting
-    for a device. u lies in [0, 1): lambda = 0 is never on-policy, lambda = 1 always.
+    for a device. u lies in [0, 1): lambda = 0 is never on-policy, lambda = 1 always. With
+    `mixing="example"` every step samples some rows.
     """
+    fraction = config.on_policy_fraction
+    if config.mixing == "example":
+        return fraction != 0
     u = int(np.random.Philox(key=seed, counter=step).random_raw() >> np.uint64(11)) * 2.0**-53
-    return u < on_policy_fraction
+    if not callable(fraction):
+        return u < fraction
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):  # not behind the last update
+        return u < float(fraction(step))
+
+
+def num_on_policy_rows(on_policy_fraction: float, batch_size: int) -> int:
+    """ceil(lambda B): the rows of a batch that `mixing="example"` samples."""
+    return math.ceil(round(on_policy_fraction * batch_size, 6))  # 0.07 * 100 = 7.000000000000001
 
 
 def sample_targets(
     config: GKDConfig, models: Models, student_params: t5.Params, batch: Batch, key: Key[Array, ""]
 ) -> tuple[Batch, Sample]:
-    """Replaces the targets of a batch by the student's own sequences. No gradient flows back."""
-    drawn = sample(
-        models.student,
-        student_params,
-        batch.inputs,
-        key,
-        max_length=batch.targets.shape[1],
-        sampling=config.sampling,
-    )
-    return Batch(batch.inputs, drawn.tokens, drawn.weights), drawn
+    """Replaces the targets of a batch by the student's own sequences. No gradient flows back.
+
+    Returns:
+        The batch, whose targets are `num_samples` rows a prompt, and what was drawn. Where
+        `mixing="example"`, every second row or so is replaced (spread evenly, so that every device
+        samples some), the others keep the dataset's targets, and only the replaced are in `Sample`.
+    """
+    batch_size, length = batch.targets.shape
+
+    def draw(inputs):
+        return sample(
+            models.student,
+            student_params,
+            inputs,
+            key,
+            max_length=length,
+            sampling=config.sampling,
+            num_samples=config.num_samples,
+        )
+
+    if config.mixing == "step":
+        drawn = draw(batch.inputs)
+        return Batch(batch.inputs, drawn.tokens, drawn.weights), drawn
+    assert not callable(config.on_policy_fraction)
+    num_rows = num_on_policy_rows(config.on_policy_fraction, batch_size)
+    rows = np.arange(num_rows) * batch_size // num_rows
+    drawn = draw(batch.inputs[rows])
+    targets = batch.targets.at[rows].set(drawn.tokens)
+    return Batch(batch.inputs, targets, batch.weights.at[rows].set(drawn.weights)), drawn
 
 
 def per_token_loss(
@@ -151,10 +224,22 @@ def per_token_loss(
     student_params: t5.Params,
     teacher_params: t5.Params | None,
     batch: Batch,
-    dropout_key: Key[Array, ""] | None,
-) -> Float[Array, "B T"]:
+    dropout_key: Key[Array, ""] | None = None,
+    step: Int[Array, ""] | int = 0,
+) -> Float[Array, "N T"]:
     """D(P || Q) at each target position, or the cross-entropy of the target; nats."""
-    student_logits = t5.logits(models.student, student_params, batch, dropout_key=dropout_key)
+    logits = t5.logits(models.student, student_params, batch, dropout_key=dropout_key)
+    return _loss_of_logits(config, models, logits, teacher_params, batch, step)
+
+
+def _loss_of_logits(
+    config: GKDConfig,
+    models: Models,
+    student_logits: Float[Array, "N T V"],
+    teacher_params: t5.Params | None,
+    batch: Batch,
+    step: Int[Array, ""] | int,
+) -> Float[Array, "N T"]:
     student_logits = of_pieces(student_logits / config.student_temperature, models.num_pieces)
     if config.divergence is None:
         return losses.cross_entropy(
@@ -162,9 +247,26 @@ def per_token_loss(
         )
     assert models.teacher is not None
     assert teacher_params is not None
+    temperature = config.teacher_temperature
+    temperature = temperature(step) if callable(temperature) else temperature
     teacher_logits = t5.logits(models.teacher, teacher_params, batch)
-    teacher_logits = of_pieces(teacher_logits / config.teacher_temperature, models.num_pieces)
+    teacher_logits = of_pieces(teacher_logits / temperature, models.num_pieces)
     return config.divergence(student_logits, jax.lax.stop_gradient(teacher_logits))
+
+
+def sample_log_probs(
+    config: GKDConfig, models: Models, student_logits: Float[Array, "N T V"], batch: Batch
+) -> Float[Array, "N T"]:
+    """log Q of each target under the distribution that `sample_targets` draws from; nats.
+
+    Banned ids have no part in its softmax, as they had none in the draw.
+    """
+    allowed = allowed_ids(models.student.vocab_size, config.sampling.banned_ids)
+    logits = jnp.where(allowed, student_logits / config.sampling.temperature, -jnp.inf)
+    picked = jnp.take_along_axis(logits, batch.targets[..., None], axis=-1)[..., 0]
+    # Padding has probability 0 here; its weight is 0, and its gradient must not be NaN.
+    picked = jnp.where(batch.weights > 0, picked, 0.0)
+    return picked - jax.nn.logsumexp(logits, axis=-1)
 
 
 def of_pieces(logits: Float[Array, "B T V"], num_pieces: int) -> Float[Array, "B T P"]:
@@ -178,6 +280,7 @@ class LossSums(NamedTuple):
     loss: Float[Array, ""]  # the reduction's numerator
     tokens: Float[Array, ""]  # of per-token losses, for the token mean
     sequences: Float[Array, ""]  # of per-sequence means
+    policy: Float[Array, ""]  # of -advantage x log Q(sequence)
 
 
 def update(
@@ -189,74 +292,123 @@ def update(
     teacher_params: t5.Params | None,
     batch: Batch,
     dropout_key: Key[Array, ""],
+    advantages: Float[Array, " N"] | None = None,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
     """One step of gradient descent on the mean divergence over the batch (Algorithm 1's last line).
 
     The gradient is that of the whole batch for any number of microbatches: numerators are summed
     and divided by the batch's own count once. The teacher scores each microbatch inside it.
+
+    Args:
+        config: the method.
+        models: both models' sizes.
+        optimizer: of `state`.
+        num_microbatches: parts of the batch whose gradients are added up.
+        state: the student.
+        teacher_params: frozen; None where there is no divergence.
+        batch: targets may hold several rows a prompt, as neighbours.
+        dropout_key: of this step.
+        advantages: of each target row; with them the loss is Eq. 5's, alpha D + (1 - alpha) times
+            the policy loss.
     """
-    grads, sums = _summed_gradients(
-        config, models, num_microbatches, state.params, teacher_params, batch, dropout_key
-    )
     _, count = config.reduction(batch.weights, batch.weights)
     count = jnp.maximum(count, 1.0)  # a batch without any target: loss 0, gradient 0
+    num_tokens = jnp.maximum(jnp.sum(batch.weights), 1.0)
+    num_sequences = jnp.maximum(jnp.sum(jnp.any(batch.weights > 0, axis=1)), 1.0)
+
+    alpha = 1.0 if advantages is None or config.rl is None else config.rl.alpha
+    grads, sums = _summed_gradients(
+        # The policy's mean is over sequences, whatever the reduction: undo the division by count.
+        _Weighted(config, models, alpha, count / num_sequences, state.step),
+        num_microbatches,
+        state.params,
+        teacher_params,
+        batch,
+        dropout_key,
+        advantages,
+    )
     grads = jax.tree.map(lambda g: g / count, grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params: Any = optax.apply_updates(state.params, updates)
-    state = TrainState(state.step + 1, params, opt_state)
 
-    num_tokens = jnp.maximum(jnp.sum(batch.weights), 1.0)
-    num_sequences = jnp.maximum(jnp.sum(jnp.any(batch.weights > 0, axis=1)), 1.0)
+    loss = sums.loss / count
     metrics = {
-        "loss": sums.loss / count,
-        "cross_entropy" if config.divergence is None else "divergence": sums.loss / count,
+        "loss": loss,
+        "cross_entropy" if config.divergence is None else "divergence": loss,
         "loss_token_mean": sums.tokens / num_tokens,
         "loss_sequence_mean": sums.sequences / num_sequences,
         "target_length": num_tokens / num_sequences,
         "grad_norm": optax.tree.norm(grads),
     }
-    return state, metrics
+    if alpha < 1:
+        metrics["policy_loss"] = sums.policy / num_sequences
+        metrics["loss"] = alpha * loss + (1 - alpha) * metrics["policy_loss"]
+    return TrainState(state.step + 1, params, opt_state), metrics
+
+
+class _Weighted(NamedTuple):
+    """What turns rows into the numerator of the loss."""
+
+    config: GKDConfig
+    models: Models
+    alpha: float
+    policy_scale: Float[Array, ""]
+    step: Int[Array, ""]
+
+    def __call__(
+        self, params, teacher_params, rows: Batch, dropout_key, advantages
+    ) -> tuple[Float[Array, ""], LossSums]:
+        config, models = self.config, self.models
+        logits = t5.logits(models.student, params, rows, dropout_key=dropout_key)
+        values = _loss_of_logits(config, models, logits, teacher_params, rows, self.step)
+        loss, _ = config.reduction(values, rows.weights)
+        tokens, _ = losses.token_mean(values, rows.weights)
+        sequences, _ = losses.sequence_mean(values, rows.weights)
+        policy = jnp.zeros(())
+        total = loss
+        if self.alpha < 1:
+            log_probs = sample_log_probs(config, models, logits, rows)
+            policy, _ = policy_loss(log_probs, rows.weights, advantages)
+            total = self.alpha * loss + (1 - self.alpha) * self.policy_scale * policy
+        return total, LossSums(loss, tokens, sequences, policy)
 
 
 def _summed_gradients(
-    config: GKDConfig,
-    models: Models,
+    numerator: _Weighted,
     num_microbatches: int,
     student_params: t5.Params,
     teacher_params: t5.Params | None,
     batch: Batch,
     dropout_key: Key[Array, ""],
+    advantages: Float[Array, " N"] | None,
 ) -> tuple[t5.Params, LossSums]:
-    """The gradient of the reduction's numerator over all rows, and the sums to log."""
-    use_dropout = models.student.dropout_rate > 0
-
-    def numerator(params, rows: Batch, key):
-        key = key if use_dropout else None
-        values = per_token_loss(config, models, params, teacher_params, rows, key)
-        loss, _ = config.reduction(values, rows.weights)
-        tokens, _ = losses.token_mean(values, rows.weights)
-        sequences, _ = losses.sequence_mean(values, rows.weights)
-        return loss, LossSums(loss, tokens, sequences)
-
+    """The gradient of the loss's numerator over all rows, and the sums to log."""
+    use_dropout = numerator.models.student.dropout_rate > 0
     gradient = jax.grad(numerator, has_aux=True)
     if num_microbatches == 1:
-        return gradient(student_params, batch, dropout_key)
+        key = dropout_key if use_dropout else None
+        return gradient(student_params, teacher_params, batch, key, advantages)
 
     def accumulate(carry, inputs):
-        rows, index = inputs
-        grads = gradient(student_params, rows, jax.random.fold_in(dropout_key, index))
+        rows, row_advantages, index = inputs
+        key = jax.random.fold_in(dropout_key, index) if use_dropout else None
+        grads = gradient(student_params, teacher_params, rows, key, row_advantages)
         return jax.tree.map(jnp.add, carry, grads), None
 
     zeros = (
         jax.tree.map(jnp.zeros_like, student_params),
         LossSums(*(jnp.zeros(()) for _ in LossSums._fields)),
     )
-    microbatches = jax.tree.map(lambda x: _split_rows(x, num_microbatches), batch)
-    total, _ = jax.lax.scan(accumulate, zeros, (microbatches, jnp.arange(num_microbatches)))
+    num_prompts = batch.inputs.shape[0]
+    microbatches = jax.tree.map(
+        lambda x: _split_rows(x, num_prompts, num_microbatches), (batch, advantages)
+    )
+    total, _ = jax.lax.scan(accumulate, zeros, (*microbatches, jnp.arange(num_microbatches)))
     return total
 
 
-def _split_rows(x: jax.Array, num: int) -> jax.Array:
-    """[B, ...] to [num, B / num, ...]; row i goes to microbatch i % num, so that every device keeps
-    rows of its own in each."""
-    return x.reshape(x.shape[0] // num, num, *x.shape[1:]).swapaxes(0, 1)
+def _split_rows(x: jax.Array, num_prompts: int, num: int) -> jax.Array:
+    """[N, ...] to [num, N / num, ...]; prompt i goes to microbatch i % num, so that every device
+    keeps rows of its own in each."""
+    groups = x.reshape(num_prompts // num, num, x.shape[0] // num_prompts, *x.shape[1:])
+    return groups.swapaxes(0, 1).reshape(num, x.shape[0] // num, *x.shape[1:])

@@ -17,7 +17,7 @@ import jax
 from gkd_jax import data, evaluate, sharding
 from gkd_jax.evaluate import EvalConfig
 from gkd_jax.models import t5
-from gkd_jax.pretrained import Model, check_vocabularies, initial_params
+from gkd_jax.pretrained import Model, check_vocabularies, place_params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,16 +59,16 @@ def _prepare(
     lengths = dict(data_config.feature_lengths)
     lengths["targets"] = evaluation.target_length or lengths["targets"]
     decoder = evaluate.make_decoder(
-        config, evaluation, vocabulary=vocabulary, mesh=mesh, length=lengths["targets"]
+        config,
+        evaluation,
+        vocabulary=vocabulary,
+        num_pieces=vocabulary.vocab_size,
+        mesh=mesh,
+        length=lengths["targets"],
     )
     params = None
     if not dry_run:
-        shapes = t5.abstract_params(config, model.param_dtype)
-        where = sharding.tree_shardings(shapes, t5.logical_axes(shapes), mesh)
-        target = jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where
-        )
-        params = initial_params(model, config, target, jax.random.key(0), "model")
+        params = place_params(model, config, mesh)
     return _Decoding(
         task=task,
         vocabulary=vocabulary,
@@ -93,12 +93,19 @@ def evaluate_checkpoint(
     if dry_run:
         return
     rows = list(ready.decoder(ready.params, ready.batches(data_config, evaluation)))
-    values = evaluate.score(ready.task, rows)
+    values = evaluate.score(ready.task, rows, evaluation)
     if jax.process_index() == 0:
         folder = pathlib.Path(output_dir)
-        evaluate.write_rows(folder / "predictions.jsonl", rows)
+        evaluate.write_rows(folder / "predictions.jsonl", rows, ready.vocabulary)
         temporary = folder / "metrics.tmp"
-        temporary.write_text(json.dumps({data_config.task: values}, indent=1) + "\n")
+        about = {
+            "checkpoint": model.checkpoint,
+            "split": evaluation.split,
+            "decoding": evaluation.decoding,
+            "temperature": evaluation.temperature,
+        }
+        text = json.dumps({data_config.task: values, "evaluation": about}, indent=1)
+        temporary.write_text(text + "\n")
         os.replace(temporary, folder / "metrics.json")
     print(json.dumps({data_config.task: values}))
 
@@ -140,16 +147,17 @@ def run(
     path.parent.mkdir(parents=True, exist_ok=True)
     done = _complete_lines(path)
     # Only whole batches are skipped, so that a sampled row keeps its key.
-    skipped = done // ready.batch_size
-    _truncate(path, skipped * ready.batch_size)
+    lines_a_batch = ready.batch_size * evaluation.num_samples
+    skipped = done // lines_a_batch
+    _truncate(path, skipped * lines_a_batch)
     rows = ready.decoder(ready.params, batches, first=skipped)
     with path.open("a") as file:
-        for example, prediction in rows:
+        for row in rows:
             if jax.process_index() == 0:
                 line = {
-                    "inputs": evaluate.text(example, "inputs"),
-                    "targets": prediction,
-                    "reference": evaluate.text(example, "targets"),
+                    "inputs": evaluate.text(row.example, "inputs"),
+                    "targets": row.prediction,
+                    "reference": evaluate.text(row.example, "targets"),
                 }
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
                 file.flush()

@@ -25,6 +25,7 @@ COMMANDS = {
     "eval": "decodes and scores a task's split with a checkpoint",
     "convert": "a checkpoint to Hugging Face's, T5X's or our own format",
     "infer": "decodes a task's inputs, or a text file, to JSONL",
+    "report": "tables and figures of run directories: report RUN_DIR... --output=DIR",
 }
 _USAGE = "usage: gkd-jax COMMAND [--gin_file=FILE ...] [--gin.MACRO=VALUE ...]\n\n" + "\n".join(
     f"  {name:<12}{text}" for name, text in COMMANDS.items()
@@ -65,6 +66,9 @@ def _main(arguments: list[str]) -> None:
     if values.help:
         print(_USAGE + "\n\n" + values.main_module_help())
         return
+    if command == "report":
+        _report(values)
+        return
     if command == "convert":
         _set_up(values)
         _convert(values)
@@ -92,7 +96,12 @@ def _parse_flags(command: str, arguments: list[str]) -> tuple[flags.FlagValues, 
         flags.DEFINE_enum(
             "dtype", "float32", ["float32", "bfloat16"], "of the output", flag_values=values
         )
-        flags.DEFINE_integer("step", 0, "of a T5X checkpoint's name", flag_values=values)
+        flags.DEFINE_integer(
+            "step", None, "of a T5X checkpoint; default: the input's", flag_values=values
+        )
+    if command == "report":
+        flags.DEFINE_string("output", None, "a folder for the report", flag_values=values)
+        flags.DEFINE_list("run_dirs", [], "found on the command line", flag_values=values)
     flags.DEFINE_bool("help", False, "this text", short_name="h", flag_values=values)
     bindings, others = [], []
     for argument in arguments:
@@ -107,7 +116,9 @@ def _parse_flags(command: str, arguments: list[str]) -> tuple[flags.FlagValues, 
         extra = values(["gkd-jax", *others])[1:]
     except flags.Error as error:
         raise UsageError(f"{command}: {error}") from None
-    if extra:
+    if command == "report":
+        values.run_dirs = extra
+    elif extra:
         raise UsageError(f"{command} takes flags only, got {extra[0]!r}")
     return values, [*values.gin_bindings, *bindings]
 
@@ -167,23 +178,21 @@ def _parse_gin(values: flags.FlagValues, bindings: list[str]) -> None:
 
 def _check_macro(name: str) -> None:
     """gin accepts any macro; one that no file defines is a slip of the pen."""
-    import gin
-
-    known = {
-        line.split(" = ")[0]
-        for line in gin.config_str().splitlines()
-        if re.match(r"[A-Za-z_]\w* = ", line)
-    }
-    known |= {
-        line.split(" = ")[0].rstrip(" =\\")
-        for line in gin.config_str().splitlines()
-        if re.match(r"[A-Za-z_]\w* = ?\\?$", line)
-    }
+    known = _macros()
     if name not in known:
         raise UsageError(
             f"--gin.{name}: no such macro in the gin files{_suggestion(name, known)}; "
             f"they define {', '.join(sorted(known))}"
         )
+
+
+def _macros() -> dict[str, str]:
+    """Every macro that the gin files and the command line define, with its value as written."""
+    import gin
+
+    joined = re.sub(r"\\\n\s*", "", gin.config_str(max_line_length=10_000))
+    pairs = (re.match(r"([A-Za-z_]\w*) = (.*)", line) for line in joined.splitlines())
+    return {pair[1]: pair[2] for pair in pairs if pair}
 
 
 def _train(values: flags.FlagValues) -> None:
@@ -193,7 +202,7 @@ def _train(values: flags.FlagValues) -> None:
     run = gin.get_configurable(train.run)
     phases = _macro("PHASES", ())
     if not phases:
-        run(dry_run=values.dry_run, config_text=gin.operative_config_str)
+        run(dry_run=values.dry_run, config_text=gin.operative_config_str, macros=_macros())
         return
     root = pathlib.Path(str(_macro("MODEL_DIR", "")))
     pending = frozenset(str(root / phase) for phase in phases if values.dry_run)
@@ -202,10 +211,11 @@ def _train(values: flags.FlagValues) -> None:
         with gin.config_scope(phase):
             run(
                 model_dir=str(root / phase),
-                name=f"{phase}: ",
+                name=phase,
                 dry_run=values.dry_run,
                 pending=pending,
                 config_text=gin.operative_config_str,
+                macros=_macros(),
             )
     if not values.dry_run:
         print(metrics.study_table(root, phases))
@@ -234,6 +244,17 @@ def _convert(values: flags.FlagValues) -> None:
     pretrained.convert_checkpoint(
         values.input, values.output, to=values.to, dtype=values.dtype, step=values.step
     )
+
+
+def _report(values: flags.FlagValues) -> None:
+    from gkd_jax import report
+
+    if not values.run_dirs or values.output is None:
+        raise UsageError(
+            "report needs run directories and --output: report RUN_DIR... --output=DIR"
+        )
+    report.write(values.run_dirs, values.output)
+    print(f"wrote {os.path.join(values.output, 'report.html')}", file=sys.stderr)
 
 
 def _macro(name: str, default: Any) -> Any:

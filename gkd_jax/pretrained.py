@@ -2,14 +2,24 @@
 
 from collections.abc import Callable
 import dataclasses
+import re
+import resource
 import sys
 
 from etils import epath
 import jax
+from jax.sharding import Mesh
 import seqio
 
-from gkd_jax import checkpoints, convert, vocabularies
+from gkd_jax import checkpoints, convert, sharding, vocabularies
 from gkd_jax.models import t5
+
+
+_PUBLIC_SIZES = ("small", "base", "large", "xl", "xxl")
+_PUBLIC = {  # the step of each size
+    "t5_1_1_lm100k": (1_100_000,) * 5,
+    "flan_t5": (1_198_000, 1_184_000, 1_164_000, 1_138_000, 1_114_000),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,6 +67,7 @@ class Model:
             if chosen is not None:
                 _check_sizes(self.checkpoint, self.size, stored, chosen)
             chosen = stored
+            _warn_of_spare_rows(self.checkpoint, stored.vocab_size, num_pieces)
         assert chosen is not None
         unroll = self.scan_unroll
         if unroll is None:
@@ -67,6 +78,52 @@ class Model:
             dtype=self.dtype,
             remat=self.remat,
             scan_unroll=unroll,
+        )
+
+
+def remote_checkpoints(*models: Model | None) -> frozenset[str]:
+    """Those that a dry run does not open: it stays off the network.
+
+    Raises:
+        ValueError: for one without a size, whose shapes are then unknown.
+    """
+    remote = set()
+    for model in models:
+        if model is not None and model.checkpoint is not None and "://" in model.checkpoint:
+            if model.size is None:
+                raise ValueError(
+                    f"a dry run does not open {model.checkpoint!r}: it needs the model's size"
+                )
+            remote.add(model.checkpoint)
+    return frozenset(remote)
+
+
+def public_checkpoint(*, family: str, size: str) -> str:
+    """Google's published T5X checkpoint of a family and size.
+
+    Args:
+        family: "t5_1_1_lm100k" (LM-adapted: the paper's XSum and WMT models) or "flan_t5" (GSM8K,
+            instruction tuning).
+        size: small, base, large, xl or xxl.
+
+    Raises:
+        ValueError: for another family or size.
+    """
+    if family not in _PUBLIC or size not in _PUBLIC_SIZES:
+        raise ValueError(
+            f"family must be one of {sorted(_PUBLIC)} and size one of {list(_PUBLIC_SIZES)}, "
+            f"got {family!r} and {size!r}"
+        )
+    step = _PUBLIC[family][_PUBLIC_SIZES.index(size)]
+    return f"gs://t5-data/pretrained_models/t5x/{family}_{size}/checkpoint_{step}"
+
+
+def _warn_of_spare_rows(path: str, rows: int, num_pieces: int) -> None:
+    if rows > num_pieces:
+        print(
+            f"WARNING: {path} has {rows} embedding rows for {num_pieces} pieces of the vocabulary: "
+            f"ids {num_pieces} to {rows - 1} are never sampled and take no part in the divergence",
+            file=sys.stderr,
         )
 
 
@@ -84,12 +141,30 @@ def _check_sizes(path: str, size: str | None, stored: t5.T5Config, chosen: t5.T5
         )
 
 
+def place_params(model: Model, config: t5.T5Config, mesh: Mesh) -> t5.Params:
+    """`initial_params` of a model that only decodes or scores, spread over a mesh."""
+    shapes = t5.abstract_params(config, model.param_dtype)
+    where = sharding.tree_shardings(shapes, t5.logical_axes(shapes), mesh)
+    target = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where
+    )
+    return initial_params(model, config, target, jax.random.key(0), "model")
+
+
 def initial_params(
     model: Model, config: t5.T5Config, target: t5.Params, key: jax.Array, name: str
 ) -> t5.Params:
     """Parameters from the checkpoint, or random ones, laid out as `target`."""
     if model.checkpoint is not None:
-        return load_params(model.checkpoint, target, config)
+        params = load_params(model.checkpoint, target, config)
+        # Linux counts in KiB.
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        print(
+            f"loaded the {name} from {model.checkpoint}; peak host memory so far "
+            f"{peak / 2**30:.2f} GiB",
+            file=sys.stderr,
+        )
+        return params
     if name == "teacher":
         print(
             "WARNING: the teacher has random weights (TEACHER_CHECKPOINT is None): the student "
@@ -108,7 +183,6 @@ def check_vocabularies(
     vocabulary: seqio.Vocabulary, chosen: dict[str, Model | None], pending: frozenset[str]
 ) -> None:
     """Our own checkpoints know their vocabulary; others' hold none to compare."""
-    expected = vocabularies.content_hash(vocabulary)
     for name, model in chosen.items():
         if model is None or model.checkpoint is None or model.checkpoint in pending:
             continue
@@ -116,6 +190,7 @@ def check_vocabularies(
         if step_folder is None:
             continue
         found = checkpoints.read_description(step_folder)["vocabulary"]
+        expected = vocabularies.content_hash(vocabulary)
         if found and found != expected:
             raise ValueError(
                 f"the {name}'s checkpoint {model.checkpoint!r} was trained with another vocabulary "
@@ -165,7 +240,7 @@ def load_model(path: str) -> tuple[t5.T5Config, t5.Params]:
 
 
 def convert_checkpoint(
-    source: str, output: str, *, to: str, dtype: str = "float32", step: int = 0
+    source: str, output: str, *, to: str, dtype: str = "float32", step: int | None = None
 ) -> None:
     """Writes a checkpoint in another format.
 
@@ -174,7 +249,7 @@ def convert_checkpoint(
         output: a folder that does not exist yet.
         to: "hf", "t5x" (a `checkpoint_<step>` inside `output`) or "gkd".
         dtype: of the written parameters; "gkd" keeps float32.
-        step: of a T5X checkpoint.
+        step: of a T5X checkpoint; None takes the source's (`checkpoint_<step>`, `<step>`), else 0.
 
     Raises:
         FileExistsError: where the output exists.
@@ -185,8 +260,16 @@ def convert_checkpoint(
     if to == "hf":
         convert.write_hf(output, config, params, dtype=dtype)
     elif to == "t5x":
+        step = _step_of(source) if step is None else step
         convert.write_t5x(output, config, params, step=step, dtype=dtype)
     else:
         step_folder = checkpoints.find_step(source)
         known = None if step_folder is None else checkpoints.read_description(step_folder)
         checkpoints.write_params(output, config, params, known["vocabulary"] if known else "")
+
+
+def _step_of(source: str) -> int:
+    """The step that a checkpoint's folder is named after; 0 where it is named otherwise."""
+    name = (checkpoints.find_step(source) or epath.Path(source)).name
+    match = re.fullmatch(r"(?:checkpoint_)?(\d+)", name)
+    return int(match[1]) if match else 0

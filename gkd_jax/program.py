@@ -1,8 +1,11 @@
 """What is known of a run before any array exists: shapes, shardings and jitted functions."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import dataclasses
-from typing import Any
+import importlib.metadata
+import pathlib
+import subprocess
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +13,9 @@ from jax.sharding import Mesh
 import optax
 import seqio
 
-from gkd_jax import data, gkd, pretrained, sharding, train_state
+from gkd_jax import data, gkd, pretrained, sharding, train_state, vocabularies
 from gkd_jax.batch import Batch
+from gkd_jax.evaluate import EvalConfig
 from gkd_jax.models import t5
 from gkd_jax.optimizers import Schedule
 from gkd_jax.pretrained import Model
@@ -69,14 +73,14 @@ class Program:
     sample: Callable[..., Any]
     update: Callable[..., Any]
 
-    def batch(self, rows: int, shape: tuple[int, int]) -> Batch:
-        """An abstract batch of `rows` and (S, T)."""
+    def batch(self, rows: int, shape: tuple[int, int], num_samples: int = 1) -> Batch:
+        """An abstract batch of `rows` prompts, `num_samples` targets each, of lengths (S, T)."""
         where = sharding.batch_sharding(self.mesh)
         source, target = shape
         return Batch(
             jax.ShapeDtypeStruct((rows, source), jnp.int32, sharding=where),
-            jax.ShapeDtypeStruct((rows, target), jnp.int32, sharding=where),
-            jax.ShapeDtypeStruct((rows, target), jnp.float32, sharding=where),
+            jax.ShapeDtypeStruct((rows * num_samples, target), jnp.int32, sharding=where),
+            jax.ShapeDtypeStruct((rows * num_samples, target), jnp.float32, sharding=where),
         )
 
 
@@ -91,22 +95,27 @@ def build(
     trainer: Trainer,
     mesh_config: sharding.MeshConfig,
     pending: frozenset[str] = frozenset(),
+    check_remote: bool = True,
 ) -> Program:
     """Checks a configuration and makes its jitted functions, from shapes alone.
 
     Args:
-        pending: checkpoints that do not exist yet, since another run will make them.
+        pending: checkpoints that are not looked at: another run will make them, or they are remote
+            and this is a dry run.
+        check_remote: False leaves remote vocabularies untouched.
 
     Raises:
         ValueError: for whatever does not fit together, naming the value and what was expected.
     """
-    task, vocabulary = data.open_task(data_config)
+    task, vocabulary = data.open_task(data_config, check_remote=check_remote)
     data.check_split(task, data_config.split)
     if method.divergence is None:
         teacher = None
     elif teacher is None:
         raise ValueError("a divergence needs a teacher, got teacher=None")
-    models = _models(vocabulary, student, teacher, pending)
+    pretrained.check_vocabularies(vocabulary, {"student": student, "teacher": teacher}, pending)
+    num_pieces = vocabularies.num_pieces(vocabulary, check_remote=check_remote)
+    models = _models(num_pieces, student, teacher, pending)
     mesh = sharding.make_mesh(mesh_config)
     _check_batch(data_config.batch_size, trainer.num_microbatches, mesh)
 
@@ -119,16 +128,7 @@ def build(
     state = _with_shardings(state, train_state.shardings(state, mesh))
     teacher_params = None if teacher is None else _abstract_teacher(models, teacher, mesh)
 
-    def sample_batch(params, batch, key):
-        with sharding.use(mesh):
-            return gkd.sample_targets(method, models, params, batch, key)
-
-    parts = (method, models, transformation, trainer.num_microbatches)
-
-    def update_batch(state, teacher_params, batch, key):
-        with sharding.use(mesh):
-            return gkd.update(*parts, state, teacher_params, batch, key)
-
+    sample, update = _jit(method, models, transformation, trainer.num_microbatches, mesh, state)
     return Program(
         mesh=mesh,
         task=task,
@@ -138,22 +138,42 @@ def build(
         optimizer=transformation,
         state=state,
         teacher=teacher_params,
-        sample=jax.jit(sample_batch, out_shardings=sharding.batch_sharding(mesh)),
-        update=jax.jit(
-            update_batch,
-            out_shardings=(shardings_of(state), sharding.replicated(mesh)),
-            donate_argnums=0,
-        ),
+        sample=sample,
+        update=update,
+    )
+
+
+def _jit(
+    method: gkd.GKDConfig,
+    models: gkd.Models,
+    optimizer: optax.GradientTransformation,
+    num_microbatches: int,
+    mesh: Mesh,
+    state: TrainState,
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The two jitted functions of a step, sample and update."""
+
+    def sample_batch(params, batch, key):
+        with sharding.use(mesh):
+            return gkd.sample_targets(method, models, params, batch, key)
+
+    parts = (method, models, optimizer, num_microbatches)
+
+    def update_batch(state, teacher_params, batch, key, advantages=None):
+        with sharding.use(mesh):
+            return gkd.update(*parts, state, teacher_params, batch, key, advantages)
+
+    # What was drawn is replicated: every process reads all of it, for logs and rewards.
+    rows, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+    return (
+        jax.jit(sample_batch, out_shardings=(rows, everywhere)),
+        jax.jit(update_batch, out_shardings=(shardings_of(state), everywhere), donate_argnums=0),
     )
 
 
 def _models(
-    vocabulary: seqio.Vocabulary, student: Model, teacher: Model | None, pending: frozenset[str]
+    num_pieces: int, student: Model, teacher: Model | None, pending: frozenset[str]
 ) -> gkd.Models:
-    """Both models' sizes, and their vocabularies compared."""
-    num_pieces = vocabulary.vocab_size
-    pretrained.check_vocabularies(vocabulary, {"student": student, "teacher": teacher}, pending)
-
     def config(model: Model) -> t5.T5Config:
         return model.config(num_pieces, pending=model.checkpoint in pending)
 
@@ -195,8 +215,7 @@ def plan(program: Program, data_config: data.DataConfig, trainer: Trainer) -> st
     """What a run will do, in a few lines."""
     models, method = program.models, program.method
     mesh = " x ".join(f"{name}={size}" for name, size in program.mesh.shape.items())
-    divergence = method.divergence
-    name = getattr(divergence, "__name__", str(divergence)) if divergence else "cross-entropy"
+    name = _name_of(method.divergence) or "cross-entropy"
     lines = [
         f"task       {data_config.task} ({data_config.split}), batch {data_config.batch_size}, "
         f"lengths {_shapes_text(data_config)}, {models.num_pieces} pieces",
@@ -204,30 +223,151 @@ def plan(program: Program, data_config: data.DataConfig, trainer: Trainer) -> st
         "teacher    "
         + (f"{t5.num_params(program.teacher):,} parameters" if program.teacher else "none"),
         f"loss       {name}, {method.reduction.__name__}, "
-        f"on-policy fraction {method.on_policy_fraction}",
+        f"on-policy fraction {_number_or_name(method.on_policy_fraction)}"
+        + (" of each batch" if method.mixing == "example" else "")
+        + (f", {method.num_samples} samples a prompt" if method.num_samples > 1 else "")
+        + (f", reward {_name_of(method.rl.reward)}, alpha {method.rl.alpha}" if method.rl else ""),
         f"steps      {trainer.train_steps}",
         f"mesh       {mesh}",
     ]
     return "\n".join(lines)
 
 
+def record(
+    program: Program,
+    *,
+    name: str,
+    student: Model,
+    teacher: Model | None,
+    data_config: data.DataConfig,
+    trainer: Trainer,
+    evaluation: EvalConfig,
+    macros: Mapping[str, str],
+) -> dict[str, Any]:
+    """What a run was, for `run.json`: enough to tell it from others, and to run it again."""
+    method = program.method
+
+    def model(chosen: Model | None, params) -> dict[str, Any] | None:
+        if chosen is None or params is None:
+            return None
+        return {
+            "parameters": t5.num_params(params),
+            "size": chosen.size,
+            "checkpoint": chosen.checkpoint,
+        }
+
+    return {
+        "name": name,
+        "method": {
+            "divergence": _name_of(method.divergence),
+            "beta": _beta(method.divergence, macros),
+            "on_policy_fraction": _number_or_name(method.on_policy_fraction),
+            "mixing": method.mixing,
+            "teacher_temperature": _number_or_name(method.teacher_temperature),
+            "student_temperature": method.student_temperature,
+            "sampling_temperature": method.sampling.temperature,
+            "num_samples": method.num_samples,
+            "rl_alpha": method.rl.alpha if method.rl else None,
+            "reward": _name_of(method.rl.reward) if method.rl else None,
+        },
+        "student": model(student, program.state.params),
+        "teacher": model(teacher, program.teacher),
+        "data": {
+            "task": data_config.task,
+            "num_examples": data_config.num_examples,
+            "batch_size": data_config.batch_size,
+            "eval_task": evaluation.task or data_config.task,
+            "eval_split": evaluation.split,
+            "eval_decoding": evaluation.decoding,
+            "eval_temperature": evaluation.temperature,
+            "vocabulary": vocabularies.content_hash(program.vocabulary),
+        },
+        "train_steps": trainer.train_steps,
+        "seed": trainer.seed,
+        "macros": dict(macros),
+        "versions": {
+            package: importlib.metadata.version(package)
+            for package in ("gkd_jax", "jax", "flax", "optax", "orbax-checkpoint", "seqio")
+        },
+        "commit": _commit(),
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+    }
+
+
+def _name_of(function: Any) -> str | None:
+    """A function's own name, through `functools.partial`; a callable object's class."""
+    if function is None:
+        return None
+    function = getattr(function, "func", function)
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def _number_or_name(value: Any) -> Any:
+    return _name_of(value) if callable(value) else value
+
+
+def _beta(divergence: Any, macros: Mapping[str, str]) -> float | None:
+    """Of jsd: given by `functools.partial`, or by the macro BETA."""
+    if _name_of(divergence) != "jsd":
+        return None
+    beta = getattr(divergence, "keywords", {}).get("beta", macros.get("BETA"))
+    return None if beta is None else float(beta)
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this package runs from; None for an installed one."""
+    folder = pathlib.Path(__file__).resolve().parent
+    command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
 def _shapes_text(data_config: data.DataConfig) -> str:
     return ", ".join(f"{source}/{target}" for source, target in data_config.shapes())
 
 
-def compile_steps(program: Program, data_config: data.DataConfig):
+class Steps(NamedTuple):
+    """Compiled functions by (S, T).
+
+    Attributes:
+        sample: of on-policy steps.
+        update_samples: of a batch that `sample` made.
+        update_dataset: of a batch as the dataset has it.
+    """
+
+    sample: dict[tuple[int, int], Any]
+    update_samples: dict[tuple[int, int], Any]
+    update_dataset: dict[tuple[int, int], Any]
+
+
+def compile_steps(program: Program, data_config: data.DataConfig) -> Steps:
     """The step kinds that lambda can reach, compiled for each shape of batch."""
-    fraction = program.method.on_policy_fraction
+    method, rows = program.method, data_config.batch_size
     key = jax.eval_shape(lambda: jax.random.key(0))
-    sample_fns, update_fns = {}, {}
+    steps = Steps({}, {}, {})
     for shape in data_config.shapes():
-        batch = program.batch(data_config.batch_size, shape)
-        if fraction > 0:
-            sample_fns[shape] = program.sample.lower(program.state.params, batch, key).compile()
-        update_fns[shape] = program.update.lower(
-            program.state, program.teacher, batch, key
-        ).compile()
-    return sample_fns, update_fns
+        batch = program.batch(rows, shape)
+        common = (program.state, program.teacher)
+        samples_differ = method.num_samples > 1 or method.rl is not None
+        if method.uses_dataset() or not samples_differ:
+            steps.update_dataset[shape] = program.update.lower(*common, batch, key).compile()
+            steps.update_samples[shape] = steps.update_dataset[shape]
+        if not method.uses_samples():
+            continue
+        steps.sample[shape] = program.sample.lower(program.state.params, batch, key).compile()
+        if samples_differ:
+            drawn = program.batch(rows, shape, method.num_samples)
+            extra = ()
+            if method.rl is not None:
+                where = sharding.batch_sharding(program.mesh)
+                count = drawn.targets.shape[:1]
+                extra = (jax.ShapeDtypeStruct(count, jnp.float32, sharding=where),)
+            lowered = program.update.lower(*common, drawn, key, *extra)
+            steps.update_samples[shape] = lowered.compile()
+    return steps
 
 
 def model_info(program: Program) -> str:

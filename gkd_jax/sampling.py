@@ -91,8 +91,9 @@ def sample(
     max_length: int,
     sampling: SamplingConfig = SamplingConfig(),
     encoded: t5.Encoded | None = None,
+    num_samples: int = 1,
 ) -> Sample:
-    """Decodes one sequence for each row of `inputs`; stops when all have ended.
+    """Decodes `num_samples` sequences for each row of `inputs`; stops when all have ended.
 
     Args:
         config: the model's sizes.
@@ -102,16 +103,18 @@ def sample(
         max_length: most tokens to decode, T.
         sampling: temperature, filters and banned ids.
         encoded: the encoder's result where the caller has it already.
+        num_samples: of each row, as neighbours in the result; the encoder runs once.
 
     Returns:
-        The tokens. No gradient flows out of it (`lax.while_loop` has no reverse mode; the paper's
-        Eq. 4 stops it in any case).
+        B x num_samples rows. No gradient flows out of them: `lax.while_loop` has no reverse mode,
+        and the paper's Eq. 4 stops it in any case.
     """
     if key is None and sampling.temperature > 0:
         raise ValueError(f"temperature={sampling.temperature} needs a key; only greedy does not")
-    batch_size = inputs.shape[0]
+    batch_size = inputs.shape[0] * num_samples
     if encoded is None:
         encoded = t5.encode(config, params, inputs)
+    encoded = t5.repeat(encoded, num_samples)
     cache = t5.init_cache(config, params, encoded, max_length)
     allowed = allowed_ids(config.vocab_size, sampling.banned_ids)
     uniforms = jnp.zeros((max_length, batch_size))  # greedy needs none

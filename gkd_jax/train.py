@@ -1,15 +1,16 @@
 """The life of a run, from a configuration to a trained student: `run`, from top to bottom."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import contextlib
 import dataclasses
 import functools
+import json
 import os
 import pathlib
 import signal
 import sys
 import time
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -22,14 +23,26 @@ from gkd_jax import (
     gkd,
     metrics,
     pretrained,
+    rl,
     sharding,
     train_state,
     vocabularies,
 )
+from gkd_jax.batch import Batch
 from gkd_jax.evaluate import EvalConfig
 from gkd_jax.optimizers import Schedule
 from gkd_jax.pretrained import Model
-from gkd_jax.program import Program, Trainer, build, compile_steps, model_info, plan, shardings_of
+from gkd_jax.program import (
+    Program,
+    Trainer,
+    build,
+    compile_steps,
+    model_info,
+    plan,
+    record,
+    shardings_of,
+)
+from gkd_jax.sampling import Sample
 
 
 SIGTERM_STATUS = 143  # 128 + SIGTERM: saved, and to be started again
@@ -51,6 +64,7 @@ def run(
     pending: frozenset[str] = frozenset(),
     name: str = "",
     config_text: Callable[[], str] = str,
+    macros: Mapping[str, str] = {},
 ) -> None:
     """Trains a student, or goes on with what MODEL_DIR holds.
 
@@ -69,8 +83,11 @@ def run(
         pending: checkpoints that another run of a study will have made by then.
         name: of this run within a study, for the terminal.
         config_text: called once everything is built; written to config.gin.
+        macros: the gin macros of the run, for run.json.
     """
     #### Everything that can be wrong, before anything is written ##################################
+    if dry_run:
+        pending |= pretrained.remote_checkpoints(student, teacher)
     program = build(
         student=student,
         teacher=teacher,
@@ -81,15 +98,29 @@ def run(
         trainer=trainer,
         mesh_config=mesh_config,
         pending=pending,
+        check_remote=not dry_run,
     )
-    evaluator = _evaluator(program, data_config, evaluation, pathlib.Path(model_dir))
+    folder = pathlib.Path(model_dir)
+    evaluator = _evaluator(program, data_config, evaluation, folder, check_remote=not dry_run)
     print(plan(program, data_config, trainer), file=sys.stderr)
     if dry_run:
+        for path in sorted(pending):
+            print(f"not checked: {path}", file=sys.stderr)
         return
-    folder = pathlib.Path(model_dir)
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / "config.gin", config_text())
     _write(folder / "model_info.txt", model_info(program))
+    about = record(
+        program,
+        name=name or folder.name,
+        student=student,
+        teacher=teacher,
+        data_config=data_config,
+        trainer=trainer,
+        evaluation=evaluation or EvalConfig(),
+        macros=macros,
+    )
+    _write(folder / "run.json", json.dumps(about, indent=1) + "\n")
 
     #### Data, state, and where a run before this one stopped ######################################
     saved = checkpoints.Checkpoints(model_dir, keep=trainer.keep)
@@ -127,9 +158,12 @@ def run(
     )
 
     #### Both kinds of step, compiled before the first #############################################
-    sample_fns, update_fns = compile_steps(program, data_config)
+    steps = compile_steps(program, data_config)
     progress = metrics.Progress(
-        trainer.train_steps, start=start, every=trainer.log_period, name=name
+        trainer.train_steps,
+        start=start,
+        every=trainer.log_period,
+        name=f"{name}: " if name else "",
     )
 
     #### The loop: Algorithm 1 #####################################################################
@@ -139,24 +173,37 @@ def run(
         closing.callback(saved.close)
         stopped = closing.enter_context(_sigterm_flag())
         for step in range(start, trainer.train_steps):
-            batch = data.place(next(stream), program.mesh)
+            rows = next(stream)
+            batch = data.place(rows, program.mesh)
             shape = (batch.inputs.shape[1], batch.targets.shape[1])
-            on_policy = gkd.is_on_policy(trainer.seed, step, program.method.on_policy_fraction)
             keys = gkd.step_keys(trainer.seed, step)
-            drawn = None
-            if on_policy:
-                batch, drawn = sample_fns[shape](state.params, batch, keys.sampling)
-            state, values = update_fns[shape](state, teacher_params, batch, keys.dropout)
+            drawn, scored, began = None, None, time.monotonic()
+            if gkd.is_on_policy(trainer.seed, step, program.method):
+                batch, drawn = steps.sample[shape](state.params, batch, keys.sampling)
+                extra = ()
+                if program.method.rl is not None:
+                    # While the device samples, the host waits for the update before.
+                    if pending_step is not None:
+                        pending_step = _log(pending_step, writer, progress, schedule)
+                    scored = _rewards(program, rows, drawn)
+                    extra = (data.place_rows(scored.advantages, program.mesh),)
+                state, values = steps.update_samples[shape](
+                    state, teacher_params, batch, keys.dropout, *extra
+                )
+            else:
+                state, values = steps.update_dataset[shape](
+                    state, teacher_params, batch, keys.dropout
+                )
 
             # The device works on this step; the host waits for the one before and logs it.
             if pending_step is not None:
                 _log(pending_step, writer, progress, schedule)
-            pending_step = _Pending(step, on_policy, drawn, values)
+            pending_step = _Pending(step, began, drawn, scored, values)
             done = step + 1
             last = done == trainer.train_steps or bool(stopped)
             if evaluator and (_due(done, trainer.eval_period) or done == trainer.train_steps):
                 pending_step = _log(pending_step, writer, progress, schedule)
-                writer.write(done, evaluator(state.params, done))
+                writer.write(done, evaluator(state.params, teacher_params, done))
             if last or _due(done, trainer.save_period):
                 if pending_step is not None:
                     pending_step = _log(pending_step, writer, progress, schedule)
@@ -173,10 +220,38 @@ class _Pending:
     """A step that was dispatched but not waited for."""
 
     step: int
-    on_policy: bool
-    drawn: Any
+    began: float
+    drawn: Sample | None
+    scored: "_Scored | None"
     values: dict[str, jax.Array]
-    began: float = dataclasses.field(default_factory=time.monotonic)
+
+
+class _Scored(NamedTuple):
+    """What the reward said of the samples of a step, by prompt, then sample."""
+
+    rewards: np.ndarray
+    advantages: np.ndarray
+    sampled_at: float  # when the samples were there
+
+
+def _rewards(program: Program, rows: Batch, drawn: Sample) -> _Scored:
+    """The reward of each sample, from texts, on the host; all processes compute the same.
+
+    Prompt and reference are the texts of the batch's ids: what the student saw, cut as it was.
+    """
+    method = program.method
+    assert method.rl is not None
+    jax.block_until_ready(drawn.tokens)
+    sampled_at = time.monotonic()
+    texts = [
+        [evaluate.to_text(program.vocabulary, row) for row in np.asarray(ids)]
+        for ids in (rows.inputs, drawn.tokens, rows.targets)
+    ]
+    prompts, outputs, references = texts
+    prompts = [text for text in prompts for _ in range(method.num_samples)]
+    references = [text for text in references for _ in range(method.num_samples)]
+    rewards = np.asarray(method.rl.reward(prompts, outputs, references))
+    return _Scored(rewards, rl.advantages(rewards, method.num_samples), sampled_at)
 
 
 _finished_at = [0.0]
@@ -195,11 +270,16 @@ def _log(step: _Pending, writer: metrics.Writer, progress: metrics.Progress, sch
         numbers["train/sample_length"] = float(weights.sum(1).mean())
         numbers["train/truncated_fraction"] = float((~(tokens == 1).any(1)).mean())
         numbers["train/sample_entropy"] = float(-(log_probs * weights).sum() / weights.sum())
+        numbers["train/distinct_2"] = _distinct_bigrams(tokens, weights)
+    if step.scored is not None:
+        sampled_at = step.scored.sampled_at
+        numbers["train/reward"] = float(step.scored.rewards.mean())
+        numbers["train/reward_std"] = float(step.scored.rewards.std())
     values = {name: float(value) for name, value in jax.device_get(step.values).items()}
     _finished_at[0] = time.monotonic()
     line = {
         **{f"train/{name}": value for name, value in values.items()},
-        "train/on_policy": float(step.on_policy),
+        "train/on_policy": float(step.drawn is not None),
         "train/learning_rate": float(schedule(step.step)),
         **numbers,
         "time/sample_s": max(sampled_at - began, 0.0),
@@ -212,6 +292,19 @@ def _log(step: _Pending, writer: metrics.Writer, progress: metrics.Progress, sch
             f"step {step.step}: loss {values['loss']}, gradient norm {values['grad_norm']}; "
             "the last checkpoint is from before it"
         )
+
+
+def _distinct_bigrams(tokens: np.ndarray, weights: np.ndarray) -> float:
+    """Different pairs of neighbouring tokens over all pairs, within samples; 1 if there are none.
+
+    It falls when samples repeat themselves.
+    """
+    shares = []
+    for row, length in zip(tokens, weights.sum(1).astype(int), strict=True):
+        pairs = list(zip(row[: length - 1].tolist(), row[1:length].tolist(), strict=True))
+        if pairs:
+            shares.append(len(set(pairs)) / len(pairs))
+    return float(np.mean(shares)) if shares else 1.0
 
 
 def _due(done: int, period: int | None) -> bool:
@@ -234,41 +327,59 @@ def _evaluator(
     data_config: data.DataConfig,
     evaluation: EvalConfig | None,
     folder: pathlib.Path,
+    *,
+    check_remote: bool,
 ):
-    """A function (params, step) -> metrics of one evaluation, or None."""
+    """A function (params, teacher_params, step) -> metrics of one evaluation, or None."""
     if evaluation is None:
         return None
     lengths = dict(data_config.feature_lengths)
     lengths["targets"] = evaluation.target_length or lengths["targets"]
+    name = evaluation.task or data_config.task
+    task = program.task
+    if name != data_config.task:
+        chosen = dataclasses.replace(data_config, task=name)
+        task, _ = data.open_task(chosen, check_remote=check_remote)
+    data.check_split(task, evaluation.split)
+    batch_size = evaluation.batch_size or data_config.batch_size
+    sharding.check_batch_size(batch_size, program.mesh)
+    token_divergence = None
+    if program.teacher is not None:
+        token_divergence = evaluate.teacher_divergence(program.models, program.mesh)
     decoder = evaluate.make_decoder(
         program.models.student,
         evaluation,
         vocabulary=program.vocabulary,
+        num_pieces=program.models.num_pieces,
         mesh=program.mesh,
         length=lengths["targets"],
+        divergence=token_divergence,
     )
-    name = evaluation.task or data_config.task
-    task, _ = data.open_task(dataclasses.replace(data_config, task=name))
-    data.check_split(task, evaluation.split)
 
-    def evaluate_at(params, step: int) -> dict[str, float]:
+    def evaluate_at(params, teacher_params, step: int) -> dict[str, float]:
         batches = data.eval_batches(
             task,
             feature_lengths=lengths,
             split=evaluation.split,
-            batch_size=evaluation.batch_size or data_config.batch_size,
+            batch_size=batch_size,
             num_examples=evaluation.num_examples,
             use_cached=data_config.use_cached,
         )
-        rows = list(decoder(params, batches))
-        values = evaluate.score(task, rows)
+        rows = list(decoder(params, batches, teacher_params=teacher_params))
+        values = evaluate.score(task, rows, evaluation)
         if jax.process_index() == 0:
-            evaluate.write_rows(folder / "eval" / name / f"{step}.jsonl", rows)
+            path = folder / "eval" / _file_name(name) / f"{step}.jsonl"
+            evaluate.write_rows(path, rows, program.vocabulary)
         shown = "  ".join(f"{key} {value:.2f}" for key, value in values.items())
         print(f"step {step}: {name} {evaluation.split}: {shown}", file=sys.stderr)
         return {f"eval/{name}/{key}": value for key, value in values.items()}
 
     return evaluate_at
+
+
+def _file_name(task: str) -> str:
+    """A folder for a task, which may be the path of a JSONL file."""
+    return os.path.basename(task)
 
 
 def _write(path: pathlib.Path, text: str) -> None:

@@ -90,6 +90,26 @@ def check_readable(vocabulary: seqio.Vocabulary, *, check_remote: bool = True) -
         raise FileNotFoundError(f"vocabulary {path!r}: there is no such file{hint}")
 
 
+def num_pieces(vocabulary: seqio.Vocabulary, *, check_remote: bool = True) -> int:
+    """How many ids a vocabulary has, extra ids included.
+
+    Args:
+        vocabulary: any.
+        check_remote: False leaves remote files untouched: of those only T5's size is known.
+
+    Raises:
+        ValueError: naming a remote file that may not be read.
+    """
+    path = getattr(vocabulary, "sentencepiece_model_file", "")
+    if check_remote or "://" not in path:
+        return vocabulary.vocab_size
+    if path == T5_PATH:
+        return 32_000 + vocabulary.extra_ids
+    raise ValueError(
+        f"vocabulary {path!r} is remote and is not read in a dry run: name a local copy"
+    )
+
+
 def pieces(vocabulary: seqio.Vocabulary) -> list[str]:
     """What each id means, in the order of ids.
 

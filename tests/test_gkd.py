@@ -114,19 +114,22 @@ def _assert_trees_close(got, expected, atol):
 
 def test_the_coin_comes_up_lambda_of_the_time():
     for fraction in (0.1, 0.25, 0.5):
-        heads = np.mean([gkd.is_on_policy(3, step, fraction) for step in range(10_000)])
+        config = GKDConfig(on_policy_fraction=fraction)
+        heads = np.mean([gkd.is_on_policy(3, step, config) for step in range(10_000)])
         # Five standard deviations.
         assert abs(heads - fraction) < 5 * np.sqrt(fraction * (1 - fraction) / 10_000)
 
 
 def test_lambda_zero_never_and_one_always():
-    assert not any(gkd.is_on_policy(0, step, 0.0) for step in range(10_000))
-    assert all(gkd.is_on_policy(0, step, 1.0) for step in range(10_000))
+    never, always = (GKDConfig(on_policy_fraction=fraction) for fraction in (0.0, 1.0))
+    assert not any(gkd.is_on_policy(0, step, never) for step in range(10_000))
+    assert all(gkd.is_on_policy(0, step, always) for step in range(10_000))
 
 
 def test_the_coin_depends_on_seed_and_step_alone():
-    def coins(seed, steps):
-        return [gkd.is_on_policy(seed, step, 0.5) for step in steps]
+    def coins(seed, steps, fraction=0.5):
+        config = GKDConfig(on_policy_fraction=fraction)
+        return [gkd.is_on_policy(seed, step, config) for step in steps]
 
     first = coins(1, range(200))
     assert coins(1, reversed(range(200))) == first[::-1]  # no state, in any order
@@ -134,7 +137,7 @@ def test_the_coin_depends_on_seed_and_step_alone():
     assert 0.3 < agreement < 0.7
     assert 0.3 < np.mean(np.equal(first[1:], first[:-1])) < 0.7
     # A larger lambda only adds on-policy steps: one u decides.
-    wider = [gkd.is_on_policy(1, step, 0.7) for step in range(200)]
+    wider = coins(1, range(200), 0.7)
     assert all(more or not fewer for fewer, more in zip(first, wider, strict=True))
 
 
@@ -156,6 +159,7 @@ def _numpy_loss(name, student, teacher, batch):
     q_logits = np.asarray(logits(STUDENT, student, batch), np.float64)[..., :PIECES]
     p_logits = np.asarray(logits(TEACHER, teacher, batch), np.float64)[..., :PIECES]
     log_q = special.log_softmax(q_logits / config.student_temperature, axis=-1)
+    assert not callable(config.teacher_temperature)
     log_p = special.log_softmax(p_logits / config.teacher_temperature, axis=-1)
     p, q = np.exp(log_p), np.exp(log_q)
     sequences, tokens = [], []
@@ -354,6 +358,79 @@ def test_no_gradient_flows_through_the_samples(student, batch):
     np.testing.assert_array_equal(change, np.zeros((B, T)))
 
 
+def test_several_samples_a_prompt_are_rows_of_a_longer_batch(student, teacher, batch):
+    """Neighbours in the result; the loss is that of a batch with each prompt twice."""
+    config = GKDConfig(num_samples=2, divergence=divergences.reverse_kl)
+    got, drawn = jax.jit(partial(gkd.sample_targets, config, MODELS))(student, batch, KEY)
+    assert got.inputs.shape == (B, S)
+    assert got.targets.shape == drawn.tokens.shape == (2 * B, T)
+    repeated = batch.inputs[np.arange(2 * B) // 2]
+    plain = Batch(repeated, batch.targets[np.arange(2 * B) // 2], batch.weights)
+    alone = gkd.sample_targets(CONFIGS["reverse_kl"], MODELS, student, plain, KEY)[0]
+    np.testing.assert_array_equal(alone.targets, got.targets)
+    state = train_state.create(student, SGD)
+    expected, _ = update(config, MODELS, SGD, 1, state, teacher, alone, KEY)
+    for num_microbatches in (1, 4):
+        new, _ = update(config, MODELS, SGD, num_microbatches, state, teacher, got, KEY)
+        _assert_trees_close(new.params, expected.params, atol=1e-5)
+
+
+@pytest.mark.parametrize(("fraction", "count"), [(0.25, 2), (0.3, 3), (0.999, 8), (1.0, 8)])
+def test_mixing_by_example_samples_exactly_its_share_of_every_batch(
+    fraction, count, student, batch
+):
+    config = GKDConfig(on_policy_fraction=fraction, mixing="example")
+    assert all(gkd.is_on_policy(0, step, config) for step in range(20))
+    got, drawn = jax.jit(partial(gkd.sample_targets, config, MODELS))(student, batch, KEY)
+    assert drawn.tokens.shape == (count, T)
+    rows = np.arange(count) * B // count
+    kept = np.setdiff1d(np.arange(B), rows)
+    np.testing.assert_array_equal(got.targets[rows], drawn.tokens)
+    np.testing.assert_array_equal(got.weights[rows], drawn.weights)
+    np.testing.assert_array_equal(got.targets[kept], batch.targets[kept])
+    np.testing.assert_array_equal(got.weights[kept], batch.weights[kept])
+    # The sampled rows answer their own prompts.
+    alone = sampling.sample(
+        STUDENT, student, batch.inputs[rows], KEY, max_length=T, sampling=config.sampling
+    )
+    np.testing.assert_array_equal(alone.tokens, drawn.tokens)
+
+
+def test_mixing_by_example_on_eight_devices_draws_the_same(student, batch):
+    config = GKDConfig(on_policy_fraction=0.3, mixing="example")  # 3 rows: uneven on 8 devices
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=4, fsdp=2))
+    expected, _ = jax.jit(partial(gkd.sample_targets, config, MODELS))(student, batch, KEY)
+
+    def run(params, batch, key):
+        with sharding.use(mesh):
+            return gkd.sample_targets(config, MODELS, params, batch, key)[0]
+
+    rows = sharding.batch_sharding(mesh)
+    got = jax.jit(run, in_shardings=(None, rows, None), out_shardings=rows)(student, batch, KEY)
+    np.testing.assert_array_equal(got.targets, expected.targets)
+
+
+def test_schedules_of_lambda_and_of_the_teacher_s_temperature(student, teacher, batch):
+    ramp = optax.linear_schedule(0.0, 1.0, 100)
+    config = GKDConfig(
+        on_policy_fraction=ramp, teacher_temperature=optax.linear_schedule(2.0, 0.5, 3)
+    )
+    share = [
+        np.mean([gkd.is_on_policy(seed, step, config) for seed in range(300)])
+        for step in (0, 50, 100)
+    ]
+    assert share[0] == 0.0
+    assert 0.35 < share[1] < 0.65
+    assert share[2] == 1.0
+    state = train_state.create(student, SGD)
+    for step, temperature in ((0, 2.0), (2, 1.0), (7, 0.5)):
+        now = state._replace(step=jnp.asarray(step, jnp.int32))
+        got, _ = update(config, MODELS, SGD, 1, now, teacher, batch, KEY)
+        fixed = GKDConfig(teacher_temperature=temperature)
+        expected, _ = update(fixed, MODELS, SGD, 1, now, teacher, batch, KEY)
+        _assert_trees_close(got.params, expected.params, atol=1e-6)
+
+
 # Eight devices ------------------------------------------------------------------------------------
 
 
@@ -403,6 +480,9 @@ def test_eight_devices_equal_one(sizes, num_microbatches, student, teacher, batc
         ({"on_policy_fraction": 1.5}, r"on_policy_fraction must lie in \[0, 1\], got 1.5"),
         ({"on_policy_fraction": -0.1}, r"on_policy_fraction must lie in \[0, 1\], got -0.1"),
         ({"divergence": None}, "on_policy_fraction must be 0, got 1.0"),
+        ({"mixing": "token"}, "mixing must be 'step' or 'example', got 'token'"),
+        ({"mixing": "example", "num_samples": 2}, "compiles a fixed number of rows"),
+        ({"num_samples": 0}, "num_samples must be a positive integer, got 0"),
         ({"teacher_temperature": 0.0}, "teacher_temperature must be positive, got 0.0"),
         ({"student_temperature": -1.0}, "student_temperature must be positive, got -1.0"),
         (

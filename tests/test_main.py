@@ -84,7 +84,7 @@ def test_an_override_may_name_a_function(tmp_path, capfd):
 
 RECIPES = sorted(
     path.relative_to(ROOT).as_posix()
-    for path in (ROOT / "gin").rglob("*.gin")
+    for path in (ROOT / "gin").glob("*.gin")  # those of the paper: test_recipes.py
     if path.stem not in ("eval", "infer", "decode", "multi30k")
 )
 
@@ -144,6 +144,9 @@ BAD = {
     "--gin.sharding.MeshConfig.tensor=3": "does not fit 8 devices",
     "--gin.evaluate.EvalConfig.decoding='best'": "decoding must be 'greedy', 'sample' or 'beam'",
     "--gin.evaluate.EvalConfig.num_beams=0": "num_beams must be a positive integer, got 0",
+    "--gin.NUM_SAMPLES=0": "num_samples must be a positive integer, got 0",
+    "--gin.MIXING='token'": "mixing must be 'step' or 'example', got 'token'",
+    "--gin.EVAL_DECODING='best'": "decoding must be 'greedy', 'sample' or 'beam', got 'best'",
     "--gin.EVAL_SPLIT='dev'": "has no split 'dev', expected one of ['train', 'validation', 'test']",
     "--gin.DATA_DIR='/no/such/dir'": "there is no folder '/no/such/dir'",
 }

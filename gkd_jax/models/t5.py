@@ -164,6 +164,11 @@ def encode(
     return Encoded(_dropout(config, x, keys[2]), mask)
 
 
+def repeat(encoded: Encoded, num: int) -> Encoded:
+    """Each row `num` times, as neighbours; the encoder's work is shared between them."""
+    return encoded if num == 1 else Encoded(*(jnp.repeat(x, num, axis=0) for x in encoded))
+
+
 def hidden(
     config: T5Config,
     params: Params,
@@ -177,13 +182,15 @@ def hidden(
     Args:
         config: the model's sizes.
         params: its parameters.
-        batch: position t sees targets < t; the first sees the start token, id 0.
+        batch: position t sees targets < t; the first sees the start token, id 0. There may be n
+            rows of targets for each of inputs, as neighbours: the encoder runs once.
         encoded: `encode`'s result where the caller has it already.
         dropout_key: turns dropout on.
     """
     keys = _split(dropout_key, 4)
     if encoded is None:
         encoded = encode(config, params, batch.inputs, dropout_key=keys[3])
+    encoded = repeat(encoded, batch.targets.shape[0] // encoded.states.shape[0])
     stack, layer = params["decoder"], _decoder_layer(config)
     cross_bias = layers.padding_bias(encoded.mask)
     position_bias = None

@@ -1,0 +1,99 @@
+"""Greedy decoding with a calculator (Cobbe et al., 2021) that writes the result after `48 / 2 =`.
+
+The model decodes one token at a time through the same cached `t5.decode_step` as `sampling`. When a
+row's text ends in an arithmetic expression and an equals sign, the pieces of the right result are
+forced in place of the model's own, and the model goes on from them. The text is read on the host,
+so there is one synchronisation a token: this is for evaluation only.
+"""
+
+from collections import deque
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Int
+import numpy as np
+import seqio
+
+from gkd_jax import calculator, sharding
+from gkd_jax.models import t5
+from gkd_jax.sampling import EOS_ID, allowed_ids
+
+
+Decode = Callable[[t5.Params, Int[jax.Array, "B S"]], Int[np.ndarray, "B T"]]
+
+
+def make_decode(
+    config: t5.T5Config,
+    vocabulary: seqio.Vocabulary,
+    *,
+    mesh: Mesh,
+    max_length: int,
+    banned_ids: tuple[int, ...] = (t5.PAD_ID,),
+) -> Decode:
+    """A function (params, inputs) -> tokens, up to and including EOS, then 0."""
+    allowed = allowed_ids(config.vocab_size, banned_ids)
+
+    def start(params, inputs):
+        with sharding.use(mesh):
+            encoded = t5.encode(config, params, inputs)
+            return encoded, t5.init_cache(config, params, encoded, max_length)
+
+    def step(params, encoded, last, cache):
+        with sharding.use(mesh):
+            logits, cache = t5.decode_step(config, params, encoded, last, cache)
+        best = jnp.argmax(jnp.where(allowed[None], logits, -jnp.inf), axis=-1).astype(jnp.int32)
+        # Replicated, so that every process reads all rows and forces the same pieces.
+        return jax.lax.with_sharding_constraint(best, sharding.replicated(mesh)), cache
+
+    start_fn, step_fn = jax.jit(start), jax.jit(step, donate_argnums=3)
+
+    def decode(params, inputs):
+        encoded, cache = start_fn(params, inputs)
+        rows = [_Row(vocabulary) for _ in range(inputs.shape[0])]
+        last = np.full(len(rows), t5.PAD_ID, np.int32)
+        for _ in range(max_length):
+            best, cache = step_fn(params, encoded, last, cache)
+            last = np.array(
+                [row.take(int(token)) for row, token in zip(rows, np.asarray(best), strict=True)],
+                np.int32,
+            )
+            if all(row.ended for row in rows):
+                break
+        tokens = np.full((len(rows), max_length), t5.PAD_ID, np.int32)
+        for index, row in enumerate(rows):
+            tokens[index, : len(row.tokens)] = row.tokens
+        return tokens
+
+    return decode
+
+
+class _Row:
+    """One sequence: what it has so far, and the calculator's pieces still to be written."""
+
+    def __init__(self, vocabulary: seqio.Vocabulary):
+        self.tokens: list[int] = []
+        self.ended = False
+        self._forced: deque[int] = deque()
+        self._vocabulary = vocabulary
+
+    def take(self, token: int) -> int:
+        """Appends the model's token, or the next forced one, and returns what was appended."""
+        if self.ended:
+            return t5.PAD_ID
+        if self._forced:
+            token = self._forced.popleft()
+        self.tokens.append(token)
+        self.ended = token == EOS_ID
+        if not self.ended and not self._forced and "=" in self._vocabulary.decode([token]):
+            self._forced.extend(self._result())
+        return token
+
+    def _result(self) -> list[int]:
+        """Pieces of the pending result; none where nothing is pending or they cannot spell it."""
+        result = calculator.pending_result(self._vocabulary.decode(self.tokens))
+        if result is None:
+            return []
+        pieces = self._vocabulary.encode(f" {result}")
+        return list(pieces) if self._vocabulary.decode(pieces).strip() == result else []

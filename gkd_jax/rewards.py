@@ -1,0 +1,137 @@
+"""Rewards for RL + GKD (`rl.Reward`): texts in, one number each out, higher is better.
+
+Each is a function of (prompts, outputs, references), called on the host between the jitted steps.
+"""
+
+import bisect
+from collections.abc import Sequence
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+
+from gkd_jax import data, losses, pretrained, sharding, text_metrics, vocabularies
+from gkd_jax.batch import Batch
+from gkd_jax.models import t5
+
+
+Texts = Sequence[str]
+
+
+def exact_answer(prompts: Texts, outputs: Texts, references: Texts) -> np.ndarray:
+    """1 where the number after `The answer is` equals the reference's, 0 elsewhere."""
+    del prompts
+    wanted = [text_metrics.answer(reference) for reference in references]
+    return np.array(
+        [
+            float(right is not None and text_metrics.answer(output) == right)
+            for output, right in zip(outputs, wanted, strict=True)
+        ]
+    )
+
+
+def rouge2(prompts: Texts, outputs: Texts, references: Texts) -> np.ndarray:
+    """ROUGE-2 F1 of each output, 0 to 1."""
+    del prompts
+    return np.array(
+        [
+            text_metrics.rouge([reference], [output])["rouge2"] / 100
+            for output, reference in zip(outputs, references, strict=True)
+        ]
+    )
+
+
+def brevity(prompts: Texts, outputs: Texts, references: Texts, *, limit: int = 30) -> np.ndarray:
+    """Minus the number of words beyond `limit`."""
+    del prompts, references
+    return np.array([-float(max(len(output.split()) - limit, 0)) for output in outputs])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Entailment:
+    """log-probability that a T5 classifier calls the output entailed by the prompt; nats, <= 0.
+
+    The reward of Roit et al. (2023), which the paper's Figure 5 uses: premise = the prompt (the
+    document), hypothesis = the output, and the score is the log-probability of the label's tokens.
+    The classifier is any T5 checkpoint that was trained to write the label. It is loaded at the
+    first call.
+
+    Attributes:
+        model: the classifier (`pretrained.Model` with a checkpoint).
+        vocabulary: its vocabulary, as `vocabularies.load` names it.
+        extra_ids: sentinels after a SentencePiece file's pieces.
+        template: of its inputs, with {premise} and {hypothesis}.
+        label: what it writes for entailment ("1" for the public TRUE classifier).
+        prefix: removed from the prompt's beginning ("summarize: ").
+        length: most input tokens; the premise is cut from its end, the hypothesis is kept.
+        batch_size: rows scored at once.
+    """
+
+    model: pretrained.Model
+    vocabulary: str
+    extra_ids: int = 0
+    template: str = "premise: {premise} hypothesis: {hypothesis}"
+    label: str = "entailment"
+    prefix: str = ""
+    length: int = 512
+    batch_size: int = 32
+
+    def __post_init__(self):
+        for field in ("{premise}", "{hypothesis}"):
+            if field not in self.template:
+                raise ValueError(f"template must contain {field}, got {self.template!r}")
+        if self.length < 1 or self.batch_size < 1:
+            raise ValueError(
+                f"length and batch_size must be positive, got {self.length}, {self.batch_size}"
+            )
+
+    def __call__(self, prompts: Texts, outputs: Texts, references: Texts) -> np.ndarray:
+        del references
+        inputs = [
+            self._encode(prompt.removeprefix(self.prefix), output)
+            for prompt, output in zip(prompts, outputs, strict=True)
+        ]
+        label = [*self._vocabulary.encode(self.label), vocabularies.EOS_ID]
+        lengths = {"inputs": self.length, "targets": len(label)}
+        scores: list[float] = []
+        for start in range(0, len(inputs), self.batch_size):
+            rows = [{"inputs": ids, "targets": label} for ids in inputs[start:][: self.batch_size]]
+            batch, _ = data.fill_batch(rows, lengths, self.batch_size)
+            scores.extend(np.asarray(self._log_probs(batch))[: len(rows)].tolist())
+        return np.array(scores)
+
+    def _encode(self, premise: str, hypothesis: str) -> list[int]:
+        """Ids of the filled template, with as many of the premise's words as fit."""
+        words = premise.split(" ")
+
+        def filled(count: int) -> list[int]:
+            text = self.template.format(premise=" ".join(words[:count]), hypothesis=hypothesis)
+            return [*self._vocabulary.encode(text), vocabularies.EOS_ID]
+
+        counts = range(len(words) + 1)
+        fits = bisect.bisect_right(counts, self.length, key=lambda count: len(filled(count)))
+        return filled(max(fits - 1, 0))[: self.length]
+
+    @functools.cached_property
+    def _vocabulary(self):
+        return vocabularies.load(self.vocabulary, extra_ids=self.extra_ids)
+
+    @functools.cached_property
+    def _log_probs(self):
+        """Batch -> log-probability of its targets."""
+        num_pieces = self._vocabulary.vocab_size
+        config = self.model.config(num_pieces)
+        # Every process scores all rows by itself, its devices sharing the weights.
+        mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=-1), jax.local_devices())
+        sharding.check_batch_size(self.batch_size, mesh)
+        params = pretrained.place_params(self.model, config, mesh)
+
+        def log_probs(params, batch: Batch):
+            with sharding.use(mesh):
+                logits = t5.logits(config, params, batch)[..., :num_pieces]
+                values = losses.cross_entropy(logits, batch.targets)
+                return -(values * batch.weights).sum(axis=1)
+
+        log_probs_fn = jax.jit(log_probs)
+        return lambda batch: log_probs_fn(params, data.place(batch, mesh))

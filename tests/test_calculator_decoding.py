@@ -1,0 +1,94 @@
+"""Decoding with the calculator: a model that cannot add writes right sums."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gkd_jax import calculator_decoding, sharding, vocabularies
+from gkd_jax.models import t5
+from gkd_jax.sampling import SamplingConfig, sample
+
+
+VOCABULARY = vocabularies.arithmetic()
+CONFIG = t5.T5Config(
+    vocab_size=VOCABULARY.vocab_size,
+    d_model=16,
+    num_heads=2,
+    head_dim=8,
+    d_ff=16,
+    num_encoder_layers=1,
+    num_decoder_layers=1,
+    relpos_buckets=8,
+    relpos_max_distance=20,
+)
+MESH = sharding.make_mesh(sharding.MeshConfig(data=1), jax.devices()[:1])
+LENGTH = 16
+
+
+def scripted(monkeypatch, *texts):
+    """A model that writes the given texts whatever it is fed, and notes what it is fed."""
+    scripts = [[*VOCABULARY.encode(text), 1] for text in texts]
+    fed = []
+
+    def decode_step(config, params, encoded, tokens, cache):
+        jax.debug.callback(lambda x: fed.append(np.asarray(x).tolist()), tokens, ordered=True)
+        table = np.zeros((len(scripts), LENGTH), np.int32)
+        for row, script in enumerate(scripts):
+            table[row, : len(script)] = script
+        wanted = jnp.asarray(table)[:, cache.position]
+        logits = jax.nn.one_hot(wanted, CONFIG.vocab_size)
+        return logits, cache._replace(position=cache.position + 1)
+
+    monkeypatch.setattr(t5, "decode_step", decode_step)
+    return fed
+
+
+def decoded(tokens):
+    return [VOCABULARY.decode([t for t in row.tolist() if t > 1]) for row in tokens]
+
+
+@pytest.fixture(scope="module")
+def params():
+    return t5.init(CONFIG, jax.random.key(0))
+
+
+def test_results_are_forced_into_the_text_and_fed_to_the_model(monkeypatch, params):
+    fed = scripted(
+        monkeypatch,
+        "7 + 5 = 13 . 12 * 2 = 99 .",  # wrong twice
+        "3 - 1 = 2 . The answer is 2 .",  # right: nothing changes
+        "How many eggs are there = 4 .",  # no arithmetic before the equals sign
+    )
+    decode = calculator_decoding.make_decode(CONFIG, VOCABULARY, mesh=MESH, max_length=LENGTH)
+    tokens = decode(params, jnp.asarray(np.full((3, 4), 5, np.int32)))
+    assert decoded(tokens) == [
+        VOCABULARY.decode(VOCABULARY.encode(text))
+        for text in (
+            "7 + 5 = 12 . 12 * 2 = 24 .",
+            "3 - 1 = 2 . The answer is 2 .",
+            "How many eggs are there = 4 .",
+        )
+    ]
+    jax.effects_barrier()
+    # What the model sees next is the forced token, not its own.
+    first_row = [step[0] for step in fed]
+    assert VOCABULARY.decode([first_row[5]]) == "12"
+
+
+def test_without_arithmetic_it_is_greedy_decoding(params):
+    inputs = jnp.asarray(np.random.default_rng(0).integers(2, 40, (5, 6)), jnp.int32)
+    banned = (0, VOCABULARY.encode("=")[0])  # no equals sign, nothing to calculate
+    decode = calculator_decoding.make_decode(
+        CONFIG, VOCABULARY, mesh=MESH, max_length=LENGTH, banned_ids=banned
+    )
+    greedy = SamplingConfig(temperature=0.0, banned_ids=banned)
+    expected = sample(CONFIG, params, inputs, max_length=LENGTH, sampling=greedy)
+    np.testing.assert_array_equal(decode(params, inputs), expected.tokens)
+
+
+def test_a_result_that_the_vocabulary_cannot_spell_is_left_to_the_model(monkeypatch, params):
+    scripted(monkeypatch, "40 * 40 = 12 .")  # 1600 is no piece
+    decode = calculator_decoding.make_decode(CONFIG, VOCABULARY, mesh=MESH, max_length=LENGTH)
+    tokens = decode(params, jnp.asarray([[5, 1]]))
+    assert decoded(tokens) == [VOCABULARY.decode(VOCABULARY.encode("40 * 40 = 12 ."))]

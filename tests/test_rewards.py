@@ -1,0 +1,96 @@
+"""Rewards: texts in, numbers out; the entailment classifier against the model's own logits."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gkd_jax import checkpoints, losses, rewards, vocabularies
+from gkd_jax.batch import Batch
+from gkd_jax.models import t5
+from gkd_jax.pretrained import Model
+
+
+PROMPTS = ["p", "q", "r"]
+
+
+def test_exact_answer():
+    outputs = ["2 + 2 = 4. The answer is 4.", "The answer is 5.", "no answer"]
+    references = ["The answer is 4.0.", "The answer is 4.", "The answer is 4."]
+    assert rewards.exact_answer(PROMPTS, outputs, references).tolist() == [1.0, 0.0, 0.0]
+    # A reference that was cut before its answer rewards nothing.
+    assert rewards.exact_answer(["p"], ["nothing"], ["cut off"]).tolist() == [0.0]
+
+
+def test_rouge2():
+    # Bigrams: 2 of 3 and 2 of 2; none; empty.
+    outputs = ["the cat sat", "a dog", ""]
+    references = ["the cat sat down", "the cat", "the cat"]
+    np.testing.assert_allclose(rewards.rouge2(PROMPTS, outputs, references), [0.8, 0.0, 0.0])
+
+
+def test_brevity():
+    got = rewards.brevity(PROMPTS, ["one", "one two three", ""], PROMPTS, limit=1)
+    assert got.tolist() == [0.0, -2.0, 0.0]
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    """(folder, config, params) of a small random T5 over bytes."""
+    folder = str(tmp_path_factory.mktemp("nli") / "model")
+    config = t5.T5Config(
+        vocab_size=384,
+        d_model=16,
+        num_heads=2,
+        head_dim=8,
+        d_ff=16,
+        num_encoder_layers=1,
+        num_decoder_layers=1,
+        relpos_buckets=8,
+        relpos_max_distance=20,
+    )
+    params = t5.init(config, jax.random.key(0))
+    checkpoints.write_params(folder, config, params, "")
+    return folder, config, params
+
+
+def test_entailment_is_the_log_probability_of_the_label(classifier):
+    folder, config, params = classifier
+    score = rewards.Entailment(
+        model=Model(checkpoint=folder),
+        vocabulary="bytes",
+        label="yes",
+        prefix="summarize: ",
+        length=80,
+        batch_size=8,
+    )
+    premises = [f"document {i}" for i in range(9)]  # more than one batch
+    outputs = [f"output {i * i}" for i in range(9)]
+    got = score([f"summarize: {premise}" for premise in premises], outputs, outputs)
+    vocabulary = vocabularies.load("bytes")
+    label = [*vocabulary.encode("yes"), 1]
+    for premise, output, value in zip(premises, outputs, got, strict=True):
+        text = f"premise: {premise} hypothesis: {output}"
+        inputs, targets = jnp.array([[*vocabulary.encode(text), 1]]), jnp.array([label])
+        batch = Batch(inputs, targets, jnp.ones(targets.shape))
+        logits = t5.logits(config, params, batch)[..., : vocabulary.vocab_size]
+        expected = -losses.cross_entropy(logits, targets).sum()
+        np.testing.assert_allclose(value, expected, atol=1e-4)
+
+
+def test_a_long_premise_is_cut_and_the_hypothesis_kept(classifier):
+    folder, _, _ = classifier
+    score = rewards.Entailment(model=Model(checkpoint=folder), vocabulary="bytes", length=60)
+    ids = score._encode("word " * 100, "the hypothesis")
+    assert len(ids) <= 60
+    text = vocabularies.load("bytes").decode(ids[:-1])
+    assert text.startswith("premise: word word")
+    assert text.endswith(" hypothesis: the hypothesis")
+
+
+def test_bad_settings_are_refused(classifier):
+    model = Model(checkpoint=classifier[0])
+    with pytest.raises(ValueError, match="template must contain"):
+        rewards.Entailment(model=model, vocabulary="bytes", template="{premise}")
+    with pytest.raises(ValueError, match="must be positive, got 0, 32"):
+        rewards.Entailment(model=model, vocabulary="bytes", length=0)
