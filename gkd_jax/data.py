@@ -7,6 +7,7 @@ stream's position is part of every checkpoint, so that a resumed run sees the ne
 
 from collections.abc import Iterator, Mapping
 import dataclasses
+import difflib
 import functools
 import pathlib
 from typing import Any, NamedTuple
@@ -91,7 +92,11 @@ def find_task(name: str, vocabulary: seqio.Vocabulary | None) -> seqio.Task | se
     """
     known = set(seqio.TaskRegistry.names()) | set(seqio.MixtureRegistry.names())
     if name not in known:
-        raise ValueError(f"unknown task or mixture {name!r}, expected one of {sorted(known)}")
+        close = difflib.get_close_matches(name, sorted(known), n=12, cutoff=0.0)
+        raise ValueError(
+            f"unknown task or mixture {name!r}, expected one of the {len(known)} registered, "
+            f"closest first: {', '.join(close)}"
+        )
     task = seqio.get_mixture_or_task(name)
     missing = {"inputs", "targets"} - set(task.output_features)
     if missing:

@@ -9,7 +9,7 @@ https://github.com/suzgunmirac/BIG-Bench-Hard: 27 files, 6,511 examples, split `
     targets     True
 
 The direct prompts are the chain-of-thought prompts with only the final answers left. Of the three
-worked examples as many are kept as fit the feature length (see `gsm8k.join_prompt`): at 2048 tokens
+worked examples as many are kept as fit the feature length (`few_shot.join_prompt`): at 2048 tokens
 of T5 all; at 1024 all in 96 % of the direct prompts and in 74 % of the others. Where the files have
 newlines there are spaces, since T5's vocabulary has no newline; nor has it `<`, `{` and `}`, which
 `dyck_languages` needs.
@@ -33,7 +33,7 @@ import seqio
 import tensorflow as tf
 
 from gkd_jax import text_metrics
-from gkd_jax.tasks import folder, gsm8k, mmlu
+from gkd_jax.tasks import few_shot, folder
 
 
 NUM_SHOTS = 3
@@ -51,7 +51,7 @@ _FILES = """
 FILES = tuple(_FILES.split())
 
 
-def read_file(data_dir: str, name: str, *, cot: bool) -> mmlu.Group:
+def read_file(data_dir: str, name: str, *, cot: bool) -> few_shot.Group:
     """The prompt and the questions of one file.
 
     Args:
@@ -67,7 +67,7 @@ def read_file(data_dir: str, name: str, *, cot: bool) -> mmlu.Group:
     lead = f"A: {STEP_BY_STEP}" if cot else "A:"
     rows = _read_examples(os.path.join(data_dir, "bbh"), f"{name}.json")
     questions = [(f"Q: {question} {lead}", target) for question, target in rows]
-    return mmlu.Group(name, header, shots, questions)
+    return few_shot.Group(name, header, shots, questions)
 
 
 def _read_prompt(where: str, name: str, cot: bool) -> tuple[str, list[str]]:
@@ -76,7 +76,7 @@ def _read_prompt(where: str, name: str, cot: bool) -> tuple[str, list[str]]:
     # What is above the rule is a note to those who collect training data. Its lines are blanked,
     # not removed, so that messages count lines as an editor does.
     above = lines.index("-----") + 1 if "-----" in lines else 0
-    header, shots = gsm8k.parse_shots([""] * above + lines[above:], path)
+    header, shots = few_shot.parse_shots([""] * above + lines[above:], path)
     if len(shots) != NUM_SHOTS:
         raise ValueError(f"{path}: expected {NUM_SHOTS} lines with 'Q:', got {len(shots)}")
     texts = []
@@ -104,7 +104,7 @@ def _read_examples(where: str, name: str) -> list[tuple[str, str]]:
     for number, example in enumerate(examples, start=1):
         match example:
             case {"input": str(question), "target": str(target)}:
-                rows.append((gsm8k.one_line(question), gsm8k.one_line(target)))
+                rows.append((few_shot.one_line(question), few_shot.one_line(target)))
             case _:
                 raise ValueError(
                     f"{path}, example {number}: expected an object with the strings 'input' and "
@@ -118,8 +118,8 @@ def direct_answer(
 ) -> str | tuple[str, str]:
     """seqio's postprocess_fn of `bbh_direct`."""
     if is_target:
-        return mmlu.with_group(text, example=example, is_target=True)
-    return gsm8k.until_next_question(text)
+        return few_shot.with_group(text, example=example, is_target=True)
+    return few_shot.until_next_question(text)
 
 
 def cot_answer(
@@ -127,8 +127,8 @@ def cot_answer(
 ) -> str | tuple[str, str]:
     """seqio's postprocess_fn of `bbh_cot`: a prediction without a stated answer becomes empty."""
     if is_target:
-        return mmlu.with_group(text, example=example, is_target=True)
-    return text_metrics.stated_answer(gsm8k.until_next_question(text)) or ""
+        return few_shot.with_group(text, example=example, is_target=True)
+    return text_metrics.stated_answer(few_shot.until_next_question(text)) or ""
 
 
 def mean_over_tasks(
@@ -149,13 +149,13 @@ def _dataset(
     cot: bool = False,
 ) -> tf.data.Dataset:
     del split, shuffle_files, seed  # one table in memory: seqio shuffles it
-    data_dir = gsm8k.family_folder("bbh", "bbh", "cot-prompts")
-    return mmlu.group_dataset([read_file(data_dir, name, cot=cot) for name in names])
+    data_dir = few_shot.family_folder("bbh", "bbh", "cot-prompts")
+    return few_shot.group_dataset([read_file(data_dir, name, cot=cot) for name in names])
 
 
 def _register(kind: str, name: str, names: Sequence[str]) -> None:
     whole = len(names) == len(FILES)
-    gsm8k.register_few_shot(
+    few_shot.register(
         name,
         source=seqio.FunctionDataSource(
             functools.partial(_dataset, names=names, cot=kind == "cot"), splits=["test"]

@@ -22,7 +22,7 @@ import seqio
 import tensorflow as tf
 
 from gkd_jax import text_metrics
-from gkd_jax.tasks import features, gsm8k, jsonl
+from gkd_jax.tasks import features, few_shot, jsonl
 from gkd_jax.tasks import folder as folders
 
 
@@ -115,7 +115,7 @@ def read_file(path: str) -> list[dict[str, str]]:
 def _read_tsv(path: str) -> list[dict[str, str]]:
     rows = []
     for number, line in enumerate(folders.read_lines(*os.path.split(path)), start=1):
-        columns = [gsm8k.one_line(text.replace("\\n", "\n")) for text in line.split("\t")]
+        columns = [few_shot.one_line(text.replace("\\n", "\n")) for text in line.split("\t")]
         if len(columns) not in (2, 3) or not all(columns):
             raise ValueError(
                 f"{path}, line {number}: expected 2 or 3 columns with text, got {line[:80]!r}"
@@ -140,7 +140,7 @@ def _dataset(
     # Mixed here whether or not seqio shuffles, whose buffer of 1000 is too small for it: the first
     # N examples are of all files.
     del split, shuffle_files
-    where = gsm8k.family_folder(name, "flan", "") if folder is None else folder
+    where = few_shot.family_folder(name, "flan", "") if folder is None else folder
     files = [read_file(path) for path in find_files(where)]
     order = mixed_order([len(rows) for rows in files], maximum, seed or 0)
     table = {

@@ -7,8 +7,8 @@ or `.gz`, as https://github.com/hendrycks/test has them: question, four options,
              <question> A. <option> B. <option> C. <option> D. <option> Answer: B <...> Answer:
     targets: C
 
-5-shot: the five questions of dev come first, as many as fit the feature length (see
-`gsm8k.join_prompt`). Of the test prompts, 81 % keep all five at 1024 tokens of T5 and 97 % at 2048;
+5-shot: the five questions of dev come first, as many as fit the feature length
+(`few_shot.join_prompt`). At 1024 tokens of T5 81 % of the test prompts keep all, at 2048 97 %;
 alone, the longest question has 1092. Where the authors have newlines there are spaces, since T5's
 vocabulary has no newline.
 
@@ -17,18 +17,16 @@ with the same weight. Splits `test` (14,042 questions) and `validation` (1,531).
 turns in the stream, so that the first N examples are of all of them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 import csv
 import functools
-import itertools
 import os
-from typing import Any, NamedTuple
 
 import seqio
 import tensorflow as tf
 
 from gkd_jax import text_metrics
-from gkd_jax.tasks import folder, gsm8k
+from gkd_jax.tasks import few_shot, folder
 
 
 LETTERS = ("A", "B", "C", "D")
@@ -51,50 +49,7 @@ _SUBJECTS = """
 SUBJECTS = tuple(_SUBJECTS.split())
 
 
-class Group(NamedTuple):
-    """What is averaged with the same weight as its like: a subject of MMLU, a file of BBH."""
-
-    name: str
-    header: str
-    shots: list[str]
-    questions: list[tuple[str, str]]  # with their answers
-
-
-def group_dataset(groups: Sequence[Group]) -> tf.data.Dataset:
-    """Examples for `gsm8k.join_prompt`, with `group`; the groups take turns.
-
-    All groups must have the same number of shots.
-    """
-    turns = itertools.zip_longest(
-        *([(i, *row) for row in g.questions] for i, g in enumerate(groups))
-    )
-    rows = [row for turn in turns for row in turn if row is not None]
-    names, headers, shots = (
-        tf.constant([group[column] for group in groups]) for column in range(3)
-    )
-
-    def example(index: tf.Tensor, question: tf.Tensor, answer: tf.Tensor) -> dict[str, tf.Tensor]:
-        return {
-            "group": names[index],
-            "header": headers[index],
-            "shots": shots[index],
-            "question": question,
-            "targets": answer,
-        }
-
-    # The prompts of a group are stored once, not with each of its questions.
-    indices, questions, answers = map(list, zip(*rows, strict=True))
-    return tf.data.Dataset.from_tensor_slices((indices, questions, answers)).map(example)
-
-
-def with_group(
-    text: str, *, example: Mapping[str, Any], is_target: bool = False
-) -> str | tuple[str, str]:
-    """seqio's postprocess_fn: a target becomes (group, target), for `grouped_exact_match`."""
-    return (example["group"].decode(), text) if is_target else text
-
-
-def read_subject(data_dir: str, subject: str, split: str) -> Group:
+def read_subject(data_dir: str, subject: str, split: str) -> few_shot.Group:
     """The prompt and the questions of a subject.
 
     Args:
@@ -113,7 +68,7 @@ def read_subject(data_dir: str, subject: str, split: str) -> Group:
             f"got {len(solved)}"
         )
     about = subject.replace("_", " ")
-    return Group(
+    return few_shot.Group(
         subject,
         f"The following are multiple choice questions (with answers) about {about}.",
         [f"{question} {letter}" for question, letter in solved[:NUM_SHOTS]],
@@ -130,7 +85,7 @@ def _read_csv(data_dir: str, part: str, subject: str) -> list[tuple[str, str]]:
         for row in reader:
             if len(row) != 2 + len(LETTERS) or row[-1] not in LETTERS:
                 raise csv.Error(f"expected a question, four options and A, B, C or D; got {row}")
-            question, *options, letter = map(gsm8k.one_line, row)
+            question, *options, letter = map(few_shot.one_line, row)
             marked = [f"{mark}. {text}" for mark, text in zip(LETTERS, options, strict=True)]
             rows.append((" ".join([question, *marked, "Answer:"]), letter))
     except csv.Error as error:
@@ -145,18 +100,18 @@ def _dataset(
     split: str, shuffle_files: bool, seed: int | None = None, *, subjects: Sequence[str] = SUBJECTS
 ) -> tf.data.Dataset:
     del shuffle_files, seed  # one table in memory: seqio shuffles it
-    data_dir = gsm8k.family_folder("mmlu", "mmlu", "dev")
-    return group_dataset([read_subject(data_dir, subject, split) for subject in subjects])
+    data_dir = few_shot.family_folder("mmlu", "mmlu", "dev")
+    return few_shot.group_dataset([read_subject(data_dir, subject, split) for subject in subjects])
 
 
 def _register(name: str, subjects: Sequence[str]) -> None:
-    gsm8k.register_few_shot(
+    few_shot.register(
         name,
         source=seqio.FunctionDataSource(
             functools.partial(_dataset, subjects=subjects), splits=list(SPLITS)
         ),
         metric_fns=[text_metrics.grouped_exact_match],
-        postprocess_fn=with_group,
+        postprocess_fn=few_shot.with_group,
     )
 
 

@@ -15,12 +15,14 @@ from gkd_jax.tasks import (
     arithmetic,
     bbh,
     features,
+    few_shot,
     flan,
     folder,
     gsm8k,
     jsonl,
     mmlu,
     multi30k,
+    rte,
     scitldr,
     wmt,
     xsum,
@@ -315,7 +317,7 @@ def no_data_dir(monkeypatch):
 
 def test_prompt_files_may_have_several_lines_a_part():
     lines = ["Solve.", "", "Q: One", " two?", "A: Yes.", "So yes.", "", "Q:Three?", "A: No."]
-    header, shots = gsm8k.parse_shots(lines, "p.txt")
+    header, shots = few_shot.parse_shots(lines, "p.txt")
     assert header == "Solve."
     assert shots == [("One two?", "Yes. So yes.", 3), ("Three?", "No.", 8)]
     assert shots[0].text() == "Q: One two? A: Yes. So yes."
@@ -331,7 +333,7 @@ def test_prompt_files_may_have_several_lines_a_part():
 )
 def test_bad_prompt_files_name_the_line(lines, message):
     with pytest.raises(ValueError, match=message):
-        gsm8k.parse_shots(lines, "p.txt")
+        few_shot.parse_shots(lines, "p.txt")
 
 
 @pytest.mark.parametrize("kept", range(4))
@@ -343,7 +345,7 @@ def test_as_many_shots_are_kept_as_fit(kept, spare):
     }
     prompt = " ".join(["H", *shots[3 - kept :], "Q"])
     output_features = features.output_features(seqio.ByteVocabulary())
-    joined = gsm8k.join_prompt(
+    joined = few_shot.join_prompt(
         tf.data.Dataset.from_tensor_slices(texts),
         output_features,
         {"inputs": len(prompt) + 1 + spare, "targets": 4},  # bytes and EOS
@@ -847,3 +849,31 @@ def test_missing_and_empty_jsonl_files(tmp_path):
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(ValueError, match="empty file"):
         jsonl.read_rows(tmp_path / "empty.jsonl")
+
+
+# RTE ----------------------------------------------------------------------------------------------
+
+
+def test_rte_rows(tmp_path):
+    header = "index\tsentence1\tsentence2\tlabel\n"
+    path = tmp_path / "dev.tsv"
+    path.write_text(header + "0\tA cat sat.\tA cat.\tentailment\n")
+    assert rte.read_rows(str(tmp_path), "dev.tsv") == [
+        ("premise: A cat sat. hypothesis: A cat.", "entailment")
+    ]
+    path.write_text(header + "0\tA cat sat.\tA cat.\tmaybe\n")
+    with pytest.raises(ValueError, match=r"dev.tsv, line 2: expected index, two sentences and one"):
+        rte.read_rows(str(tmp_path), "dev.tsv")
+    path.write_text(header)
+    with pytest.raises(ValueError, match="expected a header and rows, got none"):
+        rte.read_rows(str(tmp_path), "dev.tsv")
+
+
+@pytest.mark.parametrize(("split", "count"), [("train", 2490), ("validation", 277)])
+def test_rte_has_glue_s_rows(split, count, shared):
+    where = shared / "data" / "nli" / "rte"
+    if not where.is_dir():
+        pytest.skip("needs the RTE files")
+    rows = rte.read_rows(str(where), rte.SPLITS[split])
+    assert len(rows) == count
+    assert {label for _, label in rows} == set(rte.LABELS)
