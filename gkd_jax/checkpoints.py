@@ -3,18 +3,23 @@
     MODEL_DIR/checkpoints/<step>/params      the student's parameters
                                  opt_state   the optimizer's state
                                  stream      the position of the training data
-                                 model       JSON: sizes of the model, hash of its vocabulary
+                                 model       JSON: sizes of the model, hash of its vocabulary,
+                                             a fingerprint of every array
 
-Parameters are an item of their own, so that a model can be loaded without its optimizer.
+Parameters are an item of their own, so that a model can be loaded without its optimizer. A folder
+gets its name only when it is complete. Storage formats do not notice a flipped bit; fingerprints,
+computed from the arrays on the device before they are written, do.
 """
 
 import dataclasses
 import json
 import pathlib
+import sys
 from typing import Any
 
 from etils import epath
 import jax
+from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
@@ -63,8 +68,9 @@ class Checkpoints:
     """The checkpoints of one MODEL_DIR, written in the background."""
 
     def __init__(self, model_dir: str, *, keep: int | None = None):
+        self._folder = epath.Path(model_dir).resolve() / FOLDER
         self._orbax = ocp.CheckpointManager(
-            epath.Path(model_dir).resolve() / FOLDER,
+            self._folder,
             options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
             item_handlers={
                 "params": ocp.StandardCheckpointHandler(),
@@ -73,6 +79,40 @@ class Checkpoints:
                 "model": ocp.JsonCheckpointHandler(),
             },
         )
+
+    def restore_newest(
+        self, target: TrainState, stream: TrainIterator
+    ) -> tuple[int, TrainState] | None:
+        """The newest checkpoint that can be read whole, and its step; None where there is none.
+
+        One that cannot is named in a warning, moved to MODEL_DIR/damaged/<step>, and the one before
+        it is tried.
+
+        Raises:
+            ValueError: if there are checkpoints, but none can be read.
+        """
+        steps = sorted(self._orbax.all_steps(), reverse=True)
+        for step in steps:
+            try:
+                state = self._restore(step, target, stream)
+            except Exception as error:
+                first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+                print(f"WARNING: checkpoint {step} is damaged: {first_line}", file=sys.stderr)
+                self._put_aside(step)
+                continue
+            return step, state
+        if steps:
+            raise ValueError(f"none of the checkpoints {steps} of {self._folder} can be read")
+        return None
+
+    def _put_aside(self, step: int) -> None:
+        if jax.process_index() == 0:
+            aside = self._folder.parent / "damaged"
+            aside.mkdir(exist_ok=True)
+            (self._folder / str(step)).rename(aside / str(step))
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"damaged {step}")
+        self._orbax.reload()
 
     def latest_step(self) -> int | None:
         """The newest complete checkpoint's step."""
@@ -84,6 +124,13 @@ class Checkpoints:
         """Copies the state off the device and writes it while training goes on."""
         if step in self._orbax.all_steps():
             return
+        description = {
+            **description,
+            "fingerprints": {
+                "params": fingerprints(state.params),
+                "opt_state": fingerprints(state.opt_state),
+            },
+        }
         self._orbax.save(
             step,
             args=ocp.args.Composite(
@@ -94,7 +141,7 @@ class Checkpoints:
             ),
         )
 
-    def restore(self, step: int, target: TrainState, stream: TrainIterator) -> TrainState:
+    def _restore(self, step: int, target: TrainState, stream: TrainIterator) -> TrainState:
         """The state at a step, laid out as `target` (arrays or placed `ShapeDtypeStruct`s)."""
         restored: Any = self._orbax.restore(
             step,
@@ -104,6 +151,9 @@ class Checkpoints:
                 stream=StreamRestore(stream),
             ),
         )
+        stored = read_description(self._folder / str(step)).get("fingerprints", {})
+        _check_fingerprints(restored.params, stored.get("params"))
+        _check_fingerprints(restored.opt_state, stored.get("opt_state"))
         count = jax.device_put(jnp.asarray(step, jnp.int32), target.step.sharding)
         return TrainState(count, restored.params, restored.opt_state)
 
@@ -146,9 +196,52 @@ def read_config(step_folder: epath.Path) -> t5.T5Config:
 
 
 def read_params(step_folder: epath.Path, target: t5.Params) -> t5.Params:
-    """Parameters alone, in the shapes, dtypes and shardings of `target`."""
+    """Parameters alone, in the shapes, dtypes and shardings of `target`.
+
+    Raises:
+        ValueError: naming the arrays that are not those that were written.
+    """
     with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(step_folder.resolve() / "params", target)
+        params = checkpointer.restore(step_folder.resolve() / "params", target)
+    if all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params)):  # as they were written
+        stored = read_description(step_folder).get("fingerprints", {})
+        _check_fingerprints(params, stored.get("params"))
+    return params
+
+
+def fingerprints(tree: Any) -> dict[str, int]:
+    """A number for each array: the sum over its elements of bits x (2 index + 1), modulo 2^32.
+
+    Integers that wrap around add up to the same in any order, and so on any mesh; every change of
+    one element changes the sum.
+    """
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    values = _fingerprint([leaf for _, leaf in leaves])
+    return dict(zip(names, (int(value) for value in values), strict=True))
+
+
+@jax.jit
+def _fingerprint(leaves: list[jax.Array]) -> list[jax.Array]:
+    def one(x: jax.Array) -> jax.Array:
+        unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+        bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
+        index = jnp.zeros(x.shape, jnp.uint32)
+        for axis, size in enumerate(x.shape):  # no reshape: shards stay where they are
+            index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+        return jnp.sum(bits * (2 * index + 1), dtype=jnp.uint32)
+
+    return [one(leaf) for leaf in leaves]
+
+
+def _check_fingerprints(tree: Any, stored: dict[str, int] | None) -> None:
+    """Checkpoints of before there were fingerprints have none to compare."""
+    if not stored:
+        return
+    found = fingerprints(tree)
+    wrong = [name for name, value in found.items() if stored.get(name) != value]
+    if wrong:
+        raise ValueError(f"the stored bytes of {', '.join(wrong)} are not those that were written")
 
 
 def write_params(folder: str, config: t5.T5Config, params: t5.Params, vocabulary_hash: str) -> None:

@@ -61,7 +61,7 @@ def jsd(
     if scale not in ("paper", "unit"):
         raise ValueError(f"scale must be 'paper' or 'unit', got {scale!r}")
     log_q, log_p = _log_softmax(student_logits), _log_softmax(teacher_logits)
-    possible = (log_p > -jnp.inf) | (log_q > -jnp.inf)
+    possible = (log_p != -jnp.inf) | (log_q != -jnp.inf)
 
     def log_ratio(log_a, log_b):
         """log(A / B), within what float32 can exponentiate: beyond it, A or B is 0 anyway."""
@@ -92,7 +92,7 @@ def _log_softmax(logits: Logits) -> Logits:
 
 def _kl(log_p: Logits, log_q: Logits) -> PerToken:
     """KL(P || Q). Where P = 0 the term is 0, and so is its gradient, even for log_p = -inf."""
-    possible = log_p > -jnp.inf
+    possible = log_p != -jnp.inf  # true of NaN, which must not be lost
     safe_p = jnp.where(possible, log_p, 0.0)
     safe_q = jnp.where(possible, _floor(log_q), 0.0)
     return jnp.sum(jnp.where(possible, jnp.exp(safe_p) * (safe_p - safe_q), 0.0), axis=-1)
@@ -100,4 +100,4 @@ def _kl(log_p: Logits, log_q: Logits) -> PerToken:
 
 def _floor(log_p: Logits) -> Logits:
     """Log-probabilities with -inf replaced by a finite number, through which no gradient flows."""
-    return jnp.where(log_p > -jnp.inf, log_p, _IMPOSSIBLE)
+    return jnp.where(log_p != -jnp.inf, log_p, _IMPOSSIBLE)

@@ -5,6 +5,7 @@
 """
 
 from collections.abc import Iterator
+import contextlib
 import dataclasses
 import json
 import os
@@ -13,6 +14,8 @@ import sys
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
+import numpy as np
 
 from gkd_jax import data, evaluate, sharding
 from gkd_jax.evaluate import EvalConfig
@@ -144,16 +147,12 @@ def run(
     else:
         batches = _text_batches(text_file, ready)
     path = pathlib.Path(output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    done = _complete_lines(path)
     # Only whole batches are skipped, so that a sampled row keeps its key.
-    lines_a_batch = ready.batch_size * evaluation.num_samples
-    skipped = done // lines_a_batch
-    _truncate(path, skipped * lines_a_batch)
+    skipped = _skip(path, ready.batch_size * evaluation.num_samples)
     rows = ready.decoder(ready.params, batches, first=skipped)
-    with path.open("a") as file:
+    with path.open("a") if jax.process_index() == 0 else contextlib.nullcontext() as file:
         for row in rows:
-            if jax.process_index() == 0:
+            if file is not None:
                 line = {
                     "inputs": evaluate.text(row.example, "inputs"),
                     "targets": row.prediction,
@@ -182,8 +181,15 @@ def _text_batches(text_file: str, ready: _Decoding) -> Iterator[data.EvalBatch]:
         yield data.fill_batch(rows, ready.lengths, ready.batch_size)
 
 
-def _complete_lines(path: pathlib.Path) -> int:
-    return path.read_bytes().count(b"\n") if path.exists() else 0
+def _skip(path: pathlib.Path, lines_a_batch: int) -> int:
+    """Whole batches that the file has; the first process cuts off what is beyond them."""
+    batches = 0
+    if jax.process_index() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        done = path.read_bytes().count(b"\n") if path.exists() else 0
+        batches = done // lines_a_batch
+        _truncate(path, batches * lines_a_batch)
+    return int(multihost_utils.broadcast_one_to_all(np.asarray(batches)))
 
 
 def _truncate(path: pathlib.Path, num_lines: int) -> None:

@@ -25,6 +25,7 @@ COMMANDS = {
     "eval": "decodes and scores a task's split with a checkpoint",
     "convert": "a checkpoint to Hugging Face's, T5X's or our own format",
     "infer": "decodes a task's inputs, or a text file, to JSONL",
+    "precompile": "memory, FLOPs and time of a run on TPUs that are not there (or on cpu)",
     "report": "tables and figures of run directories: report RUN_DIR... --output=DIR",
 }
 _USAGE = "usage: gkd-jax COMMAND [--gin_file=FILE ...] [--gin.MACRO=VALUE ...]\n\n" + "\n".join(
@@ -77,7 +78,8 @@ def _main(arguments: list[str]) -> None:
         raise UsageError(f"{command} needs --gin_file=FILE")
     _set_up(values)
     _parse_gin(values, bindings)
-    {"train": _train, "eval": _eval, "infer": _infer}[command](values)
+    commands = {"train": _train, "eval": _eval, "infer": _infer, "precompile": _precompile}
+    commands[command](values)
 
 
 def _parse_flags(command: str, arguments: list[str]) -> tuple[flags.FlagValues, list[str]]:
@@ -99,6 +101,12 @@ def _parse_flags(command: str, arguments: list[str]) -> tuple[flags.FlagValues, 
         flags.DEFINE_integer(
             "step", None, "of a T5X checkpoint; default: the input's", flag_values=values
         )
+    if command == "precompile":
+        flags.DEFINE_string("topology", None, "cpu, v5e:8x8, v5p:4x4x4, ...", flag_values=values)
+        flags.DEFINE_integer("num_slices", 1, "slices of this shape", flag_values=values)
+        flags.DEFINE_string("phase", None, "which run of a study", flag_values=values)
+        flags.DEFINE_bool("full", False, "with all of XLA's effort", flag_values=values)
+        flags.DEFINE_bool("json", False, "one line of JSON", flag_values=values)
     if command == "report":
         flags.DEFINE_string("output", None, "a folder for the report", flag_values=values)
         flags.DEFINE_list("run_dirs", [], "found on the command line", flag_values=values)
@@ -135,12 +143,40 @@ def _set_up(values: flags.FlagValues) -> None:
         jax.config.update("jax_compilation_cache_dir", cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     tf.config.set_visible_devices([], "GPU")
+    _join_processes()
     if values.tfds_data_dir:
         if not values.tfds_data_dir.startswith("gs://") and not os.path.isdir(values.tfds_data_dir):
             raise UsageError(f"--tfds_data_dir: no folder {values.tfds_data_dir!r}")
         import seqio
 
         seqio.set_tfds_data_dir_override(values.tfds_data_dir)
+
+
+def _join_processes() -> None:
+    """Several processes make one job where the environment says so.
+
+    GKD_JAX_DISTRIBUTED=1: TPU pods, SLURM and others that JAX detects by itself. Otherwise
+    GKD_JAX_COORDINATOR=host:port with GKD_JAX_NUM_PROCESSES and GKD_JAX_PROCESS_ID.
+    """
+    import jax
+
+    names = ("GKD_JAX_COORDINATOR", "GKD_JAX_NUM_PROCESSES", "GKD_JAX_PROCESS_ID")
+    given = {name: os.environ[name] for name in names if os.environ.get(name)}
+    timeout = int(os.environ.get("GKD_JAX_HEARTBEAT_TIMEOUT", "100"))
+    if os.environ.get("GKD_JAX_DISTRIBUTED") == "1":
+        jax.distributed.initialize(heartbeat_timeout_seconds=timeout)
+    elif given:
+        missing = [name for name in names if name not in given]
+        if missing or not all(given[name].isdecimal() for name in names[1:]):
+            raise UsageError(
+                f"several processes need {', '.join(names)}: host:port and two numbers; got {given}"
+            )
+        jax.distributed.initialize(
+            given[names[0]],
+            int(given[names[1]]),
+            int(given[names[2]]),
+            heartbeat_timeout_seconds=timeout,
+        )
 
 
 def _parse_gin(values: flags.FlagValues, bindings: list[str]) -> None:
@@ -233,6 +269,28 @@ def _infer(values: flags.FlagValues) -> None:
     from gkd_jax import infer
 
     gin.get_configurable(infer.run)(dry_run=values.dry_run)
+
+
+def _precompile(values: flags.FlagValues) -> None:
+    import gin
+    from gkd_jax import precompile, train
+
+    if values.topology is None:
+        raise UsageError("precompile needs --topology=cpu or, say, --topology=v5e:8x8")
+    phases = _macro("PHASES", ())
+    if values.phase not in (phases or (None,)):
+        raise UsageError(f"--phase must be one of {list(phases)} here, got {values.phase!r}")
+    with gin.config_scope(values.phase):
+        bindings = gin.get_bindings(train.run)
+    for name in ("model_dir", "evaluation"):  # of no matter to what is compiled
+        bindings.pop(name, None)
+    precompile.run(
+        topology=values.topology,
+        num_slices=values.num_slices,
+        full=values.full,
+        as_json=values.json,
+        **bindings,
+    )
 
 
 def _convert(values: flags.FlagValues) -> None:

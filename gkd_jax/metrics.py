@@ -9,37 +9,56 @@ import sys
 import time
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 
 class Writer:
     """Appends to MODEL_DIR/metrics.jsonl and MODEL_DIR/tensorboard; every step once.
 
-    After a resume the lines beyond the restored step are dropped: they will be written again.
+    After a resume the lines beyond the restored step are dropped: they will be written again. All
+    processes of a job but the first are silent.
     """
 
-    def __init__(self, model_dir: str, *, resume_step: int):
-        self._path = pathlib.Path(model_dir) / "metrics.jsonl"
-        if self._path.exists():
-            kept = [line for line in read(self._path) if line["step"] <= resume_step]
-            temporary = self._path.with_suffix(".tmp")
+    def __init__(self, model_dir: str, *, resume_step: int, silent: bool = False):
+        self._folder = pathlib.Path(model_dir)
+        self._file = None
+        self._tensorboard = tf.summary.create_noop_writer()
+        if silent:
+            return
+        path = self._folder / "metrics.jsonl"
+        if path.exists():
+            kept = [line for line in read(path) if line["step"] <= resume_step]
+            temporary = path.with_suffix(".tmp")
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            os.replace(temporary, self._path)
-        self._file = self._path.open("a")
-        self._tensorboard = tf.summary.create_file_writer(
-            str(pathlib.Path(model_dir) / "tensorboard")
-        )
+            os.replace(temporary, path)
+        self._file = path.open("a")
+        self._tensorboard = tf.summary.create_file_writer(str(self._folder / "tensorboard"))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """One line: `{"step": step, **values}`."""
+        if self._file is None:
+            return
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         with self._tensorboard.as_default(step=step):
             for name, value in values.items():
                 tf.summary.scalar(name, value)
 
+    def dump(self, step: int, arrays: Mapping[str, Any]) -> pathlib.Path:
+        """Writes MODEL_DIR/nonfinite_<step>.npz, as far as this process holds the arrays."""
+        path = self._folder / f"nonfinite_{step}.npz"
+        held = {
+            name: np.asarray(value)
+            for name, value in arrays.items()
+            if getattr(value, "is_fully_addressable", True)
+        }
+        np.savez(path, **held)  # pyright: ignore[reportArgumentType]
+        return path
+
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         self._tensorboard.close()
 
 
@@ -57,7 +76,8 @@ def read(path: pathlib.Path) -> list[dict[str, Any]]:
 class Progress:
     """A bar that is redrawn in a terminal, plain lines elsewhere."""
 
-    def __init__(self, total: int, *, start: int, every: int, name: str = ""):
+    def __init__(self, total: int, *, start: int, every: int, name: str = "", silent: bool = False):
+        self._silent = silent
         self._total, self._start, self._every, self._name = total, start, every, name
         self._terminal = sys.stderr.isatty()
         self._began = time.monotonic()
@@ -68,6 +88,8 @@ class Progress:
         self._sample_s += values.get("time/sample_s", 0.0)
         self._update_s += values.get("time/update_s", 0.0)
         last = done == self._total
+        if self._silent:
+            return
         if not last and not (self._terminal or done % self._every == 0):
             return
         elapsed = time.monotonic() - self._began

@@ -1,10 +1,7 @@
 """What is known of a run before any array exists: shapes, shardings and jitted functions."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 import dataclasses
-import importlib.metadata
-import pathlib
-import subprocess
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +12,6 @@ import seqio
 
 from gkd_jax import data, gkd, pretrained, sharding, train_state, vocabularies
 from gkd_jax.batch import Batch
-from gkd_jax.evaluate import EvalConfig
 from gkd_jax.models import t5
 from gkd_jax.optimizers import Schedule
 from gkd_jax.pretrained import Model
@@ -32,18 +28,21 @@ class Trainer:
         seed: of initialisation, coins, samples and dropout.
         eval_period: evaluate every so many steps, and at the end; None evaluates at the end.
         save_period: save every so many steps, and at the end.
-        keep: newest checkpoints kept; None keeps all.
+        keep: newest checkpoints kept, two so that a damaged one has one before it; None keeps all.
         num_microbatches: accumulate gradients over so many parts of the batch.
         log_period: steps between lines where there is no terminal.
+        skip_nonfinite: where a step's loss or gradient is not finite, leave the student as it is
+            and count; False ends the run there.
     """
 
     train_steps: int
     seed: int = 0
     eval_period: int | None = None
     save_period: int = 1000
-    keep: int | None = 1
+    keep: int | None = 2
     num_microbatches: int = 1
     log_period: int = 50
+    skip_nonfinite: bool = False
 
     def __post_init__(self):
         for name in ("train_steps", "save_period", "num_microbatches", "log_period"):
@@ -96,6 +95,7 @@ def build(
     mesh_config: sharding.MeshConfig,
     pending: frozenset[str] = frozenset(),
     check_remote: bool = True,
+    devices: Sequence[Any] | None = None,
 ) -> Program:
     """Checks a configuration and makes its jitted functions, from shapes alone.
 
@@ -103,6 +103,7 @@ def build(
         pending: checkpoints that are not looked at: another run will make them, or they are remote
             and this is a dry run.
         check_remote: False leaves remote vocabularies untouched.
+        devices: of the mesh; None takes all there are.
 
     Raises:
         ValueError: for whatever does not fit together, naming the value and what was expected.
@@ -116,7 +117,7 @@ def build(
     pretrained.check_vocabularies(vocabulary, {"student": student, "teacher": teacher}, pending)
     num_pieces = vocabularies.num_pieces(vocabulary, check_remote=check_remote)
     models = _models(num_pieces, student, teacher, pending)
-    mesh = sharding.make_mesh(mesh_config)
+    mesh = sharding.make_mesh(mesh_config, devices)
     _check_batch(data_config.batch_size, trainer.num_microbatches, mesh)
 
     banned = banned_tail(models.student, models.num_pieces)
@@ -128,7 +129,7 @@ def build(
     state = _with_shardings(state, train_state.shardings(state, mesh))
     teacher_params = None if teacher is None else _abstract_teacher(models, teacher, mesh)
 
-    sample, update = _jit(method, models, transformation, trainer.num_microbatches, mesh, state)
+    sample, update = _jit(method, models, transformation, trainer, mesh, state)
     return Program(
         mesh=mesh,
         task=task,
@@ -147,7 +148,7 @@ def _jit(
     method: gkd.GKDConfig,
     models: gkd.Models,
     optimizer: optax.GradientTransformation,
-    num_microbatches: int,
+    trainer: Trainer,
     mesh: Mesh,
     state: TrainState,
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -157,11 +158,16 @@ def _jit(
         with sharding.use(mesh):
             return gkd.sample_targets(method, models, params, batch, key)
 
-    parts = (method, models, optimizer, num_microbatches)
+    parts = (method, models, optimizer, trainer.num_microbatches)
 
     def update_batch(state, teacher_params, batch, key, advantages=None):
         with sharding.use(mesh):
-            return gkd.update(*parts, state, teacher_params, batch, key, advantages)
+            new, metrics = gkd.update(*parts, state, teacher_params, batch, key, advantages)
+        if not trainer.skip_nonfinite:
+            return new, metrics
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+        kept = jax.tree.map(lambda x, old: jnp.where(finite, x, old), new, state)
+        return kept._replace(step=new.step), {**metrics, "skipped": 1.0 - finite}
 
     # What was drawn is replicated: every process reads all of it, for logs and rewards.
     rows, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
@@ -215,7 +221,7 @@ def plan(program: Program, data_config: data.DataConfig, trainer: Trainer) -> st
     """What a run will do, in a few lines."""
     models, method = program.models, program.method
     mesh = " x ".join(f"{name}={size}" for name, size in program.mesh.shape.items())
-    name = _name_of(method.divergence) or "cross-entropy"
+    name = name_of(method.divergence) or "cross-entropy"
     lines = [
         f"task       {data_config.task} ({data_config.split}), batch {data_config.batch_size}, "
         f"lengths {_shapes_text(data_config)}, {models.num_pieces} pieces",
@@ -223,78 +229,17 @@ def plan(program: Program, data_config: data.DataConfig, trainer: Trainer) -> st
         "teacher    "
         + (f"{t5.num_params(program.teacher):,} parameters" if program.teacher else "none"),
         f"loss       {name}, {method.reduction.__name__}, "
-        f"on-policy fraction {_number_or_name(method.on_policy_fraction)}"
+        f"on-policy fraction {number_or_name(method.on_policy_fraction)}"
         + (" of each batch" if method.mixing == "example" else "")
         + (f", {method.num_samples} samples a prompt" if method.num_samples > 1 else "")
-        + (f", reward {_name_of(method.rl.reward)}, alpha {method.rl.alpha}" if method.rl else ""),
+        + (f", reward {name_of(method.rl.reward)}, alpha {method.rl.alpha}" if method.rl else ""),
         f"steps      {trainer.train_steps}",
         f"mesh       {mesh}",
     ]
     return "\n".join(lines)
 
 
-def record(
-    program: Program,
-    *,
-    name: str,
-    student: Model,
-    teacher: Model | None,
-    data_config: data.DataConfig,
-    trainer: Trainer,
-    evaluation: EvalConfig,
-    macros: Mapping[str, str],
-) -> dict[str, Any]:
-    """What a run was, for `run.json`: enough to tell it from others, and to run it again."""
-    method = program.method
-
-    def model(chosen: Model | None, params) -> dict[str, Any] | None:
-        if chosen is None or params is None:
-            return None
-        return {
-            "parameters": t5.num_params(params),
-            "size": chosen.size,
-            "checkpoint": chosen.checkpoint,
-        }
-
-    return {
-        "name": name,
-        "method": {
-            "divergence": _name_of(method.divergence),
-            "beta": _beta(method.divergence, macros),
-            "on_policy_fraction": _number_or_name(method.on_policy_fraction),
-            "mixing": method.mixing,
-            "teacher_temperature": _number_or_name(method.teacher_temperature),
-            "student_temperature": method.student_temperature,
-            "sampling_temperature": method.sampling.temperature,
-            "num_samples": method.num_samples,
-            "rl_alpha": method.rl.alpha if method.rl else None,
-            "reward": _name_of(method.rl.reward) if method.rl else None,
-        },
-        "student": model(student, program.state.params),
-        "teacher": model(teacher, program.teacher),
-        "data": {
-            "task": data_config.task,
-            "num_examples": data_config.num_examples,
-            "batch_size": data_config.batch_size,
-            "eval_task": evaluation.task or data_config.task,
-            "eval_split": evaluation.split,
-            "eval_decoding": evaluation.decoding,
-            "eval_temperature": evaluation.temperature,
-            "vocabulary": vocabularies.content_hash(program.vocabulary),
-        },
-        "train_steps": trainer.train_steps,
-        "seed": trainer.seed,
-        "macros": dict(macros),
-        "versions": {
-            package: importlib.metadata.version(package)
-            for package in ("gkd_jax", "jax", "flax", "optax", "orbax-checkpoint", "seqio")
-        },
-        "commit": _commit(),
-        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-    }
-
-
-def _name_of(function: Any) -> str | None:
+def name_of(function: Any) -> str | None:
     """A function's own name, through `functools.partial`; a callable object's class."""
     if function is None:
         return None
@@ -302,27 +247,8 @@ def _name_of(function: Any) -> str | None:
     return getattr(function, "__name__", type(function).__name__)
 
 
-def _number_or_name(value: Any) -> Any:
-    return _name_of(value) if callable(value) else value
-
-
-def _beta(divergence: Any, macros: Mapping[str, str]) -> float | None:
-    """Of jsd: given by `functools.partial`, or by the macro BETA."""
-    if _name_of(divergence) != "jsd":
-        return None
-    beta = getattr(divergence, "keywords", {}).get("beta", macros.get("BETA"))
-    return None if beta is None else float(beta)
-
-
-def _commit() -> str | None:
-    """The commit of the checkout that this package runs from; None for an installed one."""
-    folder = pathlib.Path(__file__).resolve().parent
-    command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
+def number_or_name(value: Any) -> Any:
+    return name_of(value) if callable(value) else value
 
 
 def _shapes_text(data_config: data.DataConfig) -> str:

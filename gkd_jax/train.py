@@ -13,6 +13,7 @@ import time
 from typing import NamedTuple
 
 import jax
+from jax.experimental import multihost_utils
 import numpy as np
 import optax
 
@@ -24,6 +25,7 @@ from gkd_jax import (
     metrics,
     pretrained,
     rl,
+    run_record,
     sharding,
     train_state,
     vocabularies,
@@ -39,7 +41,6 @@ from gkd_jax.program import (
     compile_steps,
     model_info,
     plan,
-    record,
     shardings_of,
 )
 from gkd_jax.sampling import Sample
@@ -107,30 +108,33 @@ def run(
         for path in sorted(pending):
             print(f"not checked: {path}", file=sys.stderr)
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "config.gin", config_text())
-    _write(folder / "model_info.txt", model_info(program))
-    about = record(
+    about = run_record.describe(
         program,
         name=name or folder.name,
         student=student,
         teacher=teacher,
         data_config=data_config,
+        optimizer=optimizer,
         trainer=trainer,
         evaluation=evaluation or EvalConfig(),
         macros=macros,
     )
+    run_record.check_same(folder, about)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / "config.gin", config_text())
+    _write(folder / "model_info.txt", model_info(program))
     _write(folder / "run.json", json.dumps(about, indent=1) + "\n")
 
     #### Data, state, and where a run before this one stopped ######################################
     saved = checkpoints.Checkpoints(model_dir, keep=trainer.keep)
-    start = saved.latest_step() or 0
-    if start >= trainer.train_steps:
+    if (saved.latest_step() or 0) >= trainer.train_steps:
+        print(f"{model_dir} has its {saved.latest_step()} steps already", file=sys.stderr)
         saved.close()
-        print(f"{model_dir} has its {start} steps already", file=sys.stderr)
         return
     stream = data.TrainIterator(program.task, data_config)
-    if saved.latest_step() is None:
+    resumed = saved.restore_newest(program.state, stream)
+    if resumed is None:
+        start = 0
         params = pretrained.initial_params(
             student,
             program.models.student,
@@ -142,7 +146,7 @@ def run(
         state = jax.jit(create, out_shardings=shardings_of(program.state))(params)
         del params
     else:
-        state = saved.restore(start, program.state, stream)
+        start, state = resumed
         print(f"resumed from step {start} of {model_dir}", file=sys.stderr)
     teacher_params = None
     if program.teacher is not None:
@@ -152,7 +156,8 @@ def run(
         teacher_params = pretrained.initial_params(
             teacher, program.models.teacher, program.teacher, key, "teacher"
         )
-    writer = metrics.Writer(model_dir, resume_step=start)
+    silent = jax.process_index() > 0
+    writer = metrics.Writer(model_dir, resume_step=start, silent=silent)
     description = checkpoints.describe_model(
         program.models.student, vocabularies.content_hash(program.vocabulary)
     )
@@ -164,6 +169,7 @@ def run(
         start=start,
         every=trainer.log_period,
         name=f"{name}: " if name else "",
+        silent=silent,
     )
 
     #### The loop: Algorithm 1 #####################################################################
@@ -171,7 +177,7 @@ def run(
     with contextlib.ExitStack() as closing:
         closing.callback(writer.close)
         closing.callback(saved.close)
-        stopped = closing.enter_context(_sigterm_flag())
+        told_to_stop = closing.enter_context(_stop_at_sigterm())
         for step in range(start, trainer.train_steps):
             rows = next(stream)
             batch = data.place(rows, program.mesh)
@@ -198,9 +204,10 @@ def run(
             # The device works on this step; the host waits for the one before and logs it.
             if pending_step is not None:
                 _log(pending_step, writer, progress, schedule)
-            pending_step = _Pending(step, began, drawn, scored, values)
+            pending_step = _Pending(step, began, batch, drawn, scored, values)
             done = step + 1
-            last = done == trainer.train_steps or bool(stopped)
+            stopped = told_to_stop(done)
+            last = stopped or done == trainer.train_steps
             if evaluator and (_due(done, trainer.eval_period) or done == trainer.train_steps):
                 pending_step = _log(pending_step, writer, progress, schedule)
                 writer.write(done, evaluator(state.params, teacher_params, done))
@@ -221,6 +228,7 @@ class _Pending:
 
     step: int
     began: float
+    batch: Batch
     drawn: Sample | None
     scored: "_Scored | None"
     values: dict[str, jax.Array]
@@ -287,10 +295,14 @@ def _log(step: _Pending, writer: metrics.Writer, progress: metrics.Progress, sch
     }
     writer.write(step.step + 1, line)
     progress.step(step.step + 1, line)
-    if not np.isfinite(values["loss"]) or not np.isfinite(values["grad_norm"]):
+    finite = np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"])
+    if not finite and "skipped" not in values:
+        kind = "dataset" if step.drawn is None else "on-policy"
+        dumped = writer.dump(step.step, step.batch._asdict())
         raise FloatingPointError(
-            f"step {step.step}: loss {values['loss']}, gradient norm {values['grad_norm']}; "
-            "the last checkpoint is from before it"
+            f"step {step.step} ({kind} batch): loss {values['loss']}, gradient norm "
+            f"{values['grad_norm']}; the batch is in {dumped}, and the last checkpoint is from "
+            "before it. train.Trainer.skip_nonfinite = True goes on"
         )
 
 
@@ -312,12 +324,19 @@ def _due(done: int, period: int | None) -> bool:
 
 
 @contextlib.contextmanager
-def _sigterm_flag():
-    """A list that gets an entry at SIGTERM, so that the loop can finish its step and save."""
+def _stop_at_sigterm():
+    """A function of the steps done: whether to save and end after this one.
+
+    Of several processes each may get the signal at another step, or only one may get it: JAX's
+    preemption service then chooses a step that all have still to reach.
+    """
+    if jax.process_count() > 1:
+        yield multihost_utils.reached_preemption_sync_point
+        return
     received: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
     try:
-        yield received
+        yield lambda done: bool(received)
     finally:
         signal.signal(signal.SIGTERM, before)
 

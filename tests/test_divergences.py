@@ -151,6 +151,15 @@ def test_compiled_values_of_real_vocabularies(name, shape):
     np.testing.assert_allclose(got, _numpy_value(name, student, teacher), rtol=2e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("whose", ["student", "teacher"])
+def test_nan_is_not_lost(name, whose):
+    """A model gone wrong must stop the run, not count as nothing to learn."""
+    good, bad = np.zeros((2, 5), np.float32), np.full((2, 5), np.nan, np.float32)
+    values = JITTED[name](*((bad, good) if whose == "student" else (good, bad)))
+    assert np.isnan(values).all()
+
+
 def test_the_teacher_weights_forward_kl():
     """Teacher first: a student that gives no mass to a teacher's mode pays for it."""
     teacher, student = np.log([0.5, 0.5]), np.log([1 - 1e-6, 1e-6])

@@ -20,9 +20,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("checkpoints",),
     ("evaluate", "pretrained"),
     ("infer", "program", "rewards"),
+    ("run_record",),
     ("train",),
     ("__init__",),
-    ("precompile", "bench", "integrations", "report"),
+    ("precompile", "bench", "conformance", "integrations", "report"),
     ("main",),
     ("__main__",),
 )

@@ -109,7 +109,7 @@ def test_one_device_and_eight_give_the_same_losses(teacher_dir, tmp_path, monkey
     train.run(**options(tmp_path / "eight", steps=4, **common))
     one = jax.devices()[:1]
     monkeypatch.setattr(
-        sharding, "make_mesh", lambda config, make=sharding.make_mesh: make(config, one)
+        sharding, "make_mesh", lambda config, _, make=sharding.make_mesh: make(config, one)
     )
     single = sharding.MeshConfig()
     train.run(**options(tmp_path / "one", steps=4, **common, mesh_config=single))

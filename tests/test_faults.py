@@ -1,0 +1,248 @@
+"""What breaks in a run, injected: damaged checkpoints, NaN, a failing source, other settings."""
+
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from gkd_jax import checkpoints, data, divergences, evaluate, gkd, metrics, optimizers, train
+from gkd_jax.data import DataConfig
+from gkd_jax.models import t5
+from gkd_jax.pretrained import Model, load_model
+from gkd_jax.sharding import MeshConfig
+import gkd_jax.tasks.arithmetic  # noqa: F401
+
+
+LENGTHS = {"inputs": 48, "targets": 32}
+
+
+def small(size, *, vocab_size):
+    return t5.t5_1_1(
+        size, vocab_size=vocab_size, d_model=16, num_heads=2, head_dim=8, d_ff=32, num_layers=1
+    )
+
+
+def options(model_dir, **more):
+    return {
+        "model_dir": str(model_dir),
+        "student": Model(architecture=small, size="tiny"),
+        "data_config": DataConfig(task="arithmetic", feature_lengths=LENGTHS, batch_size=8),
+        "method": gkd.GKDConfig(on_policy_fraction=0.0, divergence=None),
+        "optimizer": optimizers.adafactor,
+        "schedule": optimizers.linear_schedule(learning_rate=0.02, total_steps=100),
+        "trainer": train.Trainer(train_steps=6, save_period=2),
+        "mesh_config": MeshConfig(data=4, fsdp=2),
+        **more,
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of six steps with checkpoints 4 and 6."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    train.run(**options(folder))
+    return folder
+
+
+@pytest.fixture
+def run_dir(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def equal_params(left, right):
+    jax.tree.map(np.testing.assert_array_equal, load_model(str(left))[1], load_model(str(right))[1])
+
+
+def largest_file(folder):
+    return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def flip(path, at=0.5):
+    content = bytearray(path.read_bytes())
+    content[int(len(content) * at)] ^= 16
+    path.write_bytes(bytes(content))
+
+
+# Checkpoints --------------------------------------------------------------------------------------
+
+DAMAGE = {
+    "a flipped bit of the parameters": lambda step: flip(largest_file(step / "params" / "d")),
+    "a flipped bit of the optimizer's state": lambda step: flip(
+        largest_file(step / "opt_state" / "d")
+    ),
+    "parameters cut short": lambda step: largest_file(step / "params" / "d").write_bytes(b"x"),
+    "a missing file": lambda step: largest_file(step / "params" / "d").unlink(),
+    "no stream": lambda step: shutil.rmtree(step / "stream"),
+    "bad JSON": lambda step: (step / "model" / "metadata").write_text("{"),
+}
+
+
+# What orbax leaves behind of a read that failed is none of ours.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_the_checkpoint_before_a_damaged_one_is_taken(damage, run_dir, finished, capfd):
+    DAMAGE[damage](run_dir / "checkpoints" / "6")
+    more = {"trainer": train.Trainer(train_steps=7, save_period=2)}
+    train.run(**options(run_dir, **more))
+    error = capfd.readouterr().err
+    assert "WARNING: checkpoint 6 is damaged" in error
+    assert "resumed from step 4" in error
+    assert (run_dir / "damaged" / "6").is_dir()  # nothing is lost
+    whole = shutil.copytree(finished, run_dir.parent / "whole")
+    train.run(**options(whole, **more))
+    equal_params(run_dir, whole)
+    steps = [line["step"] for line in metrics.read(run_dir / "metrics.jsonl")]
+    assert steps == list(range(1, 8))
+
+
+def test_where_all_checkpoints_are_damaged_nothing_starts_from_scratch(run_dir):
+    for step in ("4", "6"):
+        flip(largest_file(run_dir / "checkpoints" / step / "params" / "d"))
+    with pytest.raises(ValueError, match=r"none of the checkpoints \[6, 4\]"):
+        train.run(**options(run_dir, trainer=train.Trainer(train_steps=7)))
+
+
+def test_a_model_is_not_loaded_from_damaged_bytes(run_dir):
+    flip(largest_file(run_dir / "checkpoints" / "6" / "params" / "d"))
+    with pytest.raises(ValueError, match="are not those that were written|DATA_LOSS"):
+        load_model(str(run_dir))
+
+
+def test_fingerprints_see_every_flipped_bit_and_every_swap():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(3, 5)).astype(np.float32)
+    before = checkpoints.fingerprints({"x": x})
+    for _ in range(50):
+        other = x.copy()
+        other.view(np.uint32)[tuple(rng.integers(0, x.shape))] ^= np.uint32(1 << rng.integers(32))
+        assert checkpoints.fingerprints({"x": other}) != before
+    swapped = x.copy()
+    swapped[0, 0], swapped[2, 4] = x[2, 4], x[0, 0]
+    assert checkpoints.fingerprints({"x": swapped}) != before
+
+
+def test_a_half_written_checkpoint_is_not_taken(run_dir, capfd):
+    """As a kill leaves it: under a temporary name."""
+    shutil.copytree(
+        run_dir / "checkpoints" / "6", run_dir / "checkpoints" / "8.orbax-checkpoint-tmp-1"
+    )
+    train.run(**options(run_dir, trainer=train.Trainer(train_steps=7)))
+    assert "resumed from step 6" in capfd.readouterr().err
+
+
+# Another configuration ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"trainer": train.Trainer(train_steps=8, seed=1)}, "seed 0 -> 1"),
+        ({"optimizer": optimizers.adamw}, "optimizer 'adafactor' -> 'adamw'"),
+        (
+            {"student": Model(architecture=small, size="tiny", dropout_rate=0.1)},
+            "student.dropout_rate 0.0 -> 0.1",
+        ),
+        (
+            {"data_config": DataConfig(task="arithmetic", feature_lengths=LENGTHS, batch_size=16)},
+            "data.batch_size 8 -> 16",
+        ),
+    ],
+)
+def test_a_model_dir_of_another_configuration_is_refused(change, message, run_dir):
+    config = (run_dir / "config.gin").read_text()
+    with pytest.raises(ValueError, match="holds another configuration's run") as error:
+        train.run(**options(run_dir, **change))
+    assert message in str(error.value)
+    assert (run_dir / "config.gin").read_text() == config
+
+
+def test_lengths_periods_and_meshes_may_change(run_dir):
+    trainer = train.Trainer(train_steps=8, save_period=1, log_period=3)
+    evaluation = evaluate.EvalConfig(num_examples=4, split="test")
+    train.run(
+        **options(run_dir, trainer=trainer, mesh_config=MeshConfig(data=8), evaluation=evaluation)
+    )
+    assert metrics.read(run_dir / "metrics.jsonl")[-1]["step"] == 8
+
+
+# Numbers ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def broken_teacher(finished, tmp_path):
+    """A teacher whose logits are NaN where one word occurs in the targets."""
+    config, params = load_model(str(finished))
+    table = np.array(params["token_embedder"]["embedding"])
+    table[20] = np.nan
+    params["token_embedder"]["embedding"] = jax.numpy.asarray(table)
+    checkpoints.write_params(str(tmp_path / "teacher"), config, params, "")
+    return str(tmp_path / "teacher")
+
+
+def distil(folder, teacher, **more):
+    return options(
+        folder,
+        teacher=Model(checkpoint=teacher),
+        method=gkd.GKDConfig(on_policy_fraction=0.0, divergence=divergences.forward_kl),
+        **more,
+    )
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_batch(broken_teacher, tmp_path):
+    with pytest.raises(FloatingPointError, match=r"step \d+ \(dataset batch\): loss nan") as error:
+        train.run(**distil(tmp_path / "run", broken_teacher))
+    step = int(str(error.value).split()[1])
+    batch = np.load(tmp_path / "run" / f"nonfinite_{step}.npz")
+    assert batch["inputs"].shape == (8, 48)
+    assert (batch["inputs"] == 20).any() or (batch["targets"] == 20).any()
+
+
+def test_steps_that_are_not_finite_can_be_skipped_and_are_counted(broken_teacher, tmp_path):
+    trainer = train.Trainer(train_steps=6, skip_nonfinite=True)
+    train.run(**distil(tmp_path / "run", broken_teacher, trainer=trainer))
+    lines = metrics.read(tmp_path / "run" / "metrics.jsonl")
+    assert len(lines) == 6
+    assert sum(line["train/skipped"] for line in lines) > 0
+    for leaf in jax.tree.leaves(load_model(str(tmp_path / "run"))[1]):
+        assert np.isfinite(leaf).all()
+
+
+# Data ---------------------------------------------------------------------------------------------
+
+
+def test_a_source_that_raises_ends_the_run_and_the_next_goes_on(run_dir, monkeypatch, tmp_path):
+    real = data.TrainIterator.__next__
+
+    def failing(self, count=[0]):  # noqa: B006
+        count[0] += 1
+        if count[0] == 4:
+            raise OSError("the disk is gone")
+        return real(self)
+
+    monkeypatch.setattr(data.TrainIterator, "__next__", failing)
+    more = {"trainer": train.Trainer(train_steps=12, save_period=2)}
+    with pytest.raises(OSError, match="the disk is gone"):
+        train.run(**options(run_dir, **more))
+    monkeypatch.undo()
+    train.run(**options(run_dir, **more))
+    train.run(**options(tmp_path / "whole", **more))
+    equal_params(run_dir, tmp_path / "whole")
+
+
+def test_an_empty_dataset_is_an_error_not_a_wait(tmp_path):
+    (tmp_path / "empty.jsonl").write_text("")
+    config = DataConfig(
+        task=str(tmp_path / "empty.jsonl"),
+        vocabulary="arithmetic",
+        feature_lengths=LENGTHS,
+        batch_size=8,
+    )
+    with pytest.raises(ValueError, match="expected a JSON object a line, got an empty file"):
+        train.run(**options(tmp_path / "run", data_config=config))
+
+
+def test_a_model_dir_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError, match="file"):
+        train.run(**options(tmp_path / "file" / "run"))

@@ -1,0 +1,123 @@
+"""Two processes on one machine make the same run as one, and share its checkpoints."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+ARGUMENTS = [
+    "--gin_file=gin/gkd.gin",
+    "--gin.MIXTURE_OR_TASK_NAME='arithmetic'",
+    "--gin.TASK_FEATURE_LENGTHS={'inputs': 40, 'targets': 24}",
+    "--gin.STUDENT_SIZE='tiny'",
+    "--gin.TEACHER_SIZE='tiny'",
+    "--gin.BATCH_SIZE=8",
+    "--gin.LEARNING_RATE=0.01",
+    "--gin.ON_POLICY_FRACTION=0.5",
+    "--gin.EVAL_NUM_EXAMPLES=8",
+    "--gin.sharding.MeshConfig.fsdp=2",
+]
+
+
+def start(model_dir, num_processes, devices, *more):
+    """The processes of one job."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    found = []
+    for index in range(num_processes):
+        environment = {
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "GKD_JAX_COMPILATION_CACHE": "",
+        }
+        if num_processes > 1:
+            environment["GKD_JAX_COORDINATOR"] = f"127.0.0.1:{port}"
+            environment["GKD_JAX_NUM_PROCESSES"] = str(num_processes)
+            environment["GKD_JAX_PROCESS_ID"] = str(index)
+            environment["GKD_JAX_HEARTBEAT_TIMEOUT"] = "10"
+        command = [sys.executable, "-m", "gkd_jax", "train", *ARGUMENTS, *more]
+        found.append(
+            subprocess.Popen(
+                [*command, f"--gin.MODEL_DIR='{model_dir}'"],
+                cwd=ROOT,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    return found
+
+
+def statuses(processes):
+    texts = [process.communicate(timeout=300)[0] for process in processes]
+    return [process.returncode for process in processes], texts
+
+
+def lines(model_dir, key):
+    text = (model_dir / "metrics.jsonl").read_text()
+    found = [json.loads(line) for line in text.splitlines()]
+    return {line["step"]: line[key] for line in found if key in line}
+
+
+def test_two_processes_equal_one_and_resume_each_other_s_checkpoints(tmp_path):
+    """Six steps in one process; four in two processes, then two more in one."""
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    codes, texts = statuses(start(alone, 1, 4, "--gin.TRAIN_STEPS=6"))
+    assert codes == [0], texts
+    codes, texts = statuses(start(together, 2, 2, "--gin.TRAIN_STEPS=4"))
+    assert codes == [0, 0], texts
+    codes, texts = statuses(start(together, 1, 4, "--gin.TRAIN_STEPS=6"))
+    assert codes == [0], texts
+    assert "resumed from step 4" in texts[0]
+    for key in ("train/loss", "train/grad_norm"):
+        expected, got = lines(alone, key), lines(together, key)
+        assert list(got) == list(expected) == [1, 2, 3, 4, 5, 6]
+        np.testing.assert_allclose(list(got.values()), list(expected.values()), rtol=1e-4)
+    # The same coins and the same samples.
+    for key in ("train/on_policy", "train/sample_length"):
+        assert lines(alone, key) == lines(together, key)
+    assert set(lines(alone, "train/on_policy").values()) == {0.0, 1.0}
+    read = [(path / "eval" / "arithmetic" / "6.jsonl").read_text() for path in (alone, together)]
+    predictions = [[json.loads(line)["prediction"] for line in text.splitlines()] for text in read]
+    assert predictions[0] == predictions[1]
+    assert len(predictions[0]) == 8
+
+
+def wait_for_step(model_dir, step):
+    end = time.monotonic() + 120
+    while time.monotonic() < end:
+        if (model_dir / "metrics.jsonl").exists() and step in lines(model_dir, "train/loss"):
+            return
+        time.sleep(0.1)
+    raise TimeoutError(f"no step {step} in {model_dir}")
+
+
+def test_a_signal_to_one_process_saves_and_ends_both(tmp_path):
+    processes = start(tmp_path, 2, 2, "--gin.TRAIN_STEPS=100000")
+    wait_for_step(tmp_path, 2)
+    processes[1].send_signal(signal.SIGTERM)
+    codes, texts = statuses(processes)
+    assert codes == [143, 143], texts
+    saved = [int(path.name) for path in (tmp_path / "checkpoints").iterdir()]
+    assert saved == [max(lines(tmp_path, "train/loss"))]
+
+
+def test_when_one_process_is_killed_the_other_ends_too(tmp_path):
+    processes = start(tmp_path, 2, 2, "--gin.TRAIN_STEPS=100000", "--gin.SAVE_PERIOD=2")
+    wait_for_step(tmp_path, 5)
+    began = time.monotonic()
+    processes[1].kill()
+    codes, _ = statuses(processes)
+    assert codes[0] != 0
+    assert time.monotonic() - began < 60
