@@ -82,6 +82,9 @@ class GKDConfig:
                 "divergence must be a function such as @divergences.forward_kl, "
                 f"got {self.divergence!r}"
             )
+        if self.divergence is not None:  # what it refuses (beta), it refuses now
+            logits = jax.ShapeDtypeStruct((1, 2), jnp.float32)
+            jax.eval_shape(self.divergence, logits, logits)
         if self.divergence is None and self.on_policy_fraction != 0:
             raise ValueError(
                 "without a divergence the loss is the cross-entropy of the targets, which must "

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 
 import pytest
 
@@ -149,13 +150,45 @@ BAD = {
     "--gin.EVAL_DECODING='best'": "decoding must be 'greedy', 'sample' or 'beam', got 'best'",
     "--gin.EVAL_SPLIT='dev'": "has no split 'dev', expected one of ['train', 'validation', 'test']",
     "--gin.DATA_DIR='/no/such/dir'": "there is no folder '/no/such/dir'",
+    "--gin.NUM_EXAMPLES=0": "num_examples must be positive or None, got 0",
+    "--gin.EVAL_NUM_EXAMPLES=0": "num_examples must be a positive integer or None, got 0",
+    "--gin.EVAL_TASK='nothing'": "unknown task or mixture 'nothing'",
+    "--gin.SAVE_PERIOD=0": "save_period must be a positive integer, got 0",
+    "--gin.EVAL_PERIOD=0": "eval_period must be a positive integer or None, got 0",
+    "--gin.COOLDOWN_STEPS=-1": "warmup_steps and cooldown_steps must be at least 0",
+    "--gin.train.Trainer.keep=0": "keep must be a positive integer or None, got 0",
+    "--gin.sharding.MeshConfig.data=0": "mesh axes must be positive",
+    "--gin.sampling.SamplingConfig.top_p=0.0": "top_p must lie in (0, 1], got 0.0",
+    "--gin.DIVERGENCE=@divergences.jsd --gin.BETA=1.0": "beta must lie strictly between 0 and 1",
+    "--gin.EVAL_CALCULATOR=True --gin.EVAL_DECODING='sample'": "needs decoding='greedy'",
+    "--gin.VOCABULARY='arithmetic' --gin.EXTRA_IDS=5": "has no extra_ids, got 5",
+    "--gin.MIXING='example' --gin.NUM_SAMPLES=2": "compiles a fixed number of rows",
+    "--gin.STUDENT_SIZE=None --gin.STUDENT_CHECKPOINT='gs://b/c'": "it needs the model's size",
 }
+
+
+def documented():
+    """The table of docs/configuration.md: `python tests/test_main.py` prints it."""
+    rows = [(f"gkd-jax {' '.join(arguments)}", text) for arguments, text in WRONG.values()]
+    rows += BAD.items()
+    lines = ["| wrong | the line says |", "|---|---|"]
+    return "\n".join([*lines, *(f"| `{wrong}` | `{text}` |" for wrong, text in rows)])
+
+
+def test_the_documented_table_is_the_tested_one():
+    assert len(WRONG) + len(BAD) >= 40
+    assert documented() in (ROOT / "docs" / "configuration.md").read_text()
 
 
 @pytest.mark.parametrize("override", BAD)
 def test_wrong_configurations_end_with_status_2_and_one_line(override, tmp_path, capfd):
-    assert train(tmp_path, override, "--dry_run") == 2
+    overrides = re.split(r" (?=--gin\.)", override)
+    assert train(tmp_path, *overrides, "--dry_run") == 2
     error = [line for line in capfd.readouterr().err.splitlines() if "gkd-jax: error" in line]
     assert len(error) == 1
     assert BAD[override] in error[0]
     assert not (tmp_path / "run").exists()
+
+
+if __name__ == "__main__":
+    print(documented())
