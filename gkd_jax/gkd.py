@@ -15,8 +15,6 @@ P is the teacher, Q the student. Axes: B batch, N = B x samples a prompt, S sour
 V vocabulary.
 """
 
-from collections.abc import Callable
-import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -26,131 +24,18 @@ from jaxtyping import Array, Float, Int, Key
 import numpy as np
 import optax
 
-from gkd_jax import divergences, losses
+from gkd_jax import losses, sharding
 from gkd_jax.batch import Batch
+from gkd_jax.gkd_config import Divergence, GKDConfig, Models, Reduction, Schedule
 from gkd_jax.models import t5
-from gkd_jax.rl import RLConfig, policy_loss
-from gkd_jax.sampling import Sample, SamplingConfig, allowed_ids, sample
+from gkd_jax.rl import policy_loss
+from gkd_jax.sampling import Sample, allowed_ids, sample
 from gkd_jax.train_state import TrainState
 
 
-Divergence = Callable[[jax.Array, jax.Array], jax.Array]
-Reduction = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
-Schedule = Callable[[Any], Any]
+__all__ = ["Divergence", "GKDConfig", "Models", "Reduction", "Schedule", "update"]
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class GKDConfig:
-    """The hyperparameters of Algorithm 1.
-
-    Attributes:
-        on_policy_fraction: the paper's lambda, the probability that a step trains on the student's
-            own samples; or a schedule of the step, such as `@optax.linear_schedule()`.
-        mixing: "step" tosses one coin for the whole batch (Algorithm 1); "example" makes exactly
-            ceil(lambda B) rows of every batch on-policy.
-        divergence: D(student_logits, teacher_logits) -> per token, or None for the cross-entropy of
-            the dataset's targets (SFT, SeqKD), which needs no teacher.
-        teacher_temperature: divides the teacher's logits inside the divergence (the paper: 1, or
-            0.1 for GSM8K and for XSum students that will be sampled from); a number or a schedule.
-        student_temperature: divides the student's logits inside the divergence (the paper: 1).
-        sampling: how the student's sequences are drawn (the paper: temperature 1, nothing cut).
-        num_samples: sequences drawn for each prompt of an on-policy batch; the encoders run once.
-        rl: a reward beside the divergence (Eq. 5); None is pure distillation.
-        reduction: `losses.sequence_mean` (Eq. 2 and Algorithm 1's 1/B) or `losses.token_mean`.
-        label_smoothing: of the cross-entropy.
-    """
-
-    on_policy_fraction: float | Schedule = 1.0
-    mixing: str = "step"
-    divergence: Divergence | None = divergences.forward_kl
-    teacher_temperature: float | Schedule = 1.0
-    student_temperature: float = 1.0
-    sampling: SamplingConfig = SamplingConfig()
-    num_samples: int = 1
-    rl: RLConfig | None = None
-    reduction: Reduction = losses.sequence_mean
-    label_smoothing: float = 0.0
-
-    def __post_init__(self):
-        scheduled = callable(self.on_policy_fraction)
-        if not callable(self.on_policy_fraction) and not 0 <= self.on_policy_fraction <= 1:
-            raise ValueError(
-                f"on_policy_fraction must lie in [0, 1], got {self.on_policy_fraction}"
-            )
-        if self.divergence is not None and not callable(self.divergence):
-            raise ValueError(
-                "divergence must be a function such as @divergences.forward_kl, "
-                f"got {self.divergence!r}"
-            )
-        if self.divergence is not None:  # what it refuses (beta), it refuses now
-            logits = jax.ShapeDtypeStruct((1, 2), jnp.float32)
-            jax.eval_shape(self.divergence, logits, logits)
-        if self.divergence is None and self.on_policy_fraction != 0:
-            raise ValueError(
-                "without a divergence the loss is the cross-entropy of the targets, which must "
-                "never be the student's own samples: on_policy_fraction must be 0, got "
-                f"{self.on_policy_fraction}"
-            )
-        if self.mixing not in ("step", "example"):
-            raise ValueError(f"mixing must be 'step' or 'example', got {self.mixing!r}")
-        if self.mixing == "example" and (scheduled or self.num_samples > 1 or self.rl):
-            raise ValueError(
-                "mixing='example' compiles a fixed number of rows to sample: it needs a constant "
-                "on_policy_fraction, num_samples=1 and no reward"
-            )
-        if not callable(self.teacher_temperature) and not self.teacher_temperature > 0:
-            raise ValueError(
-                f"teacher_temperature must be positive, got {self.teacher_temperature}"
-            )
-        if not self.student_temperature > 0:
-            raise ValueError(
-                f"student_temperature must be positive, got {self.student_temperature}"
-            )
-        if self.on_policy_fraction != 0 and self.sampling.temperature == 0:
-            raise ValueError("sampling.temperature must be positive in training, got 0 (greedy)")
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing must lie in [0, 1), got {self.label_smoothing}")
-        if not isinstance(self.num_samples, int) or self.num_samples < 1:
-            raise ValueError(f"num_samples must be a positive integer, got {self.num_samples!r}")
-        if self.rl is not None:
-            if self.on_policy_fraction == 0:
-                raise ValueError("a reward needs samples: on_policy_fraction must not be 0")
-            if self.sampling.top_k or self.sampling.top_p < 1:
-                raise ValueError("a reward needs samples of the whole policy: top_k=0 and top_p=1")
-
-    def uses_samples(self) -> bool:
-        """Whether any step may train on the student's own samples."""
-        return callable(self.on_policy_fraction) or self.on_policy_fraction > 0
-
-    def uses_dataset(self) -> bool:
-        """Whether any step may train on a batch as the dataset has it."""
-        if self.mixing == "example":
-            return self.on_policy_fraction == 0
-        return callable(self.on_policy_fraction) or self.on_policy_fraction < 1
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Models:
-    """What is static about the two models.
-
-    Attributes:
-        student: the student's sizes.
-        teacher: the teacher's, or None where nothing is distilled.
-        num_pieces: pieces of the shared vocabulary. Ids beyond it exist only to round the
-            embedding up (32128 for 32100): they are left out of every softmax.
-    """
-
-    student: t5.T5Config
-    teacher: t5.T5Config | None
-    num_pieces: int
-
-    def __post_init__(self):
-        for name, config in (("student", self.student), ("teacher", self.teacher)):
-            if config is not None and config.vocab_size < self.num_pieces:
-                raise ValueError(
-                    f"the {name}'s embedding has {config.vocab_size} rows, fewer than the "
-                    f"vocabulary's {self.num_pieces} pieces"
-                )
+_LOGITS_BYTES = 2**28
 
 
 class StepKeys(NamedTuple):
@@ -231,34 +116,90 @@ def per_token_loss(
     step: Int[Array, ""] | int = 0,
 ) -> Float[Array, "N T"]:
     """D(P || Q) at each target position, or the cross-entropy of the target; nats."""
-    logits = t5.logits(models.student, student_params, batch, dropout_key=dropout_key)
-    return _loss_of_logits(config, models, logits, teacher_params, batch, step)
+    return _token_values(
+        config, models, student_params, teacher_params, batch, dropout_key, step
+    ).loss
 
 
-def _loss_of_logits(
+class _TokenValues(NamedTuple):
+    """Numbers of each target token."""
+
+    loss: Float[Array, "N T"]
+    log_probs: Float[Array, "N T"] | None  # of the policy; None where no reward asks for them
+
+
+def _token_values(
     config: GKDConfig,
     models: Models,
-    student_logits: Float[Array, "N T V"],
+    student_params: t5.Params,
     teacher_params: t5.Params | None,
     batch: Batch,
+    dropout_key: Key[Array, ""] | None,
     step: Int[Array, ""] | int,
-) -> Float[Array, "N T"]:
-    student_logits = of_pieces(student_logits / config.student_temperature, models.num_pieces)
-    if config.divergence is None:
-        return losses.cross_entropy(
-            student_logits, batch.targets, label_smoothing=config.label_smoothing
-        )
-    assert models.teacher is not None
-    assert teacher_params is not None
+    *,
+    with_log_probs: bool = False,
+) -> _TokenValues:
+    """From hidden states; the logits of both models exist for one part of the length at a time."""
+    states = [t5.hidden(models.student, student_params, batch, dropout_key=dropout_key)]
+    if config.divergence is not None:
+        assert models.teacher is not None
+        assert teacher_params is not None
+        states.append(t5.hidden(models.teacher, teacher_params, batch))
     temperature = config.teacher_temperature
     temperature = temperature(step) if callable(temperature) else temperature
-    teacher_logits = t5.logits(models.teacher, teacher_params, batch)
-    teacher_logits = of_pieces(teacher_logits / temperature, models.num_pieces)
-    return config.divergence(student_logits, jax.lax.stop_gradient(teacher_logits))
+
+    def of_part(states, targets, weights) -> _TokenValues:
+        logits = t5.apply_head(models.student, student_params, states[0])
+        log_probs = None
+        if with_log_probs:
+            log_probs = sample_log_probs(config, models, logits, targets, weights)
+        logits = of_pieces(logits / config.student_temperature, models.num_pieces)
+        if config.divergence is None:
+            smoothing = config.label_smoothing
+            loss = losses.cross_entropy(logits, targets, label_smoothing=smoothing)
+            return _TokenValues(loss, log_probs)
+        assert models.teacher is not None
+        assert teacher_params is not None
+        teacher_logits = t5.apply_head(models.teacher, teacher_params, states[1])
+        teacher_logits = of_pieces(teacher_logits / temperature, models.num_pieces)
+        loss = config.divergence(logits, jax.lax.stop_gradient(teacher_logits))
+        return _TokenValues(loss, log_probs)
+
+    parts = _loss_parts(config, models, batch)
+    inputs = (states, batch.targets, batch.weights)
+    if parts == 1:
+        return of_part(*inputs)
+    split = jax.tree.map(lambda x: _split_length(x, parts), inputs)
+    # Recomputed in the backward pass: what is kept of a part is its hidden states.
+    values = jax.lax.map(lambda part: jax.checkpoint(of_part)(*part), split)
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(batch.targets.shape), values)
+
+
+def _loss_parts(config: GKDConfig, models: Models, batch: Batch) -> int:
+    num_rows, length = batch.targets.shape
+    if config.loss_parts is not None:
+        if length % config.loss_parts:
+            raise ValueError(
+                f"loss_parts={config.loss_parts} does not divide the target length {length}"
+            )
+        return config.loss_parts
+    rows = -(-num_rows // sharding.num_batch_shards())
+    size = 4 * rows * length * models.student.vocab_size
+    parts = (n for n in range(1, length + 1) if length % n == 0 and size <= n * _LOGITS_BYTES)
+    return next(parts, length)
+
+
+def _split_length(x: jax.Array, parts: int) -> jax.Array:
+    """[N, T, ...] to [parts, N, T / parts, ...]."""
+    return x.reshape(x.shape[0], parts, x.shape[1] // parts, *x.shape[2:]).swapaxes(0, 1)
 
 
 def sample_log_probs(
-    config: GKDConfig, models: Models, student_logits: Float[Array, "N T V"], batch: Batch
+    config: GKDConfig,
+    models: Models,
+    student_logits: Float[Array, "N T V"],
+    targets: Int[Array, "N T"],
+    weights: Float[Array, "N T"],
 ) -> Float[Array, "N T"]:
     """log Q of each target under the distribution that `sample_targets` draws from; nats.
 
@@ -266,9 +207,9 @@ def sample_log_probs(
     """
     allowed = allowed_ids(models.student.vocab_size, config.sampling.banned_ids)
     logits = jnp.where(allowed, student_logits / config.sampling.temperature, -jnp.inf)
-    picked = jnp.take_along_axis(logits, batch.targets[..., None], axis=-1)[..., 0]
+    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     # Padding has probability 0 here; its weight is 0, and its gradient must not be NaN.
-    picked = jnp.where(batch.weights > 0, picked, 0.0)
+    picked = jnp.where(weights > 0, picked, 0.0)
     return picked - jax.nn.logsumexp(logits, axis=-1)
 
 
@@ -362,15 +303,22 @@ class _Weighted(NamedTuple):
         self, params, teacher_params, rows: Batch, dropout_key, advantages
     ) -> tuple[Float[Array, ""], LossSums]:
         config, models = self.config, self.models
-        logits = t5.logits(models.student, params, rows, dropout_key=dropout_key)
-        values = _loss_of_logits(config, models, logits, teacher_params, rows, self.step)
+        values, log_probs = _token_values(
+            config,
+            models,
+            params,
+            teacher_params,
+            rows,
+            dropout_key,
+            self.step,
+            with_log_probs=self.alpha < 1,
+        )
         loss, _ = config.reduction(values, rows.weights)
         tokens, _ = losses.token_mean(values, rows.weights)
         sequences, _ = losses.sequence_mean(values, rows.weights)
         policy = jnp.zeros(())
         total = loss
-        if self.alpha < 1:
-            log_probs = sample_log_probs(config, models, logits, rows)
+        if log_probs is not None:
             policy, _ = policy_loss(log_probs, rows.weights, advantages)
             total = self.alpha * loss + (1 - self.alpha) * self.policy_scale * policy
         return total, LossSums(loss, tokens, sequences, policy)

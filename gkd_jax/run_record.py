@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import optax
 
-from gkd_jax import checkpoints, data, vocabularies
+from gkd_jax import checkpoints, data, gkd, vocabularies
 from gkd_jax.evaluate import EvalConfig
 from gkd_jax.models import t5
 from gkd_jax.pretrained import Model
@@ -30,7 +30,6 @@ def describe(
     macros: Mapping[str, str],
 ) -> dict[str, Any]:
     """What a run was, for `run.json`: enough to tell it from others, and to run it again."""
-    method = program.method
 
     def model(chosen: Model | None, params) -> dict[str, Any] | None:
         if chosen is None or params is None:
@@ -45,18 +44,7 @@ def describe(
 
     return {
         "name": name,
-        "method": {
-            "divergence": name_of(method.divergence),
-            "beta": _beta(method.divergence, macros),
-            "on_policy_fraction": number_or_name(method.on_policy_fraction),
-            "mixing": method.mixing,
-            "teacher_temperature": number_or_name(method.teacher_temperature),
-            "student_temperature": method.student_temperature,
-            "sampling_temperature": method.sampling.temperature,
-            "num_samples": method.num_samples,
-            "rl_alpha": method.rl.alpha if method.rl else None,
-            "reward": name_of(method.rl.reward) if method.rl else None,
-        },
+        "method": _method(program.method, macros),
         "optimizer": name_of(optimizer),
         "student": model(student, program.state.params),
         "teacher": model(teacher, program.teacher),
@@ -79,6 +67,21 @@ def describe(
         },
         "commit": _commit(),
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+    }
+
+
+def _method(method: gkd.GKDConfig, macros: Mapping[str, str]) -> dict[str, Any]:
+    return {
+        "divergence": name_of(method.divergence),
+        "beta": _beta(method.divergence, macros),
+        "on_policy_fraction": number_or_name(method.on_policy_fraction),
+        "mixing": method.mixing,
+        "teacher_temperature": number_or_name(method.teacher_temperature),
+        "student_temperature": method.student_temperature,
+        "sampling_temperature": method.sampling.temperature,
+        "num_samples": method.num_samples,
+        "rl_alpha": method.rl.alpha if method.rl else None,
+        "reward": name_of(method.rl.reward) if method.rl else None,
     }
 
 

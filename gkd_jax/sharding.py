@@ -176,6 +176,15 @@ def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, partition))
 
 
+def num_batch_shards() -> int:
+    """Over how many devices `use` spreads the rows of a batch; 1 outside it."""
+    active = _active.get()
+    if active is None:
+        return 1
+    mesh, rules = active
+    return math.prod(mesh.shape[axis] for axis in _as_tuple(rules["batch"]))
+
+
 def bytes_per_device(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> int:
     """Bytes of one array that one device holds."""
     return int(np.prod(sharding.shard_shape(shape.shape))) * shape.dtype.itemsize

@@ -318,6 +318,65 @@ def test_dropout_acts_where_the_student_has_a_rate_and_on_the_student_alone(
     )
 
 
+# The loss in parts --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_loss_in_parts_of_the_length_is_the_whole_loss(name, student, teacher, batch, step):
+    config = dataclasses.replace(CONFIGS[name], loss_parts=T)
+    state = train_state.create(student, SGD)
+    teacher_params = None if config.divergence is None else teacher
+    got, metrics = update(config, MODELS, SGD, 1, state, teacher_params, batch, KEY)
+    expected, expected_metrics = step(name)
+    _assert_trees_close(metrics, expected_metrics, atol=1e-6)
+    _assert_trees_close(got.params, expected.params, atol=1e-6)
+
+
+def test_memory_of_the_loss_does_not_grow_with_the_length_times_the_vocabulary():
+    sizes = {"vocab_size": 8192, "d_model": 8, "d_ff": 8, "num_heads": 1, "head_dim": 8}
+    config = dataclasses.replace(STUDENT, **sizes, num_decoder_layers=1)
+    models = Models(student=config, teacher=config, num_pieces=8192)
+    params = t5.abstract_params(config)
+
+    def bytes_of(length, parts):
+        targets = jax.ShapeDtypeStruct((4, length), jnp.int32)
+        weights = jax.ShapeDtypeStruct((4, length), jnp.float32)
+        batch = Batch(jax.ShapeDtypeStruct((4, 8), jnp.int32), targets, weights)
+        method = GKDConfig(loss_parts=parts)
+
+        def loss(params, teacher, batch):
+            values = gkd.per_token_loss(method, models, params, teacher, batch)
+            return losses.sequence_mean(values, batch.weights)[0]
+
+        lowered = jax.jit(jax.grad(loss)).lower(params, params, batch)
+        memory = lowered.compile().memory_analysis()
+        assert memory is not None
+        return memory.temp_size_in_bytes
+
+    logits = 4 * 4 * 64 * 8192  # bytes of one model's for the longer targets
+    assert bytes_of(64, 1) - bytes_of(16, 1) > logits  # whole: several arrays of this kind
+    assert bytes_of(64, 16) - bytes_of(16, 4) < logits / 8
+
+
+def test_parts_are_chosen_by_the_size_of_the_logits():
+    big = dataclasses.replace(STUDENT, vocab_size=32128)
+    models = Models(student=big, teacher=None, num_pieces=32100)
+
+    def parts(rows, length, chosen=None):
+        batch = Batch(np.zeros((rows, 8)), np.zeros((rows, length)), np.zeros((rows, length)))
+        return gkd._loss_parts(GKDConfig(loss_parts=chosen), models, batch)
+
+    assert parts(16, 32) == 1  # 63 MiB
+    assert parts(32, 64) == 1  # 251 MiB
+    assert parts(32, 256) == 4  # 1004 MiB
+    assert parts(4096, 7) == 7  # never less than a token a row at once
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=4, fsdp=2))
+    with sharding.use(mesh):
+        assert parts(256, 256) == 4  # of 32 rows a device
+    with pytest.raises(ValueError, match="loss_parts=3 does not divide the target length 32"):
+        parts(16, 32, 3)
+
+
 # On-policy batches --------------------------------------------------------------------------------
 
 
@@ -482,6 +541,7 @@ def test_eight_devices_equal_one(sizes, num_microbatches, student, teacher, batc
         ({"divergence": None}, "on_policy_fraction must be 0, got 1.0"),
         ({"mixing": "token"}, "mixing must be 'step' or 'example', got 'token'"),
         ({"mixing": "example", "num_samples": 2}, "compiles a fixed number of rows"),
+        ({"loss_parts": 0}, "loss_parts must be a positive integer or None, got 0"),
         ({"num_samples": 0}, "num_samples must be a positive integer, got 0"),
         ({"teacher_temperature": 0.0}, "teacher_temperature must be positive, got 0.0"),
         ({"student_temperature": -1.0}, "student_temperature must be positive, got -1.0"),

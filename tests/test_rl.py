@@ -165,6 +165,12 @@ def test_microbatches_change_nothing(reduction, student, teacher):
     np.testing.assert_allclose(flat(parts), flat(whole), atol=1e-6)
 
 
+def test_the_loss_in_parts_of_the_length_is_the_whole_loss(student, teacher):
+    whole = gradient(method(0.25), student, teacher, ALL, jnp.asarray(REWARDS))
+    parts = gradient(method(0.25, loss_parts=2), student, teacher, ALL, jnp.asarray(REWARDS))
+    np.testing.assert_allclose(flat(parts), flat(whole), atol=1e-6)
+
+
 def test_reward_and_divergence_are_reported_apart(student, teacher):
     state = train_state.create(student, SGD)
     config = method(0.25)

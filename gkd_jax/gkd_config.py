@@ -1,0 +1,139 @@
+"""What a step of GKD is made of: the hyperparameters of Algorithm 1, and the two models' sizes."""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gkd_jax import divergences, losses
+from gkd_jax.models import t5
+from gkd_jax.rl import RLConfig
+from gkd_jax.sampling import SamplingConfig
+
+
+Divergence = Callable[[jax.Array, jax.Array], jax.Array]
+Reduction = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+Schedule = Callable[[Any], Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GKDConfig:
+    """The hyperparameters of Algorithm 1.
+
+    Attributes:
+        on_policy_fraction: the paper's lambda, the probability that a step trains on the student's
+            own samples; or a schedule of the step, such as `@optax.linear_schedule()`.
+        mixing: "step" tosses one coin for the whole batch (Algorithm 1); "example" makes exactly
+            ceil(lambda B) rows of every batch on-policy.
+        divergence: D(student_logits, teacher_logits) -> per token, or None for the cross-entropy of
+            the dataset's targets (SFT, SeqKD), which needs no teacher.
+        teacher_temperature: divides the teacher's logits inside the divergence (the paper: 1, or
+            0.1 for GSM8K and for XSum students that will be sampled from); a number or a schedule.
+        student_temperature: divides the student's logits inside the divergence (the paper: 1).
+        sampling: how the student's sequences are drawn (the paper: temperature 1, nothing cut).
+        num_samples: sequences drawn for each prompt of an on-policy batch; the encoders run once.
+        rl: a reward beside the divergence (Eq. 5); None is pure distillation.
+        reduction: `losses.sequence_mean` (Eq. 2 and Algorithm 1's 1/B) or `losses.token_mean`.
+        label_smoothing: of the cross-entropy.
+        loss_parts: how many parts of the target length have their logits computed one after the
+            other, and again in the backward pass, so that those of one part are in memory at once;
+            None takes the fewest with which a device's student logits fit 256 MiB.
+    """
+
+    on_policy_fraction: float | Schedule = 1.0
+    mixing: str = "step"
+    divergence: Divergence | None = divergences.forward_kl
+    teacher_temperature: float | Schedule = 1.0
+    student_temperature: float = 1.0
+    sampling: SamplingConfig = SamplingConfig()
+    num_samples: int = 1
+    rl: RLConfig | None = None
+    reduction: Reduction = losses.sequence_mean
+    label_smoothing: float = 0.0
+    loss_parts: int | None = None
+
+    def __post_init__(self):
+        scheduled = callable(self.on_policy_fraction)
+        if not callable(self.on_policy_fraction) and not 0 <= self.on_policy_fraction <= 1:
+            raise ValueError(
+                f"on_policy_fraction must lie in [0, 1], got {self.on_policy_fraction}"
+            )
+        if self.divergence is not None and not callable(self.divergence):
+            raise ValueError(
+                "divergence must be a function such as @divergences.forward_kl, "
+                f"got {self.divergence!r}"
+            )
+        if self.divergence is not None:  # what it refuses (beta), it refuses now
+            logits = jax.ShapeDtypeStruct((1, 2), jnp.float32)
+            jax.eval_shape(self.divergence, logits, logits)
+        if self.divergence is None and self.on_policy_fraction != 0:
+            raise ValueError(
+                "without a divergence the loss is the cross-entropy of the targets, which must "
+                "never be the student's own samples: on_policy_fraction must be 0, got "
+                f"{self.on_policy_fraction}"
+            )
+        if self.mixing not in ("step", "example"):
+            raise ValueError(f"mixing must be 'step' or 'example', got {self.mixing!r}")
+        if self.mixing == "example" and (scheduled or self.num_samples > 1 or self.rl):
+            raise ValueError(
+                "mixing='example' compiles a fixed number of rows to sample: it needs a constant "
+                "on_policy_fraction, num_samples=1 and no reward"
+            )
+        if not callable(self.teacher_temperature) and not self.teacher_temperature > 0:
+            raise ValueError(
+                f"teacher_temperature must be positive, got {self.teacher_temperature}"
+            )
+        if not self.student_temperature > 0:
+            raise ValueError(
+                f"student_temperature must be positive, got {self.student_temperature}"
+            )
+        if self.on_policy_fraction != 0 and self.sampling.temperature == 0:
+            raise ValueError("sampling.temperature must be positive in training, got 0 (greedy)")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing must lie in [0, 1), got {self.label_smoothing}")
+        if not isinstance(self.num_samples, int) or self.num_samples < 1:
+            raise ValueError(f"num_samples must be a positive integer, got {self.num_samples!r}")
+        parts = self.loss_parts
+        if parts is not None and (not isinstance(parts, int) or parts < 1):
+            raise ValueError(f"loss_parts must be a positive integer or None, got {parts!r}")
+        if self.rl is not None:
+            if self.on_policy_fraction == 0:
+                raise ValueError("a reward needs samples: on_policy_fraction must not be 0")
+            if self.sampling.top_k or self.sampling.top_p < 1:
+                raise ValueError("a reward needs samples of the whole policy: top_k=0 and top_p=1")
+
+    def uses_samples(self) -> bool:
+        """Whether any step may train on the student's own samples."""
+        return callable(self.on_policy_fraction) or self.on_policy_fraction > 0
+
+    def uses_dataset(self) -> bool:
+        """Whether any step may train on a batch as the dataset has it."""
+        if self.mixing == "example":
+            return self.on_policy_fraction == 0
+        return callable(self.on_policy_fraction) or self.on_policy_fraction < 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Models:
+    """What is static about the two models.
+
+    Attributes:
+        student: the student's sizes.
+        teacher: the teacher's, or None where nothing is distilled.
+        num_pieces: pieces of the shared vocabulary. Ids beyond it exist only to round the
+            embedding up (32128 for 32100): they are left out of every softmax.
+    """
+
+    student: t5.T5Config
+    teacher: t5.T5Config | None
+    num_pieces: int
+
+    def __post_init__(self):
+        for name, config in (("student", self.student), ("teacher", self.teacher)):
+            if config is not None and config.vocab_size < self.num_pieces:
+                raise ValueError(
+                    f"the {name}'s embedding has {config.vocab_size} rows, fewer than the "
+                    f"vocabulary's {self.num_pieces} pieces"
+                )
