@@ -105,7 +105,7 @@ def test_where_all_checkpoints_are_damaged_nothing_starts_from_scratch(run_dir):
 
 def test_a_model_is_not_loaded_from_damaged_bytes(run_dir):
     flip(largest_file(run_dir / "checkpoints" / "6" / "params" / "d"))
-    with pytest.raises(ValueError, match="are not those that were written|DATA_LOSS"):
+    with pytest.raises(ValueError, match=r"are not those that were written|DATA_LOSS"):
         load_model(str(run_dir))
 
 
