@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from gkd_jax.models import t5
-from gkd_jax.sampling import EOS_ID, allowed_ids
+from gkd_jax.sampling import EOS_ID, allowed_ids, decode_layout
 
 
 EMPTY = -1e7  # the score of a beam that holds nothing
@@ -71,8 +71,8 @@ def beam_search(
         raise ValueError(f"num_beams must be positive, got {num_beams}")
     rows = inputs.shape[0]
     allowed = allowed_ids(config.vocab_size, banned_ids)
-    encoded = t5.encode(config, params, inputs)
-    encoded = jax.tree.map(lambda x: jnp.repeat(x, num_beams, axis=0), encoded)
+    encoded = t5.repeat(t5.encode(config, params, inputs), num_beams)
+    params = decode_layout(config, params)
     best_penalty = length_penalty(max_length + 1, alpha)
 
     def can_improve(search: _Search):

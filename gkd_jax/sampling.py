@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 import numpy as np
 
 from gkd_jax.models import t5
+from gkd_jax.sharding import constrain
 
 
 EOS_ID = 1
@@ -115,6 +116,7 @@ def sample(
     if encoded is None:
         encoded = t5.encode(config, params, inputs)
     encoded = t5.repeat(encoded, num_samples)
+    params = decode_layout(config, params)
     cache = t5.init_cache(config, params, encoded, max_length)
     allowed = allowed_ids(config.vocab_size, sampling.banned_ids)
     uniforms = jnp.zeros((max_length, batch_size))  # greedy needs none
@@ -158,6 +160,22 @@ def sample(
     )
     weights = weights_until_eos(loop.tokens, sampling.eos_id)
     return Sample(loop.tokens, weights, loop.log_probs)
+
+
+def decode_layout(config: t5.T5Config, params: t5.Params) -> t5.Params:
+    """What decoding reads, in the compute dtype and whole over `fsdp`, once and for all tokens.
+
+    A loop over weights that are split over `fsdp` gathers all of them for every token. Matrix
+    products cast their weights to the compute dtype in any case: the samples stay the same.
+    """
+    params = {name: params[name] for name in ("token_embedder", "decoder")}
+
+    def lay_out(path, x, axes):
+        if path[-1].key in ("kernel", "embedding"):
+            x = x.astype(config.dtype)
+        return constrain(x, [None if axis == "embed" else axis for axis in axes])
+
+    return jax.tree_util.tree_map_with_path(lay_out, params, t5.logical_axes(params))
 
 
 def weights_until_eos(tokens: Int[Array, "B T"], eos_id: int = EOS_ID) -> Float[Array, "B T"]:

@@ -13,6 +13,7 @@ import math
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
@@ -69,9 +70,20 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     devices = jax.devices() if devices is None else devices
     sizes = config.sizes(len(devices))
     # GSPMD propagates from annotations: Auto axes, where jax.make_mesh defaults to Explicit.
-    return jax.make_mesh(
-        sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices
+    types = (AxisType.Auto,) * len(MESH_AXES)
+    num_slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if num_slices == 1:
+        return jax.make_mesh(sizes, MESH_AXES, axis_types=types, devices=devices)
+    data, fsdp, tensor = sizes
+    if data % num_slices:
+        raise ValueError(
+            f"data={data} does not divide over {num_slices} slices: only it crosses them"
+        )
+    # Between slices only gradients travel, once a step: the data axis goes over their network.
+    grid = mesh_utils.create_hybrid_device_mesh(
+        (data // num_slices, fsdp, tensor), (num_slices, 1, 1), devices
     )
+    return Mesh(grid, MESH_AXES, axis_types=types)
 
 
 def spec(axes: Sequence[str | None], rules: Rules = RULES) -> PartitionSpec:
