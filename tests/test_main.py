@@ -74,7 +74,7 @@ def test_gkd_trains_evaluates_and_converts(tmp_path, capfd):
         assert run("convert", f"--input={tmp_path}/run", f"--output={target}", f"--to={form}") == 0
     config, _ = pretrained.load_model(str(tmp_path / "gkd"))
     assert pretrained.load_config(str(tmp_path / "hf")).d_model == config.d_model
-    assert pretrained.load_config(str(tmp_path / "t5x" / "checkpoint_0")).d_model == config.d_model
+    assert pretrained.load_config(str(tmp_path / "t5x" / "checkpoint_2")).d_model == config.d_model
 
 
 def test_an_override_may_name_a_function(tmp_path, capfd):

@@ -1,0 +1,446 @@
+"""What a compiled program will do, read off its HLO text: FLOPs, memory traffic, collectives.
+
+XLA's own cost analysis counts the body of a loop once. Here every instruction counts as often as
+the loops around it turn, and is filed under the loop it is in. Everything is for one device.
+
+HLO is not a stable interface: what is not understood counts as nothing, and the tests compare with
+formulas worked out by hand.
+"""
+
+from collections.abc import Iterator
+import dataclasses
+import math
+import re
+from typing import Any, NamedTuple
+
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+NO_TRAFFIC = re.compile(
+    "parameter|constant|tuple|get-tuple-element|bitcast|while|conditional|call|after-all|"
+    "partition-id|replica-id|optimization-barrier|iota|.*-done"
+)
+_ITEM_BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "token": 0}
+_SHAPE = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
+_HEADER = re.compile(r"(ENTRY )?%([\w.\-]+) \(.*\{$")
+_NAME = re.compile(r"%([\w.\-]+)")
+_OP_NAME = re.compile(r'op_name="([^"]*)"')
+
+
+class Shape(NamedTuple):
+    """One array; `on_chip` arrays lie in vector memory and cost no HBM traffic."""
+
+    dtype: str
+    dims: tuple[int, ...]
+    on_chip: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        bits = _ITEM_BITS.get(self.dtype)
+        if bits is None:
+            digits = re.search(r"\d+", self.dtype)
+            bits = int(digits[0]) if digits else 0
+        return math.prod(self.dims) * bits // 8
+
+    @property
+    def traffic(self) -> int:
+        return 0 if self.on_chip else self.nbytes
+
+
+class Instruction(NamedTuple):
+    """One line of HLO."""
+
+    name: str
+    shapes: tuple[Shape, ...]  # several for a tuple
+    opcode: str
+    operands: tuple[str, ...]
+    inner: str  # what stands between the parentheses: a constant's value, a parameter's number
+    attributes: str
+    is_root: bool
+
+    def called(self, key: str) -> str | None:
+        """The computation that an attribute such as `body=%name` names."""
+        found = re.search(rf"\b{key}=%([\w.\-]+)", self.attributes)
+        return found[1] if found else None
+
+    @property
+    def op_name(self) -> str:
+        found = _OP_NAME.search(self.attributes)
+        return found[1].replace("\\'", "'") if found else self.name
+
+
+Computation = dict[str, Instruction]
+
+
+class Module(NamedTuple):
+    """A parsed program."""
+
+    computations: dict[str, Computation]
+    entry: str
+    num_partitions: int
+
+
+class Collective(NamedTuple):
+    """Collectives of one kind, over groups of one size, in one loop."""
+
+    kind: str
+    group_size: int
+    count: float  # how often one device takes part
+    nbytes: float  # per device: of the whole array for all-gather, of the input for the others
+
+    @property
+    def wire_bytes(self) -> float:
+        """What one device sends in ring algorithms."""
+        if self.kind == "collective-permute":
+            return self.nbytes
+        share = (self.group_size - 1) / self.group_size
+        return self.nbytes * share * (2 if self.kind == "all-reduce" else 1)
+
+
+@dataclasses.dataclass
+class Cost:
+    """Of everything directly inside one loop, over all of its turns.
+
+    Attributes:
+        flops: of matrix products and convolutions.
+        traffic: bytes to and from HBM.
+        collectives: by kind and group size.
+    """
+
+    flops: float = 0.0
+    traffic: float = 0.0
+    collectives: dict[tuple[str, int], Collective] = dataclasses.field(default_factory=dict)
+
+    def add(self, new: Collective) -> None:
+        kind = new.kind, new.group_size
+        if old := self.collectives.get(kind):
+            new = new._replace(count=old.count + new.count, nbytes=old.nbytes + new.nbytes)
+        self.collectives[kind] = new
+
+
+# Reading ------------------------------------------------------------------------------------------
+
+
+def parse(text: str) -> Module:
+    """Parses the text of an optimized module, as `compiled.as_text()` gives it."""
+    partitions = re.search(r"num_partitions=(\d+)", text.split("\n", 1)[0])
+    computations: dict[str, Computation] = {}
+    entry, current = "", {}
+    for line in text.splitlines():
+        header = _HEADER.match(line)
+        if header:
+            current = computations[header[2]] = {}
+            entry = header[2] if header[1] else entry
+        elif " = " in line:
+            instruction = _instruction(line.strip())
+            if instruction is not None:
+                current[instruction.name] = instruction
+    return Module(computations, entry, int(partitions[1]) if partitions else 1)
+
+
+def _instruction(line: str) -> Instruction | None:
+    is_root = line.startswith("ROOT ")
+    name, _, rest = line.removeprefix("ROOT ").partition(" = ")
+    end = _closing(rest, 0) if rest.startswith("(") else rest.find(" ")
+    opcode = re.match(r" ?([\w\-]+)\(", rest[end:])
+    if opcode is None:
+        return None
+    start = end + opcode.end() - 1
+    stop = _closing(rest, start)
+    inner = rest[start + 1 : stop - 1]
+    shapes = tuple(
+        Shape(
+            match[1],
+            tuple(int(size) for size in match[2].split(",") if size),
+            re.search(r"S\([1-9]\d*\)", match[3] or "") is not None,
+        )
+        for match in _SHAPE.finditer(rest[:end])
+    )
+    operands = tuple(_NAME.findall(inner))
+    return Instruction(
+        name.removeprefix("%"), shapes, opcode[1], operands, inner, rest[stop:], is_root
+    )
+
+
+def _closing(text: str, start: int) -> int:
+    """One past the parenthesis that closes the one at `start`."""
+    depth = 0
+    for match in re.compile(r"[()]").finditer(text, start):
+        depth += 1 if match[0] == "(" else -1
+        if depth == 0:
+            return match.end()
+    return len(text)
+
+
+# Counting -----------------------------------------------------------------------------------------
+
+
+def costs(module: Module) -> dict[str, Cost]:
+    """Costs by loop: "" is outside of all; "64 > 24" turns 24 times within one that turns 64."""
+    found: dict[str, Cost] = {}
+    _walk(module, module.entry, 1.0, "", found)
+    return found
+
+
+def summary(module: Module) -> dict[str, Any]:
+    """`costs` as plain values, with totals."""
+    loops, collectives = {}, []
+    for loop, cost in costs(module).items():
+        wire = sum(found.wire_bytes for found in cost.collectives.values())
+        loops[loop] = {"flops": cost.flops, "traffic_bytes": cost.traffic, "wire_bytes": wire}
+        for found in cost.collectives.values():
+            values = {"count": found.count, "bytes": found.nbytes, "wire_bytes": found.wire_bytes}
+            kind = {"kind": found.kind, "group_size": found.group_size, "loop": loop}
+            collectives.append({**kind, **values})
+    totals = {name: sum(loop[name] for loop in loops.values()) for name in loops[""]}
+    return {**totals, "loops": loops, "collectives": collectives}
+
+
+def _walk(module: Module, name: str, times: float, loop: str, found: dict[str, Cost]) -> None:
+    computation = module.computations[name]
+    cost = found.setdefault(loop, Cost())
+    for instruction in computation.values():
+        opcode = instruction.opcode
+        if opcode == "while":
+            body, condition = instruction.called("body"), instruction.called("condition")
+            assert body is not None
+            assert condition is not None
+            turns = trip_count(module, instruction)
+            inside = f"{loop} > {turns}" if loop else str(turns)
+            for part in (body, condition):
+                _walk(module, part, times * turns, inside, found)
+        elif opcode in ("call", "conditional", "async-start"):
+            for called in _called(instruction):
+                _walk(module, called, times, loop, found)
+        else:
+            cost.flops += times * _flops(module, computation, instruction)
+            cost.traffic += times * _traffic(module, computation, instruction)
+            for collective in _collectives(module, computation, instruction):
+                total = collective.count * times, collective.nbytes * times
+                cost.add(collective._replace(count=total[0], nbytes=total[1]))
+
+
+def _called(instruction: Instruction) -> list[str]:
+    """The computations of a call, or of all branches of a conditional."""
+    branches = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
+    if branches:
+        return _NAME.findall(branches[1])
+    keys = ("to_apply", "calls", "true_computation", "false_computation")
+    return [name for key in keys if (name := instruction.called(key)) is not None]
+
+
+def trip_count(module: Module, loop: Instruction) -> int:
+    """How often a loop turns: at most, where it may stop early (a decode loop).
+
+    XLA notes it on some backends. Elsewhere it is the constant that the condition compares with:
+    the counters of JAX's scans start at 0 and go up by one.
+    """
+    noted = re.search(r'known_trip_count[^\d}]*"?n"?[^\d}]*(\d+)', loop.attributes)
+    if noted:
+        return int(noted[1])
+    condition = loop.called("condition")
+    assert condition is not None
+    names = [condition]
+    for instruction in module.computations[condition].values():
+        names += _called(instruction)
+    bounds = [
+        int(instruction.inner)
+        for name in names
+        for instruction in module.computations[name].values()
+        if instruction.opcode == "constant"
+        and re.fullmatch(r"[su]\d+", instruction.shapes[0].dtype)
+        and not instruction.shapes[0].dims
+    ]
+    return max([1, *bounds])
+
+
+def _flops(module: Module, computation: Computation, instruction: Instruction) -> int:
+    if instruction.opcode == "fusion":
+        inner = module.computations[instruction.called("calls") or ""]
+        return sum(_flops(module, inner, part) for part in inner.values())
+    if instruction.opcode not in ("dot", "convolution"):
+        return 0
+    left, right = (computation[name].shapes[0].dims for name in instruction.operands[:2])
+    out = instruction.shapes[0].dims
+    if instruction.opcode == "dot":
+        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
+        dims = contracted[1].split(",") if contracted and contracted[1] else []
+        return 2 * math.prod(out) * math.prod(left[int(dim)] for dim in dims)
+    return _convolution_flops(left, right, out, instruction.attributes)
+
+
+def _convolution_flops(
+    left: tuple[int, ...], right: tuple[int, ...], out: tuple[int, ...], attributes: str
+) -> int:
+    """2 x batch x features in x features out x the pairs of positions that meet.
+
+    XLA writes a batched matrix product as a convolution whose window meets one position of the
+    batch at a time and zeros elsewhere (dilation and padding): zeros do not count.
+    """
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes)
+    if labels is None:
+        return 0
+    window = re.search(r"window=\{([^}]*)\}", attributes)
+    fields = dict(part.split("=") for part in window[1].split()) if window else {}
+    spatial = sorted(label for label in labels[3] if label.isdigit())
+
+    def field(name: str, index: int, default: str) -> str:
+        return fields[name].split("x")[index] if name in fields else default
+
+    pairs = 1
+    for index, label in enumerate(spatial):
+        pads = field("pad", index, "0_0").split("_")
+        pairs *= _meeting(
+            size=left[labels[1].index(label)],
+            kernel=int(field("size", index, "1")),
+            out=out[labels[3].index(label)],
+            stride=int(field("stride", index, "1")),
+            pad=int(pads[0]),
+            dilations=(int(field("lhs_dilate", index, "1")), int(field("rhs_dilate", index, "1"))),
+        )
+    groups = re.search(r"batch_group_count=(\d+)", attributes)
+    batch = out[labels[3].index("b")]
+    features = right[labels[2].index("i")] * out[labels[3].index("f")]
+    return 2 * batch * features * pairs // (int(groups[1]) if groups else 1)
+
+
+def _meeting(
+    *, size: int, kernel: int, out: int, stride: int, pad: int, dilations: tuple[int, int]
+) -> int:
+    """Pairs of an output position and a kernel position that read an element, not padding."""
+    if out * kernel > 1 << 20:  # a real convolution over a long axis: T5 has none
+        return out * kernel
+    of_input, of_kernel = dilations
+    return sum(
+        0 <= (at := o * stride + k * of_kernel - pad) < (size - 1) * of_input + 1
+        and at % of_input == 0
+        for o in range(out)
+        for k in range(kernel)
+    )
+
+
+# Memory traffic -----------------------------------------------------------------------------------
+
+
+def _traffic(module: Module, computation: Computation, instruction: Instruction) -> int:
+    """Bytes that one instruction reads and writes; of a large array, the slice that it touches."""
+    opcode = instruction.opcode
+    if NO_TRAFFIC.fullmatch(opcode):
+        return 0
+    operands = [computation[name] for name in instruction.operands if name in computation]
+    if opcode == "fusion":
+        return _fusion_traffic(module, operands, instruction)
+    written = instruction.shapes[0].traffic
+    if opcode.endswith("-start"):  # the result is a tuple with the operand in it
+        return operands[0].shapes[0].traffic + instruction.shapes[0].traffic
+    if opcode in ("dynamic-slice", "slice", "gather"):
+        return 2 * written
+    if opcode == "dynamic-update-slice":
+        return 2 * operands[1].shapes[0].traffic
+    written = sum(shape.traffic for shape in instruction.shapes)
+    return written + sum(shape.traffic for part in operands for shape in part.shapes)
+
+
+def _fusion_traffic(module: Module, operands: list[Instruction], fusion: Instruction) -> int:
+    inner = module.computations[fusion.called("calls") or ""]
+    total = 0
+    for index, operand in enumerate(operands):
+        full = sum(shape.traffic for shape in operand.shapes)
+        total += min(full, _read(module, inner, index, full))
+    root = next(part for part in inner.values() if part.is_root)
+    parts = [inner[name] for name in root.operands] if root.opcode == "tuple" else [root]
+    for part, shape in zip(parts, fusion.shapes, strict=False):
+        while part.opcode == "bitcast":
+            part = inner[part.operands[0]]
+        in_place = part.opcode == "dynamic-update-slice" and not shape.on_chip
+        total += inner[part.operands[1]].shapes[0].nbytes if in_place else shape.traffic
+    return total
+
+
+def _read(module: Module, fused: Computation, number: int, full: int) -> int:
+    """Bytes of a parameter that a fused computation, or one fused into it, looks at."""
+    names = {
+        name
+        for name, part in fused.items()
+        if part.opcode == "parameter" and part.inner == str(number)
+    }
+    total = 0
+    for part in fused.values():
+        places = [i for i, name in enumerate(part.operands) if name in names]
+        if not places:
+            continue
+        if part.opcode == "bitcast":
+            names.add(part.name)
+        elif part.opcode in ("dynamic-slice", "slice", "gather") and places == [0]:
+            total += part.shapes[0].nbytes
+        elif part.opcode == "fusion":
+            inner = module.computations[part.called("calls") or ""]
+            total += sum(_read(module, inner, place, full) for place in places)
+        elif part.opcode != "dynamic-update-slice" or places != [0]:
+            return full
+    return total
+
+
+# Collectives --------------------------------------------------------------------------------------
+
+
+def _collectives(
+    module: Module, computation: Computation, instruction: Instruction
+) -> Iterator[Collective]:
+    if instruction.opcode == "fusion":
+        called = instruction.called("calls") or ""
+        inner = module.computations[called]
+        for part in inner.values():
+            for collective in _collectives(module, inner, part):
+                # TPUs: a fusion of an all-reduce and the slice that a device keeps.
+                scatter = called.startswith("all-reduce-scatter")
+                yield collective._replace(kind="reduce-scatter") if scatter else collective
+        return
+    kind = instruction.opcode.removesuffix("-start")
+    group_size = _group_size(module, instruction)
+    if kind not in COLLECTIVES or group_size == 1:
+        return
+    nbytes = sum(
+        shape.nbytes
+        for name in instruction.operands
+        if name in computation
+        for shape in computation[name].shapes
+    )
+    if kind == "all-gather":
+        nbytes *= group_size
+    yield Collective(kind, group_size, 1.0, float(nbytes))
+
+
+def _group_size(module: Module, instruction: Instruction) -> int:
+    """Of how many devices one group of a collective is."""
+    text = instruction.attributes
+    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", text)
+    if mesh:
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", mesh[1]))
+        parts = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", mesh[2])
+        return math.prod(int(part or sizes[axis]) for axis, part in parts)
+    iota = re.search(r"replica_groups=\[\d+,(\d+)\]", text)
+    if iota:
+        return int(iota[1])
+    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", text)
+    return len(listed[1].split(",")) if listed else module.num_partitions
+
+
+def largest_arrays(module: Module, count: int = 8) -> list[tuple[str, int]]:
+    """(where it comes from, bytes) of the largest arrays of a program, arguments included."""
+    sizes: dict[str, int] = {}
+    fused = {
+        instruction.called("calls")
+        for computation in module.computations.values()
+        for instruction in computation.values()
+        if instruction.opcode == "fusion"
+    }
+    for name, computation in module.computations.items():
+        for instruction in () if name in fused else computation.values():
+            is_argument = instruction.opcode == "parameter" and name == module.entry
+            if NO_TRAFFIC.fullmatch(instruction.opcode) and not is_argument:
+                continue
+            for shape in instruction.shapes:
+                dims = ",".join(map(str, shape.dims))
+                label = f"{instruction.op_name} {shape.dtype}[{dims}]"
+                sizes[label] = max(sizes.get(label, 0), shape.nbytes)
+    return sorted(sizes.items(), key=lambda item: -item[1])[:count]

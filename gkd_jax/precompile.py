@@ -1,0 +1,448 @@
+"""What a run will need and cost on a machine that is not there: memory, FLOPs, traffic, time.
+
+    gkd-jax precompile --topology=v5e:8x8 --gin_file=gin/gkd.gin --gin.MODEL_DIR=...
+
+The very functions that `train.run` jits are lowered from abstract shapes for the devices of a TPU
+topology, which libtpu describes and compiles for without any TPU, or for this machine's CPU devices
+(`cpu`). Times are rooflines, lower bounds: what the chip's peak rates allow, everything overlapped
+within a loop. Decode loops count as if every row ran to its last token.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import pathlib
+import re
+import sys
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from gkd_jax import data, gkd, hlo, pretrained, program, sharding
+from gkd_jax.models import t5
+from gkd_jax.optimizers import Schedule
+from gkd_jax.pretrained import Model
+
+
+GIB = 2**30
+RESOURCES = ("compute", "hbm", "interconnect")
+
+
+class DoesNotFitError(Exception):
+    """A phase needs more memory than a device has."""
+
+
+class Chip(NamedTuple):
+    """One device of a generation of TPUs.
+
+    Attributes:
+        hbm_gib: what its compiler lets a program use.
+        flops: matrix FLOP/s in bfloat16; infinite where nothing is known.
+        hbm: bytes/s of HBM.
+        interconnect: bytes/s that a device sends along one axis of the torus, both ways together.
+        per_chip: devices a chip.
+        options: of the topology.
+    """
+
+    hbm_gib: float
+    flops: float = math.inf
+    hbm: float = math.inf
+    interconnect: float = math.inf
+    per_chip: int = 1
+    options: Mapping[str, Any] = {}
+
+    @property
+    def hbm_bytes(self) -> int:
+        return int(self.hbm_gib * GIB)
+
+
+# Rates: the system architecture pages of cloud.google.com/tpu/docs; a chip's interconnect there is
+# over 4 links (v5e, v6e) or 6, both ways. HBM: the limit that the compiler names in its errors.
+CHIPS = {
+    "v4": Chip(30.75, 275e12, 1228e9, 100e9, options={"chip_config_name": "megacore"}),
+    "v5e": Chip(15.75, 197e12, 819e9, 100e9),
+    "v5p": Chip(95.74, 459e12, 2765e9, 200e9),
+    "v6e": Chip(31.25, 918e12, 1638e9, 200e9),
+    "tpu7x": Chip(94.75, 2307e12 / 2, 7380e9 / 2, 200e9 / 2, per_chip=2),
+}
+# Without these, libtpu asks a metadata server which TPU it is on, and locks it.
+_LIBTPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+def run(
+    *,
+    topology: str,
+    student: Model,
+    data_config: data.DataConfig,
+    method: gkd.GKDConfig,
+    optimizer: Callable[..., optax.GradientTransformation],
+    schedule: Schedule,
+    trainer: program.Trainer,
+    teacher: Model | None = None,
+    mesh_config: sharding.MeshConfig = sharding.MeshConfig(),
+    num_slices: int = 1,
+    full: bool = False,
+    as_json: bool = False,
+) -> None:
+    """Compiles the phases of a step for a topology and prints what they need.
+
+    Args:
+        topology: "cpu", or a generation and a shape of chips such as "v5e:8x8".
+        student, data_config, method, optimizer, schedule, trainer, teacher, mesh_config: as
+            `train.run` takes them; of several shapes of batch, the largest counts.
+        num_slices: slices of this shape, joined by the data-centre network.
+        full: compile with all of XLA's effort: minutes, and the memory that a real run has.
+        as_json: one line of JSON instead of the table.
+
+    Raises:
+        DoesNotFitError: naming the largest arrays, once everything is printed.
+        ValueError: for an unknown topology, or what `program.build` refuses.
+    """
+    chip, devices = describe_topology(topology, num_slices)
+    if topology != "cpu":  # one layer a turn, as there: `Model` asks the backend, here the CPU's
+        student = dataclasses.replace(student, scan_unroll=student.scan_unroll or 1)
+        if teacher is not None:
+            teacher = dataclasses.replace(teacher, scan_unroll=teacher.scan_unroll or 1)
+    built = program.build(
+        student=student,
+        teacher=teacher,
+        data_config=data_config,
+        method=method,
+        optimizer=optimizer,
+        schedule=schedule,
+        trainer=trainer,
+        mesh_config=mesh_config,
+        pending=_absent_checkpoints(student, teacher),
+        check_remote=False,
+        devices=devices,
+    )
+    phases = {}
+    for name, (function, arguments) in functions(built, data_config).items():
+        print(f"compiling {name} ...", file=sys.stderr)
+        analysed = analyse(function, arguments, topology, full=full)
+        analysed["resident_bytes"] = _resident_bytes(built, name)
+        analysed["seconds"] = roofline(analysed, chip)
+        phases[name] = analysed
+    report = {
+        "topology": topology,
+        "num_slices": num_slices,
+        "num_devices": len(devices),
+        "device_kind": devices[0].device_kind,
+        "mesh": dict(built.mesh.shape),
+        "effort": "full" if full or topology == "cpu" else "-1",
+        "hbm_bytes": chip.hbm_bytes,
+        "fits": not too_large(phases, chip),
+        "phases": phases,
+        **_cost_of_run(phases, built.method, trainer.train_steps, len(devices) / chip.per_chip),
+    }
+    print(json.dumps(report) if as_json else table(report), flush=True)
+    if not report["fits"]:
+        raise DoesNotFitError(_largest(phases, chip))
+
+
+# Where it would run -------------------------------------------------------------------------------
+
+
+def describe_topology(topology: str, num_slices: int = 1) -> tuple[Chip, Sequence[Any]]:
+    """What a topology is made of, and its devices; none of them needs to exist.
+
+    Raises:
+        ValueError: for an unknown name or shape.
+        ModuleNotFoundError: without libtpu.
+    """
+    if topology == "cpu":
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return Chip(memory / jax.device_count() / GIB), jax.devices()
+    kind, _, shape = topology.partition(":")
+    if kind not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape) or num_slices < 1:
+        raise ValueError(
+            f"--topology must be cpu or a shape of {', '.join(CHIPS)} such as v5e:8x8 or "
+            f"v5p:4x4x4, in at least one slice, got {topology!r} x {num_slices}"
+        )
+    if importlib.util.find_spec("libtpu") is None:
+        raise ModuleNotFoundError("TPU topologies need libtpu: pip install 'gkd_jax[tpu]'")
+    for name, value in _LIBTPU.items():
+        os.environ.setdefault(name, value)
+    jax.config.update("jax_platforms", "cpu")
+    from jax.experimental import topologies
+
+    options = dict(CHIPS[kind].options)
+    if not set(shape) - set("1x"):
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    if num_slices > 1:
+        options["num_slices"] = num_slices
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
+    except Exception as error:
+        raise ValueError(f"libtpu knows no topology {topology!r}: {error}") from None
+    return CHIPS[kind], found.devices
+
+
+def _absent_checkpoints(*models: Model | None) -> frozenset[str]:
+    """Those that are remote, or not there yet but of known size: only shapes matter here."""
+    known = {model.checkpoint for model in models if model is not None and model.size is not None}
+    absent = {path for path in known if path is not None and not pathlib.Path(path).exists()}
+    return pretrained.remote_checkpoints(*models) | absent
+
+
+# What would run -----------------------------------------------------------------------------------
+
+
+def functions(
+    built: program.Program, data_config: data.DataConfig
+) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    """The jitted functions of a step with their abstract arguments, as `compile_steps` has them.
+
+    "score" is the teacher alone, which a run has inside "update". "update_dataset" is there where
+    batches of the dataset have another shape than sampled ones.
+    """
+    method, rows, shape = built.method, data_config.batch_size, data_config.shapes()[-1]
+    samples, config = method.uses_samples(), built.models.teacher
+    where = sharding.batch_sharding(built.mesh)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    batch = built.batch(rows, shape)
+    drawn = built.batch(rows, shape, method.num_samples if samples else 1)
+    found: dict[str, tuple[Any, tuple[Any, ...]]] = {}
+    if samples:
+        found["sample"] = (built.sample, (built.state.params, batch, key))
+    if config is not None:
+
+        def score(params, batch):
+            with sharding.use(built.mesh):
+                return t5.logits(config, params, batch)
+
+        found["score"] = (jax.jit(score, out_shardings=where), (built.teacher, drawn))
+    advantages = jax.ShapeDtypeStruct(drawn.targets.shape[:1], jnp.float32, sharding=where)
+    extra = () if method.rl is None else (advantages,)
+    found["update"] = (built.update, (built.state, built.teacher, drawn, key, *extra))
+    if samples and method.uses_dataset() and (method.num_samples > 1 or extra):
+        found["update_dataset"] = (built.update, (built.state, built.teacher, batch, key))
+    return found
+
+
+def _resident_bytes(built: program.Program, phase: str) -> int:
+    """What else a device holds while a phase runs: the teacher and the optimizer's state."""
+    if phase != "sample":
+        return 0
+    held = jax.tree.leaves((built.state.opt_state, built.teacher))
+    return sum(sharding.bytes_per_device(array, array.sharding) for array in held)
+
+
+def analyse(
+    function: Any, arguments: tuple[Any, ...], topology: str = "cpu", *, full: bool = False
+) -> dict[str, Any]:
+    """Compiles one phase and reads off what it needs; per device, bytes; from the cache if known.
+
+    Where the compiler finds that it does not fit, only `peak_bytes` and `largest` are known.
+    """
+    traced = function.trace(*arguments)
+    lowered = traced.lower()
+    path = _cache_path(lowered.as_text(), topology, full)
+    if path is not None and path.exists():
+        return json.loads(path.read_text(encoding="utf-8"))
+    on_tpu, threshold = topology != "cpu", "jax_persistent_cache_min_compile_time_secs"
+    seconds = jax.config.values[threshold]
+    options = {"exec_time_optimization_effort": -1.0} if on_tpu and not full else {}
+    # An executable for a TPU that is not there could be stored but never loaded again.
+    jax.config.update(threshold, math.inf if on_tpu else seconds)
+    try:
+        compiled = lowered.compile(compiler_options=options)
+    except jax.errors.JaxRuntimeError as error:
+        needed = re.search(r"\(([\d.]+)([KMGT])\) exceeds available HBM", str(error))
+        if "RESOURCE_EXHAUSTED" not in str(error) or needed is None:
+            raise
+        peak = int(float(needed[1]) * 1024 ** (1 + "KMGT".index(needed[2])))
+        return {"peak_bytes": peak, "largest": largest_values(traced.jaxpr.jaxpr)}
+    finally:
+        jax.config.update(threshold, seconds)
+    memory, module = compiled.memory_analysis(), hlo.parse(compiled.as_text())
+    used = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    used += memory.temp_size_in_bytes  # the CPU's own peak leaves temporaries out
+    found = {
+        "argument_bytes": memory.argument_size_in_bytes,
+        "output_bytes": memory.output_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "peak_bytes": memory.peak_memory_in_bytes if on_tpu else used,
+        **hlo.summary(module),
+        "largest": hlo.largest_arrays(module),
+    }
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}")
+        temporary.write_text(json.dumps(found), encoding="utf-8")
+        os.replace(temporary, path)
+    return found
+
+
+def _cache_path(text: str, topology: str, full: bool) -> pathlib.Path | None:
+    """Where the analysis of a program is kept, by its text and all that reads it."""
+    folder = os.environ.get("GKD_JAX_COMPILATION_CACHE")
+    if folder == "":
+        return None
+    root = pathlib.Path(folder) if folder else pathlib.Path.home() / ".cache" / "gkd_jax"
+    names = ("jaxlib",) if topology == "cpu" else ("jaxlib", "libtpu")
+    versions = map(importlib.metadata.version, names)
+    sources = [pathlib.Path(path).read_text(encoding="utf-8") for path in (__file__, hlo.__file__)]
+    parts = "\n".join([text, topology, str(full), *versions, *sources])
+    return root / "precompile" / f"{hashlib.sha256(parts.encode()).hexdigest()}.json"
+
+
+def largest_values(jaxpr: Any, count: int = 8) -> list[tuple[str, int]]:
+    """(what makes it, bytes over all devices) of the largest values of a program not compiled.
+
+    The compiler keeps some of them in pieces, or never makes them.
+    """
+    sizes: dict[str, int] = {}
+
+    def visit(inner):
+        for equation in inner.eqns:
+            for value in equation.outvars:
+                shape = getattr(value.aval, "shape", ())
+                label = f"{equation.source_info.name_stack}/{equation.primitive.name}"
+                label = f"{label.lstrip('/')} {value.aval.str_short()}"
+                size = math.prod(shape) * getattr(value.aval.dtype, "itemsize", 4)
+                sizes[label] = max(sizes.get(label, 0), size)
+            for parameter in jax.tree.leaves(
+                list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+            ):
+                if hasattr(parameter, "eqns"):
+                    visit(getattr(parameter, "jaxpr", parameter))
+
+    visit(jaxpr)
+    return sorted(sizes.items(), key=lambda item: -item[1])[:count]
+
+
+# What it costs ------------------------------------------------------------------------------------
+
+
+def roofline(phase: Mapping[str, Any], chip: Chip) -> dict[str, Any] | None:
+    """Seconds of a phase at the chip's peak rates, and what most of them wait for.
+
+    Within a loop everything overlaps, so that the slowest of the three counts; loops follow each
+    other. None where the chip's rates are not known or the phase was not compiled.
+    """
+    if "loops" not in phase or math.isinf(chip.flops):
+        return None
+    waits: dict[str, float] = dict.fromkeys(RESOURCES, 0.0)
+    alone = dict(waits)
+    for loop in phase["loops"].values():
+        times = {
+            "compute": loop["flops"] / chip.flops,
+            "hbm": loop["traffic_bytes"] / chip.hbm,
+            "interconnect": loop["wire_bytes"] / chip.interconnect,
+        }
+        for name, seconds in times.items():
+            alone[name] += seconds
+        slowest = max(times, key=lambda name: times[name])
+        waits[slowest] += times[slowest]
+    bound = max(waits, key=lambda name: waits[name])
+    return {**alone, "roofline": sum(waits.values()), "bound_by": bound}
+
+
+def sampled_share(method: gkd.GKDConfig, train_steps: int) -> float:
+    """The share of a run's steps that sample."""
+    fraction = method.on_policy_fraction
+    if method.mixing == "example":
+        return float(fraction != 0)
+    if not callable(fraction):
+        return float(fraction)
+    steps = np.linspace(0, train_steps - 1, min(train_steps, 1000)).round()
+    return float(np.mean([float(fraction(step)) for step in steps]))
+
+
+def _cost_of_run(
+    phases: Mapping[str, Any], method: gkd.GKDConfig, train_steps: int, num_chips: float
+) -> dict[str, Any]:
+    share = sampled_share(method, train_steps)
+    found = {"train_steps": train_steps, "sampled_share": share, "num_chips": num_chips}
+    seconds = {name: phase["seconds"] for name, phase in phases.items() if name != "score"}
+    if any(value is None for value in seconds.values()):
+        return {**found, "step_seconds": None, "chip_hours": None}
+    times = {name: value["roofline"] for name, value in seconds.items()}
+    dataset = times.get("update_dataset", times["update"])
+    step = share * (times.get("sample", 0.0) + times["update"]) + (1 - share) * dataset
+    return {**found, "step_seconds": step, "chip_hours": train_steps * step * num_chips / 3600}
+
+
+def too_large(phases: Mapping[str, Any], chip: Chip) -> list[str]:
+    """The phases that need more than a device has; "score" is no program of a run."""
+    return [
+        name
+        for name, phase in phases.items()
+        if name != "score" and phase["peak_bytes"] + phase["resident_bytes"] > chip.hbm_bytes
+    ]
+
+
+def _largest(phases: Mapping[str, Any], chip: Chip) -> str:
+    parts = []
+    for name in too_large(phases, chip):
+        phase = phases[name]
+        needed = (phase["peak_bytes"] + phase["resident_bytes"]) / GIB
+        arrays = ", ".join(f"{label} {size / GIB:.2f} GiB" for label, size in phase["largest"])
+        where = "each" if "loops" in phase else "over all devices"
+        parts.append(f"{name} needs {needed:.2f} GiB; its largest arrays, {where}: {arrays}")
+    return f"a device has {chip.hbm_bytes / GIB:.2f} GiB; {'; '.join(parts)}"
+
+
+# On paper -----------------------------------------------------------------------------------------
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """A report as text, one column a phase."""
+    phases = report["phases"]
+
+    def row(label: str, value: Callable[[Mapping[str, Any]], Any]) -> str:
+        cells = []
+        for phase in phases.values():
+            try:
+                found = value(phase)
+            except (KeyError, TypeError):  # not compiled, or no rates known
+                found = "-"
+            cells.append(found if isinstance(found, str) else f"{found:.4g}")
+        return f"{label:<22}" + "".join(f"{cell:>15}" for cell in cells)
+
+    mesh = " x ".join(f"{name}={size}" for name, size in report["mesh"].items())
+    lines = [
+        f"{report['topology']} x {report['num_slices']}: {report['num_devices']} devices "
+        f"({report['device_kind']}), {mesh}, effort {report['effort']}",
+        f"{'per device':<22}" + "".join(f"{name:>15}" for name in phases),
+    ]
+    for name in ("argument", "output", "temporary", "peak", "resident"):
+        lines.append(row(f"{name} GiB", lambda phase, n=name: phase[f"{n}_bytes"] / GIB))
+    verdict = "fits" if report["fits"] else "DOES NOT FIT"
+    lines.append(f"{'a device has GiB':<22}{report['hbm_bytes'] / GIB:>15.4g}   {verdict}")
+    lines.append(row("TFLOP", lambda phase: phase["flops"] / 1e12))
+    lines.append(row("HBM traffic GB", lambda phase: phase["traffic_bytes"] / 1e9))
+    lines.append(row("sent GB", lambda phase: phase["wire_bytes"] / 1e9))
+    for name in (*RESOURCES, "roofline"):
+        lines.append(row(f"{name} ms", lambda phase, n=name: phase["seconds"][n] * 1e3))
+    lines.append(row("bound by", lambda phase: phase["seconds"]["bound_by"]))
+    lines.append("collectives (loops: turns of the outer > of the inner):")
+    for name, phase in phases.items():
+        for found in phase.get("collectives", ()):
+            lines.append(
+                f"  {name:<15}{found['kind']:<20}x {found['count']:<8.0f}"
+                f"over {found['group_size']:<6}{found['bytes'] / 1e6:>12.2f} MB   "
+                f"{'loop ' + found['loop'] if found['loop'] else 'no loop'}"
+            )
+    if report["chip_hours"] is not None:
+        lines.append(
+            f"a step takes at least {report['step_seconds'] * 1e3:.1f} ms (samples in "
+            f"{report['sampled_share']:.0%} of steps); {report['train_steps']} steps on "
+            f"{report['num_chips']:g} chips: {report['chip_hours']:.1f} chip-hours"
+        )
+    return "\n".join(lines)
