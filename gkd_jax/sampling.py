@@ -211,9 +211,9 @@ def draw(logits: Float[Array, "B V"], uniforms: Float[Array, " B"]) -> Int[Array
     cumulative = jnp.cumsum(block_sums, axis=-1)
     target = uniforms * cumulative[:, -1]
     block = _first_above(cumulative, block_sums, target)
-    rows = jnp.arange(batch_size)
-    before = cumulative[rows, block] - block_sums[rows, block]
-    inside = mass[rows, block]
+    # Each row from its own: told so, the compiler leaves rows on their devices.
+    before = jnp.take_along_axis(cumulative - block_sums, block[:, None], axis=1)[:, 0]
+    inside = jnp.take_along_axis(mass, block[:, None, None], axis=1)[:, 0]
     index = _first_above(jnp.cumsum(inside, axis=-1), inside, target - before)
     return (block * _BLOCK + index).astype(jnp.int32)
 

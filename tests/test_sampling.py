@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from gkd_jax import sampling, sharding
+from gkd_jax import hlo, sampling, sharding
 from gkd_jax.batch import Batch
 from gkd_jax.models import t5
 from gkd_jax.sampling import SamplingConfig
@@ -344,6 +344,36 @@ def test_tokens_are_the_same_on_any_mesh(sizes, params, inputs):
 
 
 # Errors -------------------------------------------------------------------------------------------
+
+
+def test_no_weight_is_gathered_inside_the_decode_loop(params, inputs):
+    """Where fsdp splits the weights, they are put together once, before the first token."""
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=4))
+
+    def run(params, inputs, key):
+        with sharding.use(mesh):
+            return sampling.sample(CONFIG, params, inputs, key, max_length=16)
+
+    where = (
+        sharding.tree_shardings(params, t5.logical_axes(params), mesh),
+        sharding.batch_sharding(mesh),
+        None,
+    )
+    compiled = jax.jit(run, in_shardings=where).lower(params, inputs, jax.random.key(0)).compile()
+    loops = hlo.costs(hlo.parse(compiled.as_text()))
+    decoding = [cost for loop, cost in loops.items() if loop.startswith("16")]
+    assert decoding  # the loop was found
+    smallest_weight = 4 * CONFIG.d_model * CONFIG.num_heads * CONFIG.head_dim
+    for cost in decoding:
+        for (kind, _), found in cost.collectives.items():
+            assert found.nbytes / found.count < smallest_weight, kind
+    gathered = sum(
+        found.nbytes
+        for loop, cost in loops.items()
+        for (kind, _), found in cost.collectives.items()
+        if kind == "all-gather" and not loop.startswith("16")
+    )
+    assert gathered >= smallest_weight
 
 
 @pytest.mark.parametrize(
