@@ -96,8 +96,8 @@ class Checkpoints:
             try:
                 state = self._restore(step, target, stream)
             except Exception as error:
-                first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-                print(f"WARNING: checkpoint {step} is damaged: {first_line}", file=sys.stderr)
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+                print(f"WARNING: checkpoint {step} is damaged: {reason}", file=sys.stderr)
                 self._put_aside(step)
                 continue
             return step, state

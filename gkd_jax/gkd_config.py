@@ -67,7 +67,8 @@ class GKDConfig:
             )
         if self.divergence is not None:  # what it refuses (beta), it refuses now
             logits = jax.ShapeDtypeStruct((1, 2), jnp.float32)
-            jax.eval_shape(self.divergence, logits, logits)
+            divergence = self.divergence  # in a new function: JAX remembers those it has traced
+            jax.eval_shape(lambda student, teacher: divergence(student, teacher), logits, logits)
         if self.divergence is None and self.on_policy_fraction != 0:
             raise ValueError(
                 "without a divergence the loss is the cross-entropy of the targets, which must "

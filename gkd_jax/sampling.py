@@ -115,8 +115,7 @@ def sample(
     batch_size = inputs.shape[0] * num_samples
     if encoded is None:
         encoded = t5.encode(config, params, inputs)
-    encoded = t5.repeat(encoded, num_samples)
-    params = decode_layout(config, params)
+    encoded, params = t5.repeat(encoded, num_samples), decode_layout(config, params)
     cache = t5.init_cache(config, params, encoded, max_length)
     allowed = allowed_ids(config.vocab_size, sampling.banned_ids)
     uniforms = jnp.zeros((max_length, batch_size))  # greedy needs none

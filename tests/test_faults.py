@@ -96,6 +96,7 @@ def test_the_checkpoint_before_a_damaged_one_is_taken(damage, run_dir, finished,
     assert steps == list(range(1, 8))
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_where_all_checkpoints_are_damaged_nothing_starts_from_scratch(run_dir):
     for step in ("4", "6"):
         flip(largest_file(run_dir / "checkpoints" / step / "params" / "d"))
@@ -103,6 +104,7 @@ def test_where_all_checkpoints_are_damaged_nothing_starts_from_scratch(run_dir):
         train.run(**options(run_dir, trainer=train.Trainer(train_steps=7)))
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_model_is_not_loaded_from_damaged_bytes(run_dir):
     flip(largest_file(run_dir / "checkpoints" / "6" / "params" / "d"))
     with pytest.raises(ValueError, match=r"are not those that were written|DATA_LOSS"):
