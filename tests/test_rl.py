@@ -162,13 +162,13 @@ def test_microbatches_change_nothing(reduction, student, teacher):
     advantages = jnp.asarray(rl.advantages(REWARDS[rows], 2))
     whole = gradient(config, student, teacher, batch, advantages)
     parts = gradient(config, student, teacher, batch, advantages, num_microbatches=2)
-    np.testing.assert_allclose(flat(parts), flat(whole), atol=1e-6)
+    np.testing.assert_allclose(flat(parts), flat(whole), atol=5e-6)
 
 
 def test_the_loss_in_parts_of_the_length_is_the_whole_loss(student, teacher):
     whole = gradient(method(0.25), student, teacher, ALL, jnp.asarray(REWARDS))
     parts = gradient(method(0.25, loss_parts=2), student, teacher, ALL, jnp.asarray(REWARDS))
-    np.testing.assert_allclose(flat(parts), flat(whole), atol=1e-6)
+    np.testing.assert_allclose(flat(parts), flat(whole), atol=5e-6)
 
 
 def test_reward_and_divergence_are_reported_apart(student, teacher):
