@@ -122,6 +122,8 @@ class Model:
     def __str__(self) -> str:
         """Such as "small (77M)": people reuse a size's name."""
         count = None if self.parameters is None else short_count(self.parameters)
+        if self.size == "tiny" and count:  # of any size, in tests and studies on a CPU
+            return count
         if self.size and count:
             return f"{self.size} ({count})"
         return self.size or count or "size not recorded"
