@@ -18,7 +18,7 @@ import seqio
 
 from gkd_jax import calculator, sharding
 from gkd_jax.models import t5
-from gkd_jax.sampling import EOS_ID, allowed_ids
+from gkd_jax.sampling import EOS_ID, allowed_ids, decode_layout
 
 
 Decode = Callable[[t5.Params, Int[jax.Array, "B S"]], Int[np.ndarray, "B T"]]
@@ -37,8 +37,8 @@ def make_decode(
 
     def start(params, inputs):
         with sharding.use(mesh):
-            encoded = t5.encode(config, params, inputs)
-            return encoded, t5.init_cache(config, params, encoded, max_length)
+            encoded, params = t5.encode(config, params, inputs), decode_layout(config, params)
+            return params, encoded, t5.init_cache(config, params, encoded, max_length)
 
     def step(params, encoded, last, cache):
         with sharding.use(mesh):
@@ -50,7 +50,7 @@ def make_decode(
     start_fn, step_fn = jax.jit(start), jax.jit(step, donate_argnums=3)
 
     def decode(params, inputs):
-        encoded, cache = start_fn(params, inputs)
+        params, encoded, cache = start_fn(params, inputs)
         rows = [_Row(vocabulary) for _ in range(inputs.shape[0])]
         last = np.full(len(rows), t5.PAD_ID, np.int32)
         for _ in range(max_length):

@@ -300,13 +300,12 @@ def fill_batch(
 
 def place(batch: Batch, mesh: Mesh, rules: sharding.Rules = sharding.RULES) -> Batch:
     """Hands every local device its rows of a global batch that each process holds whole."""
+    return Batch(*(place_array(x, mesh, rules) for x in batch))
+
+
+def place_array(
+    values: np.ndarray, mesh: Mesh, rules: sharding.Rules = sharding.RULES
+) -> jax.Array:
+    """`place` for one array, whose first axis is the rows."""
     where = sharding.batch_sharding(mesh, rules)
-    return Batch(
-        *(jax.make_array_from_callback(x.shape, where, lambda index, x=x: x[index]) for x in batch)
-    )
-
-
-def place_rows(values: np.ndarray, mesh: Mesh) -> jax.Array:
-    """One number for each row of a global batch, laid out as the rows are."""
-    where = sharding.batch_sharding(mesh)
     return jax.make_array_from_callback(values.shape, where, lambda index: values[index])

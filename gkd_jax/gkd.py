@@ -5,7 +5,7 @@
         if u < lambda:  y ~ student(. | x), for the inputs x       `sample_targets`
         else:           y = the dataset's targets
         theta <- theta - eta * grad of mean over (x, y) of
-                 D(teacher || student_theta)(y | x)                `loss`, `update`
+                 D(teacher || student_theta)(y | x)                `per_token_loss`, `update`
 
 Supervised KD is lambda = 0; on-policy KD is lambda = 1; ImitKD and f-distill are lambda = 0.5 with
 forward KL and total variation; SFT is lambda = 0 with no divergence: cross-entropy on the targets.
@@ -319,7 +319,7 @@ class _Weighted(NamedTuple):
         policy = jnp.zeros(())
         total = loss
         if log_probs is not None:
-            policy, _ = policy_loss(log_probs, rows.weights, advantages)
+            policy = policy_loss(log_probs, rows.weights, advantages)
             total = self.alpha * loss + (1 - self.alpha) * self.policy_scale * policy
         return total, LossSums(loss, tokens, sequences, policy)
 

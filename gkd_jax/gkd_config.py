@@ -2,20 +2,19 @@
 
 from collections.abc import Callable
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from gkd_jax import divergences, losses
 from gkd_jax.models import t5
+from gkd_jax.optimizers import Schedule
 from gkd_jax.rl import RLConfig
 from gkd_jax.sampling import SamplingConfig
 
 
 Divergence = Callable[[jax.Array, jax.Array], jax.Array]
 Reduction = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
-Schedule = Callable[[Any], Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

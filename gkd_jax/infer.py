@@ -17,7 +17,7 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-from gkd_jax import data, evaluate, sharding
+from gkd_jax import data, evaluate, files, sharding
 from gkd_jax.evaluate import EvalConfig
 from gkd_jax.models import t5
 from gkd_jax.pretrained import Model, check_vocabularies, place_params
@@ -100,7 +100,6 @@ def evaluate_checkpoint(
     if jax.process_index() == 0:
         folder = pathlib.Path(output_dir)
         evaluate.write_rows(folder / "predictions.jsonl", rows, ready.vocabulary)
-        temporary = folder / "metrics.tmp"
         about = {
             "checkpoint": model.checkpoint,
             "split": evaluation.split,
@@ -108,8 +107,7 @@ def evaluate_checkpoint(
             "temperature": evaluation.temperature,
         }
         text = json.dumps({data_config.task: values, "evaluation": about}, indent=1)
-        temporary.write_text(text + "\n")
-        os.replace(temporary, folder / "metrics.json")
+        files.write_whole(folder / "metrics.json", text + "\n")
     print(json.dumps({data_config.task: values}))
 
 
@@ -195,6 +193,4 @@ def _skip(path: pathlib.Path, lines_a_batch: int) -> int:
 def _truncate(path: pathlib.Path, num_lines: int) -> None:
     if path.exists():
         lines = path.read_bytes().splitlines(keepends=True)[:num_lines]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_bytes(b"".join(lines))
-        os.replace(temporary, path)
+        files.write_whole(path, b"".join(lines))

@@ -63,12 +63,12 @@ def _main(arguments: list[str]) -> None:
             f"unknown command {command!r}{_suggestion(command, COMMANDS)}, expected one of "
             f"{', '.join(COMMANDS)}"
         )
-    values, bindings = _parse_flags(command, rest)
+    values, bindings, positional = _parse_flags(command, rest)
     if values.help:
         print(_USAGE + "\n\n" + values.main_module_help())
         return
     if command == "report":
-        _report(values)
+        _report(values, positional)
         return
     if command == "convert":
         _set_up(values)
@@ -82,7 +82,9 @@ def _main(arguments: list[str]) -> None:
     commands[command](values)
 
 
-def _parse_flags(command: str, arguments: list[str]) -> tuple[flags.FlagValues, list[str]]:
+def _parse_flags(
+    command: str, arguments: list[str]
+) -> tuple[flags.FlagValues, list[str], list[str]]:
     """absl flags, with T5X's `--gin.NAME=VALUE` rewritten to bindings."""
     values = flags.FlagValues()
     flags.DEFINE_multi_string("gin_file", [], "a gin file; later ones win", flag_values=values)
@@ -109,7 +111,6 @@ def _parse_flags(command: str, arguments: list[str]) -> tuple[flags.FlagValues, 
         flags.DEFINE_bool("json", False, "one line of JSON", flag_values=values)
     if command == "report":
         flags.DEFINE_string("output", None, "a folder for the report", flag_values=values)
-        flags.DEFINE_list("run_dirs", [], "found on the command line", flag_values=values)
     flags.DEFINE_bool("help", False, "this text", short_name="h", flag_values=values)
     bindings, others = [], []
     for argument in arguments:
@@ -124,11 +125,9 @@ def _parse_flags(command: str, arguments: list[str]) -> tuple[flags.FlagValues, 
         extra = values(["gkd-jax", *others])[1:]
     except flags.Error as error:
         raise UsageError(f"{command}: {error}") from None
-    if command == "report":
-        values.run_dirs = extra
-    elif extra:
+    if extra and command != "report":
         raise UsageError(f"{command} takes flags only, got {extra[0]!r}")
-    return values, [*values.gin_bindings, *bindings]
+    return values, [*values.gin_bindings, *bindings], extra
 
 
 def _set_up(values: flags.FlagValues) -> None:
@@ -304,14 +303,14 @@ def _convert(values: flags.FlagValues) -> None:
     )
 
 
-def _report(values: flags.FlagValues) -> None:
+def _report(values: flags.FlagValues, run_dirs: list[str]) -> None:
     from gkd_jax import report
 
-    if not values.run_dirs or values.output is None:
+    if not run_dirs or values.output is None:
         raise UsageError(
             "report needs run directories and --output: report RUN_DIR... --output=DIR"
         )
-    report.write(values.run_dirs, values.output)
+    report.write(run_dirs, values.output)
     print(f"wrote {os.path.join(values.output, 'report.html')}", file=sys.stderr)
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 import json
 import math
-import os
 import pathlib
 import sys
 import time
@@ -11,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
+
+from gkd_jax import files
 
 
 class Writer:
@@ -29,9 +30,7 @@ class Writer:
         path = self._folder / "metrics.jsonl"
         if path.exists():
             kept = [line for line in read(path) if line["step"] <= resume_step]
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            os.replace(temporary, path)
+            files.write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a")
         self._tensorboard = tf.summary.create_file_writer(str(self._folder / "tensorboard"))
 

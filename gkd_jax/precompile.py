@@ -22,11 +22,10 @@ import sys
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gkd_jax import data, gkd, hlo, pretrained, program, sharding
+from gkd_jax import data, files, gkd, hlo, pretrained, program, sharding
 from gkd_jax.models import t5
 from gkd_jax.optimizers import Schedule
 from gkd_jax.pretrained import Model
@@ -210,27 +209,24 @@ def functions(
     "score" is the teacher alone, which a run has inside "update". "update_dataset" is there where
     batches of the dataset have another shape than sampled ones.
     """
-    method, rows, shape = built.method, data_config.batch_size, data_config.shapes()[-1]
-    samples, config = method.uses_samples(), built.models.teacher
-    where = sharding.batch_sharding(built.mesh)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    batch = built.batch(rows, shape)
-    drawn = built.batch(rows, shape, method.num_samples if samples else 1)
+    rows, shape, config = data_config.batch_size, data_config.shapes()[-1], built.models.teacher
+    arguments = program.step_arguments(built, rows, shape)
     found: dict[str, tuple[Any, tuple[Any, ...]]] = {}
-    if samples:
-        found["sample"] = (built.sample, (built.state.params, batch, key))
+    if arguments.sample is not None:
+        found["sample"] = (built.sample, arguments.sample)
+    update = arguments.update_samples or arguments.update_dataset
+    assert update is not None  # every run has steps
     if config is not None:
 
         def score(params, batch):
             with sharding.use(built.mesh):
                 return t5.logits(config, params, batch)
 
-        found["score"] = (jax.jit(score, out_shardings=where), (built.teacher, drawn))
-    advantages = jax.ShapeDtypeStruct(drawn.targets.shape[:1], jnp.float32, sharding=where)
-    extra = () if method.rl is None else (advantages,)
-    found["update"] = (built.update, (built.state, built.teacher, drawn, key, *extra))
-    if samples and method.uses_dataset() and (method.num_samples > 1 or extra):
-        found["update_dataset"] = (built.update, (built.state, built.teacher, batch, key))
+        where = sharding.batch_sharding(built.mesh)
+        found["score"] = (jax.jit(score, out_shardings=where), (built.teacher, update[2]))
+    found["update"] = (built.update, update)
+    if arguments.update_dataset is not None and arguments.update_dataset != update:
+        found["update_dataset"] = (built.update, arguments.update_dataset)
     return found
 
 
@@ -282,9 +278,7 @@ def analyse(
     }
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps(found), encoding="utf-8")
-        os.replace(temporary, path)
+        files.write_whole(path, json.dumps(found))
     return found
 
 

@@ -143,12 +143,15 @@ def _check_sizes(path: str, size: str | None, stored: t5.T5Config, chosen: t5.T5
 
 def place_params(model: Model, config: t5.T5Config, mesh: Mesh) -> t5.Params:
     """`initial_params` of a model that only decodes or scores, spread over a mesh."""
-    shapes = t5.abstract_params(config, model.param_dtype)
-    where = sharding.tree_shardings(shapes, t5.logical_axes(shapes), mesh)
-    target = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where
-    )
+    target = frozen_shapes(model, config, mesh)
     return initial_params(model, config, target, jax.random.key(0), "model")
+
+
+def frozen_shapes(model: Model, config: t5.T5Config, mesh: Mesh) -> t5.Params:
+    """The abstract parameters, with shardings, of a model that is not trained."""
+    shapes = t5.abstract_params(config, model.param_dtype)
+    placed = sharding.tree_shardings(shapes, t5.logical_axes(shapes), mesh)
+    return sharding.with_shardings(shapes, placed)
 
 
 def initial_params(

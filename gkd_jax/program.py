@@ -126,8 +126,11 @@ def build(
     )
     transformation = optimizer(schedule=schedule)
     state = train_state.abstract(models.student, transformation)
-    state = _with_shardings(state, train_state.shardings(state, mesh))
-    teacher_params = None if teacher is None else _abstract_teacher(models, teacher, mesh)
+    state = sharding.with_shardings(state, train_state.shardings(state, mesh))
+    teacher_params = None
+    if teacher is not None:
+        assert models.teacher is not None
+        teacher_params = pretrained.frozen_shapes(teacher, models.teacher, mesh)
 
     sample, update = _jit(method, models, transformation, trainer, mesh, state)
     return Program(
@@ -199,19 +202,6 @@ def _check_batch(batch_size: int, num_microbatches: int, mesh: Mesh) -> None:
     sharding.check_batch_size(batch_size // num_microbatches, mesh)
 
 
-def _abstract_teacher(models: gkd.Models, teacher: Model, mesh: Mesh) -> t5.Params:
-    assert models.teacher is not None
-    shapes = t5.abstract_params(models.teacher, teacher.param_dtype)
-    placed = sharding.tree_shardings(shapes, t5.logical_axes(shapes), mesh)
-    return _with_shardings(shapes, placed)
-
-
-def _with_shardings(shapes: Any, shardings: Any) -> Any:
-    return jax.tree.map(
-        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, shardings
-    )
-
-
 def shardings_of(shapes: Any) -> Any:
     """The shardings of placed arrays or `ShapeDtypeStruct`s."""
     return jax.tree.map(lambda x: x.sharding, shapes)
@@ -269,29 +259,48 @@ class Steps(NamedTuple):
     update_dataset: dict[tuple[int, int], Any]
 
 
+class StepArguments(NamedTuple):
+    """Abstract arguments of `Program.sample` and `Program.update`, of the step kinds that lambda
+    can reach; None for the others."""
+
+    sample: tuple[Any, ...] | None
+    update_samples: tuple[Any, ...] | None
+    update_dataset: tuple[Any, ...] | None
+
+
+def step_arguments(program: Program, rows: int, shape: tuple[int, int]) -> StepArguments:
+    """Those of a batch of `rows` prompts of lengths (S, T)."""
+    method = program.method
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    batch = program.batch(rows, shape)
+    common = (program.state, program.teacher)
+    update_dataset = (*common, batch, key) if method.uses_dataset() else None
+    if not method.uses_samples():
+        return StepArguments(None, None, update_dataset)
+    drawn = program.batch(rows, shape, method.num_samples)
+    extra = ()
+    if method.rl is not None:
+        where = sharding.batch_sharding(program.mesh)
+        extra = (jax.ShapeDtypeStruct(drawn.targets.shape[:1], jnp.float32, sharding=where),)
+    sample = (program.state.params, batch, key)
+    return StepArguments(sample, (*common, drawn, key, *extra), update_dataset)
+
+
 def compile_steps(program: Program, data_config: data.DataConfig) -> Steps:
     """The step kinds that lambda can reach, compiled for each shape of batch."""
-    method, rows = program.method, data_config.batch_size
-    key = jax.eval_shape(lambda: jax.random.key(0))
     steps = Steps({}, {}, {})
     for shape in data_config.shapes():
-        batch = program.batch(rows, shape)
-        common = (program.state, program.teacher)
-        samples_differ = method.num_samples > 1 or method.rl is not None
-        if method.uses_dataset() or not samples_differ:
-            steps.update_dataset[shape] = program.update.lower(*common, batch, key).compile()
-            steps.update_samples[shape] = steps.update_dataset[shape]
-        if not method.uses_samples():
+        arguments = step_arguments(program, data_config.batch_size, shape)
+        if arguments.update_dataset is not None:
+            lowered = program.update.lower(*arguments.update_dataset)
+            steps.update_dataset[shape] = lowered.compile()
+        if arguments.sample is None or arguments.update_samples is None:
             continue
-        steps.sample[shape] = program.sample.lower(program.state.params, batch, key).compile()
-        if samples_differ:
-            drawn = program.batch(rows, shape, method.num_samples)
-            extra = ()
-            if method.rl is not None:
-                where = sharding.batch_sharding(program.mesh)
-                count = drawn.targets.shape[:1]
-                extra = (jax.ShapeDtypeStruct(count, jnp.float32, sharding=where),)
-            lowered = program.update.lower(*common, drawn, key, *extra)
+        steps.sample[shape] = program.sample.lower(*arguments.sample).compile()
+        if arguments.update_samples == arguments.update_dataset:
+            steps.update_samples[shape] = steps.update_dataset[shape]
+        else:
+            lowered = program.update.lower(*arguments.update_samples)
             steps.update_samples[shape] = lowered.compile()
     return steps
 

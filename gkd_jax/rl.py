@@ -73,8 +73,8 @@ def policy_loss(
     log_probs: Float[Array, "N T"],
     weights: Float[Array, "N T"],
     advantages: Float[Array, " N"],
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """REINFORCE: (the sum over sequences of -advantage x log Q(sequence), how many there are).
+) -> Float[Array, ""]:
+    """REINFORCE: the sum over sequences of -advantage x log Q(sequence).
 
     Args:
         log_probs: log Q of each sampled token, under the distribution it was drawn from; nats.
@@ -82,5 +82,4 @@ def policy_loss(
         advantages: constants: no gradient flows into them.
     """
     log_q = jnp.sum(jnp.where(weights > 0, log_probs, 0.0) * weights, axis=1)
-    count = jnp.sum(jnp.any(weights > 0, axis=1).astype(jnp.float32))
-    return -jnp.sum(advantages * log_q), count
+    return -jnp.sum(advantages * log_q)

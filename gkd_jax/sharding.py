@@ -188,6 +188,13 @@ def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, partition))
 
 
+def with_shardings(shapes: Any, shardings: Any) -> Any:
+    """`ShapeDtypeStruct`s of a tree's shapes and dtypes that lie as a tree of shardings says."""
+    return jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, shardings
+    )
+
+
 def num_batch_shards() -> int:
     """Over how many devices `use` spreads the rows of a batch; 1 outside it."""
     active = _active.get()

@@ -21,6 +21,7 @@ from gkd_jax import (
     checkpoints,
     data,
     evaluate,
+    files,
     gkd,
     metrics,
     pretrained,
@@ -121,9 +122,11 @@ def run(
     )
     run_record.check_same(folder, about)
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "config.gin", config_text())
-    _write(folder / "model_info.txt", model_info(program))
-    _write(folder / "run.json", json.dumps(about, indent=1) + "\n")
+    silent = jax.process_index() > 0
+    if not silent:
+        files.write_whole(folder / "config.gin", config_text())
+        files.write_whole(folder / "model_info.txt", model_info(program))
+        files.write_whole(folder / "run.json", json.dumps(about, indent=1) + "\n")
 
     #### Data, state, and where a run before this one stopped ######################################
     saved = checkpoints.Checkpoints(model_dir, keep=trainer.keep)
@@ -156,7 +159,6 @@ def run(
         teacher_params = pretrained.initial_params(
             teacher, program.models.teacher, program.teacher, key, "teacher"
         )
-    silent = jax.process_index() > 0
     writer = metrics.Writer(model_dir, resume_step=start, silent=silent)
     description = checkpoints.describe_model(
         program.models.student, vocabularies.content_hash(program.vocabulary)
@@ -189,10 +191,9 @@ def run(
                 extra = ()
                 if program.method.rl is not None:
                     # While the device samples, the host waits for the update before.
-                    if pending_step is not None:
-                        pending_step = _log(pending_step, writer, progress, schedule)
+                    pending_step = _log(pending_step, writer, progress, schedule)
                     scored = _rewards(program, rows, drawn)
-                    extra = (data.place_rows(scored.advantages, program.mesh),)
+                    extra = (data.place_array(scored.advantages, program.mesh),)
                 state, values = steps.update_samples[shape](
                     state, teacher_params, batch, keys.dropout, *extra
                 )
@@ -202,8 +203,7 @@ def run(
                 )
 
             # The device works on this step; the host waits for the one before and logs it.
-            if pending_step is not None:
-                _log(pending_step, writer, progress, schedule)
+            _log(pending_step, writer, progress, schedule)
             pending_step = _Pending(step, began, batch, drawn, scored, values)
             done = step + 1
             stopped = told_to_stop(done)
@@ -212,8 +212,7 @@ def run(
                 pending_step = _log(pending_step, writer, progress, schedule)
                 writer.write(done, evaluator(state.params, teacher_params, done))
             if last or _due(done, trainer.save_period):
-                if pending_step is not None:
-                    pending_step = _log(pending_step, writer, progress, schedule)
+                pending_step = _log(pending_step, writer, progress, schedule)
                 saved.save(done, state, stream, description)
             if last:
                 break
@@ -265,8 +264,12 @@ def _rewards(program: Program, rows: Batch, drawn: Sample) -> _Scored:
 _finished_at = [0.0]
 
 
-def _log(step: _Pending, writer: metrics.Writer, progress: metrics.Progress, schedule) -> None:
-    """Waits for a step's results and writes its line."""
+def _log(
+    step: _Pending | None, writer: metrics.Writer, progress: metrics.Progress, schedule: Schedule
+) -> None:
+    """Waits for a step's results and writes its line; nothing where there is none to wait for."""
+    if step is None:
+        return
     began = max(step.began, _finished_at[0])
     numbers: dict[str, float] = {}
     sampled_at = began
@@ -399,14 +402,6 @@ def _evaluator(
 def _file_name(task: str) -> str:
     """A folder for a task, which may be the path of a JSONL file."""
     return os.path.basename(task)
-
-
-def _write(path: pathlib.Path, text: str) -> None:
-    """Whole or not at all, and by one process."""
-    if jax.process_index() == 0:
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(text)
-        os.replace(temporary, path)
 
 
 def phase_dir(model_dir: str, phase: str) -> str:

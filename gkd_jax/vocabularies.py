@@ -11,6 +11,8 @@ import sentencepiece
 import seqio
 import tensorflow as tf
 
+from gkd_jax import files
+
 
 T5_PATH = "gs://t5-data/vocabs/cc_all.32000/sentencepiece.model"
 T5_EXTRA_IDS = 100
@@ -265,6 +267,4 @@ def train_sentencepiece(
         ) from None
     target = pathlib.Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    temporary.write_bytes(model.getvalue())
-    os.replace(temporary, target)
+    files.write_whole(target, model.getvalue())

@@ -5,36 +5,19 @@ import shutil
 import jax
 import numpy as np
 import pytest
+import small_runs
+from small_runs import LENGTHS, small
 
 from gkd_jax import checkpoints, data, divergences, evaluate, gkd, metrics, optimizers, train
 from gkd_jax.data import DataConfig
-from gkd_jax.models import t5
 from gkd_jax.pretrained import Model, load_model
 from gkd_jax.sharding import MeshConfig
-import gkd_jax.tasks.arithmetic  # noqa: F401
-
-
-LENGTHS = {"inputs": 48, "targets": 32}
-
-
-def small(size, *, vocab_size):
-    return t5.t5_1_1(
-        size, vocab_size=vocab_size, d_model=16, num_heads=2, head_dim=8, d_ff=32, num_layers=1
-    )
 
 
 def options(model_dir, **more):
-    return {
-        "model_dir": str(model_dir),
-        "student": Model(architecture=small, size="tiny"),
-        "data_config": DataConfig(task="arithmetic", feature_lengths=LENGTHS, batch_size=8),
-        "method": gkd.GKDConfig(on_policy_fraction=0.0, divergence=None),
-        "optimizer": optimizers.adafactor,
-        "schedule": optimizers.linear_schedule(learning_rate=0.02, total_steps=100),
-        "trainer": train.Trainer(train_steps=6, save_period=2),
-        "mesh_config": MeshConfig(data=4, fsdp=2),
-        **more,
-    }
+    return small_runs.options(
+        model_dir, steps=6, **{"trainer": train.Trainer(train_steps=6, save_period=2), **more}
+    )
 
 
 @pytest.fixture(scope="module")

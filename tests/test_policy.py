@@ -13,7 +13,17 @@ PACKAGE = ROOT / "gkd_jax"
 # A module imports from rows above its own only. A package is one entry: its submodules may
 # import each other. `__init__` is `import gkd_jax` itself, the public names.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("batch", "calculator", "divergences", "hlo", "losses", "optimizers", "rl", "sharding"),
+    (
+        "batch",
+        "calculator",
+        "divergences",
+        "files",
+        "hlo",
+        "losses",
+        "optimizers",
+        "rl",
+        "sharding",
+    ),
     ("models", "text_metrics", "vocabularies"),
     ("sampling", "train_state", "tasks"),
     ("beam_search", "calculator_decoding", "gkd_config", "convert", "data", "metrics"),

@@ -16,9 +16,9 @@ OUTPUT holds `report.html` (one file, to send), `report.md`, `figures/*.png` and
 """
 
 from collections.abc import Sequence
-import os
 import pathlib
 
+from gkd_jax import files
 from gkd_jax.report import figures, pages, runs
 from gkd_jax.report.results import Study
 
@@ -40,13 +40,6 @@ def write(run_dirs: Sequence[str], output: str) -> None:
     (folder / "runs").mkdir(exist_ok=True)
     drawn = figures.draw(study, folder / "figures")
     for run in study.runs:
-        _write(folder / "runs" / f"{run.slug}.html", pages.run_html(run))
-    _write(folder / "report.md", pages.report_markdown(study, drawn))
-    _write(folder / "report.html", pages.report_html(study, drawn, folder / "figures"))
-
-
-def _write(path: pathlib.Path, text: str) -> None:
-    """Whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+        files.write_whole(folder / "runs" / f"{run.slug}.html", pages.run_html(run))
+    files.write_whole(folder / "report.md", pages.report_markdown(study, drawn))
+    files.write_whole(folder / "report.html", pages.report_html(study, drawn, folder / "figures"))
