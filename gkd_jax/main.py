@@ -26,6 +26,7 @@ COMMANDS = {
     "convert": "a checkpoint to Hugging Face's, T5X's or our own format",
     "infer": "decodes a task's inputs, or a text file, to JSONL",
     "precompile": "memory, FLOPs and time of a run on TPUs that are not there (or on cpu)",
+    "bench": "times the phases of an on-policy step on this machine",
     "report": "tables and figures of run directories: report RUN_DIR... --output=DIR",
 }
 _USAGE = "usage: gkd-jax COMMAND [--gin_file=FILE ...] [--gin.MACRO=VALUE ...]\n\n" + "\n".join(
@@ -78,7 +79,13 @@ def _main(arguments: list[str]) -> None:
         raise UsageError(f"{command} needs --gin_file=FILE")
     _set_up(values)
     _parse_gin(values, bindings)
-    commands = {"train": _train, "eval": _eval, "infer": _infer, "precompile": _precompile}
+    commands = {
+        "train": _train,
+        "eval": _eval,
+        "infer": _infer,
+        "precompile": _precompile,
+        "bench": _bench,
+    }
     commands[command](values)
 
 
@@ -103,11 +110,15 @@ def _parse_flags(
         flags.DEFINE_integer(
             "step", None, "of a T5X checkpoint; default: the input's", flag_values=values
         )
+    if command in ("precompile", "bench"):
+        flags.DEFINE_string("phase", None, "which run of a study", flag_values=values)
     if command == "precompile":
         flags.DEFINE_string("topology", None, "cpu, v5e:8x8, v5p:4x4x4, ...", flag_values=values)
         flags.DEFINE_integer("num_slices", 1, "slices of this shape", flag_values=values)
-        flags.DEFINE_string("phase", None, "which run of a study", flag_values=values)
         flags.DEFINE_bool("full", False, "with all of XLA's effort", flag_values=values)
+        flags.DEFINE_bool("json", False, "one line of JSON", flag_values=values)
+    if command == "bench":
+        flags.DEFINE_integer("runs", 20, "of each phase", flag_values=values)
         flags.DEFINE_bool("json", False, "one line of JSON", flag_values=values)
     if command == "report":
         flags.DEFINE_string("output", None, "a folder for the report", flag_values=values)
@@ -271,25 +282,40 @@ def _infer(values: flags.FlagValues) -> None:
 
 
 def _precompile(values: flags.FlagValues) -> None:
-    import gin
-    from gkd_jax import precompile, train
+    from gkd_jax import precompile
 
     if values.topology is None:
         raise UsageError("precompile needs --topology=cpu or, say, --topology=v5e:8x8")
-    phases = _macro("PHASES", ())
-    if values.phase not in (phases or (None,)):
-        raise UsageError(f"--phase must be one of {list(phases)} here, got {values.phase!r}")
-    with gin.config_scope(values.phase):
-        bindings = gin.get_bindings(train.run)
-    for name in ("model_dir", "evaluation"):  # of no matter to what is compiled
-        bindings.pop(name, None)
     precompile.run(
         topology=values.topology,
         num_slices=values.num_slices,
         full=values.full,
         as_json=values.json,
-        **bindings,
+        **_run_bindings(values.phase),
     )
+
+
+def _bench(values: flags.FlagValues) -> None:
+    from gkd_jax import bench
+
+    if values.runs < 1:
+        raise UsageError(f"--runs must be positive, got {values.runs}")
+    bench.run(runs=values.runs, as_json=values.json, **_run_bindings(values.phase))
+
+
+def _run_bindings(phase: str | None) -> dict[str, Any]:
+    """What `train.run` would be given, without what only a run that trains needs."""
+    import gin
+    from gkd_jax import train
+
+    phases = _macro("PHASES", ())
+    if phase not in (phases or (None,)):
+        raise UsageError(f"--phase must be one of {list(phases)} here, got {phase!r}")
+    with gin.config_scope(phase):
+        bindings = gin.get_bindings(train.run)
+    for name in ("model_dir", "evaluation"):
+        bindings.pop(name, None)
+    return bindings
 
 
 def _convert(values: flags.FlagValues) -> None:

@@ -26,7 +26,6 @@ import numpy as np
 import optax
 
 from gkd_jax import data, files, gkd, hlo, pretrained, program, sharding
-from gkd_jax.models import t5
 from gkd_jax.optimizers import Schedule
 from gkd_jax.pretrained import Model
 
@@ -130,7 +129,7 @@ def run(
         devices=devices,
     )
     phases = {}
-    for name, (function, arguments) in functions(built, data_config).items():
+    for name, (function, arguments) in program.phases(built, data_config).items():
         print(f"compiling {name} ...", file=sys.stderr)
         analysed = analyse(function, arguments, topology, full=full)
         analysed["resident_bytes"] = _resident_bytes(built, name)
@@ -199,35 +198,6 @@ def _absent_checkpoints(*models: Model | None) -> frozenset[str]:
 
 
 # What would run -----------------------------------------------------------------------------------
-
-
-def functions(
-    built: program.Program, data_config: data.DataConfig
-) -> dict[str, tuple[Any, tuple[Any, ...]]]:
-    """The jitted functions of a step with their abstract arguments, as `compile_steps` has them.
-
-    "score" is the teacher alone, which a run has inside "update". "update_dataset" is there where
-    batches of the dataset have another shape than sampled ones.
-    """
-    rows, shape, config = data_config.batch_size, data_config.shapes()[-1], built.models.teacher
-    arguments = program.step_arguments(built, rows, shape)
-    found: dict[str, tuple[Any, tuple[Any, ...]]] = {}
-    if arguments.sample is not None:
-        found["sample"] = (built.sample, arguments.sample)
-    update = arguments.update_samples or arguments.update_dataset
-    assert update is not None  # every run has steps
-    if config is not None:
-
-        def score(params, batch):
-            with sharding.use(built.mesh):
-                return t5.logits(config, params, batch)
-
-        where = sharding.batch_sharding(built.mesh)
-        found["score"] = (jax.jit(score, out_shardings=where), (built.teacher, update[2]))
-    found["update"] = (built.update, update)
-    if arguments.update_dataset is not None and arguments.update_dataset != update:
-        found["update_dataset"] = (built.update, arguments.update_dataset)
-    return found
 
 
 def _resident_bytes(built: program.Program, phase: str) -> int:

@@ -305,6 +305,35 @@ def compile_steps(program: Program, data_config: data.DataConfig) -> Steps:
     return steps
 
 
+def phases(
+    program: Program, data_config: data.DataConfig
+) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    """The jitted functions of a step with their abstract arguments, as `compile_steps` has them.
+
+    "score" is the teacher alone, which a run has inside "update". "update_dataset" is there where
+    batches of the dataset have another shape than sampled ones.
+    """
+    rows, shape, config = data_config.batch_size, data_config.shapes()[-1], program.models.teacher
+    arguments = step_arguments(program, rows, shape)
+    found: dict[str, tuple[Any, tuple[Any, ...]]] = {}
+    if arguments.sample is not None:
+        found["sample"] = (program.sample, arguments.sample)
+    update = arguments.update_samples or arguments.update_dataset
+    assert update is not None  # every run has steps
+    if config is not None:
+
+        def score(params, batch):
+            with sharding.use(program.mesh):
+                return t5.logits(config, params, batch)
+
+        where = sharding.batch_sharding(program.mesh)
+        found["score"] = (jax.jit(score, out_shardings=where), (program.teacher, update[2]))
+    found["update"] = (program.update, update)
+    if arguments.update_dataset is not None and arguments.update_dataset != update:
+        found["update_dataset"] = (program.update, arguments.update_dataset)
+    return found
+
+
 def model_info(program: Program) -> str:
     """Every array of both models; goes to model_info.txt."""
     student = program.state.params

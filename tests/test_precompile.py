@@ -127,7 +127,7 @@ def test_numbers_are_those_of_the_program_that_train_runs(capsys):
 def test_phases_are_the_programs_of_compile_steps(monkeypatch, method, phases):
     given = options(method=method)
     built = program.build(**given)
-    found = precompile.functions(built, given["data_config"])
+    found = program.phases(built, given["data_config"])
     assert list(found) == phases
     ours = [function.lower(*arguments).as_text() for function, arguments in found.values()]
     theirs = []
@@ -202,7 +202,7 @@ def test_flops_of_the_teacher_against_the_formula():
     teacher = pretrained.Model(architecture=small, size="tiny", scan_unroll=1)
     given = options(teacher=teacher, mesh_config=sharding.MeshConfig(data=8))
     built = program.build(**given)
-    found = precompile.analyse(*precompile.functions(built, given["data_config"])["score"])
+    found = precompile.analyse(*program.phases(built, given["data_config"])["score"])
     config = built.models.teacher
     assert config is not None
     inner, wide, mlp = config.num_heads * config.head_dim, config.d_model, config.d_ff

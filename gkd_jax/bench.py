@@ -1,0 +1,216 @@
+"""How long each phase of an on-policy step takes on this machine.
+
+    gkd-jax bench --gin_file=gin/bench/config1.gin --json
+
+The very functions that `train.run` jits, on random weights and random ids: full inputs without
+padding, and samples without EOS, so that every run does the same work. One JSON object:
+
+    sample_ms    the student draws its sequences
+    score_ms     the teacher's logits of them, alone; a run has this inside the update
+    update_ms    teacher, divergence, gradient and optimizer
+    step_ms      sample and update, one after the other
+    compile_s    tracing and compiling both, without the persistent cache
+    gemm_gflops  a large matrix product of the compute dtype: this machine's peak
+    *_gflop      matrix products of each phase, from its program; with them its share of the peak
+"""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+import functools
+import json
+import resource
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from gkd_jax import data, gkd, program, sharding, train_state
+from gkd_jax.batch import Batch
+from gkd_jax.models import t5
+from gkd_jax.optimizers import Schedule
+from gkd_jax.pretrained import Model
+
+
+_NEVER = -1  # an EOS that no token is
+_WARMUP_RUNS = 2
+
+
+def run(
+    *,
+    student: Model,
+    teacher: Model,
+    data_config: data.DataConfig,
+    method: gkd.GKDConfig,
+    optimizer: Callable[..., optax.GradientTransformation],
+    schedule: Schedule,
+    trainer: program.Trainer,
+    mesh_config: sharding.MeshConfig = sharding.MeshConfig(),
+    runs: int = 20,
+    as_json: bool = False,
+) -> None:
+    """Times the phases of an on-policy step and prints them.
+
+    Args:
+        student, teacher, data_config, method, optimizer, schedule, trainer, mesh_config: as
+            `train.run` takes them; of several shapes of batch, the largest is timed.
+        runs: of each phase, after two that do not count; medians are printed.
+        as_json: one line of JSON instead of the table.
+
+    Raises:
+        ValueError: for a method without on-policy steps, or what `program.build` refuses.
+    """
+    if not method.uses_samples() or method.rl is not None or method.mixing != "step":
+        raise ValueError(
+            "bench times on-policy steps without a reward: ON_POLICY_FRACTION must be above 0, "
+            f"MIXING 'step' and no RL, got {method.on_policy_fraction}, {method.mixing!r}"
+        )
+    jax.config.update("jax_enable_compilation_cache", False)
+    sampling = dataclasses.replace(method.sampling, eos_id=_NEVER)
+    built = program.build(
+        student=student,
+        teacher=teacher,
+        data_config=data_config,
+        method=dataclasses.replace(method, sampling=sampling),
+        optimizer=optimizer,
+        schedule=schedule,
+        trainer=trainer,
+        mesh_config=mesh_config,
+    )
+    timed = _measure(built, data_config, runs)
+    report: dict[str, Any] = {
+        "device": jax.devices()[0].device_kind,
+        "num_devices": jax.device_count(),
+        "dtype": built.models.student.dtype,
+        "runs": runs,
+        **{name: round(value, 3) for name, value in timed.items()},
+        "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
+        "student_params": t5.num_params(built.state.params),
+    }
+    if as_json:
+        print(json.dumps(report), flush=True)
+        return
+    print("\n".join(f"{name:<16}{value}" for name, value in report.items()), flush=True)
+
+
+def _measure(built: program.Program, data_config: data.DataConfig, runs: int) -> dict[str, float]:
+    functions = program.phases(built, data_config)
+    began = time.perf_counter()
+    compiled = {
+        name: function.lower(*arguments).compile()
+        for name, (function, arguments) in functions.items()
+    }
+    found = {"compile_s": time.perf_counter() - began}
+    times = _time_phases(built, compiled, data_config, runs)
+    found |= {f"{name}_ms": float(np.median(values)) * 1e3 for name, values in times.items()}
+    found["gemm_gflops"] = gemm_gflops(built.models.student.dtype)
+    turns = data_config.shapes()[-1][1]
+    for name, (function, arguments) in functions.items():
+        gflop = matmul_flops(function.trace(*arguments).jaxpr.jaxpr, turns) / 1e9
+        found[f"{name}_gflop"] = gflop
+        found[f"{name}_of_peak"] = gflop / found[f"{name}_ms"] * 1e3 / found["gemm_gflops"]
+    return found
+
+
+def _time_phases(
+    built: program.Program,
+    compiled: Mapping[str, Callable[..., Any]],
+    data_config: data.DataConfig,
+    runs: int,
+) -> dict[str, list[float]]:
+    """Seconds of each run of each phase. All take turns: what slows the machine slows them all."""
+    state, teacher = _random_models(built)
+    batch, key = _random_batch(built, data_config), jax.random.key(0)
+    drawn, _ = compiled["sample"](state.params, batch, key)
+
+    def sample(state):
+        jax.block_until_ready(compiled["sample"](state.params, batch, key))
+        return state
+
+    def score(state):
+        jax.block_until_ready(compiled["score"](teacher, drawn))
+        return state
+
+    def update(state):
+        return jax.block_until_ready(compiled["update"](state, teacher, drawn, key))[0]
+
+    def step(state):
+        rows, _ = compiled["sample"](state.params, batch, key)
+        return jax.block_until_ready(compiled["update"](state, teacher, rows, key))[0]
+
+    phases = {"sample": sample, "score": score, "update": update, "step": step}
+    times: dict[str, list[float]] = {name: [] for name in phases}
+    for turn in range(_WARMUP_RUNS + runs):
+        for name, phase in phases.items():
+            began = time.perf_counter()
+            state = phase(state)
+            if turn >= _WARMUP_RUNS:
+                times[name].append(time.perf_counter() - began)
+    return times
+
+
+def _random_models(built: program.Program) -> tuple[train_state.TrainState, t5.Params]:
+    def random(config, target, seed):
+        def init(key):
+            return jax.tree.map(lambda x, y: x.astype(y.dtype), t5.init(config, key), target)
+
+        return jax.jit(init, out_shardings=program.shardings_of(target))(jax.random.key(seed))
+
+    create = functools.partial(train_state.create, optimizer=built.optimizer)
+    params = random(built.models.student, built.state.params, 0)
+    state = jax.jit(create, out_shardings=program.shardings_of(built.state))(params)
+    return state, random(built.models.teacher, built.teacher, 1)
+
+
+def _random_batch(built: program.Program, data_config: data.DataConfig) -> Batch:
+    generator = np.random.Generator(np.random.Philox(0))
+    shape = built.batch(data_config.batch_size, data_config.shapes()[-1])
+
+    def ids(where):
+        return generator.integers(3, built.models.num_pieces, where.shape).astype(np.int32)
+
+    weights = np.ones(shape.weights.shape, np.float32)
+    return data.place(Batch(ids(shape.inputs), ids(shape.targets), weights), built.mesh)
+
+
+def gemm_gflops(dtype: str, size: int = 2048, runs: int = 7) -> float:
+    """The best of some products of two square matrices with float32 results; GFLOP/s."""
+    x, y = (jnp.full((size, size), 1.0 / size, dtype) for _ in range(2))
+    product = jax.jit(lambda x, y: jnp.dot(x, y, preferred_element_type=jnp.float32))
+    product(x, y).block_until_ready()
+    best = min(_seconds(lambda: product(x, y).block_until_ready()) for _ in range(runs))
+    return 2 * size**3 / best / 1e9
+
+
+def _seconds(function: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    function()
+    return time.perf_counter() - began
+
+
+def matmul_flops(jaxpr: Any, turns: int) -> float:
+    """FLOPs of the matrix products of a program before compilation, over all devices.
+
+    Args:
+        jaxpr: of the program.
+        turns: of each while loop: decoding's tokens.
+    """
+    total = 0.0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            sizes = [equation.invars[0].aval.shape[axis] for axis in contracted]
+            total += 2.0 * equation.outvars[0].aval.size * float(np.prod(sizes))
+            continue
+        times = {"scan": equation.params.get("length", 1), "while": turns}
+        inner = sum(
+            matmul_flops(getattr(value, "jaxpr", value), turns)
+            for value in jax.tree.leaves(
+                list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+            )
+            if hasattr(getattr(value, "jaxpr", value), "eqns")
+        )
+        total += times.get(equation.primitive.name, 1) * inner
+    return total
