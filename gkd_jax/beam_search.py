@@ -153,7 +153,7 @@ def _reorder(cache: t5.Cache, parents: Int[Array, "B W"]) -> t5.Cache:
     """Each beam goes on with its parent's past; a row's beams share what they attend to."""
     rows, num_beams = parents.shape
     index = (jnp.arange(rows)[:, None] * num_beams + parents).reshape(-1)
-    return cache._replace(
-        self_keys=jnp.take(cache.self_keys, index, axis=1),
-        self_values=jnp.take(cache.self_values, index, axis=1),
+    own = jax.tree.map(
+        lambda x: jnp.take(x, index, axis=x.ndim - 4), (cache.self_keys, cache.self_values)
     )
+    return cache._replace(self_keys=own[0], self_values=own[1])

@@ -31,7 +31,7 @@ from gkd_jax import data, gkd, program, sharding, train_state
 from gkd_jax.batch import Batch
 from gkd_jax.models import t5
 from gkd_jax.optimizers import Schedule
-from gkd_jax.pretrained import Model
+from gkd_jax.pretrained import Model, initial_params
 
 
 _NEVER = -1  # an EOS that no token is
@@ -79,7 +79,7 @@ def run(
         trainer=trainer,
         mesh_config=mesh_config,
     )
-    timed = _measure(built, data_config, runs)
+    timed = _measure(built, _random_models(built, student, teacher), data_config, runs)
     report: dict[str, Any] = {
         "device": jax.devices()[0].device_kind,
         "num_devices": jax.device_count(),
@@ -95,7 +95,12 @@ def run(
     print("\n".join(f"{name:<16}{value}" for name, value in report.items()), flush=True)
 
 
-def _measure(built: program.Program, data_config: data.DataConfig, runs: int) -> dict[str, float]:
+def _measure(
+    built: program.Program,
+    models: tuple[train_state.TrainState, t5.Params],
+    data_config: data.DataConfig,
+    runs: int,
+) -> dict[str, float]:
     functions = program.phases(built, data_config)
     began = time.perf_counter()
     compiled = {
@@ -103,7 +108,7 @@ def _measure(built: program.Program, data_config: data.DataConfig, runs: int) ->
         for name, (function, arguments) in functions.items()
     }
     found = {"compile_s": time.perf_counter() - began}
-    times = _time_phases(built, compiled, data_config, runs)
+    times = _time_phases(built, compiled, models, data_config, runs)
     found |= {f"{name}_ms": float(np.median(values)) * 1e3 for name, values in times.items()}
     found["gemm_gflops"] = gemm_gflops(built.models.student.dtype)
     turns = data_config.shapes()[-1][1]
@@ -117,11 +122,12 @@ def _measure(built: program.Program, data_config: data.DataConfig, runs: int) ->
 def _time_phases(
     built: program.Program,
     compiled: Mapping[str, Callable[..., Any]],
+    models: tuple[train_state.TrainState, t5.Params],
     data_config: data.DataConfig,
     runs: int,
 ) -> dict[str, list[float]]:
     """Seconds of each run of each phase. All take turns: what slows the machine slows them all."""
-    state, teacher = _random_models(built)
+    state, teacher = models
     batch, key = _random_batch(built, data_config), jax.random.key(0)
     drawn, _ = compiled["sample"](state.params, batch, key)
 
@@ -151,17 +157,17 @@ def _time_phases(
     return times
 
 
-def _random_models(built: program.Program) -> tuple[train_state.TrainState, t5.Params]:
-    def random(config, target, seed):
-        def init(key):
-            return jax.tree.map(lambda x, y: x.astype(y.dtype), t5.init(config, key), target)
-
-        return jax.jit(init, out_shardings=program.shardings_of(target))(jax.random.key(seed))
+def _random_models(
+    built: program.Program, student: Model, teacher: Model
+) -> tuple[train_state.TrainState, t5.Params]:
+    def random(model, config, target, seed):
+        model = dataclasses.replace(model, checkpoint=None, size=model.size or "tiny")
+        return initial_params(model, config, target, jax.random.key(seed), "bench")
 
     create = functools.partial(train_state.create, optimizer=built.optimizer)
-    params = random(built.models.student, built.state.params, 0)
+    params = random(student, built.models.student, built.state.params, 0)
     state = jax.jit(create, out_shardings=program.shardings_of(built.state))(params)
-    return state, random(built.models.teacher, built.teacher, 1)
+    return state, random(teacher, built.models.teacher, built.teacher, 1)
 
 
 def _random_batch(built: program.Program, data_config: data.DataConfig) -> Batch:

@@ -11,6 +11,7 @@ gets its name only when it is complete. Storage formats do not notice a flipped 
 computed from the arrays on the device before they are written, do.
 """
 
+from collections.abc import Mapping
 import dataclasses
 import json
 import pathlib
@@ -22,6 +23,13 @@ import jax
 from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import (
+    AnyPreservationPolicy,
+    BestN,
+    EveryNSteps,
+    LatestN,
+    PreservationPolicy,
+)
 
 from gkd_jax.data import TrainIterator
 from gkd_jax.models import t5
@@ -67,11 +75,45 @@ class StreamRestore(ocp.args.CheckpointArgs):
 class Checkpoints:
     """The checkpoints of one MODEL_DIR, written in the background."""
 
-    def __init__(self, model_dir: str, *, keep: int | None = None):
+    def __init__(
+        self,
+        model_dir: str,
+        *,
+        keep: int | None = None,
+        keep_period: int | None = None,
+        best_metric: str | None = None,
+        best_mode: str = "max",
+    ):
+        """Opens or makes the folder.
+
+        Args:
+            model_dir: of the run.
+            keep: newest checkpoints that stay; None keeps all.
+            keep_period: those of steps that it divides stay besides.
+            best_metric: the one with the best of this number of `save`'s scores stays besides.
+            best_mode: whether the best is the "max" or the "min".
+        """
         self._folder = epath.Path(model_dir).resolve() / FOLDER
+        self._best_metric = best_metric
+        policies: list[PreservationPolicy] = [LatestN(n=keep)]
+        if keep_period is not None:
+            policies.append(EveryNSteps(keep_period))
+        if best_metric is not None:
+            best = BestN(
+                get_metric_fn=self._score,
+                reverse=best_mode == "min",
+                n=1,
+                keep_checkpoints_without_metrics=False,
+            )
+            policies.append(best)
         self._orbax = ocp.CheckpointManager(
             self._folder,
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
+            options=ocp.CheckpointManagerOptions(
+                create=True,
+                preservation_policy=AnyPreservationPolicy(policies),
+                best_fn=None if best_metric is None else self._score,
+                best_mode=best_mode,
+            ),
             item_handlers={
                 "params": ocp.StandardCheckpointHandler(),
                 "opt_state": ocp.StandardCheckpointHandler(),
@@ -118,10 +160,35 @@ class Checkpoints:
         """The newest complete checkpoint's step."""
         return self._orbax.latest_step()
 
+    def best(self) -> tuple[int, float] | None:
+        """The step of the best checkpoint and its score; None where none has a score."""
+        if self._best_metric is None:
+            return None
+        step = self._orbax.best_step()
+        scores = None if step is None else self._orbax.metrics(step)
+        return None if step is None or scores is None else (step, self._score(scores))
+
+    def _score(self, scores: Mapping[str, float]) -> float:
+        assert self._best_metric is not None
+        return scores[self._best_metric]
+
     def save(
-        self, step: int, state: TrainState, stream: TrainIterator, description: dict[str, Any]
+        self,
+        step: int,
+        state: TrainState,
+        stream: TrainIterator,
+        description: dict[str, Any],
+        scores: Mapping[str, float] | None = None,
     ) -> None:
-        """Copies the state off the device and writes it while training goes on."""
+        """Copies the state off the device and writes it while training goes on.
+
+        Args:
+            step: updates done.
+            state: after them.
+            stream: the position of the training data.
+            description: see `describe_model`.
+            scores: of the evaluation of this step; None where there was none.
+        """
         if step in self._orbax.all_steps():
             return
         description = {
@@ -131,8 +198,19 @@ class Checkpoints:
                 "opt_state": fingerprints(state.opt_state),
             },
         }
+        metrics = None
+        if scores is not None and self._best_metric is not None:
+            if self._best_metric in scores:
+                metrics = {self._best_metric: float(scores[self._best_metric])}
+            else:
+                print(
+                    f"WARNING: no best checkpoint: the evaluation has no {self._best_metric}, "
+                    f"but {', '.join(scores)}",
+                    file=sys.stderr,
+                )
         self._orbax.save(
             step,
+            metrics=metrics,
             args=ocp.args.Composite(
                 params=ocp.args.StandardSave(state.params),
                 opt_state=ocp.args.StandardSave(state.opt_state),

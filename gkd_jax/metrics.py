@@ -1,5 +1,6 @@
 """Where numbers go: metrics.jsonl and TensorBoard in MODEL_DIR, and lines on the terminal."""
 
+import collections
 from collections.abc import Mapping, Sequence
 import json
 import math
@@ -24,12 +25,15 @@ class Writer:
     def __init__(self, model_dir: str, *, resume_step: int, silent: bool = False):
         self._folder = pathlib.Path(model_dir)
         self._file = None
+        self._samples = SampleWatch()
         self._tensorboard = tf.summary.create_noop_writer()
         if silent:
             return
         path = self._folder / "metrics.jsonl"
         if path.exists():
             kept = [line for line in read(path) if line["step"] <= resume_step]
+            for line in kept:
+                self._samples.see(line)
             files.write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a")
         self._tensorboard = tf.summary.create_file_writer(str(self._folder / "tensorboard"))
@@ -38,6 +42,8 @@ class Writer:
         """One line: `{"step": step, **values}`."""
         if self._file is None:
             return
+        for warning in self._samples.see(values):
+            print(f"WARNING: step {step}: {warning}", file=sys.stderr)
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         with self._tensorboard.as_default(step=step):
@@ -59,6 +65,59 @@ class Writer:
         if self._file is not None:
             self._file.close()
         self._tensorboard.close()
+
+
+class SampleWatch:
+    """Says, once each, when the student's samples go the ways that on-policy training goes wrong.
+
+    The mean over the latest `window` sampled steps is compared with that over the first.
+    """
+
+    def __init__(self, window: int = 50):
+        self._window = window
+        self._first: dict[str, float] | None = None
+        self._latest: collections.deque[Mapping[str, Any]] = collections.deque(maxlen=window)
+        self._said: set[str] = set()
+
+    def see(self, values: Mapping[str, Any]) -> list[str]:
+        """The warnings that the numbers of one more step give rise to."""
+        if "train/sample_length" not in values:
+            return []
+        self._latest.append(values)
+        if len(self._latest) < self._window:
+            return []
+        now = {
+            name: sum(line[f"train/{name}"] for line in self._latest) / self._window
+            for name in ("sample_length", "truncated_fraction", "sample_entropy", "distinct_2")
+        }
+        first = self._first = self._first or now
+        found = {
+            "length": (
+                now["sample_length"] > 1.5 * first["sample_length"],
+                "samples grow: {sample_length:.1f} tokens",
+            ),
+            "truncation": (
+                now["truncated_fraction"] > 0.5,
+                "most samples reach the target length before they end: {truncated_fraction:.0%}",
+            ),
+            "repetition": (
+                now["distinct_2"] < 0.6 * first["distinct_2"],
+                "samples repeat themselves: {distinct_2:.2f} of their bigrams are distinct",
+            ),
+            "entropy": (
+                now["sample_entropy"] < 0.1 * first["sample_entropy"],
+                "the student's entropy collapses: {sample_entropy:.3f} nats a token",
+            ),
+        }
+        warnings = []
+        for kind, (is_wrong, text) in found.items():
+            if is_wrong and kind not in self._said:
+                self._said.add(kind)
+                warnings.append(
+                    f"{text.format(**now)} in the last {self._window} sampled steps; "
+                    f"{text.rsplit(': ', 1)[1].format(**first)} in the first"
+                )
+        return warnings
 
 
 def read(path: pathlib.Path) -> list[dict[str, Any]]:

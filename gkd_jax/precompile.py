@@ -111,10 +111,9 @@ def run(
         ValueError: for an unknown topology, or what `program.build` refuses.
     """
     chip, devices = describe_topology(topology, num_slices)
-    if topology != "cpu":  # one layer a turn, as there: `Model` asks the backend, here the CPU's
-        student = dataclasses.replace(student, scan_unroll=student.scan_unroll or 1)
-        if teacher is not None:
-            teacher = dataclasses.replace(teacher, scan_unroll=teacher.scan_unroll or 1)
+    if topology != "cpu":  # as there: `Model` asks the backend, here the CPU's
+        student = _as_on_tpu(student)
+        teacher = None if teacher is None else _as_on_tpu(teacher)
     built = program.build(
         student=student,
         teacher=teacher,
@@ -188,6 +187,14 @@ def describe_topology(topology: str, num_slices: int = 1) -> tuple[Chip, Sequenc
     except Exception as error:
         raise ValueError(f"libtpu knows no topology {topology!r}: {error}") from None
     return CHIPS[kind], found.devices
+
+
+def _as_on_tpu(model: Model) -> Model:
+    return dataclasses.replace(
+        model,
+        scan_unroll=model.scan_unroll or 1,
+        attention_by_row=bool(model.attention_by_row),
+    )
 
 
 def _absent_checkpoints(*models: Model | None) -> frozenset[str]:

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 import seqio
 
 from gkd_jax import checkpoints, convert, sharding, vocabularies
-from gkd_jax.models import t5
+from gkd_jax.models import quantized, t5
 
 
 _PUBLIC_SIZES = ("small", "base", "large", "xl", "xxl")
@@ -32,9 +32,11 @@ class Model:
         checkpoint: a MODEL_DIR, a Hugging Face folder or a T5X checkpoint; None is random weights.
         dropout_rate: while training (a teacher has none).
         dtype: of compute, "float32" or "bfloat16".
-        param_dtype: of the parameters in memory; a frozen teacher's may be "bfloat16".
+        param_dtype: of the parameters in memory; a frozen teacher's may be "bfloat16" or "int8"
+            (kernels; one scale a column).
         remat: recompute activations in the backward pass.
         scan_unroll: layers per iteration of the scan; None is all on CPU, one elsewhere.
+        attention_by_row: of long inputs, so that scores stay in cache; None is yes on CPU only.
     """
 
     architecture: Callable[..., t5.T5Config] = t5.t5_1_1
@@ -45,11 +47,17 @@ class Model:
     param_dtype: str = "float32"
     remat: bool = False
     scan_unroll: int | None = None
+    attention_by_row: bool | None = None
 
     def __post_init__(self):
         if self.size is None and self.checkpoint is None:
             raise ValueError(
                 "a model needs a size (tiny, small, base, large, xl, xxl) or a checkpoint, got None"
+            )
+
+        if self.param_dtype not in ("float32", "bfloat16", "int8"):
+            raise ValueError(
+                f"param_dtype must be 'float32', 'bfloat16' or 'int8', got {self.param_dtype!r}"
             )
 
     def config(self, num_pieces: int, *, pending: bool = False) -> t5.T5Config:
@@ -69,14 +77,16 @@ class Model:
             chosen = stored
             _warn_of_spare_rows(self.checkpoint, stored.vocab_size, num_pieces)
         assert chosen is not None
-        unroll = self.scan_unroll
+        on_cpu = jax.default_backend() == "cpu"
+        unroll, by_row = self.scan_unroll, self.attention_by_row
         if unroll is None:
-            unroll = 64 if jax.default_backend() == "cpu" else 1
+            unroll = 64 if on_cpu else 1
         return dataclasses.replace(
             chosen,
             dropout_rate=self.dropout_rate,
             dtype=self.dtype,
             remat=self.remat,
+            attention_by_row=on_cpu if by_row is None else by_row,
             scan_unroll=unroll,
         )
 
@@ -158,6 +168,12 @@ def initial_params(
     model: Model, config: t5.T5Config, target: t5.Params, key: jax.Array, name: str
 ) -> t5.Params:
     """Parameters from the checkpoint, or random ones, laid out as `target`."""
+    where = jax.tree.map(lambda x: x.sharding, target)
+    if model.param_dtype == "int8":
+        full = dataclasses.replace(model, param_dtype="float32")
+        mesh = jax.tree.leaves(where)[0].mesh
+        params = initial_params(full, config, frozen_shapes(full, config, mesh), key, name)
+        return jax.jit(quantized.quantize, out_shardings=where, donate_argnums=0)(params)
     if model.checkpoint is not None:
         params = load_params(model.checkpoint, target, config)
         # Linux counts in KiB.
@@ -179,7 +195,7 @@ def initial_params(
     def init(key):
         return jax.tree.map(lambda x: x.astype(dtype), t5.init(config, key))
 
-    return jax.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, target))(key)
+    return jax.jit(init, out_shardings=where)(key)
 
 
 def check_vocabularies(

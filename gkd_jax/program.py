@@ -29,6 +29,10 @@ class Trainer:
         eval_period: evaluate every so many steps, and at the end; None evaluates at the end.
         save_period: save every so many steps, and at the end.
         keep: newest checkpoints kept, two so that a damaged one has one before it; None keeps all.
+        keep_period: checkpoints of steps that it divides are kept besides.
+        best_metric: a number of the evaluation, such as "accuracy": the checkpoint with the best is
+            kept besides, of those that were saved where EVAL_PERIOD evaluates.
+        best_mode: whether the best is the "max" or the "min".
         num_microbatches: accumulate gradients over so many parts of the batch.
         log_period: steps between lines where there is no terminal.
         skip_nonfinite: where a step's loss or gradient is not finite, leave the student as it is
@@ -40,6 +44,9 @@ class Trainer:
     eval_period: int | None = None
     save_period: int = 1000
     keep: int | None = 2
+    keep_period: int | None = None
+    best_metric: str | None = None
+    best_mode: str = "max"
     num_microbatches: int = 1
     log_period: int = 50
     skip_nonfinite: bool = False
@@ -49,10 +56,14 @@ class Trainer:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
-        for name in ("eval_period", "keep"):
+        for name in ("eval_period", "keep", "keep_period"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be a positive integer or None, got {value!r}")
+        if self.best_mode not in ("max", "min"):
+            raise ValueError(f"best_mode must be 'max' or 'min', got {self.best_mode!r}")
+        if self.best_metric is not None and self.eval_period is None:
+            raise ValueError(f"best_metric={self.best_metric!r} needs EVAL_PERIOD, got None")
         if not isinstance(self.seed, int) or self.seed < 0:
             raise ValueError(f"seed must be an integer of at least 0, got {self.seed!r}")
 
@@ -110,6 +121,11 @@ def build(
     """
     task, vocabulary = data.open_task(data_config, check_remote=check_remote)
     data.check_split(task, data_config.split)
+    if student.param_dtype != "float32":
+        raise ValueError(
+            f"a student is trained in param_dtype='float32', got {student.param_dtype!r}; "
+            "dtype is that of its matrix products"
+        )
     if method.divergence is None:
         teacher = None
     elif teacher is None:

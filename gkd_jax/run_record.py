@@ -1,6 +1,7 @@
 """`run.json`: what a run was, to tell it from others, to refuse to mix them, and to repeat it."""
 
 from collections.abc import Callable, Mapping
+import hashlib
 import importlib.metadata
 import json
 import pathlib
@@ -8,9 +9,11 @@ import subprocess
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
-from gkd_jax import checkpoints, data, gkd, vocabularies
+from gkd_jax import checkpoints, data, files, gkd, vocabularies
+from gkd_jax.batch import Batch
 from gkd_jax.evaluate import EvalConfig
 from gkd_jax.models import t5
 from gkd_jax.pretrained import Model
@@ -83,6 +86,23 @@ def _method(method: gkd.GKDConfig, macros: Mapping[str, str]) -> dict[str, Any]:
         "rl_alpha": method.rl.alpha if method.rl else None,
         "reward": name_of(method.rl.reward) if method.rl else None,
     }
+
+
+def write(folder: pathlib.Path, about: dict[str, Any]) -> None:
+    """Writes run.json. What a run before a resume found out about its first batch stays."""
+    path = folder / "run.json"
+    if path.exists():
+        before = json.loads(path.read_text())
+        about = {**{key: before[key] for key in ("first_batch",) if key in before}, **about}
+    files.write_whole(path, json.dumps(about, indent=1) + "\n")
+
+
+def batch_hash(batch: Batch) -> str:
+    """SHA-256 of a batch's ids: two runs with the same see the same data in the same order."""
+    digest = hashlib.sha256()
+    for array in batch:
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
 
 
 def check_same(folder: pathlib.Path, about: dict[str, Any]) -> None:

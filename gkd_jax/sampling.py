@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 import numpy as np
 
-from gkd_jax.models import t5
+from gkd_jax.models import quantized, t5
 from gkd_jax.sharding import constrain
 
 
@@ -167,14 +167,16 @@ def decode_layout(config: t5.T5Config, params: t5.Params) -> t5.Params:
     A loop over weights that are split over `fsdp` gathers all of them for every token. Matrix
     products cast their weights to the compute dtype in any case: the samples stay the same.
     """
-    params = {name: params[name] for name in ("token_embedder", "decoder")}
+    params = {name: quantized.restore(params[name]) for name in ("token_embedder", "decoder")}
 
     def lay_out(path, x, axes):
         if path[-1].key in ("kernel", "embedding"):
             x = x.astype(config.dtype)
         return constrain(x, [None if axis == "embed" else axis for axis in axes])
 
-    return jax.tree_util.tree_map_with_path(lay_out, params, t5.logical_axes(params))
+    params = jax.tree_util.tree_map_with_path(lay_out, params, t5.logical_axes(params))
+    layers = t5.decode_layers(config, params["decoder"]["layers"])
+    return {**params, "decoder": {**params["decoder"], "layers": layers}}
 
 
 def weights_until_eos(tokens: Int[Array, "B T"], eos_id: int = EOS_ID) -> Float[Array, "B T"]:

@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping
 import contextlib
 import dataclasses
 import functools
-import json
 import os
 import pathlib
 import signal
@@ -126,10 +125,16 @@ def run(
     if not silent:
         files.write_whole(folder / "config.gin", config_text())
         files.write_whole(folder / "model_info.txt", model_info(program))
-        files.write_whole(folder / "run.json", json.dumps(about, indent=1) + "\n")
+        run_record.write(folder, about)
 
     #### Data, state, and where a run before this one stopped ######################################
-    saved = checkpoints.Checkpoints(model_dir, keep=trainer.keep)
+    saved = checkpoints.Checkpoints(
+        model_dir,
+        keep=trainer.keep,
+        keep_period=trainer.keep_period,
+        best_metric=_best_metric(trainer, data_config, evaluation),
+        best_mode=trainer.best_mode,
+    )
     if (saved.latest_step() or 0) >= trainer.train_steps:
         print(f"{model_dir} has its {saved.latest_step()} steps already", file=sys.stderr)
         saved.close()
@@ -182,6 +187,8 @@ def run(
         told_to_stop = closing.enter_context(_stop_at_sigterm())
         for step in range(start, trainer.train_steps):
             rows = next(stream)
+            if step == 0 and not silent:
+                run_record.write(folder, {**about, "first_batch": run_record.batch_hash(rows)})
             batch = data.place(rows, program.mesh)
             shape = (batch.inputs.shape[1], batch.targets.shape[1])
             keys = gkd.step_keys(trainer.seed, step)
@@ -208,14 +215,18 @@ def run(
             done = step + 1
             stopped = told_to_stop(done)
             last = stopped or done == trainer.train_steps
+            scores = None
             if evaluator and (_due(done, trainer.eval_period) or done == trainer.train_steps):
                 pending_step = _log(pending_step, writer, progress, schedule)
-                writer.write(done, evaluator(state.params, teacher_params, done))
+                scores = evaluator(state.params, teacher_params, done)
+                writer.write(done, scores)
             if last or _due(done, trainer.save_period):
                 pending_step = _log(pending_step, writer, progress, schedule)
-                saved.save(done, state, stream, description)
+                saved.save(done, state, stream, description, scores)
             if last:
                 break
+        if (best := saved.best()) is not None:
+            print(f"best checkpoint: step {best[0]}, {trainer.best_metric} {best[1]:.4g}")
     if stopped and done < trainer.train_steps:
         print(f"SIGTERM: saved step {done}; run the same command to go on", file=sys.stderr)
         raise SystemExit(SIGTERM_STATUS)
@@ -397,6 +408,15 @@ def _evaluator(
         return {f"eval/{name}/{key}": value for key, value in values.items()}
 
     return evaluate_at
+
+
+def _best_metric(
+    trainer: Trainer, data_config: data.DataConfig, evaluation: EvalConfig | None
+) -> str | None:
+    """`Trainer.best_metric` as evaluations write it."""
+    if trainer.best_metric is None or evaluation is None:
+        return None
+    return f"eval/{evaluation.task or data_config.task}/{trainer.best_metric}"
 
 
 def _file_name(task: str) -> str:

@@ -47,7 +47,7 @@ def shardings(state: TrainState, mesh: Mesh, rules: sharding.Rules = sharding.RU
         tuple(entry.key for entry in path): (leaf.shape, leaf_axes)
         for (path, leaf), leaf_axes in zip(
             jax.tree_util.tree_flatten_with_path(state.params)[0],
-            jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, tuple)),
+            jax.tree.leaves(axes, is_leaf=lambda x: type(x) is tuple),
             strict=True,
         )
     }
@@ -74,7 +74,7 @@ def shardings(state: TrainState, mesh: Mesh, rules: sharding.Rules = sharding.RU
 def describe(params: t5.Params, placed: t5.Params, indent: str = "") -> str:
     """One line an array: path, shape, dtype, logical axes, mesh axes, bytes per device."""
     lines, total = [], 0
-    axes = jax.tree.leaves(t5.logical_axes(params), is_leaf=lambda x: isinstance(x, tuple))
+    axes = jax.tree.leaves(t5.logical_axes(params), is_leaf=lambda x: type(x) is tuple)
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
     for (path, leaf), names, where in zip(leaves, axes, jax.tree.leaves(placed), strict=True):
         assert isinstance(where, NamedSharding)

@@ -1,6 +1,11 @@
 """What breaks in a run, injected: damaged checkpoints, NaN, a failing source, other settings."""
 
+import json
+import pathlib
 import shutil
+import signal
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -231,3 +236,136 @@ def test_a_model_dir_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OSError, match="file"):
         train.run(**options(tmp_path / "file" / "run"))
+
+
+# What stays ---------------------------------------------------------------------------------------
+
+
+def kept_steps(folder):
+    return sorted(int(p.name) for p in (folder / "checkpoints").iterdir() if p.name.isdecimal())
+
+
+def test_the_newest_every_fourth_and_the_best_checkpoint_stay(tmp_path, monkeypatch, capfd):
+    """Also over a resume: the best before it is still known."""
+    scores = iter([0.1, 0.9, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8])
+
+    def scored(*_):
+        return {"accuracy": next(scores)}
+
+    monkeypatch.setattr(evaluate, "score", scored)
+
+    def run(steps):
+        trainer = train.Trainer(
+            train_steps=steps,
+            eval_period=1,
+            save_period=1,
+            keep=1,
+            keep_period=4,
+            best_metric="accuracy",
+        )
+        evaluation = evaluate.EvalConfig(num_examples=8)
+        train.run(**options(tmp_path / "run", trainer=trainer, evaluation=evaluation))
+
+    run(6)
+    assert kept_steps(tmp_path / "run") == [2, 4, 6]
+    run(8)
+    assert kept_steps(tmp_path / "run") == [2, 4, 8]
+    assert "best checkpoint: step 2, accuracy 0.9" in capfd.readouterr().out
+
+
+def test_the_best_may_be_the_least(tmp_path, monkeypatch):
+    scores = iter([0.5, 0.1, 0.2, 0.3])
+    monkeypatch.setattr(evaluate, "score", lambda *_: {"teacher_divergence": next(scores)})
+    trainer = train.Trainer(
+        train_steps=4,
+        eval_period=1,
+        save_period=1,
+        keep=1,
+        best_metric="teacher_divergence",
+        best_mode="min",
+    )
+    evaluation = evaluate.EvalConfig(num_examples=8)
+    train.run(**options(tmp_path / "run", trainer=trainer, evaluation=evaluation))
+    assert kept_steps(tmp_path / "run") == [2, 4]
+
+
+def test_a_metric_that_the_evaluation_lacks_is_said_and_nothing_is_lost(tmp_path, capfd):
+    trainer = train.Trainer(train_steps=2, eval_period=1, save_period=1, best_metric="bleu")
+    evaluation = evaluate.EvalConfig(num_examples=8)
+    train.run(**options(tmp_path / "run", trainer=trainer, evaluation=evaluation))
+    assert "has no eval/arithmetic/bleu, but eval/arithmetic/accuracy" in capfd.readouterr().err
+    assert kept_steps(tmp_path / "run") == [1, 2]
+
+
+# A full disk --------------------------------------------------------------------------------------
+
+
+def test_a_disk_that_fills_up_while_saving_ends_the_run_and_the_next_goes_on(
+    finished, run_dir, tmp_path, monkeypatch, capfd
+):
+    """A limit on the size of files stands for the full disk: the write itself fails."""
+    script = FULL_DISK.format(tests=str(pathlib.Path(__file__).parent), folder=str(run_dir))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode not in (0, -signal.SIGKILL), done.stderr[-2000:]
+    assert kept_steps(run_dir) == [4, 6]  # what was there is there, and nothing half-written
+    train.run(**options(run_dir, trainer=train.Trainer(train_steps=8, save_period=2)))
+    train.run(**options(tmp_path / "whole", trainer=train.Trainer(train_steps=8, save_period=2)))
+    equal_params(run_dir, tmp_path / "whole")
+
+
+FULL_DISK = """
+import resource, signal, sys
+sys.path.insert(0, {tests!r})
+import conftest
+from gkd_jax import train
+from test_faults import options
+from gkd_jax.checkpoints import Checkpoints
+
+save = Checkpoints.save
+def save_on_a_full_disk(*arguments, **more):
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writes then fail with EFBIG
+    resource.setrlimit(resource.RLIMIT_FSIZE, (512, resource.RLIM_INFINITY))
+    save(*arguments, **more)
+Checkpoints.save = save_on_a_full_disk
+train.run(**options({folder!r}, trainer=train.Trainer(train_steps=8, save_period=2)))
+"""
+
+
+# The student's samples ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "good", "bad", "said"),
+    [
+        ("sample_length", 10.0, 20.0, "samples grow: "),
+        ("truncated_fraction", 0.1, 0.9, "reach the target length before they end: "),
+        ("distinct_2", 0.9, 0.3, "samples repeat themselves: "),
+        ("sample_entropy", 1.0, 0.01, "entropy collapses: 0.010 nats a token in the last 5"),
+    ],
+)
+def test_samples_that_go_wrong_are_warned_of_once(name, good, bad, said):
+    usual = {"sample_length": 10.0, "truncated_fraction": 0.1, "sample_entropy": 1.0}
+    usual = {f"train/{key}": value for key, value in {**usual, "distinct_2": 0.9}.items()}
+    watch = metrics.SampleWatch(window=5)
+
+    def warnings(value):
+        return [w for _ in range(10) for w in watch.see({**usual, f"train/{name}": value})]
+
+    assert warnings(good) == []
+    assert watch.see({"train/loss": 1.0}) == []  # a step that did not sample
+    found = warnings(bad)
+    assert [said in text for text in found] == [True]
+    assert warnings(bad) == []
+
+
+def test_the_record_of_a_run_tells_its_first_batch(finished, tmp_path):
+    def record(folder):
+        return json.loads((folder / "run.json").read_text())["first_batch"]
+
+    train.run(**options(tmp_path / "same"))
+    assert record(tmp_path / "same") == record(finished)
+    train.run(**options(tmp_path / "same", trainer=train.Trainer(train_steps=7)))
+    assert record(tmp_path / "same") == record(finished)  # a resume keeps it
+    other = DataConfig(task="arithmetic", feature_lengths=LENGTHS, batch_size=8, seed=1)
+    train.run(**options(tmp_path / "other", data_config=other))
+    assert record(tmp_path / "other") != record(finished)

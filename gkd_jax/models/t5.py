@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from gkd_jax.batch import Batch
-from gkd_jax.models import layers
+from gkd_jax.models import blocks, layers, quantized
 from gkd_jax.models.t5_config import T5Config, t5_1_0, t5_1_1
 from gkd_jax.sharding import constrain
 
@@ -40,12 +40,15 @@ class Encoded(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """The state of decoding. Position t of the self-attention arrays is written at step t."""
+    """The state of decoding. Position t of the self-attention arrays is written at step t.
 
-    self_keys: Float[Array, "L B H T K"]
-    self_values: Float[Array, "L B H T K"]
-    cross_keys: Float[Array, "L B H S K"]
-    cross_values: Float[Array, "L B H S K"]
+    Keys and values are stacked as the layers are, or a tuple where those are (see `decode_layers`).
+    """
+
+    self_keys: Float[Array, "L B H T K"] | tuple[Float[Array, "B H T K"], ...]
+    self_values: Float[Array, "L B H T K"] | tuple[Float[Array, "B H T K"], ...]
+    cross_keys: Float[Array, "L B H S K"] | tuple[Float[Array, "B H S K"], ...]
+    cross_values: Float[Array, "L B H S K"] | tuple[Float[Array, "B H S K"], ...]
     bias: Float[Array, "P H T T"]  # causal mask + position bias; P = L if per layer, else 1
     position: Int[Array, ""]
 
@@ -59,8 +62,8 @@ def init(config: T5Config, key: Key[Array, ""]) -> Params:
     embedding = jax.random.normal(next(keys), (config.vocab_size, config.d_model))
     params: Params = {
         "token_embedder": {"embedding": embedding},
-        "encoder": _init_stack(config, next(keys), _encoder_layer(config), "encoder"),
-        "decoder": _init_stack(config, next(keys), _decoder_layer(config), "decoder"),
+        "encoder": _init_stack(config, next(keys), blocks.encoder_layer(config), "encoder"),
+        "decoder": _init_stack(config, next(keys), blocks.decoder_layer(config), "decoder"),
     }
     if not config.tie_embeddings:
         kernel = layers.fan_in_truncated(next(keys), (config.d_model, config.vocab_size))
@@ -82,15 +85,20 @@ def _init_stack(config: T5Config, key: Key[Array, ""], layer: nn.Module, name: s
     layer_key, bias_key = jax.random.split(key)
     stack: Params = {"layers": jax.vmap(init_layer)(jax.random.split(layer_key, num_layers))}
     if not config.per_layer_relpos:
-        variables = _relpos(config, name).init(bias_key, 1, 1)
+        variables = blocks.relpos(config, name).init(bias_key, 1, 1)
         stack["relpos_bias"] = variables["params"]
     stack[f"{name}_norm"] = {"scale": jnp.ones((config.d_model,))}
     return stack
 
 
 def abstract_params(config: T5Config, dtype: str = "float32") -> Params:
-    """The shapes of `init`, as `jax.ShapeDtypeStruct`s of `dtype`; allocates nothing."""
+    """The shapes of `init`, as `jax.ShapeDtypeStruct`s of `dtype`; allocates nothing.
+
+    "int8" has kernels as `quantized.Int8`, the rest in float32.
+    """
     shapes = jax.eval_shape(lambda key: init(config, key), jax.random.key(0))
+    if dtype == "int8":
+        return jax.eval_shape(quantized.quantize, shapes)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
 
 
@@ -114,16 +122,20 @@ def logical_axes(params: Params) -> Params:
     """The tree of `params` with T5X's logical axis names at each leaf."""
 
     def axes(path, _):
-        names = [entry.key for entry in path]
+        names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
         name = names[-2] if names[-1] == "kernel" else names[-1]
-        return (("layers",) if "layers" in names else ()) + _LOGICAL_AXES[name]
+        found = (("layers",) if "layers" in names else ()) + _LOGICAL_AXES[name]
+        if getattr(path[-1], "name", None) == "scales":  # of a quantized kernel: one a column
+            return (*found[:-2], None, found[-1])
+        return found
 
     return jax.tree_util.tree_map_with_path(axes, params)
 
 
 def num_params(params: Params) -> int:
-    """How many numbers a tree of parameters holds."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+    """How many numbers a tree of parameters holds; a quantized kernel's scales are not counted."""
+    leaves = jax.tree.leaves(params, is_leaf=quantized.is_int8)
+    return sum(math.prod(getattr(leaf, "values", leaf).shape) for leaf in leaves)
 
 
 # The forward pass ---------------------------------------------------------------------------------
@@ -137,13 +149,13 @@ def encode(
     dropout_key: Key[Array, ""] | None = None,
 ) -> Encoded:
     """Runs the encoder; input id 0 is padding. Dropout only where a key is given."""
-    stack, layer = params["encoder"], _encoder_layer(config)
+    stack, layer = params["encoder"], blocks.encoder_layer(config)
     mask = inputs != PAD_ID
     mask_bias = layers.padding_bias(mask)
     position_bias = None
     if not config.per_layer_relpos:
         position_bias = _apply(
-            _relpos(config, "encoder"), stack["relpos_bias"], inputs.shape[1], inputs.shape[1]
+            blocks.relpos(config, "encoder"), stack["relpos_bias"], inputs.shape[1], inputs.shape[1]
         )
 
     def run_layer(x, layer_params, key):
@@ -191,12 +203,14 @@ def hidden(
     if encoded is None:
         encoded = encode(config, params, batch.inputs, dropout_key=keys[3])
     encoded = repeat(encoded, batch.targets.shape[0] // encoded.states.shape[0])
-    stack, layer = params["decoder"], _decoder_layer(config)
+    stack, layer = params["decoder"], blocks.decoder_layer(config)
     cross_bias = layers.padding_bias(encoded.mask)
     position_bias = None
     if not config.per_layer_relpos:
         length = batch.targets.shape[1]
-        position_bias = _apply(_relpos(config, "decoder"), stack["relpos_bias"], length, length)
+        position_bias = _apply(
+            blocks.relpos(config, "decoder"), stack["relpos_bias"], length, length
+        )
 
     def run_layer(x, layer_params, key):
         return _apply(
@@ -246,7 +260,7 @@ def head_kernel(config: T5Config, params: Params) -> Float[Array, "D V"]:
     """The output projection: the transposed embedding where the two are tied."""
     if config.tie_embeddings:
         return params["token_embedder"]["embedding"].T
-    return params["decoder"]["logits_dense"]["kernel"]
+    return quantized.restore(params["decoder"]["logits_dense"]["kernel"])
 
 
 def shift_right(targets: Int[Array, "B T"]) -> Int[Array, "B T"]:
@@ -255,6 +269,17 @@ def shift_right(targets: Int[Array, "B T"]) -> Int[Array, "B T"]:
 
 
 # Decoding -----------------------------------------------------------------------------------------
+
+
+def decode_layers(config: T5Config, layers: Params | tuple[Params, ...]) -> Any:
+    """The decoder's layers as decoding runs them: stacked, or a tuple where the scan is unrolled.
+
+    Slices of a stack would be copied for every token. A tuple stays as it is.
+    """
+    num_layers = config.num_decoder_layers
+    if isinstance(layers, tuple) or config.scan_unroll < num_layers:
+        return layers
+    return tuple(jax.tree.map(lambda x, i=i: x[i], layers) for i in range(num_layers))
 
 
 def init_cache(config: T5Config, params: Params, encoded: Encoded, length: int) -> Cache:
@@ -266,77 +291,89 @@ def init_cache(config: T5Config, params: Params, encoded: Encoded, length: int) 
         encoded: what to attend to; its keys and values are projected here for all layers.
         length: the most tokens that will be decoded, T.
     """
-    stack, layer = params["decoder"], _decoder_layer(config)
+    stack, layer = params["decoder"], blocks.decoder_layer(config)
 
     def project(layer_params):
         return _apply(layer, layer_params, encoded.states, method="cross_keys_values")
 
-    cross_keys, cross_values = jax.lax.map(project, stack["layers"])
-    if config.per_layer_relpos:
+    def layer_bias(layer_params):
+        return _apply(layer, layer_params, length, method="position_bias")[0]
 
-        def layer_bias(layer_params):
-            return _apply(layer, layer_params, length, method="position_bias")[0]
-
-        bias = jax.vmap(layer_bias)(stack["layers"])
+    decode = decode_layers(config, stack["layers"])
+    shape = (encoded.states.shape[0], config.num_heads, length, config.head_dim)
+    if isinstance(decode, tuple):
+        cross = tuple(zip(*(project(layer_params) for layer_params in decode), strict=True))
+        empty = tuple(_empty(config, shape, ()) for _ in decode)
     else:
-        bias = _apply(_relpos(config, "decoder"), stack["relpos_bias"], length, length)
-    shape = (config.num_decoder_layers, encoded.states.shape[0], config.num_heads, length)
-    empty = jnp.zeros((*shape, config.head_dim), config.dtype)
-    empty = constrain(empty, ("layers", "batch", "heads", "length", "kv"))
+        cross = jax.lax.map(project, decode)
+        empty = _empty(config, (config.num_decoder_layers, *shape), ("layers",))
+    if not config.per_layer_relpos:
+        bias = _apply(blocks.relpos(config, "decoder"), stack["relpos_bias"], length, length)
+    elif isinstance(decode, tuple):
+        bias = jnp.stack([layer_bias(layer_params) for layer_params in decode])
+    else:
+        bias = jax.vmap(layer_bias)(decode)
     bias = bias + layers.causal_bias(length)
-    return Cache(empty, empty, cross_keys, cross_values, bias, jnp.zeros((), jnp.int32))
+    return Cache(empty, empty, cross[0], cross[1], bias, jnp.zeros((), jnp.int32))
+
+
+def _empty(config: T5Config, shape: tuple[int, ...], axes: tuple[str, ...]) -> jax.Array:
+    empty = jnp.zeros(shape, config.dtype)
+    return constrain(empty, (*axes, "batch", "heads", "length", "kv"))
 
 
 def decode_step(
     config: T5Config, params: Params, encoded: Encoded, tokens: Int[Array, " B"], cache: Cache
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Logits after one more token of each row (first the start token, id 0), and the new cache."""
-    layer = _decoder_layer(config)
+    layer = blocks.decoder_layer(config)
     cross_bias = layers.padding_bias(encoded.mask)
     position = cache.position
     bias = lax.dynamic_slice_in_dim(cache.bias, position, 1, axis=2)
 
-    def run_layer(carry, layer_inputs):
-        # The self-attention cache is carried whole and updated in place, one token a layer.
-        x, self_keys, self_values = carry
-        layer_params, cross_keys, cross_values, index = layer_inputs
-        x, keys, values = _apply(
+    def run_layer(layer_params, x, self_keys, self_values, index, cross_keys, cross_values):
+        layer_index = 0 if bias.shape[0] == 1 else index
+        return _apply(
             layer,
             layer_params,
             x,
-            lax.dynamic_index_in_dim(self_keys, index, keepdims=False),
-            lax.dynamic_index_in_dim(self_values, index, keepdims=False),
+            self_keys,
+            self_values,
+            index if self_keys.ndim == 5 else None,
             position,
-            lax.dynamic_index_in_dim(bias, jnp.minimum(index, bias.shape[0] - 1)),
+            lax.dynamic_index_in_dim(bias, layer_index),
             cross_keys,
             cross_values,
             cross_bias,
             method="decode",
         )
-        return (
-            x,
-            lax.dynamic_update_index_in_dim(self_keys, keys, index, 0),
-            lax.dynamic_update_index_in_dim(self_values, values, index, 0),
-        ), None
 
-    stack = params["decoder"]
+    def run_scanned(carry, layer_inputs):
+        (x, keys, values), (layer_params, index, *cross) = carry, layer_inputs
+        return run_layer(layer_params, x, keys, values, index, cross[0], cross[1]), None
+
+    stack, indices = params["decoder"], jnp.arange(config.num_decoder_layers)
+    decode = decode_layers(config, stack["layers"])
     x = _embed(config, params, tokens[:, None])
-    (x, self_keys, self_values), _ = lax.scan(
-        run_layer,
-        (x, cache.self_keys, cache.self_values),
-        (
-            stack["layers"],
-            cache.cross_keys,
-            cache.cross_values,
-            jnp.arange(config.num_decoder_layers),
-        ),
-        unroll=min(config.scan_unroll, config.num_decoder_layers),
-    )
+    cross = (cache.cross_keys, cache.cross_values)
+    keys, values = cache.self_keys, cache.self_values
+    if isinstance(decode, tuple):
+        keys, values = list(keys), list(values)
+        for i, layer_params in enumerate(decode):
+            x, keys[i], values[i] = run_layer(
+                layer_params, x, keys[i], values[i], i, cross[0][i], cross[1][i]
+            )
+        keys, values = tuple(keys), tuple(values)
+    else:
+        (x, keys, values), _ = lax.scan(
+            run_scanned,
+            (x, keys, values),
+            (decode, indices, *cross),
+            unroll=min(config.scan_unroll, config.num_decoder_layers),
+        )
     x = _norm(config, stack["decoder_norm"], x)
     step_logits = apply_head(config, params, x[:, 0])
-    return step_logits, cache._replace(
-        self_keys=self_keys, self_values=self_values, position=position + 1
-    )
+    return step_logits, Cache(keys, values, *cross, cache.bias, position + 1)
 
 
 # Parts --------------------------------------------------------------------------------------------
@@ -370,7 +407,7 @@ def _run_stack(
 
 def _apply(module: nn.Module, params: Params, *args: Any, **options: Any) -> Any:
     """`module.apply`, whose result Flax types as anything with or without mutated variables."""
-    return module.apply({"params": params}, *args, **options)
+    return module.apply({"params": quantized.restore(params)}, *args, **options)
 
 
 def _norm(config: T5Config, params: Params, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -389,56 +426,3 @@ def _dropout(
 
 def _split(key: Key[Array, ""] | None, num: int) -> list[Any]:
     return [None] * num if key is None else list(jax.random.split(key, num))
-
-
-def _relpos(config: T5Config, stack: str) -> layers.RelativePositionBias:
-    return layers.RelativePositionBias(
-        num_heads=config.num_heads,
-        buckets=config.relpos_buckets,
-        max_distance=config.relpos_max_distance,
-        bidirectional=stack == "encoder",
-    )
-
-
-def _attention(config: T5Config) -> layers.Attention:
-    return layers.Attention(
-        num_heads=config.num_heads,
-        head_dim=config.head_dim,
-        d_model=config.d_model,
-        dropout_rate=config.dropout_rate,
-        dtype=config.dtype,
-    )
-
-
-def _block(config: T5Config, stack: str) -> dict[str, Any]:
-    mlp = layers.MLP(
-        d_ff=config.d_ff,
-        d_model=config.d_model,
-        activations=config.mlp_activations,
-        dropout_rate=config.dropout_rate,
-        dtype=config.dtype,
-    )
-    return {
-        "mlp": mlp,
-        "pre_mlp_layer_norm": layers.RMSNorm(config.layer_norm_epsilon, config.dtype),
-        "dropout": nn.Dropout(config.dropout_rate, broadcast_dims=(-2,)),
-        "relpos_bias": _relpos(config, stack) if config.per_layer_relpos else None,
-    }
-
-
-def _encoder_layer(config: T5Config) -> layers.EncoderLayer:
-    return layers.EncoderLayer(
-        attention=_attention(config),
-        pre_attention_layer_norm=layers.RMSNorm(config.layer_norm_epsilon, config.dtype),
-        **_block(config, "encoder"),
-    )
-
-
-def _decoder_layer(config: T5Config) -> layers.DecoderLayer:
-    return layers.DecoderLayer(
-        self_attention=_attention(config),
-        encoder_decoder_attention=_attention(config),
-        pre_self_attention_layer_norm=layers.RMSNorm(config.layer_norm_epsilon, config.dtype),
-        pre_cross_attention_layer_norm=layers.RMSNorm(config.layer_norm_epsilon, config.dtype),
-        **_block(config, "decoder"),
-    )

@@ -24,6 +24,8 @@ class T5Config:
         dropout_rate: of activations and attention probabilities while training.
         dtype: "float32" or "bfloat16": operands of matrix products, which accumulate in float32.
         remat: recompute each layer's activations in the backward pass.
+        attention_by_row: attend for one row of the batch at a time where the scores of all rows
+            are too many for a CPU's cache.
         scan_unroll: layers per iteration of the scan over layers; >= L unrolls all.
     """
 
@@ -44,6 +46,7 @@ class T5Config:
     dropout_rate: float = 0.0
     dtype: str = "float32"
     remat: bool = False
+    attention_by_row: bool = False
     scan_unroll: int = 1
 
     def __post_init__(self):

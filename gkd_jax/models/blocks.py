@@ -1,0 +1,62 @@
+"""The modules of `gkd_jax.models.layers` in the sizes of a `T5Config`."""
+
+from typing import Any
+
+from flax import linen as nn
+
+from gkd_jax.models import layers
+from gkd_jax.models.t5_config import T5Config
+
+
+def relpos(config: T5Config, stack: str) -> layers.RelativePositionBias:
+    return layers.RelativePositionBias(
+        num_heads=config.num_heads,
+        buckets=config.relpos_buckets,
+        max_distance=config.relpos_max_distance,
+        bidirectional=stack == "encoder",
+    )
+
+
+def _attention(config: T5Config) -> layers.Attention:
+    return layers.Attention(
+        num_heads=config.num_heads,
+        head_dim=config.head_dim,
+        d_model=config.d_model,
+        dropout_rate=config.dropout_rate,
+        dtype=config.dtype,
+        by_row=config.attention_by_row,
+    )
+
+
+def _block(config: T5Config, stack: str) -> dict[str, Any]:
+    mlp = layers.MLP(
+        d_ff=config.d_ff,
+        d_model=config.d_model,
+        activations=config.mlp_activations,
+        dropout_rate=config.dropout_rate,
+        dtype=config.dtype,
+    )
+    return {
+        "mlp": mlp,
+        "pre_mlp_layer_norm": layers.RMSNorm(config.layer_norm_epsilon, config.dtype),
+        "dropout": nn.Dropout(config.dropout_rate, broadcast_dims=(-2,)),
+        "relpos_bias": relpos(config, stack) if config.per_layer_relpos else None,
+    }
+
+
+def encoder_layer(config: T5Config) -> layers.EncoderLayer:
+    return layers.EncoderLayer(
+        attention=_attention(config),
+        pre_attention_layer_norm=layers.RMSNorm(config.layer_norm_epsilon, config.dtype),
+        **_block(config, "encoder"),
+    )
+
+
+def decoder_layer(config: T5Config) -> layers.DecoderLayer:
+    return layers.DecoderLayer(
+        self_attention=_attention(config),
+        encoder_decoder_attention=_attention(config),
+        pre_self_attention_layer_norm=layers.RMSNorm(config.layer_norm_epsilon, config.dtype),
+        pre_cross_attention_layer_norm=layers.RMSNorm(config.layer_norm_epsilon, config.dtype),
+        **_block(config, "decoder"),
+    )

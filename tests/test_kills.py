@@ -1,0 +1,98 @@
+"""A run killed at a random moment, saving included, and started again ends as one never killed.
+
+pytest -m slow tests/test_kills.py       # 30 kills
+"""
+
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from gkd_jax import metrics
+from gkd_jax.pretrained import load_model
+
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+STEPS = 60
+
+
+def start(model_dir):
+    """On-policy GKD with two saves before its last."""
+    options = {
+        "MODEL_DIR": repr(str(model_dir)),
+        "MIXTURE_OR_TASK_NAME": "'arithmetic'",
+        "TASK_FEATURE_LENGTHS": "{'inputs': 40, 'targets': 16}",
+        "STUDENT_SIZE": "'tiny'",
+        "TEACHER_SIZE": "'tiny'",
+        "BATCH_SIZE": 8,
+        "TRAIN_STEPS": STEPS,
+        "SAVE_PERIOD": 20,
+        "ON_POLICY_FRACTION": 0.7,
+        "EVAL_NUM_EXAMPLES": 8,
+    }
+    flags = [f"--gin.{name}={value}" for name, value in options.items()]
+    command = [sys.executable, "-m", "gkd_jax", "train", "--gin_file=gin/gkd.gin", *flags]
+    environment = {**os.environ, "XLA_FLAGS": ""}  # one device
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def finish(model_dir):
+    process = start(model_dir)
+    output = process.communicate(timeout=300)[0].decode()
+    assert process.returncode == 0, output
+    return output
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+    finish(folder)
+    return folder
+
+
+def kill(model_dir, generator):
+    """Kills a new run while it saves, or a random while after a random step; says where."""
+    saving = generator.random() < 0.5
+    step = generator.choice([20, 40, 60]) if saving else generator.randrange(1, STEPS)
+    process = start(model_dir)
+    deadline = time.monotonic() + 240
+    path = model_dir / "metrics.jsonl"
+    while process.poll() is None and time.monotonic() < deadline:
+        if saving and (model_dir / "checkpoints").is_dir():
+            # The folder has another name until it is complete.
+            if any(p.name.startswith(f"{step}.") for p in (model_dir / "checkpoints").iterdir()):
+                break
+        elif not saving and path.exists() and len(path.read_bytes().splitlines()) >= step:
+            break
+        time.sleep(0.0005)
+    time.sleep(generator.random() * 0.03)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    return f"{'saving ' if saving else ''}step {step}"
+
+
+def losses(model_dir):
+    lines = metrics.read(model_dir / "metrics.jsonl")
+    return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
+
+
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 30))]
+)
+def test_a_killed_run_ends_as_one_never_killed(seed, uninterrupted, tmp_path):
+    where = kill(tmp_path / "run", random.Random(seed))
+    output = finish(tmp_path / "run")
+    found, expected = (load_model(str(folder))[1] for folder in (tmp_path / "run", uninterrupted))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert losses(tmp_path / "run") == losses(uninterrupted), where
+    resumed = [line for line in output.splitlines() if line.startswith("resumed")]
+    print(f"killed at {where}; {resumed or 'from the start'}")
