@@ -330,6 +330,42 @@ def test_collectives_of_a_program_on_eight_devices():
     assert found[""].collectives["all-gather", 4].wire_bytes == 3 * nbytes
 
 
+# (kind, in the decode loop) -> how many, of the two layers and 32 tokens of `options`. What the
+# partitioner makes, counted once and looked at: a change of 20 % is to be looked at again.
+GOLDEN = {
+    ("data", "sample"): {("all-gather", False): 3, ("all-reduce", True): 32},  # has all ended?
+    ("data", "score"): {},
+    ("data", "update"): {("all-reduce", False): 2},  # the gradients together, and the sums
+    ("fsdp", "sample"): {
+        ("all-gather", False): 31,  # the weights, once
+        ("all-to-all", False): 1,
+        ("all-reduce", True): 32,
+    },
+    ("fsdp", "score"): {("all-gather", False): 28, ("all-to-all", False): 2},
+    ("fsdp", "update"): {
+        ("all-gather", False): 93,  # forward, backward, and the teacher's
+        ("all-reduce", False): 46,
+        ("all-to-all", False): 6,
+    },
+}
+
+
+@pytest.mark.parametrize("axis", ["data", "fsdp"])
+def test_counts_of_collectives_are_those_that_were_looked_at(axis):
+    mesh = {"data": 1, "fsdp": 1, "tensor": 1, axis: 8}
+    given = options(
+        mesh_config=sharding.MeshConfig(**mesh),
+        method=gkd.GKDConfig(on_policy_fraction=1.0, divergence=divergences.forward_kl),
+    )
+    built = program.build(**given)
+    for phase, (function, arguments) in program.phases(built, given["data_config"]).items():
+        found: dict[tuple[str, bool], float] = {}
+        for item in precompile.analyse(function, arguments)["collectives"]:
+            key = (item["kind"], item["loop"] != "")
+            found[key] = found.get(key, 0) + item["count"]
+        assert found == pytest.approx(GOLDEN[axis, phase], rel=0.2), (axis, phase)
+
+
 # Time ---------------------------------------------------------------------------------------------
 
 CHIP = precompile.Chip(1.0, flops=100.0, hbm=10.0, interconnect=1.0)
