@@ -55,6 +55,8 @@ class Model:
                 "a model needs a size (tiny, small, base, large, xl, xxl) or a checkpoint, got None"
             )
 
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype must be 'float32' or 'bfloat16', got {self.dtype!r}")
         if self.param_dtype not in ("float32", "bfloat16", "int8"):
             raise ValueError(
                 f"param_dtype must be 'float32', 'bfloat16' or 'int8', got {self.param_dtype!r}"
