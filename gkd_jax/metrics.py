@@ -193,6 +193,11 @@ def study_table(root: pathlib.Path, phases: Sequence[str]) -> str:
     names = list(dict.fromkeys(name for row in rows.values() for name in row))
     lines = ["| run | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for phase, row in rows.items():
-        cells = [f"{row[name]:.1f}" if name in row else "" for name in names]
+        cells = [_cell(name, row[name]) if name in row else "" for name in names]
         lines.append(f"| {phase} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _cell(name: str, value: float) -> str:
+    """Nats are small numbers, scores go up to 100."""
+    return f"{value:.3f}" if name.endswith("divergence") else f"{value:.1f}"
