@@ -67,6 +67,37 @@ class Writer:
         self._tensorboard.close()
 
 
+def sample_statistics(tokens: np.ndarray, weights: np.ndarray) -> dict[str, float]:
+    """What tells samples that go wrong.
+
+    Args:
+        tokens: [N, T], EOS = 1.
+        weights: [N, T], 1 where a token counts.
+
+    Returns:
+        `length`, the mean number of tokens; `truncated_fraction` of samples without EOS;
+        `distinct_2`, see below.
+    """
+    return {
+        "length": float(weights.sum(1).mean()),
+        "truncated_fraction": float((~(tokens == 1).any(1)).mean()),
+        "distinct_2": _distinct_bigrams(tokens, weights),
+    }
+
+
+def _distinct_bigrams(tokens: np.ndarray, weights: np.ndarray) -> float:
+    """Different pairs of neighbouring tokens over all pairs, within samples; 1 if there are none.
+
+    It falls when samples repeat themselves.
+    """
+    shares = []
+    for row, length in zip(tokens, weights.sum(1).astype(int), strict=True):
+        pairs = list(zip(row[: length - 1].tolist(), row[1:length].tolist(), strict=True))
+        if pairs:
+            shares.append(len(set(pairs)) / len(pairs))
+    return float(np.mean(shares)) if shares else 1.0
+
+
 class SampleWatch:
     """Says, once each, when the student's samples go the ways that on-policy training goes wrong.
 

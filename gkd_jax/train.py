@@ -289,10 +289,11 @@ def _log(
         sampled_at = time.monotonic()
         tokens = np.asarray(jax.device_get(step.drawn.tokens))
         log_probs = np.asarray(jax.device_get(step.drawn.log_probs))
-        numbers["train/sample_length"] = float(weights.sum(1).mean())
-        numbers["train/truncated_fraction"] = float((~(tokens == 1).any(1)).mean())
+        found = metrics.sample_statistics(tokens, weights)
+        numbers["train/sample_length"] = found["length"]
+        numbers["train/truncated_fraction"] = found["truncated_fraction"]
         numbers["train/sample_entropy"] = float(-(log_probs * weights).sum() / weights.sum())
-        numbers["train/distinct_2"] = _distinct_bigrams(tokens, weights)
+        numbers["train/distinct_2"] = found["distinct_2"]
     if step.scored is not None:
         sampled_at = step.scored.sampled_at
         numbers["train/reward"] = float(step.scored.rewards.mean())
@@ -318,19 +319,6 @@ def _log(
             f"{values['grad_norm']}; the batch is in {dumped}, and the last checkpoint is from "
             "before it. train.Trainer.skip_nonfinite = True goes on"
         )
-
-
-def _distinct_bigrams(tokens: np.ndarray, weights: np.ndarray) -> float:
-    """Different pairs of neighbouring tokens over all pairs, within samples; 1 if there are none.
-
-    It falls when samples repeat themselves.
-    """
-    shares = []
-    for row, length in zip(tokens, weights.sum(1).astype(int), strict=True):
-        pairs = list(zip(row[: length - 1].tolist(), row[1:length].tolist(), strict=True))
-        if pairs:
-            shares.append(len(set(pairs)) / len(pairs))
-    return float(np.mean(shares)) if shares else 1.0
 
 
 def _due(done: int, period: int | None) -> bool:

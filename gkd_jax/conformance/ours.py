@@ -14,7 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gkd_jax import checkpoints, divergences, gkd, pretrained, sampling, train_state, vocabularies
+from gkd_jax import (
+    checkpoints,
+    divergences,
+    gkd,
+    metrics,
+    pretrained,
+    sampling,
+    train_state,
+    vocabularies,
+)
 from gkd_jax.batch import Batch
 from gkd_jax.models import t5
 
@@ -124,6 +133,9 @@ class GKDJax:
         key = gkd.step_keys(seed, step).sampling
         _, drawn = _sample_targets(_config(0.5), models, _student_params(), batch, key)
         return np.asarray(drawn.tokens), np.asarray(drawn.weights)
+
+    def sample_statistics(self, tokens, weights):
+        return metrics.sample_statistics(tokens, weights)
 
     def is_on_policy(self, seed, step, on_policy_fraction):
         return gkd.is_on_policy(
