@@ -35,11 +35,11 @@ def bars(view: View) -> Iterator[Drawn]:
             for group in groups
             if group.fraction == 1 or (group.divergence, group.fraction) in _NAMED
         ]
-    # The teacher is a line, unless its size has students of its own.
-    teachers = {id(teacher) for group in groups if (teacher := view.study.teacher(group))}
+    # A size that only SFT was run at has nothing to compare: a teacher (the line), or the start of
+    # a self-distillation.
     students = {group.size for group in groups if group.kind not in ("sft", "unknown")}
     if students:
-        groups = [g for g in groups if id(g) not in teachers or g.size in students]
+        groups = [group for group in groups if group.size in students]
     panels = _bar_panels(view, groups)
     if sum(1 for panel in panels for bar in panel.bars if bar.cell) >= 2:
         figure = plots.bars(panels, metric=view.metric)
