@@ -9,9 +9,9 @@ padding, and samples without EOS, so that every run does the same work. One JSON
     score_ms     the teacher's logits of them, alone; a run has this inside the update
     update_ms    teacher, divergence, gradient and optimizer
     step_ms      sample and update, one after the other
-    compile_s    tracing and compiling both, without the persistent cache
+    compile_s    tracing and compiling all three, without the persistent cache
     gemm_gflops  a large matrix product of the compute dtype: this machine's peak
-    *_gflop      matrix products of each phase, from its program; with them its share of the peak
+    *_gflop      matrix products of each phase on one device; with them its share of the peak
 """
 
 from collections.abc import Callable, Mapping
@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gkd_jax import data, gkd, program, sharding, train_state
+from gkd_jax import data, gkd, hlo, program, sharding, train_state
 from gkd_jax.batch import Batch
 from gkd_jax.models import t5
 from gkd_jax.optimizers import Schedule
@@ -111,9 +111,8 @@ def _measure(
     times = _time_phases(built, compiled, models, data_config, runs)
     found |= {f"{name}_ms": float(np.median(values)) * 1e3 for name, values in times.items()}
     found["gemm_gflops"] = gemm_gflops(built.models.student.dtype)
-    turns = data_config.shapes()[-1][1]
-    for name, (function, arguments) in functions.items():
-        gflop = matmul_flops(function.trace(*arguments).jaxpr.jaxpr, turns) / 1e9
+    for name, program_of_phase in compiled.items():
+        gflop = hlo.summary(hlo.parse(program_of_phase.as_text()))["flops"] / 1e9
         found[f"{name}_gflop"] = gflop
         found[f"{name}_of_peak"] = gflop / found[f"{name}_ms"] * 1e3 / found["gemm_gflops"]
     return found
@@ -194,29 +193,3 @@ def _seconds(function: Callable[[], Any]) -> float:
     began = time.perf_counter()
     function()
     return time.perf_counter() - began
-
-
-def matmul_flops(jaxpr: Any, turns: int) -> float:
-    """FLOPs of the matrix products of a program before compilation, over all devices.
-
-    Args:
-        jaxpr: of the program.
-        turns: of each while loop: decoding's tokens.
-    """
-    total = 0.0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            sizes = [equation.invars[0].aval.shape[axis] for axis in contracted]
-            total += 2.0 * equation.outvars[0].aval.size * float(np.prod(sizes))
-            continue
-        times = {"scan": equation.params.get("length", 1), "while": turns}
-        inner = sum(
-            matmul_flops(getattr(value, "jaxpr", value), turns)
-            for value in jax.tree.leaves(
-                list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
-            )
-            if hasattr(getattr(value, "jaxpr", value), "eqns")
-        )
-        total += times.get(equation.primitive.name, 1) * inner
-    return total

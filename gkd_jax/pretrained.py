@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 import seqio
 
 from gkd_jax import checkpoints, convert, sharding, vocabularies
-from gkd_jax.models import quantized, t5
+from gkd_jax.models import quantized, t5, t5_config
 
 
 _PUBLIC_SIZES = ("small", "base", "large", "xl", "xxl")
@@ -55,8 +55,7 @@ class Model:
                 "a model needs a size (tiny, small, base, large, xl, xxl) or a checkpoint, got None"
             )
 
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"dtype must be 'float32' or 'bfloat16', got {self.dtype!r}")
+        t5_config.check_dtype(self.dtype)
         if self.param_dtype not in ("float32", "bfloat16", "int8"):
             raise ValueError(
                 f"param_dtype must be 'float32', 'bfloat16' or 'int8', got {self.param_dtype!r}"

@@ -185,6 +185,28 @@ def test_flops_of_nested_scans_count_every_turn():
     assert sum(cost.flops for cost in found.values()) == 5 * 8 * one
 
 
+def test_flops_of_products_in_loops_and_gradients():
+    x, w = jnp.ones((4, 8)), jnp.ones((8, 8))
+    one = 2 * 4 * 8 * 8
+
+    def scanned(x, w):
+        return lax.scan(lambda x, _: (x @ w, None), x, length=5)[0]
+
+    def looped(x, w):
+        def turn(carry):
+            return carry[0] + 1, scanned(carry[1], w)
+
+        return lax.while_loop(lambda carry: carry[0] < 3, turn, (0, x))
+
+    def flops(function):
+        return sum(cost.flops for cost in costs(function, x, w).values())
+
+    assert flops(scanned) == 5 * one
+    assert flops(looped) == 3 * 5 * one
+    assert flops(jax.grad(lambda x, w: jnp.sum((x @ w) ** 2), argnums=1)) == 2 * one
+    assert flops(jax.checkpoint(lambda x, w: x @ w)) == one
+
+
 def test_a_while_loop_counts_as_if_it_never_stopped_early():
     def body(loop):
         return loop[0] + 1, jnp.tanh(loop[1] @ loop[1])

@@ -56,14 +56,19 @@ class T5Config:
                 raise ValueError(f"{field.name} must be a positive integer, got {value!r}")
         if not 0 <= self.dropout_rate < 1:
             raise ValueError(f"dropout_rate must lie in [0, 1), got {self.dropout_rate}")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"dtype must be 'float32' or 'bfloat16', got {self.dtype!r}")
+        check_dtype(self.dtype)
         known = {"relu", "gelu", "linear"}
         if not self.mlp_activations or not set(self.mlp_activations) <= known:
             raise ValueError(
                 f"mlp_activations must be one or more of {sorted(known)}, "
                 f"got {self.mlp_activations!r}"
             )
+
+
+def check_dtype(dtype: str) -> None:
+    """Raises ValueError unless models can compute in it."""
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype must be 'float32' or 'bfloat16', got {dtype!r}")
 
 
 # d_model, num_heads, head_dim, d_ff (1.0), d_ff (1.1), layers (1.0), layers (1.1)
