@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from gkd_jax.convert.layout import Entry, Layout, Part, flatten, to_ours, unflatten
-from gkd_jax.models import t5
+from gkd_jax.models import t5, t5_config
 
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -56,8 +56,7 @@ def as_dtype(dtype: Any) -> np.dtype:
         ValueError: for another one.
     """
     name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
-    if name not in ("float32", "bfloat16"):
-        raise ValueError(f"dtype must be 'float32' or 'bfloat16', got {name!r}")
+    t5_config.check_dtype(name)
     return BFLOAT16 if name == "bfloat16" else np.dtype(np.float32)
 
 
