@@ -37,6 +37,9 @@ class Trainer:
         log_period: steps between lines where there is no terminal.
         skip_nonfinite: where a step's loss or gradient is not finite, leave the student as it is
             and count; False ends the run there.
+        sample_ahead: draw the samples of a step before the update of the step before it, so that
+            neither host nor device waits between the two: they are one update old ("staleness" in
+            the metrics), which Algorithm 1's are not. The step after a checkpoint draws its own.
     """
 
     train_steps: int
@@ -50,6 +53,7 @@ class Trainer:
     num_microbatches: int = 1
     log_period: int = 50
     skip_nonfinite: bool = False
+    sample_ahead: bool = False
 
     def __post_init__(self):
         for name in ("train_steps", "save_period", "num_microbatches", "log_period"):

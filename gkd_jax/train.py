@@ -1,6 +1,7 @@
 """The life of a run, from a configuration to a trained student: `run`, from top to bottom."""
 
 from collections.abc import Callable, Mapping
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -180,68 +181,112 @@ def run(
     )
 
     #### The loop: Algorithm 1 #####################################################################
-    pending_step = None
+    pending_step = ahead = None
+    stopping = False
     with contextlib.ExitStack() as closing:
         closing.callback(writer.close)
         closing.callback(saved.close)
         told_to_stop = closing.enter_context(_stop_at_sigterm())
-        for step in range(start, trainer.train_steps):
+        clock = _DeviceClock()
+        closing.callback(clock.close)
+
+        def draw(step: int, params) -> _Drawn:
+            """The batch of a step, its targets sampled where its coin says so."""
             rows = next(stream)
             if step == 0 and not silent:
                 run_record.write(folder, {**about, "first_batch": run_record.batch_hash(rows)})
             batch = data.place(rows, program.mesh)
-            shape = (batch.inputs.shape[1], batch.targets.shape[1])
             keys = gkd.step_keys(trainer.seed, step)
-            drawn, scored, began = None, None, time.monotonic()
-            if gkd.is_on_policy(trainer.seed, step, program.method):
-                batch, drawn = steps.sample[shape](state.params, batch, keys.sampling)
-                extra = ()
-                if program.method.rl is not None:
-                    # While the device samples, the host waits for the update before.
-                    pending_step = _log(pending_step, writer, progress, schedule)
-                    scored = _rewards(program, rows, drawn)
-                    extra = (data.place_array(scored.advantages, program.mesh),)
-                state, values = steps.update_samples[shape](
-                    state, teacher_params, batch, keys.dropout, *extra
-                )
-            else:
-                state, values = steps.update_dataset[shape](
-                    state, teacher_params, batch, keys.dropout
-                )
+            if not gkd.is_on_policy(trainer.seed, step, program.method):
+                return _Drawn(rows, batch, keys)
+            began = time.monotonic()
+            sample = steps.sample[batch.inputs.shape[1], batch.targets.shape[1]]
+            batch, drawn = sample(params, batch, keys.sampling)
+            return _Drawn(rows, batch, keys, drawn, clock.seconds(began, drawn.weights))
+
+        def saves(done: int) -> bool:
+            return done == trainer.train_steps or _due(done, trainer.save_period)
+
+        for step in range(start, trainer.train_steps):
+            done, staleness = step + 1, float(ahead is not None)
+            now = ahead or draw(step, state.params)
+            # Not across a checkpoint, which knows the stream's position and no samples.
+            early = trainer.sample_ahead and not stopping and not saves(done)
+            ahead = draw(done, state.params) if early else None
+            scored, extra = None, ()
+            if now.sample is not None and program.method.rl is not None:
+                # While the device samples, the host waits for the update before.
+                pending_step = _log(pending_step, writer, progress, schedule)
+                scored = _rewards(program, now.rows, now.sample)
+                extra = (data.place_array(scored.advantages, program.mesh),)
+            updates = steps.update_dataset if now.sample is None else steps.update_samples
+            update = updates[now.rows.inputs.shape[1], now.rows.targets.shape[1]]
+            began = time.monotonic()
+            state, values = update(state, teacher_params, now.batch, now.keys.dropout, *extra)
 
             # The device works on this step; the host waits for the one before and logs it.
             _log(pending_step, writer, progress, schedule)
-            pending_step = _Pending(step, began, batch, drawn, scored, values)
-            done = step + 1
-            stopped = told_to_stop(done)
-            last = stopped or done == trainer.train_steps
+            if trainer.sample_ahead and now.sample is not None:
+                values = {**values, "staleness": staleness}
+            pending_step = _Pending(step, now, scored, values, clock.seconds(began, values["loss"]))
+            stopping |= told_to_stop(done)
+            last = done == trainer.train_steps or (stopping and ahead is None)
             scores = None
             if evaluator and (_due(done, trainer.eval_period) or done == trainer.train_steps):
                 pending_step = _log(pending_step, writer, progress, schedule)
                 scores = evaluator(state.params, teacher_params, done)
                 writer.write(done, scores)
-            if last or _due(done, trainer.save_period):
+            if last or saves(done):
                 pending_step = _log(pending_step, writer, progress, schedule)
                 saved.save(done, state, stream, description, scores)
             if last:
                 break
         if (best := saved.best()) is not None:
             print(f"best checkpoint: step {best[0]}, {trainer.best_metric} {best[1]:.4g}")
-    if stopped and done < trainer.train_steps:
+    if stopping and done < trainer.train_steps:
         print(f"SIGTERM: saved step {done}; run the same command to go on", file=sys.stderr)
         raise SystemExit(SIGTERM_STATUS)
 
 
-@dataclasses.dataclass
-class _Pending:
+class _Drawn(NamedTuple):
+    """What a step trains on."""
+
+    rows: Batch  # as the dataset has it, on the host
+    batch: Batch
+    keys: gkd.StepKeys
+    sample: Sample | None = None
+    sample_s: concurrent.futures.Future[float] | None = None
+
+
+class _DeviceClock:
+    """How long each result keeps the device: from the end of the one before it, or its dispatch."""
+
+    def __init__(self):
+        self._waiter = concurrent.futures.ThreadPoolExecutor(1)
+        self._free_at = 0.0
+
+    def close(self) -> None:
+        self._waiter.shutdown()
+
+    def seconds(self, began: float, result: jax.Array) -> concurrent.futures.Future[float]:
+        """To be called in the order of dispatch, with the time of it."""
+
+        def wait() -> float:
+            jax.block_until_ready(result)
+            before, self._free_at = self._free_at, time.monotonic()
+            return self._free_at - max(began, before)
+
+        return self._waiter.submit(wait)
+
+
+class _Pending(NamedTuple):
     """A step that was dispatched but not waited for."""
 
     step: int
-    began: float
-    batch: Batch
-    drawn: Sample | None
+    drawn: _Drawn
     scored: "_Scored | None"
-    values: dict[str, jax.Array]
+    values: dict[str, jax.Array | float]
+    update_s: concurrent.futures.Future[float]
 
 
 class _Scored(NamedTuple):
@@ -249,7 +294,6 @@ class _Scored(NamedTuple):
 
     rewards: np.ndarray
     advantages: np.ndarray
-    sampled_at: float  # when the samples were there
 
 
 def _rewards(program: Program, rows: Batch, drawn: Sample) -> _Scored:
@@ -259,8 +303,6 @@ def _rewards(program: Program, rows: Batch, drawn: Sample) -> _Scored:
     """
     method = program.method
     assert method.rl is not None
-    jax.block_until_ready(drawn.tokens)
-    sampled_at = time.monotonic()
     texts = [
         [evaluate.to_text(program.vocabulary, row) for row in np.asarray(ids)]
         for ids in (rows.inputs, drawn.tokens, rows.targets)
@@ -269,10 +311,7 @@ def _rewards(program: Program, rows: Batch, drawn: Sample) -> _Scored:
     prompts = [text for text in prompts for _ in range(method.num_samples)]
     references = [text for text in references for _ in range(method.num_samples)]
     rewards = np.asarray(method.rl.reward(prompts, outputs, references))
-    return _Scored(rewards, rl.advantages(rewards, method.num_samples), sampled_at)
-
-
-_finished_at = [0.0]
+    return _Scored(rewards, rl.advantages(rewards, method.num_samples))
 
 
 def _log(
@@ -281,39 +320,35 @@ def _log(
     """Waits for a step's results and writes its line; nothing where there is none to wait for."""
     if step is None:
         return
-    began = max(step.began, _finished_at[0])
     numbers: dict[str, float] = {}
-    sampled_at = began
-    if step.drawn is not None:
-        weights = np.asarray(jax.device_get(step.drawn.weights))
-        sampled_at = time.monotonic()
-        tokens = np.asarray(jax.device_get(step.drawn.tokens))
-        log_probs = np.asarray(jax.device_get(step.drawn.log_probs))
+    sample = step.drawn.sample
+    if sample is not None:
+        weights = np.asarray(jax.device_get(sample.weights))
+        tokens = np.asarray(jax.device_get(sample.tokens))
+        log_probs = np.asarray(jax.device_get(sample.log_probs))
         found = metrics.sample_statistics(tokens, weights)
         numbers["train/sample_length"] = found["length"]
         numbers["train/truncated_fraction"] = found["truncated_fraction"]
         numbers["train/sample_entropy"] = float(-(log_probs * weights).sum() / weights.sum())
         numbers["train/distinct_2"] = found["distinct_2"]
     if step.scored is not None:
-        sampled_at = step.scored.sampled_at
         numbers["train/reward"] = float(step.scored.rewards.mean())
         numbers["train/reward_std"] = float(step.scored.rewards.std())
     values = {name: float(value) for name, value in jax.device_get(step.values).items()}
-    _finished_at[0] = time.monotonic()
     line = {
         **{f"train/{name}": value for name, value in values.items()},
-        "train/on_policy": float(step.drawn is not None),
+        "train/on_policy": float(sample is not None),
         "train/learning_rate": float(schedule(step.step)),
         **numbers,
-        "time/sample_s": max(sampled_at - began, 0.0),
-        "time/update_s": max(_finished_at[0] - sampled_at, 0.0),
+        "time/sample_s": step.drawn.sample_s.result() if step.drawn.sample_s else 0.0,
+        "time/update_s": step.update_s.result(),
     }
     writer.write(step.step + 1, line)
     progress.step(step.step + 1, line)
     finite = np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"])
     if not finite and "skipped" not in values:
-        kind = "dataset" if step.drawn is None else "on-policy"
-        dumped = writer.dump(step.step, step.batch._asdict())
+        kind = "dataset" if sample is None else "on-policy"
+        dumped = writer.dump(step.step, step.drawn.batch._asdict())
         raise FloatingPointError(
             f"step {step.step} ({kind} batch): loss {values['loss']}, gradient norm "
             f"{values['grad_norm']}; the batch is in {dumped}, and the last checkpoint is from "

@@ -24,6 +24,7 @@ install_import_hook("gkd_jax", "beartype.beartype")
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CACHE = pathlib.Path(tempfile.gettempdir()) / f"gkd_jax_test_cache_{getpass.getuser()}"
+os.environ["GKD_JAX_COMPILATION_CACHE"] = str(CACHE)  # of the commands that tests start
 
 # "a [B T] plus b [T]" is a silent broadcast, and usually a wrong axis.
 jax.config.update("jax_numpy_rank_promotion", "raise")

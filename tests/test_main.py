@@ -20,8 +20,7 @@ LENGTHS = "--gin.TASK_FEATURE_LENGTHS={'inputs': 40, 'targets': 24}"
 
 
 @pytest.fixture(autouse=True)
-def _fresh_gin(monkeypatch):
-    monkeypatch.setenv("GKD_JAX_COMPILATION_CACHE", "")
+def _fresh_gin():
     gin.clear_config()
     yield
     gin.clear_config()

@@ -18,8 +18,7 @@ PARAMETERS = {"base": "247,577,856", "large": "783,150,080", "xl": "2,849,757,18
 
 
 @pytest.fixture(autouse=True)
-def _fresh_gin(monkeypatch):
-    monkeypatch.setenv("GKD_JAX_COMPILATION_CACHE", "")
+def _fresh_gin():
     gin.clear_config()
     yield
     gin.clear_config()

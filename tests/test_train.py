@@ -17,6 +17,7 @@ from gkd_jax import (
     divergences,
     evaluate,
     metrics,
+    optimizers,
     pretrained,
     sharding,
     train,
@@ -183,3 +184,29 @@ def test_a_signal_loses_nothing_that_was_saved(tmp_path, number, status):
         assert lines(tmp_path)[-1]["step"] == step
     train.run(**options(tmp_path, steps=step + 2))
     assert [line["step"] for line in lines(tmp_path)] == list(range(1, step + 3))
+
+
+def test_samples_drawn_ahead_are_one_update_old_and_none_crosses_a_checkpoint(tmp_path):
+    def trained(name, steps, *, ahead, rate):
+        trainer = train.Trainer(train_steps=steps, save_period=4, sample_ahead=ahead)
+        schedule = optimizers.linear_schedule(learning_rate=rate, total_steps=100)
+        more = {"teacher": pretrained.Model(architecture=small, size="tiny"), "fraction": 0.7}
+        more |= {"trainer": trainer, "schedule": schedule, "divergence": divergences.forward_kl}
+        train.run(**options(tmp_path / name, steps=steps, **more))
+        return {line["step"]: line for line in lines(tmp_path / name)}
+
+    now = trained("now", 8, ahead=False, rate=0.02)
+    ahead = trained("ahead", 8, ahead=True, rate=0.02)
+    sampled = [step for step, line in now.items() if line["train/on_policy"]]
+    assert not any("train/staleness" in line for line in now.values())
+    for step, line in ahead.items():
+        expected = None if step not in sampled else float(step not in (1, 5))
+        assert line.get("train/staleness") == expected
+    stale = min(step for step in sampled if step > 1)
+    losses = [[line["train/loss"] for line in run.values()] for run in (now, ahead)]
+    assert losses[0][: stale - 1] == losses[1][: stale - 1]
+    assert losses[0][stale - 1] != losses[1][stale - 1]
+
+    trained("resumed", 4, ahead=True, rate=0.02)
+    resumed = trained("resumed", 8, ahead=True, rate=0.02)
+    assert [line["train/loss"] for line in resumed.values()] == losses[1]
