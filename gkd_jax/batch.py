@@ -1,11 +1,25 @@
 """The unit of work of every step: token ids of inputs and targets, and the loss weights of targets.
 
-Axes: B batch, S source length, T target length.
+Axes: B batch, S source length, T target length, k.
 """
 
 from typing import Any, NamedTuple
 
 from jaxtyping import Float, Int
+
+
+class TopK(NamedTuple):
+    """The most probable ids at each target position, and what the others have together.
+
+    Attributes:
+        ids: k different ids.
+        log_probs: theirs, nats.
+        tails: log of the mass of all other ids, nats.
+    """
+
+    ids: Int[Any, "B T k"]
+    log_probs: Float[Any, "B T k"]
+    tails: Float[Any, "B T"]
 
 
 class Batch(NamedTuple):
@@ -18,8 +32,10 @@ class Batch(NamedTuple):
         inputs: source token ids, ending in EOS, padded with 0.
         targets: target token ids, ending in EOS unless truncated.
         weights: 1.0 where a target token counts (EOS included), 0.0 elsewhere.
+        teacher: its scores of these targets where they come from a cache (`teacher_cache`).
     """
 
     inputs: Int[Any, "B S"]
     targets: Int[Any, "B T"]
     weights: Float[Any, "B T"]
+    teacher: TopK | None = None

@@ -21,6 +21,7 @@ import tensorflow as tf
 from gkd_jax import sharding, vocabularies
 from gkd_jax.batch import Batch
 from gkd_jax.tasks import folder, jsonl  # pyright: ignore[reportMissingImports]
+from gkd_jax.teacher_cache import TeacherCache
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,8 @@ class DataConfig:
         use_cached: read the task from seqio's cache.
         length_buckets: batches are made of examples of similar length and padded to the smallest of
             these lengths that holds them, then to `feature_lengths`; () pads all alike.
+        teacher_cache: folder of the teacher's scores of the targets, made by `gkd-jax score`; steps
+            on them need no teacher then.
     """
 
     task: str
@@ -53,6 +56,7 @@ class DataConfig:
     num_examples: int | None = None
     use_cached: bool = False
     length_buckets: tuple[int, ...] = ()
+    teacher_cache: str | None = None
 
     def __post_init__(self):
         if not isinstance(self.task, str) or not self.task:
@@ -175,6 +179,7 @@ class TrainIterator:
         options = tf.data.Options()
         options.deterministic = True
         options.threading.private_threadpool_size = 1
+        self._teacher = TeacherCache(config.teacher_cache) if config.teacher_cache else None
         self._iterator = iter(dataset.with_options(options).prefetch(2))
         self._checkpoint = tf.train.Checkpoint(iterator=self._iterator)
 
@@ -186,7 +191,9 @@ class TrainIterator:
             example = next(self._iterator)
         except StopIteration:
             raise RuntimeError("the dataset has no examples: the stream ended") from None
-        return Batch(*(example[name].numpy() for name in Batch._fields))
+        names = ("inputs", "targets", "weights")
+        batch = Batch(*(example[name].numpy() for name in names))
+        return batch if self._teacher is None else self._teacher.attach(batch)
 
     def save(self, directory: pathlib.Path) -> None:
         """Writes the position after the last batch taken."""
@@ -300,7 +307,7 @@ def fill_batch(
 
 def place(batch: Batch, mesh: Mesh, rules: sharding.Rules = sharding.RULES) -> Batch:
     """Hands every local device its rows of a global batch that each process holds whole."""
-    return Batch(*(place_array(x, mesh, rules) for x in batch))
+    return jax.tree.map(lambda x: place_array(x, mesh, rules), batch)
 
 
 def place_array(

@@ -25,11 +25,12 @@ import numpy as np
 import optax
 
 from gkd_jax import losses, sharding
-from gkd_jax.batch import Batch
+from gkd_jax.batch import Batch, TopK
 from gkd_jax.gkd_config import Divergence, GKDConfig, Models, Reduction, Schedule
 from gkd_jax.models import t5
 from gkd_jax.rl import policy_loss
 from gkd_jax.sampling import Sample, allowed_ids, sample
+from gkd_jax.teacher_cache import outcomes
 from gkd_jax.train_state import TrainState
 
 
@@ -141,14 +142,14 @@ def _token_values(
 ) -> _TokenValues:
     """From hidden states; the logits of both models exist for one part of the length at a time."""
     states = [t5.hidden(models.student, student_params, batch, dropout_key=dropout_key)]
-    if config.divergence is not None:
+    if config.divergence is not None and batch.teacher is None:
         assert models.teacher is not None
         assert teacher_params is not None
         states.append(t5.hidden(models.teacher, teacher_params, batch))
     temperature = config.teacher_temperature
     temperature = temperature(step) if callable(temperature) else temperature
 
-    def of_part(states, targets, weights) -> _TokenValues:
+    def of_part(states, targets, weights, cached: TopK | None) -> _TokenValues:
         logits = t5.apply_head(models.student, student_params, states[0])
         log_probs = None
         if with_log_probs:
@@ -158,6 +159,8 @@ def _token_values(
             smoothing = config.label_smoothing
             loss = losses.cross_entropy(logits, targets, label_smoothing=smoothing)
             return _TokenValues(loss, log_probs)
+        if cached is not None:
+            return _TokenValues(config.divergence(*outcomes(logits, cached)), log_probs)
         assert models.teacher is not None
         assert teacher_params is not None
         teacher_logits = t5.apply_head(models.teacher, teacher_params, states[1])
@@ -166,7 +169,7 @@ def _token_values(
         return _TokenValues(loss, log_probs)
 
     parts = _loss_parts(config, models, batch)
-    inputs = (states, batch.targets, batch.weights)
+    inputs = (states, batch.targets, batch.weights, batch.teacher)
     if parts == 1:
         return of_part(*inputs)
     split = jax.tree.map(lambda x: _split_length(x, parts), inputs)

@@ -25,6 +25,7 @@ COMMANDS = {
     "eval": "decodes and scores a task's split with a checkpoint",
     "convert": "a checkpoint to Hugging Face's, T5X's or our own format",
     "infer": "decodes a task's inputs, or a text file, to JSONL",
+    "score": "a teacher's top-k probabilities of a split, to distil from without the teacher",
     "precompile": "memory, FLOPs and time of a run on TPUs that are not there (or on cpu)",
     "bench": "times the phases of an on-policy step on this machine",
     "report": "tables and figures of run directories: report RUN_DIR... --output=DIR",
@@ -83,6 +84,7 @@ def _main(arguments: list[str]) -> None:
         "train": _train,
         "eval": _eval,
         "infer": _infer,
+        "score": _score,
         "precompile": _precompile,
         "bench": _bench,
     }
@@ -279,6 +281,13 @@ def _infer(values: flags.FlagValues) -> None:
     from gkd_jax import infer
 
     gin.get_configurable(infer.run)(dry_run=values.dry_run)
+
+
+def _score(values: flags.FlagValues) -> None:
+    import gin
+    from gkd_jax import score
+
+    gin.get_configurable(score.run)(dry_run=values.dry_run)
 
 
 def _precompile(values: flags.FlagValues) -> None:

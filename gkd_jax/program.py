@@ -10,8 +10,8 @@ from jax.sharding import Mesh
 import optax
 import seqio
 
-from gkd_jax import data, gkd, pretrained, sharding, train_state, vocabularies
-from gkd_jax.batch import Batch
+from gkd_jax import data, gkd, pretrained, sharding, teacher_cache, train_state, vocabularies
+from gkd_jax.batch import Batch, TopK
 from gkd_jax.models import t5
 from gkd_jax.optimizers import Schedule
 from gkd_jax.pretrained import Model
@@ -86,15 +86,28 @@ class Program:
     teacher: t5.Params | None  # abstract, with shardings
     sample: Callable[..., Any]
     update: Callable[..., Any]
+    cached_k: int = 0  # of the teacher's cached scores, which batches of the dataset have
 
-    def batch(self, rows: int, shape: tuple[int, int], num_samples: int = 1) -> Batch:
+    def batch(self, rows: int, shape: tuple[int, int], num_samples: int = 1, k: int = 0) -> Batch:
         """An abstract batch of `rows` prompts, `num_samples` targets each, of lengths (S, T)."""
         where = sharding.batch_sharding(self.mesh)
         source, target = shape
+
+        def array(dtype, *shape):
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+
+        per_token = rows * num_samples, target
         return Batch(
-            jax.ShapeDtypeStruct((rows, source), jnp.int32, sharding=where),
-            jax.ShapeDtypeStruct((rows * num_samples, target), jnp.int32, sharding=where),
-            jax.ShapeDtypeStruct((rows * num_samples, target), jnp.float32, sharding=where),
+            array(jnp.int32, rows, source),
+            array(jnp.int32, *per_token),
+            array(jnp.float32, *per_token),
+            None
+            if k == 0
+            else TopK(
+                array(jnp.int32, *per_token, k),
+                array(jnp.float32, *per_token, k),
+                array(jnp.float32, *per_token),
+            ),
         )
 
 
@@ -130,10 +143,16 @@ def build(
             f"a student is trained in param_dtype='float32', got {student.param_dtype!r}; "
             "dtype is that of its matrix products"
         )
+    cached_k = 0
+    if data_config.teacher_cache is not None:
+        cached_k = _check_cache(data_config.teacher_cache, method, vocabulary)
     if method.divergence is None:
         teacher = None
-    elif teacher is None:
-        raise ValueError("a divergence needs a teacher, got teacher=None")
+    elif teacher is None and (cached_k == 0 or method.uses_samples()):
+        raise ValueError(
+            "a divergence needs a teacher (or, with on_policy_fraction 0, a teacher_cache), "
+            "got teacher=None"
+        )
     pretrained.check_vocabularies(vocabulary, {"student": student, "teacher": teacher}, pending)
     num_pieces = vocabularies.num_pieces(vocabulary, check_remote=check_remote)
     models = _models(num_pieces, student, teacher, pending)
@@ -164,7 +183,30 @@ def build(
         teacher=teacher_params,
         sample=sample,
         update=update,
+        cached_k=cached_k,
     )
+
+
+def _check_cache(path: str, method: gkd.GKDConfig, vocabulary: seqio.Vocabulary) -> int:
+    """The k of a teacher cache that fits the method."""
+    about = teacher_cache.read_about(path)
+    if method.divergence is None or (method.mixing == "example" and method.uses_samples()):
+        raise ValueError(
+            f"teacher_cache={path!r} serves steps on the dataset's targets alone: it needs a "
+            "divergence, and mixing='step'"
+        )
+    if method.teacher_temperature != about["temperature"]:
+        raise ValueError(
+            f"teacher_cache={path!r} was made at temperature {about['temperature']}, got "
+            f"teacher_temperature {number_or_name(method.teacher_temperature)}"
+        )
+    expected = vocabularies.content_hash(vocabulary)
+    if about["vocabulary"] != expected:
+        raise ValueError(
+            f"teacher_cache={path!r} was made with another vocabulary (content "
+            f"{about['vocabulary'][:12]}) than this task's (content {expected[:12]})"
+        )
+    return about["k"]
 
 
 def _jit(
@@ -237,7 +279,8 @@ def plan(program: Program, data_config: data.DataConfig, trainer: Trainer) -> st
         f"lengths {_shapes_text(data_config)}, {models.num_pieces} pieces",
         f"student    {t5.num_params(program.state.params):,} parameters",
         "teacher    "
-        + (f"{t5.num_params(program.teacher):,} parameters" if program.teacher else "none"),
+        + (f"{t5.num_params(program.teacher):,} parameters" if program.teacher else "none")
+        + (f", top {program.cached_k} of {data_config.teacher_cache}" if program.cached_k else ""),
         f"loss       {name}, {method.reduction.__name__}, "
         f"on-policy fraction {number_or_name(method.on_policy_fraction)}"
         + (" of each batch" if method.mixing == "example" else "")
@@ -294,7 +337,8 @@ def step_arguments(program: Program, rows: int, shape: tuple[int, int]) -> StepA
     key = jax.eval_shape(lambda: jax.random.key(0))
     batch = program.batch(rows, shape)
     common = (program.state, program.teacher)
-    update_dataset = (*common, batch, key) if method.uses_dataset() else None
+    of_dataset = program.batch(rows, shape, k=program.cached_k)
+    update_dataset = (*common, of_dataset, key) if method.uses_dataset() else None
     if not method.uses_samples():
         return StepArguments(None, None, update_dataset)
     drawn = program.batch(rows, shape, method.num_samples)

@@ -54,6 +54,7 @@ def describe(
         "data": {
             "task": data_config.task,
             "num_examples": data_config.num_examples,
+            "teacher_cache": data_config.teacher_cache,
             "batch_size": data_config.batch_size,
             "eval_task": evaluation.task or data_config.task,
             "eval_split": evaluation.split,
@@ -100,7 +101,7 @@ def write(folder: pathlib.Path, about: dict[str, Any]) -> None:
 def batch_hash(batch: Batch) -> str:
     """SHA-256 of a batch's ids: two runs with the same see the same data in the same order."""
     digest = hashlib.sha256()
-    for array in batch:
+    for array in (batch.inputs, batch.targets, batch.weights):
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
 

@@ -195,10 +195,10 @@ def run(
             rows = next(stream)
             if step == 0 and not silent:
                 run_record.write(folder, {**about, "first_batch": run_record.batch_hash(rows)})
-            batch = data.place(rows, program.mesh)
             keys = gkd.step_keys(trainer.seed, step)
             if not gkd.is_on_policy(trainer.seed, step, program.method):
-                return _Drawn(rows, batch, keys)
+                return _Drawn(rows, data.place(rows, program.mesh), keys)
+            batch = data.place(rows._replace(teacher=None), program.mesh)
             began = time.monotonic()
             sample = steps.sample[batch.inputs.shape[1], batch.targets.shape[1]]
             batch, drawn = sample(params, batch, keys.sampling)

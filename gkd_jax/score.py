@@ -1,0 +1,106 @@
+"""`gkd-jax score`: a teacher's top-k probabilities of a task's targets, to train without it."""
+
+import json
+import sys
+
+import jax
+from jax.experimental import multihost_utils
+import numpy as np
+
+from gkd_jax import data, gkd, sharding, teacher_cache, vocabularies
+from gkd_jax.models import t5
+from gkd_jax.pretrained import Model, check_vocabularies, place_params
+
+
+def run(
+    *,
+    model: Model,
+    data_config: data.DataConfig,
+    output: str,
+    k: int = 64,
+    temperature: float = 1.0,
+    mesh_config: sharding.MeshConfig = sharding.MeshConfig(),
+    dry_run: bool = False,
+) -> None:
+    """Writes a `teacher_cache` of a split, each row once; a run that was stopped goes on.
+
+    Args:
+        model: the teacher.
+        data_config: whose targets; task, split, lengths and `num_examples` as training will have
+            them.
+        output: the cache's folder.
+        k: most probable ids kept at each position; all there are where it is larger.
+        temperature: divides the teacher's logits, as `GKDConfig.teacher_temperature` will.
+        mesh_config: how devices are arranged.
+        dry_run: check everything, score nothing.
+
+    Raises:
+        ValueError: for a temperature or a k that is not positive, or a folder of something else.
+    """
+    if not isinstance(k, int) or k < 1:
+        raise ValueError(f"k must be a positive integer, got {k!r}")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    if "://" in output:
+        raise ValueError(
+            f"a teacher cache is mapped into memory: output must be local, got {output!r}"
+        )
+    task, vocabulary = data.open_task(data_config)
+    data.check_split(task, data_config.split)
+    num_pieces = vocabularies.num_pieces(vocabulary)
+    config = model.config(num_pieces)
+    check_vocabularies(vocabulary, {"model": model}, frozenset())
+    mesh = sharding.make_mesh(mesh_config)
+    sharding.check_batch_size(data_config.batch_size, mesh)
+    k = min(k, num_pieces)
+    if dry_run:
+        return
+
+    def score(params, batch):
+        with sharding.use(mesh):
+            logits = gkd.of_pieces(t5.logits(config, params, batch), num_pieces)
+            return teacher_cache.top_k(logits / temperature, k)
+
+    jitted = jax.jit(score, out_shardings=sharding.replicated(mesh))
+    params = place_params(model, config, mesh)
+    about = {
+        "task": data_config.task,
+        "split": data_config.split,
+        "feature_lengths": dict(data_config.feature_lengths),
+        "batch_size": data_config.batch_size,
+        "num_examples": data_config.num_examples,
+        "vocabulary": vocabularies.content_hash(vocabulary),
+        "num_pieces": num_pieces,
+        "teacher": model.checkpoint,
+        "temperature": temperature,
+        "k": k,
+    }
+    writer = teacher_cache.Writer(output, about) if jax.process_index() == 0 else None
+    skipped = writer.num_rows if writer else 0
+    skipped = int(multihost_utils.broadcast_one_to_all(np.asarray(skipped)))
+    tail_mass = num_tokens = 0.0
+    batches = data.eval_batches(
+        task,
+        feature_lengths=data_config.feature_lengths,
+        split=data_config.split,
+        batch_size=data_config.batch_size,
+        num_examples=data_config.num_examples,
+        use_cached=data_config.use_cached,
+    )
+    for index, (batch, examples) in enumerate(batches):
+        if index * data_config.batch_size < skipped:
+            continue
+        found = jax.device_get(jitted(params, data.place(batch, mesh)))
+        if writer:
+            writer.append(batch, found, len(examples))
+        tail_mass += float((np.exp(found.tails) * batch.weights).sum())
+        num_tokens += float(batch.weights.sum())
+    if writer:
+        writer.finish()
+        about = {
+            "num_rows": writer.num_rows,
+            "k": k,
+            "mean_tail_mass": tail_mass / max(num_tokens, 1),
+        }
+        print(f"wrote {output}", file=sys.stderr)
+        print(json.dumps(about))

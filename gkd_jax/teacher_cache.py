@@ -1,0 +1,244 @@
+"""A teacher's most probable tokens at every target position of a data set, on disk.
+
+`gkd-jax score` writes it once; steps on the dataset's targets (lambda < 1) then need no teacher. At
+each position there are the k most probable ids, their log-probabilities, and the log of the mass of
+all others, the tail. The divergence is taken over these k + 1 outcomes: at least 0, at most that
+of the whole distributions (it cannot grow when outcomes are merged), and equal to it for k = V.
+
+A folder holds `about.json` and, row after row of the split, flat arrays in native byte order:
+
+| file | per | holds |
+|---|---|---|
+| `keys` | row | uint64: `row_key` |
+| `lengths` | row | int32: its number of target tokens |
+| `ids` | target token | k x uint16, or int32 where the vocabulary is larger; most probable first |
+| `log_probs` | target token | k x float32, nats |
+| `tails` | target token | float32: log of the other ids' mass, nats; -inf for k = V |
+
+Axes: B batch, T target, V vocabulary, k.
+"""
+
+import hashlib
+import json
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+import numpy as np
+
+from gkd_jax import files
+from gkd_jax.batch import Batch, TopK
+
+
+_PER_ROW = {"keys": np.uint64, "lengths": np.int32}
+_PER_TOKEN = ("ids", "log_probs", "tails")
+
+
+def top_k(logits: Float[Array, "B T V"], k: int) -> TopK:
+    """The k largest of each position's distribution, and the mass of the others."""
+    log_probs = jax.nn.log_softmax(logits)
+    values, ids = jax.lax.top_k(log_probs, k)
+    return TopK(ids, values, _log_mass_without(log_probs, ids))
+
+
+def outcomes(
+    student_logits: Float[Array, "B T V"], teacher: TopK
+) -> tuple[Float[Array, "B T K"], Float[Array, "B T K"]]:
+    """(student, teacher) log-probabilities of the teacher's k ids and, unless k = V, of the rest.
+
+    As logits they make distributions over k + 1 outcomes, which any divergence takes.
+    """
+    log_q = jax.nn.log_softmax(student_logits)
+    picked = jnp.take_along_axis(log_q, teacher.ids, axis=-1)
+    if teacher.ids.shape[-1] == log_q.shape[-1]:
+        return picked, teacher.log_probs
+    rest = _log_mass_without(log_q, teacher.ids)
+    return (
+        jnp.concatenate([picked, rest[..., None]], axis=-1),
+        jnp.concatenate([teacher.log_probs, teacher.tails[..., None]], axis=-1),
+    )
+
+
+def _log_mass_without(log_probs: jax.Array, ids: jax.Array) -> jax.Array:
+    """Not log(1 - mass of ids), which is noise where that mass is nearly 1."""
+    others = jnp.put_along_axis(log_probs, ids, -jnp.inf, axis=-1, inplace=False)
+    return jax.nn.logsumexp(others, axis=-1)
+
+
+def row_key(inputs: np.ndarray, targets: np.ndarray) -> int:
+    """64 bits of a hash of a row's ids, without padding: equal rows have one distribution."""
+    digest = hashlib.blake2b(digest_size=8)
+    for ids in (inputs, targets):
+        digest.update(np.asarray(ids, np.int32).tobytes() + b"|")
+    return int.from_bytes(digest.digest(), "little")
+
+
+def _real_ids(batch: Batch, row: int) -> tuple[np.ndarray, np.ndarray]:
+    source, target = np.flatnonzero(batch.inputs[row]), int(batch.weights[row].sum())
+    return batch.inputs[row, : source[-1] + 1 if source.size else 0], batch.targets[row, :target]
+
+
+class Writer:
+    """Appends batches to a cache; one that was cut off goes on after its whole batches.
+
+    Args:
+        folder: of the cache.
+        about: what it is made from; see `score.run`.
+
+    Attributes:
+        num_rows: rows that are there already.
+
+    Raises:
+        ValueError: where the folder holds a cache of something else.
+    """
+
+    def __init__(self, folder: str, about: dict[str, Any]):
+        self._folder, self._about = pathlib.Path(folder), about
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._folder / "about.json"
+        if path.exists():
+            before = json.loads(path.read_text())
+            before.pop("num_rows", None)
+            changed = [
+                f"{k} {before.get(k)!r} -> {v!r}" for k, v in about.items() if before.get(k) != v
+            ]
+            if changed:
+                raise ValueError(
+                    f"{folder!r} holds the scores of something else: {'; '.join(changed)}. Take "
+                    "another folder, or delete it"
+                )
+        else:
+            files.write_whole(path, json.dumps(about, indent=1) + "\n")
+        self.num_rows = self._keep_whole_batches()
+
+    def _keep_whole_batches(self) -> int:
+        """What a batch wrote before its keys, which come last, is cut off."""
+        keys, lengths = (self._folder / name for name in _PER_ROW)
+        if not keys.exists():
+            rows = tokens = 0
+        else:
+            batch = self._about["batch_size"]
+            rows = keys.stat().st_size // 8 // batch * batch
+            tokens = int(np.fromfile(lengths, np.int32, rows).sum())
+        for name in (*_PER_TOKEN, *_PER_ROW):
+            path = self._folder / name
+            if path.exists():
+                dtype, width = _layout(name, self._about)
+                size = (tokens if name in _PER_TOKEN else rows) * width * dtype.itemsize
+                with path.open("r+b") as file:
+                    file.truncate(size)
+        return rows
+
+    def append(self, batch: Batch, scores: TopK, num_rows: int) -> None:
+        """The first `num_rows` rows of a batch; fewer than its size only at the very end."""
+        real = [_real_ids(batch, row) for row in range(num_rows)]
+        arrays = {
+            "ids": np.concatenate([scores.ids[i, : len(t)] for i, (_, t) in enumerate(real)]),
+            "log_probs": np.concatenate(
+                [scores.log_probs[i, : len(t)] for i, (_, t) in enumerate(real)]
+            ),
+            "tails": np.concatenate([scores.tails[i, : len(t)] for i, (_, t) in enumerate(real)]),
+            "lengths": np.asarray([len(targets) for _, targets in real]),
+            "keys": np.asarray([row_key(*ids) for ids in real], np.uint64),
+        }
+        for name, values in arrays.items():
+            with (self._folder / name).open("ab") as file:
+                file.write(values.astype(_layout(name, self._about)[0]).tobytes())
+        self.num_rows += num_rows
+
+    def finish(self) -> None:
+        """Marks the cache as whole."""
+        about = {**self._about, "num_rows": self.num_rows}
+        files.write_whole(self._folder / "about.json", json.dumps(about, indent=1) + "\n")
+
+
+def _layout(name: str, about: dict[str, Any]) -> tuple[np.dtype, int]:
+    """(dtype, numbers an entry) of a file."""
+    if name in _PER_ROW:
+        return np.dtype(_PER_ROW[name]), 1
+    if name == "ids":
+        return np.dtype(np.uint16 if about["num_pieces"] <= 2**16 else np.int32), about["k"]
+    return np.dtype(np.float32), about["k"] if name == "log_probs" else 1
+
+
+def read_about(folder: str) -> dict[str, Any]:
+    """What a whole cache was made from.
+
+    Raises:
+        FileNotFoundError: where there is none.
+        ValueError: where it is not whole.
+    """
+    path = pathlib.Path(folder) / "about.json"
+    if not path.exists():
+        raise FileNotFoundError(f"no teacher cache at {folder!r}: it has no about.json")
+    about = json.loads(path.read_text())
+    if "num_rows" not in about:
+        raise ValueError(
+            f"the teacher cache {folder!r} is not whole: run `gkd-jax score` to its end"
+        )
+    return about
+
+
+class TeacherCache:
+    """Looks rows of batches up. Arrays stay on disk, mapped into memory.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_about`, or for a file of another size than it says.
+    """
+
+    def __init__(self, folder: str):
+        self.about = read_about(folder)
+        self._folder = folder
+        rows = self.about["num_rows"]
+        self._lengths = self._map("lengths", rows)
+        self._starts = np.concatenate([[0], np.cumsum(self._lengths, dtype=np.int64)])
+        tokens = int(self._starts[-1])
+        self._ids, self._log_probs, self._tails = (self._map(name, tokens) for name in _PER_TOKEN)
+        keys = np.asarray(self._map("keys", rows))[:, 0]
+        self._order = np.argsort(keys, kind="stable")
+        self._keys = keys[self._order]
+
+    def _map(self, name: str, entries: int) -> np.ndarray:
+        path = pathlib.Path(self._folder) / name
+        dtype, width = _layout(name, self.about)
+        expected = entries * width * dtype.itemsize
+        if not path.exists() or path.stat().st_size != expected:
+            size = path.stat().st_size if path.exists() else "no file"
+            raise ValueError(f"damaged teacher cache: {path} should have {expected} bytes: {size}")
+        if not entries:
+            return np.zeros((0, width), dtype)
+        return np.memmap(path, dtype, "r", shape=(entries, width))
+
+    def attach(self, batch: Batch) -> Batch:
+        """A batch of the dataset (NumPy arrays) with the teacher's scores of its targets.
+
+        Raises:
+            ValueError: for a row that the cache does not have.
+        """
+        k, shape = self.about["k"], batch.targets.shape
+        ids = np.broadcast_to(np.arange(k, dtype=np.int32), (*shape, k)).copy()
+        log_probs = np.full((*shape, k), -np.log(k + 1.0), np.float32)  # of padding: anything
+        tails = np.full(shape, -np.log(k + 1.0), np.float32)
+        for row in range(shape[0]):
+            found = self._find(*_real_ids(batch, row))
+            length = int(self._lengths[found, 0])
+            part = slice(self._starts[found], self._starts[found] + length)
+            ids[row, :length] = self._ids[part]
+            log_probs[row, :length] = self._log_probs[part]
+            tails[row, :length] = self._tails[part, 0]
+        return batch._replace(teacher=TopK(ids, log_probs, tails))
+
+    def _find(self, inputs: np.ndarray, targets: np.ndarray) -> int:
+        key = np.uint64(row_key(inputs, targets))
+        place = int(np.searchsorted(self._keys, key))
+        if place < len(self._keys) and self._keys[place] == key:
+            found = int(self._order[place])
+            if self._lengths[found, 0] == len(targets):
+                return found
+        raise ValueError(
+            f"the teacher cache {self._folder!r} (task {self.about['task']!r}, split "
+            f"{self.about['split']!r}, lengths {self.about['feature_lengths']}) lacks a row of the "
+            f"training data: inputs {inputs.tolist()}, targets {targets.tolist()}"
+        )

@@ -1,0 +1,229 @@
+"""Cached scores of a teacher: their divergence, their files, and runs that have no teacher."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small_runs import LENGTHS, options, small
+
+import gin
+from gkd_jax import divergences, main, metrics, pretrained, teacher_cache, train
+from gkd_jax.batch import Batch
+from gkd_jax.data import DataConfig
+
+
+V = 23
+DIVERGENCES = {
+    "forward_kl": divergences.forward_kl,
+    "reverse_kl": divergences.reverse_kl,
+    "jsd": lambda q, p: divergences.jsd(q, p, beta=0.3),
+    "total_variation": divergences.total_variation,
+}
+
+
+@pytest.fixture(scope="module")
+def logits():
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(rng.normal(0, 3, (4, 5, V)), jnp.float32) for _ in range(2)]
+
+
+def merged(log_probs, ids):
+    """Probabilities of the ids and of all others, in float64."""
+    probs = np.exp(np.asarray(jax.nn.log_softmax(log_probs), np.float64))
+    probs /= probs.sum(-1, keepdims=True)
+    picked = np.take_along_axis(probs, np.asarray(ids), -1)
+    others = probs.copy()
+    np.put_along_axis(others, np.asarray(ids), 0, -1)
+    return np.concatenate([picked, others.sum(-1, keepdims=True)], -1)
+
+
+def test_outcomes_are_the_probabilities_of_the_ids_and_of_the_rest(logits):
+    student, teacher = logits
+    top = teacher_cache.top_k(teacher, 6)
+    assert np.all(np.diff(top.log_probs) <= 0)
+    q, p = teacher_cache.outcomes(student, top)
+    np.testing.assert_allclose(np.exp(q), merged(student, top.ids), rtol=1e-5)
+    np.testing.assert_allclose(np.exp(p), merged(teacher, top.ids), rtol=1e-5)
+    # The forward KL of merged outcomes, by its formula.
+    expected = merged(teacher, top.ids) * np.log(
+        merged(teacher, top.ids) / merged(student, top.ids)
+    )
+    got = divergences.forward_kl(q, p)
+    np.testing.assert_allclose(got, expected.sum(-1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_more_ids_say_more_and_all_say_all(logits, name):
+    student, teacher = logits
+    divergence = DIVERGENCES[name]
+    full, gradient = jax.value_and_grad(lambda q: divergence(q, teacher).sum())(student)
+    before = jnp.zeros(student.shape[:2])
+    for k in (1, 9, V):
+        top = teacher_cache.top_k(teacher, k)
+
+        @jax.jit
+        def of_top(q, top=top):
+            return divergence(*teacher_cache.outcomes(q, top))
+
+        gradient_of_top = jax.jit(jax.grad(lambda q: of_top(q).sum()))
+        found = of_top(student)
+        assert np.all(found >= before - 1e-6)
+        before, grads = found, gradient_of_top(student)
+        assert np.all(np.isfinite(grads))
+        if name != "total_variation":  # whose gradient has the sign of rounding errors
+            # Nothing to learn from a teacher that is the student.
+            assert np.all(np.abs(gradient_of_top(teacher)) < 2e-6)
+    np.testing.assert_allclose(before.sum(), full, rtol=1e-5)
+    np.testing.assert_allclose(grads, gradient, atol=2e-6)
+
+
+def test_a_tail_of_next_to_nothing_keeps_its_digits():
+    logits = jnp.asarray([[[40.0, 1.0, 0.0, -1.0]]])
+    top = teacher_cache.top_k(logits, 1)
+    expected = np.log(np.exp(np.array([1.0, 0.0, -1.0]) - 40.0).sum())
+    np.testing.assert_allclose(top.tails, [[expected]], rtol=1e-6)
+
+
+# Files --------------------------------------------------------------------------------------------
+
+ABOUT = {"batch_size": 2, "num_pieces": V, "k": 3, "task": "t", "split": "s", "feature_lengths": {}}
+
+
+def rows(seed, num=2):
+    rng = np.random.default_rng(seed)
+    weights = (np.arange(5) < rng.integers(1, 6, (num, 1))).astype(np.float32)
+    inputs = rng.integers(1, V, (num, 4)).astype(np.int32)
+    inputs[0, 2:] = 0
+    targets = (rng.integers(0, V, (num, 5)) * weights).astype(np.int32)
+    scores = teacher_cache.top_k(jnp.asarray(rng.normal(size=(num, 5, V)), jnp.float32), 3)
+    return Batch(inputs, targets, weights), jax.tree.map(np.asarray, scores)
+
+
+def write(folder, batches, about=ABOUT):
+    writer = teacher_cache.Writer(str(folder), about)
+    for batch, scores, num in batches:
+        writer.append(batch, scores, num)
+    return writer
+
+
+def test_what_was_written_is_found_in_any_order_and_padding(tmp_path):
+    stored = [rows(0), rows(1), rows(2)]
+    write(tmp_path, [(*stored[0], 2), (*stored[1], 2), (*stored[2], 1)]).finish()
+    cache = teacher_cache.TeacherCache(str(tmp_path))
+    picked = [(2, 0), (0, 1), (1, 0), (0, 0)]
+    parts = [jax.tree.map(lambda x, i=i: x[i], stored[b]) for b, i in picked]
+    batch = Batch(*(np.stack([getattr(part[0], n) for part in parts]) for n in Batch._fields[:3]))
+    # More padding than when they were scored.
+    batch = Batch(*(np.pad(x, ((0, 0), (0, 2))) for x in batch[:3]))
+    found = cache.attach(batch).teacher
+    for row, (_, scores) in enumerate(parts):
+        length = int(batch.weights[row].sum())
+        for got, expected in zip(found, scores, strict=True):
+            np.testing.assert_array_equal(got[row, :length], expected[:length])
+    mass = np.exp(found.log_probs).sum(-1) + np.exp(found.tails)
+    np.testing.assert_allclose(mass, 1, rtol=1e-5)  # of padding too
+    with pytest.raises(ValueError, match="lacks a row of the training data: inputs"):
+        cache.attach(rows(2)[0])  # its second row was no example
+
+
+def test_a_writer_that_was_cut_off_goes_on_after_whole_batches(tmp_path):
+    stored = [(*rows(seed), 2) for seed in range(4)]
+    write(tmp_path / "whole", stored).finish()
+    write(tmp_path / "cut", stored[:2])
+    with pytest.raises(ValueError, match="not whole"):
+        teacher_cache.TeacherCache(str(tmp_path / "cut"))
+    for name in ("ids", "tails"):  # of a batch whose keys were not written
+        with (tmp_path / "cut" / name).open("ab") as file:
+            file.write(b"abc")
+    writer = teacher_cache.Writer(str(tmp_path / "cut"), ABOUT)
+    assert writer.num_rows == 4
+    for batch in stored[2:]:
+        writer.append(*batch)
+    writer.finish()
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "cut" / path.name).read_bytes(), path.name
+    with pytest.raises(ValueError, match="something else: k 3 -> 4"):
+        teacher_cache.Writer(str(tmp_path / "cut"), {**ABOUT, "k": 4})
+
+
+def test_a_file_of_another_size_is_refused(tmp_path):
+    write(tmp_path, [(*rows(0), 2)]).finish()
+    (tmp_path / "tails").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"damaged teacher cache: .*tails should have"):
+        teacher_cache.TeacherCache(str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="no teacher cache"):
+        teacher_cache.read_about(str(tmp_path / "none"))
+
+
+# Whole runs ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def teacher_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("teacher")
+    train.run(**options(folder, steps=6))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scores(teacher_dir, tmp_path_factory):
+    """All ids of the teacher's distributions, of the first 40 problems."""
+    folder = tmp_path_factory.mktemp("scores") / "all"
+    gin.clear_config()
+    flags = {
+        "CHECKPOINT": f"'{teacher_dir}'",
+        "MIXTURE_OR_TASK_NAME": "'arithmetic'",
+        "TASK_FEATURE_LENGTHS": str(LENGTHS),
+        "NUM_EXAMPLES": 40,
+        "BATCH_SIZE": 16,
+        "K": 1000,
+        "OUTPUT": f"'{folder}'",
+    }
+    main.main(["score", "--gin_file=gin/score.gin", *(f"--gin.{n}={v}" for n, v in flags.items())])
+    gin.clear_config()
+    return folder
+
+
+def trained(folder, teacher, cache, fraction=0.0):
+    data = DataConfig(
+        task="arithmetic",
+        feature_lengths=LENGTHS,
+        batch_size=16,
+        num_examples=40,
+        teacher_cache=None if cache is None else str(cache),
+    )
+    trainer = train.Trainer(train_steps=6, save_period=3, num_microbatches=2)
+    more = {"fraction": fraction, "divergence": divergences.forward_kl, "teacher": teacher}
+    train.run(**options(folder, steps=6, data_config=data, trainer=trainer, **more))
+    return [line for line in metrics.read(folder / "metrics.jsonl") if "train/loss" in line]
+
+
+def test_a_run_on_scores_of_all_ids_is_that_with_the_teacher(tmp_path, teacher_dir, scores):
+    assert json.loads((scores / "about.json").read_text())["num_rows"] == 40
+    teacher = pretrained.Model(architecture=small, checkpoint=str(teacher_dir))
+    for fraction in (0.0, 0.5):
+        live = trained(tmp_path / f"live{fraction}", teacher, None, fraction)
+        without = teacher if fraction else None
+        cached = trained(tmp_path / f"cached{fraction}", without, scores, fraction)
+        for name in ("train/loss", "train/grad_norm"):
+            got, expected = ([line[name] for line in run] for run in (cached, live))
+            np.testing.assert_allclose(got, expected, rtol=1e-4)
+        assert {line["train/on_policy"] for line in cached} == ({0.0, 1.0} if fraction else {0.0})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fraction": 0.5}, "a divergence needs a teacher"),
+        ({"divergence": None}, "needs a divergence, and mixing='step'"),
+    ],
+)
+def test_what_a_cache_cannot_serve_is_said(tmp_path, scores, changes, message):
+    data = DataConfig(
+        task="arithmetic", feature_lengths=LENGTHS, batch_size=8, teacher_cache=str(scores)
+    )
+    more = {"fraction": 0.0, "divergence": divergences.forward_kl, **changes}
+    with pytest.raises(ValueError, match=message):
+        train.run(**options(tmp_path, steps=1, data_config=data, **more))
