@@ -52,6 +52,8 @@ def _prepare(
     mesh_config: sharding.MeshConfig,
     dry_run: bool,
 ) -> _Decoding:
+    if model.memory != "device":
+        raise ValueError(f"a model decodes in memory='device', got {model.memory!r}")
     task, vocabulary = data.open_task(data_config)
     data.check_split(task, evaluation.split)
     config = model.config(vocabulary.vocab_size)

@@ -212,7 +212,8 @@ def _resident_bytes(built: program.Program, phase: str) -> int:
     if phase != "sample":
         return 0
     held = jax.tree.leaves((built.state.opt_state, built.teacher))
-    return sum(sharding.bytes_per_device(array, array.sharding) for array in held)
+    on_device = (array for array in held if array.sharding.memory_kind != "pinned_host")
+    return sum(sharding.bytes_per_device(array, array.sharding) for array in on_device)
 
 
 def analyse(
@@ -248,6 +249,7 @@ def analyse(
     found = {
         "argument_bytes": memory.argument_size_in_bytes,
         "output_bytes": memory.output_size_in_bytes,
+        "host_bytes": memory.host_argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
         "peak_bytes": memory.peak_memory_in_bytes if on_tpu else used,
         **hlo.summary(module),

@@ -5,6 +5,7 @@ import dataclasses
 import re
 import resource
 import sys
+from typing import Any
 
 from etils import epath
 import jax
@@ -15,6 +16,7 @@ from gkd_jax import checkpoints, convert, sharding, vocabularies
 from gkd_jax.models import quantized, t5, t5_config
 
 
+_HOST = "pinned_host"
 _PUBLIC_SIZES = ("small", "base", "large", "xl", "xxl")
 _PUBLIC = {  # the step of each size
     "t5_1_1_lm100k": (1_100_000,) * 5,
@@ -34,6 +36,8 @@ class Model:
         dtype: of compute, "float32" or "bfloat16".
         param_dtype: of the parameters in memory; a frozen teacher's may be "bfloat16" or "int8"
             (kernels; one scale a column).
+        memory: where the layers lie, "device" or "host"; a teacher's on the host are copied to the
+            device one by one as they are used (where the backend has pinned host memory).
         remat: recompute activations in the backward pass.
         scan_unroll: layers per iteration of the scan; None is all on CPU, one elsewhere.
         attention_by_row: of long inputs, so that scores stay in cache; None is yes on CPU only.
@@ -45,6 +49,7 @@ class Model:
     dropout_rate: float = 0.0
     dtype: str = "float32"
     param_dtype: str = "float32"
+    memory: str = "device"
     remat: bool = False
     scan_unroll: int | None = None
     attention_by_row: bool | None = None
@@ -60,6 +65,8 @@ class Model:
             raise ValueError(
                 f"param_dtype must be 'float32', 'bfloat16' or 'int8', got {self.param_dtype!r}"
             )
+        if self.memory not in ("device", "host"):
+            raise ValueError(f"memory must be 'device' or 'host', got {self.memory!r}")
 
     def config(self, num_pieces: int, *, pending: bool = False) -> t5.T5Config:
         """The model's sizes, from its checkpoint where there is one.
@@ -88,6 +95,7 @@ class Model:
             dtype=self.dtype,
             remat=self.remat,
             attention_by_row=on_cpu if by_row is None else by_row,
+            layers_on_host=self.memory == "host",
             scan_unroll=unroll,
         )
 
@@ -159,10 +167,25 @@ def place_params(model: Model, config: t5.T5Config, mesh: Mesh) -> t5.Params:
 
 
 def frozen_shapes(model: Model, config: t5.T5Config, mesh: Mesh) -> t5.Params:
-    """The abstract parameters, with shardings, of a model that is not trained."""
+    """The abstract parameters, with shardings, of a model that is not trained.
+
+    Raises:
+        ValueError: for `memory="host"` where the backend has no pinned host memory.
+    """
     shapes = t5.abstract_params(config, model.param_dtype)
     placed = sharding.tree_shardings(shapes, t5.logical_axes(shapes), mesh)
+    if model.memory == "host":
+        kinds = [memory.kind for memory in mesh.devices.flat[0].addressable_memories()]
+        if _HOST not in kinds:
+            raise ValueError(f"memory='host' needs a backend with {_HOST} memory, got {kinds}")
+        placed = jax.tree_util.tree_map_with_path(
+            lambda path, where: where.with_memory_kind(_HOST) if _of_layers(path) else where, placed
+        )
     return sharding.with_shardings(shapes, placed)
+
+
+def _of_layers(path: tuple[Any, ...]) -> bool:
+    return any(getattr(key, "key", None) == "layers" for key in path)
 
 
 def initial_params(
@@ -170,6 +193,11 @@ def initial_params(
 ) -> t5.Params:
     """Parameters from the checkpoint, or random ones, laid out as `target`."""
     where = jax.tree.map(lambda x: x.sharding, target)
+    if model.memory == "host":  # by way of the devices, which compute what checks and casts
+        there = dataclasses.replace(model, memory="device")
+        mesh = jax.tree.leaves(where)[0].mesh
+        params = initial_params(there, config, frozen_shapes(there, config, mesh), key, name)
+        return jax.device_put(params, where)
     if model.param_dtype == "int8":
         full = dataclasses.replace(model, param_dtype="float32")
         mesh = jax.tree.leaves(where)[0].mesh

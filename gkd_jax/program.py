@@ -146,6 +146,8 @@ def build(
     cached_k = 0
     if data_config.teacher_cache is not None:
         cached_k = _check_cache(data_config.teacher_cache, method, vocabulary)
+    if student.memory != "device":
+        raise ValueError(f"a student is trained in memory='device', got {student.memory!r}")
     if method.divergence is None:
         teacher = None
     elif teacher is None and (cached_k == 0 or method.uses_samples()):

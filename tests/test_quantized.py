@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import small_runs
 
-from gkd_jax import divergences, evaluate, pretrained, sharding, train
+from gkd_jax import divergences, evaluate, metrics, pretrained, sharding, train
 from gkd_jax.batch import Batch
 from gkd_jax.models import quantized, t5
 from gkd_jax.sampling import SamplingConfig, sample
@@ -81,9 +81,41 @@ def test_a_run_with_a_teacher_in_8_bits_on_a_mesh(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, split, whole)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_a_teacher_in_host_memory_gives_the_same_run(tmp_path, dtype):
+    train.run(**small_runs.options(tmp_path / "teacher", steps=2))
+    losses = []
+    for memory in ("device", "host"):
+        teacher = pretrained.Model(
+            checkpoint=str(tmp_path / "teacher"), param_dtype=dtype, memory=memory
+        )
+        given = {"steps": 3, "fraction": 0.5, "divergence": divergences.forward_kl}
+        evaluation = evaluate.EvalConfig(num_examples=8)
+        folder = tmp_path / memory
+        train.run(
+            **small_runs.options(folder, evaluation=evaluation, teacher=teacher, **given),
+        )
+        losses.append([line.get("train/loss") for line in metrics.read(folder / "metrics.jsonl")])
+    assert losses[0] == losses[1]
+    config = teacher.config(149)
+    target = pretrained.frozen_shapes(teacher, config, sharding.make_mesh(sharding.MeshConfig()))
+    kinds = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf.sharding.memory_kind
+        for path, leaf in jax.tree_util.tree_leaves_with_path(target)
+    }
+    on_host = {name for name, kind in kinds.items() if kind == "pinned_host"}
+    assert on_host == {name for name in kinds if "/layers/" in name}
+
+
 def test_a_student_in_8_bits_is_refused(tmp_path):
     student = pretrained.Model(architecture=small_runs.small, size="tiny", param_dtype="int8")
     with pytest.raises(ValueError, match="a student is trained in param_dtype='float32'"):
+        train.run(**small_runs.options(tmp_path, steps=1, student=student))
+
+
+def test_a_student_in_host_memory_is_refused(tmp_path):
+    student = pretrained.Model(architecture=small_runs.small, size="tiny", memory="host")
+    with pytest.raises(ValueError, match="a student is trained in memory='device'"):
         train.run(**small_runs.options(tmp_path, steps=1, student=student))
 
 

@@ -398,6 +398,8 @@ def _run_stack(
 
     def body(carry, layer_inputs):
         layer_params, layer_key = layer_inputs
+        if config.layers_on_host:
+            layer_params = jax.device_put(layer_params, jax.memory.Space.Device)
         return run_layer(carry, layer_params, layer_key), None
 
     keys = None if key is None else jax.random.split(key, num_layers)

@@ -26,6 +26,8 @@ class T5Config:
         remat: recompute each layer's activations in the backward pass.
         attention_by_row: attend for one row of the batch at a time where the scores of all rows
             are too many for a CPU's cache.
+        layers_on_host: the layers' parameters lie in the host's memory, and each is copied to the
+            device when its turn comes; only for `encode`, `hidden` and `logits`.
         scan_unroll: layers per iteration of the scan over layers; >= L unrolls all.
     """
 
@@ -47,6 +49,7 @@ class T5Config:
     dtype: str = "float32"
     remat: bool = False
     attention_by_row: bool = False
+    layers_on_host: bool = False
     scan_unroll: int = 1
 
     def __post_init__(self):
