@@ -388,6 +388,21 @@ def test_counts_of_collectives_are_those_that_were_looked_at(axis):
         assert found == pytest.approx(GOLDEN[axis, phase], rel=0.2), (axis, phase)
 
 
+def test_the_gradient_of_a_position_bias_is_not_summed_over_devices_at_every_layer():
+    """All all-reduces of an update together carry less than one bias of the encoder would."""
+    lengths = {"inputs": 256, "targets": 8}
+    given = options(
+        data_config=data.DataConfig(task="arithmetic", feature_lengths=lengths, batch_size=16),
+        mesh_config=sharding.MeshConfig(data=8),
+        student=pretrained.Model(architecture=small, size="tiny", scan_unroll=1),
+    )
+    built = program.build(**given)
+    function, arguments = program.phases(built, given["data_config"])["update"]
+    found = precompile.analyse(function, arguments)["collectives"]
+    sent = sum(item["bytes"] for item in found if item["kind"] == "all-reduce")
+    assert 0 < sent < 2 * 256 * 256 * 4  # two heads
+
+
 # Time ---------------------------------------------------------------------------------------------
 
 CHIP = precompile.Chip(1.0, flops=100.0, hbm=10.0, interconnect=1.0)

@@ -106,10 +106,11 @@ class Attention(nn.Module):
         x: Float[Array, "B T D"],
         keys: Heads,
         values: Heads,
-        biases: tuple[Float[Array, "#B #H #T S"], ...],
+        biases: tuple[Float[Array, "... #H #T S"], ...],
         *,
         deterministic: bool,
     ) -> Float[Array, "B T D"]:
+        """Biases are one for all rows, one a row, or one for each of equal groups of rows."""
         queries = self.split_heads(self.query(x))
         kept = None  # dropout of probabilities, one draw for all queries
         if not deterministic and self.dropout_rate > 0:
@@ -125,12 +126,14 @@ def attend(
     queries: Float[Array, "B H T K"],
     keys: Heads,
     values: Heads,
-    biases: tuple[Float[Array, "#B #H #T S"], ...],
+    biases: tuple[Float[Array, "... #H #T S"], ...],
     kept: Float[Array, "B H 1 S"] | None,
 ) -> Float[Array, "B T H K"]:
     """softmax(queries keys^T + biases) values; `kept` multiplies the probabilities."""
     scores = jnp.einsum("BHTK,BHSK->BHTS", queries, keys, preferred_element_type=jnp.float32)
-    probabilities = jax.nn.softmax(scores + sum(biases), axis=-1)
+    rows = scores.shape[0]
+    bias = sum(_of_rows(bias, rows) for bias in biases)
+    probabilities = jax.nn.softmax(scores + bias, axis=-1)
     if kept is not None:
         probabilities = probabilities * kept
     probabilities = probabilities.astype(values.dtype)
@@ -138,11 +141,20 @@ def attend(
     return mixed.astype(values.dtype).swapaxes(1, 2)
 
 
+def _of_rows(bias: Float[Array, "G H T S"], rows: int) -> Float[Array, "B H T S"]:
+    """A bias for all rows or for each as it is, one for each of equal groups spread over theirs."""
+    groups = bias.shape[0]
+    if groups in (1, rows):
+        return bias
+    spread = jnp.broadcast_to(bias[:, None], (groups, rows // groups, *bias.shape[1:]))
+    return spread.reshape(rows, *bias.shape[1:])
+
+
 def attend_by_row(
     queries: Float[Array, "B H T K"],
     keys: Heads,
     values: Heads,
-    biases: tuple[Float[Array, "#B #H #T S"], ...],
+    biases: tuple[Float[Array, "... #H #T S"], ...],
     kept: Float[Array, "B H 1 S"] | None,
 ) -> Float[Array, "B T H K"]:
     """`attend`, one row of the batch at a time, and again in the backward pass.
@@ -203,7 +215,8 @@ class RelativePositionBias(nn.Module):
     bidirectional: bool
 
     @nn.compact
-    def __call__(self, queries: int, keys: int) -> Float[Array, "1 H T S"]:
+    def __call__(self, queries: int, keys: int, copies: int = 1) -> Float[Array, "G H T S"]:
+        """So many equal `copies`, whose first axis lies as rows of a batch do (`bias_copies`)."""
         init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
         embedding = self.param("rel_embedding", init, (self.num_heads, self.buckets))
         # The bias depends on s - t alone: look up the T + S distances (one of them padding), then
@@ -213,10 +226,21 @@ class RelativePositionBias(nn.Module):
         bucket = relative_position_bucket(
             distances, self.bidirectional, self.buckets, self.max_distance
         )
-        row = embedding[:, bucket]
-        sheared = jnp.tile(row, (1, queries))[:, : queries * (queries + keys - 1)]
-        sheared = sheared.reshape(self.num_heads, queries, queries + keys - 1)
-        return sheared[None, :, :, queries - 1 :]
+        row = jnp.broadcast_to(embedding[:, bucket], (copies, *embedding[:, bucket].shape))
+        row = constrain(row, ("batch", "heads", "length"))
+        sheared = jnp.tile(row, (1, 1, queries))[..., : queries * (queries + keys - 1)]
+        sheared = sheared.reshape(copies, self.num_heads, queries, queries + keys - 1)
+        return sheared[..., queries - 1 :]
+
+
+def bias_copies(num_rows: int) -> int:
+    """How many position biases a batch shares: one a device that holds rows of it.
+
+    One for all would have its gradient, heads x T x S numbers, summed over all devices at every
+    layer. Each device adds up its own over the layers, and T + S numbers a head are summed once.
+    """
+    shards = sharding.num_batch_shards()
+    return shards if num_rows % shards == 0 else 1
 
 
 def relative_position_bucket(
@@ -259,13 +283,13 @@ class EncoderLayer(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B S D"],
-        position_bias: Float[Array, "1 H S S"] | None,
+        position_bias: Float[Array, "G H S S"] | None,
         mask_bias: Float[Array, "B 1 1 S"],
         *,
         deterministic: bool,
     ) -> Float[Array, "B S D"]:
         if self.relpos_bias is not None:
-            position_bias = self.relpos_bias(x.shape[1], x.shape[1])
+            position_bias = self.relpos_bias(x.shape[1], x.shape[1], bias_copies(x.shape[0]))
         assert position_bias is not None
         normed = self.pre_attention_layer_norm(x)
         keys, values = self.attention.keys_values(normed)
@@ -292,14 +316,14 @@ class DecoderLayer(nn.Module):
         self,
         x: Float[Array, "B T D"],
         encoded: Float[Array, "B S D"],
-        position_bias: Float[Array, "1 H T T"] | None,
+        position_bias: Float[Array, "G H T T"] | None,
         cross_bias: Float[Array, "B 1 1 S"],
         *,
         deterministic: bool,
     ) -> Float[Array, "B T D"]:
         """Teacher-forced: every position at once."""
         if self.relpos_bias is not None:
-            position_bias = self.relpos_bias(x.shape[1], x.shape[1])
+            position_bias = self.relpos_bias(x.shape[1], x.shape[1], bias_copies(x.shape[0]))
         assert position_bias is not None
         normed = self.pre_self_attention_layer_norm(x)
         keys, values = self.self_attention.keys_values(normed)

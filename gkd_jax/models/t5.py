@@ -154,9 +154,8 @@ def encode(
     mask_bias = layers.padding_bias(mask)
     position_bias = None
     if not config.per_layer_relpos:
-        position_bias = _apply(
-            blocks.relpos(config, "encoder"), stack["relpos_bias"], inputs.shape[1], inputs.shape[1]
-        )
+        rows, length = inputs.shape
+        position_bias = _position_bias(config, stack, "encoder", length, rows)
 
     def run_layer(x, layer_params, key):
         return _apply(
@@ -207,10 +206,8 @@ def hidden(
     cross_bias = layers.padding_bias(encoded.mask)
     position_bias = None
     if not config.per_layer_relpos:
-        length = batch.targets.shape[1]
-        position_bias = _apply(
-            blocks.relpos(config, "decoder"), stack["relpos_bias"], length, length
-        )
+        rows, length = batch.targets.shape
+        position_bias = _position_bias(config, stack, "decoder", length, rows)
 
     def run_layer(x, layer_params, key):
         return _apply(
@@ -405,6 +402,14 @@ def _run_stack(
     keys = None if key is None else jax.random.split(key, num_layers)
     x, _ = lax.scan(body, x, (stacked, keys), unroll=min(config.scan_unroll, num_layers))
     return x
+
+
+def _position_bias(
+    config: T5Config, stack: Params, name: str, length: int, num_rows: int
+) -> Float[Array, "G H T T"]:
+    """The one that all layers of a stack share."""
+    copies = layers.bias_copies(num_rows)
+    return _apply(blocks.relpos(config, name), stack["relpos_bias"], length, length, copies)
 
 
 def _apply(module: nn.Module, params: Params, *args: Any, **options: Any) -> Any:
