@@ -257,6 +257,11 @@ def _flops(module: Module, computation: Computation, instruction: Instruction) -
     if instruction.opcode == "fusion":
         inner = module.computations[instruction.called("calls") or ""]
         return sum(_flops(module, inner, part) for part in inner.values())
+    gemm = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', instruction.attributes)
+    if instruction.opcode == "custom-call" and gemm:  # cuBLAS
+        left = computation[instruction.operands[0]].shapes[0].dims
+        dims = [int(dim) for dim in re.findall(r"\d+", gemm[1])]
+        return 2 * math.prod(instruction.shapes[0].dims) * math.prod(left[dim] for dim in dims)
     if instruction.opcode not in ("dot", "convolution"):
         return 0
     left, right = (computation[name].shapes[0].dims for name in instruction.operands[:2])

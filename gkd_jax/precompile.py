@@ -3,9 +3,10 @@
     gkd-jax precompile --topology=v5e:8x8 --gin_file=gin/gkd.gin --gin.MODEL_DIR=...
 
 The very functions that `train.run` jits are lowered from abstract shapes for the devices of a TPU
-topology, which libtpu describes and compiles for without any TPU, or for this machine's CPU devices
-(`cpu`). Times are rooflines, lower bounds: what the chip's peak rates allow, everything overlapped
-within a loop. Decode loops count as if every row ran to its last token.
+topology, which libtpu describes and compiles for without any TPU, for GPUs in the same way through
+the cuda plugin, or for this machine's CPU devices (`cpu`). Times are rooflines, lower bounds: what
+the chip's peak rates allow, everything overlapped within a loop. Decode loops count as if every row
+ran to its last token.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -39,13 +40,14 @@ class DoesNotFitError(Exception):
 
 
 class Chip(NamedTuple):
-    """One device of a generation of TPUs.
+    """One device of a generation of TPUs or GPUs.
 
     Attributes:
         hbm_gib: what its compiler lets a program use.
         flops: matrix FLOP/s in bfloat16; infinite where nothing is known.
         hbm: bytes/s of HBM.
-        interconnect: bytes/s that a device sends along one axis of the torus, both ways together.
+        interconnect: bytes/s that a device sends: along one axis of the torus, both ways together,
+            or over NVLink.
         per_chip: devices a chip.
         options: of the topology.
     """
@@ -71,6 +73,37 @@ CHIPS = {
     "v6e": Chip(31.25, 918e12, 1638e9, 200e9),
     "tpu7x": Chip(94.75, 2307e12 / 2, 7380e9 / 2, 200e9 / 2, per_chip=2),
 }
+# NVIDIA's H100 SXM data sheet: dense bfloat16, HBM3, half of NVLink's two-way rate. What else the
+# compiler asks of a device is in NVIDIA's CUDA programming guide, compute capability 9.0.
+GPUS = {"h100": Chip(79.1, 989e12, 3352e9, 450e9)}
+_H100 = """
+gpu_device_info {
+  cuda_compute_capability { major: 9 }
+  core_count: 132
+  fpus_per_core: 128
+  clock_rate_ghz: 1.98
+  threads_per_warp: 32
+  threads_per_block_limit: 1024
+  threads_per_core_limit: 2048
+  registers_per_block_limit: 65536
+  registers_per_core_limit: 65536
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  l2_cache_size: 52428800
+  memory_bandwidth: 3352320000000
+  device_memory_size: 84942979072
+  driver_version: "12.8.0"
+  runtime_version: "12.8.0"
+  compile_time_toolkit_version: "12.8.0"
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 }
+device_description_str: "H100"
+"""
 # Without these, libtpu asks a metadata server which TPU it is on, and locks it.
 _LIBTPU = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -99,11 +132,13 @@ def run(
     """Compiles the phases of a step for a topology and prints what they need.
 
     Args:
-        topology: "cpu", or a generation and a shape of chips such as "v5e:8x8".
+        topology: "cpu", a generation and a shape of chips such as "v5e:8x8", or GPUs such as
+            "h100:1x1x8": slices x hosts x GPUs a host.
         student, data_config, method, optimizer, schedule, trainer, teacher, mesh_config: as
             `train.run` takes them; of several shapes of batch, the largest counts.
         num_slices: slices of this shape, joined by the data-centre network.
-        full: compile with all of XLA's effort: minutes, and the memory that a real run has.
+        full: compile for a TPU with all of XLA's effort: minutes, and the memory that a real run
+            has.
         as_json: one line of JSON instead of the table.
 
     Raises:
@@ -165,10 +200,12 @@ def describe_topology(topology: str, num_slices: int = 1) -> tuple[Chip, Sequenc
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return Chip(memory / jax.device_count() / GIB), jax.devices()
     kind, _, shape = topology.partition(":")
+    if kind in GPUS:
+        return GPUS[kind], _gpus(topology, shape, num_slices)
     if kind not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape) or num_slices < 1:
         raise ValueError(
-            f"--topology must be cpu or a shape of {', '.join(CHIPS)} such as v5e:8x8 or "
-            f"v5p:4x4x4, in at least one slice, got {topology!r} x {num_slices}"
+            f"--topology must be cpu or a shape of {', '.join([*CHIPS, *GPUS])} such as v5e:8x8, "
+            f"v5p:4x4x4 or h100:1x1x8, in at least one slice, got {topology!r} x {num_slices}"
         )
     if importlib.util.find_spec("libtpu") is None:
         raise ModuleNotFoundError("TPU topologies need libtpu: pip install 'gkd_jax[tpu]'")
@@ -187,6 +224,23 @@ def describe_topology(topology: str, num_slices: int = 1) -> tuple[Chip, Sequenc
     except Exception as error:
         raise ValueError(f"libtpu knows no topology {topology!r}: {error}") from None
     return CHIPS[kind], found.devices
+
+
+def _gpus(topology: str, shape: str, num_slices: int) -> Sequence[Any]:
+    if not re.fullmatch(r"\d+x\d+x\d+", shape) or num_slices != 1:
+        raise ValueError(
+            "--topology of GPUs must be slices x hosts x GPUs a host, such as h100:1x1x8, without "
+            f"--num_slices, got {topology!r} x {num_slices}"
+        )
+    if importlib.util.find_spec("jax_cuda12_plugin") is None:
+        raise ModuleNotFoundError("GPU topologies need the cuda plugin: pip install 'gkd_jax[gpu]'")
+    jax.config.update("jax_platforms", "cpu")
+    from jax.experimental import topologies
+
+    found = topologies.get_topology_desc(
+        platform="cuda", topology_name="h100", target_config=_H100, topology=shape
+    )
+    return found.devices
 
 
 def _as_on_tpu(model: Model) -> Model:
@@ -228,11 +282,17 @@ def analyse(
     path = _cache_path(lowered.as_text(), topology, full)
     if path is not None and path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
-    on_tpu, threshold = topology != "cpu", "jax_persistent_cache_min_compile_time_secs"
+    on_gpu = topology.partition(":")[0] in GPUS
+    on_tpu = topology != "cpu" and not on_gpu
+    threshold = "jax_persistent_cache_min_compile_time_secs"
     seconds = jax.config.values[threshold]
-    options = {"exec_time_optimization_effort": -1.0} if on_tpu and not full else {}
-    # An executable for a TPU that is not there could be stored but never loaded again.
-    jax.config.update(threshold, math.inf if on_tpu else seconds)
+    options: dict[str, Any] = {}
+    if on_gpu:
+        options = {"xla_gpu_autotune_level": 0}  # which would try kernels out, on a GPU
+    elif on_tpu and not full:
+        options = {"exec_time_optimization_effort": -1.0}
+    # An executable for a device that is not there could be stored but never loaded again.
+    jax.config.update(threshold, seconds if topology == "cpu" else math.inf)
     try:
         compiled = lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
@@ -246,12 +306,13 @@ def analyse(
     memory, module = compiled.memory_analysis(), hlo.parse(compiled.as_text())
     used = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     used += memory.temp_size_in_bytes  # the CPU's own peak leaves temporaries out
+    on_host = memory.host_argument_size_in_bytes  # which a TPU's peak counts too
     found = {
         "argument_bytes": memory.argument_size_in_bytes,
         "output_bytes": memory.output_size_in_bytes,
-        "host_bytes": memory.host_argument_size_in_bytes,
+        "host_bytes": on_host,
         "temporary_bytes": memory.temp_size_in_bytes,
-        "peak_bytes": memory.peak_memory_in_bytes if on_tpu else used,
+        "peak_bytes": memory.peak_memory_in_bytes - on_host if on_tpu else used,
         **hlo.summary(module),
         "largest": hlo.largest_arrays(module),
     }
@@ -267,7 +328,10 @@ def _cache_path(text: str, topology: str, full: bool) -> pathlib.Path | None:
     if folder == "":
         return None
     root = pathlib.Path(folder) if folder else pathlib.Path.home() / ".cache" / "gkd_jax"
-    names = ("jaxlib",) if topology == "cpu" else ("jaxlib", "libtpu")
+    names = ["jaxlib"]
+    if topology != "cpu":
+        on_gpu = topology.partition(":")[0] in GPUS
+        names.append("jax_cuda12_plugin" if on_gpu else "libtpu")
     versions = map(importlib.metadata.version, names)
     sources = [pathlib.Path(path).read_text(encoding="utf-8") for path in (__file__, hlo.__file__)]
     parts = "\n".join([text, topology, str(full), *versions, *sources])

@@ -36,8 +36,8 @@ class Model:
         dtype: of compute, "float32" or "bfloat16".
         param_dtype: of the parameters in memory; a frozen teacher's may be "bfloat16" or "int8"
             (kernels; one scale a column).
-        memory: where the layers lie, "device" or "host"; a teacher's on the host are copied to the
-            device one by one as they are used (where the backend has pinned host memory).
+        memory: where the layers' kernels lie, "device" or "host"; a teacher's on the host are
+            copied to the device one layer at a time (where the backend has pinned host memory).
         remat: recompute activations in the backward pass.
         scan_unroll: layers per iteration of the scan; None is all on CPU, one elsewhere.
         attention_by_row: of long inputs, so that scores stay in cache; None is yes on CPU only.
@@ -179,13 +179,16 @@ def frozen_shapes(model: Model, config: t5.T5Config, mesh: Mesh) -> t5.Params:
         if _HOST not in kinds:
             raise ValueError(f"memory='host' needs a backend with {_HOST} memory, got {kinds}")
         placed = jax.tree_util.tree_map_with_path(
-            lambda path, where: where.with_memory_kind(_HOST) if _of_layers(path) else where, placed
+            lambda path, where: where.with_memory_kind(_HOST) if _goes_to_host(path) else where,
+            placed,
         )
     return sharding.with_shardings(shapes, placed)
 
 
-def _of_layers(path: tuple[Any, ...]) -> bool:
-    return any(getattr(key, "key", None) == "layers" for key in path)
+def _goes_to_host(path: tuple[Any, ...]) -> bool:
+    """The layers' kernels: what else a layer has is small, and a TPU cannot slice it there."""
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    return "/layers/" in name and name.endswith(("/kernel", "/values"))
 
 
 def initial_params(

@@ -403,6 +403,21 @@ def test_the_gradient_of_a_position_bias_is_not_summed_over_devices_at_every_lay
     assert 0 < sent < 2 * 256 * 256 * 4  # two heads
 
 
+def test_products_of_cublas_count():
+    text = """HloModule m, num_partitions=1
+
+ENTRY %main (a: bf16[64,32], b: bf16[32,16]) -> bf16[64,16] {
+  %a = bf16[64,32]{1,0} parameter(0)
+  %b = bf16[32,16]{1,0} parameter(1)
+  %out = (bf16[64,16]{1,0}, s8[4096]{0}) custom-call(%a, %b), \
+custom_call_target="__cublas$gemm", backend_config={"gemm_backend_config":{\
+"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}}}
+  ROOT %first = bf16[64,16]{1,0} get-tuple-element(%out), index=0
+}
+"""
+    assert hlo.summary(hlo.parse(text))["flops"] == 2 * 64 * 32 * 16
+
+
 # Time ---------------------------------------------------------------------------------------------
 
 CHIP = precompile.Chip(1.0, flops=100.0, hbm=10.0, interconnect=1.0)
@@ -532,11 +547,15 @@ def test_largest_values_of_a_program_that_does_not_compile():
         (("--topology=v5e:2x2", "--num_slices=0"), 2, "'v5e:2x2' x 0"),
         (("--topology=cpu", "--phase=teacher"), 2, "got 'teacher'"),
         (("--topology=v5e:2x2",), 1, "pip install 'gkd_jax[tpu]'"),
+        (("--topology=h100:8",), 2, "such as h100:1x1x8"),
+        (("--topology=h100:1x1x8", "--num_slices=2"), 2, "'h100:1x1x8' x 2"),
+        (("--topology=h100:1x1x8",), 1, "pip install 'gkd_jax[gpu]'"),
     ],
 )
 def test_wrong_usage(arguments, status, message, monkeypatch, capfd):
     find_spec = importlib.util.find_spec
-    without = lambda name, *more: None if name == "libtpu" else find_spec(name, *more)  # noqa: E731
+    absent = ("libtpu", "jax_cuda12_plugin")
+    without = lambda name, *more: None if name in absent else find_spec(name, *more)  # noqa: E731
     monkeypatch.setattr(importlib.util, "find_spec", without)
     assert command(*arguments) == status
     assert message in capfd.readouterr().err.splitlines()[-1]
@@ -554,6 +573,38 @@ def test_a_tpu_topology(capfd):
     assert update["peak_bytes"] > update["argument_bytes"] > 0
     # The decoder's layers turn inside the loop over tokens.
     assert any(loop.startswith("24 > ") for loop in found["phases"]["sample"]["loops"])
+
+
+@needs_libtpu
+def test_a_teacher_in_host_memory_leaves_its_kernels_out_of_a_tpu(capfd):
+    found = []
+    for memory in ("device", "host"):
+        flag = f"--gin.teacher/pretrained.Model.memory='{memory}'"
+        assert command("--topology=v5e:2x4", "--json", "--gin.DTYPE='bfloat16'", flag) == 0
+        found.append(json.loads(capfd.readouterr().out)["phases"])
+    assert found[0]["update"]["host_bytes"] == 0
+    assert found[1]["update"]["host_bytes"] > 0
+    for phase, name in (
+        ("update", "argument_bytes"),
+        ("update", "peak_bytes"),
+        ("sample", "resident_bytes"),
+    ):
+        assert found[1][phase][name] < found[0][phase][name]
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda12_plugin") is None,
+    reason="needs the cuda plugin: pip install 'gkd_jax[gpu]'",
+)
+def test_a_gpu_topology(capfd):
+    assert command("--topology=h100:1x1x8", "--json", "--gin.DTYPE='bfloat16'") == 0
+    found = json.loads(capfd.readouterr().out)
+    assert found["num_devices"] == 8
+    gpu = found["phases"]
+    assert command("--topology=cpu", "--json", "--gin.DTYPE='bfloat16'") == 0
+    cpu = json.loads(capfd.readouterr().out)["phases"]
+    for phase in ("sample", "score", "update"):  # but some of one row, which become sums
+        assert gpu[phase]["flops"] == pytest.approx(cpu[phase]["flops"], rel=0.1)
 
 
 @needs_libtpu

@@ -26,8 +26,8 @@ class T5Config:
         remat: recompute each layer's activations in the backward pass.
         attention_by_row: attend for one row of the batch at a time where the scores of all rows
             are too many for a CPU's cache.
-        layers_on_host: the layers' parameters lie in the host's memory, and each is copied to the
-            device when its turn comes; only for `encode`, `hidden` and `logits`.
+        layers_on_host: the layers' kernels lie in the host's memory, and are copied to the device
+            when a layer's turn comes; only for `encode`, `hidden` and `logits`.
         scan_unroll: layers per iteration of the scan over layers; >= L unrolls all.
     """
 
