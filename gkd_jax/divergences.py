@@ -10,6 +10,8 @@ would be infinite, and gradients are always finite.
 Axes: B any leading axes, V vocabulary.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -60,21 +62,62 @@ def jsd(
         )
     if scale not in ("paper", "unit"):
         raise ValueError(f"scale must be 'paper' or 'unit', got {scale!r}")
-    log_q, log_p = _log_softmax(student_logits), _log_softmax(teacher_logits)
-    possible = (log_p != -jnp.inf) | (log_q != -jnp.inf)
+    divergence: PerToken = _jsd(student_logits, teacher_logits, beta)
+    return divergence / (beta * (1 - beta)) if scale == "unit" else divergence
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _jsd(student_logits: Logits, teacher_logits: Logits, beta: float) -> PerToken:
+    return _jsd_forward(student_logits, teacher_logits, beta)[0]
+
+
+def _jsd_forward(student_logits, teacher_logits, beta):
+    logits = student_logits, teacher_logits
+    normalizers = tuple(map(_normalizer, logits))
+    log_q, log_p = map(_normalized, logits, normalizers)
+    p_over_m, q_over_m = _log_ratios_to_mixture(log_q, log_p, beta)
+    kl_p = jnp.sum(jnp.exp(log_p) * p_over_m, axis=-1)
+    kl_q = jnp.sum(jnp.exp(log_q) * q_over_m, axis=-1)
+    return beta * kl_p + (1 - beta) * kl_q, (logits, normalizers, (kl_q, kl_p))
+
+
+def _jsd_backward(beta, kept, cotangent):
+    """d/dlogit of Q = (1 - beta) Q (log(Q / M) - KL(Q || M)), and alike for P: what comes through M
+    itself cancels. One pass over the logits, where differentiating the forward pass takes several.
+    """
+    logits, normalizers, (kl_q, kl_p) = kept
+    log_q, log_p = map(_normalized, logits, normalizers)
+    p_over_m, q_over_m = _log_ratios_to_mixture(log_q, log_p, beta)
+
+    def gradient(weight, log_probs, over_m, kl, like):
+        scale = (cotangent * weight)[..., None]
+        return (scale * jnp.exp(log_probs) * (over_m - kl[..., None])).astype(like.dtype)
+
+    return (
+        gradient(1 - beta, log_q, q_over_m, kl_q, logits[0]),
+        gradient(beta, log_p, p_over_m, kl_p, logits[1]),
+    )
+
+
+_jsd.defvjp(_jsd_forward, _jsd_backward)
+
+
+def _log_ratios_to_mixture(log_q: Logits, log_p: Logits, beta: float) -> tuple[Logits, Logits]:
+    """(log(P / M), log(Q / M)), by log1p and expm1: exact where P and Q are close, 0 where equal.
+
+    Without a select: XLA does not vectorise a sum over one on CPU. Not expm1(-log(Q / P)) in the
+    second: XLA of jaxlib 0.10.2 miscompiles that there.
+    """
 
     def log_ratio(log_a, log_b):
         """log(A / B), within what float32 can exponentiate: beyond it, A or B is 0 anyway."""
-        ratio = jnp.where(possible, _floor(log_a) - _floor(log_b), 0.0)
+        ratio = jnp.maximum(log_a, _IMPOSSIBLE) - jnp.maximum(log_b, _IMPOSSIBLE)
         return jnp.clip(ratio, -_LARGEST_EXPONENT, _LARGEST_EXPONENT)
 
-    # log(M / P) and log(M / Q) by log1p and expm1: exact where P and Q are close, 0 where equal.
-    # Not expm1(-log(Q / P)) in the second: XLA of jaxlib 0.10.2 miscompiles that on CPU.
-    log_m_over_p = jnp.log1p((1 - beta) * jnp.expm1(log_ratio(log_q, log_p)))
-    log_m_over_q = jnp.log1p(beta * jnp.expm1(log_ratio(log_p, log_q)))
-    terms = beta * jnp.exp(log_p) * log_m_over_p + (1 - beta) * jnp.exp(log_q) * log_m_over_q
-    divergence = -jnp.sum(terms, axis=-1)
-    return divergence / (beta * (1 - beta)) if scale == "unit" else divergence
+    return (
+        -jnp.log1p((1 - beta) * jnp.expm1(log_ratio(log_q, log_p))),
+        -jnp.log1p(beta * jnp.expm1(log_ratio(log_p, log_q))),
+    )
 
 
 def total_variation(student_logits: Logits, teacher_logits: Logits) -> PerToken:
@@ -87,7 +130,22 @@ def total_variation(student_logits: Logits, teacher_logits: Logits) -> PerToken:
 
 
 def _log_softmax(logits: Logits) -> Logits:
-    return jax.nn.log_softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
+    return jax.nn.log_softmax(_at_least_float32(logits))
+
+
+def _normalizer(logits: Logits) -> tuple[Float[Array, "*B 1"], Float[Array, "*B 1"]]:
+    """The two numbers a row that `jax.nn.log_softmax` subtracts, the largest logit first."""
+    logits = _at_least_float32(logits)
+    largest = jnp.max(logits, axis=-1, keepdims=True)
+    return largest, jnp.log(jnp.sum(jnp.exp(logits - largest), axis=-1, keepdims=True))
+
+
+def _normalized(logits: Logits, normalizer: tuple[jax.Array, jax.Array]) -> Logits:
+    return _at_least_float32(logits) - normalizer[0] - normalizer[1]
+
+
+def _at_least_float32(logits: Logits) -> Logits:
+    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
 
 
 def _kl(log_p: Logits, log_q: Logits) -> PerToken:
