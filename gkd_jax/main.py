@@ -124,6 +124,9 @@ def _parse_flags(
         flags.DEFINE_bool("json", False, "one line of JSON", flag_values=values)
     if command == "report":
         flags.DEFINE_string("output", None, "a folder for the report", flag_values=values)
+        flags.DEFINE_string(
+            "archive", None, "a folder for small copies of runs", flag_values=values
+        )
     flags.DEFINE_bool("help", False, "this text", short_name="h", flag_values=values)
     bindings, others = [], []
     for argument in arguments:
@@ -340,12 +343,15 @@ def _convert(values: flags.FlagValues) -> None:
 
 def _report(values: flags.FlagValues, run_dirs: list[str]) -> None:
     from gkd_jax import report
+    from gkd_jax.report import archive
 
     if not run_dirs or values.output is None:
         raise UsageError(
             "report needs run directories and --output: report RUN_DIR... --output=DIR"
         )
     report.write(run_dirs, values.output)
+    if values.archive is not None:
+        archive.write(run_dirs, values.archive)
     print(f"wrote {os.path.join(values.output, 'report.html')}", file=sys.stderr)
 
 

@@ -6,13 +6,14 @@ import json
 import math
 import pathlib
 import re
+import shutil
 import statistics
 import struct
 
 import pytest
 
 from gkd_jax import report
-from gkd_jax.report import charts, paper, plots, results, runs, tables
+from gkd_jax.report import archive, charts, paper, plots, results, runs, tables
 from gkd_jax.report.record import Setting
 
 
@@ -745,3 +746,39 @@ def test_fig_3_and_5_of_the_paper_stand_beside_xsum(tmp_path, monkeypatch):
     assert lines["On-policy GKD, JSD(0.1)"] == [12.0, 12.0, 12.0]
     assert lines["GKD (On-policy), the paper"] == [12.40, 12.91, 15.13]
     assert "alpha 0.1 +4.06 and +33.2" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_an_archive_makes_the_same_report_and_holds_no_paths(tmp_path):
+    study = tmp_path / "study"
+    write_study(study)
+    about = {"divergence": "forward_kl", "on_policy_fraction": 1.0}
+    started = write_run(
+        study / "started", about, {"arithmetic": {"accuracy": 50.0}}, checkpoint=f"{study}/sft"
+    )
+    write_run(study / "unfinished", about, {}, task="arithmetic", train_steps=40)
+    evaluated = started / "evals" / "sample"
+    evaluated.mkdir(parents=True)
+    values = {"decoding": "sample", "temperature": 1.0, "split": "validation"}
+    content = {
+        "arithmetic": {"accuracy": 33.0},
+        "evaluation": {"checkpoint": str(started), **values},
+    }
+    (evaluated / "metrics.json").write_text(json.dumps(content))
+    kept = tmp_path / "kept"
+    archive.write([str(study)], str(kept))
+    assert sorted(path.name for path in kept.iterdir()) == [
+        "gkd0",
+        "gkd1",
+        "gkd2",
+        "sft",
+        "started",
+    ]
+    texts = [path.read_text() for path in kept.rglob("*") if path.is_file()]
+    assert not any(str(tmp_path) in text for text in texts)
+    assert sum(map(len, texts)) < 20_000
+    shutil.rmtree(study / "unfinished")
+    for root in (study, kept):
+        report.write([str(root)], str(tmp_path / f"report_{root.name}"))
+    first, second = (tmp_path / f"report_{name}" / "report.md" for name in ("study", "kept"))
+    assert first.read_text() == second.read_text()
+    assert "33.00" in second.read_text()

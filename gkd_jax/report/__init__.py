@@ -12,6 +12,7 @@ OUTPUT holds `report.html` (one file, to send), `report.md`, `figures/*.png` and
 | `paper` | the paper's numbers, by figure |
 | `comparisons`, `curves` | which runs make which figure |
 | `plots` | drawing with matplotlib |
+| `archive` | small copies of runs, to keep |
 | `tables`, `charts`, `samples`, `pages` | HTML and Markdown |
 """
 

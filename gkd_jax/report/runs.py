@@ -65,7 +65,7 @@ def _with_evaluations(runs: Sequence[Run], decoded: Sequence[pathlib.Path]) -> l
     """Gives what `gkd-jax eval` wrote elsewhere to the run whose checkpoint it says it decoded."""
     found: dict[pathlib.Path, list[Evaluation]] = {}
     for path in dict.fromkeys(path.resolve() for path in decoded):
-        content = _read_object(path) or {}
+        content = read_object(path) or {}
         about = {**content, **_object(content.get("evaluation"))}
         checkpoint = _text(about.get("checkpoint"))
         for run in runs:
@@ -143,7 +143,7 @@ def _read_run(folder: pathlib.Path, inside: str) -> Run:
     kept.sort(key=lambda line: line["step"])
     if damaged:
         problems.append(f"metrics.jsonl: {damaged} damaged line{'s' * (damaged > 1)} left out")
-    info = _read_object(folder / "run.json")
+    info = read_object(folder / "run.json")
     if info is None:
         problems.append(
             "run.json cannot be read" if (folder / "run.json").exists() else "no run.json"
@@ -154,7 +154,7 @@ def _read_run(folder: pathlib.Path, inside: str) -> Run:
         evaluation for line in kept for evaluation in _evaluations_of_line(line, setting)
     ]
     for path in sorted((folder / "evals").glob("*/metrics.json")):
-        content = _read_object(path)
+        content = read_object(path)
         if content is None:
             problems.append(f"evals/{path.parent.name}/metrics.json cannot be read")
         else:
@@ -271,7 +271,8 @@ def _evaluations_of_file(content: dict[str, Any], folder: str) -> Iterator[Evalu
         yield Evaluation(task, setting, _whole(about.get("step")), numbers)
 
 
-def _read_object(path: pathlib.Path) -> dict[str, Any] | None:
+def read_object(path: pathlib.Path) -> dict[str, Any] | None:
+    """A JSON object in a file; None where there is none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

@@ -1,0 +1,57 @@
+"""What a report needs of its runs, small enough to be kept beside it under version control."""
+
+from collections.abc import Sequence
+import json
+import pathlib
+from typing import Any
+
+from gkd_jax import files
+from gkd_jax.report import runs
+
+
+_EVERY = 50  # steps between kept lines of training
+
+
+def write(run_dirs: Sequence[str], output: str) -> None:
+    """Copies finished runs into OUTPUT/<name>: `report.write` makes the same tables and figures.
+
+    Of metrics.jsonl stay evaluations, every 50th step and the last, numbers to 6 digits; of
+    run.json all but the macros; of `gkd-jax eval`'s results metrics.json. A checkpoint is named by
+    its folder alone: no path of the machine is kept.
+
+    Raises:
+        FileNotFoundError: as `report.write`.
+    """
+    for run in runs.find(run_dirs):
+        if not run.finished:
+            continue
+        folder = pathlib.Path(output) / run.name
+        folder.mkdir(parents=True, exist_ok=True)
+        kept = [
+            line
+            for line in run.lines
+            if line is run.lines[-1]
+            or line["step"] % _EVERY == 0
+            or any(name.startswith("eval/") for name in line)
+        ]
+        text = "".join(json.dumps(_rounded(line)) + "\n" for line in kept)
+        files.write_whole(folder / "metrics.jsonl", text)
+        for path in (run.folder / "run.json", *sorted(run.folder.glob("evals/*/metrics.json"))):
+            content = runs.read_object(path)
+            if content is not None:
+                content.pop("macros", None)
+                copy = folder / path.relative_to(run.folder)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                files.write_whole(copy, json.dumps(_without_paths(content), indent=1) + "\n")
+
+
+def _rounded(line: dict[str, Any]) -> dict[str, Any]:
+    return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in line.items()}
+
+
+def _without_paths(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_paths(inner) for name, inner in value.items()}
+    if isinstance(value, str) and value.startswith("/"):
+        return pathlib.PurePath(value).name
+    return value
