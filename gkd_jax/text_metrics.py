@@ -8,7 +8,6 @@ error; an empty list is an error.
 from collections.abc import Sequence
 import re
 
-from rouge_score import rouge_scorer
 import sacrebleu
 
 from gkd_jax import calculator
@@ -71,6 +70,8 @@ def rouge(targets: References, predictions: Sequence[str]) -> dict[str, float]:
         ValueError: if the lists are empty or differ in length.
     """
     references = _references(targets, predictions)
+    from rouge_score import rouge_scorer  # 0.6 s, for nltk: only those who ask for it wait
+
     scorer = rouge_scorer.RougeScorer(list(_ROUGE_TYPES))
     totals = dict.fromkeys(_ROUGE_TYPES, 0.0)
     for row, prediction in zip(references, predictions, strict=True):
