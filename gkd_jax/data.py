@@ -265,13 +265,18 @@ def eval_batches(
     batch_size: int,
     num_examples: int | None = None,
     use_cached: bool = False,
+    seed: int | None = None,
 ) -> Iterator[EvalBatch]:
-    """A split in its own order, once, in batches of one shape."""
+    """A split in its own order, once, in batches of one shape.
+
+    The seed is for tasks whose examples depend on it: training gives them `DataConfig.seed`.
+    """
     dataset = task.get_dataset(
         dict(feature_lengths),
         split=split,
         use_cached=use_cached,
         shuffle=False,
+        seed=seed,
         num_epochs=1,
         try_in_mem_cache=False,
     )

@@ -257,11 +257,8 @@ def _flops(module: Module, computation: Computation, instruction: Instruction) -
     if instruction.opcode == "fusion":
         inner = module.computations[instruction.called("calls") or ""]
         return sum(_flops(module, inner, part) for part in inner.values())
-    gemm = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', instruction.attributes)
-    if instruction.opcode == "custom-call" and gemm:  # cuBLAS
-        left = computation[instruction.operands[0]].shapes[0].dims
-        dims = [int(dim) for dim in re.findall(r"\d+", gemm[1])]
-        return 2 * math.prod(instruction.shapes[0].dims) * math.prod(left[dim] for dim in dims)
+    if instruction.opcode == "custom-call":
+        return _cublas_flops(computation, instruction)
     if instruction.opcode not in ("dot", "convolution"):
         return 0
     left, right = (computation[name].shapes[0].dims for name in instruction.operands[:2])
@@ -271,6 +268,15 @@ def _flops(module: Module, computation: Computation, instruction: Instruction) -
         dims = contracted[1].split(",") if contracted and contracted[1] else []
         return 2 * math.prod(out) * math.prod(left[int(dim)] for dim in dims)
     return _convolution_flops(left, right, out, instruction.attributes)
+
+
+def _cublas_flops(computation: Computation, call: Instruction) -> int:
+    dims = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', call.attributes)
+    if dims is None:
+        return 0
+    left = computation[call.operands[0]].shapes[0].dims
+    contracted = math.prod(left[int(dim)] for dim in re.findall(r"\d+", dims[1]))
+    return 2 * math.prod(call.shapes[0].dims) * contracted
 
 
 def _convolution_flops(
@@ -428,24 +434,3 @@ def _group_size(module: Module, instruction: Instruction) -> int:
         return int(iota[1])
     listed = re.search(r"replica_groups=\{\{([\d,]*)\}", text)
     return len(listed[1].split(",")) if listed else module.num_partitions
-
-
-def largest_arrays(module: Module, count: int = 8) -> list[tuple[str, int]]:
-    """(where it comes from, bytes) of the largest arrays of a program, arguments included."""
-    sizes: dict[str, int] = {}
-    fused = {
-        instruction.called("calls")
-        for computation in module.computations.values()
-        for instruction in computation.values()
-        if instruction.opcode == "fusion"
-    }
-    for name, computation in module.computations.items():
-        for instruction in () if name in fused else computation.values():
-            is_argument = instruction.opcode == "parameter" and name == module.entry
-            if NO_TRAFFIC.fullmatch(instruction.opcode) and not is_argument:
-                continue
-            for shape in instruction.shapes:
-                dims = ",".join(map(str, shape.dims))
-                label = f"{instruction.op_name} {shape.dtype}[{dims}]"
-                sizes[label] = max(sizes.get(label, 0), shape.nbytes)
-    return sorted(sizes.items(), key=lambda item: -item[1])[:count]

@@ -26,7 +26,7 @@ COMMANDS = {
     "convert": "a checkpoint to Hugging Face's, T5X's or our own format",
     "infer": "decodes a task's inputs, or a text file, to JSONL",
     "score": "a teacher's top-k probabilities of a split, to distil from without the teacher",
-    "precompile": "memory, FLOPs and time of a run on TPUs that are not there (or on cpu)",
+    "precompile": "memory, FLOPs and time of a run on TPUs or GPUs that are not there (or on cpu)",
     "bench": "times the phases of an on-policy step on this machine",
     "report": "tables and figures of run directories: report RUN_DIR... --output=DIR",
 }

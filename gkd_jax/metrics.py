@@ -2,6 +2,7 @@
 
 import collections
 from collections.abc import Mapping, Sequence
+import concurrent.futures
 import json
 import math
 import pathlib
@@ -9,6 +10,7 @@ import sys
 import time
 from typing import Any
 
+import jax
 import numpy as np
 import tensorflow as tf
 
@@ -160,6 +162,27 @@ def read(path: pathlib.Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
     return lines
+
+
+class DeviceClock:
+    """How long each result keeps the device: from the end of the one before it, or its dispatch."""
+
+    def __init__(self):
+        self._waiter = concurrent.futures.ThreadPoolExecutor(1)
+        self._free_at = 0.0
+
+    def close(self) -> None:
+        self._waiter.shutdown()
+
+    def seconds(self, began: float, result: jax.Array) -> concurrent.futures.Future[float]:
+        """To be called in the order of dispatch, with the time of it."""
+
+        def wait() -> float:
+            jax.block_until_ready(result)
+            before, self._free_at = self._free_at, time.monotonic()
+            return self._free_at - max(began, before)
+
+        return self._waiter.submit(wait)
 
 
 class Progress:

@@ -9,7 +9,7 @@ the chip's peak rates allow, everything overlapped within a loop. Decode loops c
 ran to its last token.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -20,7 +20,7 @@ import os
 import pathlib
 import re
 import sys
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -29,89 +29,14 @@ import optax
 from gkd_jax import data, files, gkd, hlo, pretrained, program, sharding
 from gkd_jax.optimizers import Schedule
 from gkd_jax.pretrained import Model
+from gkd_jax.topologies import CHIPS, GIB, GPUS, Chip, describe_topology
 
 
-GIB = 2**30
 RESOURCES = ("compute", "hbm", "interconnect")
 
 
 class DoesNotFitError(Exception):
     """A phase needs more memory than a device has."""
-
-
-class Chip(NamedTuple):
-    """One device of a generation of TPUs or GPUs.
-
-    Attributes:
-        hbm_gib: what its compiler lets a program use.
-        flops: matrix FLOP/s in bfloat16; infinite where nothing is known.
-        hbm: bytes/s of HBM.
-        interconnect: bytes/s that a device sends: along one axis of the torus, both ways together,
-            or over NVLink.
-        per_chip: devices a chip.
-        options: of the topology.
-    """
-
-    hbm_gib: float
-    flops: float = math.inf
-    hbm: float = math.inf
-    interconnect: float = math.inf
-    per_chip: int = 1
-    options: Mapping[str, Any] = {}
-
-    @property
-    def hbm_bytes(self) -> int:
-        return int(self.hbm_gib * GIB)
-
-
-# Rates: the system architecture pages of cloud.google.com/tpu/docs; a chip's interconnect there is
-# over 4 links (v5e, v6e) or 6, both ways. HBM: the limit that the compiler names in its errors.
-CHIPS = {
-    "v4": Chip(30.75, 275e12, 1228e9, 100e9, options={"chip_config_name": "megacore"}),
-    "v5e": Chip(15.75, 197e12, 819e9, 100e9),
-    "v5p": Chip(95.74, 459e12, 2765e9, 200e9),
-    "v6e": Chip(31.25, 918e12, 1638e9, 200e9),
-    "tpu7x": Chip(94.75, 2307e12 / 2, 7380e9 / 2, 200e9 / 2, per_chip=2),
-}
-# NVIDIA's H100 SXM data sheet: dense bfloat16, HBM3, half of NVLink's two-way rate. What else the
-# compiler asks of a device is in NVIDIA's CUDA programming guide, compute capability 9.0.
-GPUS = {"h100": Chip(79.1, 989e12, 3352e9, 450e9)}
-_H100 = """
-gpu_device_info {
-  cuda_compute_capability { major: 9 }
-  core_count: 132
-  fpus_per_core: 128
-  clock_rate_ghz: 1.98
-  threads_per_warp: 32
-  threads_per_block_limit: 1024
-  threads_per_core_limit: 2048
-  registers_per_block_limit: 65536
-  registers_per_core_limit: 65536
-  shared_memory_per_block: 49152
-  shared_memory_per_block_optin: 232448
-  shared_memory_per_core: 233472
-  block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535
-  block_dim_limit_z: 65535
-  l2_cache_size: 52428800
-  memory_bandwidth: 3352320000000
-  device_memory_size: 84942979072
-  driver_version: "12.8.0"
-  runtime_version: "12.8.0"
-  compile_time_toolkit_version: "12.8.0"
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 }
-device_description_str: "H100"
-"""
-# Without these, libtpu asks a metadata server which TPU it is on, and locks it.
-_LIBTPU = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_WORKER_ID": "0",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
 
 
 def run(
@@ -175,7 +100,7 @@ def run(
         "num_devices": len(devices),
         "device_kind": devices[0].device_kind,
         "mesh": dict(built.mesh.shape),
-        "effort": "full" if full or topology == "cpu" else "-1",
+        "effort": "-1" if topology.partition(":")[0] in CHIPS and not full else "full",
         "hbm_bytes": chip.hbm_bytes,
         "fits": not too_large(phases, chip),
         "phases": phases,
@@ -184,63 +109,6 @@ def run(
     print(json.dumps(report) if as_json else table(report), flush=True)
     if not report["fits"]:
         raise DoesNotFitError(_largest(phases, chip))
-
-
-# Where it would run -------------------------------------------------------------------------------
-
-
-def describe_topology(topology: str, num_slices: int = 1) -> tuple[Chip, Sequence[Any]]:
-    """What a topology is made of, and its devices; none of them needs to exist.
-
-    Raises:
-        ValueError: for an unknown name or shape.
-        ModuleNotFoundError: without libtpu.
-    """
-    if topology == "cpu":
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return Chip(memory / jax.device_count() / GIB), jax.devices()
-    kind, _, shape = topology.partition(":")
-    if kind in GPUS:
-        return GPUS[kind], _gpus(topology, shape, num_slices)
-    if kind not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape) or num_slices < 1:
-        raise ValueError(
-            f"--topology must be cpu or a shape of {', '.join([*CHIPS, *GPUS])} such as v5e:8x8, "
-            f"v5p:4x4x4 or h100:1x1x8, in at least one slice, got {topology!r} x {num_slices}"
-        )
-    if importlib.util.find_spec("libtpu") is None:
-        raise ModuleNotFoundError("TPU topologies need libtpu: pip install 'gkd_jax[tpu]'")
-    for name, value in _LIBTPU.items():
-        os.environ.setdefault(name, value)
-    jax.config.update("jax_platforms", "cpu")
-    from jax.experimental import topologies
-
-    options = dict(CHIPS[kind].options)
-    if not set(shape) - set("1x"):
-        options["chips_per_host_bounds"] = (1, 1, 1)
-    if num_slices > 1:
-        options["num_slices"] = num_slices
-    try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
-    except Exception as error:
-        raise ValueError(f"libtpu knows no topology {topology!r}: {error}") from None
-    return CHIPS[kind], found.devices
-
-
-def _gpus(topology: str, shape: str, num_slices: int) -> Sequence[Any]:
-    if not re.fullmatch(r"\d+x\d+x\d+", shape) or num_slices != 1:
-        raise ValueError(
-            "--topology of GPUs must be slices x hosts x GPUs a host, such as h100:1x1x8, without "
-            f"--num_slices, got {topology!r} x {num_slices}"
-        )
-    if importlib.util.find_spec("jax_cuda12_plugin") is None:
-        raise ModuleNotFoundError("GPU topologies need the cuda plugin: pip install 'gkd_jax[gpu]'")
-    jax.config.update("jax_platforms", "cpu")
-    from jax.experimental import topologies
-
-    found = topologies.get_topology_desc(
-        platform="cuda", topology_name="h100", target_config=_H100, topology=shape
-    )
-    return found.devices
 
 
 def _as_on_tpu(model: Model) -> Model:
@@ -314,7 +182,7 @@ def analyse(
         "temporary_bytes": memory.temp_size_in_bytes,
         "peak_bytes": memory.peak_memory_in_bytes - on_host if on_tpu else used,
         **hlo.summary(module),
-        "largest": hlo.largest_arrays(module),
+        "largest": largest_arrays(module),
     }
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -336,6 +204,27 @@ def _cache_path(text: str, topology: str, full: bool) -> pathlib.Path | None:
     sources = [pathlib.Path(path).read_text(encoding="utf-8") for path in (__file__, hlo.__file__)]
     parts = "\n".join([text, topology, str(full), *versions, *sources])
     return root / "precompile" / f"{hashlib.sha256(parts.encode()).hexdigest()}.json"
+
+
+def largest_arrays(module: hlo.Module, count: int = 8) -> list[tuple[str, int]]:
+    """(where it comes from, bytes) of the largest arrays of a program, arguments included."""
+    sizes: dict[str, int] = {}
+    fused = {
+        instruction.called("calls")
+        for computation in module.computations.values()
+        for instruction in computation.values()
+        if instruction.opcode == "fusion"
+    }
+    for name, computation in module.computations.items():
+        for instruction in () if name in fused else computation.values():
+            is_argument = instruction.opcode == "parameter" and name == module.entry
+            if hlo.NO_TRAFFIC.fullmatch(instruction.opcode) and not is_argument:
+                continue
+            for shape in instruction.shapes:
+                dims = ",".join(map(str, shape.dims))
+                label = f"{instruction.op_name} {shape.dtype}[{dims}]"
+                sizes[label] = max(sizes.get(label, 0), shape.nbytes)
+    return sorted(sizes.items(), key=lambda item: -item[1])[:count]
 
 
 def largest_values(jaxpr: Any, count: int = 8) -> list[tuple[str, int]]:

@@ -138,14 +138,8 @@ def build(
     """
     task, vocabulary = data.open_task(data_config, check_remote=check_remote)
     data.check_split(task, data_config.split)
-    if student.param_dtype != "float32":
-        raise ValueError(
-            f"a student is trained in param_dtype='float32', got {student.param_dtype!r}; "
-            "dtype is that of its matrix products"
-        )
-    cached_k = 0
-    if data_config.teacher_cache is not None:
-        cached_k = _check_cache(data_config.teacher_cache, method, vocabulary)
+    _check_student(student)
+    cached_k = _check_cache(data_config.teacher_cache, method, vocabulary)
     if student.memory != "device":
         raise ValueError(f"a student is trained in memory='device', got {student.memory!r}")
     if method.divergence is None:
@@ -189,8 +183,18 @@ def build(
     )
 
 
-def _check_cache(path: str, method: gkd.GKDConfig, vocabulary: seqio.Vocabulary) -> int:
-    """The k of a teacher cache that fits the method."""
+def _check_student(student: Model) -> None:
+    if student.param_dtype != "float32":
+        raise ValueError(
+            f"a student is trained in param_dtype='float32', got {student.param_dtype!r}; "
+            "dtype is that of its matrix products"
+        )
+
+
+def _check_cache(path: str | None, method: gkd.GKDConfig, vocabulary: seqio.Vocabulary) -> int:
+    """The k of a teacher cache that fits the method; 0 where there is none."""
+    if path is None:
+        return 0
     about = teacher_cache.read_about(path)
     if method.divergence is None or (method.mixing == "example" and method.uses_samples()):
         raise ValueError(

@@ -47,7 +47,7 @@ def describe(
 
     return {
         "name": name,
-        "method": _method(program.method, macros),
+        "method": {**_method(program.method, macros), "sample_ahead": trainer.sample_ahead},
         "optimizer": name_of(optimizer),
         "student": model(student, program.state.params),
         "teacher": model(teacher, program.teacher),

@@ -1,13 +1,17 @@
 """`gkd-jax score`: a teacher's top-k probabilities of a task's targets, to train without it."""
 
+from collections.abc import Callable, Iterator
 import json
 import sys
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
 import numpy as np
+import seqio
 
-from gkd_jax import data, gkd, sharding, teacher_cache, vocabularies
+from gkd_jax import checkpoints, data, gkd, sharding, teacher_cache, vocabularies
+from gkd_jax.batch import Batch, TopK
 from gkd_jax.models import t5
 from gkd_jax.pretrained import Model, check_vocabularies, place_params
 
@@ -22,12 +26,12 @@ def run(
     mesh_config: sharding.MeshConfig = sharding.MeshConfig(),
     dry_run: bool = False,
 ) -> None:
-    """Writes a `teacher_cache` of a split, each row once; a run that was stopped goes on.
+    """Writes a `teacher_cache` of a task's split; a run that was stopped goes on.
 
     Args:
         model: the teacher.
-        data_config: whose targets; task, split, lengths and `num_examples` as training will have
-            them.
+        data_config: whose targets; task, split, lengths, `num_examples` and seed as training will
+            have them.
         output: the cache's folder.
         k: most probable ids kept at each position; all there are where it is larger.
         temperature: divides the teacher's logits, as `GKDConfig.teacher_temperature` will.
@@ -35,17 +39,15 @@ def run(
         dry_run: check everything, score nothing.
 
     Raises:
-        ValueError: for a temperature or a k that is not positive, or a folder of something else.
+        ValueError: for a temperature or a k that is not positive, a mixture, or a folder of
+            something else.
     """
-    if not isinstance(k, int) or k < 1:
-        raise ValueError(f"k must be a positive integer, got {k!r}")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
-    if "://" in output:
-        raise ValueError(
-            f"a teacher cache is mapped into memory: output must be local, got {output!r}"
-        )
+    _check(k, temperature, output)
     task, vocabulary = data.open_task(data_config)
+    if isinstance(task, seqio.Mixture):
+        raise ValueError(
+            f"{data_config.task!r} is a mixture, which ends with its shortest task: score its tasks"
+        )
     data.check_split(task, data_config.split)
     num_pieces = vocabularies.num_pieces(vocabulary)
     config = model.config(num_pieces)
@@ -71,14 +73,15 @@ def run(
         "num_examples": data_config.num_examples,
         "vocabulary": vocabularies.content_hash(vocabulary),
         "num_pieces": num_pieces,
-        "teacher": model.checkpoint,
+        "seed": data_config.seed,
+        "use_cached": data_config.use_cached,
+        "teacher": str(checkpoints.find_step(model.checkpoint) or model.checkpoint)
+        if model.checkpoint
+        else None,
+        "dtypes": [model.dtype, model.param_dtype],
         "temperature": temperature,
         "k": k,
     }
-    writer = teacher_cache.Writer(output, about) if jax.process_index() == 0 else None
-    skipped = writer.num_rows if writer else 0
-    skipped = int(multihost_utils.broadcast_one_to_all(np.asarray(skipped)))
-    tail_mass = num_tokens = 0.0
     batches = data.eval_batches(
         task,
         feature_lengths=data_config.feature_lengths,
@@ -86,21 +89,38 @@ def run(
         batch_size=data_config.batch_size,
         num_examples=data_config.num_examples,
         use_cached=data_config.use_cached,
+        seed=data_config.seed,
     )
+    _write(output, about, batches, lambda batch: jitted(params, data.place(batch, mesh)))
+
+
+def _check(k: int, temperature: float, output: str) -> None:
+    if not isinstance(k, int) or k < 1:
+        raise ValueError(f"k must be a positive integer, got {k!r}")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    if "://" in output:
+        raise ValueError(
+            f"a teacher cache is mapped into memory: output must be local, got {output!r}"
+        )
+
+
+def _write(
+    output: str,
+    about: dict[str, Any],
+    batches: Iterator[data.EvalBatch],
+    score: Callable[[Batch], TopK],
+) -> None:
+    """Scores the batches that the cache lacks; the first process writes."""
+    writer = teacher_cache.Writer(output, about) if jax.process_index() == 0 else None
+    skipped = writer.num_rows if writer else 0
+    skipped = int(multihost_utils.broadcast_one_to_all(np.asarray(skipped)))
     for index, (batch, examples) in enumerate(batches):
-        if index * data_config.batch_size < skipped:
-            continue
-        found = jax.device_get(jitted(params, data.place(batch, mesh)))
-        if writer:
-            writer.append(batch, found, len(examples))
-        tail_mass += float((np.exp(found.tails) * batch.weights).sum())
-        num_tokens += float(batch.weights.sum())
+        if index * about["batch_size"] >= skipped:
+            found = jax.device_get(score(batch))
+            if writer:
+                writer.append(batch, found, len(examples))
     if writer:
-        writer.finish()
-        about = {
-            "num_rows": writer.num_rows,
-            "k": k,
-            "mean_tail_mass": tail_mass / max(num_tokens, 1),
-        }
+        mass = writer.finish()
         print(f"wrote {output}", file=sys.stderr)
-        print(json.dumps(about))
+        print(json.dumps({"num_rows": writer.num_rows, "k": about["k"], "mean_tail_mass": mass}))

@@ -63,8 +63,10 @@ def outcomes(
 
 def _log_mass_without(log_probs: jax.Array, ids: jax.Array) -> jax.Array:
     """Not log(1 - mass of ids), which is noise where that mass is nearly 1."""
-    others = jnp.put_along_axis(log_probs, ids, -jnp.inf, axis=-1, inplace=False)
-    return jax.nn.logsumexp(others, axis=-1)
+    without = jax.vmap(
+        jax.vmap(lambda row, picked: row.at[picked].set(-jnp.inf))
+    )  # rows stay apart
+    return jax.nn.logsumexp(without(log_probs, ids), axis=-1)
 
 
 def row_key(inputs: np.ndarray, targets: np.ndarray) -> int:
@@ -127,6 +129,8 @@ class Writer:
             if path.exists():
                 dtype, width = _layout(name, self._about)
                 size = (tokens if name in _PER_TOKEN else rows) * width * dtype.itemsize
+                if path.stat().st_size < size:
+                    raise ValueError(f"damaged teacher cache: {path} should have {size} bytes")
                 with path.open("r+b") as file:
                     file.truncate(size)
         return rows
@@ -148,10 +152,13 @@ class Writer:
                 file.write(values.astype(_layout(name, self._about)[0]).tobytes())
         self.num_rows += num_rows
 
-    def finish(self) -> None:
-        """Marks the cache as whole."""
+    def finish(self) -> float:
+        """Marks the cache as whole; returns the mean mass of its tails."""
+        tails = self._folder / "tails"
+        mass = np.exp(np.fromfile(tails, np.float32)) if tails.exists() else np.zeros(0)
         about = {**self._about, "num_rows": self.num_rows}
         files.write_whole(self._folder / "about.json", json.dumps(about, indent=1) + "\n")
+        return float(mass.mean()) if mass.size else 0.0
 
 
 def _layout(name: str, about: dict[str, Any]) -> tuple[np.dtype, int]:

@@ -187,7 +187,7 @@ def run(
         closing.callback(writer.close)
         closing.callback(saved.close)
         told_to_stop = closing.enter_context(_stop_at_sigterm())
-        clock = _DeviceClock()
+        clock = metrics.DeviceClock()
         closing.callback(clock.close)
 
         def draw(step: int, params) -> _Drawn:
@@ -256,27 +256,6 @@ class _Drawn(NamedTuple):
     keys: gkd.StepKeys
     sample: Sample | None = None
     sample_s: concurrent.futures.Future[float] | None = None
-
-
-class _DeviceClock:
-    """How long each result keeps the device: from the end of the one before it, or its dispatch."""
-
-    def __init__(self):
-        self._waiter = concurrent.futures.ThreadPoolExecutor(1)
-        self._free_at = 0.0
-
-    def close(self) -> None:
-        self._waiter.shutdown()
-
-    def seconds(self, began: float, result: jax.Array) -> concurrent.futures.Future[float]:
-        """To be called in the order of dispatch, with the time of it."""
-
-        def wait() -> float:
-            jax.block_until_ready(result)
-            before, self._free_at = self._free_at, time.monotonic()
-            return self._free_at - max(began, before)
-
-        return self._waiter.submit(wait)
 
 
 class _Pending(NamedTuple):
@@ -348,7 +327,10 @@ def _log(
     finite = np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"])
     if not finite and "skipped" not in values:
         kind = "dataset" if sample is None else "on-policy"
-        dumped = writer.dump(step.step, step.drawn.batch._asdict())
+        batch = step.drawn.batch
+        arrays = batch._asdict() | (batch.teacher._asdict() if batch.teacher else {})
+        del arrays["teacher"]
+        dumped = writer.dump(step.step, arrays)
         raise FloatingPointError(
             f"step {step.step} ({kind} batch): loss {values['loss']}, gradient norm "
             f"{values['grad_norm']}; the batch is in {dumped}, and the last checkpoint is from "

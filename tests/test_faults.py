@@ -184,6 +184,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_batch(broken_teac
         train.run(**distil(tmp_path / "run", broken_teacher))
     step = int(str(error.value).split()[1])
     batch = np.load(tmp_path / "run" / f"nonfinite_{step}.npz")
+    assert set(batch) == {"inputs", "targets", "weights"}
     assert batch["inputs"].shape == (8, 48)
     assert (batch["inputs"] == 20).any() or (batch["targets"] == 20).any()
 

@@ -766,13 +766,8 @@ def test_an_archive_makes_the_same_report_and_holds_no_paths(tmp_path):
     (evaluated / "metrics.json").write_text(json.dumps(content))
     kept = tmp_path / "kept"
     archive.write([str(study)], str(kept))
-    assert sorted(path.name for path in kept.iterdir()) == [
-        "gkd0",
-        "gkd1",
-        "gkd2",
-        "sft",
-        "started",
-    ]
+    names = sorted(path.name for path in kept.iterdir())
+    assert names == ["gkd0", "gkd1", "gkd2", "sft", "started"]
     texts = [path.read_text() for path in kept.rglob("*") if path.is_file()]
     assert not any(str(tmp_path) in text for text in texts)
     assert sum(map(len, texts)) < 20_000
@@ -782,3 +777,18 @@ def test_an_archive_makes_the_same_report_and_holds_no_paths(tmp_path):
     first, second = (tmp_path / f"report_{name}" / "report.md" for name in ("study", "kept"))
     assert first.read_text() == second.read_text()
     assert "33.00" in second.read_text()
+
+
+def test_an_archive_of_runs_of_one_name_leaves_them_alone_and_cuts_paths(tmp_path):
+    about = {"divergence": "forward_kl", "on_policy_fraction": 1.0}
+    for name, seed in (("x/a/run", 0), ("y/a/run", 1)):
+        write_run(tmp_path / name, about, {"/data/x.jsonl": {"bleu": 1.0}}, seed=seed)
+    roots = [tmp_path / "x" / "a", tmp_path / "y" / "a"]
+    before = [path.read_text() for root in roots for path in sorted(root.rglob("*.json*"))]
+    archive.write([str(root) for root in roots], str(tmp_path / "kept"))
+    assert before == [path.read_text() for root in roots for path in sorted(root.rglob("*.json*"))]
+    kept = list((tmp_path / "kept").rglob("metrics.jsonl"))
+    assert len(kept) == 2
+    texts = [path.read_text() for path in (tmp_path / "kept").rglob("*.json*")]
+    assert not any("/data/" in text for text in texts)
+    assert "eval/x.jsonl/bleu" in kept[0].read_text()

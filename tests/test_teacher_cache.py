@@ -128,6 +128,12 @@ def test_what_was_written_is_found_in_any_order_and_padding(tmp_path):
         cache.attach(rows(2)[0])  # its second row was no example
 
 
+def mass_of_tails(stored):
+    weights = np.concatenate([batch.weights for batch, *_ in stored])
+    tails = np.concatenate([scores.tails for _, scores, *_ in stored])
+    return (np.exp(tails) * weights).sum() / weights.sum()
+
+
 def test_a_writer_that_was_cut_off_goes_on_after_whole_batches(tmp_path):
     stored = [(*rows(seed), 2) for seed in range(4)]
     write(tmp_path / "whole", stored).finish()
@@ -144,8 +150,12 @@ def test_a_writer_that_was_cut_off_goes_on_after_whole_batches(tmp_path):
     writer.finish()
     for path in (tmp_path / "whole").iterdir():
         assert path.read_bytes() == (tmp_path / "cut" / path.name).read_bytes(), path.name
+    assert writer.finish() == pytest.approx(mass_of_tails(stored))
     with pytest.raises(ValueError, match="something else: k 3 -> 4"):
         teacher_cache.Writer(str(tmp_path / "cut"), {**ABOUT, "k": 4})
+    (tmp_path / "cut" / "ids").write_bytes(b"")  # of a machine that lost what was not on disk yet
+    with pytest.raises(ValueError, match=r"damaged teacher cache: .*ids should have"):
+        teacher_cache.Writer(str(tmp_path / "cut"), ABOUT)
 
 
 def test_a_file_of_another_size_is_refused(tmp_path):

@@ -13,11 +13,11 @@ _EVERY = 50  # steps between kept lines of training
 
 
 def write(run_dirs: Sequence[str], output: str) -> None:
-    """Copies finished runs into OUTPUT/<name>: `report.write` makes the same tables and figures.
+    """Copies finished runs into OUTPUT/<slug>: `report.write` makes the same tables and figures.
 
     Of metrics.jsonl stay evaluations, every 50th step and the last, numbers to 6 digits; of
-    run.json all but the macros; of `gkd-jax eval`'s results metrics.json. A checkpoint is named by
-    its folder alone: no path of the machine is kept.
+    run.json all but the macros; of `gkd-jax eval`'s results in the run's own `evals/`,
+    metrics.json. Paths are cut to their last part.
 
     Raises:
         FileNotFoundError: as `report.write`.
@@ -25,7 +25,7 @@ def write(run_dirs: Sequence[str], output: str) -> None:
     for run in runs.find(run_dirs):
         if not run.finished:
             continue
-        folder = pathlib.Path(output) / run.name
+        folder = pathlib.Path(output) / run.slug
         folder.mkdir(parents=True, exist_ok=True)
         kept = [
             line
@@ -46,12 +46,21 @@ def write(run_dirs: Sequence[str], output: str) -> None:
 
 
 def _rounded(line: dict[str, Any]) -> dict[str, Any]:
-    return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in line.items()}
+    return {
+        _without_path(name): float(f"{value:.6g}") if isinstance(value, float) else value
+        for name, value in line.items()
+    }
+
+
+def _without_path(name: str) -> str:
+    """A metric of a task that is a file: eval//data/x.jsonl/bleu is eval/x.jsonl/bleu."""
+    first, _, rest = name.partition("/")
+    return "/".join([first, *rest.split("/")[-2:]]) if rest.startswith("/") else name
 
 
 def _without_paths(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: _without_paths(inner) for name, inner in value.items()}
+        return {_without_paths(name): _without_paths(inner) for name, inner in value.items()}
     if isinstance(value, str) and value.startswith("/"):
         return pathlib.PurePath(value).name
     return value

@@ -1,0 +1,142 @@
+"""Machines that need not be here: their devices, as XLA describes them, and their rates."""
+
+from collections.abc import Mapping, Sequence
+import importlib.util
+import math
+import os
+import re
+from typing import Any, NamedTuple
+
+import jax
+
+
+GIB = 2**30
+
+
+class Chip(NamedTuple):
+    """One device of a generation of TPUs or GPUs.
+
+    Attributes:
+        hbm_gib: what its compiler lets a program use.
+        flops: matrix FLOP/s in bfloat16; infinite where nothing is known.
+        hbm: bytes/s of HBM.
+        interconnect: bytes/s that a device sends: along one axis of the torus, both ways together,
+            or over NVLink.
+        per_chip: devices a chip.
+        options: of the topology.
+    """
+
+    hbm_gib: float
+    flops: float = math.inf
+    hbm: float = math.inf
+    interconnect: float = math.inf
+    per_chip: int = 1
+    options: Mapping[str, Any] = {}
+
+    @property
+    def hbm_bytes(self) -> int:
+        return int(self.hbm_gib * GIB)
+
+
+# Rates: the system architecture pages of cloud.google.com/tpu/docs; a chip's interconnect there is
+# over 4 links (v5e, v6e) or 6, both ways. HBM: the limit that the compiler names in its errors.
+CHIPS = {
+    "v4": Chip(30.75, 275e12, 1228e9, 100e9, options={"chip_config_name": "megacore"}),
+    "v5e": Chip(15.75, 197e12, 819e9, 100e9),
+    "v5p": Chip(95.74, 459e12, 2765e9, 200e9),
+    "v6e": Chip(31.25, 918e12, 1638e9, 200e9),
+    "tpu7x": Chip(94.75, 2307e12 / 2, 7380e9 / 2, 200e9 / 2, per_chip=2),
+}
+# NVIDIA's H100 SXM data sheet: dense bfloat16, HBM3, half of NVLink's two-way rate. What else the
+# compiler asks of a device is in NVIDIA's CUDA programming guide, compute capability 9.0.
+GPUS = {"h100": Chip(79.1, 989e12, 3352e9, 450e9)}
+_H100 = """
+gpu_device_info {
+  cuda_compute_capability { major: 9 }
+  core_count: 132
+  fpus_per_core: 128
+  clock_rate_ghz: 1.98
+  threads_per_warp: 32
+  threads_per_block_limit: 1024
+  threads_per_core_limit: 2048
+  registers_per_block_limit: 65536
+  registers_per_core_limit: 65536
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  l2_cache_size: 52428800
+  memory_bandwidth: 3352320000000
+  device_memory_size: 84942979072
+  driver_version: "12.8.0"
+  runtime_version: "12.8.0"
+  compile_time_toolkit_version: "12.8.0"
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 }
+device_description_str: "H100"
+"""
+# Without these, libtpu asks a metadata server which TPU it is on, and locks it.
+_LIBTPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+def describe_topology(topology: str, num_slices: int = 1) -> tuple[Chip, Sequence[Any]]:
+    """What a topology is made of, and its devices; none of them needs to exist.
+
+    Raises:
+        ValueError: for an unknown name or shape.
+        ModuleNotFoundError: without libtpu, or for GPUs the cuda plugin.
+    """
+    if topology == "cpu":
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return Chip(memory / jax.device_count() / GIB), jax.devices()
+    kind, _, shape = topology.partition(":")
+    if kind in GPUS:
+        return GPUS[kind], _gpus(topology, shape, num_slices)
+    if kind not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape) or num_slices < 1:
+        raise ValueError(
+            f"--topology must be cpu or a shape of {', '.join([*CHIPS, *GPUS])} such as v5e:8x8, "
+            f"v5p:4x4x4 or h100:1x1x8, in at least one slice, got {topology!r} x {num_slices}"
+        )
+    if importlib.util.find_spec("libtpu") is None:
+        raise ModuleNotFoundError("TPU topologies need libtpu: pip install 'gkd_jax[tpu]'")
+    for name, value in _LIBTPU.items():
+        os.environ.setdefault(name, value)
+    jax.config.update("jax_platforms", "cpu")
+    from jax.experimental import topologies
+
+    options = dict(CHIPS[kind].options)
+    if not set(shape) - set("1x"):
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    if num_slices > 1:
+        options["num_slices"] = num_slices
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
+    except Exception as error:
+        raise ValueError(f"libtpu knows no topology {topology!r}: {error}") from None
+    return CHIPS[kind], found.devices
+
+
+def _gpus(topology: str, shape: str, num_slices: int) -> Sequence[Any]:
+    if not re.fullmatch(r"\d+x\d+x\d+", shape) or num_slices != 1:
+        raise ValueError(
+            "--topology of GPUs must be slices x hosts x GPUs a host, such as h100:1x1x8, without "
+            f"--num_slices, got {topology!r} x {num_slices}"
+        )
+    if importlib.util.find_spec("jax_cuda12_plugin") is None:
+        raise ModuleNotFoundError("GPU topologies need the cuda plugin: pip install 'gkd_jax[gpu]'")
+    jax.config.update("jax_platforms", "cpu")
+    from jax.experimental import topologies
+
+    found = topologies.get_topology_desc(
+        platform="cuda", topology_name="h100", target_config=_H100, topology=shape
+    )
+    return found.devices
