@@ -10,6 +10,7 @@ import sys
 import time
 
 import numpy as np
+import pytest
 
 import gin
 from gkd_jax import main
@@ -121,6 +122,7 @@ def test_a_signal_to_one_process_saves_and_ends_both(tmp_path):
     assert saved == [max(lines(tmp_path, "train/loss"))]
 
 
+@pytest.mark.slow
 def test_when_one_process_is_killed_the_other_ends_too(tmp_path):
     processes = start(tmp_path, "--gin.TRAIN_STEPS=100000", "--gin.SAVE_PERIOD=2")
     wait_for_step(tmp_path, 5)
