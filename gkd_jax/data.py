@@ -21,7 +21,6 @@ import tensorflow as tf
 from gkd_jax import sharding, vocabularies
 from gkd_jax.batch import Batch
 from gkd_jax.tasks import folder, jsonl  # pyright: ignore[reportMissingImports]
-from gkd_jax.teacher_cache import TeacherCache
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -179,7 +178,6 @@ class TrainIterator:
         options = tf.data.Options()
         options.deterministic = True
         options.threading.private_threadpool_size = 1
-        self._teacher = TeacherCache(config.teacher_cache) if config.teacher_cache else None
         self._iterator = iter(dataset.with_options(options).prefetch(2))
         self._checkpoint = tf.train.Checkpoint(iterator=self._iterator)
 
@@ -191,9 +189,7 @@ class TrainIterator:
             example = next(self._iterator)
         except StopIteration:
             raise RuntimeError("the dataset has no examples: the stream ended") from None
-        names = ("inputs", "targets", "weights")
-        batch = Batch(*(example[name].numpy() for name in names))
-        return batch if self._teacher is None else self._teacher.attach(batch)
+        return Batch(*(example[name].numpy() for name in ("inputs", "targets", "weights")))
 
     def save(self, directory: pathlib.Path) -> None:
         """Writes the position after the last batch taken."""

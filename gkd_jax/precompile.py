@@ -29,7 +29,7 @@ import optax
 from gkd_jax import data, files, gkd, hlo, pretrained, program, sharding
 from gkd_jax.optimizers import Schedule
 from gkd_jax.pretrained import Model
-from gkd_jax.topologies import CHIPS, GIB, GPUS, Chip, describe_topology
+from gkd_jax.topologies import GIB, Chip, describe_topology, platform_of
 
 
 RESOURCES = ("compute", "hbm", "interconnect")
@@ -100,7 +100,7 @@ def run(
         "num_devices": len(devices),
         "device_kind": devices[0].device_kind,
         "mesh": dict(built.mesh.shape),
-        "effort": "-1" if topology.partition(":")[0] in CHIPS and not full else "full",
+        "effort": "-1" if platform_of(topology) == "tpu" and not full else "full",
         "hbm_bytes": chip.hbm_bytes,
         "fits": not too_large(phases, chip),
         "phases": phases,
@@ -150,17 +150,16 @@ def analyse(
     path = _cache_path(lowered.as_text(), topology, full)
     if path is not None and path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
-    on_gpu = topology.partition(":")[0] in GPUS
-    on_tpu = topology != "cpu" and not on_gpu
+    platform = platform_of(topology)
     threshold = "jax_persistent_cache_min_compile_time_secs"
     seconds = jax.config.values[threshold]
     options: dict[str, Any] = {}
-    if on_gpu:
+    if platform == "gpu":
         options = {"xla_gpu_autotune_level": 0}  # which would try kernels out, on a GPU
-    elif on_tpu and not full:
+    elif platform == "tpu" and not full:
         options = {"exec_time_optimization_effort": -1.0}
     # An executable for a device that is not there could be stored but never loaded again.
-    jax.config.update(threshold, seconds if topology == "cpu" else math.inf)
+    jax.config.update(threshold, seconds if platform == "cpu" else math.inf)
     try:
         compiled = lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
@@ -180,7 +179,7 @@ def analyse(
         "output_bytes": memory.output_size_in_bytes,
         "host_bytes": on_host,
         "temporary_bytes": memory.temp_size_in_bytes,
-        "peak_bytes": memory.peak_memory_in_bytes - on_host if on_tpu else used,
+        "peak_bytes": memory.peak_memory_in_bytes - on_host if platform == "tpu" else used,
         **hlo.summary(module),
         "largest": largest_arrays(module),
     }
@@ -196,10 +195,8 @@ def _cache_path(text: str, topology: str, full: bool) -> pathlib.Path | None:
     if folder == "":
         return None
     root = pathlib.Path(folder) if folder else pathlib.Path.home() / ".cache" / "gkd_jax"
-    names = ["jaxlib"]
-    if topology != "cpu":
-        on_gpu = topology.partition(":")[0] in GPUS
-        names.append("jax_cuda12_plugin" if on_gpu else "libtpu")
+    compilers = {"cpu": [], "gpu": ["jax_cuda12_plugin"], "tpu": ["libtpu"]}
+    names = ["jaxlib", *compilers[platform_of(topology)]]
     versions = map(importlib.metadata.version, names)
     sources = [pathlib.Path(path).read_text(encoding="utf-8") for path in (__file__, hlo.__file__)]
     parts = "\n".join([text, topology, str(full), *versions, *sources])

@@ -33,7 +33,7 @@ from gkd_jax.batch import Batch, TopK
 
 
 _PER_ROW = {"keys": np.uint64, "lengths": np.int32}
-_PER_TOKEN = ("ids", "log_probs", "tails")
+_PER_TOKEN = TopK._fields
 
 
 def top_k(logits: Float[Array, "B T V"], k: int) -> TopK:
@@ -63,9 +63,8 @@ def outcomes(
 
 def _log_mass_without(log_probs: jax.Array, ids: jax.Array) -> jax.Array:
     """Not log(1 - mass of ids), which is noise where that mass is nearly 1."""
-    without = jax.vmap(
-        jax.vmap(lambda row, picked: row.at[picked].set(-jnp.inf))
-    )  # rows stay apart
+    # Position by position: one scatter over all would have its indices gathered on every device.
+    without = jax.vmap(jax.vmap(lambda row, picked: row.at[picked].set(-jnp.inf)))
     return jax.nn.logsumexp(without(log_probs, ids), axis=-1)
 
 
@@ -139,11 +138,10 @@ class Writer:
         """The first `num_rows` rows of a batch; fewer than its size only at the very end."""
         real = [_real_ids(batch, row) for row in range(num_rows)]
         arrays = {
-            "ids": np.concatenate([scores.ids[i, : len(t)] for i, (_, t) in enumerate(real)]),
-            "log_probs": np.concatenate(
-                [scores.log_probs[i, : len(t)] for i, (_, t) in enumerate(real)]
-            ),
-            "tails": np.concatenate([scores.tails[i, : len(t)] for i, (_, t) in enumerate(real)]),
+            **{
+                name: np.concatenate([x[i, : len(t)] for i, (_, t) in enumerate(real)])
+                for name, x in scores._asdict().items()
+            },
             "lengths": np.asarray([len(targets) for _, targets in real]),
             "keys": np.asarray([row_key(*ids) for ids in real], np.uint64),
         }

@@ -88,6 +88,12 @@ _LIBTPU = {
 }
 
 
+def platform_of(topology: str) -> str:
+    """ "cpu", "gpu" or "tpu", of a topology that `describe_topology` knows."""
+    kind = topology.partition(":")[0]
+    return "cpu" if kind == "cpu" else "gpu" if kind in GPUS else "tpu"
+
+
 def describe_topology(topology: str, num_slices: int = 1) -> tuple[Chip, Sequence[Any]]:
     """What a topology is made of, and its devices; none of them needs to exist.
 

@@ -45,6 +45,7 @@ from gkd_jax.program import (
     shardings_of,
 )
 from gkd_jax.sampling import Sample
+from gkd_jax.teacher_cache import TeacherCache
 
 
 SIGTERM_STATUS = 143  # 128 + SIGTERM: saved, and to be started again
@@ -141,6 +142,7 @@ def run(
         saved.close()
         return
     stream = data.TrainIterator(program.task, data_config)
+    cache = TeacherCache(data_config.teacher_cache) if data_config.teacher_cache else None
     resumed = saved.restore_newest(program.state, stream)
     if resumed is None:
         start = 0
@@ -197,8 +199,9 @@ def run(
                 run_record.write(folder, {**about, "first_batch": run_record.batch_hash(rows)})
             keys = gkd.step_keys(trainer.seed, step)
             if not gkd.is_on_policy(trainer.seed, step, program.method):
-                return _Drawn(rows, data.place(rows, program.mesh), keys)
-            batch = data.place(rows._replace(teacher=None), program.mesh)
+                scored = rows if cache is None else cache.attach(rows)
+                return _Drawn(rows, data.place(scored, program.mesh), keys)
+            batch = data.place(rows, program.mesh)
             began = time.monotonic()
             sample = steps.sample[batch.inputs.shape[1], batch.targets.shape[1]]
             batch, drawn = sample(params, batch, keys.sampling)
