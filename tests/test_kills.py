@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+from conftest import COMPILE_FAST
 import jax
 import numpy as np
 import pytest
@@ -39,7 +40,7 @@ def start(model_dir):
     }
     flags = [f"--gin.{name}={value}" for name, value in options.items()]
     command = [sys.executable, "-m", "gkd_jax", "train", "--gin_file=gin/gkd.gin", *flags]
-    environment = {**os.environ, "XLA_FLAGS": ""}  # one device
+    environment = {**os.environ, "XLA_FLAGS": COMPILE_FAST}  # one device
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )

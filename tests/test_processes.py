@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+from conftest import COMPILE_FAST
 import numpy as np
 import pytest
 
@@ -42,7 +43,7 @@ def start(model_dir, *more):
         environment = {
             **os.environ,
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count=4 {COMPILE_FAST}",
             "GKD_JAX_COORDINATOR": f"127.0.0.1:{port}",
             "GKD_JAX_NUM_PROCESSES": "2",
             "GKD_JAX_PROCESS_ID": str(index),
