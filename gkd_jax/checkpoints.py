@@ -40,11 +40,10 @@ FOLDER = "checkpoints"
 
 
 class _StreamHandler(ocp.CheckpointHandler):
-    """Lets a data stream write itself into the step's folder. Every process has the same stream."""
+    """Lets a data stream write itself into the step's folder."""
 
     def save(self, directory: epath.Path, args: "StreamSave") -> None:
-        if jax.process_index() == 0:
-            args.stream.save(pathlib.Path(directory))
+        args.stream.save(pathlib.Path(directory))
 
     def restore(self, directory: epath.Path, args: "StreamRestore") -> None:
         args.stream.restore(pathlib.Path(directory))

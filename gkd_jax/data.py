@@ -1,7 +1,8 @@
 """From a seqio task to batches of token ids.
 
 The training stream belongs to the job: row k of global batch n is the same example for any number
-of processes. Each process makes the whole (cheap) stream and hands its devices their rows. The
+of processes. Each process makes the whole (cheap) stream and hands its devices their rows; where
+that is not cheap, `DataConfig.shard_by_process` lets each read its own part of the examples. The
 stream's position is part of every checkpoint, so that a resumed run sees the next batch.
 """
 
@@ -42,6 +43,9 @@ class DataConfig:
             these lengths that holds them, then to `feature_lengths`; () pads all alike.
         teacher_cache: folder of the teacher's scores of the targets, made by `gkd-jax score`; steps
             on them need no teacher then.
+        shard_by_process: each process reads its own part of the examples (a share of the source's
+            files where there are enough, else of its examples) and makes its own rows of every
+            batch. Batches then depend on the number of processes, which a resumed run must keep.
     """
 
     task: str
@@ -56,6 +60,7 @@ class DataConfig:
     use_cached: bool = False
     length_buckets: tuple[int, ...] = ()
     teacher_cache: str | None = None
+    shard_by_process: bool = False
 
     def __post_init__(self):
         if not isinstance(self.task, str) or not self.task:
@@ -77,6 +82,11 @@ class DataConfig:
             raise ValueError(f"num_examples must be positive or None, got {self.num_examples}")
         if tuple(sorted(set(self.length_buckets))) != tuple(self.length_buckets):
             raise ValueError(f"length_buckets must increase, got {self.length_buckets}")
+        if self.shard_by_process and self.length_buckets:
+            raise ValueError(
+                "shard_by_process needs batches of one shape, lest processes take different ones: "
+                f"length_buckets must be (), got {self.length_buckets}"
+            )
 
     def shapes(self) -> list[tuple[int, int]]:
         """The (S, T) that batches can have, largest last."""
@@ -153,10 +163,41 @@ def check_split(task: seqio.Task | seqio.Mixture, split: str) -> None:
         raise ValueError(f"task {task.name!r} has no split {split!r}, expected one of {known}")
 
 
-class TrainIterator:
-    """An endless stream of global batches whose position can be saved and restored."""
+WHOLE = seqio.ShardInfo(index=0, num_shards=1)
 
-    def __init__(self, task: Any, config: DataConfig):
+
+def process_shard(
+    config: DataConfig, mesh: Mesh, rules: sharding.Rules = sharding.RULES
+) -> seqio.ShardInfo:
+    """The part of the examples that this process reads; processes with the same rows read the same.
+
+    Raises:
+        ValueError: if two processes share some of their rows and not all, or have not as many.
+    """
+    if not config.shard_by_process:
+        return WHOLE
+    starts: dict[int, set[int]] = {}
+    where = sharding.batch_sharding(mesh, rules).devices_indices_map((config.batch_size,))
+    for device, (rows,) in where.items():
+        starts.setdefault(device.process_index, set()).add(rows.start or 0)
+    parts = sorted({tuple(sorted(mine)) for mine in starts.values()})
+    if len(set().union(*parts)) != len(parts) * len(parts[0]):
+        raise ValueError(
+            "shard_by_process needs processes with as many rows of a batch each, all the same or "
+            f"all different, got a mesh of {dict(mesh.shape)} whose processes start at {parts}"
+        )
+    mine = tuple(sorted(starts[jax.process_index()]))
+    return seqio.ShardInfo(index=parts.index(mine), num_shards=len(parts))
+
+
+class TrainIterator:
+    """An endless stream of batches, whose position can be saved and restored.
+
+    Of the whole stream batches are global ones, the same on every process; of a shard they are this
+    process' rows, and each process saves a position of its own.
+    """
+
+    def __init__(self, task: Any, config: DataConfig, shard: seqio.ShardInfo = WHOLE):
         lengths = dict(config.feature_lengths)
         limited = config.num_examples is not None
         dataset = task.get_dataset(
@@ -166,20 +207,22 @@ class TrainIterator:
             shuffle=not limited,
             seed=config.seed,
             num_epochs=1 if limited else None,
+            shard_info=None if limited or shard == WHOLE else shard,
             try_in_mem_cache=False,
         )
         if config.num_examples is not None:
-            dataset = dataset.take(config.num_examples)
+            dataset = dataset.take(config.num_examples).shard(shard.num_shards, shard.index)
             dataset = dataset.shuffle(
                 min(config.num_examples, 50_000), seed=config.seed, reshuffle_each_iteration=True
             ).repeat()
         dataset = dataset.map(_with_weights, num_parallel_calls=1)
-        dataset = _batched(dataset, config)
+        dataset = _batched(dataset, config, config.batch_size // shard.num_shards)
         options = tf.data.Options()
         options.deterministic = True
         options.threading.private_threadpool_size = 1
         self._iterator = iter(dataset.with_options(options).prefetch(2))
         self._checkpoint = tf.train.Checkpoint(iterator=self._iterator)
+        self._sharded = shard != WHOLE
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -192,12 +235,18 @@ class TrainIterator:
         return Batch(*(example[name].numpy() for name in ("inputs", "targets", "weights")))
 
     def save(self, directory: pathlib.Path) -> None:
-        """Writes the position after the last batch taken."""
-        self._checkpoint.write(str(directory / "iterator"))
+        """Writes the position after the last batch taken: every process calls it."""
+        if self._sharded or jax.process_index() == 0:
+            self._checkpoint.write(str(directory / self._file_name()))
 
     def restore(self, directory: pathlib.Path) -> None:
         """Goes on where `save` was called."""
-        self._checkpoint.read(str(directory / "iterator")).assert_consumed()
+        self._checkpoint.read(str(directory / self._file_name())).assert_consumed()
+
+    def _file_name(self) -> str:
+        if not self._sharded:
+            return "iterator"
+        return f"iterator-{jax.process_index():05d}-of-{jax.process_count():05d}"
 
 
 def _with_weights(example: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
@@ -209,14 +258,14 @@ def _with_weights(example: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
     }
 
 
-def _batched(dataset: tf.data.Dataset, config: DataConfig) -> tf.data.Dataset:
+def _batched(dataset: tf.data.Dataset, config: DataConfig, batch_size: int) -> tf.data.Dataset:
     shapes = config.shapes()
 
     def padded(shape):
         return {"inputs": [shape[0]], "targets": [shape[1]], "weights": [shape[1]]}
 
     if len(shapes) == 1:
-        return dataset.padded_batch(config.batch_size, padded(shapes[0]), drop_remainder=True)
+        return dataset.padded_batch(batch_size, padded(shapes[0]), drop_remainder=True)
 
     def bucket(example):
         fits = [
@@ -227,7 +276,7 @@ def _batched(dataset: tf.data.Dataset, config: DataConfig) -> tf.data.Dataset:
 
     def reduce(key, window):
         def branch(shape):
-            batch = window.padded_batch(config.batch_size, padded(shape), drop_remainder=True)
+            batch = window.padded_batch(batch_size, padded(shape), drop_remainder=True)
             # One element type for all buckets: the sizes differ, so they are left open here.
             return batch.map(_any_shape)
 
@@ -237,9 +286,7 @@ def _batched(dataset: tf.data.Dataset, config: DataConfig) -> tf.data.Dataset:
 
         return functools.reduce(lambda a, b: a.concatenate(b), map(chosen, range(len(shapes))))
 
-    return dataset.group_by_window(
-        key_func=bucket, reduce_func=reduce, window_size=config.batch_size
-    )
+    return dataset.group_by_window(key_func=bucket, reduce_func=reduce, window_size=batch_size)
 
 
 def _any_shape(example: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
@@ -306,14 +353,28 @@ def fill_batch(
     return EvalBatch(batch, rows)
 
 
-def place(batch: Batch, mesh: Mesh, rules: sharding.Rules = sharding.RULES) -> Batch:
-    """Hands every local device its rows of a global batch that each process holds whole."""
-    return jax.tree.map(lambda x: place_array(x, mesh, rules), batch)
+def place(
+    batch: Batch, mesh: Mesh, rules: sharding.Rules = sharding.RULES, *, num_rows: int | None = None
+) -> Batch:
+    """Hands every local device its rows of a global batch.
+
+    Args:
+        batch: the whole of it, or this process' rows (of a `TrainIterator` of a shard).
+        mesh: the mesh.
+        rules: logical to mesh axes.
+        num_rows: of the global batch; None if `batch` is the whole of it.
+    """
+    return jax.tree.map(lambda x: place_array(x, mesh, rules, num_rows=num_rows), batch)
 
 
 def place_array(
-    values: np.ndarray, mesh: Mesh, rules: sharding.Rules = sharding.RULES
+    values: np.ndarray,
+    mesh: Mesh,
+    rules: sharding.Rules = sharding.RULES,
+    *,
+    num_rows: int | None = None,
 ) -> jax.Array:
     """`place` for one array, whose first axis is the rows."""
     where = sharding.batch_sharding(mesh, rules)
-    return jax.make_array_from_callback(values.shape, where, lambda index: values[index])
+    shape = (num_rows or len(values), *values.shape[1:])
+    return jax.make_array_from_process_local_data(where, values, shape)

@@ -56,6 +56,7 @@ def describe(
             "num_examples": data_config.num_examples,
             "teacher_cache": data_config.teacher_cache,
             "batch_size": data_config.batch_size,
+            "process_shards": data.process_shard(data_config, program.mesh).num_shards,
             "eval_task": evaluation.task or data_config.task,
             "eval_split": evaluation.split,
             "eval_decoding": evaluation.decoding,

@@ -103,6 +103,7 @@ def run(
         pending=pending,
         check_remote=not dry_run,
     )
+    shard = data.process_shard(data_config, program.mesh)
     folder = pathlib.Path(model_dir)
     evaluator = _evaluator(program, data_config, evaluation, folder, check_remote=not dry_run)
     print(plan(program, data_config, trainer), file=sys.stderr)
@@ -141,7 +142,7 @@ def run(
         print(f"{model_dir} has its {saved.latest_step()} steps already", file=sys.stderr)
         saved.close()
         return
-    stream = data.TrainIterator(program.task, data_config)
+    stream = data.TrainIterator(program.task, data_config, shard)
     cache = TeacherCache(data_config.teacher_cache) if data_config.teacher_cache else None
     resumed = saved.restore_newest(program.state, stream)
     if resumed is None:
@@ -192,6 +193,8 @@ def run(
         clock = metrics.DeviceClock()
         closing.callback(clock.close)
 
+        place = functools.partial(data.place, mesh=program.mesh, num_rows=data_config.batch_size)
+
         def draw(step: int, params) -> _Drawn:
             """The batch of a step, its targets sampled where its coin says so."""
             rows = next(stream)
@@ -200,8 +203,10 @@ def run(
             keys = gkd.step_keys(trainer.seed, step)
             if not gkd.is_on_policy(trainer.seed, step, program.method):
                 scored = rows if cache is None else cache.attach(rows)
-                return _Drawn(rows, data.place(scored, program.mesh), keys)
-            batch = data.place(rows, program.mesh)
+                return _Drawn(rows, place(scored), keys)
+            batch = place(rows)
+            if program.method.rl is not None and shard != data.WHOLE:  # texts of all rows
+                rows = multihost_utils.process_allgather(batch, tiled=True)
             began = time.monotonic()
             sample = steps.sample[batch.inputs.shape[1], batch.targets.shape[1]]
             batch, drawn = sample(params, batch, keys.sampling)

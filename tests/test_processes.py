@@ -10,11 +10,15 @@ import sys
 import time
 
 from conftest import COMPILE_FAST
+import jax
 import numpy as np
 import pytest
+import seqio
+from small_runs import LENGTHS
 
 import gin
-from gkd_jax import main
+from gkd_jax import data, main, sharding
+from gkd_jax.batch import Batch
 
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -113,14 +117,131 @@ def wait_for_step(model_dir, step):
     raise TimeoutError(f"no step {step} in {model_dir}")
 
 
-def test_a_signal_to_one_process_saves_and_ends_both(tmp_path):
-    processes = start(tmp_path, "--gin.TRAIN_STEPS=100000")
-    wait_for_step(tmp_path, 2)
+SHARDED = "--gin.data.DataConfig.shard_by_process=True"
+
+
+class BothShards(data.TrainIterator):
+    """What two processes read, in one: the rows of the first, then those of the second."""
+
+    def __init__(self, task, config, _):
+        shards = (seqio.ShardInfo(index, 2) for index in range(2))
+        self._streams = [BothShards.__base__(task, config, shard) for shard in shards]
+
+    def __next__(self):
+        parts = [next(stream) for stream in self._streams]
+        return Batch(*(np.concatenate([part[i] for part in parts]) for i in range(3)))
+
+    def save(self, directory):
+        directory.joinpath("none").touch()
+
+
+def replay(model_dir, steps, monkeypatch, *more):
+    """Losses of a run in this process that reads as two."""
+    with monkeypatch.context() as patched:
+        patched.setattr(data, "TrainIterator", BothShards)
+        run_here(model_dir, f"--gin.TRAIN_STEPS={steps}", *more)
+    return lines(model_dir, "train/loss")
+
+
+def test_a_signal_to_one_process_saves_and_ends_both(tmp_path, monkeypatch):
+    """Each reads its own part of the data, and saves its place in it."""
+    together = tmp_path / "together"
+    processes = start(together, SHARDED, "--gin.TRAIN_STEPS=100000")
+    wait_for_step(together, 2)
     processes[1].send_signal(signal.SIGTERM)
     codes, texts = statuses(processes)
     assert codes == [143, 143], texts
-    saved = [int(path.name) for path in (tmp_path / "checkpoints").iterdir()]
-    assert saved == [max(lines(tmp_path, "train/loss"))]
+    saved = [int(path.name) for path in (together / "checkpoints").iterdir()]
+    losses = lines(together, "train/loss")
+    assert saved == [max(losses)]
+    stored = {path.name.split(".")[0] for path in together.glob("checkpoints/*/stream/*.index")}
+    assert stored == {"iterator-00000-of-00002", "iterator-00001-of-00002"}
+    expected = replay(tmp_path / "alone", saved[0], monkeypatch)
+    assert losses == pytest.approx(expected, rel=1e-4)
+    with pytest.raises(SystemExit):  # one process cannot go on where two stopped
+        run_here(together, SHARDED)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["gkd", "rl_gkd"])
+def test_processes_that_read_their_own_parts_go_on_where_they_stopped(
+    method, tmp_path, monkeypatch
+):
+    """With a reward too, which is of the texts of all rows."""
+    more = [f"--gin_file=gin/{method}.gin", "--gin.NUM_SAMPLES=2"]
+    if method == "rl_gkd":
+        more += ["--gin.REWARD=@rewards.brevity", "--gin.rewards.brevity.limit=2"]
+    together = tmp_path / "together"
+    for steps in (4, 7):
+        codes, texts = statuses(start(together, SHARDED, f"--gin.TRAIN_STEPS={steps}", *more))
+        assert codes == [0, 0], texts
+    expected = replay(tmp_path / "alone", 7, monkeypatch, *more)
+    assert lines(together, "train/loss") == pytest.approx(expected, rel=1e-4)
+    if method == "rl_gkd":
+        rewards = [lines(tmp_path / name, "train/reward") for name in ("together", "alone")]
+        assert rewards[0] == rewards[1]
+        assert len(set(rewards[0].values())) > 1
+
+
+def read(shard, steps, **more):
+    """The rows that a process reads in so many steps of 8 rows, as bytes."""
+    config = data.DataConfig(
+        task="arithmetic", feature_lengths=LENGTHS, batch_size=8, shard_by_process=True, **more
+    )
+    task, _ = data.open_task(config)
+    stream = data.TrainIterator(task, config, shard)
+    batches = [next(stream) for _ in range(steps)]
+    return [row.tobytes() for batch in batches for row in batch.inputs]
+
+
+def test_shards_are_disjoint_and_together_the_whole():
+    whole = set(read(data.WHOLE, 4, num_examples=32))
+    parts = [set(read(seqio.ShardInfo(index, 2), 4, num_examples=32)) for index in range(2)]
+    assert [len(part) for part in parts] == [16, 16]
+    assert parts[0] | parts[1] == whole
+    parts = [set(read(seqio.ShardInfo(index, 2), 40)) for index in range(2)]
+    assert len(parts[0] | parts[1]) == 2 * 40 * 4  # none of 50,000 twice
+
+
+@pytest.mark.parametrize(
+    ("processes", "rows", "expected"),
+    [
+        ([0, 0, 1, 1], [0, 2, 4, 6], [(0, 2), (1, 2)]),
+        ([1, 0, 1, 0], [0, 4, 2, 6], [(1, 2), (0, 2)]),
+        ([0, 1, 2, 3], [0, 0, 4, 4], [(0, 2), (0, 2), (1, 2), (1, 2)]),  # tensor over two
+        ([0, 1], [0, 0], [(0, 1), (0, 1)]),
+        ([0, 0, 1, 1], [0, 4, 4, 0], [(0, 1), (0, 1)]),
+        ([0, 0, 1, 1], [0, 4, 4, 6], None),
+        ([0, 0, 1], [0, 2, 4], None),
+    ],
+)
+def test_processes_with_the_same_rows_read_the_same(processes, rows, expected, monkeypatch):
+    class Where:
+        def devices_indices_map(self, shape):
+            assert shape == (8,)
+            starts = [(slice(row, row + 2),) for row in rows]
+            return dict(zip(map(Device, processes), starts, strict=True))
+
+    class Device:
+        def __init__(self, process_index):
+            self.process_index = process_index
+
+    monkeypatch.setattr(sharding, "batch_sharding", lambda *_: Where())
+    config = data.DataConfig(
+        task="arithmetic", feature_lengths=LENGTHS, batch_size=8, shard_by_process=True
+    )
+    mesh = sharding.make_mesh(sharding.MeshConfig())
+
+    def shard(index):
+        monkeypatch.setattr(jax, "process_index", lambda: index)
+        return data.process_shard(config, mesh)
+
+    if expected is None:
+        with pytest.raises(ValueError, match="all the same or all different"):
+            shard(0)
+        return
+    found = [shard(index) for index in sorted(set(processes))]
+    assert [(part.index, part.num_shards) for part in found] == expected
 
 
 @pytest.mark.slow
