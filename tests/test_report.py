@@ -764,6 +764,10 @@ def test_an_archive_makes_the_same_report_and_holds_no_paths(tmp_path):
         "evaluation": {"checkpoint": str(started), **values},
     }
     (evaluated / "metrics.json").write_text(json.dumps(content))
+    (study / "beams").mkdir()  # as a sweep's row of `eval` leaves it
+    elsewhere = {"checkpoint": str(started), "decoding": "beam", "split": "validation"}
+    content = {"arithmetic": {"accuracy": 44.0}, "evaluation": elsewhere}
+    (study / "beams" / "metrics.json").write_text(json.dumps(content))
     kept = tmp_path / "kept"
     archive.write([str(study)], str(kept))
     names = sorted(path.name for path in kept.iterdir())
@@ -777,6 +781,21 @@ def test_an_archive_makes_the_same_report_and_holds_no_paths(tmp_path):
     first, second = (tmp_path / f"report_{name}" / "report.md" for name in ("study", "kept"))
     assert first.read_text() == second.read_text()
     assert "33.00" in second.read_text()
+    assert "44.00" in second.read_text()
+
+
+def test_runs_whose_samples_were_one_step_old_are_told_apart(tmp_path):
+    about = {"divergence": "forward_kl", "on_policy_fraction": 1.0}
+    for seed, (name, ahead) in enumerate([("old", None), ("fresh", False), ("ahead", True)]):
+        method = about if ahead is None else {**about, "sample_ahead": ahead}
+        write_run(tmp_path / name, method, {"arithmetic": {"accuracy": 50.0}}, seed=seed)
+    study = results.Study(runs.find([str(tmp_path)]))
+    found = {group.label: [run.name for run in group.runs] for group in study.groups}
+    assert found == {
+        "On-policy GKD, FKL · sample ahead False": ["fresh", "old"],
+        "On-policy GKD, FKL · sample ahead True": ["ahead"],
+    }
+    assert [group.on_grid for group in study.groups] == [True, False]
 
 
 def test_an_archive_of_runs_of_one_name_leaves_them_alone_and_cuts_paths(tmp_path):

@@ -16,8 +16,8 @@ def write(run_dirs: Sequence[str], output: str) -> None:
     """Copies finished runs into OUTPUT/<slug>: `report.write` makes the same tables and figures.
 
     Of metrics.jsonl stay evaluations, every 50th step and the last, numbers to 6 digits; of
-    run.json all but the macros; of `gkd-jax eval`'s results in the run's own `evals/`,
-    metrics.json. Paths are cut to their last part.
+    run.json all but the macros; of `gkd-jax eval`'s results, wherever they lie, metrics.json in
+    the copy's `evals/`. Paths are cut to their last part.
 
     Raises:
         FileNotFoundError: as `report.write`.
@@ -36,11 +36,12 @@ def write(run_dirs: Sequence[str], output: str) -> None:
         ]
         text = "".join(json.dumps(_rounded(line)) + "\n" for line in kept)
         files.write_whole(folder / "metrics.jsonl", text)
-        for path in (run.folder / "run.json", *sorted(run.folder.glob("evals/*/metrics.json"))):
+        copies = {folder / "run.json": run.folder / "run.json"}
+        copies |= {folder / "evals" / p.parent.name / p.name: p for p in run.decoded}
+        for copy, path in copies.items():
             content = runs.read_object(path)
             if content is not None:
                 content.pop("macros", None)
-                copy = folder / path.relative_to(run.folder)
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 files.write_whole(copy, json.dumps(_without_paths(content), indent=1) + "\n")
 

@@ -62,6 +62,7 @@ class Method:
     sampling_temperature: float = 1.0
     mixing: str = "step"
     num_samples: int = 1
+    sample_ahead: bool = False
     rl_alpha: float | None = None
     reward: str | None = None
     on_teacher_outputs: bool = False
@@ -144,7 +145,8 @@ class Run:
         setting: how its evaluations decoded.
         seed, train_steps, commit, devices: from run.json.
         lines: of metrics.jsonl, in the order of their steps.
-        evaluations: those of training in order, then those under evals/.
+        evaluations: those of training in order, then those of `decoded`.
+        decoded: each metrics.json that `gkd-jax eval` wrote of its checkpoints.
         problems: what could not be read.
     """
 
@@ -165,6 +167,7 @@ class Run:
     devices: str | None = None
     lines: tuple[dict[str, Any], ...] = ()
     evaluations: tuple[Evaluation, ...] = ()
+    decoded: tuple[pathlib.Path, ...] = ()
     problems: tuple[str, ...] = ()
 
     @property

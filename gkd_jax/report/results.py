@@ -98,7 +98,7 @@ class Group:
             and method.num_samples == 1
             and not isinstance(method.on_policy_fraction, str)
             and not isinstance(method.teacher_temperature, str)
-            and not self.self_distilled
+            and not (method.sample_ahead or self.self_distilled)
         )
 
     @property
@@ -348,6 +348,7 @@ def _fields(run: Run) -> dict[str, Any]:
         "on_policy_fraction": method.on_policy_fraction,
         "mixing": method.mixing,
         "num_samples": method.num_samples,
+        "sample_ahead": method.sample_ahead,
         "rl_alpha": method.rl_alpha,
         "reward": method.reward,
         "teacher": None if teacher is None else (teacher.parameters, teacher.size),

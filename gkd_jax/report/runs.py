@@ -61,22 +61,30 @@ def _names(folders: dict[pathlib.Path, tuple[pathlib.Path, str]]) -> dict[pathli
     return {folder: name if counts[name] == 1 else str(folder) for folder, name in names.items()}
 
 
-def _with_evaluations(runs: Sequence[Run], decoded: Sequence[pathlib.Path]) -> list[Run]:
-    """Gives what `gkd-jax eval` wrote elsewhere to the run whose checkpoint it says it decoded."""
-    found: dict[pathlib.Path, list[Evaluation]] = {}
-    for path in dict.fromkeys(path.resolve() for path in decoded):
+def _with_evaluations(runs: Sequence[Run], elsewhere: Sequence[pathlib.Path]) -> list[Run]:
+    """Adds what `gkd-jax eval` left in a run's `evals/`, or elsewhere of one of its checkpoints."""
+    found = {run.folder: list((run.folder / "evals").glob("*/metrics.json")) for run in runs}
+    for path in dict.fromkeys(path.resolve() for path in elsewhere):
         content = read_object(path) or {}
-        about = {**content, **_object(content.get("evaluation"))}
-        checkpoint = _text(about.get("checkpoint"))
+        checkpoint = _text({**content, **_object(content.get("evaluation"))}.get("checkpoint"))
         for run in runs:
             if checkpoint and pathlib.Path(checkpoint).resolve().is_relative_to(run.folder):
-                found.setdefault(run.folder, []).extend(
-                    _evaluations_of_file(content, path.parent.name)
-                )
-    return [
-        dataclasses.replace(run, evaluations=(*run.evaluations, *found.get(run.folder, ())))
-        for run in runs
-    ]
+                found[run.folder].append(path)
+    return [_with_decoded(run, found[run.folder]) for run in runs]
+
+
+def _with_decoded(run: Run, paths: Sequence[pathlib.Path]) -> Run:
+    evaluations, problems = list(run.evaluations), list(run.problems)
+    decoded = sorted(paths, key=lambda path: (path.parent.name, path))
+    for path in decoded:
+        content = read_object(path)
+        if content is None:
+            problems.append(f"evals/{path.parent.name}/metrics.json cannot be read")
+        else:
+            evaluations += _evaluations_of_file(content, path.parent.name)
+    return dataclasses.replace(
+        run, evaluations=tuple(evaluations), decoded=tuple(decoded), problems=tuple(problems)
+    )
 
 
 def _with_slugs(runs: Sequence[Run]) -> list[Run]:
@@ -153,12 +161,6 @@ def _read_run(folder: pathlib.Path, inside: str) -> Run:
     evaluations = [
         evaluation for line in kept for evaluation in _evaluations_of_line(line, setting)
     ]
-    for path in sorted((folder / "evals").glob("*/metrics.json")):
-        content = read_object(path)
-        if content is None:
-            problems.append(f"evals/{path.parent.name}/metrics.json cannot be read")
-        else:
-            evaluations += _evaluations_of_file(content, path.parent.name)
     return Run(
         # Not run.json's name: the seeds of a method often share that.
         name=inside,
@@ -213,6 +215,7 @@ def _method(value: Any, names: Sequence[str | None]) -> Method | None:
         "sampling_temperature": (finite,),
         "mixing": (_text,),
         "num_samples": (_whole,),
+        "sample_ahead": (_flag,),
         "rl_alpha": (finite,),
         "reward": (_text,),
     }
@@ -286,6 +289,10 @@ def _object(value: Any) -> dict[str, Any]:
 
 def _text(value: Any) -> str | None:
     return value if isinstance(value, str) and value else None
+
+
+def _flag(value: Any) -> bool | None:
+    return value if isinstance(value, bool) else None
 
 
 def _whole(value: Any) -> int | None:
