@@ -1,4 +1,4 @@
-"""How long each phase of an on-policy step takes on this machine.
+"""How long each phase of a step takes on this machine.
 
     gkd-jax bench --gin_file=gin/bench/config1.gin --json
 
@@ -9,7 +9,8 @@ padding, and samples without EOS, so that every run does the same work. One JSON
     score_ms     the teacher's logits of them, alone; a run has this inside the update
     update_ms    teacher, divergence, gradient and optimizer
     step_ms      sample and update, one after the other
-    compile_s    tracing and compiling all three, without the persistent cache
+                 (of a method that never samples the update is the step: no sample_ms, no step_ms)
+    compile_s    tracing and compiling all of them, without the persistent cache
     gemm_gflops  a large matrix product of the compute dtype: this machine's peak
     *_gflop      matrix products of each phase on one device; with them its share of the peak
 """
@@ -41,7 +42,7 @@ _WARMUP_RUNS = 2
 def run(
     *,
     student: Model,
-    teacher: Model,
+    teacher: Model | None,
     data_config: data.DataConfig,
     method: gkd.GKDConfig,
     optimizer: Callable[..., optax.GradientTransformation],
@@ -51,7 +52,7 @@ def run(
     runs: int = 20,
     as_json: bool = False,
 ) -> None:
-    """Times the phases of an on-policy step and prints them.
+    """Times the phases of a step, on-policy where the method has such steps, and prints them.
 
     Args:
         student, teacher, data_config, method, optimizer, schedule, trainer, mesh_config: as
@@ -60,12 +61,12 @@ def run(
         as_json: one line of JSON instead of the table.
 
     Raises:
-        ValueError: for a method without on-policy steps, or what `program.build` refuses.
+        ValueError: for a method with a reward or mixed batches, or what `program.build` refuses.
     """
-    if not method.uses_samples() or method.rl is not None or method.mixing != "step":
+    if method.rl is not None or method.mixing != "step":
         raise ValueError(
-            "bench times on-policy steps without a reward: ON_POLICY_FRACTION must be above 0, "
-            f"MIXING 'step' and no RL, got {method.on_policy_fraction}, {method.mixing!r}"
+            "bench times steps without a reward and batches of one kind: no RL and MIXING='step', "
+            f"got {method.mixing!r}"
         )
     jax.config.update("jax_enable_compilation_cache", False)
     sampling = dataclasses.replace(method.sampling, eos_id=_NEVER)
@@ -97,12 +98,12 @@ def run(
 
 def _measure(
     built: program.Program,
-    models: tuple[train_state.TrainState, t5.Params],
+    models: tuple[train_state.TrainState, t5.Params | None],
     data_config: data.DataConfig,
     runs: int,
 ) -> dict[str, float]:
     functions = program.phases(built, data_config)
-    functions.pop("update_dataset", None)  # an on-policy step is what is timed
+    functions.pop("update_dataset", None)  # where there are on-policy steps, one is timed
     began = time.perf_counter()
     compiled = {
         name: function.lower(*arguments).compile()
@@ -122,14 +123,14 @@ def _measure(
 def _time_phases(
     built: program.Program,
     compiled: Mapping[str, Callable[..., Any]],
-    models: tuple[train_state.TrainState, t5.Params],
+    models: tuple[train_state.TrainState, t5.Params | None],
     data_config: data.DataConfig,
     runs: int,
 ) -> dict[str, list[float]]:
     """Seconds of each run of each phase. All take turns: what slows the machine slows them all."""
     state, teacher = models
     batch, key = _random_batch(built, data_config), jax.random.key(0)
-    drawn, _ = compiled["sample"](state.params, batch, key)
+    drawn = compiled["sample"](state.params, batch, key)[0] if "sample" in compiled else batch
 
     def sample(state):
         jax.block_until_ready(compiled["sample"](state.params, batch, key))
@@ -146,7 +147,10 @@ def _time_phases(
         rows, _ = compiled["sample"](state.params, batch, key)
         return jax.block_until_ready(compiled["update"](state, teacher, rows, key))[0]
 
-    phases = {"sample": sample, "score": score, "update": update, "step": step}
+    phases = {"sample": sample, "score": score, "update": update}
+    phases = {name: phase for name, phase in phases.items() if name in compiled}
+    if "sample" in compiled:
+        phases["step"] = step
     times: dict[str, list[float]] = {name: [] for name in phases}
     for turn in range(_WARMUP_RUNS + runs):
         for name, phase in phases.items():
@@ -158,8 +162,8 @@ def _time_phases(
 
 
 def _random_models(
-    built: program.Program, student: Model, teacher: Model
-) -> tuple[train_state.TrainState, t5.Params]:
+    built: program.Program, student: Model, teacher: Model | None
+) -> tuple[train_state.TrainState, t5.Params | None]:
     def random(model, config, target, seed):
         model = dataclasses.replace(model, checkpoint=None, size=model.size or "tiny")
         return initial_params(model, config, target, jax.random.key(seed), "bench")
@@ -167,6 +171,8 @@ def _random_models(
     create = functools.partial(train_state.create, optimizer=built.optimizer)
     params = random(student, built.models.student, built.state.params, 0)
     state = jax.jit(create, out_shardings=program.shardings_of(built.state))(params)
+    if teacher is None:
+        return state, None
     return state, random(teacher, built.models.teacher, built.teacher, 1)
 
 

@@ -25,7 +25,15 @@ def test_every_phase_is_timed_and_a_step_is_not_less_than_its_parts(capsys):
     assert found["student_params"] > 1000
 
 
-def test_a_method_that_never_samples_is_refused():
-    method = gkd.GKDConfig(on_policy_fraction=0.0, divergence=divergences.jsd)
-    with pytest.raises(ValueError, match="ON_POLICY_FRACTION must be above 0"):
+def test_a_method_that_never_samples_has_an_update_alone(capsys):
+    method = gkd.GKDConfig(on_policy_fraction=0.0, divergence=None)
+    bench.run(**{**given(), "method": method, "teacher": None}, runs=1, as_json=True)
+    found = json.loads(capsys.readouterr().out)
+    assert {name for name in found if name.endswith("_ms")} == {"update_ms"}
+    assert found["update_gflop"] > 0
+
+
+def test_batches_of_two_kinds_are_refused():
+    method = gkd.GKDConfig(on_policy_fraction=0.5, divergence=divergences.jsd, mixing="example")
+    with pytest.raises(ValueError, match="MIXING='step', got 'example'"):
         bench.run(**{**given(), "method": method}, runs=1)

@@ -1,14 +1,20 @@
 """Times one on-policy step of GKD, ours and Hugging Face T5's on torch, in the same run.
 
     python tests/benchmarks/peers.py [--configs 1 2 3] [--dtypes float32 bfloat16] [--rounds 3]
+    python tests/benchmarks/peers.py --t5x PYTHON    # T5X in torch's place
 
 Each measurement is a process of its own, the two in turn, `--rounds` times each; printed are the
 medians over rounds, and their ratio. On torch: `generate` with its cache, dense logits, the
 generalized JSD, AdamW; in bfloat16 under autocast, parameters in float32. Weights are random; the
 output heads are of their own and give logits of spread 1, as ours do. No sequence ends early.
+
+T5X distils nothing: of it the student's temperature sampling is timed, and a step of its trainer on
+cross-entropy, with dropout 0.1 and Adafactor, beside the same step of ours. PYTHON is that of an
+environment with T5X (docs/checkpoints.md, "Staying on T5X").
 """
 
 import argparse
+from collections.abc import Callable
 import json
 import statistics
 import subprocess
@@ -23,6 +29,7 @@ BATCH, TARGETS = 16, 32
 STUDENT: dict[str, Any] = {"d_model": 256, "num_layers": 4, "num_heads": 4, "d_ff": 512}
 TEACHER: dict[str, Any] = {"d_model": 512, "num_layers": 6, "num_heads": 8, "d_ff": 1024}
 PHASES = ("sample_ms", "score_ms", "update_ms", "step_ms")
+T5X_PHASES = ("sample_ms", "sft_ms")
 
 
 def torch_step(config: int, dtype: str, runs: int) -> dict[str, float]:
@@ -92,6 +99,81 @@ def torch_step(config: int, dtype: str, runs: int) -> dict[str, float]:
         "update_ms": lambda: update(drawn),
         "step_ms": lambda: update(sample()),
     }
+    return _medians(phases, runs)
+
+
+def t5x_step(config: int, dtype: str, runs: int) -> dict[str, float]:
+    """Milliseconds of T5X's sampling and of a step of its trainer."""
+    import functools
+
+    import jax
+    import jax.numpy as jnp
+    import seqio
+    from t5x import adafactor, decoding, models, train_state, trainer
+    from t5x.examples.t5 import network
+
+    vocab_size, length = CONFIGS[config]
+    vocabulary = seqio.PassThroughVocabulary(vocab_size, eos_id=-1)  # an EOS that no token is
+    model = models.EncoderDecoderModel(
+        module=network.Transformer(
+            network.T5Config(
+                vocab_size=vocab_size,
+                dtype=dtype,
+                emb_dim=STUDENT["d_model"],
+                num_heads=STUDENT["num_heads"],
+                head_dim=64,
+                num_encoder_layers=STUDENT["num_layers"],
+                num_decoder_layers=STUDENT["num_layers"],
+                mlp_dim=STUDENT["d_ff"],
+                mlp_activations=("gelu", "linear"),
+                dropout_rate=0.1,
+            )
+        ),
+        input_vocabulary=vocabulary,
+        output_vocabulary=vocabulary,
+        optimizer_def=adafactor.Adafactor(
+            decay_rate=0.8, logical_factor_rules=adafactor.standard_logical_factor_rules()
+        ),
+        decode_fn=functools.partial(decoding.temperature_sample, topk=0),
+    )
+    keys = jax.random.split(jax.random.key(0), 4)
+    targets = jax.random.randint(keys[0], (BATCH, TARGETS), 3, vocab_size)
+    batch = {
+        "encoder_input_tokens": jax.random.randint(keys[1], (BATCH, length), 3, vocab_size),
+        "decoder_input_tokens": jnp.pad(targets[:, :-1], ((0, 0), (1, 0))),
+        "decoder_target_tokens": targets,
+        "decoder_loss_weights": jnp.ones_like(targets),
+    }
+    variables = model.get_initial_variables(keys[2], {name: x.shape for name, x in batch.items()})
+    state = train_state.FlaxOptimTrainState.create(model.optimizer_def, variables)
+    # T5X's sampling fills in what is 0 in the targets.
+    empty = {**batch, "decoder_input_tokens": jnp.zeros_like(targets)}
+
+    @jax.jit
+    def sample(params: Any, key: Any) -> Any:
+        return model.predict_batch(params, empty, rng=key)
+
+    update = jax.jit(
+        functools.partial(trainer.train_with_lr, model=model, num_microbatches=None),
+        donate_argnums=0,
+    )
+    held = [state]
+
+    def sft() -> None:
+        held[0] = jax.block_until_ready(update(held[0], batch, 1e-3, keys[3]))[0]
+
+    phases = {
+        "sample_ms": lambda: jax.block_until_ready(sample(held[0].params, keys[3])),
+        "sft_ms": sft,
+    }
+    drawn = sample(state.params, keys[3])
+    assert drawn.shape == (BATCH, TARGETS), drawn.shape
+    assert len({int(x) for x in drawn.ravel()}) > TARGETS  # not the same token all over
+    return _medians(phases, runs)
+
+
+def _medians(phases: dict[str, Callable[[], Any]], runs: int) -> dict[str, float]:
+    """Milliseconds of each, taking turns, after two turns that do not count."""
     times: dict[str, list[float]] = {name: [] for name in phases}
     for turn in range(runs + 2):
         for name, phase in phases.items():
@@ -102,11 +184,24 @@ def torch_step(config: int, dtype: str, runs: int) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def ours(config: int, dtype: str, runs: int) -> dict[str, float]:
+def ours(config: int, dtype: str, runs: int, *more: str) -> dict[str, float]:
     """What `gkd-jax bench` says."""
-    command = [sys.executable, "-m", "gkd_jax", "bench", "--json", f"--runs={runs}"]
+    command = [sys.executable, "-m", "gkd_jax", "bench", "--json", f"--runs={runs}", *more]
     command += [f"--gin_file=gin/bench/config{config}.gin", f"--gin.DTYPE='{dtype}'"]
     return _last_json(command)
+
+
+def ours_beside_t5x(config: int, dtype: str, runs: int) -> dict[str, float]:
+    """Our sampling, and our step of cross-entropy with dropout and Adafactor."""
+    sft = ("--gin.DIVERGENCE=None", "--gin.ON_POLICY_FRACTION=0.0", "--gin.train.run.teacher=None")
+    like = ("--gin.DROPOUT_RATE=0.1", "--gin.OPTIMIZER=@optimizers.adafactor")
+    found, trained = ours(config, dtype, runs), ours(config, dtype, runs, *sft, *like)
+    names = {"sample": found, "update": trained}
+    return {
+        f"{to}_{what}": names[name][f"{name}_{what}"]
+        for name, to in (("sample", "sample"), ("update", "sft"))
+        for what in ("ms", "of_peak")
+    }
 
 
 def _last_json(command: list[str]) -> dict[str, float]:
@@ -123,22 +218,26 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--runs", type=int, default=10, help="of each phase in a process")
-    parser.add_argument("--torch", action="store_true", help="torch alone, one line of JSON")
+    parser.add_argument("--t5x", metavar="PYTHON", help="of an environment that has T5X")
+    parser.add_argument("--child", choices=["torch", "t5x"], help="that alone, one line of JSON")
     options = parser.parse_args()
-    if options.torch:
-        print(json.dumps(torch_step(options.configs[0], options.dtypes[0], options.runs)))
+    if options.child:
+        step = torch_step if options.child == "torch" else t5x_step
+        print(json.dumps(step(options.configs[0], options.dtypes[0], options.runs)))
         return
-    print("| configuration | dtype | phase | gkd_jax ms | torch ms | ratio | GEMM share |")
+    peer, python = ("t5x", options.t5x) if options.t5x else ("torch", sys.executable)
+    mine_alone = ours_beside_t5x if options.t5x else ours
+    print(f"| configuration | dtype | phase | gkd_jax ms | {peer} ms | ratio | GEMM share |")
     print("|---|---|---|---|---|---|---|")
     for config in options.configs:
         for dtype in options.dtypes:
-            command = [sys.executable, __file__, "--torch", f"--runs={options.runs}"]
+            command = [python, __file__, f"--child={peer}", f"--runs={options.runs}"]
             command += ["--configs", str(config), "--dtypes", dtype]
             pairs = [
-                (ours(config, dtype, options.runs), _last_json(command))
+                (mine_alone(config, dtype, options.runs), _last_json(command))
                 for _ in range(options.rounds)
             ]
-            for phase in PHASES:
+            for phase in T5X_PHASES if options.t5x else PHASES:
                 mine, theirs = (statistics.median(pair[i][phase] for pair in pairs) for i in (0, 1))
                 share = pairs[0][0].get(phase.replace("_ms", "_of_peak"))
                 cell = "" if share is None else f"{share:.0%}"
