@@ -131,9 +131,9 @@ def attend(
 ) -> Float[Array, "B T H K"]:
     """softmax(queries keys^T + biases) values; `kept` multiplies the probabilities."""
     scores = jnp.einsum("BHTK,BHSK->BHTS", queries, keys, preferred_element_type=jnp.float32)
-    rows = scores.shape[0]
-    bias = sum(_of_rows(bias, rows) for bias in biases)
-    probabilities = jax.nn.softmax(scores + bias, axis=-1)
+    for bias in biases:  # not their sum: JAX would keep it for each row, B H T S numbers
+        scores = scores + _of_rows(bias, scores.shape[0])
+    probabilities = jax.nn.softmax(scores, axis=-1)
     if kept is not None:
         probabilities = probabilities * kept
     probabilities = probabilities.astype(values.dtype)
