@@ -130,9 +130,17 @@ def attend(
     kept: Float[Array, "B H 1 S"] | None,
 ) -> Float[Array, "B T H K"]:
     """softmax(queries keys^T + biases) values; `kept` multiplies the probabilities."""
-    scores = jnp.einsum("BHTK,BHSK->BHTS", queries, keys, preferred_element_type=jnp.float32)
-    for bias in biases:  # not their sum: JAX would keep it for each row, B H T S numbers
-        scores = scores + _of_rows(bias, scores.shape[0])
+    bias = sum(_of_rows(bias, queries.shape[0]) for bias in biases)
+    return _mix(_scores(queries, keys) + bias, values, kept)
+
+
+def _scores(queries: Float[Array, "B H T K"], keys: Heads) -> Float[Array, "B H T S"]:
+    return jnp.einsum("BHTK,BHSK->BHTS", queries, keys, preferred_element_type=jnp.float32)
+
+
+def _mix(
+    scores: Float[Array, "B H T S"], values: Heads, kept: Float[Array, "B H 1 S"] | None
+) -> Float[Array, "B T H K"]:
     probabilities = jax.nn.softmax(scores, axis=-1)
     if kept is not None:
         probabilities = probabilities * kept
@@ -166,12 +174,11 @@ def attend_by_row(
     @jax.checkpoint
     def one(row):
         query, key, value, row_biases, row_kept = row
-        filled = [
-            shared if shared is not None else own[None]
-            for shared, own in zip(common, row_biases, strict=True)
-        ]
-        row_kept = None if row_kept is None else row_kept[None]
-        return attend(query[None], key[None], value[None], tuple(filled), row_kept)[0]
+        scores = _scores(query[None], key[None])
+        for shared, own in zip(common, row_biases, strict=True):
+            # Not their sum: JAX would take it out of the layers and keep it, B H T S numbers.
+            scores = scores + (own[None] if shared is None else shared)
+        return _mix(scores, value[None], None if row_kept is None else row_kept[None])[0]
 
     split = [bias.shape[0] > 1 for bias in biases]
     common = [None if own else bias for bias, own in zip(biases, split, strict=True)]
