@@ -442,7 +442,8 @@ def test_the_arithmetic_study_has_every_method(sweep):
         files = [text.removeprefix("--gin_file=") for text in command if "gin_file" in text]
         assert all((ROOT / file).is_file() for file in files), files
         flags = dict(text.removeprefix("--gin.").split("=", 1) for text in command[1:])
-        folder = pathlib.Path((flags.get("MODEL_DIR") or flags["OUTPUT"]).strip("'"))
+        outputs = [flags[name] for name in ("MODEL_DIR", "OUTPUT", "OUTPUT_DIR") if name in flags]
+        folder = pathlib.Path(outputs[0].strip("'"))
         by_name[(folder.parent if folder.suffix == ".jsonl" else folder).name] = flags
     assert len(by_name) == len(commands)
     seed = "RANDOM_SEED=0"
@@ -458,6 +459,8 @@ def test_the_arithmetic_study_has_every_method(sweep):
     assert fractions == {"250", "2500", "12500"}
     assert by_name[f"f_distill-{seed}"]["DIVERGENCE"] == "@divergences.total_variation"
     student, teacher = f"'{sweep.output}/student'", f"'{sweep.output}/teacher'"
+    sampled = by_name[f"sampled_on_policy-divergence=jsd_0.9-{seed}"]
+    assert sampled["CHECKPOINT"] == f"'{sweep.output}/on_policy_gkd-divergence=jsd_0.9-{seed}'"
     distilled = [name for name in by_name if name.startswith(("on_policy", "mixed", "lambda"))]
     assert len(distilled) == 5 + 4 + 8
     for name in [*distilled, f"imitkd-{seed}", f"supervised_kd-{seed}"]:
