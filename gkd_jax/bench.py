@@ -66,7 +66,7 @@ def run(
     if method.rl is not None or method.mixing != "step":
         raise ValueError(
             "bench times steps without a reward and batches of one kind: no RL and MIXING='step', "
-            f"got {method.mixing!r}"
+            f"got {'RL' if method.rl else 'no RL'} and {method.mixing!r}"
         )
     jax.config.update("jax_enable_compilation_cache", False)
     sampling = dataclasses.replace(method.sampling, eos_id=_NEVER)

@@ -22,6 +22,7 @@ from etils import epath
 import jax
 from jax.experimental import multihost_utils
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import (
     AnyPreservationPolicy,
@@ -46,7 +47,10 @@ class _StreamHandler(ocp.CheckpointHandler):
         args.stream.save(pathlib.Path(directory))
 
     def restore(self, directory: epath.Path, args: "StreamRestore") -> None:
-        args.stream.restore(pathlib.Path(directory))
+        try:  # a shard's file may be damaged for one process alone, and the others wait for it
+            args.stream.restore(pathlib.Path(directory))
+        except Exception as error:
+            args.errors.append(error)
 
     def finalize(self, directory: epath.Path) -> None:
         pass
@@ -66,9 +70,10 @@ class StreamSave(ocp.args.CheckpointArgs):
 @ocp.args.register_with_handler(_StreamHandler, for_restore=True)
 @dataclasses.dataclass
 class StreamRestore(ocp.args.CheckpointArgs):
-    """Restores a `TrainIterator` in place."""
+    """Restores a `TrainIterator` in place; `errors` has what was wrong."""
 
     stream: TrainIterator
+    errors: list[Exception] = dataclasses.field(default_factory=list)
 
 
 class Checkpoints:
@@ -220,14 +225,18 @@ class Checkpoints:
 
     def _restore(self, step: int, target: TrainState, stream: TrainIterator) -> TrainState:
         """The state at a step, laid out as `target` (arrays or placed `ShapeDtypeStruct`s)."""
+        position = StreamRestore(stream)
         restored: Any = self._orbax.restore(
             step,
             args=ocp.args.Composite(
                 params=ocp.args.StandardRestore(target.params),
                 opt_state=ocp.args.StandardRestore(target.opt_state),
-                stream=StreamRestore(stream),
+                stream=position,
             ),
         )
+        if np.any(multihost_utils.process_allgather(np.asarray(bool(position.errors)))):
+            here = position.errors[0] if position.errors else "of another process' part"
+            raise ValueError(f"the position of the data cannot be read: {here}")
         stored = read_description(self._folder / str(step)).get("fingerprints", {})
         _check_fingerprints(restored.params, stored.get("params"))
         _check_fingerprints(restored.opt_state, stored.get("opt_state"))

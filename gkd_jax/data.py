@@ -163,16 +163,23 @@ def check_split(task: seqio.Task | seqio.Mixture, split: str) -> None:
         raise ValueError(f"task {task.name!r} has no split {split!r}, expected one of {known}")
 
 
-WHOLE = seqio.ShardInfo(index=0, num_shards=1)
+class Shard(NamedTuple):
+    """The part of a stream's examples that a process reads."""
+
+    index: int = 0
+    num_shards: int = 1
+    first_process: int = 0  # of those that read it
 
 
-def process_shard(
-    config: DataConfig, mesh: Mesh, rules: sharding.Rules = sharding.RULES
-) -> seqio.ShardInfo:
+WHOLE = Shard()
+
+
+def process_shard(config: DataConfig, mesh: Mesh, rules: sharding.Rules = sharding.RULES) -> Shard:
     """The part of the examples that this process reads; processes with the same rows read the same.
 
     Raises:
-        ValueError: if two processes share some of their rows and not all, or have not as many.
+        ValueError: if two processes share some of their rows and not all, or have not as many; if
+            there are more shards than examples.
     """
     if not config.shard_by_process:
         return WHOLE
@@ -181,23 +188,29 @@ def process_shard(
     for device, (rows,) in where.items():
         starts.setdefault(device.process_index, set()).add(rows.start or 0)
     parts = sorted({tuple(sorted(mine)) for mine in starts.values()})
-    if len(set().union(*parts)) != len(parts) * len(parts[0]):
+    if len({len(part) for part in parts}) > 1 or len(set().union(*parts)) != sum(map(len, parts)):
         raise ValueError(
             "shard_by_process needs processes with as many rows of a batch each, all the same or "
             f"all different, got a mesh of {dict(mesh.shape)} whose processes start at {parts}"
         )
+    if config.num_examples is not None and config.num_examples < len(parts):
+        raise ValueError(
+            f"shard_by_process needs an example for each of {len(parts)} shards, "
+            f"got num_examples={config.num_examples}"
+        )
     mine = tuple(sorted(starts[jax.process_index()]))
-    return seqio.ShardInfo(index=parts.index(mine), num_shards=len(parts))
+    readers = [process for process, rows in starts.items() if tuple(sorted(rows)) == mine]
+    return Shard(parts.index(mine), len(parts), min(readers))
 
 
 class TrainIterator:
     """An endless stream of batches, whose position can be saved and restored.
 
     Of the whole stream batches are global ones, the same on every process; of a shard they are this
-    process' rows, and each process saves a position of its own.
+    process' rows, and each shard's position is saved.
     """
 
-    def __init__(self, task: Any, config: DataConfig, shard: seqio.ShardInfo = WHOLE):
+    def __init__(self, task: Any, config: DataConfig, shard: Shard = WHOLE):
         lengths = dict(config.feature_lengths)
         limited = config.num_examples is not None
         dataset = task.get_dataset(
@@ -207,7 +220,9 @@ class TrainIterator:
             shuffle=not limited,
             seed=config.seed,
             num_epochs=1 if limited else None,
-            shard_info=None if limited or shard == WHOLE else shard,
+            shard_info=None
+            if limited or shard == WHOLE
+            else seqio.ShardInfo(shard.index, shard.num_shards),
             try_in_mem_cache=False,
         )
         if config.num_examples is not None:
@@ -222,7 +237,10 @@ class TrainIterator:
         options.threading.private_threadpool_size = 1
         self._iterator = iter(dataset.with_options(options).prefetch(2))
         self._checkpoint = tf.train.Checkpoint(iterator=self._iterator)
-        self._sharded = shard != WHOLE
+        self._file = "iterator"
+        if shard != WHOLE:
+            self._file += f"-{shard.index:05d}-of-{shard.num_shards:05d}"
+        self._writes = shard.first_process == jax.process_index()
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -236,17 +254,12 @@ class TrainIterator:
 
     def save(self, directory: pathlib.Path) -> None:
         """Writes the position after the last batch taken: every process calls it."""
-        if self._sharded or jax.process_index() == 0:
-            self._checkpoint.write(str(directory / self._file_name()))
+        if self._writes:
+            self._checkpoint.write(str(directory / self._file))
 
     def restore(self, directory: pathlib.Path) -> None:
         """Goes on where `save` was called."""
-        self._checkpoint.read(str(directory / self._file_name())).assert_consumed()
-
-    def _file_name(self) -> str:
-        if not self._sharded:
-            return "iterator"
-        return f"iterator-{jax.process_index():05d}-of-{jax.process_count():05d}"
+        self._checkpoint.read(str(directory / self._file)).assert_consumed()
 
 
 def _with_weights(example: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:

@@ -20,6 +20,9 @@ from gkd_jax.pretrained import Model
 from gkd_jax.program import Program, Trainer, name_of, number_or_name
 
 
+_OF_SHARDS = "; with shard_by_process, start as many processes as before"
+
+
 def describe(
     program: Program,
     *,
@@ -117,6 +120,7 @@ def check_same(folder: pathlib.Path, about: dict[str, Any]) -> None:
     if not path.exists() or not (folder / checkpoints.FOLDER).is_dir():
         return
     before = json.loads(path.read_text())
+    before.get("data", {}).setdefault("process_shards", 1)  # of before there were any
     compared = ("method", "optimizer", "student", "teacher", "data", "seed")
     was, now = ({key: x.get(key) for key in compared} for x in (before, about))
     changed = [
@@ -128,6 +132,8 @@ def check_same(folder: pathlib.Path, about: dict[str, Any]) -> None:
         raise ValueError(
             f"MODEL_DIR {str(folder)!r} holds another configuration's run: "
             f"{'; '.join(changed)}. Take another MODEL_DIR, or delete it"
+            + _OF_SHARDS
+            * any("process_shards" in text for text in changed)
         )
 
 

@@ -35,5 +35,5 @@ def test_a_method_that_never_samples_has_an_update_alone(capsys):
 
 def test_batches_of_two_kinds_are_refused():
     method = gkd.GKDConfig(on_policy_fraction=0.5, divergence=divergences.jsd, mixing="example")
-    with pytest.raises(ValueError, match="MIXING='step', got 'example'"):
+    with pytest.raises(ValueError, match="MIXING='step', got no RL and 'example'"):
         bench.run(**{**given(), "method": method}, runs=1)

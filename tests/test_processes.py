@@ -1,5 +1,6 @@
 """Two processes on one machine make the same run as one, and share its checkpoints."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -13,11 +14,10 @@ from conftest import COMPILE_FAST
 import jax
 import numpy as np
 import pytest
-import seqio
 from small_runs import LENGTHS
 
 import gin
-from gkd_jax import data, main, sharding
+from gkd_jax import data, main, run_record, sharding
 from gkd_jax.batch import Batch
 
 
@@ -124,7 +124,7 @@ class BothShards(data.TrainIterator):
     """What two processes read, in one: the rows of the first, then those of the second."""
 
     def __init__(self, task, config, _):
-        shards = (seqio.ShardInfo(index, 2) for index in range(2))
+        shards = (data.Shard(index, 2, index) for index in range(2))
         self._streams = [BothShards.__base__(task, config, shard) for shard in shards]
 
     def __next__(self):
@@ -143,7 +143,7 @@ def replay(model_dir, steps, monkeypatch, *more):
     return lines(model_dir, "train/loss")
 
 
-def test_a_signal_to_one_process_saves_and_ends_both(tmp_path, monkeypatch):
+def test_a_signal_to_one_process_saves_and_ends_both(tmp_path, monkeypatch, capfd):
     """Each reads its own part of the data, and saves its place in it."""
     together = tmp_path / "together"
     processes = start(together, SHARDED, "--gin.TRAIN_STEPS=100000")
@@ -158,8 +158,13 @@ def test_a_signal_to_one_process_saves_and_ends_both(tmp_path, monkeypatch):
     assert stored == {"iterator-00000-of-00002", "iterator-00001-of-00002"}
     expected = replay(tmp_path / "alone", saved[0], monkeypatch)
     assert losses == pytest.approx(expected, rel=1e-4)
+    capfd.readouterr()
     with pytest.raises(SystemExit):  # one process cannot go on where two stopped
         run_here(together, SHARDED)
+    said = capfd.readouterr().err
+    assert "data.process_shards 2 -> 1" in said
+    assert "start as many processes as before" in said
+    assert (together / "checkpoints" / str(saved[0])).is_dir()
 
 
 @pytest.mark.slow
@@ -167,14 +172,21 @@ def test_a_signal_to_one_process_saves_and_ends_both(tmp_path, monkeypatch):
 def test_processes_that_read_their_own_parts_go_on_where_they_stopped(
     method, tmp_path, monkeypatch
 ):
-    """With a reward too, which is of the texts of all rows."""
+    """With a reward, which is of the texts of all rows, and after damage to one process' file."""
     more = [f"--gin_file=gin/{method}.gin", "--gin.NUM_SAMPLES=2"]
     if method == "rl_gkd":
         more += ["--gin.REWARD=@rewards.brevity", "--gin.rewards.brevity.limit=2"]
     together = tmp_path / "together"
     for steps in (4, 7):
-        codes, texts = statuses(start(together, SHARDED, f"--gin.TRAIN_STEPS={steps}", *more))
+        flags = ["--gin.SAVE_PERIOD=2", f"--gin.TRAIN_STEPS={steps}", *more]
+        codes, texts = statuses(start(together, SHARDED, *flags))
         assert codes == [0, 0], texts
+        if steps == 4 and method == "gkd":
+            stream = together / "checkpoints" / "4" / "stream"
+            next(stream.glob("iterator-00001-of-00002.data*")).write_bytes(b"x")
+    if method == "gkd":
+        assert all("resumed from step 2" in text for text in texts), texts
+        assert (together / "damaged" / "4").is_dir()
     expected = replay(tmp_path / "alone", 7, monkeypatch, *more)
     assert lines(together, "train/loss") == pytest.approx(expected, rel=1e-4)
     if method == "rl_gkd":
@@ -196,10 +208,10 @@ def read(shard, steps, **more):
 
 def test_shards_are_disjoint_and_together_the_whole():
     whole = set(read(data.WHOLE, 4, num_examples=32))
-    parts = [set(read(seqio.ShardInfo(index, 2), 4, num_examples=32)) for index in range(2)]
+    parts = [set(read(data.Shard(index, 2, index), 4, num_examples=32)) for index in range(2)]
     assert [len(part) for part in parts] == [16, 16]
     assert parts[0] | parts[1] == whole
-    parts = [set(read(seqio.ShardInfo(index, 2), 40)) for index in range(2)]
+    parts = [set(read(data.Shard(index, 2, index), 40)) for index in range(2)]
     assert len(parts[0] | parts[1]) == 2 * 40 * 4  # none of 50,000 twice
 
 
@@ -213,6 +225,7 @@ def test_shards_are_disjoint_and_together_the_whole():
         ([0, 0, 1, 1], [0, 4, 4, 0], [(0, 1), (0, 1)]),
         ([0, 0, 1, 1], [0, 4, 4, 6], None),
         ([0, 0, 1], [0, 2, 4], None),
+        ([0, 0, 1, 2], [0, 2, 4, 6], None),
     ],
 )
 def test_processes_with_the_same_rows_read_the_same(processes, rows, expected, monkeypatch):
@@ -242,6 +255,21 @@ def test_processes_with_the_same_rows_read_the_same(processes, rows, expected, m
         return
     found = [shard(index) for index in sorted(set(processes))]
     assert [(part.index, part.num_shards) for part in found] == expected
+    writers = {part.index: part.first_process for part in found}
+    assert all(found[process].index == index for index, process in writers.items())
+    assert min(writers.values()) == 0
+    few = dataclasses.replace(config, num_examples=1)
+    if found[0].num_shards > 1:
+        with pytest.raises(ValueError, match="num_examples=1"):
+            data.process_shard(few, mesh)
+
+
+def test_a_run_of_before_there_were_shards_had_one(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "run.json").write_text('{"data": {}}')
+    run_record.check_same(tmp_path, {"data": {"process_shards": 1}})
+    with pytest.raises(ValueError, match=r"data\.process_shards 1 -> 2"):
+        run_record.check_same(tmp_path, {"data": {"process_shards": 2}})
 
 
 @pytest.mark.slow

@@ -16,8 +16,8 @@ def write(run_dirs: Sequence[str], output: str) -> None:
     """Copies finished runs into OUTPUT/<slug>: `report.write` makes the same tables and figures.
 
     Of metrics.jsonl stay evaluations, every 50th step and the last, numbers to 6 digits; of
-    run.json all but the macros; of `gkd-jax eval`'s results, wherever they lie, metrics.json in
-    the copy's `evals/`. Paths are cut to their last part.
+    run.json all but the macros; of `gkd-jax eval`'s results, in the run or elsewhere below
+    `run_dirs`, metrics.json in the copy's `evals/`. Paths are cut to their last part.
 
     Raises:
         FileNotFoundError: as `report.write`.
@@ -37,7 +37,11 @@ def write(run_dirs: Sequence[str], output: str) -> None:
         text = "".join(json.dumps(_rounded(line)) + "\n" for line in kept)
         files.write_whole(folder / "metrics.jsonl", text)
         copies = {folder / "run.json": run.folder / "run.json"}
-        copies |= {folder / "evals" / p.parent.name / p.name: p for p in run.decoded}
+        for path in run.decoded:
+            name, number = path.parent.name, 2
+            while (copy := folder / "evals" / name / path.name) in copies:
+                name, number = f"{path.parent.name}_{number}", number + 1
+            copies[copy] = path
         for copy, path in copies.items():
             content = runs.read_object(path)
             if content is not None:

@@ -157,7 +157,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
             details.append(f"teacher temperature {method.teacher_temperature}")
             details.append(f"sampling temperature {method.sampling_temperature}")
         if method.sample_ahead:
-            details.append("samples one step old")
+            details.append("sample ahead")
         if method.rl_alpha is not None:
             details.append(f"alpha {method.rl_alpha:g}, reward {method.reward}")
         facts.append(("loss", ", ".join(details) or "cross-entropy"))
