@@ -103,7 +103,7 @@ def write(folder: pathlib.Path, about: dict[str, Any]) -> None:
 
 
 def batch_hash(batch: Batch) -> str:
-    """SHA-256 of a batch's ids: two runs with the same see the same data in the same order."""
+    """SHA-256 of the ids that a process reads: runs with the same see the same data in order."""
     digest = hashlib.sha256()
     for array in (batch.inputs, batch.targets, batch.weights):
         digest.update(np.ascontiguousarray(array).tobytes())
