@@ -27,7 +27,7 @@ COMMANDS = {
     "infer": "decodes a task's inputs, or a text file, to JSONL",
     "score": "a teacher's top-k probabilities of a split, to distil from without the teacher",
     "precompile": "memory, FLOPs and time of a run on TPUs or GPUs that are not there (or on cpu)",
-    "bench": "times the phases of an on-policy step on this machine",
+    "bench": "times the phases of a step on this machine",
     "report": "tables and figures of run directories: report RUN_DIR... --output=DIR",
 }
 _USAGE = "usage: gkd-jax COMMAND [--gin_file=FILE ...] [--gin.MACRO=VALUE ...]\n\n" + "\n".join(

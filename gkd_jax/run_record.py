@@ -20,9 +20,6 @@ from gkd_jax.pretrained import Model
 from gkd_jax.program import Program, Trainer, name_of, number_or_name
 
 
-_OF_SHARDS = "; with shard_by_process, start as many processes as before"
-
-
 def describe(
     program: Program,
     *,
@@ -129,11 +126,12 @@ def check_same(folder: pathlib.Path, about: dict[str, Any]) -> None:
         if not name.startswith("data.eval_")
     ]
     if changed:
+        advice = "Take another MODEL_DIR, or delete it"
+        if any(text.startswith("data.process_shards") for text in changed):
+            advice += "; with shard_by_process, start as many processes as before"
         raise ValueError(
             f"MODEL_DIR {str(folder)!r} holds another configuration's run: "
-            f"{'; '.join(changed)}. Take another MODEL_DIR, or delete it"
-            + _OF_SHARDS
-            * any("process_shards" in text for text in changed)
+            f"{'; '.join(changed)}. {advice}"
         )
 
 
