@@ -1,8 +1,11 @@
 """The command line: what is right runs, what is wrong ends with status 2 and one clear line."""
 
 import json
+import os
 import pathlib
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -195,3 +198,32 @@ def test_wrong_configurations_end_with_status_2_and_one_line(override, tmp_path,
 
 if __name__ == "__main__":
     print(documented())
+
+
+_FAULTS = """
+import resource
+import jax
+import jax.numpy as jnp
+from gkd_jax import main
+
+main._keep_freed_memory()
+step = jax.jit(lambda x: x + 1)
+x = jnp.ones((1024, 4096))  # 16 MiB: 4,096 pages
+for run in range(60):
+    if run == 50:  # until then the heap may grow
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    step(x).block_until_ready()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts the page faults of glibc's malloc")
+@pytest.mark.parametrize("chosen", [False, True])
+def test_freed_memory_is_kept_unless_the_user_chose_otherwise(chosen):
+    environment = {name: v for name, v in os.environ.items() if not name.startswith("MALLOC_")}
+    if chosen:
+        environment["MALLOC_MMAP_MAX_"] = "65536"  # glibc's own
+    output = subprocess.run(
+        [sys.executable, "-c", _FAULTS], env=environment, check=True, capture_output=True, text=True
+    ).stdout
+    assert (int(output) > 10 * 4096 / 2) == chosen
