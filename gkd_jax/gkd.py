@@ -84,11 +84,12 @@ def sample_targets(
         samples some), the others keep the dataset's targets, and only the replaced are in `Sample`.
     """
     batch_size, length = batch.targets.shape
+    frozen = jax.lax.stop_gradient(student_params)
 
     def draw(inputs):
         return sample(
             models.student,
-            student_params,
+            frozen,
             inputs,
             key,
             max_length=length,

@@ -204,6 +204,12 @@ def num_batch_shards() -> int:
     return math.prod(mesh.shape[axis] for axis in _as_tuple(rules["batch"]))
 
 
+def num_devices() -> int:
+    """Of the mesh of `use`; 1 outside it."""
+    active = _active.get()
+    return 1 if active is None else active[0].size
+
+
 def bytes_per_device(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> int:
     """Bytes of one array that one device holds."""
     return int(np.prod(sharding.shard_shape(shape.shape))) * shape.dtype.itemsize

@@ -15,13 +15,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from gkd_jax import sharding
+from gkd_jax.models.attention import Biases, Heads, attend, attend_by_row
+from gkd_jax.models.products import product
 from gkd_jax.sharding import constrain
 
 
 _SCORES_IN_CACHE = 2**23  # float32 numbers
 MASKED = -1e10  # T5X's additive mask: exp(MASKED - max) is exactly 0 in float32
 ACTIVATIONS = ("batch", "length", "embed_activations")  # [B S D] or [B T D], for `constrain`
-Heads = Float[Array, "B H S K"]
 fan_in_normal = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 fan_in_truncated = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
 
@@ -52,8 +53,7 @@ def project(
     """x @ kernel with operands in `dtype`, accumulated and returned in float32."""
     # As one plain matrix product: with the leading axes kept apart, the gradient's products
     # contract over two axes, which takes twice the time on CPU.
-    rows = x.reshape(-1, x.shape[-1]).astype(dtype)
-    out = jnp.dot(rows, kernel.astype(dtype), preferred_element_type=jnp.float32)
+    out = product(x.reshape(-1, x.shape[-1]), kernel, dtype)
     return out.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
@@ -72,7 +72,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention without 1/sqrt(K) (T5 folds it into the query's initialisation)."""
+    """The projections of multi-head attention, around `gkd_jax.models.attention`."""
 
     num_heads: int
     head_dim: int
@@ -106,11 +106,10 @@ class Attention(nn.Module):
         x: Float[Array, "B T D"],
         keys: Heads,
         values: Heads,
-        biases: tuple[Float[Array, "... #H #T S"], ...],
+        biases: Biases,
         *,
         deterministic: bool,
     ) -> Float[Array, "B T D"]:
-        """Biases are one for all rows, one a row, or one for each of equal groups of rows."""
         queries = self.split_heads(self.query(x))
         kept = None  # dropout of probabilities, one draw for all queries
         if not deterministic and self.dropout_rate > 0:
@@ -119,71 +118,7 @@ class Attention(nn.Module):
         large = math.prod(queries.shape[:3]) * keys.shape[2] > _SCORES_IN_CACHE
         by_row = self.by_row and large and sharding.num_batch_shards() == 1
         mixed = (attend_by_row if by_row else attend)(queries, keys, values, biases, kept)
-        return self.out(mixed.reshape(*x.shape[:2], self.num_heads * self.head_dim))
-
-
-def attend(
-    queries: Float[Array, "B H T K"],
-    keys: Heads,
-    values: Heads,
-    biases: tuple[Float[Array, "... #H #T S"], ...],
-    kept: Float[Array, "B H 1 S"] | None,
-) -> Float[Array, "B T H K"]:
-    """softmax(queries keys^T + biases) values; `kept` multiplies the probabilities."""
-    bias = sum(_of_rows(bias, queries.shape[0]) for bias in biases)
-    return _mix(_scores(queries, keys) + bias, values, kept)
-
-
-def _scores(queries: Float[Array, "B H T K"], keys: Heads) -> Float[Array, "B H T S"]:
-    return jnp.einsum("BHTK,BHSK->BHTS", queries, keys, preferred_element_type=jnp.float32)
-
-
-def _mix(
-    scores: Float[Array, "B H T S"], values: Heads, kept: Float[Array, "B H 1 S"] | None
-) -> Float[Array, "B T H K"]:
-    probabilities = jax.nn.softmax(scores, axis=-1)
-    if kept is not None:
-        probabilities = probabilities * kept
-    probabilities = probabilities.astype(values.dtype)
-    mixed = jnp.einsum("BHTS,BHSK->BHTK", probabilities, values, preferred_element_type=jnp.float32)
-    return mixed.astype(values.dtype).swapaxes(1, 2)
-
-
-def _of_rows(bias: Float[Array, "G H T S"], rows: int) -> Float[Array, "B H T S"]:
-    """A bias for all rows or for each as it is, one for each of equal groups spread over theirs."""
-    groups = bias.shape[0]
-    if groups in (1, rows):
-        return bias
-    spread = jnp.broadcast_to(bias[:, None], (groups, rows // groups, *bias.shape[1:]))
-    return spread.reshape(rows, *bias.shape[1:])
-
-
-def attend_by_row(
-    queries: Float[Array, "B H T K"],
-    keys: Heads,
-    values: Heads,
-    biases: tuple[Float[Array, "... #H #T S"], ...],
-    kept: Float[Array, "B H 1 S"] | None,
-) -> Float[Array, "B T H K"]:
-    """`attend`, one row of the batch at a time, and again in the backward pass.
-
-    The scores of one row stay in the CPU's cache, where those of all go through memory several
-    times: 1.7 times as fast at S = 512, forward and backward.
-    """
-
-    @jax.checkpoint
-    def one(row):
-        query, key, value, row_biases, row_kept = row
-        scores = _scores(query[None], key[None])
-        for shared, own in zip(common, row_biases, strict=True):
-            # Not their sum: JAX would take it out of the layers and keep it, B H T S numbers.
-            scores = scores + (own[None] if shared is None else shared)
-        return _mix(scores, value[None], None if row_kept is None else row_kept[None])[0]
-
-    split = [bias.shape[0] > 1 for bias in biases]
-    common = [None if own else bias for bias, own in zip(biases, split, strict=True)]
-    rows = tuple(bias if own else None for bias, own in zip(biases, split, strict=True))
-    return lax.map(one, (queries, keys, values, rows, kept))
+        return self.out(mixed.swapaxes(1, 2).reshape(*x.shape[:2], self.num_heads * self.head_dim))
 
 
 class MLP(nn.Module):

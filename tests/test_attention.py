@@ -1,0 +1,104 @@
+"""Products and attention beside NumPy in float64 and beside each other, gradients included."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gkd_jax.models.attention import attend, attend_by_row
+from gkd_jax.models.products import product, product_of_transpose, product_with_transpose
+
+
+# Of the largest number: float32 sums of 5 to 40 products; bfloat16 has 8 bits.
+TOLERANCE = {"float32": 2e-6, "bfloat16": 2e-2}
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def assert_close(got, expected, dtype="float32"):
+    expected = np.asarray(expected, np.float64)
+    error = np.abs(np.asarray(got, np.float64) - expected).max()
+    assert error <= TOLERANCE[dtype] * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(), (2, 3)])
+@pytest.mark.parametrize(("m", "k", "n"), [(8, 40, 5), (5, 8, 40), (1, 16, 3)])
+def test_products_and_their_gradients_are_those_of_float64(dtype, shape, m, k, n):
+    x, y, g = normal(0, *shape, m, k), normal(1, *shape, k, n), normal(2, *shape, m, n)
+    exact_x, exact_y, exact_g = (np.asarray(a, np.float64) for a in (x, y, g))
+
+    def swap(a):
+        return a.swapaxes(-1, -2)
+
+    @jax.jit
+    def gradients(x, y, g):
+        out, pull = jax.vjp(lambda x, y: product(x, y, dtype), x, y)
+        turned, pull_turned = jax.vjp(
+            lambda x, y: product_with_transpose(x, y, dtype), x, y.swapaxes(-1, -2)
+        )
+        return out, pull(g), turned, pull_turned(g), product_of_transpose(x, g, dtype)
+
+    out, (dx, dy), turned, (turned_dx, turned_dy), of_transpose = gradients(x, y, g)
+    assert {a.dtype for a in (out, dx, dy, turned, of_transpose)} == {jnp.dtype("float32")}
+    for got in (out, turned):
+        assert_close(got, exact_x @ exact_y, dtype)
+    for got in (dx, turned_dx):
+        assert_close(got, exact_g @ swap(exact_y), dtype)
+    for got in (dy, swap(turned_dy), of_transpose):
+        assert_close(got, swap(exact_x) @ exact_g, dtype)
+
+
+def test_a_float32_kernel_s_gradient_is_not_rounded_to_the_compute_dtype():
+    x, kernel = normal(0, 64, 8).astype(jnp.bfloat16), normal(1, 8, 4)
+    gradient = jax.jit(jax.grad(lambda kernel: product(x, kernel, "bfloat16").sum()))(kernel)
+    assert gradient.dtype == jnp.float32
+    assert (gradient != gradient.astype(jnp.bfloat16)).any()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dropped", [False, True])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_attention_row_by_row_is_attention(dtype, dropped, rows):
+    heads, num_queries, num_keys, head_dim = 2, 5, 7, 4
+    arrays = {
+        "queries": normal(0, rows, heads, num_queries, head_dim).astype(dtype),
+        "keys": normal(1, rows, heads, num_keys, head_dim).astype(dtype),
+        "values": normal(2, rows, heads, num_keys, head_dim).astype(dtype),
+        "position": normal(3, 1, heads, num_queries, num_keys),
+        "of_keys": normal(4, rows, 1, 1, num_keys),
+    }
+    kept = None
+    if dropped:
+        kept = 2.0 * (normal(5, rows, heads, 1, num_keys) > 0)
+    g = normal(6, rows, heads, num_queries, head_dim).astype(dtype)
+
+    def run(function):
+        def mixed(arrays):
+            biases = (arrays["position"], arrays["of_keys"])
+            return function(arrays["queries"], arrays["keys"], arrays["values"], biases, kept)
+
+        def out_and_gradients(arrays, g):
+            out, pull = jax.vjp(mixed, arrays)
+            return out, pull(g)[0]
+
+        return jax.jit(out_and_gradients)(arrays, g)
+
+    def exact(arrays):
+        scores = jnp.einsum("BHTK,BHSK->BHTS", arrays["queries"], arrays["keys"])
+        weights = jax.nn.softmax(scores + arrays["position"] + arrays["of_keys"], axis=-1)
+        weights = weights if kept is None else weights * kept
+        return jnp.einsum("BHTS,BHSK->BHTK", weights, arrays["values"])
+
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), arrays)
+    expected, pull = jax.vjp(exact, wide)
+    expected_gradients = pull(g.astype(jnp.float32))[0]
+    for function in (attend, attend_by_row):
+        out, gradients = run(function)
+        assert out.dtype == jnp.dtype(dtype)
+        assert_close(out, expected, dtype)
+        for name in arrays:
+            assert gradients[name].dtype == arrays[name].dtype
+            assert_close(gradients[name], expected_gradients[name], dtype)
