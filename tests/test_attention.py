@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gkd_jax.models.attention import attend, attend_by_row
+from gkd_jax.models.attention import attend
 from gkd_jax.models.products import product, product_of_transpose, product_with_transpose
 
 
@@ -60,14 +60,15 @@ def test_a_float32_kernel_s_gradient_is_not_rounded_to_the_compute_dtype():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("dropped", [False, True])
-@pytest.mark.parametrize("rows", [1, 3])
-def test_attention_row_by_row_is_attention(dtype, dropped, rows):
+@pytest.mark.parametrize(("rows", "groups"), [(1, 1), (4, 1), (4, 2)])
+@pytest.mark.parametrize("by_row", [False, True])
+def test_attention_and_its_gradients_are_those_of_plain_jax(dtype, dropped, rows, groups, by_row):
     heads, num_queries, num_keys, head_dim = 2, 5, 7, 4
     arrays = {
         "queries": normal(0, rows, heads, num_queries, head_dim).astype(dtype),
         "keys": normal(1, rows, heads, num_keys, head_dim).astype(dtype),
         "values": normal(2, rows, heads, num_keys, head_dim).astype(dtype),
-        "position": normal(3, 1, heads, num_queries, num_keys),
+        "position": normal(3, groups, heads, num_queries, num_keys),
         "of_keys": normal(4, rows, 1, 1, num_keys),
     }
     kept = None
@@ -75,30 +76,29 @@ def test_attention_row_by_row_is_attention(dtype, dropped, rows):
         kept = 2.0 * (normal(5, rows, heads, 1, num_keys) > 0)
     g = normal(6, rows, heads, num_queries, head_dim).astype(dtype)
 
-    def run(function):
+    @jax.jit
+    def out_and_gradients(arrays, g):
         def mixed(arrays):
             biases = (arrays["position"], arrays["of_keys"])
-            return function(arrays["queries"], arrays["keys"], arrays["values"], biases, kept)
+            heads = (arrays["queries"], arrays["keys"], arrays["values"])
+            return attend(*heads, biases, kept, by_row=by_row)
 
-        def out_and_gradients(arrays, g):
-            out, pull = jax.vjp(mixed, arrays)
-            return out, pull(g)[0]
-
-        return jax.jit(out_and_gradients)(arrays, g)
+        out, pull = jax.vjp(mixed, arrays)
+        return out, pull(g)[0]
 
     def exact(arrays):
         scores = jnp.einsum("BHTK,BHSK->BHTS", arrays["queries"], arrays["keys"])
-        weights = jax.nn.softmax(scores + arrays["position"] + arrays["of_keys"], axis=-1)
+        position = jnp.repeat(arrays["position"], rows // groups, axis=0)
+        weights = jax.nn.softmax(scores + position + arrays["of_keys"], axis=-1)
         weights = weights if kept is None else weights * kept
         return jnp.einsum("BHTS,BHSK->BHTK", weights, arrays["values"])
 
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), arrays)
     expected, pull = jax.vjp(exact, wide)
     expected_gradients = pull(g.astype(jnp.float32))[0]
-    for function in (attend, attend_by_row):
-        out, gradients = run(function)
-        assert out.dtype == jnp.dtype(dtype)
-        assert_close(out, expected, dtype)
-        for name in arrays:
-            assert gradients[name].dtype == arrays[name].dtype
-            assert_close(gradients[name], expected_gradients[name], dtype)
+    out, gradients = out_and_gradients(arrays, g)
+    assert out.dtype == jnp.dtype(dtype)
+    assert_close(out, expected, dtype)
+    for name in arrays:
+        assert gradients[name].dtype == arrays[name].dtype
+        assert_close(gradients[name], expected_gradients[name], dtype)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from gkd_jax import sharding
-from gkd_jax.models.attention import Biases, Heads, attend, attend_by_row
+from gkd_jax.models.attention import Biases, Heads, attend
 from gkd_jax.models.products import product
 from gkd_jax.sharding import constrain
 
@@ -117,7 +117,7 @@ class Attention(nn.Module):
             kept = self.dropout(ones, deterministic=False)
         large = math.prod(queries.shape[:3]) * keys.shape[2] > _SCORES_IN_CACHE
         by_row = self.by_row and large and sharding.num_batch_shards() == 1
-        mixed = (attend_by_row if by_row else attend)(queries, keys, values, biases, kept)
+        mixed = attend(queries, keys, values, biases, kept, by_row=by_row)
         return self.out(mixed.swapaxes(1, 2).reshape(*x.shape[:2], self.num_heads * self.head_dim))
 
 
