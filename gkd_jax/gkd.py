@@ -84,6 +84,7 @@ def sample_targets(
         samples some), the others keep the dataset's targets, and only the replaced are in `Sample`.
     """
     batch_size, length = batch.targets.shape
+    # No gradient: a decode loop cannot run the forward passes of custom ones backwards.
     frozen = jax.lax.stop_gradient(student_params)
 
     def draw(inputs):

@@ -175,12 +175,14 @@ def _keep_freed_memory() -> None:
     XLA's CPU programs allocate their temporaries at every call. glibc maps large blocks and hands
     them back, and the kernel clears each page anew: a tenth to a fifth of a step. A thread whose
     arena is not the main one maps them whatever M_MMAP_MAX says, hence one arena, which an
-    accelerator's host with its many threads is spared. Who sets MALLOC_* has the last word.
+    accelerator's host with its many threads is spared. The process stays as large as it was at its
+    largest. Who sets MALLOC_* or glibc.malloc's GLIBC_TUNABLES has the last word.
     """
     devices = ("accel*", "vfio/[0-9]*", "nvidia[0-9]*", "kfd")
     platforms = os.environ.get("JAX_PLATFORMS")
     found = any(any(pathlib.Path("/dev").glob(device)) for device in devices)
-    if platforms != "cpu" if platforms else found:
+    on_cpu = platforms == "cpu" if platforms else not found
+    if not on_cpu:
         return
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     if "glibc.malloc" in tunables or any(name.startswith("MALLOC_") for name in os.environ):

@@ -71,9 +71,12 @@ def test_attention_and_its_gradients_are_those_of_plain_jax(dtype, dropped, rows
         "position": normal(3, groups, heads, num_queries, num_keys),
         "of_keys": normal(4, rows, 1, 1, num_keys),
     }
-    kept = None
+    # Some keys masked, of row 0 all: its weights are equal, those of a softmax of -1e10 everywhere.
+    masked = (normal(7, rows, 1, 1, num_keys) > 1).at[0].set(True)
+    arrays["of_keys"] = jnp.where(masked, -1e10, arrays["of_keys"])
+    dropout_mask = None
     if dropped:
-        kept = 2.0 * (normal(5, rows, heads, 1, num_keys) > 0)
+        dropout_mask = 2.0 * (normal(5, rows, heads, 1, num_keys) > 0)
     g = normal(6, rows, heads, num_queries, head_dim).astype(dtype)
 
     @jax.jit
@@ -81,7 +84,7 @@ def test_attention_and_its_gradients_are_those_of_plain_jax(dtype, dropped, rows
         def mixed(arrays):
             biases = (arrays["position"], arrays["of_keys"])
             heads = (arrays["queries"], arrays["keys"], arrays["values"])
-            return attend(*heads, biases, kept, by_row=by_row)
+            return attend(*heads, biases, dropout_mask, by_row=by_row)
 
         out, pull = jax.vjp(mixed, arrays)
         return out, pull(g)[0]
@@ -90,7 +93,7 @@ def test_attention_and_its_gradients_are_those_of_plain_jax(dtype, dropped, rows
         scores = jnp.einsum("BHTK,BHSK->BHTS", arrays["queries"], arrays["keys"])
         position = jnp.repeat(arrays["position"], rows // groups, axis=0)
         weights = jax.nn.softmax(scores + position + arrays["of_keys"], axis=-1)
-        weights = weights if kept is None else weights * kept
+        weights = weights if dropout_mask is None else weights * dropout_mask
         return jnp.einsum("BHTS,BHSK->BHTK", weights, arrays["values"])
 
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), arrays)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from gkd_jax import sharding
 from gkd_jax.models.attention import Biases, Heads, attend
-from gkd_jax.models.products import product
+from gkd_jax.models.products import product, product_with_transpose
 from gkd_jax.sharding import constrain
 
 
@@ -48,13 +48,17 @@ def matmul(
 
 
 def project(
-    x: Float[Array, "*B D"], kernel: Float[Array, "D F"], dtype: str
+    x: Float[Array, "*B D"], kernel: Float[Array, "..."], dtype: str, *, transposed: bool = False
 ) -> Float[Array, "*B F"]:
-    """x @ kernel with operands in `dtype`, accumulated and returned in float32."""
-    # As one plain matrix product: with the leading axes kept apart, the gradient's products
+    """x @ kernel with operands in `dtype`, accumulated and returned in float32.
+
+    The kernel is [D, F], or [F, D] if `transposed`.
+    """
+    # As one plain matrix product: with the leading axes kept apart, the kernel's gradient would
     # contract over two axes, which takes twice the time on CPU.
-    out = product(x.reshape(-1, x.shape[-1]), kernel, dtype)
-    return out.reshape(*x.shape[:-1], kernel.shape[-1])
+    multiply = product_with_transpose if transposed else product
+    out = multiply(x.reshape(-1, x.shape[-1]), kernel, dtype)
+    return out.reshape(*x.shape[:-1], out.shape[-1])
 
 
 class RMSNorm(nn.Module):
@@ -111,13 +115,13 @@ class Attention(nn.Module):
         deterministic: bool,
     ) -> Float[Array, "B T D"]:
         queries = self.split_heads(self.query(x))
-        kept = None  # dropout of probabilities, one draw for all queries
+        dropout_mask = None  # dropout of probabilities, one draw for all queries
         if not deterministic and self.dropout_rate > 0:
             ones = jnp.ones((*keys.shape[:2], 1, keys.shape[2]))
-            kept = self.dropout(ones, deterministic=False)
+            dropout_mask = self.dropout(ones, deterministic=False)
         large = math.prod(queries.shape[:3]) * keys.shape[2] > _SCORES_IN_CACHE
         by_row = self.by_row and large and sharding.num_batch_shards() == 1
-        mixed = attend(queries, keys, values, biases, kept, by_row=by_row)
+        mixed = attend(queries, keys, values, biases, dropout_mask, by_row=by_row)
         return self.out(mixed.swapaxes(1, 2).reshape(*x.shape[:2], self.num_heads * self.head_dim))
 
 

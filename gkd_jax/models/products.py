@@ -38,18 +38,18 @@ def product_of_transpose(
     x: Float[Array, "*B K M"], y: Float[Array, "*B K N"], dtype: str
 ) -> Float[Array, "*B M N"]:
     """x^T @ y with both cast to `dtype`; JAX's own gradient."""
-    return _sum_over(-2, -2, x.astype(dtype), y.astype(dtype))
+    return _contract(-2, -2, x.astype(dtype), y.astype(dtype))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _product(x: jax.Array, y: jax.Array, dtype: str, y_axis: int):
-    return _sum_over(-1, y_axis, x.astype(dtype), y.astype(dtype))
+    return _contract(-1, y_axis, x.astype(dtype), y.astype(dtype))
 
 
 def _forward(x, y, dtype, y_axis):
-    kept = x.astype(dtype), y.astype(dtype)
-    out = _sum_over(-1, y_axis, *kept)
-    return out, (kept, jnp.zeros((0,), x.dtype), jnp.zeros((0,), y.dtype))
+    operands = x.astype(dtype), y.astype(dtype)
+    out = _contract(-1, y_axis, *operands)
+    return out, (operands, jnp.zeros((0,), x.dtype), jnp.zeros((0,), y.dtype))
 
 
 def _backward(dtype, y_axis, residuals, g):
@@ -64,8 +64,8 @@ def _backward(dtype, y_axis, residuals, g):
 _product.defvjp(_forward, _backward)
 
 
-def _sum_over(x_axis: int, y_axis: int, x: jax.Array, y: jax.Array) -> jax.Array:
-    """Products of numbers of x and y, summed over one of the last two axes of each."""
+def _contract(x_axis: int, y_axis: int, x: jax.Array, y: jax.Array) -> jax.Array:
+    """dot_general over one of the last two axes of each; the axes before are batch axes."""
     plain = functools.partial(_plain, x_axis, y_axis)
     if sharding.num_devices() > 1:
         return plain(x, y)

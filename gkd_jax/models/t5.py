@@ -247,17 +247,15 @@ def apply_head(
     """Hidden states to float32 logits."""
     if config.scale_logits:
         states = states * config.d_model**-0.5
-    out = layers.project(states, head_kernel(config, params), config.dtype)
+    if config.tie_embeddings:
+        embedding = params["token_embedder"]["embedding"]
+        out = layers.project(states, embedding, config.dtype, transposed=True)
+    else:
+        kernel = quantized.restore(params["decoder"]["logits_dense"]["kernel"])
+        out = layers.project(states, kernel, config.dtype)
     if out.ndim == 3:
         out = constrain(out, ("batch", "length", "vocab"))
     return out
-
-
-def head_kernel(config: T5Config, params: Params) -> Float[Array, "D V"]:
-    """The output projection: the transposed embedding where the two are tied."""
-    if config.tie_embeddings:
-        return params["token_embedder"]["embedding"].T
-    return quantized.restore(params["decoder"]["logits_dense"]["kernel"])
 
 
 def shift_right(targets: Int[Array, "B T"]) -> Int[Array, "B T"]:
