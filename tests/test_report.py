@@ -40,6 +40,7 @@ def write_run(
     num_examples: int | None = None,
     checkpoint: str | None = None,
     rows: dict[int, list[dict]] | None = None,
+    learning_rate: float = 1e-3,
 ) -> pathlib.Path:
     """A run folder as `gkd-jax train` leaves it; `final` is task -> metrics of the last step."""
 
@@ -73,6 +74,7 @@ def write_run(
             "train/divergence": 2 / step,
             "train/on_policy": float(step % 2),
             "train/grad_norm": 1.0,
+            "train/learning_rate": learning_rate * (1 - step / (2 * steps)),
             "train/sample_length": 12.0,
             "time/sample_s": 0.1,
             "time/update_s": 0.05,
@@ -229,6 +231,16 @@ def test_configurations_of_one_label_are_told_apart(tmp_path):
         "On-policy GKD, JSD(0.1) · all examples",
         "On-policy GKD, JSD(0.1) · 1,000 examples",
     }
+
+
+def test_learning_rates_are_told_apart(tmp_path):
+    for name, rate in (("low", 1e-3), ("high", 0.03)):
+        metrics = {"arithmetic": {"accuracy": 50.0}}
+        write_run(tmp_path / name, method(), metrics, teacher=None, steps=100, learning_rate=rate)
+    study = read_study(tmp_path)
+    assert not study.left_out
+    labels = {row[0].text for row in tables.main_table(study, "arithmetic").rows}
+    assert labels == {"SFT · learning rate 0.03", "SFT · learning rate 0.001"}
 
 
 @pytest.mark.parametrize(

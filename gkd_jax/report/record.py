@@ -176,6 +176,13 @@ class Run:
         return self.method.title if self.method else self.name
 
     @property
+    def learning_rate(self) -> float | None:
+        """The highest of its schedule, to two digits; None where no step says it."""
+        found = (finite(line.get("train/learning_rate")) for line in self.lines)
+        rates = [rate for rate in found if rate is not None]
+        return float(f"{max(rates):.2g}") if rates else None
+
+    @property
     def last_step(self) -> int:
         return self.lines[-1]["step"] if self.lines else 0
 

@@ -358,6 +358,7 @@ def _fields(run: Run) -> dict[str, Any]:
         "task": run.task,
         "num_examples": run.num_examples,
         "batch_size": run.batch_size,
+        "learning_rate": run.learning_rate,
         "train_steps": run.train_steps,
     }
 
