@@ -17,7 +17,7 @@ from gkd_jax.models.products import product, product_of_transpose, product_with_
 
 
 Heads = Float[Array, "B H S K"]
-Biases = tuple[Float[Array, "_ #H #T S"], ...]
+Biases = tuple[Float[Array, "... #H #T S"], ...]
 
 
 def attend(
@@ -102,15 +102,22 @@ _attend.defvjp(_forward, _backward)
 
 def _scores(queries, keys, biases) -> Float[Array, "*B H T S"]:
     scores = product_with_transpose(queries, keys, keys.dtype.name)
-    # One after the other: their sum, or one of them spread over its group's rows, is the same in
-    # all layers, and JAX would take it out of them and keep an array of all scores' size.
+    if scores.ndim == 4:
+        return scores + sum(_spread(bias, len(scores)) for bias in biases)
+    # For one row one after the other. JAX takes the sum, the same in all layers, out of them: on
+    # TPUs that is less traffic, here an array of all scores' size in place of what fits in cache.
     for bias in biases:
-        if len(bias) in (1, len(scores)):
-            scores = scores + bias
-        else:
-            grouped = scores.reshape(len(bias), -1, *scores.shape[1:])
-            scores = (grouped + bias[:, None]).reshape(scores.shape)
+        scores = scores + bias
     return scores
+
+
+def _spread(bias: Float[Array, "G H T S"], rows: int) -> Float[Array, "B H T S"]:
+    """A bias for all rows or for each as it is, one for each of equal groups spread over theirs."""
+    groups = len(bias)
+    if groups in (1, rows):
+        return bias
+    spread = jnp.broadcast_to(bias[:, None], (groups, rows // groups, *bias.shape[1:]))
+    return spread.reshape(rows, *bias.shape[1:])
 
 
 def _sum_to(x: Float[Array, "*B H T S"], shape: tuple[int, ...]) -> Float[Array, "..."]:
