@@ -796,6 +796,15 @@ def test_an_archive_makes_the_same_report_and_holds_no_paths(tmp_path):
     assert "44.00" in second.read_text()
 
 
+def test_the_grid_of_divergence_and_lambda_is_of_samples_at_temperature_1(tmp_path):
+    for temperature in (0.5, 1.0):
+        about = method("jsd", 0.1, 1.0, sampling_temperature=temperature)
+        write_run(tmp_path / f"{temperature}", about, {"arithmetic": {"accuracy": 50.0}})
+    study = read_study(tmp_path)
+    assert len(study.groups) == 2
+    assert [group.first.name for group in results.grid(study.groups)] == ["1.0"]
+
+
 def test_runs_whose_samples_were_one_step_old_are_told_apart(tmp_path):
     about = {"divergence": "forward_kl", "on_policy_fraction": 1.0}
     for seed, (name, ahead) in enumerate([("old", None), ("fresh", False), ("ahead", True)]):

@@ -89,13 +89,16 @@ class Group:
 
     @property
     def on_grid(self) -> bool:
-        """Whether divergence, lambda and the teacher's temperature say all: Algorithm 1."""
+        """Whether divergence, lambda and the teacher's temperature say all: Algorithm 1, with the
+        paper's samples at temperature 1.
+        """
         method = self.first.method
         return (
             method is not None
             and method.kind == "distillation"
             and method.mixing == "step"
             and method.num_samples == 1
+            and method.sampling_temperature == 1.0
             and not isinstance(method.on_policy_fraction, str)
             and not isinstance(method.teacher_temperature, str)
             and not (method.sample_ahead or self.self_distilled)
