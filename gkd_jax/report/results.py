@@ -89,9 +89,7 @@ class Group:
 
     @property
     def on_grid(self) -> bool:
-        """Whether divergence, lambda and the teacher's temperature say all: Algorithm 1, with the
-        paper's samples at temperature 1.
-        """
+        """The paper's grid: Algorithm 1, samples at temperature 1, any divergence and lambda."""
         method = self.first.method
         return (
             method is not None
@@ -412,8 +410,6 @@ def _said(name: str, value: Any, group: Group) -> str:
             return f"{value} samples a prompt"
         case "rl_alpha":
             return "no RL" if value is None else f"alpha {value:g}"
-        case "reward":
-            return f"reward {value}"
         case "teacher":
             return "no teacher" if run.teacher is None else f"teacher {run.teacher}"
         case "num_examples":
