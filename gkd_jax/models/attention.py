@@ -40,8 +40,7 @@ def attend(
     """
     if not by_row:
         return _attend(queries, keys, values, biases, dropout_mask)
-    num_rows = queries.shape[0]
-    biases = tuple(jnp.repeat(b, num_rows // len(b), axis=0) if len(b) > 1 else b for b in biases)
+    biases = tuple(_spread(bias, len(queries)) for bias in biases)
     own = [bias if len(bias) > 1 else None for bias in biases]
 
     def one(row):  # arrays without the axis B
