@@ -12,7 +12,7 @@ from gkd_jax.sampling import sample
 
 
 if TYPE_CHECKING:
-    from gkd_jax.pretrained import load_model
+    from gkd_jax.storage.pretrained import load_model
 
 __version__ = "0.1.0"
 __all__ = [
@@ -30,6 +30,6 @@ __all__ = [
 def __getattr__(name: str):
     if name != "load_model":
         raise AttributeError(f"module 'gkd_jax' has no attribute {name!r}")
-    from gkd_jax.pretrained import load_model
+    from gkd_jax.storage.pretrained import load_model
 
     return load_model

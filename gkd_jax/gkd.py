@@ -27,10 +27,10 @@ import optax
 from gkd_jax import losses, sharding
 from gkd_jax.batch import Batch, TopK
 from gkd_jax.gkd_config import Divergence, GKDConfig, Models, Reduction, Schedule
+from gkd_jax.input.teacher_cache import outcomes
 from gkd_jax.models import t5
 from gkd_jax.rl import policy_loss
 from gkd_jax.sampling import Sample, allowed_ids, sample
-from gkd_jax.teacher_cache import outcomes
 from gkd_jax.train_state import TrainState
 
 

@@ -275,7 +275,7 @@ def _macros() -> dict[str, str]:
 
 def _train(values: flags.FlagValues) -> None:
     import gin
-    from gkd_jax import metrics, train
+    from gkd_jax.training import metrics, train
 
     run = gin.get_configurable(train.run)
     phases = _macro("PHASES", ())
@@ -301,27 +301,27 @@ def _train(values: flags.FlagValues) -> None:
 
 def _eval(values: flags.FlagValues) -> None:
     import gin
-    from gkd_jax import infer
+    from gkd_jax.evaluation import infer
 
     gin.get_configurable(infer.evaluate_checkpoint)(dry_run=values.dry_run)
 
 
 def _infer(values: flags.FlagValues) -> None:
     import gin
-    from gkd_jax import infer
+    from gkd_jax.evaluation import infer
 
     gin.get_configurable(infer.run)(dry_run=values.dry_run)
 
 
 def _score(values: flags.FlagValues) -> None:
     import gin
-    from gkd_jax import score
+    from gkd_jax.evaluation import score
 
     gin.get_configurable(score.run)(dry_run=values.dry_run)
 
 
 def _precompile(values: flags.FlagValues) -> None:
-    from gkd_jax import precompile
+    from gkd_jax.planning import precompile
 
     if values.topology is None:
         raise UsageError("precompile needs --topology=cpu or, say, --topology=v5e:8x8")
@@ -335,7 +335,7 @@ def _precompile(values: flags.FlagValues) -> None:
 
 
 def _bench(values: flags.FlagValues) -> None:
-    from gkd_jax import bench
+    from gkd_jax.planning import bench
 
     if values.runs < 1:
         raise UsageError(f"--runs must be positive, got {values.runs}")
@@ -345,7 +345,7 @@ def _bench(values: flags.FlagValues) -> None:
 def _run_bindings(phase: str | None) -> dict[str, Any]:
     """What `train.run` would be given, without what only a run that trains needs."""
     import gin
-    from gkd_jax import train
+    from gkd_jax.training import train
 
     phases = _macro("PHASES", ())
     if phase not in (phases or (None,)):
@@ -358,7 +358,7 @@ def _run_bindings(phase: str | None) -> dict[str, Any]:
 
 
 def _convert(values: flags.FlagValues) -> None:
-    from gkd_jax import pretrained
+    from gkd_jax.storage import pretrained
 
     for name in ("input", "output", "to"):
         if getattr(values, name) is None:

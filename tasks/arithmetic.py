@@ -17,8 +17,8 @@ import random
 import seqio
 import tensorflow as tf
 
-from gkd_jax import text_metrics, vocabularies
 from gkd_jax.tasks import features
+from gkd_jax.text import text_metrics, vocabularies
 
 
 SIZES = {"train": 50_000, "validation": 512, "test": 1024}

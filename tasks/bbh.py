@@ -32,8 +32,8 @@ from typing import Any
 import seqio
 import tensorflow as tf
 
-from gkd_jax import text_metrics
 from gkd_jax.tasks import few_shot, folder
+from gkd_jax.text import text_metrics
 
 
 NUM_SHOTS = 3

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import seqio
 
-from gkd_jax import vocabularies
+from gkd_jax.text import vocabularies
 
 
 TOKENIZE = (

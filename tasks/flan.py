@@ -21,9 +21,9 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from gkd_jax import text_metrics
 from gkd_jax.tasks import features, few_shot, jsonl
 from gkd_jax.tasks import folder as folders
+from gkd_jax.text import text_metrics
 
 
 MAXIMUM = 3000

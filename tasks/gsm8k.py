@@ -22,8 +22,8 @@ from typing import Any
 import seqio
 import tensorflow as tf
 
-from gkd_jax import text_metrics
 from gkd_jax.tasks import features, few_shot, folder
+from gkd_jax.text import text_metrics
 
 
 COT_FILE = "cot_prompt.txt"

@@ -25,8 +25,8 @@ import os
 import seqio
 import tensorflow as tf
 
-from gkd_jax import text_metrics
 from gkd_jax.tasks import few_shot, folder
+from gkd_jax.text import text_metrics
 
 
 LETTERS = ("A", "B", "C", "D")

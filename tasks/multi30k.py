@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import seqio
 import tensorflow as tf
 
-from gkd_jax import text_metrics, vocabularies
 from gkd_jax.tasks import features, folder
+from gkd_jax.text import text_metrics, vocabularies
 
 
 TASK = "multi30k_ende"

@@ -12,8 +12,8 @@ The form is that of `rewards.Entailment`: a T5 trained on this task can be its c
 import seqio
 import tensorflow as tf
 
-from gkd_jax import text_metrics
 from gkd_jax.tasks import features, few_shot, folder
+from gkd_jax.text import text_metrics
 
 
 SPLITS = {"train": "train.tsv", "validation": "dev.tsv"}

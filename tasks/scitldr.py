@@ -14,8 +14,8 @@ from typing import Any
 import seqio
 import tensorflow as tf
 
-from gkd_jax import text_metrics
 from gkd_jax.tasks import features, folder, jsonl
+from gkd_jax.text import text_metrics
 
 
 TASK = "scitldr"

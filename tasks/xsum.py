@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import seqio
 import tensorflow as tf
 
-from gkd_jax import text_metrics
 from gkd_jax.tasks import features
+from gkd_jax.text import text_metrics
 
 
 PREFIX = "summarize: "  # T5's, for its summarization tasks

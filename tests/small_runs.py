@@ -1,9 +1,11 @@
 """The runs that the tests of whole runs start: `arithmetic` with a T5 of a few thousand numbers."""
 
-from gkd_jax import gkd, optimizers, pretrained, sharding, train
-from gkd_jax.data import DataConfig
+from gkd_jax import gkd, optimizers, sharding
+from gkd_jax.input.data import DataConfig
 from gkd_jax.models import t5
+from gkd_jax.storage import pretrained
 import gkd_jax.tasks.arithmetic  # noqa: F401
+from gkd_jax.training import train
 
 
 LENGTHS = {"inputs": 48, "targets": 32}

@@ -10,7 +10,7 @@ import pytest
 
 from gkd_jax import convert
 from gkd_jax.batch import Batch
-from gkd_jax.beam_search import EMPTY, beam_search, length_penalty
+from gkd_jax.decoding.beam_search import EMPTY, beam_search, length_penalty
 from gkd_jax.models import t5
 from gkd_jax.sampling import SamplingConfig, sample, weights_until_eos
 

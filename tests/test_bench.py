@@ -5,7 +5,9 @@ import json
 import pytest
 from small_runs import options, small
 
-from gkd_jax import bench, divergences, gkd, pretrained
+from gkd_jax import divergences, gkd
+from gkd_jax.planning import bench
+from gkd_jax.storage import pretrained
 
 
 def given(**more):

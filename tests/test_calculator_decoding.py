@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gkd_jax import calculator_decoding, sharding, vocabularies
+from gkd_jax import sharding
+from gkd_jax.decoding import calculator_decoding
 from gkd_jax.models import t5
 from gkd_jax.sampling import SamplingConfig, sample
+from gkd_jax.text import vocabularies
 
 
 VOCABULARY = vocabularies.arithmetic()

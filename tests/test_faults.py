@@ -13,10 +13,14 @@ import pytest
 import small_runs
 from small_runs import LENGTHS, small
 
-from gkd_jax import checkpoints, data, divergences, evaluate, gkd, metrics, optimizers, train
-from gkd_jax.data import DataConfig
-from gkd_jax.pretrained import Model, load_model
+from gkd_jax import divergences, gkd, optimizers
+from gkd_jax.evaluation import evaluate
+from gkd_jax.input import data
+from gkd_jax.input.data import DataConfig
 from gkd_jax.sharding import MeshConfig
+from gkd_jax.storage import checkpoints
+from gkd_jax.storage.pretrained import Model, load_model
+from gkd_jax.training import metrics, train
 
 
 def options(model_dir, **more):
@@ -318,9 +322,9 @@ FULL_DISK = """
 import resource, signal, sys
 sys.path.insert(0, {tests!r})
 import conftest
-from gkd_jax import train
+from gkd_jax.training import train
 from test_faults import options
-from gkd_jax.checkpoints import Checkpoints
+from gkd_jax.storage.checkpoints import Checkpoints
 
 save = Checkpoints.save
 def save_on_a_full_disk(*arguments, **more):

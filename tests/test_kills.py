@@ -16,8 +16,8 @@ import jax
 import numpy as np
 import pytest
 
-from gkd_jax import metrics
-from gkd_jax.pretrained import load_model
+from gkd_jax.storage.pretrained import load_model
+from gkd_jax.training import metrics
 
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent

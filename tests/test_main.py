@@ -10,7 +10,8 @@ import sys
 import pytest
 
 import gin
-from gkd_jax import main, pretrained
+from gkd_jax import main
+from gkd_jax.storage import pretrained
 
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent

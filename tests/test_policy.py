@@ -13,29 +13,15 @@ PACKAGE = ROOT / "gkd_jax"
 # A module imports from rows above its own only. A package is one entry: its submodules may
 # import each other. `__init__` is `import gkd_jax` itself, the public names.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    (
-        "batch",
-        "calculator",
-        "divergences",
-        "files",
-        "hlo",
-        "losses",
-        "optimizers",
-        "rl",
-        "sharding",
-        "topologies",
-    ),
-    ("models", "teacher_cache", "text_metrics", "vocabularies"),
-    ("sampling", "train_state", "tasks"),
-    ("beam_search", "calculator_decoding", "gkd_config", "convert", "data", "metrics"),
-    ("gkd",),
-    ("checkpoints",),
-    ("evaluate", "pretrained"),
-    ("infer", "program", "rewards", "score"),
-    ("run_record",),
-    ("train",),
+    ("batch", "divergences", "losses", "optimizers", "rl", "sharding", "text"),
+    ("models", "tasks"),
+    ("input", "sampling", "train_state"),
+    ("convert", "decoding", "gkd_config"),
+    ("gkd", "storage"),
+    ("evaluation",),
+    ("training",),
     ("__init__",),
-    ("precompile", "bench", "conformance", "integrations", "report"),
+    ("planning", "conformance", "integrations", "report"),
     ("main",),
     ("__main__",),
 )
@@ -44,7 +30,7 @@ LAYER_OF = {module: layer for layer, row in enumerate(LAYERS) for module in row}
 FORBIDDEN_NAMES = ("utils", "Base", "Manager", "Factory", "helper")
 MAX_FUNCTION_LINES = 60
 MAX_FILE_LINES = 450
-LONG_FUNCTIONS = {("gkd_jax/train.py", "run")}
+LONG_FUNCTIONS = {("gkd_jax/training/train.py", "run")}
 
 PACKAGE_FILES = sorted(PACKAGE.rglob("*.py"))
 SOURCE_FILES = PACKAGE_FILES + sorted((ROOT / "tasks").rglob("*.py"))
@@ -59,7 +45,7 @@ def parse(path: pathlib.Path) -> ast.Module:
 
 
 def entry(path: str) -> str:
-    """gkd_jax/models/t5.py -> models; gkd_jax/train.py -> train."""
+    """gkd_jax/models/t5.py -> models; gkd_jax/training/train.py -> train."""
     return pathlib.PurePosixPath(path).parts[1].removesuffix(".py")
 
 
@@ -228,8 +214,8 @@ def test_no_data_is_executed():
     ("path", "source", "violates"),
     [
         ("gkd_jax/gkd.py", "from gkd_jax import losses", False),
-        ("gkd_jax/gkd.py", "from gkd_jax.train import run", True),
-        ("gkd_jax/gkd.py", "def f():\n    import gkd_jax.train", True),
+        ("gkd_jax/gkd.py", "from gkd_jax.training.train import run", True),
+        ("gkd_jax/gkd.py", "def f():\n    import gkd_jax.training.train", True),
         ("gkd_jax/gkd.py", "from . import program", True),
         ("gkd_jax/gkd.py", "from gkd_jax import Batch", True),
         ("gkd_jax/gkd.py", "from gkd_jax import nowhere_in_the_table", True),
@@ -280,5 +266,5 @@ def test_name_rule_sees_planted_names(name, forbidden):
 def test_length_rule_sees_a_planted_function():
     body = "\n".join(["    x = 1"] * MAX_FUNCTION_LINES)
     tree = ast.parse(f"def run():\n{body}\n")
-    assert long_functions(tree, "gkd_jax/infer.py")
-    assert not long_functions(tree, "gkd_jax/train.py")
+    assert long_functions(tree, "gkd_jax/evaluation/infer.py")
+    assert not long_functions(tree, "gkd_jax/training/train.py")

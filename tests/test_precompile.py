@@ -14,22 +14,13 @@ import optax
 import pytest
 
 import gin
-from gkd_jax import (
-    data,
-    divergences,
-    gkd,
-    hlo,
-    main,
-    optimizers,
-    precompile,
-    pretrained,
-    program,
-    rl,
-    sharding,
-    train,
-)
+from gkd_jax import divergences, gkd, main, optimizers, rl, sharding
+from gkd_jax.input import data
 from gkd_jax.models import t5
+from gkd_jax.planning import hlo, precompile
+from gkd_jax.storage import pretrained
 import gkd_jax.tasks.arithmetic  # noqa: F401
+from gkd_jax.training import program, train
 
 
 SOURCE, TARGET, BATCH = 48, 32, 8

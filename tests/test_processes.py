@@ -17,8 +17,10 @@ import pytest
 from small_runs import LENGTHS
 
 import gin
-from gkd_jax import data, main, run_record, sharding
+from gkd_jax import main, sharding
 from gkd_jax.batch import Batch
+from gkd_jax.input import data
+from gkd_jax.training import run_record
 
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent

@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 import small_runs
 
-from gkd_jax import divergences, evaluate, metrics, pretrained, sharding, train
+from gkd_jax import divergences, sharding
 from gkd_jax.batch import Batch
+from gkd_jax.evaluation import evaluate
 from gkd_jax.models import quantized, t5
 from gkd_jax.sampling import SamplingConfig, sample
+from gkd_jax.storage import pretrained
+from gkd_jax.training import metrics, train
 
 
 CONFIG = t5.t5_1_1("tiny", vocab_size=128)

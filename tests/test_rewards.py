@@ -5,10 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gkd_jax import checkpoints, losses, rewards, vocabularies
+from gkd_jax import losses
 from gkd_jax.batch import Batch
+from gkd_jax.evaluation import rewards
 from gkd_jax.models import t5
-from gkd_jax.pretrained import Model
+from gkd_jax.storage import checkpoints
+from gkd_jax.storage.pretrained import Model
+from gkd_jax.text import vocabularies
 
 
 PROMPTS = ["p", "q", "r"]

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from gkd_jax import hlo, sampling, sharding
+from gkd_jax import sampling, sharding
 from gkd_jax.batch import Batch
 from gkd_jax.models import t5
+from gkd_jax.planning import hlo
 from gkd_jax.sampling import SamplingConfig
 
 

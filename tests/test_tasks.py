@@ -10,7 +10,6 @@ import pytest
 import seqio
 import tensorflow as tf
 
-from gkd_jax import calculator, text_metrics, vocabularies
 from gkd_jax.tasks import (
     arithmetic,
     bbh,
@@ -27,6 +26,7 @@ from gkd_jax.tasks import (
     wmt,
     xsum,
 )
+from gkd_jax.text import calculator, text_metrics, vocabularies
 
 
 LENGTHS = {"inputs": 64, "targets": 48}

@@ -9,9 +9,12 @@ import pytest
 from small_runs import LENGTHS, options, small
 
 import gin
-from gkd_jax import divergences, main, metrics, pretrained, teacher_cache, train
+from gkd_jax import divergences, main
 from gkd_jax.batch import Batch
-from gkd_jax.data import DataConfig
+from gkd_jax.input import teacher_cache
+from gkd_jax.input.data import DataConfig
+from gkd_jax.storage import pretrained
+from gkd_jax.training import metrics, train
 
 
 V = 23

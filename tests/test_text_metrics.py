@@ -7,7 +7,7 @@ import pytest
 from rouge_score import rouge_scorer
 import sacrebleu
 
-from gkd_jax import calculator, text_metrics
+from gkd_jax.text import calculator, text_metrics
 
 
 REFERENCES = ["The cat sat on the mat .", "He bought 3 apples , two pears .", "Nothing new here ."]

@@ -12,19 +12,13 @@ import numpy as np
 import pytest
 from small_runs import LENGTHS, options, small
 
-from gkd_jax import (
-    checkpoints,
-    divergences,
-    evaluate,
-    metrics,
-    optimizers,
-    pretrained,
-    sharding,
-    train,
-)
-from gkd_jax.data import DataConfig
+from gkd_jax import divergences, optimizers, sharding
+from gkd_jax.evaluation import evaluate
+from gkd_jax.input.data import DataConfig
 from gkd_jax.models import t5
+from gkd_jax.storage import checkpoints, pretrained
 import gkd_jax.tasks.arithmetic  # noqa: F401
+from gkd_jax.training import metrics, train
 
 
 def lines(model_dir):
@@ -158,7 +152,7 @@ import time
 sys.path.insert(0, {tests!r})
 import conftest
 from test_train import options
-from gkd_jax import train
+from gkd_jax.training import train
 train.run(**options({folder!r}, steps=2000))
 """
 

@@ -5,7 +5,7 @@ import pytest
 import seqio
 import tensorflow as tf
 
-from gkd_jax import vocabularies
+from gkd_jax.text import vocabularies
 
 
 TEXT = "Ada has 7 eggs. Ada doubles the number of eggs. How many eggs are there now?"

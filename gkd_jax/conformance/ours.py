@@ -14,19 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gkd_jax import (
-    checkpoints,
-    divergences,
-    gkd,
-    metrics,
-    pretrained,
-    sampling,
-    teacher_cache,
-    train_state,
-    vocabularies,
-)
+from gkd_jax import divergences, gkd, sampling, train_state
 from gkd_jax.batch import Batch
+from gkd_jax.input import teacher_cache
 from gkd_jax.models import t5
+from gkd_jax.storage import checkpoints, pretrained
+from gkd_jax.text import vocabularies
+from gkd_jax.training import metrics
 
 
 STUDENT = t5.T5Config(

@@ -4,7 +4,7 @@
     params = read_params(path, config, shardings=shardings)
     write_hf("out", config, params)
 
-The format is detected. Our own checkpoints ("gkd") are read by `gkd_jax.checkpoints`.
+The format is detected. Our own checkpoints ("gkd") are read by `gkd_jax.storage.checkpoints`.
 """
 
 from typing import Any

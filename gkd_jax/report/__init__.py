@@ -19,9 +19,9 @@ OUTPUT holds `report.html` (one file, to send), `report.md`, `figures/*.png` and
 from collections.abc import Sequence
 import pathlib
 
-from gkd_jax import files
 from gkd_jax.report import figures, pages, runs
 from gkd_jax.report.results import Study
+from gkd_jax.text import files
 
 
 def write(run_dirs: Sequence[str], output: str) -> None:

@@ -5,8 +5,8 @@ import json
 import pathlib
 from typing import Any
 
-from gkd_jax import files
 from gkd_jax.report import runs
+from gkd_jax.text import files
 
 
 _EVERY = 50  # steps between kept lines of training

@@ -12,8 +12,10 @@ import jax
 from jax.sharding import Mesh
 import seqio
 
-from gkd_jax import checkpoints, convert, sharding, vocabularies
+from gkd_jax import convert, sharding
 from gkd_jax.models import quantized, t5, t5_config
+from gkd_jax.storage import checkpoints
+from gkd_jax.text import vocabularies
 
 
 _HOST = "pinned_host"

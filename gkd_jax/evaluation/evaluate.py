@@ -11,12 +11,15 @@ from jax.sharding import Mesh
 import numpy as np
 import seqio
 
-from gkd_jax import calculator_decoding, data, divergences, gkd, sharding, text_metrics
+from gkd_jax import divergences, gkd, sharding
 from gkd_jax.batch import Batch
-from gkd_jax.beam_search import beam_search
+from gkd_jax.decoding import calculator_decoding
+from gkd_jax.decoding.beam_search import beam_search
+from gkd_jax.input import data
 from gkd_jax.models import t5
 from gkd_jax.rl import Reward
 from gkd_jax.sampling import SamplingConfig, banned_tail, sample, weights_until_eos
+from gkd_jax.text import text_metrics
 
 
 class Row(NamedTuple):
@@ -56,7 +59,8 @@ class EvalConfig:
         num_examples: the first so many; None is all.
         target_length: most tokens to decode; None takes the training feature length.
         seed: of "sample".
-        rewards: functions of `gkd_jax.rewards` whose mean over the split is reported, by name.
+        rewards: functions of `gkd_jax.evaluation.rewards` whose mean over the split is reported
+            under their names.
     """
 
     task: str | None = None

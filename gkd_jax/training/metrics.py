@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import tensorflow as tf
 
-from gkd_jax import files
+from gkd_jax.text import files
 
 
 class Writer:

@@ -28,11 +28,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gkd_jax import data, gkd, hlo, program, sharding, train_state
+from gkd_jax import gkd, sharding, train_state
 from gkd_jax.batch import Batch
+from gkd_jax.input import data
 from gkd_jax.models import t5
 from gkd_jax.optimizers import Schedule
-from gkd_jax.pretrained import Model, initial_params
+from gkd_jax.planning import hlo
+from gkd_jax.storage.pretrained import Model, initial_params
+from gkd_jax.training import program
 
 
 _NEVER = -1  # an EOS that no token is

@@ -10,10 +10,13 @@ from jax.experimental import multihost_utils
 import numpy as np
 import seqio
 
-from gkd_jax import checkpoints, data, gkd, sharding, teacher_cache, vocabularies
+from gkd_jax import gkd, sharding
 from gkd_jax.batch import Batch, TopK
+from gkd_jax.input import data, teacher_cache
 from gkd_jax.models import t5
-from gkd_jax.pretrained import Model, check_vocabularies, place_params
+from gkd_jax.storage import checkpoints
+from gkd_jax.storage.pretrained import Model, check_vocabularies, place_params
+from gkd_jax.text import vocabularies
 
 
 def run(

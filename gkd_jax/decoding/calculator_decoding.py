@@ -16,9 +16,10 @@ from jaxtyping import Int
 import numpy as np
 import seqio
 
-from gkd_jax import calculator, sharding
+from gkd_jax import sharding
 from gkd_jax.models import t5
 from gkd_jax.sampling import EOS_ID, allowed_ids, decode_layout
+from gkd_jax.text import calculator
 
 
 Decode = Callable[[t5.Params, Int[jax.Array, "B S"]], Int[np.ndarray, "B T"]]

@@ -17,10 +17,13 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-from gkd_jax import data, evaluate, files, sharding
-from gkd_jax.evaluate import EvalConfig
+from gkd_jax import sharding
+from gkd_jax.evaluation import evaluate
+from gkd_jax.evaluation.evaluate import EvalConfig
+from gkd_jax.input import data
 from gkd_jax.models import t5
-from gkd_jax.pretrained import Model, check_vocabularies, place_params
+from gkd_jax.storage.pretrained import Model, check_vocabularies, place_params
+from gkd_jax.text import files
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -26,10 +26,15 @@ import jax
 import numpy as np
 import optax
 
-from gkd_jax import data, files, gkd, hlo, pretrained, program, sharding
+from gkd_jax import gkd, sharding
+from gkd_jax.input import data
 from gkd_jax.optimizers import Schedule
-from gkd_jax.pretrained import Model
-from gkd_jax.topologies import GIB, Chip, describe_topology, platform_of
+from gkd_jax.planning import hlo
+from gkd_jax.planning.topologies import GIB, Chip, describe_topology, platform_of
+from gkd_jax.storage import pretrained
+from gkd_jax.storage.pretrained import Model
+from gkd_jax.text import files
+from gkd_jax.training import program
 
 
 RESOURCES = ("compute", "hbm", "interconnect")

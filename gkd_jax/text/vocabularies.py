@@ -11,7 +11,7 @@ import sentencepiece
 import seqio
 import tensorflow as tf
 
-from gkd_jax import files
+from gkd_jax.text import files
 
 
 T5_PATH = "gs://t5-data/vocabs/cc_all.32000/sentencepiece.model"

@@ -10,12 +10,15 @@ from jax.sharding import Mesh
 import optax
 import seqio
 
-from gkd_jax import data, gkd, pretrained, sharding, teacher_cache, train_state, vocabularies
+from gkd_jax import gkd, sharding, train_state
 from gkd_jax.batch import Batch, TopK
+from gkd_jax.input import data, teacher_cache
 from gkd_jax.models import t5
 from gkd_jax.optimizers import Schedule
-from gkd_jax.pretrained import Model
 from gkd_jax.sampling import banned_tail
+from gkd_jax.storage import pretrained
+from gkd_jax.storage.pretrained import Model
+from gkd_jax.text import vocabularies
 from gkd_jax.train_state import TrainState
 
 

@@ -17,25 +17,19 @@ from jax.experimental import multihost_utils
 import numpy as np
 import optax
 
-from gkd_jax import (
-    checkpoints,
-    data,
-    evaluate,
-    files,
-    gkd,
-    metrics,
-    pretrained,
-    rl,
-    run_record,
-    sharding,
-    train_state,
-    vocabularies,
-)
+from gkd_jax import gkd, rl, sharding, train_state
 from gkd_jax.batch import Batch
-from gkd_jax.evaluate import EvalConfig
+from gkd_jax.evaluation import evaluate
+from gkd_jax.evaluation.evaluate import EvalConfig
+from gkd_jax.input import data
+from gkd_jax.input.teacher_cache import TeacherCache
 from gkd_jax.optimizers import Schedule
-from gkd_jax.pretrained import Model
-from gkd_jax.program import (
+from gkd_jax.sampling import Sample
+from gkd_jax.storage import checkpoints, pretrained
+from gkd_jax.storage.pretrained import Model
+from gkd_jax.text import files, vocabularies
+from gkd_jax.training import metrics, run_record
+from gkd_jax.training.program import (
     Program,
     Trainer,
     build,
@@ -44,8 +38,6 @@ from gkd_jax.program import (
     plan,
     shardings_of,
 )
-from gkd_jax.sampling import Sample
-from gkd_jax.teacher_cache import TeacherCache
 
 
 SIGTERM_STATUS = 143  # 128 + SIGTERM: saved, and to be started again

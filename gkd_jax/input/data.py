@@ -19,9 +19,10 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from gkd_jax import sharding, vocabularies
+from gkd_jax import sharding
 from gkd_jax.batch import Batch
 from gkd_jax.tasks import folder, jsonl  # pyright: ignore[reportMissingImports]
+from gkd_jax.text import vocabularies
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

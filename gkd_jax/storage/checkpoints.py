@@ -32,7 +32,7 @@ from orbax.checkpoint.checkpoint_managers import (
     PreservationPolicy,
 )
 
-from gkd_jax.data import TrainIterator
+from gkd_jax.input.data import TrainIterator
 from gkd_jax.models import t5
 from gkd_jax.train_state import TrainState
 

@@ -28,8 +28,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 import numpy as np
 
-from gkd_jax import files
 from gkd_jax.batch import Batch, TopK
+from gkd_jax.text import files
 
 
 _PER_ROW = {"keys": np.uint64, "lengths": np.int32}

@@ -10,7 +10,7 @@ import re
 
 import sacrebleu
 
-from gkd_jax import calculator
+from gkd_jax.text import calculator
 
 
 References = Sequence[str] | Sequence[Sequence[str]]

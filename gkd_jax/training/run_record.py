@@ -12,12 +12,15 @@ import jax
 import numpy as np
 import optax
 
-from gkd_jax import checkpoints, data, files, gkd, vocabularies
+from gkd_jax import gkd
 from gkd_jax.batch import Batch
-from gkd_jax.evaluate import EvalConfig
+from gkd_jax.evaluation.evaluate import EvalConfig
+from gkd_jax.input import data
 from gkd_jax.models import t5
-from gkd_jax.pretrained import Model
-from gkd_jax.program import Program, Trainer, name_of, number_or_name
+from gkd_jax.storage import checkpoints
+from gkd_jax.storage.pretrained import Model
+from gkd_jax.text import files, vocabularies
+from gkd_jax.training.program import Program, Trainer, name_of, number_or_name
 
 
 def describe(

@@ -11,9 +11,12 @@ import functools
 import jax
 import numpy as np
 
-from gkd_jax import data, losses, pretrained, sharding, text_metrics, vocabularies
+from gkd_jax import losses, sharding
 from gkd_jax.batch import Batch
+from gkd_jax.input import data
 from gkd_jax.models import t5
+from gkd_jax.storage import pretrained
+from gkd_jax.text import text_metrics, vocabularies
 
 
 Texts = Sequence[str]

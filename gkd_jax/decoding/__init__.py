@@ -1,0 +1,1 @@
+"""Other ways to decode than sampling: beam search, and greedy decoding with a calculator."""

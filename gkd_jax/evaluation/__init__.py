@@ -1,0 +1,1 @@
+"""Decoding with a checkpoint, and scoring what was decoded."""

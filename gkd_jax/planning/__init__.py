@@ -1,0 +1,1 @@
+"""What a run costs: timed on this machine, or compiled for one that is not there."""

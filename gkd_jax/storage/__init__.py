@@ -1,0 +1,1 @@
+"""Weights in and out: a run's own checkpoints, and models from anywhere else."""
