@@ -82,7 +82,7 @@ setup(
         "orbax-checkpoint>=0.12,<0.13",
         "rouge_score>=0.1.2,<0.2",
         "sacrebleu>=2.4,<3",
-        "safetensors>=0.5",
+        "safetensors>=0.8",
         "sentencepiece>=0.2,<0.3",
         "seqio>=0.0.20,<0.1",
         # tf.summary writes through it, but tensorflow 2.21 no longer installs it.

@@ -14,7 +14,6 @@ from gkd_jax.convert.formats import Format, detect
 from gkd_jax.convert.huggingface import write_hf
 from gkd_jax.convert.layout import t5x_layout
 from gkd_jax.convert.stored import as_dtype, check, read_tree
-from gkd_jax.convert.t5x_optimizer import read_t5x_optimizer
 from gkd_jax.convert.t5x_write import write_t5x
 from gkd_jax.models import t5
 
@@ -24,7 +23,6 @@ __all__ = [
     "detect",
     "read_config",
     "read_params",
-    "read_t5x_optimizer",
     "write_hf",
     "write_t5x",
 ]

@@ -1,16 +1,14 @@
 """Hugging Face folders of T5, mT5 and umT5: config.json and safetensors."""
 
 from collections.abc import Iterable
-import json
 import os
-import pathlib
 import shutil
 from typing import Any
 
 import jax
 import numpy as np
 
-from gkd_jax.convert import safetensors
+from gkd_jax.convert import hf_folder
 from gkd_jax.convert.layout import Layout, flatten, hf_layout, to_stored
 from gkd_jax.convert.stored import Stored, as_dtype, check
 from gkd_jax.convert.writing import check_on_this_host, complete_folder
@@ -58,8 +56,8 @@ def read_config(path: str) -> t5.T5Config:
     Raises:
         ValueError: for another kind of model, or a field that is missing or unknown.
     """
-    folder = _local(path)
-    fields = _read_json(folder / "config.json")
+    folder = hf_folder.local(path)
+    fields = hf_folder.read_json(folder / "config.json")
     kind = fields.get("model_type")
     if kind not in _ARCHITECTURES:
         raise ValueError(
@@ -77,11 +75,12 @@ def read_config(path: str) -> t5.T5Config:
     absent = [name for name in needed if name not in fields]
     if absent:
         raise ValueError(f"{folder}/config.json lacks {', '.join(absent)}")
+    has_own_head = _has_own_head(hf_folder.open_weights(folder))
     try:
         return t5.T5Config(
             **_numbers(fields),
             mlp_activations=_ACTIVATIONS[activations],
-            tie_embeddings=not _has_own_head(_open_weights(folder)),
+            tie_embeddings=not has_own_head,
             scale_logits=_is_scaled(fields),
             per_layer_relpos=kind == "umt5",
         )
@@ -106,8 +105,8 @@ def _numbers(fields: dict[str, Any]) -> dict[str, Any]:
 
 def open_model(path: str, config: t5.T5Config) -> tuple[Layout, dict[str, Stored]]:
     """The names of a model's arrays and the arrays themselves, compared with each other."""
-    folder = _local(path)
-    arrays = _open_weights(folder)
+    folder = hf_folder.local(path)
+    arrays = hf_folder.open_weights(folder)
     ignored = [*_SAME_AS_SHARED, _UNUSED]
     if _SHARED not in arrays:  # of arrays that share memory, safetensors stores one
         for name in (*_SAME_AS_SHARED, _HEAD):
@@ -153,42 +152,6 @@ def _same(one: Stored, other: Stored) -> bool:
     return True
 
 
-def _open_weights(folder: pathlib.Path) -> dict[str, Stored]:
-    single = folder / "model.safetensors"
-    if single.is_file():
-        return safetensors.open_file(single)
-    index = folder / "model.safetensors.index.json"
-    places = _read_json(index).get("weight_map")
-    if not isinstance(places, dict):
-        raise ValueError(f"{index}: expected an object weight_map, got {places!r}")
-    for file in places.values():
-        if not isinstance(file, str) or pathlib.PurePath(file).name != file or file == "..":
-            raise ValueError(f"{index}: a shard must be a file of the folder, got {file!r}")
-    shards = {file: safetensors.open_file(folder / file) for file in sorted(set(places.values()))}
-    absent = [f"{name} in {file}" for name, file in places.items() if name not in shards[file]]
-    if absent:
-        raise ValueError(f"{index} names arrays that are not there: {', '.join(absent)}")
-    return {name: shards[file][name] for name, file in places.items()}
-
-
-def _local(path: str) -> pathlib.Path:
-    if "://" in path:
-        raise ValueError(f"a Hugging Face folder must be local, got {path}: copy it first")
-    return pathlib.Path(path)
-
-
-def _read_json(file: pathlib.Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise FileNotFoundError(f"no file {file}")
-    try:
-        fields = json.loads(file.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{file}: expected an object, got {type(fields).__name__}")
-    return fields
-
-
 # Writing ------------------------------------------------------------------------------------------
 
 
@@ -224,9 +187,9 @@ def write_hf(
     ]
     generation = {"decoder_start_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
     with complete_folder(path) as folder:
-        safetensors.write_file(folder / "model.safetensors", arrays, kind)
-        for name, content in (("config.json", fields), ("generation_config.json", generation)):
-            (folder / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+        hf_folder.write_weights(folder, arrays, kind)
+        hf_folder.write_json(folder / "config.json", fields)
+        hf_folder.write_json(folder / "generation_config.json", generation)
         for file in tokenizer_files:
             shutil.copy(file, folder)
 

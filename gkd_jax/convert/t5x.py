@@ -30,12 +30,11 @@ class T5XArrays(NamedTuple):
     scanned: bool
 
 
-def open_arrays(path: str, *, prefix: str = _TARGET) -> T5XArrays:
-    """Opens the arrays whose dotted name starts with `prefix`; reads their sizes, not their data.
+def open_arrays(path: str) -> T5XArrays:
+    """Opens the model's arrays, whose dotted names start with "target."; reads their sizes only.
 
     Args:
         path: a folder `checkpoint_<step>`, local or gs://.
-        prefix: "target." for the parameters, "state." for the optimizer. Kept in the names.
 
     Raises:
         FileNotFoundError, ValueError: for a missing or damaged array; names all of them.
@@ -45,13 +44,13 @@ def open_arrays(path: str, *, prefix: str = _TARGET) -> T5XArrays:
         inline, specs = {}, _ocdbt_specs(root)
     else:
         inline, specs = _msgpack_specs(root)
-    specs = {name: spec for name, spec in specs.items() if name.startswith(prefix)}
+    specs = {name: spec for name, spec in specs.items() if name.startswith(_TARGET)}
     arrays = {
-        name: in_memory(name, array) for name, array in inline.items() if name.startswith(prefix)
+        name: in_memory(name, array) for name, array in inline.items() if name.startswith(_TARGET)
     }
     arrays |= _open_zarr(specs)
     if not arrays:
-        raise ValueError(f"{path} holds no array whose name starts with {prefix!r}")
+        raise ValueError(f"{path} holds no array whose name starts with {_TARGET!r}")
     scanned = any(".encoder.encoder." in name for name in arrays)
     return T5XArrays(arrays, scanned)
 

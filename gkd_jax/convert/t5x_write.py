@@ -12,10 +12,8 @@ import tensorstore as ts
 
 from gkd_jax.convert.layout import flatten, t5x_layout, to_stored, unflatten
 from gkd_jax.convert.stored import as_dtype
-from gkd_jax.convert.t5x_optimizer import stored_states
 from gkd_jax.convert.writing import check_on_this_host, complete_folder
 from gkd_jax.models import t5
-from gkd_jax.optimizers import AdafactorState
 
 
 _LARGEST_CHUNK = 64 * 2**20  # bytes
@@ -28,7 +26,6 @@ def write_t5x(
     *,
     step: int,
     dtype: str = "float32",
-    opt_state: AdafactorState | None = None,
 ) -> str:
     """Writes `<path>/checkpoint_<step>`.
 
@@ -40,9 +37,7 @@ def write_t5x(
         config: the model's sizes.
         params: its parameters.
         step: the number in the folder's name and in the state.
-        dtype: of the stored parameters, "float32" or "bfloat16"; the optimizer's are float32.
-        opt_state: Adafactor's, for training on in T5X. Without it the checkpoint is for T5X's
-            eval and infer.
+        dtype: of the stored parameters, "float32" or "bfloat16".
 
     Returns:
         The checkpoint's folder.
@@ -65,12 +60,7 @@ def write_t5x(
                 array = to_stored(np.asarray(jax.device_get(value)), part.axes, part.shape)
                 name = f"target.{part.name}"
                 index[name] = _write_array(folder, name, array.astype(kind), dtype)
-        if opt_state is not None:
-            for name, array, in_msgpack in stored_states(layout, opt_state):
-                index[name] = (
-                    _packed(array) if in_msgpack else _write_array(folder, name, array, "float32")
-                )
-        # Without an optimizer no param_states either: T5X takes an empty map for an array.
+        # No empty map of param_states: T5X would take it for an array.
         tree = unflatten(index, separator=".")
         with (folder / "checkpoint").open("wb") as file:
             msgpack.pack({"version": 3, "optimizer": tree}, file)

@@ -1,0 +1,146 @@
+"""The files of a Hugging Face folder, for any architecture: JSON, and weights in safetensors.
+
+Weights are read through the `safetensors` package, which maps a file into memory and copies out the
+slices that are asked for. The package itself checks sizes, offsets and dtypes when it opens a file.
+"""
+
+from collections.abc import Callable, Iterable
+import json
+import math
+import pathlib
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from gkd_jax.convert.stored import Index, Stored
+
+
+WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
+Array = tuple[str, tuple[int, ...], Callable[[], np.ndarray]]
+"""The name, the shape and a function that makes the array when its turn to be written comes."""
+
+_LARGEST_FILE = 5 * 10**9  # bytes: transformers' default size of one of several files
+_DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+
+
+def local(path: str) -> pathlib.Path:
+    """The folder as a path.
+
+    Raises:
+        ValueError: for a remote one, which cannot be mapped into memory.
+    """
+    if "://" in path:
+        raise ValueError(f"a Hugging Face folder must be local, got {path}: copy it first")
+    return pathlib.Path(path)
+
+
+def read_json(file: pathlib.Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        FileNotFoundError: where the file is missing.
+        ValueError: where it holds something else.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"no file {file}")
+    try:
+        fields = json.loads(file.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{file}: expected an object, got {type(fields).__name__}")
+    return fields
+
+
+def write_json(file: pathlib.Path, fields: dict[str, Any]) -> None:
+    """Writes an object as transformers does: sorted and indented."""
+    file.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+
+
+def open_weights(folder: pathlib.Path) -> dict[str, Stored]:
+    """The arrays of a folder by name, from its one file or its several; none is read yet.
+
+    Raises:
+        FileNotFoundError: where a file is missing.
+        ValueError: where a file is cut or damaged, or the index names what is not there.
+    """
+    if (folder / WEIGHTS).is_file():
+        return _open_file(folder / WEIGHTS)
+    index = folder / WEIGHTS_INDEX
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict):
+        raise ValueError(f"{index}: expected an object weight_map, got {places!r}")
+    for file in places.values():
+        if not isinstance(file, str) or pathlib.PurePath(file).name != file or file == "..":
+            raise ValueError(f"{index}: a shard must be a file of the folder, got {file!r}")
+    shards = {file: _open_file(folder / file) for file in sorted(set(places.values()))}
+    absent = [f"{name} in {file}" for name, file in places.items() if name not in shards[file]]
+    if absent:
+        raise ValueError(f"{index} names arrays that are not there: {', '.join(absent)}")
+    return {name: shards[file][name] for name, file in places.items()}
+
+
+def _open_file(file: pathlib.Path) -> dict[str, Stored]:
+    if not file.is_file():
+        raise FileNotFoundError(f"no file {file}")
+    try:
+        opened = safetensors.safe_open(file, framework="np")
+        names = opened.keys()
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{file} is cut, damaged or no safetensors file: {error}") from error
+    return {name: _stored(opened, name, file) for name in names}
+
+
+def _stored(opened: Any, name: str, file: pathlib.Path) -> Stored:
+    array = opened.get_slice(name)
+    dtype = array.get_dtype()
+    if dtype not in _DTYPES:
+        raise ValueError(
+            f"{name} in {file}: dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}"
+        )
+
+    def read(index: Index) -> np.ndarray:
+        return array[index] if index else array[...]
+
+    shape = tuple(array.get_shape())
+    return Stored(name=name, shape=shape, dtype=_DTYPES[dtype], read=read)
+
+
+def write_weights(folder: pathlib.Path, arrays: Iterable[Array], dtype: np.dtype) -> None:
+    """Writes one file, or several with an index where one would exceed 5 GB.
+
+    The arrays of one file are in memory at the same time, which is what the package needs.
+    """
+    files: list[list[Array]] = [[]]
+    size = total = 0
+    for array in arrays:
+        length = math.prod(array[1]) * dtype.itemsize
+        if files[-1] and size + length > _LARGEST_FILE:
+            files.append([])
+            size = 0
+        files[-1].append(array)
+        size, total = size + length, total + length
+    places = {}
+    for number, content in enumerate(files, 1):
+        file = f"model-{number:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else WEIGHTS
+        tensors = {name: np.ascontiguousarray(make(), dtype) for name, _, make in content}
+        safetensors.numpy.save_file(tensors, folder / file, {"format": "pt"})
+        places |= dict.fromkeys(tensors, file)
+    if len(files) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        write_json(folder / WEIGHTS_INDEX, index)
