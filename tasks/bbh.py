@@ -24,7 +24,6 @@ examples are of all of them.
 
 from collections.abc import Mapping, Sequence
 import functools
-import json
 import os
 import re
 from typing import Any
@@ -33,7 +32,7 @@ import seqio
 import tensorflow as tf
 
 from gkd_jax.tasks import few_shot, folder
-from gkd_jax.text import text_metrics
+from gkd_jax.text import files, text_metrics
 
 
 NUM_SHOTS = 3
@@ -93,10 +92,7 @@ def _read_prompt(where: str, name: str, cot: bool) -> tuple[str, list[str]]:
 
 def _read_examples(where: str, name: str) -> list[tuple[str, str]]:
     path = os.path.join(where, name)
-    try:
-        content = json.loads("\n".join(folder.read_lines(where, name)))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: not JSON: {error.msg}") from None
+    content = files.parse_json("\n".join(folder.read_lines(where, name)), path, None)
     examples = content.get("examples") if isinstance(content, dict) else None
     if not isinstance(examples, list) or not examples:
         raise ValueError(f"{path}: expected an object with a list 'examples' that is not empty")

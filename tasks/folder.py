@@ -4,10 +4,11 @@ The trainer calls `set_data_dir` once, before a dataset is built; the tasks read
 asked for a dataset, so that they can be registered without it.
 """
 
-import gzip
 import os
 
 import tensorflow as tf
+
+from gkd_jax.text import files
 
 
 _data_dir: str | None = None
@@ -38,22 +39,14 @@ def data_dir(task: str) -> str:
 
 
 def read_lines(folder: str, name: str) -> list[str]:
-    """Lines of a UTF-8 text file, without their ends; `name` or `name.gz`.
-
-    Only newlines end a line: other separators of Unicode stay inside it, as in parallel text.
+    """Lines of a text file (`files.read_lines`), `name` or `name.gz`.
 
     Raises:
         FileNotFoundError: naming file and folder.
+        ValueError: naming file and line, where it is no text.
     """
     for candidate in (name, f"{name}.gz"):
         path = os.path.join(folder, candidate)
         if tf.io.gfile.exists(path):
-            with tf.io.gfile.GFile(path, "rb") as file:
-                content = file.read()
-            if candidate.endswith(".gz"):
-                content = gzip.decompress(content)
-            lines = content.decode("utf-8").split("\n")
-            if not lines[-1]:
-                lines.pop()
-            return [line.rstrip("\r") for line in lines]
+            return files.read_lines(path)
     raise FileNotFoundError(f"there is no file {name!r} (or {name + '.gz'!r}) in {folder!r}")

@@ -8,16 +8,14 @@ so that a task can be named before another run has written its file.
 
 from collections.abc import Callable, Sequence
 import hashlib
-import json
 import os
 import re
-from typing import Any
 
 import seqio
 import tensorflow as tf
 
-from gkd_jax.tasks import features, folder
-from gkd_jax.text import text_metrics
+from gkd_jax.tasks import features
+from gkd_jax.text import files, text_metrics
 
 
 def jsonl_task(
@@ -60,39 +58,11 @@ def read_rows(path: str | os.PathLike) -> list[dict[str, str]]:
         ValueError: naming the file, the line (from 1), and what is wrong with it.
     """
     absolute = _absolute(path)
-    folder_name, name = os.path.split(absolute)
-    lines = folder.read_lines(folder_name, name)
-    rows = parse(lines, absolute, ("inputs", "targets"))
-    for number, row in enumerate(rows, start=1):
-        for key in ("inputs", "targets"):
-            if not isinstance(row[key], str):
-                raise ValueError(
-                    f"{absolute}, line {number}: {key!r} must be a string, got {row[key]!r}"
-                )
-    return [{key: row[key] for key in ("inputs", "targets")} for row in rows]
-
-
-def parse(lines: Sequence[str], path: str, keys: Sequence[str]) -> list[dict[str, Any]]:
-    """JSON objects of lines, each with all of the keys.
-
-    Raises:
-        ValueError: naming the path, the line (from 1), and what is wrong with it.
-    """
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number}: expected an object, got {line[:60]!r}")
-        for key in keys:
-            if key not in row:
-                raise ValueError(f"{path}, line {number}: key {key!r} is missing")
-        rows.append(row)
-    if not rows:
-        raise ValueError(f"{path}: expected a JSON object a line, got an empty file")
-    return rows
+    rows = files.parse_objects(files.read_lines(absolute), absolute, ("inputs", "targets"))
+    return [
+        {key: files.string(row, key, absolute, number) for key in ("inputs", "targets")}
+        for number, row in enumerate(rows, start=1)
+    ]
 
 
 class _Reader:

@@ -14,8 +14,8 @@ from typing import Any
 import seqio
 import tensorflow as tf
 
-from gkd_jax.tasks import features, folder, jsonl
-from gkd_jax.text import text_metrics
+from gkd_jax.tasks import features, folder
+from gkd_jax.text import files, text_metrics
 
 
 TASK = "scitldr"
@@ -26,16 +26,27 @@ FILES = {"train": "train.jsonl", "validation": "dev.jsonl", "test": "test.jsonl"
 def _dataset(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
     del shuffle_files, seed  # one table in memory: seqio shuffles it
     data_dir = folder.data_dir(TASK)
-    lines = folder.read_lines(data_dir, FILES[split])
-    rows = jsonl.parse(lines, os.path.join(data_dir, FILES[split]), ("source", "target"))
+    path = os.path.join(data_dir, FILES[split])
+    rows = []
+    parsed = files.parse_objects(folder.read_lines(data_dir, FILES[split]), path)
+    for number, row in enumerate(parsed, start=1):
+        source, target = (_texts(row, key, path, number) for key in ("source", "target"))
+        rows.append((PREFIX + _clean(" ".join(source)), [_clean(text) for text in target]))
     return tf.data.Dataset.from_tensor_slices(
         {
-            "inputs": [PREFIX + _clean(" ".join(row["source"])) for row in rows],
-            "targets": [_clean(row["target"][0]) for row in rows],
+            "inputs": [inputs for inputs, _ in rows],
+            "targets": [references[0] for _, references in rows],
             # One string: examples have different numbers of references.
-            "references": [json.dumps([_clean(text) for text in row["target"]]) for row in rows],
+            "references": [json.dumps(references) for _, references in rows],
         }
     )
+
+
+def _texts(row: dict[str, Any], key: str, path: str, line: int) -> list[str]:
+    texts = row.get(key)
+    if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
+        files.fault(path, line, f"{key!r} must be a list of strings, got {str(texts)[:60]!r}")
+    return texts
 
 
 def _clean(text: str) -> str:

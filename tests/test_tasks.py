@@ -831,9 +831,9 @@ def test_jsonl_tasks_of_files_with_one_name_differ(tmp_path):
     [
         ('{"inputs": "a"}', r"line 2: key 'targets' is missing"),
         ("{inputs", "line 2: not JSON"),
-        ("[1]", r"line 2: expected an object, got '\[1\]'"),
+        ("[1]", r"line 2: expected a JSON object, got '\[1\]'"),
         ('{"inputs": "a", "targets": 3}', "line 2: 'targets' must be a string, got 3"),
-        ("", "line 2: not JSON"),
+        ("", "line 2: expected a JSON object, got an empty line"),
     ],
 )
 def test_bad_jsonl_names_file_line_and_key(tmp_path, line, message):

@@ -263,7 +263,7 @@ def score(
 def write_rows(path: pathlib.Path, rows: Sequence[Row], vocabulary: seqio.Vocabulary) -> None:
     """JSONL of inputs, targets, predictions and, with a teacher, each token and its divergence."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         for row in rows:
             line: dict[str, Any] = {
                 "inputs": text(row.example, "inputs"),

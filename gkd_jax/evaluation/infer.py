@@ -8,7 +8,6 @@ from collections.abc import Iterator
 import contextlib
 import dataclasses
 import json
-import os
 import pathlib
 import sys
 from typing import Any
@@ -140,8 +139,8 @@ def run(
         mesh_config: how devices are arranged.
         dry_run: check everything, decode nothing.
     """
-    if text_file is not None and not os.path.isfile(text_file):
-        raise FileNotFoundError(f"text_file: no file {text_file!r}")
+    if text_file is not None:
+        files.read_lines(text_file)  # a fault in it is found before the model is loaded
     ready = _prepare(model, data_config, evaluation, mesh_config, dry_run)
     if dry_run:
         return
@@ -153,7 +152,8 @@ def run(
     # Only whole batches are skipped, so that a sampled row keeps its key.
     skipped = _skip(path, ready.batch_size * evaluation.num_samples)
     rows = ready.decoder(ready.params, batches, first=skipped)
-    with path.open("a") if jax.process_index() == 0 else contextlib.nullcontext() as file:
+    writes = jax.process_index() == 0
+    with path.open("a", encoding="utf-8") if writes else contextlib.nullcontext() as file:
         for row in rows:
             if file is not None:
                 line = {
@@ -167,8 +167,8 @@ def run(
 
 
 def _text_batches(text_file: str, ready: _Decoding) -> Iterator[data.EvalBatch]:
-    """The lines of a file, tokenized as inputs; EOS at the end."""
-    lines = pathlib.Path(text_file).read_text().splitlines()
+    """The lines of a file (`files.read_lines`), tokenized as inputs; EOS at the end."""
+    lines = files.read_lines(text_file)
     for start in range(0, len(lines), ready.batch_size):
         rows = []
         for line in lines[start : start + ready.batch_size]:

@@ -39,7 +39,7 @@ def load(spec: str, *, extra_ids: int = 0, check_remote: bool = True) -> seqio.V
         check_remote: False leaves `gs://` and other remote paths untouched.
 
     Raises:
-        ValueError: if extra_ids do not fit the spec.
+        ValueError: if extra_ids do not fit the spec; if the file is no SentencePiece model.
         FileNotFoundError: naming the path, if it does not exist or cannot be reached.
     """
     if not isinstance(extra_ids, int) or extra_ids < 0:
@@ -74,6 +74,7 @@ def check_readable(vocabulary: seqio.Vocabulary, *, check_remote: bool = True) -
 
     Raises:
         FileNotFoundError: naming the path, if it does not exist or cannot be reached.
+        ValueError: naming the path, if it is no SentencePiece model (a Git LFS pointer, say).
     """
     if not isinstance(vocabulary, seqio.SentencePieceVocabulary):
         return
@@ -90,6 +91,10 @@ def check_readable(vocabulary: seqio.Vocabulary, *, check_remote: bool = True) -
     if not found:
         hint = "" if remote else ", nor is it 'bytes', 'arithmetic' or 't5'"
         raise FileNotFoundError(f"vocabulary {path!r}: there is no such file{hint}")
+    try:
+        sentencepiece.SentencePieceProcessor(model_proto=files.read_bytes(path))
+    except RuntimeError as error:
+        files.fault(path, None, f"expected a SentencePiece model, got a file that is none: {error}")
 
 
 def num_pieces(vocabulary: seqio.Vocabulary, *, check_remote: bool = True) -> int:
