@@ -233,18 +233,33 @@ def _first_above(
 
 
 def filter_logits(logits: Float[Array, "B V"], sampling: SamplingConfig) -> Float[Array, "B V"]:
-    """-inf for what top-k, then top-p, leaves out; the identity where both are off."""
+    """-inf for what top-k, then top-p, leaves out; the identity where both are off.
+
+    Of equally likely tokens at the border the lower ids stay, so that top-k keeps exactly k and
+    top-p the smallest set.
+    """
     if 0 < sampling.top_k < logits.shape[-1]:
-        kth = lax.top_k(logits, sampling.top_k)[0][:, -1:]
-        logits = jnp.where(logits < kth, -jnp.inf, logits)
+        largest = lax.top_k(logits, sampling.top_k)[0]
+        count = jnp.full(logits.shape[:1], sampling.top_k)
+        logits = jnp.where(_likeliest(logits, largest, count), logits, -jnp.inf)
     if sampling.top_p < 1:
         ordered = jnp.sort(logits, axis=-1, descending=True)
         probabilities = jax.nn.softmax(ordered, axis=-1)
         # Keep a token if what is likelier than it has less than top_p: the first always stays.
         kept = jnp.cumsum(probabilities, axis=-1) - probabilities < sampling.top_p
-        threshold = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
-        logits = jnp.where(logits < threshold, -jnp.inf, logits)
+        count = jnp.sum(kept, axis=-1)
+        logits = jnp.where(_likeliest(logits, ordered, count), logits, -jnp.inf)
     return logits
+
+
+def _likeliest(
+    logits: Float[Array, "B V"], ordered: Float[Array, "B N"], count: Int[Array, " B"]
+) -> Bool[Array, "B V"]:
+    """A mask of each row's `count` largest logits; `ordered` has at least those, largest first."""
+    least = jnp.take_along_axis(ordered, jnp.maximum(count - 1, 0)[:, None], axis=1)
+    above, tied = logits > least, logits == least
+    room = count - jnp.sum(above, axis=-1)
+    return above | (tied & (jnp.cumsum(tied, axis=-1) <= room[:, None]))
 
 
 def allowed_ids(vocab_size: int, banned_ids: tuple[int, ...]) -> Bool[np.ndarray, " V"]:

@@ -8,12 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import small_runs
 
 from gkd_jax import divergences, gkd, losses, rl, train_state
 from gkd_jax.batch import Batch
 from gkd_jax.gkd import GKDConfig, Models
 from gkd_jax.models import t5
 from gkd_jax.rl import RLConfig
+from gkd_jax.storage import pretrained
+from gkd_jax.training import train
 
 
 # Ids: pad (never drawn), EOS, one word.
@@ -206,3 +209,15 @@ def test_advantages():
 def test_bad_configurations_are_refused(make, message):
     with pytest.raises(Exception, match=message):
         make()
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_dropout_is_refused_under_a_reward(rate, tmp_path):
+    """Samples are drawn without dropout: with it, log Q of a sample is not that of the draw."""
+    student = pretrained.Model(architecture=small_runs.small, size="tiny", dropout_rate=rate)
+    options = small_runs.options(tmp_path, steps=1, student=student, teacher=student)
+    rewarded = method(0.5, on_policy_fraction=1.0)
+    with pytest.raises(ValueError, match=f"DROPOUT_RATE 0: .*got dropout_rate={rate}"):
+        train.run(**{**options, "method": rewarded}, dry_run=True)
+    without = dataclasses.replace(rewarded, rl=None)
+    train.run(**{**options, "method": without}, dry_run=True)

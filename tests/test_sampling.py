@@ -213,6 +213,24 @@ def test_filters(top_k, top_p):
         np.testing.assert_array_equal(filtered[list(kept)], row[list(kept)])
 
 
+TIED = {
+    "all": [0.5] * 9,
+    "at the border": [2.0, 1.0, 1.0, 3.0, 1.0, 1.0, 0.0],
+    "two borders": [1.0, 1.0, 0.0, 0.0, 0.0, 0.0, -1.0],
+    "beside ids that are banned": [-np.inf, 1.0, 1.0, -np.inf, 1.0, 0.5, 0.5],
+}
+
+
+@pytest.mark.parametrize("row", TIED)
+@pytest.mark.parametrize("changes", [{"top_k": 2}, {"top_k": 4}, {"top_p": 0.3}, {"top_p": 0.77}])
+def test_of_equally_likely_tokens_no_more_stay_than_asked(row, changes):
+    values = np.asarray(TIED[row])
+    logits = jnp.asarray(values[None], jnp.float32)
+    got = np.asarray(sampling.filter_logits(logits, SamplingConfig(**changes)))[0]
+    kept = _numpy_filter(values, changes.get("top_k", 0), changes.get("top_p", 1.0))
+    assert set(np.flatnonzero(got > -np.inf)) == kept
+
+
 @pytest.mark.parametrize("changes", [{"top_k": 3}, {"top_p": 0.4}])
 def test_filters_act_in_sampling(changes, params, inputs):
     settings = SamplingConfig(temperature=1.3, banned_ids=(0,), **changes)

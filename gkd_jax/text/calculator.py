@@ -3,11 +3,16 @@
 Plain arithmetic in text, without `<<...>>` marks, since T5's vocabulary has no `<`. A
 recursive-descent parser over `+ - * /`, parentheses, decimals and thousands commas; text that a
 model wrote is never handed to `eval`. Values are exact fractions.
+
+Signs are read as GSM8K writes them, which uses an en dash for minus in 178 equations. Where a sign
+that is not read touches an expression (`5^2 + 3 =`), what is left of the expression is not what was
+meant, and there is no result.
 """
 
 from collections.abc import Sequence
 from fractions import Fraction
 import re
+import unicodedata
 
 
 Number = Fraction
@@ -17,12 +22,26 @@ _MAX_LEXEMES = 64
 _MAX_DEPTH = 16
 # At most six groups, and no look-ahead over many: the time must stay linear in any text.
 _NUMBER = r"\d{1,3}(?:,\d{3}){1,6}(?:\.\d+)?(?!,?\d)|\d+(?:\.\d+)?|\.\d+"
+_MINUS = "-\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d"  # hyphens, figure and en dash, minus signs
+_TIMES = "*\u00b7\u00d7\u2217\u22c5\u2715"
+_DIVIDE = "/\u00f7\u2044\u2215"
+_OPERATORS = {
+    **dict.fromkeys(_MINUS, "-"),
+    **dict.fromkeys(f"{_TIMES}xX", "*"),
+    **dict.fromkeys(_DIVIDE, "/"),
+}
 # A letter x is a times sign only before a number: not in "box" or "2x + 3".
 _LEXEME = re.compile(
-    rf"(?P<number>[$€£]?(?:{_NUMBER})%?)|(?P<operator>[-+*/\u00d7\u00f7\u2212()]|(?<![A-Za-z])x(?=\s*[$€£\d(.]))"
-    r"|(?P<equals>=)|(?P<space>\s+)|(?P<other>[^\s=])"
+    rf"(?P<number>[$€£]?(?:{_NUMBER})%?)"
+    rf"|(?P<operator>[+(){re.escape(_MINUS + _TIMES + _DIVIDE)}]"
+    rf"|(?<![A-Za-z])[xX](?=[\s\u200b]*[$€£\d(.]))"
+    r"|(?P<equals>=)|(?P<space>[\s\u200b]+)|(?P<other>[^\s=])"
 )
-_OPERATORS = {"\u00d7": "*", "x": "*", "\u00f7": "/", "\u2212": "-"}
+# Signs, besides Unicode's mathematical symbols, that no expression may follow: dashes that are not
+# read as minus, fractions and powers in one character, a percent sign on its own.
+_UNREAD_KINDS = ("Sm", "Pd", "Pc", "No")
+_UNREAD = "^%\\"
+_BEFORE_SIGNED = ("", *"=.,:;!?")
 
 
 def number(text: str) -> Number | None:
@@ -85,7 +104,7 @@ def _correct_result(lexemes: list[tuple[str, str]], equals: int) -> None:
     position = equals + 1
     while position < len(lexemes) and lexemes[position][0] == "space":
         position += 1
-    negative = position < len(lexemes) and lexemes[position][1] in ("-", "\u2212")
+    negative = position < len(lexemes) and _OPERATORS.get(lexemes[position][1]) == "-"
     result = position + negative
     if result >= len(lexemes) or lexemes[result][0] != "number":
         return
@@ -134,23 +153,19 @@ def _written_like(pattern: str, value: Number) -> str:
 
 def _value_before(lexemes: Sequence[tuple[str, str]], equals: int) -> Number | None:
     """Value of the expression, with an operator in it, that ends at an equals sign."""
-    run: list[str] = []
-    before = ""
-    for kind, text in reversed(lexemes[:equals]):
-        if kind not in ("number", "operator", "space"):
-            before = text
-            break
-        if kind != "space":
-            run.append(text)
-        if len(run) > _MAX_LEXEMES:
+    start = equals
+    while start and lexemes[start - 1][0] in ("number", "operator", "space"):
+        start -= 1
+        if equals - start > 2 * _MAX_LEXEMES:
             return None
-    run.reverse()
-    # "2y + 3 + 4 =" is no arithmetic, though "+ 3 + 4" alone would be.
-    if run and (run[0] in "+*/\u00d7\u00f7x" or (run[0] in "-\u2212" and before.isalnum())):
+        if lexemes[start][0] == lexemes[start + 1][0] == "number":
+            return None  # 1.2.3
+    if not _starts_freely(lexemes, start, equals):
         return None
+    run = [text for kind, text in lexemes[start:equals] if kind != "space"]
     for i in reversed(range(len(run) - 1)):
         if number(run[i]) is not None and number(run[i + 1]) is not None:
-            if run[i + 2 : i + 3] == ["/"]:
+            if run[i + 2 : i + 3] and run[i + 2] in _DIVIDE:
                 return None  # a mixed fraction, 1 1/2
             run = run[i + 1 :]  # a number of the sentence before
             break
@@ -159,6 +174,31 @@ def _value_before(lexemes: Sequence[tuple[str, str]], equals: int) -> Number | N
         run = run[1:]
         value = _parse(run)
     return value
+
+
+def _starts_freely(lexemes: Sequence[tuple[str, str]], start: int, equals: int) -> bool:
+    """Whether what stands before `start` leaves the expression between the two as it is."""
+    before = lexemes[start - 1][1] if start else ""
+    touches = start < equals and lexemes[start][0] != "space"
+    first = start
+    while first < equals and lexemes[first][0] == "space":
+        first += 1
+    if first == equals:
+        return False
+    sign = _OPERATORS.get(lexemes[first][1], lexemes[first][1])
+    if sign in ("+", "*", "/"):
+        return False  # "2y + 3 + 4 =" is no arithmetic, though "+ 3 + 4" alone would be
+    if sign == "-":  # of the number, or else a bullet, or a minus after what is not read
+        is_its_own = lexemes[first + 1][0] == "number" or lexemes[first + 1][1] == "("
+        return is_its_own and before in _BEFORE_SIGNED
+    if before not in _BEFORE_SIGNED and (
+        before in _UNREAD or unicodedata.category(before) in _UNREAD_KINDS
+    ):
+        return False
+    digit = lexemes[first][1][0] in ".0123456789"
+    if touches and digit and before.isalpha():
+        return False  # x2, 5e3
+    return not (touches and start > 1 and lexemes[start - 2][0] == "number")  # 3:30, 1,23
 
 
 def _parse(lexemes: list[str]) -> Number | None:

@@ -141,7 +141,7 @@ def build(
     """
     task, vocabulary = data.open_task(data_config, check_remote=check_remote)
     data.check_split(task, data_config.split)
-    _check_student(student)
+    _check_student(student, method)
     cached_k = _check_cache(data_config.teacher_cache, method, vocabulary)
     if student.memory != "device":
         raise ValueError(f"a student is trained in memory='device', got {student.memory!r}")
@@ -186,7 +186,12 @@ def build(
     )
 
 
-def _check_student(student: Model) -> None:
+def _check_student(student: Model, method: gkd.GKDConfig) -> None:
+    if method.rl is not None and student.dropout_rate > 0:
+        raise ValueError(
+            "a reward needs DROPOUT_RATE 0: samples are drawn without dropout, and log Q of a "
+            f"sample must be that of the draw; got dropout_rate={student.dropout_rate}"
+        )
     if student.param_dtype != "float32":
         raise ValueError(
             f"a student is trained in param_dtype='float32', got {student.param_dtype!r}; "
