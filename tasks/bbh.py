@@ -9,8 +9,8 @@ https://github.com/suzgunmirac/BIG-Bench-Hard: 27 files, 6,511 examples, split `
     targets     True
 
 The direct prompts are the chain-of-thought prompts with only the final answers left. Of the three
-worked examples as many are kept as fit the feature length (`few_shot.join_prompt`): at 2048 tokens
-of T5 all; at 1024 all in 96 % of the direct prompts and in 74 % of the others. Where the files have
+worked examples the first are kept, as many as fit (`few_shot.join_prompt`): at 2048 tokens of T5
+all; at 1024 all in 96 % of the direct prompts and in 74 % of the others. Where the files have
 newlines there are spaces, since T5's vocabulary has no newline; nor has it `<`, `{` and `}`, which
 `dyck_languages` needs.
 

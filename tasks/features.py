@@ -1,18 +1,35 @@
 """What the tasks share: their two features and how they are registered."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import seqio
+import tensorflow as tf
 
 from gkd_jax.text import vocabularies
 
 
+def count_tokens(dataset: tf.data.Dataset, output_features: Mapping[str, Any]) -> tf.data.Dataset:
+    """Adds `<feature>_tokens`: how many there are before they are cut, EOS included."""
+
+    def counted(example: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        counts = {
+            f"{name}_tokens": tf.size(example[name]) + int(feature.add_eos)
+            for name, feature in output_features.items()
+        }
+        return {**example, **counts}
+
+    return dataset.map(counted, num_parallel_calls=tf.data.AUTOTUNE)
+
+
 TOKENIZE = (
     seqio.preprocessors.tokenize,
+    count_tokens,
     seqio.CacheDatasetPlaceholder(),
     seqio.preprocessors.append_eos_after_trim,
 )
-"""Ends every task: texts stay as `*_pretokenized`, both features end in EOS."""
+"""Ends every task: texts stay as `*_pretokenized`, both features end in EOS, and how many tokens
+there were before the cut stays too."""
 
 
 def output_features(vocabulary: seqio.Vocabulary | None = None) -> dict[str, seqio.Feature]:

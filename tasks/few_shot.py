@@ -1,7 +1,7 @@
 """Prompts of worked examples before the question: what `gsm8k_cot`, `mmlu` and `bbh_*` share.
 
 A task makes examples with a `header`, `shots` and a `question`; `join_prompt` turns them into
-`inputs` with as many shots as fit the feature length.
+`inputs` with as many shots as fit the feature length, the first ones.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -80,33 +80,38 @@ def join_prompt(
 ) -> tf.data.Dataset:
     """`inputs` = `header`, `shots` and `question`, with as many shots as fit.
 
-    The first shots are left out until the prompt has at most `sequence_length["inputs"]` tokens,
-    EOS included, as in https://github.com/hendrycks/test. A question that does not fit without any
-    shot is cut at its end, as every input is.
+    The first k shots are kept, k as large as the prompt has at most `sequence_length["inputs"]`
+    tokens, EOS included: so does `evaluate.py` of https://github.com/hendrycks/test. A question
+    that does not fit without any shot is cut at its end, as every input is.
 
     Args:
         dataset: examples with `header` (a string, may be empty), `shots` (strings) and `question`;
             other features are kept.
         output_features: seqio's; the vocabulary of `inputs` counts the tokens.
         sequence_length: seqio's; None keeps all shots.
+
+    Returns:
+        Examples with `inputs`, and in `kept_shots` and `all_shots` how many shots they have and how
+        many there are.
     """
     feature = output_features["inputs"]
     limit = None if sequence_length is None else sequence_length.get("inputs")
 
-    def prompt(example: Mapping[str, tf.Tensor], first: Any) -> tf.Tensor:
-        parts = [example["header"][None], example["shots"][first:], example["question"][None]]
+    def prompt(example: Mapping[str, tf.Tensor], kept: Any) -> tf.Tensor:
+        parts = [example["header"][None], example["shots"][:kept], example["question"][None]]
         return tf.strings.strip(tf.strings.reduce_join(tf.concat(parts, 0), separator=" "))
 
     def joined(example: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-        def too_long(first):
-            tokens = tf.size(feature.vocabulary.encode_tf(prompt(example, first)))
-            return (first < tf.size(example["shots"])) & (tokens + feature.add_eos > limit)
+        def too_long(kept):
+            tokens = tf.size(feature.vocabulary.encode_tf(prompt(example, kept)))
+            return (kept > 0) & (tokens + feature.add_eos > limit)
 
-        first = 0
+        kept = all_shots = tf.size(example["shots"])
         if limit is not None:
-            (first,) = tf.while_loop(too_long, lambda first: [first + 1], [tf.constant(0)])
-        kept = {key: value for key, value in example.items() if key not in ("header", "shots")}
-        return {**kept, "inputs": prompt(example, first)}
+            (kept,) = tf.while_loop(too_long, lambda kept: [kept - 1], [kept])
+        others = {key: value for key, value in example.items() if key not in ("header", "shots")}
+        inputs = prompt(example, kept)
+        return {**others, "inputs": inputs, "kept_shots": kept, "all_shots": all_shots}
 
     return dataset.map(joined, num_parallel_calls=tf.data.AUTOTUNE)
 
@@ -132,6 +137,7 @@ def register(
             *preprocessors,
             join_prompt,
             seqio.preprocessors.tokenize,
+            features.count_tokens,
             seqio.preprocessors.append_eos_after_trim,
         ],
         output_features=features.output_features(),

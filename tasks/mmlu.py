@@ -7,10 +7,10 @@ or `.gz`, as https://github.com/hendrycks/test has them: question, four options,
              <question> A. <option> B. <option> C. <option> D. <option> Answer: B <...> Answer:
     targets: C
 
-5-shot: the five questions of dev come first, as many as fit the feature length
-(`few_shot.join_prompt`). At 1024 tokens of T5 81 % of the test prompts keep all, at 2048 97 %;
-alone, the longest question has 1092. Where the authors have newlines there are spaces, since T5's
-vocabulary has no newline.
+5-shot: the five questions of dev come first. Where not all fit the feature length, the first k do,
+as in the authors' `evaluate.py` (`few_shot.join_prompt`). At 1024 tokens of T5 81 % of the test
+prompts keep all, at 2048 97 % (all but 404); alone, the longest question has 1092. Where the
+authors have newlines there are spaces, since T5's vocabulary has no newline.
 
 `accuracy` is the share of exactly right letters in each subject, averaged over the subjects, each
 with the same weight. Splits `test` (14,042 questions) and `validation` (1,531). The subjects take

@@ -10,6 +10,7 @@ import pytest
 import seqio
 import tensorflow as tf
 
+from gkd_jax.input import fit
 from gkd_jax.tasks import (
     arithmetic,
     bbh,
@@ -338,12 +339,12 @@ def test_bad_prompt_files_name_the_line(lines, message):
 
 @pytest.mark.parametrize("kept", range(4))
 @pytest.mark.parametrize("spare", [0, 1])
-def test_as_many_shots_are_kept_as_fit(kept, spare):
+def test_the_first_shots_are_kept_as_many_as_fit(kept, spare):
     shots = ["one", "three", "five5"]
     texts = {
         key: [value] for key, value in {"header": "H", "shots": shots, "question": "Q"}.items()
     }
-    prompt = " ".join(["H", *shots[3 - kept :], "Q"])
+    prompt = " ".join(["H", *shots[:kept], "Q"])
     output_features = features.output_features(seqio.ByteVocabulary())
     joined = few_shot.join_prompt(
         tf.data.Dataset.from_tensor_slices(texts),
@@ -351,7 +352,12 @@ def test_as_many_shots_are_kept_as_fit(kept, spare):
         {"inputs": len(prompt) + 1 + spare, "targets": 4},  # bytes and EOS
     )
     (row,) = joined.as_numpy_iterator()
-    assert row == {"question": b"Q", "inputs": prompt.encode()}
+    assert row == {
+        "question": b"Q",
+        "inputs": prompt.encode(),
+        "kept_shots": kept,
+        "all_shots": 3,
+    }
 
 
 # MMLU ---------------------------------------------------------------------------------------------
@@ -430,35 +436,129 @@ def test_missing_mmlu_files_and_shots(mmlu_folder):
         mmlu.read_subject(str(mmlu_folder), "anatomy", "validation")
 
 
-def test_mmlu_long_prompts_lose_their_first_shots_and_nothing_else(data_dirs, shared):
-    path = str(shared / "data" / "t5_vocab" / "spiece.model")
-    vocabulary = vocabularies.load(path, extra_ids=100)
-    subject = "high_school_european_history"
-    prompts = prompts_of(f"mmlu_{subject}", data_dirs["mmlu"], vocabulary=vocabulary, length=1024)[
-        :30
-    ]
+def t5_vocabulary(shared):
+    return vocabularies.load(str(shared / "data" / "t5_vocab" / "spiece.model"), extra_ids=100)
+
+
+def hendrycks_prompts(folder_path, subject) -> list[list[str]]:
+    """Each question's prompts with 0 to 5 shots, as `gen_prompt` of hendrycks/test writes them."""
 
     def blocks(part):
-        with open(data_dirs["mmlu"] / part / f"{subject}_{part}.csv", newline="") as file:
+        with open(folder_path / part / f"{subject}_{part}.csv", newline="") as file:
             for question, *options, letter in csv.reader(file):
                 lines = [question, *(f"{x}. {y}" for x, y in zip("ABCD", options, strict=True))]
                 yield "\n".join(lines) + "\nAnswer:", f" {letter}\n\n"
 
     header = "The following are multiple choice questions (with answers) about "
+    header += subject.replace("_", " ") + ".\n\n"
     shots = [question + letter for question, letter in blocks("dev")]
+    return [
+        [header + "".join(shots[:k]) + question for k in range(6)] for question, _ in blocks("test")
+    ]
+
+
+def test_mmlu_long_prompts_keep_the_first_shots_as_hendrycks_does(data_dirs, shared):
+    vocabulary = t5_vocabulary(shared)
+    subject = "high_school_european_history"
+    prompts = prompts_of(f"mmlu_{subject}", data_dirs["mmlu"], vocabulary=vocabulary, length=1024)
     counts = set()
-    for prompt, (question, _) in zip(prompts, blocks("test"), strict=False):
+    for prompt, candidates in zip(
+        prompts[:30], hendrycks_prompts(data_dirs["mmlu"], subject), strict=False
+    ):
         # T5's vocabulary takes the authors' newlines for the spaces that are here.
-        candidates = [
-            vocabulary.encode(
-                header + subject.replace("_", " ") + ".\n\n" + "".join(kept) + question
-            )
-            for kept in (shots[i:] for i in range(6))
-        ]
-        fitting = [ids for ids in candidates if len(ids) < 1024]
-        assert vocabulary.encode(prompt) == fitting[0]
-        counts.add(len(fitting))
+        k = 5
+        while len(vocabulary.encode(candidates[k])) >= 1024 and k > 0:
+            k -= 1
+        assert vocabulary.encode(prompt) == vocabulary.encode(candidates[k])
+        counts.add(k)
     assert len(counts) > 1
+
+
+def dropped_by_hand(groups, vocabulary, length) -> tuple[int, int]:
+    """(prompts with fewer shots, of these without any), from the parts' own numbers of tokens.
+
+    No piece of T5's vocabulary spans a space, so that numbers of tokens add up.
+    """
+
+    def tokens(text):
+        return len(vocabulary.encode(text))
+
+    fewer = none = 0
+    for group in groups:
+        sizes = [tokens(shot) for shot in group.shots]
+        header = tokens(group.header) + 1  # EOS
+        for question, _ in group.questions:
+            left = length - header - tokens(question)
+            kept = max((k for k in range(len(sizes) + 1) if sum(sizes[:k]) <= left), default=0)
+            fewer += kept < len(sizes)
+            none += kept == 0
+    return fewer, none
+
+
+def fit_of(name, data_dir, vocabulary, lengths, *, take=-1) -> fit.Fit:
+    folder.set_data_dir(data_dir)
+    examples = dataset(with_vocabulary(name, vocabulary), "test", lengths=lengths).take(take)
+    return fit.count(examples.as_numpy_iterator(), lengths)
+
+
+@pytest.mark.parametrize(("length", "expected"), [(1024, (10, 0)), (128, (253, 195))])
+def test_dropped_shots_of_bbh_are_counted(length, expected, data_dirs, shared):
+    vocabulary = t5_vocabulary(shared)
+    data_dir = data_dirs["bbh_direct"]
+    groups = [bbh.read_file(str(data_dir), name, cot=False) for name in bbh.FILES]
+    first = [group._replace(questions=group.questions[:10]) for group in groups]
+    assert dropped_by_hand(first, vocabulary, length) == expected
+    lengths = {"inputs": length, "targets": 64}
+    found = fit_of("bbh_direct", data_dir, vocabulary, lengths, take=270)
+    assert (found.examples, found.fewer_shots, found.no_shots) == (270, *expected)
+
+
+def test_dropped_shots_of_mmlu_are_counted(data_dirs, shared):
+    vocabulary = t5_vocabulary(shared)
+    data_dir = data_dirs["mmlu"]
+    groups = [mmlu.read_subject(str(data_dir), name, "test") for name in mmlu.SUBJECTS]
+    assert dropped_by_hand(groups, vocabulary, 2048) == (404, 0)
+    found = fit_of("mmlu", data_dir, vocabulary, {"inputs": 2048, "targets": 8})
+    assert (found.examples, found.fewer_shots, found.no_shots) == (14_042, 404, 0)
+    assert found.cut == {"inputs": 0, "targets": 0}
+
+
+def test_the_paper_s_worked_problems_fit_the_paper_s_length(data_dirs, shared, tmp_path):
+    text = (shared / "data" / "gsm8k" / "cot_prompts" / "gsm8k-cot.yaml").read_text()
+    pairs = re.findall(r"- question: (.*?)\n *target: (.*?)(?=\n *- question|\Z)", text, re.DOTALL)
+    lines = [f"Q: {' '.join(q.split())}\nA: {' '.join(a.split())}" for q, a in pairs[:4]]
+    (tmp_path / "cot_prompt.txt").write_text("\n\n".join(lines))
+    vocabulary = t5_vocabulary(shared)
+    assert len(vocabulary.encode(" ".join(lines))) == 284
+    found = fit_of("gsm8k_cot", tmp_path, vocabulary, {"inputs": 512, "targets": 320})
+    assert found == fit.Fit(1319, {"inputs": 0, "targets": 0}, 0, 0)
+    shorter = fit_of("gsm8k_cot", tmp_path, vocabulary, {"inputs": 320, "targets": 320})
+    questions = dataset(with_vocabulary("gsm8k", vocabulary), "test").as_numpy_iterator()
+    sizes = [
+        len(vocabulary.encode(f"Q: {row['inputs_pretokenized'].decode()} A:")) for row in questions
+    ]
+    assert shorter.fewer_shots == sum(284 + size + 1 > 320 for size in sizes)
+
+
+def test_what_does_not_fit_is_said_once(capsys, monkeypatch):
+    monkeypatch.setattr(fit, "_warned", set())
+    task = with_vocabulary("arithmetic", seqio.ByteVocabulary())
+    lengths = {"inputs": 100, "targets": 500}
+    longer = sum(
+        len(question) + 1 > 100 for question, _ in arithmetic.problems()["validation"][:50]
+    )
+    for _ in range(2):
+        fit.warn_once(task, "validation", lengths, num_examples=50)
+    said = capsys.readouterr().err
+    assert said.count("WARNING") == 1
+    assert f"{longer} of 50 examples ({2 * longer:.1f} %) have longer inputs than 100" in said
+    fit.warn_once(task, "validation", {"inputs": 500, "targets": 500})
+    assert not capsys.readouterr().err
+    # A task that does not say what was there before: what fills its length counts.
+    rows = [{"inputs": [1] * size, "targets": [1]} for size in (3, 4)]
+    assert fit.count(rows, {"inputs": 4, "targets": 4}) == fit.Fit(
+        2, {"inputs": 1, "targets": 0}, 0, 0
+    )
 
 
 # BIG-Bench Hard -----------------------------------------------------------------------------------
@@ -703,11 +803,11 @@ def test_gsm8k_cot_puts_worked_problems_before_the_question(data_dirs, tmp_path)
     (tmp_path / "gsm8k" / "cot_prompt.txt").write_text(
         "Solve.\nQ: One?\nA: The answer is 1.\n\nQ: Two?\nA: 1 + 1 = 2.\nThe answer is 2.\n"
     )
-    prompt = f"Q: Two? A: 1 + 1 = 2. The answer is 2. Q: {question} A:"
-    whole = f"Solve. Q: One? A: The answer is 1. {prompt}"
+    one, two = "Q: One? A: The answer is 1.", "Q: Two? A: 1 + 1 = 2. The answer is 2."
+    whole = f"Solve. {one} {two} Q: {question} A:"
     assert first(task)["inputs_pretokenized"].decode() == whole
     lengths = {"inputs": len(whole.encode()), "targets": 48}  # too few by EOS
-    assert first(task, lengths)["inputs_pretokenized"].decode() == f"Solve. {prompt}"
+    assert first(task, lengths)["inputs_pretokenized"].decode() == f"Solve. {one} Q: {question} A:"
 
 
 def test_gsm8k_cot_prompt_file_must_state_answers(tmp_path, no_data_dir):

@@ -3,7 +3,8 @@
 The training stream belongs to the job: row k of global batch n is the same example for any number
 of processes. Each process makes the whole (cheap) stream and hands its devices their rows; where
 that is not cheap, `DataConfig.shard_by_process` lets each read its own part of the examples. The
-stream's position is part of every checkpoint, so that a resumed run sees the next batch.
+stream's position is part of every checkpoint, so that a resumed run sees the next batch. A source
+of up to `in_memory.LARGEST` examples is shuffled whole, a larger one within seqio's window.
 """
 
 from collections.abc import Iterator, Mapping
@@ -21,6 +22,7 @@ import tensorflow as tf
 
 from gkd_jax import sharding
 from gkd_jax.batch import Batch
+from gkd_jax.input import fit, in_memory
 from gkd_jax.tasks import folder, jsonl  # pyright: ignore[reportMissingImports]
 from gkd_jax.text import vocabularies
 
@@ -212,25 +214,15 @@ class TrainIterator:
     """
 
     def __init__(self, task: Any, config: DataConfig, shard: Shard = WHOLE):
-        lengths = dict(config.feature_lengths)
-        limited = config.num_examples is not None
-        dataset = task.get_dataset(
-            lengths,
-            split=config.split,
+        fit.warn_once(
+            task,
+            config.split,
+            config.feature_lengths,
+            num_examples=config.num_examples,
             use_cached=config.use_cached,
-            shuffle=not limited,
             seed=config.seed,
-            num_epochs=1 if limited else None,
-            shard_info=None
-            if limited or shard == WHOLE
-            else seqio.ShardInfo(shard.index, shard.num_shards),
-            try_in_mem_cache=False,
         )
-        if config.num_examples is not None:
-            dataset = dataset.take(config.num_examples).shard(shard.num_shards, shard.index)
-            dataset = dataset.shuffle(
-                min(config.num_examples, 50_000), seed=config.seed, reshuffle_each_iteration=True
-            ).repeat()
+        dataset = _examples(task, config, shard)
         dataset = dataset.map(_with_weights, num_parallel_calls=1)
         dataset = _batched(dataset, config, config.batch_size // shard.num_shards)
         options = tf.data.Options()
@@ -261,6 +253,37 @@ class TrainIterator:
     def restore(self, directory: pathlib.Path) -> None:
         """Goes on where `save` was called."""
         self._checkpoint.read(str(directory / self._file)).assert_consumed()
+
+
+def _examples(task: Any, config: DataConfig, shard: Shard) -> tf.data.Dataset:
+    """A shard's examples without end: small sources shuffled whole, others as seqio does."""
+
+    def read(**settings) -> tf.data.Dataset:
+        return task.get_dataset(
+            dict(config.feature_lengths),
+            split=config.split,
+            use_cached=config.use_cached,
+            seed=config.seed,
+            try_in_mem_cache=False,
+            **settings,
+        )
+
+    size = in_memory.number_of_examples(
+        task, config.split, config.num_examples, use_cached=config.use_cached
+    )
+    if size is not None and size <= in_memory.LARGEST:
+        whole = read(shuffle=False, num_epochs=1).take(config.num_examples or -1)
+        examples = in_memory.Examples(whole)
+        return examples.endless(config.seed, num_shards=shard.num_shards, index=shard.index)
+    if config.num_examples is not None:
+        part = read(shuffle=False, num_epochs=1).take(config.num_examples)
+        return (
+            part.shard(shard.num_shards, shard.index)
+            .shuffle(50_000, seed=config.seed, reshuffle_each_iteration=True)
+            .repeat()
+        )
+    parts = None if shard == WHOLE else seqio.ShardInfo(shard.index, shard.num_shards)
+    return read(shuffle=True, num_epochs=None, shard_info=parts)
 
 
 def _with_weights(example: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
@@ -328,6 +351,9 @@ def eval_batches(
 
     The seed is for tasks whose examples depend on it: training gives them `DataConfig.seed`.
     """
+    fit.warn_once(
+        task, split, feature_lengths, num_examples=num_examples, use_cached=use_cached, seed=seed
+    )
     dataset = task.get_dataset(
         dict(feature_lengths),
         split=split,
