@@ -73,6 +73,8 @@ setup(
         "flax>=0.12,<0.13",
         "gin-config>=0.5,<0.6",
         "importlib_resources>=6",
+        # Older versions of Jinja have known ways out of the sandbox that chat templates run in.
+        "jinja2>=3.1.6,<4",
         "jax>=0.10,<0.13",
         "jaxtyping>=0.3,<0.4",
         "ml_dtypes>=0.5",
@@ -90,6 +92,7 @@ setup(
         "tensorflow>=2.19,<3",
         "tensorflow-datasets>=4.9.8,<5",
         "tensorstore>=0.1.70",
+        "tokenizers>=0.22,<0.24",
     ],
     extras_require={
         "test": TEST,

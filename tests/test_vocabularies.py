@@ -79,7 +79,7 @@ def test_words_work_inside_tf_data_and_after_pickling():
 def test_missing_files_are_named_up_front(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"absent\.model"):
         vocabularies.load(str(tmp_path / "absent.model"))
-    with pytest.raises(FileNotFoundError, match="no such file"):
+    with pytest.raises(FileNotFoundError, match="there is no tokenizer in"):
         vocabularies.load(str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"'byte'.*'bytes'"):
         vocabularies.load("byte")

@@ -1,7 +1,6 @@
-"""Vocabularies of tasks and models: SentencePiece files, bytes, and the words of `arithmetic`."""
+"""Vocabularies of tasks and models: folders and SentencePiece files, bytes, the words of a task."""
 
 from collections.abc import Iterable, Sequence
-import hashlib
 import io
 import os
 import pathlib
@@ -11,11 +10,14 @@ import sentencepiece
 import seqio
 import tensorflow as tf
 
-from gkd_jax.text import files
+from gkd_jax.text import files, tokenizer_folder
+from gkd_jax.text.tokenizer_folder import TokenizerVocabulary
 
 
 T5_PATH = "gs://t5-data/vocabs/cc_all.32000/sentencepiece.model"
 T5_EXTRA_IDS = 100
+
+SENTENCEPIECE_FILES = ("spiece.model", "sentencepiece.model", "tokenizer.model")
 
 PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
 
@@ -33,9 +35,10 @@ def load(spec: str, *, extra_ids: int = 0, check_remote: bool = True) -> seqio.V
 
     Args:
         spec: "bytes" (ByT5's 256 bytes), "arithmetic" (the words of that task), "t5" (T5's public
-            32,000 pieces with 100 extra ids) or the path of a SentencePiece `.model` file, also
-            `gs://`.
-        extra_ids: sentinels after the pieces: 100 for T5's file. Not for "arithmetic" and "t5".
+            32,000 pieces with 100 extra ids), the path of a SentencePiece `.model` file, also
+            `gs://`, or that of a Hugging Face folder (or of its `tokenizer.json`).
+        extra_ids: sentinels after the pieces: 100 for T5's file. Not for "arithmetic", "t5" and
+            folders, which say how many they have.
         check_remote: False leaves `gs://` and other remote paths untouched.
 
     Raises:
@@ -54,6 +57,10 @@ def load(spec: str, *, extra_ids: int = 0, check_remote: bool = True) -> seqio.V
         if extra_ids not in (0, T5_EXTRA_IDS):
             raise ValueError(f"the vocabulary 't5' has {T5_EXTRA_IDS} extra_ids, got {extra_ids}")
         vocabulary = t5_default()
+    elif (folder := _as_folder(spec)) is not None:
+        if extra_ids:
+            raise ValueError(f"the folder {folder!r} has its own extra ids, got {extra_ids}")
+        return of_folder(folder)
     else:
         vocabulary = seqio.SentencePieceVocabulary(spec, extra_ids=extra_ids)
     check_readable(vocabulary, check_remote=check_remote)
@@ -63,6 +70,144 @@ def load(spec: str, *, extra_ids: int = 0, check_remote: bool = True) -> seqio.V
 def t5_default() -> seqio.SentencePieceVocabulary:
     """T5's public vocabulary: 32,000 pieces and 100 extra ids. Read when first used, not here."""
     return seqio.SentencePieceVocabulary(T5_PATH, extra_ids=T5_EXTRA_IDS)
+
+
+def of_folder(path: str | os.PathLike) -> seqio.Vocabulary:
+    """The vocabulary of a Hugging Face folder.
+
+    A T5's `spiece.model` is read by SentencePiece, with as many extra ids as the folder names; any
+    other `tokenizer.json` by the library tokenizers; a ByT5, which has neither, has bytes.
+
+    Args:
+        path: the folder, as `save_pretrained` or the Hub leaves it.
+
+    Raises:
+        FileNotFoundError: if there is no tokenizer in it, naming what was looked for.
+        ValueError: naming the file that is not as expected.
+    """
+    folder = os.fspath(path)
+    config = tokenizer_folder.read_json(folder, tokenizer_folder.CONFIG_FILE)
+    # Other families' SentencePiece files lack the tokens that their tokenizer.json adds.
+    if _exists(folder, SENTENCEPIECE_FILES[0]):
+        vocabulary = seqio.SentencePieceVocabulary(
+            os.path.join(folder, SENTENCEPIECE_FILES[0]), extra_ids=_extra_ids(folder, config)
+        )
+        check_readable(vocabulary)
+        return vocabulary
+    if _exists(folder, tokenizer_folder.TOKENIZER_FILE):
+        return TokenizerVocabulary(folder)
+    if str(config.get("tokenizer_class", "")).startswith("ByT5"):
+        return seqio.ByteVocabulary(extra_ids=config.get("extra_ids", 125))
+    other = [name for name in SENTENCEPIECE_FILES[1:] if _exists(folder, name)]
+    hint = (
+        f": it has {other[0]}, which `AutoTokenizer.from_pretrained(...).save_pretrained(...)` of "
+        "transformers makes into one"
+        if other
+        else ""
+    )
+    raise FileNotFoundError(
+        f"there is no tokenizer in {folder!r}, expected {tokenizer_folder.TOKENIZER_FILE} or "
+        f"{SENTENCEPIECE_FILES[0]}{hint}"
+    )
+
+
+def has_tokenizer(path: str | os.PathLike) -> bool:
+    """Whether a folder holds a tokenizer for `of_folder`."""
+    folder = os.fspath(path)
+    names = (SENTENCEPIECE_FILES[0], tokenizer_folder.TOKENIZER_FILE)
+    if any(_exists(folder, name) for name in names):
+        return True
+    config = tokenizer_folder.read_json(folder, tokenizer_folder.CONFIG_FILE)
+    return str(config.get("tokenizer_class", "")).startswith("ByT5")
+
+
+def _as_folder(spec: str) -> str | None:
+    """The folder that a spec names, itself or through its tokenizer.json; None if it names none."""
+    if os.path.basename(spec) == tokenizer_folder.TOKENIZER_FILE:
+        return os.path.dirname(spec) or "."
+    if "://" not in spec and os.path.isdir(spec):
+        return spec
+    return None
+
+
+def _exists(folder: str, name: str) -> bool:
+    return tf.io.gfile.exists(os.path.join(folder, name))
+
+
+def _extra_ids(folder: str, config: dict) -> int:
+    """How many sentinels a T5 folder's tokenizer has after its SentencePiece pieces."""
+    if isinstance(config.get("extra_ids"), int):
+        return config["extra_ids"]
+    added = [
+        token.get("content", "") for token in (config.get("added_tokens_decoder") or {}).values()
+    ]
+    if config:
+        return sum(text.startswith("<extra_id_") for text in added)
+    # Without its configuration: T5 has them, and mT5, whose rows leave no room, does not.
+    model = tokenizer_folder.read_json(folder, "config.json")
+    file = os.path.join(folder, SENTENCEPIECE_FILES[0])
+    rows = model.get("vocab_size")
+    size = seqio.SentencePieceVocabulary(file).vocab_size
+    return T5_EXTRA_IDS if isinstance(rows, int) and rows >= size + T5_EXTRA_IDS else 0
+
+
+def end_ids(vocabulary: seqio.Vocabulary) -> tuple[int, ...]:
+    """The ids that end a text, the one that ends targets first."""
+    if isinstance(vocabulary, TokenizerVocabulary):
+        return vocabulary.eos_ids
+    return () if vocabulary.eos_id is None else (vocabulary.eos_id,)
+
+
+def shared_pieces(
+    student: seqio.Vocabulary, teacher: seqio.Vocabulary, *, student_name: str, teacher_name: str
+) -> int:
+    """How many ids, from 0, mean the same to both: over these a student learns from a teacher.
+
+    Two tokenizers agree if all that decides ids is equal, or if one has further tokens after all
+    of the other's. The rows of an embedding say nothing: 151,936 and 152,064 rows of two sizes of
+    one family go with the same 151,665 tokens.
+
+    Args:
+        student, teacher: vocabularies.
+        student_name, teacher_name: of the models, for the message.
+
+    Returns:
+        The number of pieces of the smaller one.
+
+    Raises:
+        ValueError: if the two differ, naming the first id that does and what works instead.
+    """
+    if content_hash(student) == content_hash(teacher):
+        return len(pieces(student))
+    ours, theirs = (_comparable(vocabulary) for vocabulary in (student, teacher))
+    shared = min(len(ours), len(theirs))
+    differs = next((i for i in range(shared) if ours[i] != theirs[i]), None)
+    if differs is None and _same_rules(student, teacher):
+        return shared
+    where = (
+        "the same tokens, which they make differently (merges, normalizer or pre-tokenizer)"
+        if differs is None
+        else f"id {differs} is {ours[differs]!r} to the one and {theirs[differs]!r} to the other"
+    )
+    raise ValueError(
+        f"the student {student_name!r} and the teacher {teacher_name!r} have different tokenizers: "
+        f"{where}. Their probabilities cannot be compared token by token. SeqKD works: let the "
+        "teacher write the targets (gkd-jax infer --gin_file=gin/infer.gin) and train the student "
+        "on them (gin/seqkd.gin)"
+    )
+
+
+def _comparable(vocabulary: seqio.Vocabulary) -> list[str]:
+    return [piece.replace("▁<extra_id_", "<extra_id_") for piece in pieces(vocabulary)]
+
+
+def _same_rules(one: seqio.Vocabulary, other: seqio.Vocabulary) -> bool:
+    """Whether tokens apart, two tokenizers make ids in the same way."""
+    rules = [
+        vocabulary.rules if isinstance(vocabulary, TokenizerVocabulary) else "unigram"
+        for vocabulary in (one, other)
+    ]
+    return rules[0] == rules[1]
 
 
 def check_readable(vocabulary: seqio.Vocabulary, *, check_remote: bool = True) -> None:
@@ -129,21 +274,22 @@ def pieces(vocabulary: seqio.Vocabulary) -> list[str]:
     if isinstance(vocabulary, seqio.ByteVocabulary):
         special = ["<pad>", "</s>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
         return special + [f"<extra_id_{i}>" for i in range(vocabulary.extra_ids)]
-    if isinstance(vocabulary, WordVocabulary):
+    if isinstance(vocabulary, WordVocabulary | TokenizerVocabulary):
         return list(vocabulary.pieces)
     raise ValueError(
-        "expected a SentencePieceVocabulary, ByteVocabulary or WordVocabulary, "
+        "expected a SentencePieceVocabulary, ByteVocabulary, WordVocabulary or a folder's, "
         f"got {type(vocabulary).__name__}"
     )
 
 
 def content_hash(vocabulary: seqio.Vocabulary) -> str:
-    """SHA-256 of the pieces: equal where every id means the same, whatever file it came from."""
-    digest = hashlib.sha256()
-    for piece in pieces(vocabulary):
-        encoded = piece.encode()
-        digest.update(len(encoded).to_bytes(4, "big") + encoded)
-    return digest.hexdigest()
+    """SHA-256 of what decides ids: equal where every text gets the same ids, whatever the file.
+
+    Of the pieces, and of a folder's `tokenizer.json` also of merges, normalizer and pre-tokenizer.
+    """
+    if isinstance(vocabulary, TokenizerVocabulary):
+        return vocabulary.content_hash
+    return tokenizer_folder.hash_pieces(pieces(vocabulary))
 
 
 class WordVocabulary(seqio.Vocabulary):

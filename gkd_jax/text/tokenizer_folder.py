@@ -1,0 +1,346 @@
+"""The tokenizer of a Hugging Face folder as a seqio vocabulary.
+
+`tokenizer.json` holds all that decides ids, and the library `tokenizers` reads it. The files beside
+it say the rest: `tokenizer_config.json` the names of special tokens and the chat template,
+`generation_config.json` (else `config.json`) the ids that end a text, of which there may be
+several. Ids, texts and rendered chats are those of transformers 5. Id 0 is an ordinary token here.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+import copy
+import functools
+import hashlib
+import json
+import os
+from typing import Any
+
+import numpy as np
+import seqio
+import tensorflow as tf
+import tokenizers
+
+from gkd_jax.text import files
+from gkd_jax.text.chat_template import ChatTemplate
+
+
+TOKENIZER_FILE = "tokenizer.json"
+CONFIG_FILE = "tokenizer_config.json"
+TEMPLATE_FILE = "chat_template.jinja"
+MORE_TEMPLATES = "additional_chat_templates"
+
+# Settings that change offsets, never ids; libraries write them differently.
+_WITHOUT_EFFECT = ("trim_offsets",)
+
+
+class TokenizerVocabulary(seqio.Vocabulary):
+    """The tokenizer of a folder with `tokenizer.json`.
+
+    `encode` adds nothing, as seqio asks. What the tokenizer itself puts around a text (BOS for
+    Llama and Gemma, nothing for Qwen, EOS at the end for T5) is added by `encode_prompt`, and by
+    `encode` of the vocabulary that `for_prompts` returns. Special tokens written in a text are read
+    as such, as in transformers. `decode` stops at the first of `eos_ids` and skips special tokens.
+
+    Attributes:
+        folder: where it was read from.
+        eos_ids: the ids that end a text, `eos_id` first.
+        chat_template: renders messages; None where the folder has no template.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        """Reads the folder.
+
+        Raises:
+            FileNotFoundError: if it has no `tokenizer.json`.
+            ValueError: naming the file that is not as expected.
+        """
+        super().__init__(extra_ids=0)
+        self.folder = os.fspath(folder)
+        config = read_json(self.folder, CONFIG_FILE)
+        names = _special_tokens(self.folder, config)
+        self._tokenizer = _read_tokenizer(self.folder, config, names)
+        self._ids = {
+            name: self._tokenizer.token_to_id(names[f"{name}_token"])
+            for name in ("bos", "eos", "pad", "unk")
+            if f"{name}_token" in names
+        }
+        self.eos_ids = _end_ids(self.folder, self._ids.get("eos"))
+        self._pad_id = self._ids.get("pad", self._named_pad())
+        self._adds_specials = False
+        self.chat_template = _read_template(self.folder, config, names)
+
+    @property
+    def bos_id(self) -> int | None:
+        return self._ids.get("bos")
+
+    @property
+    def eos_id(self) -> int | None:
+        return self.eos_ids[0] if self.eos_ids else None
+
+    @property
+    def pad_id(self) -> int:
+        """The id that fills rows up: the folder's, else the first end id, as in `generate`.
+
+        It may end texts as well (Qwen): what counts is said by lengths and weights, never by it.
+        """
+        return self._pad_id if self._pad_id is not None else (self.eos_id or 0)
+
+    @property
+    def unk_id(self) -> int | None:
+        return self._ids.get("unk")
+
+    @property
+    def _base_vocab_size(self) -> int:
+        return len(self.pieces)
+
+    @functools.cached_property
+    def pieces(self) -> tuple[str, ...]:
+        """The token of each id; "" where an id has none."""
+        ids = self._tokenizer.get_vocab(with_added_tokens=True)
+        tokens = [""] * (max(ids.values(), default=-1) + 1)
+        for token, index in ids.items():
+            tokens[index] = token
+        return tuple(tokens)
+
+    @functools.cached_property
+    def _around(self) -> list[int]:
+        """The ids that the tokenizer puts around a text."""
+        return self._tokenizer.encode("", add_special_tokens=True).ids
+
+    @functools.cached_property
+    def ends_prompts(self) -> bool:
+        """Whether the tokenizer puts EOS after a text, as T5's does."""
+        return bool(self._around) and self._around[-1] in self.eos_ids
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of a text with what the tokenizer puts around it: transformers' `tokenizer(text)`.
+
+        Where the text begins with that already (a rendered chat that begins with BOS), it is not
+        put there twice.
+        """
+        ids = self._tokenizer.encode(text, add_special_tokens=True).ids
+        count = len(self._around) - self.ends_prompts
+        before = self._around[:count]
+        return ids[count:] if before and ids[count : 2 * count] == before else ids
+
+    def for_prompts(self) -> "TokenizerVocabulary":
+        """A copy whose `encode` adds what comes before a text, but no EOS, which seqio adds."""
+        prompts = copy.copy(self)
+        prompts._adds_specials = True
+        return prompts
+
+    def piece(self, token: int) -> str:
+        """A token as people read it: a space is "▁", and a part of a character stays as stored."""
+        if token >= len(self.pieces):
+            return f"<{token}>"
+        text = self._tokenizer.decode([token], skip_special_tokens=False).replace(" ", "▁")
+        return self.pieces[token] if not text or "\ufffd" in text else text
+
+    @functools.cached_property
+    def rules(self) -> str:
+        """A hash of how tokens become ids: the kind of model, merges, normalizer, pre-tokenizer.
+
+        "unigram" for all of that kind (T5), which are compared by their pieces alone, as
+        SentencePiece files are.
+        """
+        model = read_json(self.folder, TOKENIZER_FILE)["model"]
+        if model.get("type") == "Unigram":
+            return "unigram"
+        parts: list[Any] = [model.get("type"), _merges(model)]
+        parts += [bool(model.get(name)) for name in ("byte_fallback", "ignore_merges")]
+        for part in (self._tokenizer.normalizer, self._tokenizer.pre_tokenizer):
+            state = None if part is None else json.loads(part.__getstate__())
+            parts.append(_without(state, _WITHOUT_EFFECT))
+        text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @functools.cached_property
+    def content_hash(self) -> str:
+        """SHA-256 of all that decides ids: every token, and `rules`."""
+        if self.rules == "unigram":
+            return hash_pieces(self.pieces)
+        return hash_pieces([*self.pieces, self.rules])
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text up to the first of `eos_ids`; special tokens and ids of no token are left out."""
+        kept: list[int] = []
+        for token in map(int, ids):
+            if token in self.eos_ids:
+                break
+            kept.append(token)
+        return self._decode(kept)
+
+    def _encode(self, s: str | bytes) -> Sequence[int]:
+        text = s.decode() if isinstance(s, bytes) else s
+        if not self._adds_specials:
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
+        ids = self.encode_prompt(text)
+        return ids[:-1] if self.ends_prompts else ids
+
+    def _decode(self, ids: Iterable[int]) -> str:
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
+        def encode(text):
+            return np.array(self._encode(np.asarray(text).item()), np.int32)
+
+        # Stateless as far as its result goes, so that an iterator with it can be saved.
+        ids = tf.numpy_function(encode, [s], tf.int32, stateful=False)
+        return tf.ensure_shape(ids, [None])
+
+    def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:
+        def decode(rows):
+            rows = np.asarray(rows)
+            if rows.ndim == 1:
+                return self.decode(rows.tolist()).encode()
+            return np.array([self.decode(row).encode() for row in rows.tolist()], object)
+
+        return tf.numpy_function(decode, [ids], tf.string, stateful=False)
+
+    def _named_pad(self) -> int | None:
+        for name in ("generation_config.json", "config.json"):
+            found = _text_config(read_json(self.folder, name)).get("pad_token_id")
+            if isinstance(found, int):
+                return found
+        return None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _again, (self.folder, self._adds_specials)
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, TokenizerVocabulary)
+            and (self._adds_specials, self.eos_ids) == (other._adds_specials, other.eos_ids)
+            and (self.folder == other.folder or self.content_hash == other.content_hash)
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.pieces[:100], self._adds_specials))
+
+
+def read_json(folder: str, name: str) -> dict[str, Any]:
+    """An object in a folder's file; {} where the folder has no such file.
+
+    Raises:
+        ValueError: naming the file, if it holds something else.
+    """
+    path = os.path.join(folder, name)
+    try:
+        value = files.parse_json(files.read_text(path), path, None)
+    except FileNotFoundError:
+        return {}
+    if not isinstance(value, dict):
+        files.fault(path, None, f"expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def hash_pieces(pieces: Iterable[str]) -> str:
+    """SHA-256 of pieces in the order of ids; T5's extra ids with and without word mark are one."""
+    digest = hashlib.sha256()
+    for piece in pieces:
+        encoded = piece.replace("▁<extra_id_", "<extra_id_").encode()
+        digest.update(len(encoded).to_bytes(4, "big") + encoded)
+    return digest.hexdigest()
+
+
+def _again(folder: str, for_prompts: bool) -> TokenizerVocabulary:
+    vocabulary = TokenizerVocabulary(folder)
+    return vocabulary.for_prompts() if for_prompts else vocabulary
+
+
+def _read_tokenizer(
+    folder: str, config: Mapping[str, Any], names: Mapping[str, str]
+) -> tokenizers.Tokenizer:
+    path = os.path.join(folder, TOKENIZER_FILE)
+    text = files.read_text(path)
+    try:
+        tokenizer = tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # the library raises nothing more precise
+        files.fault(path, None, f"expected a tokenizer of the library tokenizers: {error}")
+    # A file that was saved after a call with padding would pad every text.
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    known = tokenizer.get_vocab(with_added_tokens=True)
+    added = config.get("added_tokens_decoder") or {}
+    tokenizer.add_tokens(
+        [
+            tokenizers.AddedToken(**{k: v for k, v in token.items() if k != "id"})
+            for _, token in sorted(added.items(), key=lambda item: int(item[0]))
+            if token["content"] not in known
+        ]
+    )
+    tokenizer.add_special_tokens(list(names.values()))
+    return tokenizer
+
+
+def _special_tokens(folder: str, config: Mapping[str, Any]) -> dict[str, str]:
+    """Texts by name (`eos_token`), of the configuration, else of the older map beside it."""
+    found: dict[str, str] = {}
+    extra = config.get("extra_special_tokens")
+    extra = extra if isinstance(extra, dict) else {}
+    for values in (read_json(folder, "special_tokens_map.json"), extra, config):
+        for name, value in values.items():
+            text = value.get("content") if isinstance(value, dict) else value
+            if name.endswith("_token") and isinstance(text, str):
+                found[name] = text
+            elif name.endswith("_token") and value is None:
+                found.pop(name, None)
+    return found
+
+
+def _text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """A model's configuration, or the part of a composite one that its text follows."""
+    inner = config.get("text_config")
+    return {**inner, **config} if isinstance(inner, dict) else config
+
+
+def _end_ids(folder: str, named: int | None) -> tuple[int, ...]:
+    """The ids that end a text, the tokenizer's own first: all that `generate` stops at, and it."""
+    listed: Any = None
+    for name in ("generation_config.json", "config.json"):
+        listed = _text_config(read_json(folder, name)).get("eos_token_id")
+        if listed is not None:
+            break
+    listed = listed if isinstance(listed, list) else [listed]
+    ids = [index for index in (named, *listed) if isinstance(index, int)]
+    return tuple(dict.fromkeys(ids))
+
+
+def _read_template(
+    folder: str, config: Mapping[str, Any], names: Mapping[str, str]
+) -> ChatTemplate | None:
+    """Files of templates win over the configuration, as in transformers."""
+    source = os.path.join(folder, CONFIG_FILE)
+    templates: dict[str, str] = {}
+    match config.get("chat_template"):
+        case str(text):
+            templates["default"] = text
+        case list(items):
+            for item in items:
+                if not (isinstance(item, dict) and {"name", "template"} <= set(item)):
+                    files.fault(source, None, "expected chat templates with 'name' and 'template'")
+                templates[item["name"]] = item["template"]
+    path = os.path.join(folder, TEMPLATE_FILE)
+    with contextlib.suppress(FileNotFoundError):
+        templates, source = {"default": files.read_text(path)}, path
+    more = os.path.join(folder, MORE_TEMPLATES)
+    if "://" not in folder and os.path.isdir(more):
+        for name in sorted(os.listdir(more)):
+            if name.endswith(".jinja"):
+                text = files.read_text(os.path.join(more, name))
+                templates[name.removesuffix(".jinja")] = text
+    return ChatTemplate(templates, dict(names), source) if templates else None
+
+
+def _merges(model: Mapping[str, Any]) -> list[list[str]]:
+    """Pairs of tokens; older files have them as one string each."""
+    return [
+        merge.split(" ", 1) if isinstance(merge, str) else merge
+        for merge in model.get("merges") or []
+    ]
+
+
+def _without(value: Any, keys: Sequence[str]) -> Any:
+    if isinstance(value, dict):
+        return {k: _without(v, keys) for k, v in value.items() if k not in keys}
+    return [_without(item, keys) for item in value] if isinstance(value, list) else value
