@@ -10,7 +10,7 @@ The format is detected. Our own checkpoints ("gkd") are read by `gkd_jax.storage
 from typing import Any
 
 from gkd_jax.convert import huggingface, t5x
-from gkd_jax.convert.formats import Format, detect
+from gkd_jax.convert.formats import Format, detect, t5x_root
 from gkd_jax.convert.huggingface import write_hf
 from gkd_jax.convert.layout import t5x_layout
 from gkd_jax.convert.stored import as_dtype, check, read_tree
@@ -23,6 +23,7 @@ __all__ = [
     "detect",
     "read_config",
     "read_params",
+    "t5x_root",
     "write_hf",
     "write_t5x",
 ]

@@ -4,9 +4,10 @@
 `gkd_jax.tasks.jsonl` reads the result as a task.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
+import hashlib
 import json
 import pathlib
 import sys
@@ -17,12 +18,21 @@ from jax.experimental import multihost_utils
 import numpy as np
 
 from gkd_jax import sharding
-from gkd_jax.evaluation import evaluate
+from gkd_jax.evaluation import evaluate, made_by
 from gkd_jax.evaluation.evaluate import EvalConfig
 from gkd_jax.input import data
 from gkd_jax.models import t5
+from gkd_jax.storage import content
 from gkd_jax.storage.pretrained import Model, check_vocabularies, place_params
 from gkd_jax.text import files
+
+
+_OF_DATA = ("task", "data_dir", "vocabulary", "extra_ids")
+_OF_DECODING = {
+    "greedy": ("calculator",),
+    "sample": ("temperature", "num_samples", "seed"),
+    "beam": ("num_beams", "alpha"),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,8 +137,9 @@ def run(
 ) -> None:
     """Writes one JSON object a line: `inputs`, `targets` (the prediction) and `reference`.
 
-    A run that was stopped goes on after the lines it has. The file is itself a task: see
-    `gkd_jax.tasks.jsonl`.
+    A run that was stopped goes on after the lines it has, if it is the same: what makes the file is
+    recorded beside it (`made_by`), and a file that something else made is left as it is. The file
+    is itself a task: see `gkd_jax.tasks.jsonl`.
 
     Args:
         model: what decodes.
@@ -138,9 +149,16 @@ def run(
         text_file: decode the lines of this file in place of the task's split.
         mesh_config: how devices are arranged.
         dry_run: check everything, decode nothing.
+
+    Raises:
+        ValueError: where the output was made by another checkpoint or with other settings, or is a
+            file of somebody else's.
     """
-    if text_file is not None:
-        files.read_lines(text_file)  # a fault in it is found before the model is loaded
+    about = _about(model, data_config, evaluation, text_file)
+    if not dry_run or not _is_remote(model.checkpoint):  # a dry run stays off the network
+        if model.checkpoint is not None:
+            about["content"] = content.content_id(model.checkpoint)
+        _on_first_process(made_by.check, output, about)
     ready = _prepare(model, data_config, evaluation, mesh_config, dry_run)
     if dry_run:
         return
@@ -149,10 +167,13 @@ def run(
     else:
         batches = _text_batches(text_file, ready)
     path = pathlib.Path(output)
+    writes = jax.process_index() == 0
+    if writes:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        made_by.write(path, about)
     # Only whole batches are skipped, so that a sampled row keeps its key.
     skipped = _skip(path, ready.batch_size * evaluation.num_samples)
     rows = ready.decoder(ready.params, batches, first=skipped)
-    writes = jax.process_index() == 0
     with path.open("a", encoding="utf-8") if writes else contextlib.nullcontext() as file:
         for row in rows:
             if file is not None:
@@ -163,7 +184,46 @@ def run(
                 }
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
                 file.flush()
+    if writes:
+        made_by.write(path, about, num_lines=path.read_bytes().count(b"\n"))
     print(f"wrote {path}", file=sys.stderr)
+
+
+def _about(
+    model: Model, data_config: data.DataConfig, evaluation: EvalConfig, text_file: str | None
+) -> dict[str, Any]:
+    """All that the lines of an output follow from, but for the checkpoint's content."""
+    about: dict[str, Any] = {"checkpoint": model.checkpoint, "content": None}
+    about |= {name: getattr(model, name) for name in ("size", "dtype", "param_dtype")}
+    about |= {name: getattr(data_config, name) for name in _OF_DATA}
+    if text_file is None:
+        about["split"] = evaluation.split
+    else:  # read here, so that a fault in it is found before the model is loaded
+        lines = "\n".join(files.read_lines(text_file))
+        about |= {
+            "text_file": text_file,
+            "text_content": hashlib.sha256(lines.encode()).hexdigest(),
+        }
+    about["feature_lengths"] = dict(data_config.feature_lengths)
+    about["batch_size"] = evaluation.batch_size or data_config.batch_size
+    names = ("decoding", "num_examples", "target_length", *_OF_DECODING[evaluation.decoding])
+    return about | {name: getattr(evaluation, name) for name in names}
+
+
+def _is_remote(path: str | None) -> bool:
+    return path is not None and "://" in path
+
+
+def _on_first_process(check: Callable[..., None], *arguments: Any) -> None:
+    """Looks at a file that only the first process writes; all fail where it does."""
+    error = None
+    if jax.process_index() == 0:
+        try:
+            check(*arguments)
+        except Exception as found:
+            error = found
+    if int(multihost_utils.broadcast_one_to_all(np.asarray(error is not None))):
+        raise error or ValueError("the first process refuses the output: see its message")
 
 
 def _text_batches(text_file: str, ready: _Decoding) -> Iterator[data.EvalBatch]:
@@ -188,7 +248,6 @@ def _skip(path: pathlib.Path, lines_a_batch: int) -> int:
     """Whole batches that the file has; the first process cuts off what is beyond them."""
     batches = 0
     if jax.process_index() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
         done = path.read_bytes().count(b"\n") if path.exists() else 0
         batches = done // lines_a_batch
         _truncate(path, batches * lines_a_batch)

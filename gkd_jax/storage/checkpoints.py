@@ -333,11 +333,13 @@ def _check_fingerprints(tree: Any, stored: dict[str, int] | None) -> None:
 def write_params(folder: str, config: t5.T5Config, params: t5.Params, vocabulary_hash: str) -> None:
     """A model without training state, in a step folder of its own; an empty hash is unknown."""
     target = epath.Path(folder).resolve()
+    about = describe_model(config, vocabulary_hash)
+    about["fingerprints"] = {"params": fingerprints(params)}
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler("params", "model")) as checkpointer:
         checkpointer.save(
             target,
             args=ocp.args.Composite(
                 params=ocp.args.StandardSave(params),
-                model=ocp.args.JsonSave(describe_model(config, vocabulary_hash)),
+                model=ocp.args.JsonSave(about),
             ),
         )

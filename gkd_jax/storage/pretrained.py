@@ -14,7 +14,7 @@ import seqio
 
 from gkd_jax import convert, sharding
 from gkd_jax.models import quantized, t5, t5_config
-from gkd_jax.storage import checkpoints
+from gkd_jax.storage import checkpoints, content
 from gkd_jax.text import vocabularies
 
 
@@ -277,13 +277,19 @@ def load_params(path: str, target: t5.Params, config: t5.T5Config) -> t5.Params:
         path: as for `load_config`.
         target: `ShapeDtypeStruct`s, with shardings where the arrays are to be spread.
         config: `load_config`'s result.
+
+    Raises:
+        ValueError: naming the arrays that hold a NaN or an infinity.
     """
     step_folder = checkpoints.find_step(path)
     if step_folder is not None:
-        return checkpoints.read_params(step_folder, target)
-    leaf = jax.tree.leaves(target)[0]
-    shardings = None if leaf.sharding is None else jax.tree.map(lambda x: x.sharding, target)
-    return convert.read_params(path, config, dtype=leaf.dtype, shardings=shardings)
+        params = checkpoints.read_params(step_folder, target)
+    else:
+        leaf = jax.tree.leaves(target)[0]
+        shardings = None if leaf.sharding is None else jax.tree.map(lambda x: x.sharding, target)
+        params = convert.read_params(path, config, dtype=leaf.dtype, shardings=shardings)
+    content.check_finite(params, path)
+    return params
 
 
 def load_model(path: str) -> tuple[t5.T5Config, t5.Params]:

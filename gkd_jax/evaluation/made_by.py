@@ -1,0 +1,102 @@
+"""What made a file of predictions, recorded beside it as `<file>.made_by.json`.
+
+A run that was stopped goes on after the lines it has. So whoever writes must be the one who wrote:
+lines of two models in one file could not be told apart later, and SeqKD trains on such files.
+"""
+
+import json
+import os
+import pathlib
+import re
+from typing import Any
+
+from gkd_jax.text import files
+
+
+_DONE = "num_lines"
+
+
+def path_of(output: str | os.PathLike[str]) -> pathlib.Path:
+    """Where the record of a file lies."""
+    return pathlib.Path(f"{os.fspath(output)}.made_by.json")
+
+
+def read_made_by(output: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """What made a file; None where nothing is recorded.
+
+    Returns:
+        `checkpoint`, `content` (see `storage.content.content_id`), `task` and `split` (or
+        `text_file`), the settings of decoding, and `num_lines` once the file is complete.
+
+    Raises:
+        ValueError: where the record is damaged.
+    """
+    path = path_of(output)
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{path}: expected an object, got {type(record).__name__}")
+    return record
+
+
+def check(output: str | os.PathLike[str], about: dict[str, Any]) -> None:
+    """Refuses a file that something else made, or somebody.
+
+    Args:
+        output: the file to write or to go on with.
+        about: what would make it now. The paths in it may have changed: contents count.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    path = pathlib.Path(output)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, expected the name of a file to write")
+    if not path.exists():
+        return
+    before = read_made_by(path)
+    if before is None:
+        raise ValueError(
+            f"{path} exists and was not made by `infer` (there is no {path_of(path).name} beside "
+            "it): give another OUTPUT"
+        )
+    lines = before.pop(_DONE, None)
+    changed = [
+        f"{name} {_short(before.get(name))} -> {_short(about.get(name))}"
+        for name in [*about, *sorted(before.keys() - about.keys())]
+        if before.get(name) != about.get(name) and not _lies_elsewhere(name, before, about)
+    ]
+    if changed:
+        raise ValueError(
+            f"{path} was made by something else: {'; '.join(changed)}. Give another OUTPUT, or "
+            "delete the file"
+        )
+    if lines is not None and path.read_bytes().count(b"\n") != lines:
+        raise ValueError(
+            f"{path} was changed after it was complete with {lines} lines: give another OUTPUT, or "
+            "delete the file"
+        )
+
+
+def _lies_elsewhere(name: str, before: dict[str, Any], about: dict[str, Any]) -> bool:
+    """Whether a field is the place of something whose content, another field, is the same."""
+    content = {"checkpoint": "content", "text_file": "text_content"}.get(name, "")
+    return about.get(content) is not None and about[content] == before.get(content)
+
+
+def _short(value: Any) -> str:
+    """A value in a message; of a hash the first characters."""
+    is_hash = isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value)
+    return f"{value[:12]}..." if is_hash else repr(value)
+
+
+def write(
+    output: str | os.PathLike[str], about: dict[str, Any], *, num_lines: int | None = None
+) -> None:
+    """Records what makes a file; with `num_lines` once it is complete."""
+    record = about if num_lines is None else {**about, _DONE: num_lines}
+    files.write_whole(path_of(output), json.dumps(record, indent=1, ensure_ascii=False) + "\n")

@@ -1,0 +1,129 @@
+"""Identity of checkpoints by content, and parameters that are not finite."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from gkd_jax import convert, load_model
+from gkd_jax.models import t5
+from gkd_jax.storage import checkpoints, pretrained
+from gkd_jax.storage.content import check_finite, content_id
+
+
+CONFIG = t5.t5_1_1("tiny", vocab_size=32, d_model=16, num_heads=2, head_dim=8, d_ff=24)
+FORMATS = ("gkd", "hf", "t5x")
+
+
+def write(folder, form, params):
+    if form == "hf":
+        convert.write_hf(folder, CONFIG, params)
+        return folder
+    if form == "t5x":
+        return convert.write_t5x(folder, CONFIG, params, step=7)
+    checkpoints.write_params(folder, CONFIG, params, "")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def params():
+    return t5.init(CONFIG, jax.random.key(0))
+
+
+def changed(params, where, value):
+    """The parameters with one number replaced in the array at a path."""
+    *folders, name = where.split("/")
+    params = jax.tree.map(lambda x: x, params)  # new dicts
+    node = params
+    for folder in folders:
+        node = node[folder]
+    flat = np.array(node[name]).reshape(-1)
+    flat[-1] = value
+    node[name] = jnp.asarray(flat.reshape(node[name].shape))
+    return params
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_an_id_is_that_of_the_content_wherever_it_lies(form, params, tmp_path):
+    first = write(str(tmp_path / "one"), form, params)
+    second = write(str(tmp_path / "two"), form, params)
+    moved = str(shutil.copytree(first, tmp_path / "moved" / "checkpoint_7"))
+    assert content_id(first) == content_id(second) == content_id(moved)
+    nudged = changed(params, "decoder/layers/mlp/wo/kernel", 0.5)
+    other = write(str(tmp_path / "other"), form, nudged)
+    assert content_id(other) != content_id(first)
+    with pytest.raises(FileNotFoundError):
+        content_id(str(tmp_path / "absent"))
+
+
+def test_a_model_dir_means_its_newest_step(params, tmp_path):
+    for step, value in ((1, 0.1), (12, 0.2), (3, 0.3)):
+        folder = str(tmp_path / "run" / "checkpoints" / str(step))
+        write(folder, "gkd", changed(params, "token_embedder/embedding", value))
+    newest = content_id(str(tmp_path / "run" / "checkpoints" / "12"))
+    assert content_id(str(tmp_path / "run")) == newest
+    assert content_id(str(tmp_path / "run" / "checkpoints" / "3")) != newest
+
+
+def test_of_a_hugging_face_folder_only_weights_and_sizes_count(params, tmp_path):
+    folder = tmp_path / "hf"
+    before = content_id(write(str(folder), "hf", params))
+    (folder / "README.md").write_text("a card")
+    (folder / "tokenizer.json").write_text("{}")
+    assert content_id(str(folder)) == before
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "layer_norm_epsilon": 1e-5}))
+    assert content_id(str(folder)) != before
+
+
+def test_both_ends_of_a_large_file_count(params, tmp_path):
+    folder = tmp_path / "hf"
+    write(str(folder), "hf", params)
+    found = set()
+    for at in (0, 3 * 2**20 - 1):
+        data = bytearray(3 * 2**20)
+        data[at] = 1
+        (folder / "model.safetensors").write_bytes(data)
+        found.add(content_id(str(folder)))
+    assert len(found) == 2
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(
+    ("where", "named"),
+    [
+        ("token_embedder/embedding", "in token_embedder/embedding$"),
+        ("encoder/layers/mlp/wi_0/kernel", r"in encoder/layers/mlp/wi_0/kernel \(layer 1\)$"),
+        ("decoder/decoder_norm/scale", "in decoder/decoder_norm/scale$"),
+    ],
+)
+def test_numbers_that_are_not_finite_are_named(value, where, named, params):
+    check_finite(params, "here")
+    with pytest.raises(ValueError, match=f"checkpoint 'here' .*{named}"):
+        check_finite(changed(params, where, value), "here")
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_no_format_is_loaded_with_a_nan(form, params, tmp_path):
+    broken = changed(params, "decoder/layers/self_attention/query/kernel", np.nan)
+    path = write(str(tmp_path / "model"), form, broken)
+    with pytest.raises(ValueError, match=r"decoder/layers/self_attention/query/kernel \(layer 1"):
+        load_model(path)
+    with pytest.raises(ValueError, match="not finite"):
+        pretrained.convert_checkpoint(path, str(tmp_path / "out"), to="hf")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_half_precision_file_that_overflowed_is_refused(params, tmp_path):
+    """As people get it: cast to float16 by hand, where T5's large weights become infinite."""
+    write(str(tmp_path / "hf"), "hf", changed(params, "token_embedder/embedding", 1e6))
+    file = tmp_path / "hf" / "model.safetensors"
+    with np.errstate(over="ignore"):
+        halves = {name: array.astype(np.float16) for name, array in load_file(file).items()}
+    save_file(halves, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"infinity.*token_embedder/embedding"):
+        load_model(str(tmp_path / "hf"))

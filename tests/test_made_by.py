@@ -1,0 +1,155 @@
+"""Files of predictions know what made them: the same command goes on, anything else is refused."""
+
+import dataclasses
+import json
+
+import jax
+import pytest
+from small_runs import LENGTHS, small
+
+from gkd_jax.evaluation import infer, made_by
+from gkd_jax.evaluation.evaluate import EvalConfig
+from gkd_jax.input.data import DataConfig
+from gkd_jax.models import t5
+from gkd_jax.storage import checkpoints, pretrained
+
+
+DATA = DataConfig(task="arithmetic", feature_lengths=LENGTHS, batch_size=8)
+EVALUATION = EvalConfig(num_examples=20, target_length=4)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    config = small("tiny", vocab_size=256)
+    for seed in (0, 1):
+        params = t5.init(config, jax.random.key(seed))
+        checkpoints.write_params(str(folder / str(seed)), config, params, "")
+    return folder
+
+
+def run(models, output, *, model="0", data=DATA, evaluation=EVALUATION, **more):
+    chosen = pretrained.Model(checkpoint=str(models / model))
+    infer.run(model=chosen, data_config=data, evaluation=evaluation, output=str(output), **more)
+
+
+def record_of(output):
+    record = made_by.read_made_by(output)
+    assert record is not None
+    return record
+
+
+@pytest.fixture(scope="module")
+def finished(models, tmp_path_factory):
+    output = tmp_path_factory.mktemp("finished") / "out.jsonl"
+    run(models, output)
+    return output
+
+
+@pytest.fixture
+def output(finished, tmp_path):
+    """A copy of a finished file and its record."""
+    for path in (finished, made_by.path_of(finished)):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    return tmp_path / finished.name
+
+
+def test_the_record_says_what_made_the_file(models, finished):
+    record = record_of(finished)
+    assert record["checkpoint"] == str(models / "0")
+    assert len(record["content"]) == 64
+    assert (record["task"], record["split"]) == ("arithmetic", "validation")
+    assert (record["decoding"], record["num_examples"]) == ("greedy", 20)
+    assert record["num_lines"] == len(finished.read_text().splitlines()) == 20
+    assert made_by.read_made_by(finished.parent / "other.jsonl") is None
+
+
+@pytest.mark.parametrize("lines", [0, 5, 8, 19])
+def test_the_same_command_goes_on_where_it_stopped(lines, models, finished, output):
+    record = record_of(output)
+    del record["num_lines"]  # as a run leaves it that was stopped
+    made_by.path_of(output).write_text(json.dumps(record))
+    kept = finished.read_bytes().splitlines(keepends=True)[:lines]
+    output.write_bytes(b"".join(kept) + b'{"inputs": "cut of')
+    run(models, output)
+    assert output.read_bytes() == finished.read_bytes()
+    assert record_of(output)["num_lines"] == 20
+
+
+def test_a_checkpoint_may_have_moved(models, output, tmp_path):
+    (tmp_path / "moved").symlink_to(models / "0")
+    before = output.read_bytes()
+    run(tmp_path, output, model="moved")
+    assert output.read_bytes() == before
+
+
+CHANGES = {
+    "checkpoint": ({"model": "1"}, "checkpoint .*/0' -> .*/1'; content"),
+    "decoding": (
+        {"evaluation": dataclasses.replace(EVALUATION, decoding="sample", temperature=0.5)},
+        "decoding 'greedy' -> 'sample'; .*temperature None -> 0.5",
+    ),
+    "calculator": (
+        {"evaluation": dataclasses.replace(EVALUATION, calculator=True)},
+        "calculator False -> True",
+    ),
+    "split": (
+        {"evaluation": dataclasses.replace(EVALUATION, split="test")},
+        "split 'validation' -> 'test'",
+    ),
+    "fewer examples": (
+        {"evaluation": dataclasses.replace(EVALUATION, num_examples=4)},
+        "num_examples 20 -> 4",
+    ),
+    "lengths": (
+        {"data": dataclasses.replace(DATA, feature_lengths={"inputs": 20, "targets": 32})},
+        "feature_lengths .*48.* -> .*20",
+    ),
+    "batch size": ({"data": dataclasses.replace(DATA, batch_size=16)}, "batch_size 8 -> 16"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_what_something_else_made_is_left_as_it_is(change, dry_run, models, output):
+    arguments, message = CHANGES[change]
+    before = output.read_bytes(), made_by.path_of(output).read_bytes()
+    with pytest.raises(ValueError, match=f"was made by something else: .*{message}"):
+        run(models, output, dry_run=dry_run, **arguments)
+    assert (output.read_bytes(), made_by.path_of(output).read_bytes()) == before
+
+
+@pytest.mark.parametrize("content", ["", "one line", '{"inputs": "a", "targets": "b"}\n' * 10])
+def test_a_file_of_the_users_is_left_as_it_is(content, models, tmp_path):
+    output = tmp_path / "mine.jsonl"
+    output.write_text(content)
+    with pytest.raises(ValueError, match=r"mine\.jsonl exists and was not made by `infer`"):
+        run(models, output)
+    assert output.read_text() == content
+    assert not made_by.path_of(output).exists()
+
+
+def test_a_file_that_was_edited_is_left_as_it_is(models, output):
+    text = output.read_text() + '{"inputs": "mine", "targets": "mine", "reference": ""}\n'
+    output.write_text(text)
+    with pytest.raises(ValueError, match="was changed after it was complete with 20 lines"):
+        run(models, output)
+    assert output.read_text() == text
+
+
+def test_a_folder_or_a_damaged_record_is_refused(models, output, tmp_path):
+    with pytest.raises(ValueError, match="is a folder"):
+        run(models, tmp_path)
+    made_by.path_of(output).write_text("{")
+    with pytest.raises(ValueError, match=r"made_by\.json is not JSON"):
+        run(models, output)
+
+
+def test_another_text_file_of_the_same_name_is_something_else(models, tmp_path):
+    lines, output = tmp_path / "lines.txt", tmp_path / "out.jsonl"
+    lines.write_text("Ada has 3 apples.\nBen has 4 coins.\n")
+    run(models, output, text_file=str(lines))
+    assert record_of(output)["num_lines"] == 2
+    lines.write_text("Ada has 3 apples.\nBen has 5 coins.\n")
+    with pytest.raises(ValueError, match="text_content"):
+        run(models, output, text_file=str(lines))
