@@ -5,7 +5,8 @@
 The reward's gradient is REINFORCE: the sum over a sequence's tokens of log Q(token), times the
 advantage, which is the reward minus a baseline that does not depend on the sequence itself. The
 divergence is that of GKD, and no gradient flows through its samples. alpha = 1 is pure
-distillation. With the initial student as the teacher this is RLEF* (Roit et al., 2023).
+distillation. With the initial student as the teacher and the reverse KL this is RLEF* (Roit et al.,
+2023).
 
 Scale: the policy term sums log-probabilities over tokens, whereas D is a mean over tokens (Eq. 2),
 and JSD(0.9) is about ten times smaller than a KL. alpha weighs the two as they are.

@@ -2,15 +2,18 @@
 
 DATA_DIR, or its folder `flan`, holds files of instructions, also in folders within, plain or `.gz`:
 
-    *.jsonl  an object a line with `inputs` and `targets`, as in exports of FLAN 2021
+    *.jsonl  an object a line with `inputs` and `targets`, maybe `task_name`, as in the published
+             Flan 2021 submixture (huggingface.co/datasets/conceptofmind/flan2021_submix_original)
     *.tsv    inputs TAB targets; or, as FLAN's chain-of-thought data
              (https://github.com/google-research/FLAN), question TAB answer TAB explanation,
              whose targets are `<explanation> So the answer is <answer>.`; `\\n` is a newline
 
-Every file is one data set. FLAN (Wei et al., 2022) mixes in proportion to size with a maximum of
-3,000: `flan` does. `flan_all` has no maximum: every example once a pass. Both are one seqio task of
-one stream and no Mixture, whose parts would have to be known before DATA_DIR is. Other folders and
-maxima: `mixture_task`. Split `train`; all files are held in memory.
+The examples of one `task_name` are one data set, in whichever files they are; so are those of a
+file that gives none. The Flan 2021 submixture, on which the GKD paper trains, mixes in proportion
+to size with a maximum of 30,000 a task (Longpre et al., 2023; Wei et al., 2022, had 3,000): `flan`
+does. `flan_all` has no maximum: every example once a pass. Both are one seqio task of one stream
+and no Mixture, whose parts would have to be known before DATA_DIR is. Other folders and maxima:
+`mixture_task`. Split `train`; all files are held in memory.
 """
 
 from collections.abc import Sequence
@@ -21,12 +24,12 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from gkd_jax.tasks import features, few_shot, jsonl
+from gkd_jax.tasks import features, few_shot
 from gkd_jax.tasks import folder as folders
-from gkd_jax.text import text_metrics
+from gkd_jax.text import files, text_metrics
 
 
-MAXIMUM = 3000
+MAXIMUM = 30_000
 ENDINGS = (".jsonl", ".tsv")
 
 
@@ -38,7 +41,7 @@ def mixture_task(
     Args:
         name: of the task.
         folder: of the files, local or `gs://`; None is DATA_DIR.
-        maximum: a file of more examples is drawn from as one of so many; None is no maximum.
+        maximum: a data set of more examples is drawn from as one of so many; None is no maximum.
 
     Raises:
         ValueError: if maximum is not positive.
@@ -104,12 +107,31 @@ def find_files(folder: str) -> list[str]:
 
 
 def read_file(path: str) -> list[dict[str, str]]:
-    """`inputs` and `targets` of every line of a JSONL or TSV file.
+    """`inputs` and `targets` of every line of a JSONL or TSV file, and `task_name` where it is.
 
     Raises:
         ValueError: naming the file, the line (from 1), and what is wrong with it.
     """
-    return jsonl.read_rows(path) if ".jsonl" in os.path.basename(path) else _read_tsv(path)
+    if ".jsonl" not in os.path.basename(path):
+        return _read_tsv(path)
+    rows = files.parse_objects(folders.read_lines(*os.path.split(path)), path)
+    return [
+        {
+            key: files.string(row, key, path, number)
+            for key in ("inputs", "targets", *(["task_name"] if "task_name" in row else []))
+        }
+        for number, row in enumerate(rows, start=1)
+    ]
+
+
+def group_by_task(paths: Sequence[str]) -> list[list[dict[str, str]]]:
+    """The examples of each data set: those of one `task_name`, else those of one file."""
+    groups: dict[tuple[str, str], list[dict[str, str]]] = {}
+    for path in paths:
+        for row in read_file(path):
+            key = ("task", row["task_name"]) if "task_name" in row else ("file", path)
+            groups.setdefault(key, []).append(row)
+    return list(groups.values())
 
 
 def _read_tsv(path: str) -> list[dict[str, str]]:
@@ -137,14 +159,13 @@ def _dataset(
     folder: str | None,
     maximum: int | None,
 ) -> tf.data.Dataset:
-    # Mixed here whether or not seqio shuffles, whose buffer of 1000 is too small for it: the first
-    # N examples are of all files.
+    # Mixed here whether or not the stream is shuffled: the first N examples are of all data sets.
     del split, shuffle_files
     where = few_shot.family_folder(name, "flan", "") if folder is None else folder
-    files = [read_file(path) for path in find_files(where)]
-    order = mixed_order([len(rows) for rows in files], maximum, seed or 0)
+    groups = group_by_task(find_files(where))
+    order = mixed_order([len(rows) for rows in groups], maximum, seed or 0)
     table = {
-        key: tf.constant([row[key] for rows in files for row in rows])
+        key: tf.constant([row[key] for rows in groups for row in rows])
         for key in ("inputs", "targets")
     }
     return tf.data.Dataset.from_tensor_slices(order).map(

@@ -4,6 +4,11 @@ TFDS `gsm8k:1.0.0`, splits `train` and `test`. In the targets the calculator's `
 removed (T5's vocabulary has no `<`), lines are joined by spaces (T5's has no newline either), and
 `#### N` becomes `The answer is N.`
 
+`train.jsonl` in the folder `gsm8k` of DATA_DIR, with `inputs` (the question) and `targets` (a chain
+of thought that ends in `The answer is N.`), takes the place of the training split for both tasks:
+so the chains of a larger model train with the few-shot prompt that evaluation uses, and the test
+split stays the original (`gkd_jax.tasks.tfds_or_files`).
+
 `gsm8k_cot` puts worked problems before every question, in the form of Wei et al. (2022); in the
 GKD paper they are four:
 
@@ -12,7 +17,8 @@ GKD paper they are four:
 
 The worked problems are those of `cot_prompt.txt` in DATA_DIR, or in its folder `gsm8k`: blocks of
 a `Q:` line and an `A:` line, each of which may go on over further lines. Without that file they are
-the four of `COT_PROMPT`, which are this project's own and not the paper's: 285 tokens of T5.
+the four of `COT_PROMPT`, which are this project's own and not the paper's: 285 tokens of T5. The
+paper's, the first four of Wei et al. (2022), have 284: both fit 512 with every question.
 """
 
 from collections.abc import Mapping
@@ -22,7 +28,7 @@ from typing import Any
 import seqio
 import tensorflow as tf
 
-from gkd_jax.tasks import features, few_shot, folder
+from gkd_jax.tasks import features, few_shot, folder, tfds_or_files
 from gkd_jax.text import text_metrics
 
 
@@ -103,15 +109,19 @@ def first_answer(text: str, *, example: Any = None, is_target: bool = False) -> 
     return text if is_target else few_shot.until_next_question(text)
 
 
+_SOURCE = tfds_or_files.TfdsOrFiles(
+    "gsm8k:1.0.0", family="gsm8k", fields={"inputs": "question", "targets": "answer"}
+)
+
 features.register(
     "gsm8k",
-    source=seqio.TfdsDataSource(tfds_name="gsm8k:1.0.0"),
+    source=_SOURCE,
     preprocessors=[question_to_answer],
     metric_fns=[text_metrics.answer_accuracy],
 )
 few_shot.register(
     "gsm8k_cot",
-    source=seqio.TfdsDataSource(tfds_name="gsm8k:1.0.0"),
+    source=_SOURCE,
     preprocessors=[question_to_answer, add_cot_prompt],
     metric_fns=[text_metrics.answer_accuracy],
     postprocess_fn=first_answer,

@@ -13,8 +13,9 @@ prompts keep all, at 2048 97 % (all but 404); alone, the longest question has 10
 authors have newlines there are spaces, since T5's vocabulary has no newline.
 
 `accuracy` is the share of exactly right letters in each subject, averaged over the subjects, each
-with the same weight. Splits `test` (14,042 questions) and `validation` (1,531). The subjects take
-turns in the stream, so that the first N examples are of all of them.
+with the same weight. Greedy decoding may write no letter at all; the authors compare A to D alone,
+which `EvalConfig.decoding = "likeliest"` does. Splits `test` (14,042 questions) and `validation`
+(1,531). The subjects take turns in the stream, so that the first N examples are of all of them.
 """
 
 from collections.abc import Sequence

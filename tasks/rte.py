@@ -6,7 +6,8 @@ with a header line: index TAB sentence1 TAB sentence2 TAB label.
     inputs:  premise: <sentence1> hypothesis: <sentence2>
     targets: entailment  or  not_entailment
 
-The form is that of `rewards.Entailment`: a T5 trained on this task can be its classifier.
+The form is that of `rewards.Entailment`: a T5 trained on this task can be its classifier, with
+`label = 'entailment'`.
 """
 
 import seqio

@@ -1,11 +1,15 @@
-"""WMT14 English to German as T5 has it: `wmt_t2t_ende_v003` (Raffel et al., 2020)."""
+"""WMT14 English to German as T5 has it: `wmt_t2t_ende_v003` (Raffel et al., 2020).
+
+TFDS `wmt_t2t_translate/de-en:1.0.0`, or `{train,validation,test}.jsonl` with `en` and `de` in the
+folder `wmt` of DATA_DIR (`gkd_jax.tasks.tfds_or_files`).
+"""
 
 from collections.abc import Mapping
 
 import seqio
 import tensorflow as tf
 
-from gkd_jax.tasks import features
+from gkd_jax.tasks import features, tfds_or_files
 from gkd_jax.text import text_metrics
 
 
@@ -20,7 +24,9 @@ def english_to_german(example: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
 
 features.register(
     "wmt_t2t_ende_v003",
-    source=seqio.TfdsDataSource(tfds_name="wmt_t2t_translate/de-en:1.0.0"),
+    source=tfds_or_files.TfdsOrFiles(
+        "wmt_t2t_translate/de-en:1.0.0", family="wmt", fields={"inputs": "en", "targets": "de"}
+    ),
     preprocessors=[english_to_german],
     metric_fns=[text_metrics.bleu],
 )

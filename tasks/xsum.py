@@ -1,11 +1,21 @@
-"""XSum (Narayan et al., 2018): `xsum`, one sentence that says what an article is about."""
+"""XSum (Narayan et al., 2018): `xsum`, one sentence that says what an article is about.
+
+TFDS `xsum:1.1.0`, which cannot download the articles by itself. Make
+`xsum-extracts-from-downloads.tar.gz` as https://github.com/EdinburghNLP/XSum says, put it into a
+folder and prepare the data set once:
+
+    tfds build xsum --manual_dir=FOLDER --data_dir=TFDS_DATA_DIR
+
+Or put `{train,validation,test}.jsonl` with `document` and `summary` into the folder `xsum` of
+DATA_DIR (`gkd_jax.tasks.tfds_or_files`).
+"""
 
 from collections.abc import Mapping
 
 import seqio
 import tensorflow as tf
 
-from gkd_jax.tasks import features
+from gkd_jax.tasks import features, tfds_or_files
 from gkd_jax.text import text_metrics
 
 
@@ -23,7 +33,15 @@ def document_to_summary(example: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor
 
 features.register(
     "xsum",
-    source=seqio.TfdsDataSource(tfds_name="xsum:1.1.0"),
+    source=tfds_or_files.TfdsOrFiles(
+        "xsum:1.1.0",
+        family="xsum",
+        fields={"inputs": "document", "targets": "summary"},
+        hint=(
+            "XSum's articles are downloaded by hand (gkd_jax/tasks/xsum.py says how), then: "
+            "tfds build xsum --manual_dir=FOLDER. "
+        ),
+    ),
     preprocessors=[document_to_summary],
     metric_fns=[text_metrics.rouge],
 )

@@ -4,13 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import seqio
 
 from gkd_jax import losses
 from gkd_jax.batch import Batch
-from gkd_jax.evaluation import rewards
+from gkd_jax.evaluation import evaluate, rewards
 from gkd_jax.models import t5
 from gkd_jax.storage import checkpoints
 from gkd_jax.storage.pretrained import Model
+import gkd_jax.tasks.rte  # noqa: F401
 from gkd_jax.text import vocabularies
 
 
@@ -79,6 +81,33 @@ def test_entailment_is_the_log_probability_of_the_label(classifier):
         logits = t5.logits(config, params, batch)[..., : vocabulary.vocab_size]
         expected = -losses.cross_entropy(logits, targets).sum()
         np.testing.assert_allclose(value, expected, atol=1e-4)
+
+
+def test_entailment_points_count_the_outputs_that_are_called_entailed(classifier):
+    score = rewards.Entailment(model=Model(checkpoint=classifier[0]), vocabulary="bytes")
+    # "1" more probable than all else together: 0.51 and 0.9, but not 0.5 and 0.49.
+    found = score.report(np.log([0.51, 0.9, 0.5, 0.49]))
+    assert found["entailed"] == 50.0
+    assert found["entailment"] == pytest.approx(np.log([0.51, 0.9, 0.5, 0.49]).mean())
+    assert score.label == "1"
+
+
+def test_an_evaluation_reports_both_numbers_of_a_classifier(classifier):
+    class Known(rewards.Entailment):
+        def __call__(self, prompts, outputs, references):
+            return np.log([0.75 if output == "yes" else 0.25 for output in outputs])
+
+    known = Known(model=Model(checkpoint=classifier[0]), vocabulary="bytes")
+    texts = {"inputs_pretokenized": "p", "targets_pretokenized": "yes"}
+    rows = [evaluate.Row(texts, output, [1], None) for output in ("yes", "no", "yes", "yes")]
+    settings = evaluate.EvalConfig(rewards=(known, rewards.brevity))
+    values = evaluate.score(seqio.TaskRegistry.get("rte"), rows, settings)
+    assert values == {
+        "exact_match": 75.0,
+        "entailment": pytest.approx((3 * np.log(0.75) + np.log(0.25)) / 4),
+        "entailed": 75.0,
+        "brevity": 0.0,
+    }
 
 
 def test_a_long_premise_is_cut_and_the_hypothesis_kept(classifier):

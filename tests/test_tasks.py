@@ -82,8 +82,7 @@ COUNTS = {
     ("arithmetic", "test"): 1024,
     ("bbh_cot", "test"): 6511,
     ("bbh_direct", "test"): 6511,
-    # Three rounds of 2728 + 1084 + 2061 and of 3000 from each of the three larger files.
-    ("flan", "train"): 44_619,
+    ("flan", "train"): 2728 + 6915 + 7112 + 1084 + 6070 + 2061,  # no file has 30,000
     ("flan_all", "train"): 2728 + 6915 + 7112 + 1084 + 6070 + 2061,
     ("gsm8k", "train"): 7473,
     ("gsm8k", "test"): 1319,
@@ -732,6 +731,27 @@ def test_a_mixture_of_another_folder_and_maximum(flan_folder):
         flan.mixture_task("smaller", maximum=0)
 
 
+def test_flan_groups_by_task_name_across_files(tmp_path):
+    """As the published submixture has it: files that hold many tasks, and tasks in many files."""
+    for name, tasks in [("1.jsonl", "aab"), ("2.jsonl", "ba")]:
+        rows = [
+            {"inputs": f"{name}{i}", "targets": "t", "task_name": task, "task_source": "Flan2021"}
+            for i, task in enumerate(tasks)
+        ]
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "3.jsonl").write_text('{"inputs": "x", "targets": "t"}\n')
+    groups = flan.group_by_task(flan.find_files(str(tmp_path)))
+    assert [[row["inputs"] for row in group] for group in groups] == [
+        ["1.jsonl0", "1.jsonl1", "2.jsonl1"],
+        ["1.jsonl2", "2.jsonl0"],
+        ["x"],
+    ]
+    assert flan.MAXIMUM == 30_000
+    (tmp_path / "3.jsonl").write_text('{"inputs": "x", "targets": "t", "task_name": 3}\n')
+    with pytest.raises(ValueError, match=r"3\.jsonl, line 1: 'task_name' must be a string, got 3"):
+        flan.group_by_task(flan.find_files(str(tmp_path)))
+
+
 def test_mixed_order_keeps_the_shares_in_every_round():
     sizes, maximum = [5, 70, 12], 12
     order = flan.mixed_order(sizes, maximum, 0)
@@ -823,6 +843,67 @@ def test_gsm8k_cot_grades_the_first_answer_only():
     for name, accuracy in [("gsm8k_cot", 100.0), ("gsm8k", 0.0)]:
         values = score(seqio.TaskRegistry.get(name), [(row, guess)])
         assert values == dict.fromkeys(["accuracy", "accuracy_with_calculator"], accuracy)
+
+
+# Files in place of TFDS ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "theirs", "inputs"),
+    [
+        ("xsum", "xsum", "document", "summarize: in 0"),
+        ("wmt_t2t_ende_v003", "wmt", "en", "translate English to German: in 0"),
+        ("gsm8k", "gsm8k", "question", "in 0"),
+    ],
+)
+def test_files_stand_in_for_a_tfds_split(name, family, theirs, inputs, data_dirs, tmp_path):
+    targets = {"document": "summary", "en": "de", "question": "answer"}[theirs]
+    (tmp_path / family).mkdir()
+    own = [{"inputs": f"in {i}", "targets": f"The answer is {i}."} for i in range(3)]
+    by_tfds_names = [{theirs: row["inputs"], targets: row["targets"]} for row in own]
+    task = open_task(name, data_dirs)
+    before = next(dataset(task, "test").as_numpy_iterator())["inputs_pretokenized"]
+    folder.set_data_dir(tmp_path)
+    for rows in (own, by_tfds_names):
+        path = tmp_path / family / "train.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        got = list(dataset(task, "train").as_numpy_iterator())
+        assert [row["targets_pretokenized"].decode() for row in got] == [
+            f"The answer is {i}." for i in range(3)
+        ]
+        assert got[0]["inputs_pretokenized"].decode() == inputs
+        assert {"train", "test"} <= set(task.splits)
+        # The splits without a file stay TFDS's.
+        assert next(dataset(task, "test").as_numpy_iterator())["inputs_pretokenized"] == before
+    with pytest.raises(ValueError, match=r"train\.jsonl is read whole: .* got 'train\[:1\]'"):
+        task.source.get_dataset(split="train[:1]")
+    path.write_text('{"inputs": "a", "targets": "b"}\n{"inputs": "a"}\n')
+    with pytest.raises(ValueError, match=r"train\.jsonl, line 2: key 'targets' is missing"):
+        task.source.get_dataset(split="train")
+
+
+def test_chains_of_thought_of_a_file_train_with_the_prompt_of_the_evaluation(data_dirs, tmp_path):
+    (tmp_path / "gsm8k").mkdir()
+    row = {"inputs": "What is 1 + 1?", "targets": "1 + 1 = 2. The answer is 2."}
+    (tmp_path / "gsm8k" / "train.jsonl").write_text(json.dumps(row) + "\n")
+    task = open_task("gsm8k_cot", data_dirs)
+    folder.set_data_dir(tmp_path)
+    (train,) = dataset(task, "train").as_numpy_iterator()
+    test = next(dataset(task, "test").as_numpy_iterator())
+    prompts = [row["inputs_pretokenized"].decode() for row in (train, test)]
+    shots = prompts[1].rsplit("Q: ", maxsplit=1)[0]
+    assert shots.count("The answer is") == 4
+    assert prompts[0] == f"{shots}Q: What is 1 + 1? A:"
+    assert train["targets_pretokenized"].decode() == row["targets"]
+
+
+def test_a_data_set_that_tfds_lacks_says_what_to_do(tmp_path, no_data_dir, monkeypatch):
+    source = seqio.TaskRegistry.get("xsum").source
+    monkeypatch.setattr(source.tfds_dataset, "_data_dir_override", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="tfds build xsum --manual_dir") as error:
+        source.get_dataset(split="validation")
+    assert "put validation.jsonl (objects with 'inputs' and 'targets')" in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 # Summaries and translations -----------------------------------------------------------------------

@@ -49,12 +49,16 @@ class EvalConfig:
     Attributes:
         task: what is decoded; None is the task that is trained on.
         split: of the task.
-        decoding: "greedy", "sample" (temperature sampling) or "beam".
+        decoding: "greedy", "sample" (temperature sampling), "beam", or "likeliest": the one of
+            `choices` whose first token is the most probable, as the authors of MMLU score it
+            (`evaluate.py` of https://github.com/hendrycks/test). Greedy decoding with exact match,
+            which the paper has, may write something else than a letter.
         temperature: of "sample".
         num_samples: of "sample", for each input; two or more add `self_bleu`.
         calculator: of "greedy": after `expression =` the result is forced into the text, as in the
             paper's GSM8K evaluation.
         num_beams, alpha: of "beam"; the defaults are the paper's for WMT.
+        choices: of "likeliest": texts whose first tokens differ.
         batch_size: rows decoded at once; None takes the training batch's.
         num_examples: the first so many; None is all.
         target_length: most tokens to decode; None takes the training feature length.
@@ -71,6 +75,7 @@ class EvalConfig:
     calculator: bool = False
     num_beams: int = 4
     alpha: float = 0.6
+    choices: tuple[str, ...] = ("A", "B", "C", "D")
     batch_size: int | None = None
     num_examples: int | None = None
     target_length: int | None = None
@@ -78,9 +83,9 @@ class EvalConfig:
     rewards: Sequence[Reward] = ()
 
     def __post_init__(self):
-        if self.decoding not in ("greedy", "sample", "beam"):
+        if self.decoding not in ("greedy", "sample", "beam", "likeliest"):
             raise ValueError(
-                f"decoding must be 'greedy', 'sample' or 'beam', got {self.decoding!r}"
+                f"decoding must be 'greedy', 'sample', 'beam' or 'likeliest', got {self.decoding!r}"
             )
         if not isinstance(self.num_beams, int) or self.num_beams < 1:
             raise ValueError(f"num_beams must be a positive integer, got {self.num_beams!r}")
@@ -171,7 +176,12 @@ def _decode_fn(
         )
         return lambda params, inputs, key: decode(params, inputs)
     temperature = evaluation.temperature if evaluation.decoding == "sample" else 0.0
-    sampling = SamplingConfig(temperature=temperature, banned_ids=banned)
+    end = vocabulary.eos_id
+    if evaluation.decoding == "likeliest":
+        chosen = _single_tokens(vocabulary, evaluation.choices)
+        banned = tuple(token for token in range(config.vocab_size) if token not in chosen)
+        length, end = 1, min(chosen)
+    sampling = SamplingConfig(temperature=temperature, banned_ids=banned, eos_id=end)
 
     def decode_batch(params, inputs, key):
         with sharding.use(mesh):
@@ -197,6 +207,21 @@ def _decode_fn(
             return beams.tokens[:, 0]
 
     return jax.jit(decode_batch, out_shardings=sharding.replicated(mesh))
+
+
+def _single_tokens(vocabulary: seqio.Vocabulary, choices: Sequence[str]) -> set[int]:
+    """The tokens of choices, each one token that no other has.
+
+    Raises:
+        ValueError: naming the choices, if that is not so.
+    """
+    ids = [vocabulary.encode(choice) for choice in choices]
+    if not ids or any(len(tokens) != 1 for tokens in ids) or len({*map(tuple, ids)}) != len(ids):
+        raise ValueError(
+            f"decoding 'likeliest' needs choices of one token each, all different, "
+            f"got {tuple(choices)} with the tokens {ids}"
+        )
+    return {tokens[0] for tokens in ids}
 
 
 def teacher_divergence(models: gkd.Models, mesh: Mesh) -> TokenDivergence:
@@ -229,7 +254,7 @@ def score(
     Returns:
         The task's own metrics; `teacher_divergence` (nats; the mean over each sequence's tokens,
         then over sequences: Eq. 2) where rows have it; `self_bleu` of several samples an input; the
-        mean of each reward under its function's name.
+        mean of each reward under its function's name, or what its `report` says of its scores.
     """
     if not rows:
         raise ValueError(f"task {task.name!r} has no examples to evaluate")
@@ -255,8 +280,13 @@ def score(
     for reward in evaluation.rewards:
         inputs = [text(row.example, "inputs") for row in rows]
         references = [text(row.example, "targets") for row in rows]
-        name = getattr(reward, "__name__", type(reward).__name__).lower()
-        values[name] = float(np.mean(reward(inputs, texts, references)))
+        scores = reward(inputs, texts, references)
+        report = getattr(reward, "report", None)
+        if report is None:
+            name = getattr(reward, "__name__", type(reward).__name__).lower()
+            values[name] = float(np.mean(scores))
+        else:
+            values.update(report(scores))
     return values
 
 

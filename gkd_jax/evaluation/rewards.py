@@ -58,14 +58,15 @@ class Entailment:
     The reward of Roit et al. (2023), which the paper's Figure 5 uses: premise = the prompt (the
     document), hypothesis = the output, and the score is the log-probability of the label's tokens.
     The classifier is any T5 checkpoint that was trained to write the label. It is loaded at the
-    first call.
+    first call. The defaults are those of the public TRUE classifier (google/t5_xxl_true_nli_mixture
+    of Honovich et al., 2022), which writes "1" for entailment and "0" for all else.
 
     Attributes:
         model: the classifier (`pretrained.Model` with a checkpoint).
         vocabulary: its vocabulary, as `vocabularies.load` names it.
         extra_ids: sentinels after a SentencePiece file's pieces.
         template: of its inputs, with {premise} and {hypothesis}.
-        label: what it writes for entailment ("1" for the public TRUE classifier).
+        label: what it writes for entailment ("1" for TRUE, "entailment" for the task `rte`).
         prefix: removed from the prompt's beginning ("summarize: ").
         length: most input tokens; the premise is cut from its end, the hypothesis is kept.
         batch_size: rows scored at once.
@@ -75,7 +76,7 @@ class Entailment:
     vocabulary: str
     extra_ids: int = 0
     template: str = "premise: {premise} hypothesis: {hypothesis}"
-    label: str = "entailment"
+    label: str = "1"
     prefix: str = ""
     length: int = 512
     batch_size: int = 32
@@ -103,6 +104,17 @@ class Entailment:
             batch, _ = data.fill_batch(rows, lengths, self.batch_size)
             scores.extend(np.asarray(self._log_probs(batch))[: len(rows)].tolist())
         return np.array(scores)
+
+    def report(self, scores: np.ndarray) -> dict[str, float]:
+        """What an evaluation says of scores.
+
+        Returns:
+            `entailment`, their mean in nats; `entailed`, the percentage of outputs that are called
+            entailed: the label is more probable than all other answers together. The paper's
+            Figure 5 is in points of it.
+        """
+        called = np.asarray(scores) > np.log(0.5)
+        return {"entailment": float(np.mean(scores)), "entailed": 100 * float(np.mean(called))}
 
     def _encode(self, premise: str, hypothesis: str) -> list[int]:
         """Ids of the filled template, with as many of the premise's words as fit."""

@@ -1,0 +1,73 @@
+"""Decoding by likeliest choice, against the model's own logits of the first token."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import seqio
+
+from gkd_jax import sharding
+from gkd_jax.batch import Batch
+from gkd_jax.evaluation import evaluate
+from gkd_jax.input import data
+from gkd_jax.models import t5
+from gkd_jax.text import vocabularies
+
+
+@pytest.fixture(scope="module")
+def config():
+    return t5.T5Config(
+        vocab_size=384,
+        d_model=16,
+        num_heads=2,
+        head_dim=8,
+        d_ff=16,
+        num_encoder_layers=1,
+        num_decoder_layers=1,
+        relpos_buckets=8,
+        relpos_max_distance=20,
+    )
+
+
+def decoder(config, vocabulary, choices=("A", "B", "C", "D")):
+    evaluation = evaluate.EvalConfig(decoding="likeliest", choices=choices)
+    mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+    return evaluate.make_decoder(
+        config,
+        evaluation,
+        vocabulary=vocabulary,
+        num_pieces=vocabulary.vocab_size,
+        mesh=mesh,
+        length=4,
+    )
+
+
+def test_likeliest_takes_the_choice_with_the_largest_first_logit(config):
+    vocabulary = vocabularies.load("bytes")
+    # Large weights, so that the likeliest choice differs between inputs.
+    params = jax.tree.map(lambda x: 20 * x, t5.init(config, jax.random.key(1)))
+    ids = np.random.default_rng(0).integers(3, 259, (16, 24)).tolist()
+    rows = [{"inputs": row, "targets": [1]} for row in ids]
+    batch = data.fill_batch(rows, {"inputs": 24, "targets": 4}, 16)
+    found = [row.prediction for row in decoder(config, vocabulary)(params, [batch])]
+    inputs, targets = jnp.asarray(batch.batch.inputs), jnp.zeros((16, 1), int)
+    first = Batch(inputs, targets, jnp.ones((16, 1)))
+    logits = np.asarray(t5.logits(config, params, first))[:, 0]
+    letters = [vocabulary.encode(letter)[0] for letter in "ABCD"]
+    expected = ["ABCD"[index] for index in logits[:, letters].argmax(1)]
+    assert found == expected
+    assert len(set(expected)) > 1
+    assert not set(logits.argmax(1).tolist()) <= set(letters)  # greedy would write something else
+
+
+def test_choices_of_several_tokens_or_of_the_same_are_refused(config):
+    vocabulary = vocabularies.load("bytes")
+    for choices in (("yes", "no"), ("A", "A"), ()):
+        with pytest.raises(ValueError, match="needs choices of one token each, all different"):
+            decoder(config, vocabulary, choices)
+
+
+def test_t5_s_vocabulary_has_a_token_for_each_letter(shared):
+    path = str(shared / "data" / "t5_vocab" / "spiece.model")
+    vocabulary = seqio.SentencePieceVocabulary(path, extra_ids=100)
+    assert len(evaluate._single_tokens(vocabulary, ("A", "B", "C", "D"))) == 4
