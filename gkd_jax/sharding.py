@@ -10,6 +10,7 @@ import contextlib
 import contextvars
 import dataclasses
 import math
+import sys
 from typing import Any
 
 import jax
@@ -73,17 +74,42 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     types = (AxisType.Auto,) * len(MESH_AXES)
     num_slices = len({getattr(device, "slice_index", 0) for device in devices})
     if num_slices == 1:
-        return jax.make_mesh(sizes, MESH_AXES, axis_types=types, devices=devices)
+        return Mesh(_place(sizes, devices), MESH_AXES, axis_types=types)
     data, fsdp, tensor = sizes
     if data % num_slices:
         raise ValueError(
             f"data={data} does not divide over {num_slices} slices: only it crosses them"
         )
     # Between slices only gradients travel, once a step: the data axis goes over their network.
-    grid = mesh_utils.create_hybrid_device_mesh(
-        (data // num_slices, fsdp, tensor), (num_slices, 1, 1), devices
-    )
+    grid = _place((data // num_slices, fsdp, tensor), devices, num_slices)
     return Mesh(grid, MESH_AXES, axis_types=types)
+
+
+def _place(sizes: tuple[int, int, int], devices: Sequence[Any], num_slices: int = 1) -> np.ndarray:
+    """The devices in the mesh's shape, those beside each other in it close to each other.
+
+    A mesh axis takes whole axes of a TPU's torus where that is possible. Where it is not (an axis
+    of 2 on a torus of 4 x 4), axes of the torus are split, and a warning says what that costs.
+    """
+
+    def arrange(split: bool) -> np.ndarray:
+        options = {"devices": devices, "allow_split_physical_axes": split}
+        if num_slices > 1:
+            return mesh_utils.create_hybrid_device_mesh(sizes, (num_slices, 1, 1), **options)
+        return mesh_utils.create_device_mesh(sizes, **options)
+
+    try:
+        return arrange(split=False)
+    except NotImplementedError:
+        grid = arrange(split=True)
+    shape = " x ".join(f"{name}={size}" for name, size in zip(MESH_AXES, sizes, strict=True))
+    print(
+        f"WARNING: the mesh {shape} splits axes of the chips' interconnect: collectives over parts "
+        "of one axis share its links, and may take up to twice as long as over whole axes (times "
+        "of precompile leave that out)",
+        file=sys.stderr,
+    )
+    return grid
 
 
 def spec(axes: Sequence[str | None], rules: Rules = RULES) -> PartitionSpec:

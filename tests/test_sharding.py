@@ -1,5 +1,8 @@
 """The mesh and the table of logical axes."""
 
+import dataclasses
+import itertools
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
@@ -9,6 +12,9 @@ import pytest
 from gkd_jax import sharding
 from gkd_jax.models import t5
 from gkd_jax.sharding import MeshConfig
+
+
+AXES = ("data", "fsdp", "tensor")
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +59,76 @@ def test_make_mesh_takes_all_devices_or_those_given():
     few = sharding.make_mesh(MeshConfig(tensor=2), jax.devices()[:4])
     assert dict(few.shape) == {"data": 2, "fsdp": 1, "tensor": 2}
     assert set(few.devices.flat) == set(jax.devices()[:4])
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """As much of a TPU's device as placing it takes."""
+
+    id: int
+    coords: tuple[int, ...]
+    device_kind: str
+    slice_index: int = 0
+    platform: str = "tpu"
+    core_on_chip: int = 0
+    process_index: int = 0
+
+
+def torus(kind, *shape, num_slices=1):
+    places = [(slice, *xyz) for slice in range(num_slices) for xyz in np.ndindex(*shape)]
+    return [
+        Chip(number, (*xyz, 0)[:3], kind, slice_index)
+        for number, (slice_index, *xyz) in enumerate(places)
+    ]
+
+
+V6E, V5P = "TPU v6 lite", "TPU v5"
+
+
+@pytest.mark.parametrize(
+    ("devices", "whole_axes"),
+    [
+        (torus(V6E, 4, 4), {(16, 1, 1), (4, 4, 1), (1, 4, 4)}),
+        (torus(V6E, 4, 8), {(8, 4, 1), (1, 1, 32)}),
+        (torus(V5P, 4, 4, 4), {(4, 4, 4), (16, 4, 1), (1, 64, 1)}),
+        (torus(V5P, 2, 2, 4), {(4, 4, 1), (2, 4, 2), (1, 1, 16)}),
+    ],
+    ids=["v6e:4x4", "v6e:4x8", "v5p:4x4x4", "v5p:2x2x4"],
+)
+def test_every_mesh_that_fits_is_made(devices, whole_axes, capsys):
+    number = len(devices)
+    powers = [2**i for i in range(number.bit_length())]
+    for data, fsdp in itertools.product(powers, powers):
+        if number % (data * fsdp):
+            continue
+        sizes = (data, fsdp, number // data // fsdp)
+        made = sharding.make_mesh(MeshConfig(**dict(zip(AXES, sizes, strict=True))), devices)
+        assert tuple(made.shape.values()) == sizes
+        assert {chip.id for chip in made.devices.flat} == set(range(number))
+        warning = capsys.readouterr().err
+        if sizes in whole_axes:
+            assert not warning
+        elif warning:
+            name = f"data={data} x fsdp={fsdp} x tensor={sizes[2]}"
+            assert f"WARNING: the mesh {name} splits axes" in warning
+
+
+def test_a_tensor_axis_of_two_is_made_with_a_warning(capsys):
+    """JAX's own `make_mesh` refuses this one, and advises an option that it does not take."""
+    made = sharding.make_mesh(MeshConfig(data=4, fsdp=2, tensor=2), torus(V6E, 4, 4))
+    assert "data=4 x fsdp=2 x tensor=2 splits axes" in capsys.readouterr().err
+    for left, right in made.devices.reshape(-1, 2):  # what talks most lies side by side
+        assert np.abs(np.subtract(left.coords, right.coords)).sum() == 1
+
+
+def test_slices_are_crossed_by_the_data_axis_alone(capsys):
+    devices = torus(V6E, 4, 4, num_slices=2)
+    made = sharding.make_mesh(MeshConfig(data=8, fsdp=2, tensor=2), devices)
+    assert "data=4 x fsdp=2 x tensor=2 splits axes" in capsys.readouterr().err
+    for row in made.devices:
+        assert len({chip.slice_index for chip in row.flat}) == 1
+    with pytest.raises(ValueError, match="data=1 does not divide over 2 slices"):
+        sharding.make_mesh(MeshConfig(data=1, fsdp=-1), devices)
 
 
 def test_spec():
