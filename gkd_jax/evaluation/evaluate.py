@@ -176,7 +176,7 @@ def _decode_fn(
         )
         return lambda params, inputs, key: decode(params, inputs)
     temperature = evaluation.temperature if evaluation.decoding == "sample" else 0.0
-    end = vocabulary.eos_id
+    end = SamplingConfig().eos_id
     if evaluation.decoding == "likeliest":
         chosen = _single_tokens(vocabulary, evaluation.choices)
         banned = tuple(token for token in range(config.vocab_size) if token not in chosen)
