@@ -159,3 +159,52 @@ def test_bfloat16_file_of_transformers(tmp_path):
     embedding = np.asarray(params["token_embedder"]["embedding"])
     expected = model.shared.weight.to(torch.float32).detach().numpy()
     np.testing.assert_array_equal(embedding, expected)
+
+
+def edit_json(file, **fields):
+    stored = json.loads(file.read_text()) if file.is_file() else {}
+    file.write_text(json.dumps({**stored, **fields}))
+
+
+@pytest.mark.parametrize(
+    ("file", "fields", "message"),
+    [
+        # MADLAD-400, CodeT5, and a model that starts its targets with another id.
+        ("config.json", {"eos_token_id": 2, "pad_token_id": 1}, "pad_token_id must be 0, got 1"),
+        ("config.json", {"bos_token_id": 1, "eos_token_id": 2}, "eos_token_id must be 1, got 2"),
+        ("config.json", {"decoder_start_token_id": 7}, "decoder_start_token_id must be 0, got 7"),
+        ("generation_config.json", {"eos_token_id": [1, 5]}, r"eos_token_id must be 1, got \[1, 5"),
+        (
+            "generation_config.json",
+            {"decoder_start_token_id": 4},
+            "decoder_start_token_id must be 0, got 4",
+        ),
+        ("generation_config.json", {"forced_bos_token_id": 9}, "forced_bos_token_id must be abs"),
+        ("generation_config.json", {"bad_words_ids": [[5]]}, r"bad_words_ids must be absent"),
+        (
+            "generation_config.json",
+            {"suppress_tokens": [3, 9]},
+            r"suppress_tokens must be the last",
+        ),
+    ],
+)
+def test_another_way_to_decode_is_refused_by_name(tmp_path, file, fields, message):
+    folder, _ = make_folder(tmp_path / "theirs", "t5_1_1")
+    edit_json(tmp_path / "theirs" / file, **fields)
+    with pytest.raises(ValueError, match=f"not decoded as T5 is: .*{file}.*{message}"):
+        convert.read_config(folder)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"decoder_start_token_id": 0, "eos_token_id": [1], "pad_token_id": 0},
+        {"decoder_start_token_id": None, "eos_token_id": 1, "suppress_tokens": None},
+        {"suppress_tokens": [0, 94, 95]},
+    ],
+)
+def test_the_usual_ids_may_be_written_in_several_ways(tmp_path, fields):
+    folder, _ = make_folder(tmp_path / "theirs", "t5_1_1")
+    expected = convert.read_config(folder)
+    edit_json(tmp_path / "theirs" / "generation_config.json", **fields)
+    assert convert.read_config(folder) == expected

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 import os
+import pathlib
 import shutil
 from typing import Any
 
@@ -42,6 +43,12 @@ _SIZES = {
     "relative_attention_num_buckets": "relpos_buckets",
     "relative_attention_max_distance": "relpos_max_distance",
 }
+_GENERATION = "generation_config.json"
+_SPECIAL_IDS = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
+_FORCED = (
+    *("forced_bos_token_id", "forced_eos_token_id", "forced_decoder_ids"),
+    *("begin_suppress_tokens", "bad_words_ids", "sequence_bias"),
+)
 _DEFAULTS = {"relative_attention_num_buckets": 32, "relative_attention_max_distance": 128}
 _MT5_VOCAB_SIZE = 250_112
 _ROWS = 4096  # compared at a time
@@ -75,6 +82,7 @@ def read_config(path: str) -> t5.T5Config:
     absent = [name for name in needed if name not in fields]
     if absent:
         raise ValueError(f"{folder}/config.json lacks {', '.join(absent)}")
+    _check_special_ids(folder, fields)
     has_own_head = _has_own_head(hf_folder.open_weights(folder))
     try:
         return t5.T5Config(
@@ -86,6 +94,44 @@ def read_config(path: str) -> t5.T5Config:
         )
     except ValueError as error:
         raise ValueError(f"{folder}/config.json: {error}") from error
+
+
+def _check_special_ids(folder: pathlib.Path, config: dict[str, Any]) -> None:
+    """Refuses a model that starts, pads or ends otherwise than T5, or must be decoded otherwise.
+
+    T5's ids are part of its computation here: id 0 is masked and starts a target, id 1 ends it.
+    MADLAD-400 and CodeT5 have T5's architecture and other ids.
+    """
+    files = {"config.json": config}
+    if (folder / _GENERATION).is_file():
+        files[_GENERATION] = hf_folder.read_json(folder / _GENERATION)
+    wrong = []
+    for file, fields in files.items():
+        for name, usual in _SPECIAL_IDS.items():
+            given = fields.get(name)
+            if given is not None and given not in (usual, [usual]):
+                wrong.append(f"{file}: {name} must be {usual}, got {given!r}")
+        wrong += [
+            f"{file}: {name} must be absent, got {fields[name]!r}"
+            for name in _FORCED
+            if fields.get(name) is not None
+        ]
+        suppressed = fields.get("suppress_tokens")
+        if suppressed and not _is_tail(suppressed, config["vocab_size"]):
+            wrong.append(
+                f"{file}: suppress_tokens must be the last ids of the embedding, which no piece "
+                f"has, got {str(suppressed)[:60]}"
+            )
+    if wrong:
+        raise ValueError(f"{folder}: this model is not decoded as T5 is: {'; '.join(wrong)}")
+
+
+def _is_tail(ids: Any, vocab_size: Any) -> bool:
+    """Whether ids, besides that of pad, are the last ones of a vocabulary."""
+    if not isinstance(ids, list) or not all(type(token) is int for token in ids):
+        return False
+    rest = sorted(set(ids) - {0})
+    return type(vocab_size) is int and rest == list(range(vocab_size - len(rest), vocab_size))
 
 
 def _numbers(fields: dict[str, Any]) -> dict[str, Any]:
@@ -185,11 +231,10 @@ def write_hf(
         for key, entry in layout.items()
         for layer, part in enumerate(entry.parts)
     ]
-    generation = {"decoder_start_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
     with complete_folder(path) as folder:
         hf_folder.write_weights(folder, arrays, kind)
         hf_folder.write_json(folder / "config.json", fields)
-        hf_folder.write_json(folder / "generation_config.json", generation)
+        hf_folder.write_json(folder / _GENERATION, _SPECIAL_IDS)
         for file in tokenizer_files:
             shutil.copy(file, folder)
 
@@ -226,8 +271,6 @@ def _config_fields(config: t5.T5Config, dtype: str) -> dict[str, Any]:
         # transformers 4 ties and scales by the first, transformers 5 scales by the second.
         "tie_word_embeddings": config.tie_embeddings,
         "scale_decoder_outputs": config.scale_logits,
-        "decoder_start_token_id": 0,
-        "pad_token_id": 0,
-        "eos_token_id": 1,
+        **_SPECIAL_IDS,
         "torch_dtype": dtype,
     }

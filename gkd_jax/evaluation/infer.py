@@ -23,7 +23,7 @@ from gkd_jax.evaluation.evaluate import EvalConfig
 from gkd_jax.input import data
 from gkd_jax.models import t5
 from gkd_jax.storage import content
-from gkd_jax.storage.pretrained import Model, check_vocabularies, place_params
+from gkd_jax.storage.pretrained import Model, check_special_ids, check_vocabularies, place_params
 from gkd_jax.text import files
 
 
@@ -70,6 +70,7 @@ def _prepare(
     data.check_split(task, evaluation.split)
     config = model.config(vocabulary.vocab_size)
     check_vocabularies(vocabulary, {"model": model}, frozenset())
+    check_special_ids(config, vocabulary)
     mesh = sharding.make_mesh(mesh_config)
     batch_size = evaluation.batch_size or data_config.batch_size
     sharding.check_batch_size(batch_size, mesh)

@@ -15,7 +15,7 @@ from gkd_jax.batch import Batch, TopK
 from gkd_jax.input import data, teacher_cache
 from gkd_jax.models import t5
 from gkd_jax.storage import checkpoints
-from gkd_jax.storage.pretrained import Model, check_vocabularies, place_params
+from gkd_jax.storage.pretrained import Model, check_special_ids, check_vocabularies, place_params
 from gkd_jax.text import vocabularies
 
 
@@ -55,6 +55,7 @@ def run(
     num_pieces = vocabularies.num_pieces(vocabulary)
     config = model.config(num_pieces)
     check_vocabularies(vocabulary, {"model": model}, frozenset())
+    check_special_ids(config, vocabulary)
     mesh = sharding.make_mesh(mesh_config)
     sharding.check_batch_size(data_config.batch_size, mesh)
     k = min(k, num_pieces)

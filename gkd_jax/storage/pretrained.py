@@ -251,6 +251,31 @@ def check_vocabularies(
             )
 
 
+def check_special_ids(
+    config: t5.T5Config, vocabulary: seqio.Vocabulary, *, check_remote: bool = True
+) -> None:
+    """A T5 masks id 0, starts a target with it and ends one with id 1: so must its vocabulary.
+
+    Args:
+        config: of a model of any family; others than T5 take their ids from the vocabulary.
+        vocabulary: of the run.
+        check_remote: False leaves remote vocabularies untouched.
+
+    Raises:
+        ValueError: naming the ids of a vocabulary that differs.
+    """
+    remote = "://" in getattr(vocabulary, "sentencepiece_model_file", "")
+    if not isinstance(config, t5.T5Config) or (remote and not check_remote):
+        return
+    ends, pad, unknown = vocabularies.end_ids(vocabulary), vocabulary.pad_id, vocabulary.unk_id
+    if ends != (1,) or pad != 0 or unknown == 0:
+        raise ValueError(
+            "a T5 needs a vocabulary with pad 0, end of text 1 and a piece that is masked nowhere "
+            f"for what is unknown; this one has pad {pad}, end of text "
+            f"{', '.join(map(str, ends)) or 'none'} and unknown {unknown}"
+        )
+
+
 def load_config(path: str) -> t5.T5Config:
     """Sizes of a model on disk: our own checkpoint, a Hugging Face folder or a T5X checkpoint.
 

@@ -155,6 +155,7 @@ def build(
     pretrained.check_vocabularies(vocabulary, {"student": student, "teacher": teacher}, pending)
     num_pieces = vocabularies.num_pieces(vocabulary, check_remote=check_remote)
     models = _models(num_pieces, student, teacher, pending)
+    pretrained.check_special_ids(models.student, vocabulary, check_remote=check_remote)
     mesh = sharding.make_mesh(mesh_config, devices)
     _check_batch(data_config.batch_size, trainer.num_microbatches, mesh)
 
