@@ -358,13 +358,18 @@ def _run_bindings(phase: str | None) -> dict[str, Any]:
 
 
 def _convert(values: flags.FlagValues) -> None:
-    from gkd_jax.storage import pretrained
+    from gkd_jax.storage import conversion
 
     for name in ("input", "output", "to"):
         if getattr(values, name) is None:
             raise UsageError(f"convert needs --{name}")
-    pretrained.convert_checkpoint(
-        values.input, values.output, to=values.to, dtype=values.dtype, step=values.step
+    conversion.convert_checkpoint(
+        values.input,
+        values.output,
+        to=values.to,
+        dtype=values.dtype,
+        step=values.step,
+        dry_run=values.dry_run,
     )
 
 

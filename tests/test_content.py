@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from gkd_jax import convert, load_model
 from gkd_jax.models import t5
-from gkd_jax.storage import checkpoints, pretrained
+from gkd_jax.storage import checkpoints, conversion
 from gkd_jax.storage.content import check_finite, content_id
 
 
@@ -114,7 +114,7 @@ def test_no_format_is_loaded_with_a_nan(form, params, tmp_path):
     with pytest.raises(ValueError, match=r"decoder/layers/self_attention/query/kernel \(layer 1"):
         load_model(path)
     with pytest.raises(ValueError, match="not finite"):
-        pretrained.convert_checkpoint(path, str(tmp_path / "out"), to="hf")
+        conversion.convert_checkpoint(path, str(tmp_path / "out"), to="hf")
     assert not (tmp_path / "out").exists()
 
 

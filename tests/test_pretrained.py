@@ -1,4 +1,4 @@
-"""Models on disk: special ids of vocabularies, and conversions from and to every format."""
+"""Models on disk: the special ids that a vocabulary must have for them."""
 
 import io
 
@@ -12,9 +12,6 @@ from gkd_jax.text import vocabularies
 
 
 CONFIG = t5.t5_1_1("tiny", vocab_size=128, d_model=16, num_heads=2, head_dim=8, d_ff=24)
-
-
-# Special ids --------------------------------------------------------------------------------------
 
 
 def sentencepiece_file(path, **ids):

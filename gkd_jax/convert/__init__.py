@@ -11,15 +11,17 @@ from typing import Any
 
 from gkd_jax.convert import huggingface, t5x
 from gkd_jax.convert.formats import Format, detect, t5x_root
-from gkd_jax.convert.huggingface import write_hf
-from gkd_jax.convert.layout import t5x_layout
-from gkd_jax.convert.stored import as_dtype, check, read_tree
+from gkd_jax.convert.huggingface import check_hf, write_hf
+from gkd_jax.convert.layout import Layout, t5x_layout
+from gkd_jax.convert.stored import Stored, as_dtype, check, read_tree
 from gkd_jax.convert.t5x_write import write_t5x
 from gkd_jax.models import t5
 
 
 __all__ = [
     "Format",
+    "check_arrays",
+    "check_hf",
     "detect",
     "read_config",
     "read_params",
@@ -68,14 +70,27 @@ def read_params(
     """
     if dtype is not None:
         as_dtype(dtype)
+    layout, arrays = _open(path, config)
+    return read_tree(layout, arrays, dtype, shardings)
+
+
+def check_arrays(path: str, config: t5.T5Config) -> None:
+    """Compares names, shapes and dtypes of a checkpoint's arrays with a model's; reads none.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_params`.
+    """
+    _open(path, config)
+
+
+def _open(path: str, config: t5.T5Config) -> tuple[Layout, dict[str, Stored]]:
     if _foreign(path) == "hf":
-        layout, arrays = huggingface.open_model(path, config)
-        return read_tree(layout, arrays, dtype, shardings)
+        return huggingface.open_model(path, config)
     opened = t5x.open_arrays(path)
     arrays = {name.removeprefix("target."): array for name, array in opened.arrays.items()}
     layout = t5x_layout(config, scanned=opened.scanned)
     check(layout, arrays, path)
-    return read_tree(layout, arrays, dtype, shardings)
+    return layout, arrays
 
 
 def _foreign(path: str) -> Format:

@@ -207,6 +207,7 @@ def write_hf(
     params: t5.Params,
     *,
     dtype: str = "float32",
+    num_pieces: int | None = None,
     tokenizer_files: Iterable[str | os.PathLike[str]] = (),
 ) -> None:
     """Writes a folder that transformers loads with `from_pretrained`.
@@ -216,6 +217,8 @@ def write_hf(
         config: the model's sizes.
         params: its parameters.
         dtype: of the stored weights, "float32" or "bfloat16".
+        num_pieces: of the vocabulary: ids from there on, which no piece has and which training
+            leaves as they are, are never generated (`suppress_tokens`). None where unknown.
         tokenizer_files: copied in, such as `spiece.model` and `tokenizer_config.json`.
 
     Raises:
@@ -234,9 +237,19 @@ def write_hf(
     with complete_folder(path) as folder:
         hf_folder.write_weights(folder, arrays, kind)
         hf_folder.write_json(folder / "config.json", fields)
-        hf_folder.write_json(folder / _GENERATION, _SPECIAL_IDS)
+        hf_folder.write_json(folder / _GENERATION, _generation(config, num_pieces))
         for file in tokenizer_files:
             shutil.copy(file, folder)
+
+
+def check_hf(config: t5.T5Config) -> None:
+    """Raises ValueError for a model that transformers has no counterpart of."""
+    _config_fields(config, "float32")
+
+
+def _generation(config: t5.T5Config, num_pieces: int | None) -> dict[str, Any]:
+    spare = [] if num_pieces is None else list(range(num_pieces, config.vocab_size))
+    return {**_SPECIAL_IDS, **({"suppress_tokens": spare} if spare else {})}
 
 
 def _maker(leaf, part, layer):

@@ -249,9 +249,18 @@ class Checkpoints:
         self._orbax.close()
 
 
-def describe_model(config: t5.T5Config, vocabulary_hash: str) -> dict[str, Any]:
-    """The JSON beside a step's parameters."""
-    return {"config": dataclasses.asdict(config), "vocabulary": vocabulary_hash}
+def describe_model(
+    config: t5.T5Config, vocabulary_hash: str, num_pieces: int | None = None
+) -> dict[str, Any]:
+    """The JSON beside a step's parameters.
+
+    Args:
+        config: the model's sizes.
+        vocabulary_hash: `vocabularies.content_hash`; empty where it is unknown.
+        num_pieces: of the vocabulary; ids beyond it exist only to round the embedding up.
+    """
+    about = {"config": dataclasses.asdict(config), "vocabulary": vocabulary_hash}
+    return about if num_pieces is None else {**about, "num_pieces": num_pieces}
 
 
 def find_step(path: str) -> epath.Path | None:
@@ -330,10 +339,16 @@ def _check_fingerprints(tree: Any, stored: dict[str, int] | None) -> None:
         raise ValueError(f"the stored bytes of {', '.join(wrong)} are not those that were written")
 
 
-def write_params(folder: str, config: t5.T5Config, params: t5.Params, vocabulary_hash: str) -> None:
-    """A model without training state, in a step folder of its own; an empty hash is unknown."""
+def write_params(
+    folder: str,
+    config: t5.T5Config,
+    params: t5.Params,
+    vocabulary_hash: str,
+    num_pieces: int | None = None,
+) -> None:
+    """A model without training state, in a step folder of its own; see `describe_model`."""
     target = epath.Path(folder).resolve()
-    about = describe_model(config, vocabulary_hash)
+    about = describe_model(config, vocabulary_hash, num_pieces)
     about["fingerprints"] = {"params": fingerprints(params)}
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler("params", "model")) as checkpointer:
         checkpointer.save(

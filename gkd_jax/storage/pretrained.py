@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 import dataclasses
-import re
 import resource
 import sys
 from typing import Any
@@ -321,39 +320,3 @@ def load_model(path: str) -> tuple[t5.T5Config, t5.Params]:
     """A model on disk as (config, float32 parameters): `load_config` and `load_params`."""
     config = load_config(path)
     return config, load_params(path, t5.abstract_params(config), config)
-
-
-def convert_checkpoint(
-    source: str, output: str, *, to: str, dtype: str = "float32", step: int | None = None
-) -> None:
-    """Writes a checkpoint in another format.
-
-    Args:
-        source: as for `load_config`.
-        output: a folder that does not exist yet.
-        to: "hf", "t5x" (a `checkpoint_<step>` inside `output`) or "gkd".
-        dtype: of the written parameters; "gkd" keeps float32.
-        step: of a T5X checkpoint; None takes the source's (`checkpoint_<step>`, `<step>`), else 0.
-
-    Raises:
-        FileExistsError: where the output exists.
-    """
-    if epath.Path(output).exists():
-        raise FileExistsError(f"{output!r} exists already: convert writes to a new folder")
-    config, params = load_model(source)
-    if to == "hf":
-        convert.write_hf(output, config, params, dtype=dtype)
-    elif to == "t5x":
-        step = _step_of(source) if step is None else step
-        convert.write_t5x(output, config, params, step=step, dtype=dtype)
-    else:
-        step_folder = checkpoints.find_step(source)
-        known = None if step_folder is None else checkpoints.read_description(step_folder)
-        checkpoints.write_params(output, config, params, known["vocabulary"] if known else "")
-
-
-def _step_of(source: str) -> int:
-    """The step that a checkpoint's folder is named after; 0 where it is named otherwise."""
-    name = (checkpoints.find_step(source) or epath.Path(source)).name
-    match = re.fullmatch(r"(?:checkpoint_)?(\d+)", name)
-    return int(match[1]) if match else 0

@@ -162,7 +162,9 @@ def run(
         )
     writer = metrics.Writer(model_dir, resume_step=start, silent=silent)
     description = checkpoints.describe_model(
-        program.models.student, vocabularies.content_hash(program.vocabulary)
+        program.models.student,
+        vocabularies.content_hash(program.vocabulary),
+        program.models.num_pieces,
     )
 
     #### Both kinds of step, compiled before the first #############################################

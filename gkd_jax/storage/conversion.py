@@ -1,0 +1,95 @@
+"""`gkd-jax convert`: a checkpoint of any format, written in another."""
+
+import os
+import pathlib
+import re
+import sys
+
+from etils import epath
+
+from gkd_jax import convert
+from gkd_jax.convert.stored import as_dtype
+from gkd_jax.models import t5
+from gkd_jax.storage import checkpoints, pretrained
+
+
+FORMATS = ("hf", "t5x", "gkd")
+
+
+def convert_checkpoint(
+    source: str,
+    output: str,
+    *,
+    to: str,
+    dtype: str = "float32",
+    step: int | None = None,
+    dry_run: bool = False,
+) -> None:
+    """Writes a checkpoint in another format, and says on standard error what it wrote.
+
+    Args:
+        source: as for `pretrained.load_config`.
+        output: a local folder that does not exist yet.
+        to: "hf", "t5x" (a `checkpoint_<step>` inside `output`) or "gkd".
+        dtype: of the written parameters; "gkd" keeps float32.
+        step: of a T5X checkpoint; None takes the source's (`checkpoint_<step>`, `<step>`), else 0.
+        dry_run: check all that can be checked without reading an array, and write nothing.
+
+    Raises:
+        FileNotFoundError: where there is no source.
+        ValueError: where the output exists or cannot be made, or the source is damaged or has no
+            counterpart in the format.
+    """
+    if to not in FORMATS:
+        raise ValueError(f"to must be one of {', '.join(FORMATS)}, got {to!r}")
+    as_dtype(dtype)
+    _check_output(output)
+    if dry_run and "://" in source:
+        print(f"dry run: {source} is remote and was not looked at", file=sys.stderr)
+        return
+    config = pretrained.load_config(source)
+    step_folder = checkpoints.find_step(source)
+    about = {} if step_folder is None else checkpoints.read_description(step_folder)
+    step = _step_of(source) if step is None else step
+    if step_folder is None:
+        convert.check_arrays(source, config)
+    if to == "hf":
+        convert.check_hf(config)
+    what = f"{output}/checkpoint_{step}" if to == "t5x" else output
+    size = f"{t5.num_params(t5.abstract_params(config)):,} parameters"
+    if dry_run:
+        print(
+            f"dry run: {source} ({size}) can be written to {what} as {to}; its numbers were not "
+            "read",
+            file=sys.stderr,
+        )
+        return
+    config, params = pretrained.load_model(source)
+    num_pieces = about.get("num_pieces")
+    if to == "hf":
+        convert.write_hf(output, config, params, dtype=dtype, num_pieces=num_pieces)
+    elif to == "t5x":
+        convert.write_t5x(output, config, params, step=step, dtype=dtype)
+    else:
+        vocabulary = about.get("vocabulary", "")
+        checkpoints.write_params(output, config, params, vocabulary, num_pieces)
+    print(f"wrote {what} as {to}: {size}", file=sys.stderr)
+
+
+def _check_output(output: str) -> None:
+    """Refuses an output that cannot become a new local folder."""
+    if "://" in output:
+        raise ValueError(f"output must be a local folder, got {output}: write locally, then copy")
+    path = pathlib.Path(output)
+    if path.exists():
+        raise ValueError(f"output {output!r} exists already: convert writes to a new folder")
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ValueError(f"output {output!r} cannot be made: {parent} is no folder to write to")
+
+
+def _step_of(source: str) -> int:
+    """The step that a checkpoint's folder is named after; 0 where it is named otherwise."""
+    name = (checkpoints.find_step(source) or epath.Path(source)).name
+    match = re.fullmatch(r"(?:checkpoint_)?(\d+)", name)
+    return int(match[1]) if match else 0

@@ -1,0 +1,143 @@
+"""`convert`: what it refuses, what a dry run sees, and what an exported model may generate."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from gkd_jax import convert, load_model, main
+from gkd_jax.models import t5
+from gkd_jax.storage import checkpoints
+from gkd_jax.storage.conversion import FORMATS, convert_checkpoint
+
+
+CONFIG = t5.t5_1_1("tiny", vocab_size=64, d_model=16, num_heads=2, head_dim=8, d_ff=24)
+PIECES = 50
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """The same model in each format."""
+    folder = tmp_path_factory.mktemp("sources")
+    params = t5.init(CONFIG, jax.random.key(0))
+    checkpoints.write_params(str(folder / "gkd"), CONFIG, params, "a hash", PIECES)
+    convert.write_hf(str(folder / "hf"), CONFIG, params, num_pieces=PIECES)
+    convert.write_t5x(str(folder), CONFIG, params, step=7)
+    (folder / "checkpoint_7").rename(folder / "t5x")
+    return folder
+
+
+def run(*arguments):
+    with pytest.raises(SystemExit) as error:
+        main.main(["convert", *arguments])
+    return error.value.code
+
+
+@pytest.mark.parametrize("to", FORMATS)
+@pytest.mark.parametrize("source", FORMATS)
+def test_a_dry_run_says_what_it_would_write_and_writes_nothing(
+    source, to, sources, tmp_path, capsys
+):
+    output = tmp_path / "new" / "out"
+    convert_checkpoint(str(sources / source), str(output), to=to, step=3, dry_run=True)
+    said = capsys.readouterr().err
+    assert f"can be written to {output}{'/checkpoint_3' if to == 't5x' else ''} as {to}" in said
+    assert f"{t5.num_params(t5.abstract_params(CONFIG)):,} parameters" in said
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+@pytest.mark.parametrize("kind", ["empty folder", "folder", "file", "under a file", "remote"])
+def test_an_output_that_cannot_be_made_is_wrong_usage(kind, dry_run, sources, tmp_path, capsys):
+    output = tmp_path / "out"
+    if kind in ("empty folder", "folder"):
+        output.mkdir()
+    if kind in ("folder", "file", "under a file"):
+        file = output / "mine" if kind == "folder" else output
+        file.write_text("mine")
+    target = {"under a file": f"{output}/deep/er", "remote": "gs://bucket/out"}.get(kind, output)
+    before = sorted(tmp_path.rglob("*"))
+    flags = ["--dry_run"] if dry_run else []
+    assert run(f"--input={sources / 'hf'}", f"--output={target}", "--to=hf", *flags) == 2
+    assert "gkd-jax: error: output" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def lose_an_array(folder):
+    file = folder / "model.safetensors"
+    arrays = load_file(file)
+    del arrays["decoder.final_layer_norm.weight"]
+    save_file(arrays, file, {"format": "pt"})
+
+
+DAMAGES = {
+    "hf": (lose_an_array, r"decoder\.final_layer_norm\.weight .*missing"),
+    "t5x": (
+        lambda folder: shutil.rmtree(folder / "target.decoder.decoder_norm.scale"),
+        r"target\.decoder\.decoder_norm\.scale",
+    ),
+}
+
+
+@pytest.mark.parametrize("source", DAMAGES)
+def test_a_dry_run_sees_what_is_missing(source, sources, tmp_path):
+    damage, message = DAMAGES[source]
+    folder = shutil.copytree(sources / source, tmp_path / source)
+    damage(folder)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        convert_checkpoint(str(folder), str(tmp_path / "out"), to="gkd", dry_run=True)
+
+
+def test_a_dry_run_stays_off_the_network(tmp_path, capsys):
+    convert_checkpoint("gs://bucket/model", str(tmp_path / "out"), to="hf", dry_run=True)
+    assert "gs://bucket/model is remote and was not looked at" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_it_says_what_it_wrote(to, sources, tmp_path, capsys):
+    output = tmp_path / "out"
+    convert_checkpoint(str(sources / "gkd"), str(output), to=to)
+    written = output / "checkpoint_0" if to == "t5x" else output
+    assert f"wrote {written} as {to}" in capsys.readouterr().err
+    expected, found = load_model(str(sources / "gkd"))[1], load_model(str(written))[1]
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    if to == "gkd":
+        step_folder = checkpoints.find_step(str(output))
+        assert step_folder is not None
+        stored = checkpoints.read_description(step_folder)
+        assert (stored["vocabulary"], stored["num_pieces"]) == ("a hash", PIECES)
+
+
+# Ids that no piece has ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("pieces", "rows"), [(PIECES, 64), (63, 64), (64, 64)])
+def test_ids_that_no_piece_has_are_suppressed(pieces, rows, tmp_path):
+    params = t5.init(CONFIG, jax.random.key(0))
+    checkpoints.write_params(str(tmp_path / "gkd"), CONFIG, params, "", pieces)
+    convert_checkpoint(str(tmp_path / "gkd"), str(tmp_path / "hf"), to="hf")
+    generation = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
+    assert generation.get("suppress_tokens", []) == list(range(pieces, rows))
+
+
+@pytest.mark.parametrize("options", [{}, {"do_sample": True}, {"num_beams": 3}])
+def test_an_exported_model_never_generates_them(options, tmp_path):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    params = t5.init(CONFIG, jax.random.key(0))
+    # Training leaves the rows of spare ids as they were: here the likeliest of all.
+    kernel = params["decoder"]["logits_dense"]["kernel"]
+    params["decoder"]["logits_dense"]["kernel"] = kernel.at[:, PIECES:].multiply(100.0)
+    inputs = jnp.asarray(np.random.default_rng(0).integers(2, PIECES, (8, 6)))
+    for pieces in (None, PIECES):
+        folder = str(tmp_path / f"hf_{pieces}")
+        convert.write_hf(folder, CONFIG, params, num_pieces=pieces)
+        model = transformers.T5ForConditionalGeneration.from_pretrained(folder).eval()
+        torch.manual_seed(0)
+        tokens = model.generate(torch.tensor(np.asarray(inputs)), max_new_tokens=8, **options)
+        has_spare = bool((tokens >= PIECES).any())
+        assert has_spare == (pieces is None)
