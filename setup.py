@@ -23,7 +23,7 @@ def readme() -> str:
     return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
-REPORT = ["matplotlib>=3.8"]
+REPORT = ["matplotlib>=3.8", "pandas>=2.2", "scipy>=1.11"]
 TEST = [
     *REPORT,
     "beartype>=0.22",
@@ -64,6 +64,7 @@ setup(
     packages=[*find_packages(include=["gkd_jax", "gkd_jax.*"]), "gkd_jax.tasks", "gkd_jax.gin"],
     package_dir={"gkd_jax.tasks": "tasks", "gkd_jax.gin": "gin"},
     package_data={
+        "gkd_jax.report": ["*.json", "templates/*"],
         "gkd_jax.gin": ["**/*.gin", "**/*.toml"],
         "gkd_jax.tasks": ["**/*.json", "**/*.jsonl", "**/*.model", "**/*.tsv", "**/*.txt"],
     },

@@ -126,7 +126,7 @@ def _parse_flags(
     if command == "report":
         flags.DEFINE_string("output", None, "a folder for the report", flag_values=values)
         flags.DEFINE_string(
-            "archive", None, "a folder for small copies of runs", flag_values=values
+            "archive", None, "a .jsonl file for small copies of runs", flag_values=values
         )
     flags.DEFINE_bool("help", False, "this text", short_name="h", flag_values=values)
     bindings, others = [], []

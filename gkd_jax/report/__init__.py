@@ -1,4 +1,4 @@
-"""`gkd-jax report`: the paper's tables and figures from run folders, and a page for each run.
+"""`gkd-jax report`: the paper's tables and figures from runs, and a page for each run.
 
     from gkd_jax import report
     report.write(["/runs/study"], "/runs/report")
@@ -7,25 +7,24 @@ OUTPUT holds `report.html` (one file, to send), `report.md`, `figures/*.png` and
 
 | module | holds |
 |---|---|
-| `runs` | what a run folder holds, however damaged |
-| `results` | seeds of one configuration as one group; means, errors, improvements |
-| `paper` | the paper's numbers, by figure |
-| `comparisons`, `curves` | which runs make which figure |
-| `plots` | drawing with matplotlib |
-| `archive` | small copies of runs, to keep |
-| `tables`, `charts`, `samples`, `pages` | HTML and Markdown |
+| `record` | what is known of a run, and what makes it another configuration |
+| `reading`, `archive` | runs from folders, and from JSONL files that are kept |
+| `study`, `answer` | seeds of one configuration as one group; which method is best |
+| `paper` | the paper's numbers (`paper.json`), and which of them a run compares with |
+| `figures`, `plots` | which runs make which figure; drawing it |
+| `samples`, `pages` | decoded texts; HTML and Markdown (`templates/`) |
 """
 
 from collections.abc import Sequence
 import pathlib
 
-from gkd_jax.report import figures, pages, runs
-from gkd_jax.report.results import Study
+from gkd_jax.report import figures, pages, reading
+from gkd_jax.report.study import Study
 from gkd_jax.text import files
 
 
 def write(run_dirs: Sequence[str], output: str) -> None:
-    """Reads every run below `run_dirs` and writes the report into the folder `output`.
+    """Reads every run below `run_dirs`, or of archives among them, and writes the report.
 
     A run that is missing is an empty cell. A run that has not reached its last step, or repeats
     another's configuration and seed, has its page but is no part of a mean; the list of runs says
@@ -35,12 +34,13 @@ def write(run_dirs: Sequence[str], output: str) -> None:
         FileNotFoundError: a run folder does not exist, or none holds a metrics.jsonl.
         ModuleNotFoundError: matplotlib is not installed.
     """
-    study = Study(runs.find(run_dirs))
+    study = Study(reading.find(run_dirs))
     folder = pathlib.Path(output)
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     (folder / "runs").mkdir(exist_ok=True)
     drawn = figures.draw(study, folder / "figures")
     for run in study.runs:
-        files.write_whole(folder / "runs" / f"{run.slug}.html", pages.run_html(run))
-    files.write_whole(folder / "report.md", pages.report_markdown(study, drawn))
-    files.write_whole(folder / "report.html", pages.report_html(study, drawn, folder / "figures"))
+        files.write_whole(folder / "runs" / f"{run.slug}.html", pages.run_page(run))
+    whole, markdown = pages.report(study, drawn)
+    files.write_whole(folder / "report.md", markdown)
+    files.write_whole(folder / "report.html", whole)

@@ -1,11 +1,15 @@
-"""What a report needs of its runs, small enough to be kept beside it under version control."""
+"""What a report needs of its runs, small enough to be kept under version control.
+
+An archive is a JSONL file, one run a line: {"name", "run": run.json, "metrics": [lines of
+metrics.jsonl], "evaluations": [each metrics.json of `gkd-jax eval`]}.
+"""
 
 from collections.abc import Sequence
 import json
 import pathlib
 from typing import Any
 
-from gkd_jax.report import runs
+from gkd_jax.report import reading
 from gkd_jax.text import files
 
 
@@ -13,59 +17,57 @@ _EVERY = 50  # steps between kept lines of training
 
 
 def write(run_dirs: Sequence[str], output: str) -> None:
-    """Copies finished runs into OUTPUT/<slug>: `report.write` makes the same tables and figures.
+    """Writes the finished runs below `run_dirs` into the file `output`.
 
-    Of metrics.jsonl stay evaluations, every 50th step and the last, numbers to 6 digits; of
-    run.json all but the macros; of `gkd-jax eval`'s results, in the run or elsewhere below
-    `run_dirs`, metrics.json in the copy's `evals/`. Paths are cut to their last part.
+    `report.write` makes the same tables and figures of it. Of metrics.jsonl stay evaluations, every
+    50th step and the last, numbers to 6 digits; of run.json all but the macros. A path below one of
+    the run directories becomes the part after it, any other path its last part.
 
     Raises:
+        ValueError: `output` does not end in .jsonl.
         FileNotFoundError: as `report.write`.
     """
-    for run in runs.find(run_dirs):
-        if not run.finished:
-            continue
-        folder = pathlib.Path(output) / run.slug
-        folder.mkdir(parents=True, exist_ok=True)
-        kept = [
-            line
-            for line in run.lines
-            if line is run.lines[-1]
-            or line["step"] % _EVERY == 0
-            or any(name.startswith("eval/") for name in line)
-        ]
-        text = "".join(json.dumps(_rounded(line)) + "\n" for line in kept)
-        files.write_whole(folder / "metrics.jsonl", text)
-        copies = {folder / "run.json": run.folder / "run.json"}
-        for path in run.decoded:
-            name, number = path.parent.name, 2
-            while (copy := folder / "evals" / name / path.name) in copies:
-                name, number = f"{path.parent.name}_{number}", number + 1
-            copies[copy] = path
-        for copy, path in copies.items():
-            content = runs.read_object(path)
-            if content is not None:
-                content.pop("macros", None)
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                files.write_whole(copy, json.dumps(_without_paths(content), indent=1) + "\n")
+    if not output.endswith(".jsonl"):
+        raise ValueError(f"the archive must be a file that ends in .jsonl, got {output!r}")
+    roots = [pathlib.Path(run_dir).resolve() for run_dir in run_dirs]
+    lines = []
+    for run in reading.find(run_dirs):
+        if run.finished:
+            kept = [line for line in run.lines if _is_kept(line, run.last_step)]
+            about = {name: value for name, value in run.about.items() if name != "macros"}
+            content = {
+                "name": run.name,
+                "run": about,
+                "metrics": kept,
+                "evaluations": list(run.decoded),
+            }
+            lines.append(json.dumps(_small(content, roots), ensure_ascii=False))
+    pathlib.Path(output).parent.mkdir(parents=True, exist_ok=True)
+    files.write_whole(pathlib.Path(output), "".join(line + "\n" for line in lines))
 
 
-def _rounded(line: dict[str, Any]) -> dict[str, Any]:
-    return {
-        _without_path(name): float(f"{value:.6g}") if isinstance(value, float) else value
-        for name, value in line.items()
-    }
+def _is_kept(line: dict[str, Any], last: int) -> bool:
+    evaluated = any(name.startswith("eval/") for name in line)
+    return evaluated or line["step"] % _EVERY == 0 or line["step"] == last
 
 
-def _without_path(name: str) -> str:
+def _small(value: Any, roots: Sequence[pathlib.Path]) -> Any:
+    if isinstance(value, dict):
+        return {
+            _small(_task_of(name), roots): _small(inner, roots) for name, inner in value.items()
+        }
+    if isinstance(value, list):
+        return [_small(inner, roots) for inner in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, str) and value.startswith("/"):
+        path = pathlib.Path(value)
+        inside = [path.relative_to(root) for root in roots if path.is_relative_to(root)]
+        return inside[0].as_posix() if inside else path.name
+    return value
+
+
+def _task_of(name: str) -> str:
     """A metric of a task that is a file: eval//data/x.jsonl/bleu is eval/x.jsonl/bleu."""
     first, _, rest = name.partition("/")
     return "/".join([first, *rest.split("/")[-2:]]) if rest.startswith("/") else name
-
-
-def _without_paths(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {_without_paths(name): _without_paths(inner) for name, inner in value.items()}
-    if isinstance(value, str) and value.startswith("/"):
-        return pathlib.PurePath(value).name
-    return value

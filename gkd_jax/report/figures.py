@@ -1,65 +1,288 @@
-"""All figures that a study can show, in the paper's order.
+"""Which runs make which figure of the paper; a figure is drawn where they give it two points."""
 
-A figure is drawn where the runs give it two points. What is missing inside stays empty.
-"""
-
+from collections.abc import Iterator, Sequence
+import math
 import pathlib
 import re
 from typing import Any, NamedTuple
 
-from gkd_jax.report import canvas, comparisons, curves
-from gkd_jax.report.results import Study, View
+import pandas as pd
+
+from gkd_jax.report import paper, plots
+from gkd_jax.report.plots import COLOURS, Panel
+from gkd_jax.report.record import Setting, divergence_name
+from gkd_jax.report.study import Study, Table, divergence_order, sizes
+from gkd_jax.text import files
 
 
-_OF_ONE_SETTING = (
-    comparisons.bars,
-    comparisons.heat_maps,
-    curves.lambda_curves,
-    curves.data_fraction,
-    curves.rl,
-    comparisons.self_distillation,
-)
+_REWARDS = ("entailed", "entailment", "exact_answer", "brevity", "reward")
+_LEAST_CELLS = 6  # of a map; fewer are said by the bars
+_MAPS = ("Fig. 6", "Fig. 7", "Fig. A.12", "Fig. A.13", "Fig. A.14")
 
 
 class Figure(NamedTuple):
-    """A figure that was drawn: its file's name below figures/, a title and what it shows."""
+    """A figure: its PNG below figures/, and SVGs for a wide page and for a phone."""
 
     file: str
     title: str
     caption: str
+    wide: str
+    narrow: str
+
+
+class _Sketch(NamedTuple):
+    """A figure that is not drawn yet, and the names of its axes."""
+
+    name: str
+    title: str
+    caption: str
+    draw: plots.Draw
+    panels: Sequence[Panel]
+    x: str = ""
+    y: str = ""
+
+
+class _View(NamedTuple):
+    """One task, decoded in one way, and its `Study.table`."""
+
+    study: Study
+    task: str
+    setting: Setting
+    metric: str
+    rows: Table
+
+    def of_parent(self, rows: Table, role: str) -> float | None:
+        """The number of the one start ("student") or teacher of all of these rows."""
+        made = {self.study.parent(group, role) for group in rows["group"]} - {None}
+        found = self.rows[self.rows["group"].isin(list(made))]
+        return float(found["mean"].iloc[0]) if len(made) == len(found) == 1 else None
+
+    def panel(self, rows: Table, drawn: Table, **options: Any) -> Panel:
+        """Titled with the size, what all labels have in common, and what the student was before."""
+        before = self.of_parent(rows, "student")
+        parts = [label.split(" · ")[1:] for label in rows["label"]]
+        shared = [part for part in parts[0] if all(part in other for other in parts)]
+        shared += [] if before is None else [f"student before {before:.1f}"]
+        return Panel(", ".join([rows["size"].iloc[0], *shared]), drawn, **options)
 
 
 def draw(study: Study, folder: pathlib.Path) -> dict[str, list[Figure]]:
-    """Draws all that the study can show into `folder`; task -> its figures in the paper's order.
-
-    Figures of several tasks (A.11) stand under the first of them.
-    """
+    """Draws all that the study can show; task -> its figures in the paper's order."""
     drawn: dict[str, list[Figure]] = {}
-    used: set[str] = set()
-
-    def add(task: str, name: str, figure: Any, title: str, caption: str) -> None:
-        stem = re.sub(r"[^A-Za-z0-9_.-]+", "_", f"{task}_{name}").lower()
-        unique, number = stem, 2
-        while unique in used:
-            unique, number = f"{stem}_{number}", number + 1
-        used.add(unique)
-        canvas.save(figure, folder / f"{unique}.png")
-        drawn.setdefault(task, []).append(Figure(f"{unique}.png", title, caption))
-
-    with canvas.style():
-        for task in study.tasks():
-            metrics = study.metrics(task)
-            if not metrics:
-                continue
-            for setting in study.settings(task):
-                about = f"{task}, {metrics[0]}, {setting}."
-                view = View(study, task, setting, metrics[0])
-                if setting.is_main:
-                    for kind in _OF_ONE_SETTING:
-                        for name, figure, title, caption in kind(view):
-                            add(task, name, figure, title, f"{caption} {about}")
-            for name, figure, title, caption in curves.quality_diversity(study, task, metrics[0]):
-                add(task, name, figure, title, caption)
-        for task, name, figure, title, caption in comparisons.instructions(study):
-            add(task, name, figure, title, caption)
+    used: list[str] = []
+    with plots.style():
+        for task, sketch in _sketches(study):
+            stem = re.sub(r"[^A-Za-z0-9_.-]+", "_", f"{task}_{sketch.name}").lower()
+            used.append(stem)
+            name = f"{stem}_{used.count(stem)}" if used.count(stem) > 1 else stem
+            png, wide, narrow = plots.render(sketch.draw, sketch.panels, sketch.x, sketch.y)
+            files.write_whole(folder / f"{name}.png", png)
+            figure = Figure(f"{name}.png", sketch.title, sketch.caption, wide, narrow)
+            drawn.setdefault(task, []).append(figure)
     return drawn
+
+
+def _sketches(study: Study) -> Iterator[tuple[str, _Sketch]]:
+    for task in study.tasks():
+        for setting in study.settings(task):
+            metric = study.metrics(task)[0]
+            rows = study.table(task, setting, metric)
+            if setting.is_main and len(rows):
+                view = _View(study, task, setting, metric, rows)
+                for kind in (_bars, _maps, _lambda, _data, _rl):
+                    for sketch in kind(view):
+                        about = f"{sketch.caption} {task}, {metric}, {setting}."
+                        yield task, sketch._replace(caption=about)
+        yield from ((task, sketch) for sketch in _diversity(study, task))
+
+
+def _lines(rows: Table, line: Any, x: Any, colour: Any) -> Table:
+    """Rows of `plots.curves`, with the paper's points where it has two of a line."""
+    ours = rows.assign(line=line, x=x, y=rows["mean"], colour=colour, dashed=False, note="")
+    known = ours.dropna(subset="paper_value")
+    known = known[known.groupby("line")["line"].transform("size") > 1]
+    return pd.concat([ours, known.assign(y=known["paper_value"], error=math.nan, dashed=True)])
+
+
+def _bars(view: _View) -> Iterator[_Sketch]:
+    """Figs. 1, 2, 9, A.10, A.11 and A.15: every method, none left out."""
+    methods = view.rows[~view.rows["role"].isin(["start", "teacher"])]
+    caption = (
+        "Every method: mean over seeds, in brackets the improvement over the student before, "
+        "whiskers of one standard error; as in Figs. 1, 2, 9, A.10, A.11 and A.15 of the paper."
+    )
+    for size in sizes(methods["group"]):
+        rows = methods[methods["size"] == size]
+        teacher = view.of_parent(rows, "teacher")
+        # The darker, the more of the student's own samples.
+        shades = {"distillation": ("pale", "middle", "accent"), "seqkd": ("grey",), "rl": ("warm",)}
+        colours = [
+            COLOURS[
+                shades.get(role, ("light",))[
+                    math.ceil(2 * fraction) if len(shades.get(role, ())) > 1 else 0
+                ]
+            ]
+            for role, fraction in zip(rows["role"], rows["fraction"], strict=True)
+        ]
+        panel = Panel(
+            "", rows.assign(colour=colours), None if teacher is None else ("teacher", teacher)
+        )
+        if len(rows) > 1:
+            yield _Sketch("methods", f"Methods, {size}", caption, plots.bars, [panel], view.metric)
+
+
+def _grids(view: _View) -> Iterator[Table]:
+    """The paper's grids of divergence and lambda: rows that differ in nothing else."""
+    scheduled = view.rows["group"].map(lambda group: isinstance(group.method.fraction, str))
+    rows = view.rows[(view.rows["role"] == "distillation") & ~scheduled]
+    free = ("method.divergence", "method.on_policy_fraction")
+    key = [hash(group.identity_without(*free)) for group in rows["group"]]
+    for _, members in rows.groupby(key, sort=False) if len(rows) else ():
+        yield members.sort_values("divergence", key=lambda some: some.map(divergence_order))
+
+
+def _maps(view: _View) -> Iterator[_Sketch]:
+    """Figs. 6, 7 and A.12 to A.14, the paper's beside ours."""
+    caption = (
+        "Rows: the share λ of steps on the student's own samples; the best is bold; a row "
+        "or column that would be half empty is in the figure of methods only; as in Figs. 6, 7, "
+        "and A.12 to A.14 of the paper."
+    )
+    for rows in _grids(view):
+        for one, other in (("fraction", "divergence"), ("divergence", "fraction")):
+            filled = rows.groupby(one)[one].transform("size")
+            rows = rows[filled * 2 >= rows[other].nunique()]
+        signed = bool(rows["gain"].notna().all())
+        if (
+            len(rows) < _LEAST_CELLS
+            or min(rows["divergence"].nunique(), rows["fraction"].nunique()) < 2
+        ):
+            continue
+        if signed:
+            rows = rows.assign(mean=rows["gain"], error=rows["gain_error"])
+        panels = [view.panel(rows, _cells(rows, signed)), *_paper_map(view, rows, signed)]
+        title = (
+            "Improvement over the student before" if signed else "Value"
+        ) + " by divergence and λ"
+        yield _Sketch("divergence_lambda", title, caption, plots.heat_map, panels)
+
+
+def _cells(rows: Table, signed: bool) -> Table:
+    """Rows of `plots.heat_map`, in their order."""
+    rows = rows.sort_values("divergence", key=lambda some: some.map(divergence_order))
+    rows = rows.assign(column=rows["divergence"].map(divergence_name), signed=signed)
+    rows = rows.sort_values("fraction", ascending=False, kind="stable")
+    return rows.assign(row=[f"λ {fraction:.0%}" for fraction in rows["fraction"]])
+
+
+def _paper_map(view: _View, rows: Table, signed: bool) -> Iterator[Panel]:
+    where = paper.cell(rows["group"].iloc[0].first, view.task)
+    if where is None or view.metric != paper.metric_of(view.task):
+        return
+    found = [
+        (number.figure, divergence, fraction, number.gain if signed else number.value, math.nan)
+        for fraction, drawn in ((1.0, 1.0), (0.5, 1.0), (0.0, None))
+        for divergence in paper.DIVERGENCES
+        for number in paper.matching(
+            where._replace(fraction=fraction, divergence=divergence, sampling_temperature=drawn),
+            view.setting,
+        )
+        if number.figure in _MAPS and (number.gain is not None or not signed)
+    ]
+    if found:
+        columns = pd.Index(["figure", "divergence", "fraction", "mean", "error"])
+        cells = _cells(pd.DataFrame(found, columns=columns), signed)
+        yield Panel(f"{where.size}, the paper ({found[0][0]})", cells)
+
+
+def _lambda(view: _View) -> Iterator[_Sketch]:
+    """Fig. 8."""
+    panels, ticks = [], [(x, f"{x}%") for x in (0, 25, 50, 75, 100)]
+    for rows in _grids(view):
+        points: Table = rows.groupby("divergence")["divergence"].transform("size")
+        rows = rows[points > 1].sort_values("fraction", kind="stable")
+        if points.max() > 2:  # two say no more than the bars
+            names, colours = (
+                rows["divergence"].map(one) for one in (divergence_name, plots.colour)
+            )
+            drawn = _lines(rows, names, 100 * rows["fraction"], colours)
+            panels.append(view.panel(rows, drawn, ticks=ticks))
+    if panels:
+        caption = "Whiskers of one standard error; as in Fig. 8 of the paper."
+        title, x = "From fixed data to own samples", "λ: steps on the student's own samples"
+        yield _Sketch("lambda", title, caption, plots.curves, panels, x, view.metric)
+
+
+def _data(view: _View) -> Iterator[_Sketch]:
+    """Fig. 3."""
+    rows = view.rows[view.rows["role"].isin(["distillation", "seqkd", "sft"])]
+    key: Table = pd.Series(
+        [hash(g.identity_without("data.num_examples")) for g in rows["group"]], rows.index
+    )
+    rows = rows[key.groupby(key).transform("size") > 1].sort_values("amount", kind="stable")
+    amounts = sorted(rows["amount"].unique())
+    ticks = [(i, "all" if a == math.inf else f"{a:,.0f}") for i, a in enumerate(amounts)]
+    panels = []
+    for size in sizes(rows["group"]):
+        here = rows[rows["size"] == size]
+        labels = [re.sub(r" · [\w,]+ examples", "", label) for label in here["label"]]
+        palette = [COLOURS[name] for name in ("accent", "warm", "jsd5", "total", "jsd1", "grey")]
+        names = list(dict.fromkeys(labels))
+        colours = [palette[names.index(label) % len(palette)] for label in labels]
+        lines = _lines(here, labels, [amounts.index(a) for a in here["amount"]], colours)
+        panels.append(view.panel(here, lines, ticks=ticks))
+    if panels:
+        caption = (
+            "On-policy methods use the inputs of these examples only; as in Fig. 3 of the paper."
+        )
+        x = "training examples"
+        yield _Sketch("data", "Less data", caption, plots.curves, panels, x, view.metric)
+
+
+def _rl(view: _View) -> Iterator[_Sketch]:
+    """Fig. 5."""
+    reward = next((name for name in _REWARDS if name in view.study.metrics(view.task)), None)
+    rows = view.rows[view.rows["role"] == "rl"]
+    if reward is None or len(rows) < 2:
+        return
+    rewards = view.study.table(view.task, view.setting, reward).set_index("group")["mean"]
+    notes = [f"alpha {group.method.alpha:g}" for group in rows["group"]]
+    rows = rows.assign(y=rows["group"].map(rewards), note=notes, line="RL + GKD", dashed=False)
+    rows = rows.assign(x=rows["mean"], colour=COLOURS["accent"]).dropna(subset="y")
+    panels = [
+        view.panel(some, some) for _, some in rows.groupby("size", sort=False) if len(some) > 1
+    ]
+    caption = "alpha weighs distillation, 1 - alpha the reward; as in Fig. 5 of the paper."
+    if paper.task_of(view.task) == "xsum":
+        gains = "; ".join(
+            f"{one['alpha']}: {one['rouge2_gain']:+.2f} and {one['entailment_gain']:+.1f}"
+            for one in paper.content()["figure_5"]["points"]
+        )
+        caption += f" Its gains in ROUGE-2 and in points of entailed outputs, T5-base: {gains}."
+    if panels:
+        title, y = "Reward and teacher", reward.replace("_", " ")
+        yield _Sketch("rl_alpha", title, caption, plots.curves, panels, view.metric, y)
+
+
+def _diversity(study: Study, task: str) -> Iterator[_Sketch]:
+    """Fig. 4: every group that was sampled at two temperatures with Self-BLEU."""
+    found, metric = [], next(iter(study.metrics(task)), "")
+    for setting in (one for one in study.settings(task) if one.decoding == "sample"):
+        rows, across = (study.table(task, setting, name) for name in (metric, "self_bleu"))
+        if len(rows) and len(across):
+            self_bleu = rows["group"].map(across.set_index("group")["mean"])
+            found.append(rows.assign(x=self_bleu, temperature=setting.temperature))
+    rows: Table = pd.concat(found).dropna(subset="x") if found else pd.DataFrame({"group": []})
+    rows = rows[rows["group"].duplicated(keep=False)].reset_index(drop=True)
+    panels = []
+    for size in sizes(rows["group"]):
+        here = rows[rows["size"] == size].sort_values(["label", "temperature"], kind="stable")
+        lines = _lines(here, here["label"], here["x"], here["divergence"].map(plots.colour))
+        theirs = [one.self_bleu if one else math.nan for one in lines["paper"]]
+        x = lines["x"].where(~lines["dashed"], pd.Series(theirs, lines.index))
+        notes = [f"T {temperature:g}" for temperature in lines["temperature"]]
+        panels.append(Panel(size, lines.assign(x=x, note=notes)))
+    if panels:
+        caption = f"{task}. T: of the samples; 100 is no diversity; as in Fig. 4 of the paper."
+        title, x = "Quality and diversity", "Self-BLEU (lower is more diverse)"
+        yield _Sketch("quality_diversity", title, caption, plots.curves, panels, x, metric)

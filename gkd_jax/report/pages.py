@@ -1,232 +1,207 @@
-"""The report as HTML and Markdown, and one HTML page a run. Everything a run holds is escaped."""
+"""The pages: HTML and Markdown from the templates. Everything a run holds is escaped."""
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+import functools
+import hashlib
 import html
-import pathlib
+import re
+from typing import Any
 
-from gkd_jax.report import canvas, charts, paper, samples, tables
-from gkd_jax.report.charts import Series
+import jinja2
+from matplotlib.ticker import MaxNLocator
+import numpy as np
+import pandas as pd
+
+from gkd_jax.report import answer, paper, plots, samples
 from gkd_jax.report.figures import Figure
-from gkd_jax.report.record import Run
-from gkd_jax.report.results import Study
+from gkd_jax.report.record import Run, finite, said, short_count
+from gkd_jax.report.study import Study, Table, sizes
 
 
-_TITLE = "On-policy distillation"
-# name of the chart -> (metric of metrics.jsonl, name of its curve).
+# Title of a chart of training -> (metric of metrics.jsonl, name of its curve).
 _CURVES = {
-    "gradient norm": (("train/grad_norm", "grad_norm"),),
-    "learning rate": (("train/learning_rate", "learning_rate"),),
-    "sampled length, tokens": (("train/sample_length", "length"),),
-    "truncated samples, fraction": (("train/truncated_fraction", "truncated"),),
-    "entropy of the samples, nats": (("train/sample_entropy", "entropy"),),
-    "reward": (("train/reward", "reward"),),
-    "seconds a step": (("time/sample_s", "sampling"), ("time/update_s", "update")),
+    "gradient norm": [("train/grad_norm", "")],
+    "learning rate": [("train/learning_rate", "")],
+    "sampled length, tokens": [("train/sample_length", "")],
+    "truncated samples, fraction": [("train/truncated_fraction", "")],
+    "entropy of the samples, nats": [("train/sample_entropy", "")],
+    "reward": [("train/reward", "")],
+    "seconds a step": [("time/sample_s", "sampling"), ("time/update_s", "update")],
 }
-_COLOURS = (canvas.ACCENT, canvas.WARM, canvas.GREY, canvas.MIDDLE)
-_CSS = """
-:root { color-scheme: light; }
-body { font: 15px/1.5 system-ui, sans-serif; color: #22262b; background: #fff;
-  max-width: 1180px; margin: 2.5rem auto; padding: 0 1.5rem; }
-h1 { font-size: 1.6rem; margin: 0 0 .3rem; } h2 { font-size: 1.2rem; margin: 2.6rem 0 .3rem; }
-a { color: #2b5c8a; } .note, small, figcaption { color: #5d656d; font-size: .85rem; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; margin: .7rem 0; }
-th, td { text-align: left; vertical-align: top; padding: .35rem 1.1rem .35rem 0;
-  border-bottom: 1px solid #e4e6e9; font-variant-numeric: tabular-nums; }
-th { font-size: .85rem; font-weight: 600; color: #5d656d; border-bottom-color: #b9bec4; }
-td { white-space: nowrap; } td small { margin-left: .5rem; }
-td small.below { display: block; margin: 0; white-space: normal; }
-.runs td:nth-child(6) { white-space: normal; min-width: 16rem; }
-figure { margin: 1.8rem 0; } figcaption { max-width: 50rem; margin-bottom: .4rem; }
-figcaption b { color: #22262b; } figure img { max-width: 100%; height: auto; }
-summary { cursor: pointer; color: #2b5c8a; font-size: .9rem; }
-.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(320px, 1fr));
-  gap: 1.4rem 1.6rem; margin: 1rem 0; }
-.chart { width: 100%; height: auto; }
-.samples td { white-space: normal; min-width: 14rem; max-width: 26rem; }
-.clip { white-space: pre-wrap; overflow-wrap: anywhere; max-height: 15rem; overflow-y: auto; }
-.clip span { border-radius: 2px; }
-.legend { font-size: .85rem; } .legend i { display: inline-block; width: 1.4rem; height: .8rem;
-  border: 1px solid #e4e6e9; vertical-align: -1px; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1.2rem; font-size: .9rem; }
-dt { color: #5d656d; } dd { margin: 0; overflow-wrap: anywhere; }
-"""
+_WIDTH, _HEIGHT, _POINTS = 320, 120, 200
 
 
-def report_html(study: Study, drawn: dict[str, list[Figure]], figures: pathlib.Path) -> str:
-    """The whole report in one file, with the PNGs of the folder `figures` inside."""
-    parts = [f"<h1>{_TITLE}</h1>", f"<p class='note'>{html.escape(_summary(study))}</p>"]
-    for task in study.tasks():
-        parts.append(f"<h2>{html.escape(task)}</h2>")
-        parts.append(f"<p class='note'>{html.escape(_about_table(study, task))}</p>")
-        parts.append(tables.to_html(tables.main_table(study, task)))
-        if len(study.metrics(task)) > 1:
-            inside = tables.to_html(tables.metrics_table(study, task))
-            parts.append(f"<details><summary>All metrics</summary>{inside}</details>")
-        for figure in drawn.get(task, ()):
-            parts.append(_figure_html(figure, figures / figure.file))
-    parts.append("<h2>Runs</h2>")
-    parts.append(f"<div class='runs'>{tables.to_html(tables.runs_table(study))}</div>")
-    return _page(_TITLE, parts)
-
-
-def report_markdown(study: Study, drawn: dict[str, list[Figure]]) -> str:
-    """The same, with links to figures/ and runs/."""
-    plain = tables.plain_markdown
-    parts = [f"# {_TITLE}", plain(_summary(study))]
-    for task in study.tasks():
-        parts += [f"## {plain(task)}", plain(_about_table(study, task))]
-        parts.append(tables.to_markdown(tables.main_table(study, task)))
-        if len(study.metrics(task)) > 1:
-            inside = tables.to_markdown(tables.metrics_table(study, task))
-            parts.append(f"<details><summary>All metrics</summary>\n\n{inside}\n\n</details>")
-        for figure in drawn.get(task, ()):
-            parts.append(f"**{plain(figure.title)}.** {plain(figure.caption)}")
-            parts.append(f"![{plain(figure.title)}](figures/{figure.file})")
-    parts += ["## Runs", tables.to_markdown(tables.runs_table(study))]
-    return "\n\n".join(parts) + "\n"
-
-
-def run_html(run: Run) -> str:
-    """Curves, evaluations and samples of one run."""
-    facts = "".join(
-        f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in _facts(run)
+@functools.cache
+def environment() -> jinja2.Environment:
+    """Templates whose .html escape every value."""
+    env = jinja2.Environment(
+        loader=jinja2.PackageLoader("gkd_jax.report"),
+        autoescape=jinja2.select_autoescape(["html"]),
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    parts = [
-        '<p class="note"><a href="../report.html">All runs</a></p>',
-        f"<h1>{html.escape(run.name)}</h1>",
-        f"<dl>{facts}</dl>",
-        *(f"<p class='note'>{html.escape(problem)}</p>" for problem in run.problems),
-    ]
-    evaluations = list(_evaluation_charts(run))
-    if evaluations:
-        parts.append(f"<h2>Evaluations</h2><div class='charts'>{''.join(evaluations)}</div>")
-    training = [_loss_chart(run), *_training_charts(run)]
-    if any(training):
-        parts.append(f"<h2>Training</h2><div class='charts'>{''.join(training)}</div>")
-    parts += [samples.to_html(table) for table in samples.tables(run)]
-    return _page(run.name, parts)
+    script = (plots.TEMPLATES / "sort.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    style = (plots.TEMPLATES / "style.css").read_text(encoding="utf-8")
+    env.globals.update(script=script, script_hash=digest, style=style)
+    env.filters.update(md=markdown, said=said)
+    return env
 
 
-def _figure_html(figure: Figure, path: pathlib.Path) -> str:
-    png = path.read_bytes()
-    # Bytes 16 to 20 of a PNG are its width; the figures have two pixels for one of CSS.
-    width = int.from_bytes(png[16:20], "big") * 96 // canvas.DOTS_PER_INCH
-    return (
-        f"<figure><figcaption><b>{html.escape(figure.title)}.</b> {html.escape(figure.caption)}"
-        f'</figcaption><img alt="{html.escape(figure.title)}" width="{width}" '
-        f'src="data:image/png;base64,{base64.b64encode(png).decode()}"></figure>'
+def report(study: Study, drawn: dict[str, list[Figure]]) -> tuple[str, str]:
+    """The whole report as one HTML file, and as Markdown with links to figures/ and runs/."""
+    tasks = [_task(study, task, drawn.get(task, [])) for task in study.tasks()]
+    runs = [(run, list(_finals(run, study))) for run in study.runs]
+    whole, plain = (environment().get_template(f"report.{end}") for end in ("html", "md"))
+    values = {"study": study, "tasks": tasks, "runs": runs}
+    return whole.render(values), plain.render(values)
+
+
+def run_page(run: Run) -> str:
+    """Recipe, curves, evaluations and samples of one run."""
+    evaluations: Table = pd.DataFrame(
+        {
+            "step": "not recorded" if one.step is None else f"{one.step:,}",
+            "task": one.task,
+            "decoding": str(one.setting),
+            **{name: f"{value:.4g}" for name, value in one.values.items()},
+        }
+        for one in run.evaluations
     )
+    rows = evaluations.fillna("").drop_duplicates().to_dict("records")
+    charts = [chart for chart in _charts(run) if chart]
+    page = environment().get_template("run.html")
+    return page.render(run=run, evaluations=rows, charts=charts, samples=list(samples.tables(run)))
 
 
-def _summary(study: Study) -> str:
-    seeds = {run.seed for run in study.runs if run.seed is not None}
-    text = f"{_count(len(study.runs), 'run')}, {_count(len(study.groups), 'configuration')}"
-    text += f", {_count(len(seeds), 'seed')}." if seeds else "."
-    if study.left_out:
-        text += (
-            f" {_count(len(study.left_out), 'run')} left out of tables and figures (unfinished, or "
-            "the same seed twice): see the list of runs."
-        )
-    return text
+def markdown(text: Any) -> str:
+    """Text that Markdown shows as it is, on one line."""
+    shown_text = html.escape(" ".join(str(text).split()), quote=False)
+    shown_text = re.sub(r"([\\`*\[\]|~])", r"\\\1", shown_text)
+    # An underscore inside a word is safe, and most names have them.
+    return re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", shown_text)
 
 
-def _count(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+def _task(study: Study, task: str, figures: Sequence[Figure]) -> dict[str, Any]:
+    metrics, decodings = study.metrics(task), []
+    for setting in study.settings(task):
+        tables = {name: study.table(task, setting, name) for name in metrics}
+        rows = tables[metrics[0]]
+        if len(rows):
+            # Bold: the best method of each size.
+            methods = rows[~rows["role"].isin(["start", "teacher"])].groupby("size")["mean"]
+            best = methods.transform("max").where(methods.transform("size") > 1)
+            rows = rows.assign(best=rows["mean"] == best.reindex(rows.index))
+            by_label = {
+                label: some.set_index("size").to_dict("index")
+                for label, some in rows.groupby("label", sort=False)
+            }
+            decoding = {
+                "setting": setting,
+                "answers": list(answer.answers(study, rows)) if setting.is_main else [],
+                "rows": by_label,
+                "sizes": sizes(rows["group"]),
+                "metrics": {name: t.set_index("group") for name, t in tables.items() if len(t)},
+                "groups": list(rows["group"]),
+            }
+            decodings.append(decoding)
+    evaluated = {group for decoding in decodings for group in decoding["groups"]}
+    return {
+        "name": task,
+        "metric": metrics[0] if metrics else "",
+        "decodings": decodings,
+        "waiting": [group for group in study.of_task(task) if group not in evaluated],
+        "figures": figures,
+        "recipe": list(_recipe(study, task)),
+        "costs": list(_costs(study, task)),
+    }
 
 
-def _about_table(study: Study, task: str) -> str:
-    metrics = study.metrics(task)
-    if not metrics:
-        return "No run has evaluated this task yet."
-    text = f"{metrics[0]}: mean ± standard error over n seeds, by student size"
-    if paper.task_of(task):
-        text += "; beside it the number of Agarwal et al. (2024) where they have one"
-    return text + "."
+def _finals(run: Run, study: Study) -> Iterator[tuple[str, str]]:
+    """(what, number) of a run's main metrics, for the list of runs."""
+    for (task, setting), values in run.finals.items():
+        name = study.metrics(task)[0]
+        if setting.is_main and name in values:
+            yield f"{task}, {setting}", f"{values[name]:.4g}"
 
 
-def _facts(run: Run) -> list[tuple[str, str]]:
-    method, facts = run.method, [("folder", str(run.folder))]
-    if method:
-        facts.append(("method", method.title))
-        details = [f"divergence {method.divergence}"] if method.divergence else []
-        if method.beta is not None:
-            details.append(f"β {method.beta:g}")
-        if method.divergence:
-            details.append(f"λ {method.on_policy_fraction}")
-            details.append(f"teacher temperature {method.teacher_temperature}")
-            details.append(f"sampling temperature {method.sampling_temperature}")
-        if method.sample_ahead:
-            details.append("sample ahead")
-        if method.rl_alpha is not None:
-            details.append(f"alpha {method.rl_alpha:g}, reward {method.reward}")
-        facts.append(("loss", ", ".join(details) or "cross-entropy"))
-    for role, model in (("student", run.student), ("teacher", run.teacher)):
-        if model and (model.parameters or model.size):
-            count = "" if model.parameters is None else f"{model.parameters:,} parameters"
-            facts.append((role, ", ".join(part for part in (model.size, count) if part)))
-    if run.task:
-        amount = "all examples" if run.num_examples is None else f"{run.num_examples:,} examples"
-        facts.append(("trained on", f"{run.task}, {amount}, batch {run.batch_size}"))
-    steps = f"{run.last_step:,}" + ("" if run.finished else f" of {run.train_steps:,}, unfinished")
-    facts += [("steps", steps), ("seed", "" if run.seed is None else str(run.seed))]
-    facts += [("commit", run.commit or ""), ("devices", run.devices or "")]
-    return [(name, value) for name, value in facts if value]
+def _recipe(study: Study, task: str) -> Iterator[tuple[str, str, str]]:
+    """Tables A.1 to A.4: (field, the values of our distillations, the paper's)."""
+    known, tables = paper.task_of(task), paper.content()["hyperparameters"]
+    theirs = tables.get("flan" if known in ("mmlu", "bbh") else known, {})
+    groups = [one for one in study.of_task(task) if one.role == "distillation"]
+    for name in tables["xsum"] if groups else ():
+        values = [said(group.fields[name]) for group in groups if name in group.fields]
+        if values:
+            field = name.partition(".")[2].replace("_", " ").replace(".", ", ")
+            yield field, "; ".join(dict.fromkeys(values)), theirs.get(name, "")
 
 
-def _loss_chart(run: Run) -> str:
-    """The loss; apart for the student's own samples and for the dataset's targets."""
-    metric = next(
-        (
-            name
-            for name in ("train/divergence", "train/cross_entropy", "train/loss")
-            if run.curve(name)
-        ),
-        "train/loss",
-    )
-    title = metric.removeprefix("train/").replace("_", " ") + ", nats a token"
-    on_policy = dict(run.curve("train/on_policy"))
-    points = run.curve(metric)
-    if len(set(on_policy.values())) > 1:
-        own = [point for point in points if on_policy.get(point[0]) == 1]
-        fixed = [point for point in points if on_policy.get(point[0]) == 0]
-        return charts.line_chart(
-            title,
-            [
-                Series("own samples", own, canvas.ACCENT, averaged=True),
-                Series("dataset", fixed, canvas.WARM, averaged=True),
-            ],
-        )
-    return charts.line_chart(title, [Series("", points, canvas.ACCENT, averaged=True)])
-
-
-def _training_charts(run: Run) -> Sequence[str]:
-    found = []
-    for title, curves in _CURVES.items():
-        series = [
-            Series(name, run.curve(metric), colour, averaged=metric != "train/learning_rate")
-            for (metric, name), colour in zip(curves, _COLOURS, strict=False)
+def _costs(study: Study, task: str) -> Iterator[tuple[str, ...]]:
+    """Table A.16, what sampling costs: medians of own steps, since the first steps compile."""
+    theirs = paper.content()["cost_of_sampling"]
+    known = theirs["slowdown_by_ratio"] if paper.task_of(task) == theirs["task"] else {}
+    for group in study.of_task(task):
+        lines = [
+            line for run in group.runs for line in run.lines if line.get("train/on_policy") == 1
         ]
-        found.append(charts.line_chart(title, series))
-    return found
+        times = [
+            [finite(line.get(f"time/{part}_s")) for part in ("sample", "update")] for line in lines
+        ]
+        known_times = np.array([one for one in times if None not in one] or [[0, 0]], float)
+        sample, update = np.median(known_times, axis=0)
+        student, teacher = (group.first.parameters(role) for role in ("student", "teacher"))
+        if sample > 0 and update > 0 and student and teacher:
+            close = [
+                v for ratio, v in known.items() if 0.9 < float(ratio) * student / teacher < 1.1
+            ]
+            models = f"{short_count(teacher)} : {short_count(student)} = {teacher / student:.2g}"
+            numbers = (f"{sample:.3g}", f"{update:.3g}", f"{(sample + update) / update:.2f}")
+            yield (group.label, models, *numbers, *map(str, close or [""]))
 
 
-def _evaluation_charts(run: Run) -> Sequence[str]:
+def _charts(run: Run) -> Iterator[dict[str, Any] | None]:
     names = dict.fromkeys(name for line in run.lines for name in line if name.startswith("eval/"))
-    return [
-        charts.line_chart(
-            name.removeprefix("eval/"),
-            [Series("", run.curve(name), canvas.ACCENT)],
-        )
-        for name in names
+    for name in names:
+        yield _chart(name.removeprefix("eval/"), [("", run.curve(name))])
+    losses = ("train/divergence", "train/cross_entropy", "train/loss")
+    metric = next((name for name in losses if run.curve(name)), losses[-1])
+    own = dict(run.curve("train/on_policy"))
+    parts = {"own samples": 1.0, "dataset": 0.0} if len(set(own.values())) > 1 else {"": None}
+    curves = [
+        (name, [point for point in run.curve(metric) if want is None or own.get(point[0]) == want])
+        for name, want in parts.items()
     ]
+    yield _chart(metric.removeprefix("train/").replace("_", " ") + ", nats a token", curves)
+    for title, metrics in _CURVES.items():
+        yield _chart(title, [(name, run.curve(metric)) for metric, name in metrics])
 
 
-def _page(title: str, parts: Sequence[str]) -> str:
-    body = "\n".join(part for part in parts if part)
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>{_CSS}</style></head>\n"
-        f"<body>\n{body}\n</body></html>\n"
+def _chart(
+    title: str, curves: Sequence[tuple[str, Sequence[tuple[float, float]]]]
+) -> dict[str, Any] | None:
+    """A small chart as paths within (320, 120); None where no curve has two points."""
+    found = [(name, np.array(points)) for name, points in curves if len(points) > 1]
+    if not found:
+        return None
+    every = np.concatenate([points for _, points in found])
+    # A few spikes must not flatten the rest.
+    low, high = (
+        np.quantile(every[:, 1], [0.005, 0.995])
+        if len(every) > 100
+        else np.sort(every[:, 1])[[0, -1]]
     )
+    ticks = MaxNLocator(4).tick_values(low, high if high > low else low + (abs(low) or 1.0))
+    left, right = every[:, 0].min(), every[:, 0].max()
+    paths = []
+    for name, points in found:
+        # So many points are all that can be told apart: each is the mean of a stretch.
+        parts = np.array_split(points, min(len(points), _POINTS))
+        means = np.array([part.mean(axis=0) for part in parts])
+        xs = (means[:, 0] - left) / (right - left) * _WIDTH
+        ys = _HEIGHT * (1 - (means[:, 1].clip(low, high) - ticks[0]) / (ticks[-1] - ticks[0]))
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(xs, ys, strict=True))
+        paths.append((name, path, f"{points[-1, 1]:.4g}"))
+    places = [(f"{tick:.4g}", _HEIGHT * (1 - i / (len(ticks) - 1))) for i, tick in enumerate(ticks)]
+    return {"title": title, "paths": paths, "ticks": places, "left": left, "right": right}

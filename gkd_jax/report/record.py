@@ -1,43 +1,82 @@
-"""What is known of one run: its method, its models, its curves and evaluations."""
+"""What is known of one run: its recipe, its curves and its evaluations."""
 
+from collections.abc import Iterator, Mapping
 import dataclasses
+import functools
+import json
 import math
 import pathlib
 from typing import Any, NamedTuple
 
 
-_DIVERGENCE_NAMES = {
-    "forward_kl": "FKL",
-    "reverse_kl": "RKL",
-    "total_variation": "TV",
-    "jsd": "JSD",
+# Parts of a recipe that cannot change a result: where and how often a run saves and evaluates,
+# where arrays lie, and what is computed again rather than kept.
+# fmt: off
+UNCHANGING = frozenset({
+    "model_dir", "mesh", "num_microbatches", "eval_period", "save_period", "log_period",
+    "keep", "keep_period", "best_metric", "best_mode",
+    "memory", "remat", "scan_unroll", "attention_by_row", "loss_parts",
+})
+# fmt: on
+SEEDS = ("data.seed", "train.seed")
+# A path says nothing once the hash of what it led to is recorded.
+_HASH_OF_PATH = {
+    "student.checkpoint": "models.student.start",
+    "teacher.checkpoint": "models.teacher.content",
+    "data.vocabulary": "vocabulary",
+    "targets_made_by.checkpoint": "targets_made_by.content",
 }
+_BESIDE_THE_RECIPE = ("models", "vocabulary", "process_shards", "targets_made_by", "changes")
+_USED = {
+    "sample": ("temperature", "num_samples"),
+    "beam": ("num_beams", "alpha"),
+    "greedy": ("calculator",),
+}
+_SHORT = {"forward_kl": "FKL", "reverse_kl": "RKL", "total_variation": "TV"}
 
 
 class Setting(NamedTuple):
-    """How an evaluation decoded; None where the run did not record it."""
+    """How an evaluation decoded, and what; None where the run did not record it."""
 
-    decoding: str | None = None
-    temperature: float | None = None
-    split: str | None = None
+    decoding: Any = None
+    temperature: Any = None
+    num_samples: Any = None
+    num_beams: Any = None
+    alpha: Any = None
+    calculator: Any = False
+    split: Any = None
+    num_examples: Any = None
+    target_length: Any = None
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> "Setting":
+        """From the description of an `EvalConfig`; what its decoding does not use is left out."""
+        used = _USED.get(str(config.get("decoding")), ())
+        names = ("decoding", "split", "num_examples", "target_length", *used)
+        known = {name: config.get(name) for name in names}
+        return cls(**{name: v for name, v in known.items() if isinstance(v, str | int | float)})
 
     @property
     def is_main(self) -> bool:
-        """False for samples at other temperatures than 1: the points of Fig. 4."""
-        return self.decoding != "sample" or self.temperature in (None, 1.0)
+        """False for samples at other temperatures than 1: those are points of a curve."""
+        return self.decoding != "sample" or self.temperature in (None, 1)
 
     def __str__(self) -> str:
-        """Such as "greedy, validation"."""
-        decoding = self.decoding or "decoding not recorded"
+        """Such as "greedy with the calculator, test, first 512 examples"."""
+        text = self.decoding or "decoding not recorded"
         if self.decoding == "sample":
-            decoding = "sampled"
-            if self.temperature is not None:
-                decoding += f" at temperature {self.temperature:g}"
-        return f"{decoding}, {self.split}" if self.split else decoding
+            text = f"sampled at temperature {said(self.temperature)}"
+            text += f", {self.num_samples} each" if (self.num_samples or 1) > 1 else ""
+        if self.decoding == "beam":
+            text = f"{said(self.num_beams)} beams of alpha {said(self.alpha)}"
+        text += " with the calculator" if self.calculator else ""
+        text += f", {self.split}" if self.split else ""
+        text += f", first {said(self.num_examples)} examples" if self.num_examples else ""
+        return text + (f", up to {self.target_length} tokens" if self.target_length else "")
 
 
 class Evaluation(NamedTuple):
-    """The metrics of one task at one step."""
+    """The metrics of one task at one step; `step` is None where it was not recorded."""
 
     task: str
     setting: Setting
@@ -45,142 +84,114 @@ class Evaluation(NamedTuple):
     values: dict[str, float]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Method:
-    """What run.json says about the loss; see `gkd.GKDConfig` for the meaning of each.
+class Method(NamedTuple):
+    """What is minimised.
 
-    A fraction or a temperature that is a text is the name of its schedule. `on_teacher_outputs` is
-    read off names: run.json does not tell SeqKD from SFT on another task.
+    Attributes:
+        kind: "sft", "seqkd", "distillation", "rl" or "unknown" (without a readable run.json).
+        divergence: such as "jsd(0.1)" and "forward_kl"; "" for a cross-entropy.
+        fraction: the paper's lambda; a schedule is its description.
+        alpha: of RL, else None.
     """
 
-    label: str | None = None
-    divergence: str | None = None
-    beta: float | None = None
-    on_policy_fraction: float | str = 0.0
-    teacher_temperature: float | str = 1.0
-    student_temperature: float = 1.0
-    sampling_temperature: float = 1.0
-    mixing: str = "step"
-    num_samples: int = 1
-    sample_ahead: bool = False
-    rl_alpha: float | None = None
-    reward: str | None = None
-    on_teacher_outputs: bool = False
-
-    @property
-    def kind(self) -> str:
-        """One of "sft", "seqkd", "distillation", "rl"."""
-        if self.rl_alpha is not None:
-            return "rl"
-        if self.divergence is not None:
-            return "distillation"
-        return "seqkd" if self.on_teacher_outputs else "sft"
-
-    @property
-    def divergence_id(self) -> str:
-        """As `paper.Number.method`: "jsd(0.1)", "forward_kl", or "sft" and "seqkd"."""
-        if self.divergence is None:
-            return self.kind
-        if self.divergence == "jsd" and self.beta is not None:
-            return f"jsd({self.beta:g})"
-        return self.divergence
+    kind: str
+    divergence: str = ""
+    fraction: float | str = 0.0
+    alpha: float | None = None
 
     @property
     def title(self) -> str:
-        """The label, else the paper's name of such a method."""
-        return self.label or self._paper_name()
-
-    def _paper_name(self) -> str:
-        divergence, fraction = self.divergence_id, self.on_policy_fraction
-        name = divergence_name(divergence)
-        if self.kind == "rl":
-            return f"RL + GKD, {name}" if self.divergence else "RL"
-        known = {
-            ("sft", 0.0): "SFT",
-            ("seqkd", 0.0): "SeqKD",
+        """The paper's name of such a method."""
+        name = divergence_name(self.divergence)
+        known: dict[Any, str] = {
             ("forward_kl", 0.0): "Supervised KD",
             ("forward_kl", 0.5): "ImitKD",
             ("total_variation", 0.5): "f-distill",
         }
-        if isinstance(fraction, str):
-            return f"GKD, {name}, λ by {fraction}"
-        if (divergence, fraction) in known:
-            return known[divergence, fraction]
-        mixes = {0.0: "Supervised GKD", 0.5: "Mixed GKD", 1.0: "On-policy GKD"}
-        if fraction in mixes:
-            return f"{mixes[fraction]}, {name}"
-        return f"GKD, {name}, λ = {fraction:g}"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Model:
-    """A student or a teacher."""
-
-    parameters: int | None = None
-    size: str | None = None
-    checkpoint: str | None = None
-
-    def __str__(self) -> str:
-        """Such as "small (77M)": people reuse a size's name."""
-        count = None if self.parameters is None else short_count(self.parameters)
-        if self.size == "tiny" and count:  # of any size, in tests and studies on a CPU
-            return count
-        if self.size and count:
-            return f"{self.size} ({count})"
-        return self.size or count or "size not recorded"
+        mixes: dict[Any, str] = {0.0: "Supervised GKD", 0.5: "Mixed GKD", 1.0: "On-policy GKD"}
+        if self.kind == "rl":
+            return "RL" if self.alpha == 0 or not self.divergence else f"RL + GKD, {name}"
+        if self.kind != "distillation":
+            return {"sft": "SFT", "seqkd": "SeqKD"}.get(self.kind, "no readable run.json")
+        mix = mixes.get(self.fraction)
+        other = f"{mix}, {name}" if mix else f"GKD, {name}, λ = {self.fraction}"
+        return known.get((self.divergence, self.fraction), other)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """One run folder.
+    """One run, from its folder or from a line of an archive.
 
     Attributes:
         name: its path below the RUN_DIR that it was found in.
         slug: the same as a file name, unique within a report.
-        folder: what was read.
-        method: None without a readable run.json.
-        student, teacher: the models.
-        task, num_examples, batch_size: what it was trained on.
-        eval_task: what it is evaluated on, whether or not an evaluation is there yet.
-        setting: how its evaluations decoded.
-        seed, train_steps, commit, devices: from run.json.
+        folder: its folder; for a line of an archive, the archive followed by the name.
+        about: run.json, {} where it cannot be read.
         lines: of metrics.jsonl, in the order of their steps.
-        evaluations: those of training in order, then those of `decoded`.
-        decoded: each metrics.json that `gkd-jax eval` wrote of its checkpoints.
+        evaluations: those of training in order, then those of `gkd-jax eval`.
+        decoded: the contents of each metrics.json that `gkd-jax eval` wrote of its checkpoints.
+        samples: task -> (step, file of decoded rows), by step.
         problems: what could not be read.
     """
 
     name: str
     slug: str
     folder: pathlib.Path
-    method: Method | None = None
-    student: Model = Model()
-    teacher: Model | None = None
-    task: str | None = None
-    num_examples: int | None = None
-    batch_size: int | None = None
-    eval_task: str | None = None
-    setting: Setting = Setting()
-    seed: int | None = None
-    train_steps: int | None = None
-    commit: str | None = None
-    devices: str | None = None
-    lines: tuple[dict[str, Any], ...] = ()
-    evaluations: tuple[Evaluation, ...] = ()
-    decoded: tuple[pathlib.Path, ...] = ()
-    problems: tuple[str, ...] = ()
+    about: dict[str, Any]
+    lines: list[dict[str, Any]]
+    evaluations: list[Evaluation]
+    decoded: list[dict[str, Any]]
+    samples: dict[str, list[tuple[int, pathlib.Path]]]
+    problems: list[str]
+
+    @functools.cached_property
+    def fields(self) -> dict[str, Any]:
+        """All that was recorded of what the run is, by dotted names ("method.divergence.beta")."""
+        beside = {name: self.about[name] for name in _BESIDE_THE_RECIPE if self.about.get(name)}
+        return dict(_flat({**as_object(self.about.get("recipe")), **beside}))
+
+    @functools.cached_property
+    def identity(self) -> dict[str, Any]:
+        """The fields that make it another configuration; runs that share them differ in seeds."""
+        kept = {
+            name: value
+            for name, value in self.fields.items()
+            if name not in SEEDS and UNCHANGING.isdisjoint(name.split("."))
+        }
+        for path, content in _HASH_OF_PATH.items():
+            if kept.get(content) is not None:
+                kept.pop(path, None)
+        return kept or {"name": self.name}
 
     @property
-    def label(self) -> str:
-        """The method's, else the run's name."""
-        return self.method.title if self.method else self.name
+    def seed(self) -> tuple[Any, ...]:
+        return tuple(self.fields.get(name) for name in SEEDS)
+
+    @functools.cached_property
+    def method(self) -> Method:
+        method = as_object(as_object(self.about.get("recipe")).get("method"))
+        divergence, rl = method.get("divergence"), as_object(method.get("rl"))
+        name = "" if divergence is None else said(divergence)
+        if isinstance(divergence, dict) and divergence.get("type") == "JSD":
+            name = f"jsd({said(divergence.get('beta'))})"
+        fraction = finite(method.get("on_policy_fraction", 0.0))
+        fraction = said(method.get("on_policy_fraction")) if fraction is None else fraction
+        if rl:
+            return Method("rl", name, fraction, finite(rl.get("alpha")))
+        if name:
+            return Method("distillation", name, fraction)
+        cross_entropy = "seqkd" if self.about.get("targets_made_by") else "sft"
+        return Method(cross_entropy if method else "unknown")
 
     @property
-    def learning_rate(self) -> float | None:
-        """The highest of its schedule, to two digits; None where no step says it."""
-        found = (finite(line.get("train/learning_rate")) for line in self.lines)
-        rates = [rate for rate in found if rate is not None]
-        return float(f"{max(rates):.2g}") if rates else None
+    def task(self) -> str | None:
+        """What it is evaluated on, whether or not an evaluation is there yet."""
+        task = self.fields.get("evaluation.task") or self.fields.get("data.task")
+        return task if isinstance(task, str) else None
+
+    @property
+    def train_steps(self) -> int | None:
+        return whole(self.fields.get("train.train_steps"))
 
     @property
     def last_step(self) -> int:
@@ -190,32 +201,54 @@ class Run:
     def finished(self) -> bool:
         return self.train_steps is None or self.last_step >= self.train_steps
 
+    def parameters(self, role: str) -> int | None:
+        return whole(self.fields.get(f"models.{role}.parameters"))
+
+    def size(self, role: str) -> str:
+        """Such as "small (77M)", since people reuse a size's name; "" without such a model."""
+        name, count = self.fields.get(f"{role}.size"), self.parameters(role)
+        shown = "" if count is None else short_count(count)
+        if not isinstance(name, str) or (name == "tiny" and shown):  # tiny is of any size
+            return shown
+        return f"{name} ({shown})" if shown else name
+
     def curve(self, metric: str) -> list[tuple[float, float]]:
         """(step, value) of every line that has a finite `metric`."""
         values = ((line["step"], finite(line.get(metric))) for line in self.lines)
         return [(float(step), value) for step, value in values if value is not None]
 
-    def final(self, task: str, setting: Setting) -> dict[str, float]:
-        """The metrics of the last evaluation of `task`, {} where there is none."""
-        values: dict[str, float] = {}
-        for evaluation in self.evaluations:
-            if (evaluation.task, evaluation.setting) == (task, setting):
-                values.update(evaluation.values)
-        return values
+    @functools.cached_property
+    def finals(self) -> dict[tuple[str, Setting], dict[str, float]]:
+        """The metrics of the final checkpoint, by task and setting; training's own come first."""
+        found: dict[tuple[str, Setting], dict[str, float]] = {}
+        for task, setting, step, values in self.evaluations:
+            if self.finished and step == self.last_step:
+                found[task, setting] = {**values, **found.get((task, setting), {})}
+        return found
 
 
 def divergence_name(divergence: str) -> str:
     """Short, as in the paper: "jsd(0.1)" -> "JSD(0.1)", "forward_kl" -> "FKL"."""
-    name, bracket, rest = divergence.partition("(")
-    return _DIVERGENCE_NAMES.get(name, name) + bracket + rest
+    return _SHORT.get(divergence, divergence.replace("jsd(", "JSD("))
+
+
+def said(value: Any) -> str:
+    """A recipe's value in words: {"type": "Linear", "warmup": 2} -> "Linear(warmup=2)"."""
+    if isinstance(value, Mapping):
+        inside = ", ".join(f"{key}={said(one)}" for key, one in value.items() if key != "type")
+        return f"{value.get('type', '')}({inside})"
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "none"}[value]
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def short_count(count: int) -> str:
     """77_000_000 -> "77M"."""
-    for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
-        if count >= size:
-            return f"{count / size:.3g}{unit}"
-    return str(count)
+    units = ((size, unit) for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)) if count >= size)
+    size, unit = next(units, (1, ""))
+    return f"{count / size:.3g}{unit}"
 
 
 def finite(value: Any) -> float | None:
@@ -223,3 +256,22 @@ def finite(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(value)
+
+
+def whole(value: Any) -> int | None:
+    number = finite(value)
+    return int(number) if number is not None and number == int(number) else None
+
+
+def as_object(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Lists become their JSON text, so that every value can be compared and hashed."""
+    for name, inner in value.items():
+        if isinstance(inner, Mapping) and inner:
+            yield from _flat(inner, f"{prefix}{name}.")
+        else:
+            scalar = inner is None or isinstance(inner, str | int | float)
+            yield f"{prefix}{name}", inner if scalar else json.dumps(inner, sort_keys=True)

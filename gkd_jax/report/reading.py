@@ -1,0 +1,188 @@
+"""Reads runs from their folders and from archives (see `archive`).
+
+Nothing here raises for what a file holds. A run that crashed still belongs in the report: what
+cannot be read is left out and named in `Run.problems`.
+"""
+
+import collections
+from collections.abc import Iterable, Iterator, Sequence
+import json
+import os
+import pathlib
+import re
+from typing import Any
+
+from gkd_jax.report.record import Evaluation, Run, Setting, as_object, finite, whole
+
+
+# These hold many files and no runs.
+_NOT_SEARCHED = frozenset({"checkpoints", "damaged", "tensorboard", "eval", "evals"})
+_NUMBERED = re.compile(r"(\D*)(\d*)")
+_Found = dict[pathlib.Path, dict[str, Any]]
+"""The folder of a run, or the archive and its name, to what was read: as a line of an archive."""
+
+
+def find(run_dirs: Sequence[str]) -> list[Run]:
+    """Every run below `run_dirs`, or of an archive among them, in the order of their paths.
+
+    Raises:
+        FileNotFoundError: one of them is neither a folder nor a .jsonl file, or they hold no run.
+    """
+    found: _Found = {}
+    elsewhere: dict[pathlib.Path, None] = {}
+    for run_dir in run_dirs:
+        root = pathlib.Path(run_dir).resolve()
+        if root.is_file() and root.suffix == ".jsonl":
+            lines, damaged = read_jsonl(root)
+            problems = _damaged(root.name, damaged)
+            for line in lines:
+                found.setdefault(root / str(line.get("name")), {**line, "problems": problems})
+            continue
+        if not root.is_dir():
+            raise FileNotFoundError(f"RUN_DIR {run_dir!r} is neither a folder nor a .jsonl file")
+        for folder, files in _folders(root):
+            if "metrics.jsonl" in files and folder not in found:
+                inside = folder.relative_to(root).as_posix()
+                found[folder] = _content(folder, root.name if inside == "." else inside)
+            elif "metrics.json" in files:
+                elsewhere[folder / "metrics.json"] = None
+    if not found:
+        raise FileNotFoundError(f"no metrics.jsonl below {', '.join(map(str, run_dirs))}")
+    _add_evaluations(found, elsewhere)
+    return [_run(*one) for one in _named(found)]
+
+
+def read_jsonl(path: pathlib.Path) -> tuple[list[dict[str, Any]], int]:
+    """The objects of a JSONL file, and how many lines were damaged."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError:
+        return [], 1
+    values = [_parsed(line) for line in lines if line.strip()]
+    objects = [value for value in values if value is not None]
+    return objects, len(values) - len(objects)
+
+
+def _parsed(text: str) -> dict[str, Any] | None:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _read_object(path: pathlib.Path) -> dict[str, Any] | None:
+    try:
+        return _parsed(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _folders(root: pathlib.Path) -> Iterator[tuple[pathlib.Path, list[str]]]:
+    for folder, inside, files in os.walk(root):
+        # run2 before run10.
+        inside[:] = sorted(
+            set(inside) - _NOT_SEARCHED,
+            key=lambda name: [(text, int(number or 0)) for text, number in _NUMBERED.findall(name)],
+        )
+        yield pathlib.Path(folder), files
+
+
+def _damaged(name: str, count: int) -> list[str]:
+    return [f"{name}: {count} damaged line{'s' * (count > 1)} left out"] if count else []
+
+
+def _content(folder: pathlib.Path, name: str) -> dict[str, Any]:
+    """A run's folder as a line of an archive, with its files of samples and its problems."""
+    lines, damaged = read_jsonl(folder / "metrics.jsonl")
+    kept = [line for line in lines if whole(line.get("step")) is not None]
+    problems = _damaged("metrics.jsonl", damaged + len(lines) - len(kept))
+    about, decoded = _read_object(folder / "run.json"), []
+    if about is None:
+        exists = (folder / "run.json").exists()
+        problems.append("run.json cannot be read" if exists else "no run.json")
+    for path in sorted((folder / "evals").glob("*/metrics.json")):
+        content = _read_object(path)
+        decoded += [] if content is None else [content]
+        if content is None:
+            problems.append(f"evals/{path.parent.name}/metrics.json cannot be read")
+    samples: dict[str, list[tuple[int, pathlib.Path]]] = {}
+    for path in sorted((folder / "eval").rglob("*.jsonl")):
+        if path.stem.isdigit() and path.is_file():
+            task = path.parent.relative_to(folder / "eval").as_posix()
+            samples.setdefault(task, []).append((int(path.stem), path))
+    read = {"name": name, "run": about, "metrics": kept, "evaluations": decoded}
+    samples = {task: sorted(files) for task, files in samples.items()}
+    return {**read, "samples": samples, "problems": problems}
+
+
+def _add_evaluations(found: _Found, paths: Iterable[pathlib.Path]) -> None:
+    """Adds evaluations that lie elsewhere to the run whose checkpoint they name."""
+    for path in paths:
+        content = _read_object(path) or {}
+        checkpoint = as_object(content.get("evaluation")).get("checkpoint")
+        made = pathlib.Path(checkpoint).resolve() if isinstance(checkpoint, str) else path
+        for folder, read in found.items():
+            if made.is_relative_to(folder):
+                read["evaluations"].append(content)
+
+
+def _named(found: _Found) -> Iterator[tuple[str, str, pathlib.Path, dict[str, Any]]]:
+    """Names and file names that are unique; a name that two RUN_DIRs share becomes longer."""
+    counts = collections.Counter(str(read.get("name")) for read in found.values())
+    names = []
+    for folder, read in found.items():
+        name = str(read.get("name"))
+        longer = "/".join(folder.parts[-name.count("/") - 2 :])
+        names.append(name if counts[name] == 1 else longer)
+    slugs: set[str] = set()
+    for name, (folder, read) in zip(names, found.items(), strict=True):
+        name = name if names.count(name) == 1 else str(folder)
+        slug = re.sub(r"[^A-Za-z0-9_.-]+", "_", name).strip("._")[-80:] or "run"
+        numbered = (f"{slug}_{number}" for number in range(2, len(found) + 2))
+        slug = next(one for one in (slug, *numbered) if one.lower() not in slugs)
+        slugs.add(slug.lower())
+        yield name, slug, folder, read
+
+
+def _run(name: str, slug: str, folder: pathlib.Path, read: dict[str, Any]) -> Run:
+    about, decoded = as_object(read.get("run")), _objects(read.get("evaluations"))
+    lines = [one for one in _objects(read.get("metrics")) if whole(one.get("step")) is not None]
+    lines.sort(key=lambda line: line["step"])
+    setting = Setting.of(as_object(as_object(about.get("recipe")).get("evaluation")))
+    evaluations = [one for line in lines for one in _of_line(line, setting)]
+    for content in decoded:
+        how = as_object(content.get("evaluation"))
+        for task, values in content.items():
+            if task != "evaluation" and isinstance(values, dict):
+                numbers = {key: float(v) for key, v in values.items() if finite(v) is not None}
+                evaluations.append(
+                    Evaluation(task, Setting.of(how), whole(how.get("step")), numbers)
+                )
+    return Run(
+        name=name,
+        slug=slug,
+        folder=folder,
+        about=about,
+        lines=lines,
+        evaluations=evaluations,
+        decoded=decoded,
+        samples=read.get("samples", {}),
+        problems=read["problems"],
+    )
+
+
+def _objects(value: Any) -> list[dict[str, Any]]:
+    return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
+
+
+def _of_line(line: dict[str, Any], setting: Setting) -> Iterator[Evaluation]:
+    """The evaluations of a line of training: its numbers are named eval/TASK/METRIC."""
+    tasks: dict[str, dict[str, float]] = {}
+    for name, value in line.items():
+        prefix, _, rest = name.partition("/")
+        task, _, metric = rest.rpartition("/")
+        if prefix == "eval" and task and finite(value) is not None:
+            tasks.setdefault(task, {})[metric] = float(value)
+    for task, values in tasks.items():
+        yield Evaluation(task, setting, line["step"], values)

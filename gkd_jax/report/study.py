@@ -1,0 +1,272 @@
+"""From runs to numbers: runs that differ in the seed alone are one group."""
+
+from collections.abc import Iterable, Sequence
+import dataclasses
+import math
+import pathlib
+from typing import Any
+
+import pandas as pd
+
+from gkd_jax.report import paper
+from gkd_jax.report.record import Method, Run, Setting, finite, said
+
+
+# Which metric of a task its tables show: the paper's, else the first of these that it has.
+_PRIMARY = ("rouge2", "bleu", "accuracy", "exact_match", "accuracy_with_calculator")
+# Said of a student, but not how good it is.
+_NOT_QUALITY = ("teacher_divergence", "self_bleu", "entailment", "entailed", "brevity")
+_DIVERGENCES = (*paper.DIVERGENCES, "total_variation", "")
+_ROLES = ("teacher", "start", "sft", "seqkd", "distillation", "rl", "unknown")
+_TITLES = {"start": "Student before", "teacher": "Teacher"}
+_IN_TITLE = tuple(f"method.divergence{field}" for field in ("", ".type", ".beta"))
+# Sections of a recipe whose fields are clear without them.
+_PLAIN = ("method", "schedule", "train", "data", "optimizer", "rl", "targets_made_by", "models")
+
+Table = Any  # a pandas.DataFrame, whose columns no type checker knows
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Group:
+    """Runs that differ in nothing but the seed.
+
+    Attributes:
+        runs: at least one, of different seeds.
+        role: "start" or "teacher" where other runs start from it or are taught by it, else the
+            method's kind.
+        label: of the method, and the fields that tell it from others of that name.
+    """
+
+    runs: tuple[Run, ...]
+    role: str
+    label: str = ""
+
+    @property
+    def first(self) -> Run:
+        return self.runs[0]
+
+    @property
+    def method(self) -> Method:
+        return self.first.method
+
+    @property
+    def size(self) -> str:
+        return self.first.size("student") or "size not recorded"
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        return self.first.fields
+
+    @property
+    def fraction(self) -> float:
+        """lambda; half where it follows a schedule."""
+        return 0.5 if isinstance(self.method.fraction, str) else self.method.fraction
+
+    @property
+    def amount(self) -> float:
+        """Training examples; infinite where nothing limits them."""
+        return finite(self.fields.get("data.num_examples")) or math.inf
+
+    def identity_without(self, *names: str) -> frozenset[tuple[str, Any]]:
+        """Equal for groups that differ in fields that begin with these names only."""
+        items = self.first.identity.items()
+        return frozenset((name, value) for name, value in items if not name.startswith(names))
+
+
+class Study:
+    """All runs of a report, grouped.
+
+    Attributes:
+        runs: all of them.
+        groups: what tables and figures show, in the order of their rows.
+        left_out: slugs of runs that no group has, and why.
+    """
+
+    def __init__(self, runs: Sequence[Run]):
+        self.runs = tuple(runs)
+        self.left_out: dict[str, str] = {}
+        grouped: dict[Any, dict[Any, Run]] = {}
+        # Of repeated runs the one that was decoded in the most ways is kept.
+        for run in sorted(runs, key=lambda run: -len(run.finals)):
+            if not run.finished:
+                reason = f"unfinished: step {run.last_step:,} of {run.train_steps:,}"
+                self.left_out[run.slug] = reason
+                continue
+            seeds = grouped.setdefault(frozenset(run.identity.items()), {})
+            held = seeds.setdefault(run.seed, run)
+            if held is not run:
+                self.left_out[run.slug] = f"same configuration and seed as {held.name}"
+        members = [tuple(seeds.values()) for seeds in grouped.values()]
+        finished = [run for some in members for run in some]
+        self._made = {  # the run that made a group's start or teacher
+            (some[0].slug, role): _maker(finished, some[0], role)
+            for some in members
+            for role in ("student", "teacher")
+        }
+        self.groups = _labelled([Group(runs=some, role=self._role(some)) for some in members])
+        self._group_of = {run.slug: group for group in self.groups for run in group.runs}
+        keys = ["group", "task", "setting", "metric"]
+        rows = [
+            (group.first.slug, task, str(setting), metric, value)
+            for group in self.groups
+            for run in group.runs
+            for (task, setting), values in run.finals.items()
+            for metric, value in values.items()
+        ]
+        values: Table = pd.DataFrame(rows, columns=pd.Index([*keys, "value"])).groupby(keys)[
+            "value"
+        ]
+        self._numbers: Table = values.agg(mean="mean", error="sem", n="count").astype({"n": object})
+
+    def _role(self, runs: Sequence[Run]) -> str:
+        role, slugs = runs[0].method.kind, {run.slug for run in runs}
+        for part, name in (("teacher", "teacher"), ("student", "start")):
+            made = {run.slug for (_, of), run in self._made.items() if of == part and run}
+            role = name if role in ("sft", "teacher") and made & slugs else role
+        return role
+
+    def tasks(self) -> list[str]:
+        """Every task that is evaluated, or should have been."""
+        found = {evaluation.task for run in self.runs for evaluation in run.evaluations}
+        return sorted(found | {run.task for run in self.runs if run.task})
+
+    def settings(self, task: str) -> list[Setting]:
+        """How final checkpoints were decoded, the most used first."""
+        runs = [run for group in self.groups for run in group.runs]
+        found = [setting for run in runs for of, setting in run.finals if of == task]
+        return sorted(set(found), key=lambda one: (not one.is_main, -found.count(one), str(one)))
+
+    def metrics(self, task: str) -> list[str]:
+        """The task's primary metric first."""
+        evaluations = [one for run in self.runs for one in run.evaluations if one.task == task]
+        names = dict.fromkeys(name for one in evaluations for name in one.values)
+        quality = [name for name in names if name not in _NOT_QUALITY]
+        first = [name for name in (paper.metric_of(task), *_PRIMARY) if name in quality] or quality
+        return list(dict.fromkeys([*first[:1], *names]))
+
+    def of_task(self, task: str) -> list[Group]:
+        """Groups that were evaluated on a task, or whose recipe says so."""
+        return [
+            group
+            for group in self.groups
+            if any(r.task == task or any(e.task == task for e in r.evaluations) for r in group.runs)
+        ]
+
+    def parent(self, group: Group, role: str) -> Group | None:
+        """The group whose checkpoint is the start ("student") or the teacher of this one."""
+        made = self._made[group.first.slug, role]
+        return None if made is None else self._group_of[made.slug]
+
+    def table(self, task: str, setting: Setting, metric: str) -> Table:
+        """The groups that have a final number, in order.
+
+        Returns:
+            One row a group: `group`, `label`, `size`, `role`, `divergence`, `fraction` (lambda),
+            `amount` (training examples, infinite for all), `mean`, `error` (NaN for one seed), `n`,
+            `text` ("1.20 ± 0.10"), `gain` over the student before and `gain_error` (NaN where
+            unknown), `paper` (a `paper.Number` or None) and `paper_value` (NaN).
+        """
+        rows = []
+        for group in self.of_task(task):
+            start = self.parent(group, "student")
+            found, before = (self._number(one, task, setting, metric) for one in (group, start))
+            started = start is not None
+            known = paper.beside(group.first, task, setting, metric, started=started)
+            row: dict[str, Any] = {
+                "group": group,
+                "label": group.label,
+                "size": group.size,
+                "role": group.role,
+                "divergence": group.method.divergence,
+                "fraction": group.fraction,
+                "amount": group.amount,
+                **found,
+                "text": shown(found["mean"], found["error"]),
+                "gain": found["mean"] - before["mean"],
+                "gain_error": math.hypot(found["error"], before["error"]),
+                "paper": known,
+                "paper_value": known.value if known else math.nan,
+            }
+            rows += [row] if row["n"] else []
+        return pd.DataFrame(rows)
+
+    def _number(self, group: Group | None, *key: Any) -> dict[str, Any]:
+        place = (group.first.slug if group else "", key[0], str(key[1]), key[2])
+        missing = {"mean": math.nan, "error": math.nan, "n": 0}
+        return self._numbers.loc[place].to_dict() if place in self._numbers.index else missing
+
+
+def shown(mean: float, error: float = math.nan) -> str:
+    """12.345, 0.5 -> "12.35 ± 0.50"."""
+    digits = 4 if 0 < abs(mean) < 0.1 else 2 if abs(mean) < 100 else 1
+    return f"{mean:.{digits}f}" + ("" if math.isnan(error) else f" ± {error:.{digits}f}")
+
+
+def sizes(groups: Iterable[Group]) -> list[str]:
+    """Student sizes, the smallest first, those that are not recorded last."""
+    counts = {group.size: group.first.parameters("student") or math.inf for group in groups}
+    return sorted(counts, key=lambda size: (counts[size], size))
+
+
+def divergence_order(divergence: str) -> tuple[int, str]:
+    """The paper's, from mean-seeking to mode-seeking."""
+    return ([*_DIVERGENCES, divergence].index(divergence), divergence)
+
+
+def _maker(runs: Sequence[Run], run: Run, role: str) -> Run | None:
+    """The run whose checkpoint was this one's start or teacher."""
+    checkpoint = run.fields.get(f"{role}.checkpoint")
+    if not isinstance(checkpoint, str):
+        return None
+    path = pathlib.PurePath(checkpoint.split("/checkpoints/")[0])
+    others = [one for one in runs if one is not run]
+    exact = [one for one in others if one.folder == path]
+    # A study that was moved, or an archive: the end of the path is the run's name.
+    named = [one for one in others if f"/{path}".endswith(f"/{one.name}")]
+    sized = [one for one in named if one.parameters("student") == run.parameters(role)]
+    return next(iter([*exact, *sized]), None)
+
+
+def _labelled(groups: list[Group]) -> list[Group]:
+    """In order, each labelled with its title and the fields that differ within title and size."""
+    alike: dict[Any, list[Group]] = {}
+    for group in groups:
+        title = _TITLES.get(group.role, group.method.title)
+        alike.setdefault((title, group.first.task), []).append(group)
+    labelled = []
+    for (title, _), members in alike.items():
+        names: dict[str, None] = {}
+        for size in sizes(members):
+            same = [group.first.identity for group in members if group.size == size]
+            every = dict.fromkeys(name for fields in same for name in fields)
+            differ = [n for n in every if len({repr(fields.get(n)) for fields in same}) > 1]
+            # A title names the divergence; other fields of an optimizer follow from its type.
+            differ = [name for name in differ if name not in _IN_TITLE]
+            types = tuple(name.removesuffix("type") for name in differ if name.endswith(".type"))
+            kept = [n for n in differ if n.endswith(".type") or not n.startswith(types or "\n")]
+            names.update(dict.fromkeys(kept))
+        for group in members:
+            parts = dict.fromkeys([title, *(_said(name, group) for name in names)])
+            labelled.append(dataclasses.replace(group, label=" · ".join(parts)))
+    return sorted(labelled, key=_order)
+
+
+def _said(name: str, group: Group) -> str:
+    """One field of a legend, such as "learning rate 0.001"."""
+    value = group.first.identity.get(name)
+    section, _, field = name.rpartition(".")
+    if name == "data.num_examples":
+        return f"{'all' if value is None else said(value)} examples"
+    if name == "train.train_steps":
+        return f"{said(value)} steps"
+    if field in ("start", "content", "vocabulary"):
+        value = str(value)[:8]  # a hash
+    kept = [word for word in section.split(".") if word not in _PLAIN or field == "type"]
+    words = [*kept, *([] if field == "type" else [field]), said(value)]
+    return " ".join(words).replace("_", " ").strip()
+
+
+def _order(group: Group) -> tuple[Any, ...]:
+    parameters = group.first.parameters("student") or math.inf
+    which = (_ROLES.index(group.role), group.fraction, divergence_order(group.method.divergence))
+    return (*which, group.method.alpha or 0.0, group.amount, group.label, parameters)
