@@ -1,7 +1,7 @@
 """Many runs from one gin file and a grid, or from a file of rows; what is done is skipped.
 
     python launch/sweep.py --gin_file=gin/gkd.gin --output=/runs/study \\
-      --grid "DIVERGENCE=@divergences.forward_kl,@divergences.jsd" --grid RANDOM_SEED=0,1,2 \\
+      --grid divergence=forward_kl,jsd_0.1,jsd_0.9 --grid RANDOM_SEED=0,1,2 \\
       --gin.MIXTURE_OR_TASK_NAME="'arithmetic'" --gin.STUDENT_SIZE="'tiny'" \\
       --gin.TEACHER_SIZE="'tiny'"
     python launch/sweep.py --sweep_file=gin/sweeps/arithmetic.toml --output=/runs/arithmetic
@@ -18,13 +18,15 @@ A sweep file is TOML:
     axes = { RANDOM_SEED = [] }           # added to those above; an empty one is dropped
     [rows.gkd]
     macros = { TEACHER_CHECKPOINT = "'{teacher}'" }
-    axes.divergence = [{ name = "jsd_0.1", DIVERGENCE = "@divergences.jsd", BETA = 0.1 }]
+    axes.divergence = ["forward_kl", "jsd_0.1"]
 
 Strings are gin expressions, as on the command line: a string of gin's has quotes within.
 `{teacher}` is the folder of that row's run, which then runs first; where both rows have an axis,
-the run with the same value is meant. An axis is a macro with its values, or any name with tables
-of macros. `--grid` replaces the axes of that name; `--gin.MACRO` is for the rows of `train` and
-those that set the macro; an axis wins over it.
+the run with the same value is meant. An axis is a macro with its values, or any name with tables of
+macros (`[{ name = "short", TRAIN_STEPS = 400 }]`), or `divergence`, whose values `forward_kl`,
+`reverse_kl`, `total_variation` and `jsd_0.1` set DIVERGENCE and BETA together. `--grid` replaces
+the axes of that name; `--gin.MACRO` is for the rows of `train` and those that set the macro; an
+axis wins over it.
 
 Every run has the folder OUTPUT/<row>-<axis>=<value>-..., which is its MODEL_DIR (of `infer`, OUTPUT
 is `outputs.jsonl` in it; of `eval`, OUTPUT_DIR is the folder). It also holds `log.txt`,

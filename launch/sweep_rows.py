@@ -18,6 +18,7 @@ OUTPUT_MACROS = {
 }
 _PLACEHOLDER = re.compile(r"\{([A-Za-z_][\w.-]*)\}")
 _NAME = re.compile(r"[A-Za-z_][\w.]*")
+_DIVERGENCE = re.compile(r"(forward_kl|reverse_kl|total_variation)|jsd_(0?\.\d+)")
 
 
 class UsageError(Exception):
@@ -107,7 +108,7 @@ def _row(name: str, row: Any, gin_file: Any, shared: Mapping, path: str) -> Row:
     files = [files] if isinstance(files, str) else list(files)
     if not files or not all(isinstance(file, str) for file in files):
         raise UsageError(f"{where}: gin_file must be a file or a list of files, got {files!r}")
-    own = _axes(row.get("axes", {}), where)
+    own = _axes(row.get("axes", {}), where, trains=command == "train")
     axes = {**own, **{axis: points for axis, points in shared.items() if axis not in own}}
     return Row(
         name=name,
@@ -141,12 +142,36 @@ def _gin_value(value: Any, where: str) -> str:
     raise UsageError(f"{where}: expected a string, a number, a list or a table, got {value!r}")
 
 
-def _axes(table: Any, where: str) -> dict[str, tuple[Point, ...]]:
+def _axes(table: Any, where: str, *, trains: bool = True) -> dict[str, tuple[Point, ...]]:
     if not isinstance(table, dict):
         raise UsageError(f"{where}: axes must be a table, got {table!r}")
-    return {
+    axes = {
         axis: _points(axis, values, f"{where}: axis {axis!r}") for axis, values in table.items()
     }
+    if not trains and "divergence" in axes:  # what decodes has no divergence: names are left
+        axes["divergence"] = _with_macros_of(axes["divergence"], ())
+    return axes
+
+
+def _with_macros_of(points: Sequence[Point], old: Sequence[Point]) -> tuple[Point, ...]:
+    """Points that set only macros that others set."""
+    known = {macro for point in old for macro in point.macros}
+    return tuple(
+        Point(point.label, {name: x for name, x in point.macros.items() if name in known})
+        for point in points
+    )
+
+
+def divergence_point(name: str, where: str) -> Point:
+    """A value of the axis `divergence`: the divergence with its beta, as `jsd_0.1`."""
+    match = _DIVERGENCE.fullmatch(name)
+    if match is None:
+        raise UsageError(
+            f"{where}: expected forward_kl, reverse_kl, total_variation or jsd_BETA, got {name!r}"
+        )
+    if match[1]:
+        return Point(name, {"DIVERGENCE": f"@divergences.{name}"})
+    return Point(name, {"DIVERGENCE": "@divergences.jsd", "BETA": match[2]})
 
 
 def _points(axis: str, values: Any, where: str) -> tuple[Point, ...]:
@@ -162,6 +187,8 @@ def _points(axis: str, values: Any, where: str) -> tuple[Point, ...]:
             if not isinstance(label, str) or _label(label) != label:
                 raise UsageError(f"{where}: a table needs a name fit for a folder, got {label!r}")
             points.append(Point(label, _macros(table, where)))
+        elif axis == "divergence":
+            points.append(divergence_point(_gin_value(value, where), where))
         else:
             text = _gin_value(value, where)
             points.append(Point(_label(text), {axis: text}))
@@ -215,7 +242,8 @@ def override(
     Args:
         rows: of a sweep file.
         macros: for rows of `train`, and for others that set the macro themselves.
-        axes: in place of the axes of these names, where rows have them.
+        axes: in place of the axes of these names, where rows have them. Rows of other commands than
+            `train` take the macros that they set before, and the names.
     """
     for axis in axes:
         if not any(axis in row.axes for row in rows.values()):
@@ -228,7 +256,14 @@ def override(
                 **row.macros,
                 **{m: v for m, v in macros.items() if row.command == "train" or m in row.macros},
             },
-            axes={axis: axes.get(axis, points) for axis, points in row.axes.items()},
+            axes={
+                axis: points
+                if axis not in axes
+                else axes[axis]
+                if row.command == "train"
+                else _with_macros_of(axes[axis], points)
+                for axis, points in row.axes.items()
+            },
         )
         for name, row in rows.items()
     }

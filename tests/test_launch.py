@@ -142,6 +142,90 @@ def test_grid_runs_every_combination_once_and_then_nothing(sweep):
     assert [name.rpartition("=")[2] for name in sweep.names()[4:]] == ["0.5", "0.5"]
 
 
+def test_a_divergence_and_its_beta_are_one_axis(sweep):
+    flags = ("--gin_file=gin/gkd.gin", "--grid=divergence=forward_kl,jsd_0.1,total_variation")
+    assert sweep(*flags).returncode == 0
+    settings = [
+        {
+            text.removeprefix("--gin.")
+            for text in arguments
+            if "DIVERGENCE" in text or "BETA" in text
+        }
+        for _, arguments in sweep.calls()
+    ]
+    assert sweep.names() == [
+        "gkd-divergence=forward_kl",
+        "gkd-divergence=jsd_0.1",
+        "gkd-divergence=total_variation",
+    ]
+    assert settings == [
+        {"DIVERGENCE=@divergences.forward_kl"},
+        {"DIVERGENCE=@divergences.jsd", "BETA=0.1"},
+        {"DIVERGENCE=@divergences.total_variation"},
+    ]
+    for wrong in ("jsd", "jsd_1", "kl"):
+        result = sweep("--gin_file=gin/gkd.gin", f"--grid=divergence={wrong}")
+        assert_usage_error(result, "jsd_BETA", f"'{wrong}'")
+
+
+def paper_sweep(sweep, task, *flags) -> dict[str, dict[str, str]]:
+    """Folder -> flags of the commands of a sweep of gin/paper."""
+    path = ROOT / "gin" / "paper" / "sweeps" / f"{task}.toml"
+    result = sweep(f"--sweep_file={path}", "--print", *flags)
+    assert result.returncode == 0, result.stderr
+    found = {}
+    for line in result.stdout.splitlines():
+        words = [text for text in shlex.split(line) if text.startswith("--gin")]
+        values = dict(text.removeprefix("--gin.").split("=", 1) for text in words)
+        assert (ROOT / values["--gin_file"]).is_file()
+        output = values.get("MODEL_DIR") or values["OUTPUT_DIR"]
+        found[pathlib.Path(output.strip("'")).name] = values
+    return found
+
+
+def test_the_paper_s_grids_have_every_cell(sweep):
+    def names(runs, row):
+        return [name for name in runs if name.startswith(f"{row}-")]
+
+    xsum = paper_sweep(sweep, "xsum")
+    # A.13 and A.12: 3 sizes x 3 lambdas x 5 divergences; Figure 3: 4 x 3; Figure 4: 5 x 4.
+    assert [
+        len(names(xsum, row)) for row in ("greedy", "sampled", "data_fraction", "diversity")
+    ] == [
+        45,
+        45,
+        12,
+        20,
+    ]
+    for name in names(xsum, "sampled"):
+        assert (xsum[name]["TEACHER_TEMPERATURE"], xsum[name]["EVAL_DECODING"]) == (
+            "0.1",
+            "'sample'",
+        )
+    cell = "STUDENT_SIZE=small-ON_POLICY_FRACTION=1.0-divergence=jsd_0.9"
+    assert (
+        xsum[f"diversity-{cell}-TEMPERATURE=0.3"]["CHECKPOINT"] == f"'{sweep.output}/greedy-{cell}'"
+    )
+    assert (xsum[f"greedy-{cell}"]["DIVERGENCE"], xsum[f"greedy-{cell}"]["BETA"]) == (
+        "@divergences.jsd",
+        "0.9",
+    )
+    assert (
+        xsum[f"greedy-{cell}"]["STUDENT_CHECKPOINT"]
+        == f"'{sweep.output}/student-STUDENT_SIZE=small'"
+    )
+    gsm8k = paper_sweep(sweep, "gsm8k", "--grid=RANDOM_SEED=0")
+    # Figures 7 and A.14: 3 x 3 x 5; Figure 8: 4 more lambdas x 2 divergences.
+    assert [len(names(gsm8k, row)) for row in ("gkd", "lambda_curve")] == [45, 8]
+    wmt = paper_sweep(sweep, "wmt")
+    assert [len(names(wmt, row)) for row in ("gkd", "f_distill")] == [2 * 3 * 5 * 3, 2 * 3]
+    part = paper_sweep(
+        sweep, "xsum", "--rows=diversity", "--grid=divergence=reverse_kl", "--grid=TEMPERATURE=1.0"
+    )
+    (name,) = names(part, "diversity")
+    assert "DIVERGENCE" not in part[name]  # what decodes has none
+
+
 def test_grid_values_may_hold_commas(sweep):
     result = sweep(
         "--gin_file=gin/gkd.gin",

@@ -1,5 +1,7 @@
 """Every recipe of gin/paper builds from the public checkpoints' shapes, without their files."""
 
+import ast
+import copy
 import pathlib
 import re
 
@@ -7,6 +9,7 @@ import pytest
 
 import gin
 from gkd_jax import main
+from gkd_jax.training import per_size
 
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -68,20 +71,92 @@ def test_every_recipe_says_how_to_run_it_and_what_to_expect(name):
     assert "TPUv3" in header or "Hardware" in header
 
 
-def test_main_rows_have_the_paper_s_hyperparameters(tmp_path):
-    """Tables A.1 to A.4, column by column."""
-    table = {
-        "xsum": (40_000, 32, 3e-4, 2_000, 10_000, 1024, 64, 0.0, 1.0),
-        "wmt": (100_000, 32, 3e-4, 5_000, 0, 80, 80, 0.0, 1.0),
-        "gsm8k": (40_000, 32, 3e-4, 2_000, 10_000, 512, 320, 0.05, 0.1),
-        "flan": (50_000, 128, 1e-4, 0, 0, 2048, 256, 0.0, 1.0),
-    }
-    for task, expected in table.items():
+@pytest.mark.parametrize("name", [x for x in NAMES if "gkd-jax infer" in (ROOT / x).read_text()])
+def test_headers_that_decode_name_the_task_s_lengths(name, tmp_path):
+    text = (ROOT / name).read_text()
+    lengths = re.search(r"TASK_FEATURE_LENGTHS=\"(\{.*?\})\"", text)
+    assert lengths is not None
+    dry_run(name, tmp_path)
+    assert macro("TASK_FEATURE_LENGTHS") == ast.literal_eval(lengths[1])
+
+
+def macro(name):
+    """A macro's value, computed where it is a reference such as `@per_size.by_size()`."""
+    return copy.deepcopy(gin.query_parameter(f"%{name}"))
+
+
+# Tables A.1 to A.4 by column: steps, batch, warm-up, cool-down, inputs, targets, dropout, teacher's
+# temperature; then the learning rates of small, base and large (A.1: small 0.001).
+TABLES = {
+    "xsum": (40_000, 32, 2_000, 10_000, 1024, 64, 0.0, 1.0, (1e-3, 3e-4, 3e-4)),
+    "wmt": (100_000, 32, 5_000, 0, 80, 80, 0.0, 1.0, (3e-4, 3e-4, 3e-4)),
+    "gsm8k": (40_000, 32, 2_000, 10_000, 512, 320, 0.05, 0.1, (3e-4, 3e-4, 3e-4)),
+    "flan": (50_000, 128, 0, 0, 2048, 256, 0.0, 1.0, (1e-4, 1e-4, 1e-4)),
+}
+STUDENTS = ("small", "base", "large")
+
+
+@pytest.mark.parametrize("task", TABLES)
+def test_main_rows_have_the_paper_s_hyperparameters_at_every_size(task, tmp_path):
+    *expected, rates = TABLES[task]
+    for size, rate in zip(STUDENTS, rates, strict=True):
         gin.clear_config()
-        dry_run(f"gin/paper/{task}/gkd.gin", tmp_path)
-        names = ["TRAIN_STEPS", "BATCH_SIZE", "LEARNING_RATE", "WARMUP_STEPS", "COOLDOWN_STEPS"]
-        lengths = gin.query_parameter("%TASK_FEATURE_LENGTHS")
-        found = [gin.query_parameter(f"%{name}") for name in names]
+        dry_run(f"gin/paper/{task}/gkd.gin", tmp_path, f"--gin.STUDENT_SIZE='{size}'")
+        lengths = macro("TASK_FEATURE_LENGTHS")
+        found = [macro(x) for x in ("TRAIN_STEPS", "BATCH_SIZE", "WARMUP_STEPS", "COOLDOWN_STEPS")]
         found += [lengths["inputs"], lengths["targets"]]
-        found += [gin.query_parameter(f"%{x}") for x in ("DROPOUT_RATE", "TEACHER_TEMPERATURE")]
-        assert tuple(found) == expected, task
+        found += [macro(x) for x in ("DROPOUT_RATE", "TEACHER_TEMPERATURE")]
+        assert (found, macro("LEARNING_RATE")) == (expected, rate), size
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "/xsum/" in name])
+def test_small_xsum_students_have_their_own_rate_except_with_the_reverse_kl(name, tmp_path):
+    """Table A.1, and "we default to using 0.0003 for all models when using reverse KL"."""
+    dry_run(name, tmp_path, "--gin.STUDENT_SIZE='small'")
+    assert macro("LEARNING_RATE") == 1e-3
+    gin.clear_config()
+    dry_run(name, tmp_path, "--gin.STUDENT_SIZE='small'", "--gin.LEARNING_RATE=0.5")
+    assert macro("LEARNING_RATE") == 0.5  # what is given wins
+    if not name.endswith(("sft.gin", "seqkd.gin")):
+        gin.clear_config()
+        reverse = "--gin.DIVERGENCE=@divergences.reverse_kl"
+        dry_run(name, tmp_path, "--gin.STUDENT_SIZE='small'", reverse)
+        assert macro("LEARNING_RATE") == 3e-4
+
+
+# App. A.3: steps of SFT for small, base, large and XL.
+SFT_STEPS = {
+    "xsum": (100_000, 50_000, 38_000, 8_000),
+    "wmt": (250_000, 250_000, 110_000, 50_000),
+    "gsm8k": (10_000, 10_000, 10_000, 10_000),
+}
+
+
+@pytest.mark.parametrize("task", SFT_STEPS)
+def test_sft_has_the_paper_s_steps_at_every_size(task, tmp_path, capfd):
+    for size, steps in zip((*STUDENTS, "xl"), SFT_STEPS[task], strict=True):
+        gin.clear_config()
+        dry_run(f"gin/paper/{task}/sft.gin", tmp_path, f"--gin.STUDENT_SIZE='{size}'")
+        assert macro("TRAIN_STEPS") == steps
+        assert f"steps      {steps}\n" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if re.search(r"/(sft|seqkd)\.gin$", name)])
+def test_cross_entropy_is_a_mean_over_tokens_and_divergences_over_sequences(name, tmp_path, capfd):
+    dry_run(name, tmp_path)
+    assert "loss       cross-entropy, token_mean," in capfd.readouterr().err
+    gin.clear_config()
+    dry_run(f"{name.rpartition('/')[0]}/gkd.gin", tmp_path)
+    assert ", sequence_mean," in capfd.readouterr().err
+
+
+def test_rlef_regularizes_with_the_reverse_kl_to_the_student_it_starts_from(tmp_path, capfd):
+    dry_run("gin/paper/rl/rlef.gin", tmp_path)
+    assert "loss       reverse_kl," in capfd.readouterr().err
+    assert macro("TEACHER_CHECKPOINT") == macro("STUDENT_CHECKPOINT")
+    assert macro("NLI_LABEL") == "1"
+
+
+def test_a_size_without_a_setting_is_refused():
+    with pytest.raises(ValueError, match=r"one of the sizes small, base, got 'huge'"):
+        per_size.by_size("huge", {"small": 1, "base": 2})
