@@ -15,6 +15,7 @@ P is the teacher, Q the student. Axes: B batch, N = B x samples a prompt, S sour
 V vocabulary.
 """
 
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -24,19 +25,29 @@ from jaxtyping import Array, Float, Int, Key
 import numpy as np
 import optax
 
-from gkd_jax import losses, sharding
+from gkd_jax import accumulation, losses
 from gkd_jax.batch import Batch, TopK
-from gkd_jax.gkd_config import Divergence, GKDConfig, Models, Reduction, Schedule
+from gkd_jax.gkd_config import Divergence, GKDConfig, ModelPair, Reduction
 from gkd_jax.input.teacher_cache import outcomes
 from gkd_jax.models import t5
 from gkd_jax.rl import policy_loss
 from gkd_jax.sampling import Sample, allowed_ids, sample
-from gkd_jax.train_state import TrainState
 
 
-__all__ = ["Divergence", "GKDConfig", "Models", "Reduction", "Schedule", "update"]
-
-_LOGITS_BYTES = 2**28
+__all__ = [
+    "Divergence",
+    "GKDConfig",
+    "Learner",
+    "ModelPair",
+    "Reduction",
+    "StepKeys",
+    "TrainState",
+    "is_on_policy",
+    "per_token_loss",
+    "sample_targets",
+    "step_keys",
+    "update",
+]
 
 
 class StepKeys(NamedTuple):
@@ -74,7 +85,11 @@ def num_on_policy_rows(on_policy_fraction: float, batch_size: int) -> int:
 
 
 def sample_targets(
-    config: GKDConfig, models: Models, student_params: t5.Params, batch: Batch, key: Key[Array, ""]
+    config: GKDConfig,
+    models: ModelPair,
+    student_params: t5.Params,
+    batch: Batch,
+    key: Key[Array, ""],
 ) -> tuple[Batch, Sample]:
     """Replaces the targets of a batch by the student's own sequences. No gradient flows back.
 
@@ -111,7 +126,7 @@ def sample_targets(
 
 def per_token_loss(
     config: GKDConfig,
-    models: Models,
+    models: ModelPair,
     student_params: t5.Params,
     teacher_params: t5.Params | None,
     batch: Batch,
@@ -133,7 +148,7 @@ class _TokenValues(NamedTuple):
 
 def _token_values(
     config: GKDConfig,
-    models: Models,
+    models: ModelPair,
     student_params: t5.Params,
     teacher_params: t5.Params | None,
     batch: Batch,
@@ -142,7 +157,7 @@ def _token_values(
     *,
     with_log_probs: bool = False,
 ) -> _TokenValues:
-    """From hidden states; the logits of both models exist for one part of the length at a time."""
+    """Both models read the whole batch; their logits exist for one part of the length at a time."""
     states = [t5.hidden(models.student, student_params, batch, dropout_key=dropout_key)]
     if config.divergence is not None and batch.teacher is None:
         assert models.teacher is not None
@@ -160,48 +175,27 @@ def _token_values(
         if config.divergence is None:
             smoothing = config.label_smoothing
             loss = losses.cross_entropy(logits, targets, label_smoothing=smoothing)
-            return _TokenValues(loss, log_probs)
-        if cached is not None:
-            return _TokenValues(config.divergence(*outcomes(logits, cached)), log_probs)
-        assert models.teacher is not None
-        assert teacher_params is not None
-        teacher_logits = t5.apply_head(models.teacher, teacher_params, states[1])
-        teacher_logits = of_pieces(teacher_logits / temperature, models.num_pieces)
-        loss = config.divergence(logits, jax.lax.stop_gradient(teacher_logits))
+        elif cached is not None:
+            loss = config.divergence(*outcomes(logits, cached))
+        else:
+            assert models.teacher is not None
+            assert teacher_params is not None
+            teacher_logits = t5.apply_head(models.teacher, teacher_params, states[1])
+            teacher_logits = of_pieces(teacher_logits / temperature, models.num_pieces)
+            loss = config.divergence(logits, jax.lax.stop_gradient(teacher_logits))
         return _TokenValues(loss, log_probs)
 
-    parts = _loss_parts(config, models, batch)
-    inputs = (states, batch.targets, batch.weights, batch.teacher)
-    if parts == 1:
-        return of_part(*inputs)
-    split = jax.tree.map(lambda x: _split_length(x, parts), inputs)
-    # Recomputed in the backward pass: what is kept of a part is its hidden states.
-    values = jax.lax.map(lambda part: jax.checkpoint(of_part)(*part), split)
-    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(batch.targets.shape), values)
-
-
-def _loss_parts(config: GKDConfig, models: Models, batch: Batch) -> int:
     num_rows, length = batch.targets.shape
-    if config.loss_parts is not None:
-        if length % config.loss_parts:
-            raise ValueError(
-                f"loss_parts={config.loss_parts} does not divide the target length {length}"
-            )
-        return config.loss_parts
-    rows = -(-num_rows // sharding.num_batch_shards())
-    size = 4 * rows * length * models.student.vocab_size
-    parts = (n for n in range(1, length + 1) if length % n == 0 and size <= n * _LOGITS_BYTES)
-    return next(parts, length)
-
-
-def _split_length(x: jax.Array, parts: int) -> jax.Array:
-    """[N, T, ...] to [parts, N, T / parts, ...]."""
-    return x.reshape(x.shape[0], parts, x.shape[1] // parts, *x.shape[2:]).swapaxes(0, 1)
+    parts = accumulation.num_length_parts(
+        num_rows, length, models.student.vocab_size, config.loss_parts
+    )
+    inputs = (states, batch.targets, batch.weights, batch.teacher)
+    return accumulation.map_length_parts(of_part, inputs, parts)
 
 
 def sample_log_probs(
     config: GKDConfig,
-    models: Models,
+    models: ModelPair,
     student_logits: Float[Array, "N T V"],
     targets: Int[Array, "N T"],
     weights: Float[Array, "N T"],
@@ -232,11 +226,39 @@ class LossSums(NamedTuple):
     policy: Float[Array, ""]  # of -advantage x log Q(sequence)
 
 
+class TrainState(NamedTuple):
+    """The student in training. The teacher is never part of it.
+
+    Attributes:
+        step: updates done.
+        params: float32 parameters.
+        opt_state: the optimizer's.
+    """
+
+    step: Int[Array, ""]
+    params: t5.Params
+    opt_state: Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Learner:
+    """What is the same in every update of a run.
+
+    Attributes:
+        config: the method.
+        models: both models' sizes.
+        optimizer: of the student's parameters.
+        num_microbatches: parts of the batch whose gradients are added up.
+    """
+
+    config: GKDConfig
+    models: ModelPair
+    optimizer: optax.GradientTransformation
+    num_microbatches: int = 1
+
+
 def update(
-    config: GKDConfig,
-    models: Models,
-    optimizer: optax.GradientTransformation,
-    num_microbatches: int,
+    learner: Learner,
     state: TrainState,
     teacher_params: t5.Params | None,
     batch: Batch,
@@ -249,35 +271,40 @@ def update(
     and divided by the batch's own count once. The teacher scores each microbatch inside it.
 
     Args:
-        config: the method.
-        models: both models' sizes.
-        optimizer: of `state`.
-        num_microbatches: parts of the batch whose gradients are added up.
+        learner: what is the same in every update.
         state: the student.
         teacher_params: frozen; None where there is no divergence.
         batch: targets may hold several rows a prompt, as neighbours.
         dropout_key: of this step.
         advantages: of each target row; with them the loss is Eq. 5's, alpha D + (1 - alpha) times
             the policy loss.
+
+    Returns:
+        The state after the update, and the step's numbers by name.
     """
+    config = learner.config
     _, count = config.reduction(batch.weights, batch.weights)
     count = jnp.maximum(count, 1.0)  # a batch without any target: loss 0, gradient 0
     num_tokens = jnp.maximum(jnp.sum(batch.weights), 1.0)
     num_sequences = jnp.maximum(jnp.sum(jnp.any(batch.weights > 0, axis=1)), 1.0)
-
     alpha = 1.0 if advantages is None or config.rl is None else config.rl.alpha
-    grads, sums = _summed_gradients(
+
+    def numerator(params, rows, key):
         # The policy's mean is over sequences, whatever the reduction: undo the division by count.
-        _Weighted(config, models, alpha, count / num_sequences, state.step),
-        num_microbatches,
+        scale = count / num_sequences
+        return _loss_sums(learner, params, teacher_params, rows, key, state.step, alpha, scale)
+
+    use_dropout = learner.models.student.dropout_rate > 0
+    grads, sums = accumulation.sum_gradients(
+        numerator,
+        learner.num_microbatches,
         state.params,
-        teacher_params,
-        batch,
-        dropout_key,
-        advantages,
+        (batch, advantages),
+        batch.inputs.shape[0],
+        dropout_key if use_dropout else None,
     )
     grads = jax.tree.map(lambda g: g / count, grads)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    updates, opt_state = learner.optimizer.update(grads, state.opt_state, state.params)
     params: Any = optax.apply_updates(state.params, updates)
 
     loss = sums.loss / count
@@ -295,76 +322,34 @@ def update(
     return TrainState(state.step + 1, params, opt_state), metrics
 
 
-class _Weighted(NamedTuple):
-    """What turns rows into the numerator of the loss."""
-
-    config: GKDConfig
-    models: Models
-    alpha: float
-    policy_scale: Float[Array, ""]
-    step: Int[Array, ""]
-
-    def __call__(
-        self, params, teacher_params, rows: Batch, dropout_key, advantages
-    ) -> tuple[Float[Array, ""], LossSums]:
-        config, models = self.config, self.models
-        values, log_probs = _token_values(
-            config,
-            models,
-            params,
-            teacher_params,
-            rows,
-            dropout_key,
-            self.step,
-            with_log_probs=self.alpha < 1,
-        )
-        loss, _ = config.reduction(values, rows.weights)
-        tokens, _ = losses.token_mean(values, rows.weights)
-        sequences, _ = losses.sequence_mean(values, rows.weights)
-        policy = jnp.zeros(())
-        total = loss
-        if log_probs is not None:
-            policy = policy_loss(log_probs, rows.weights, advantages)
-            total = self.alpha * loss + (1 - self.alpha) * self.policy_scale * policy
-        return total, LossSums(loss, tokens, sequences, policy)
-
-
-def _summed_gradients(
-    numerator: _Weighted,
-    num_microbatches: int,
-    student_params: t5.Params,
+def _loss_sums(
+    learner: Learner,
+    params: t5.Params,
     teacher_params: t5.Params | None,
-    batch: Batch,
-    dropout_key: Key[Array, ""],
-    advantages: Float[Array, " N"] | None,
-) -> tuple[t5.Params, LossSums]:
-    """The gradient of the loss's numerator over all rows, and the sums to log."""
-    use_dropout = numerator.models.student.dropout_rate > 0
-    gradient = jax.grad(numerator, has_aux=True)
-    if num_microbatches == 1:
-        key = dropout_key if use_dropout else None
-        return gradient(student_params, teacher_params, batch, key, advantages)
-
-    def accumulate(carry, inputs):
-        rows, row_advantages, index = inputs
-        key = jax.random.fold_in(dropout_key, index) if use_dropout else None
-        grads = gradient(student_params, teacher_params, rows, key, row_advantages)
-        return jax.tree.map(jnp.add, carry, grads), None
-
-    zeros = (
-        jax.tree.map(jnp.zeros_like, student_params),
-        LossSums(*(jnp.zeros(()) for _ in LossSums._fields)),
+    rows: tuple[Batch, Float[Array, " N"] | None],
+    dropout_key: Key[Array, ""] | None,
+    step: Int[Array, ""],
+    alpha: float,
+    policy_scale: Float[Array, ""],
+) -> tuple[Float[Array, ""], LossSums]:
+    """The numerator of the loss over some rows, and the sums to log."""
+    config, (batch, advantages) = learner.config, rows
+    values, log_probs = _token_values(
+        config,
+        learner.models,
+        params,
+        teacher_params,
+        batch,
+        dropout_key,
+        step,
+        with_log_probs=alpha < 1,
     )
-    num_prompts = batch.inputs.shape[0]
-    microbatches = jax.tree.map(
-        lambda x: _split_rows(x, num_prompts, num_microbatches), (batch, advantages)
-    )
-    total, _ = jax.lax.scan(accumulate, zeros, (*microbatches, jnp.arange(num_microbatches)))
-    return total
-
-
-def _split_rows(x: jax.Array, num_prompts: int, num: int) -> jax.Array:
-    """[N, ...] to [num, N / num, ...]; prompt i goes to microbatch i % num, so that every device
-    keeps rows of its own in each."""
-    groups = x.reshape(num_prompts // num, num, x.shape[0] // num_prompts, *x.shape[1:])
-    return groups.swapaxes(0, 1).reshape(num, x.shape[0] // num, *x.shape[1:])
+    loss, _ = config.reduction(values, batch.weights)
+    tokens, _ = losses.token_mean(values, batch.weights)
+    sequences, _ = losses.sequence_mean(values, batch.weights)
+    policy, total = jnp.zeros(()), loss
+    if log_probs is not None:
+        assert advantages is not None
+        policy = policy_loss(log_probs, batch.weights, advantages)
+        total = alpha * loss + (1 - alpha) * policy_scale * policy
+    return total, LossSums(loss, tokens, sequences, policy)

@@ -2,19 +2,21 @@
 
 from collections.abc import Callable
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from gkd_jax import divergences, losses
 from gkd_jax.models import t5
-from gkd_jax.optimizers import Schedule
 from gkd_jax.rl import RLConfig
 from gkd_jax.sampling import SamplingConfig
 
 
 Divergence = Callable[[jax.Array, jax.Array], jax.Array]
 Reduction = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+Schedule = Callable[[Any], Any]
+"""From the number of the step to a number, such as a probability or a temperature."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,6 +56,7 @@ class GKDConfig:
     loss_parts: int | None = None
 
     def __post_init__(self):
+        object.__setattr__(self, "divergence", divergences.as_value(self.divergence))
         scheduled = callable(self.on_policy_fraction)
         if not callable(self.on_policy_fraction) and not 0 <= self.on_policy_fraction <= 1:
             raise ValueError(
@@ -116,7 +119,7 @@ class GKDConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Models:
+class ModelPair:
     """What is static about the two models.
 
     Attributes:

@@ -277,7 +277,7 @@ def _train(values: flags.FlagValues) -> None:
     import gin
     from gkd_jax.training import metrics, train
 
-    run = gin.get_configurable(train.run)
+    run = gin.get_configurable(train.train)
     phases = _macro("PHASES", ())
     if not phases:
         run(dry_run=values.dry_run, config_text=gin.operative_config_str, macros=_macros())
@@ -325,12 +325,12 @@ def _precompile(values: flags.FlagValues) -> None:
 
     if values.topology is None:
         raise UsageError("precompile needs --topology=cpu or, say, --topology=v5e:8x8")
-    precompile.run(
-        topology=values.topology,
+    precompile.precompile(
+        _recipe(values.phase),
+        values.topology,
         num_slices=values.num_slices,
         full=values.full,
         as_json=values.json,
-        **_run_bindings(values.phase),
     )
 
 
@@ -339,22 +339,19 @@ def _bench(values: flags.FlagValues) -> None:
 
     if values.runs < 1:
         raise UsageError(f"--runs must be positive, got {values.runs}")
-    bench.run(runs=values.runs, as_json=values.json, **_run_bindings(values.phase))
+    bench.bench(_recipe(values.phase), runs=values.runs, as_json=values.json)
 
 
-def _run_bindings(phase: str | None) -> dict[str, Any]:
-    """What `train.run` would be given, without what only a run that trains needs."""
+def _recipe(phase: str | None) -> Any:
+    """The recipe that `train` would be given."""
     import gin
-    from gkd_jax.training import train
+    from gkd_jax.training.recipe import Recipe
 
     phases = _macro("PHASES", ())
     if phase not in (phases or (None,)):
         raise UsageError(f"--phase must be one of {list(phases)} here, got {phase!r}")
     with gin.config_scope(phase):
-        bindings = gin.get_bindings(train.run)
-    for name in ("model_dir", "evaluation"):
-        bindings.pop(name, None)
-    return bindings
+        return gin.get_configurable(Recipe)(evaluation=None)
 
 
 def _convert(values: flags.FlagValues) -> None:

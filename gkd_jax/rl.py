@@ -40,6 +40,8 @@ class RLConfig:
     alpha: float
 
     def __post_init__(self):
+        if isinstance(self.reward, type):  # from the command line: @rewards.brevity
+            object.__setattr__(self, "reward", self.reward())
         if not callable(self.reward):
             raise ValueError(
                 f"reward must be a function such as @rewards.exact_answer, got {self.reward!r}"

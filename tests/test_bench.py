@@ -11,13 +11,13 @@ from gkd_jax.storage import pretrained
 
 
 def given(**more):
-    found = options("", steps=1, fraction=1.0, divergence=divergences.jsd, **more)
-    found.pop("model_dir")
-    return {**found, "teacher": pretrained.Model(architecture=small, size="tiny")}
+    teacher = pretrained.ModelConfig(architecture=small, size="tiny")
+    fields = {"fraction": 1.0, "divergence": divergences.jsd, "teacher": teacher, **more}
+    return options("", steps=1, **fields)["recipe"]
 
 
 def test_every_phase_is_timed_and_a_step_is_not_less_than_its_parts(capsys):
-    bench.run(**given(), runs=3, as_json=True)
+    bench.bench(given(), runs=3, as_json=True)
     found = json.loads(capsys.readouterr().out)
     for name in ("sample_ms", "score_ms", "update_ms", "step_ms", "compile_s", "peak_memory_mb"):
         assert found[name] > 0, name
@@ -29,7 +29,7 @@ def test_every_phase_is_timed_and_a_step_is_not_less_than_its_parts(capsys):
 
 def test_a_method_that_never_samples_has_an_update_alone(capsys):
     method = gkd.GKDConfig(on_policy_fraction=0.0, divergence=None)
-    bench.run(**{**given(), "method": method, "teacher": None}, runs=1, as_json=True)
+    bench.bench(given(method=method), runs=1, as_json=True)
     found = json.loads(capsys.readouterr().out)
     assert {name for name in found if name.endswith("_ms")} == {"update_ms"}
     assert found["update_gflop"] > 0
@@ -38,4 +38,4 @@ def test_a_method_that_never_samples_has_an_update_alone(capsys):
 def test_batches_of_two_kinds_are_refused():
     method = gkd.GKDConfig(on_policy_fraction=0.5, divergence=divergences.jsd, mixing="example")
     with pytest.raises(ValueError, match="MIXING='step', got no RL and 'example'"):
-        bench.run(**{**given(), "method": method}, runs=1)
+        bench.bench(given(method=method), runs=1)

@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 import tensorstore as ts
 
-from gkd_jax import convert, optimizers, sampling
+from gkd_jax import convert, sampling
 from gkd_jax.batch import Batch
 from gkd_jax.convert import hf_folder, stored, t5x_write
 from gkd_jax.convert.layout import flatten, t5x_layout, to_ours, unflatten
 from gkd_jax.models import t5
+from gkd_jax.training import optimizers
 
 
 NETWORKS = ("t5", "scalable_t5")

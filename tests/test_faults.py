@@ -13,19 +13,19 @@ import pytest
 import small_runs
 from small_runs import LENGTHS, small
 
-from gkd_jax import divergences, gkd, optimizers
+from gkd_jax import divergences, gkd
 from gkd_jax.evaluation import evaluate
 from gkd_jax.input import data
 from gkd_jax.input.data import DataConfig
 from gkd_jax.sharding import MeshConfig
 from gkd_jax.storage import checkpoints, content
-from gkd_jax.storage.pretrained import Model, load_model
-from gkd_jax.training import metrics, train
+from gkd_jax.storage.pretrained import ModelConfig, load_model
+from gkd_jax.training import metrics, optimizers, train
 
 
 def options(model_dir, **more):
     return small_runs.options(
-        model_dir, steps=6, **{"trainer": train.Trainer(train_steps=6, save_period=2), **more}
+        model_dir, steps=6, **{"train": train.TrainConfig(train_steps=6, save_period=2), **more}
     )
 
 
@@ -33,7 +33,7 @@ def options(model_dir, **more):
 def finished(tmp_path_factory):
     """A run of six steps with checkpoints 4 and 6."""
     folder = tmp_path_factory.mktemp("finished") / "run"
-    train.run(**options(folder))
+    train.train(**options(folder))
     return folder
 
 
@@ -75,14 +75,14 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_the_checkpoint_before_a_damaged_one_is_taken(damage, run_dir, finished, capfd):
     DAMAGE[damage](run_dir / "checkpoints" / "6")
-    more = {"trainer": train.Trainer(train_steps=7, save_period=2)}
-    train.run(**options(run_dir, **more))
+    more = {"train": train.TrainConfig(train_steps=7, save_period=2)}
+    train.train(**options(run_dir, **more))
     error = capfd.readouterr().err
     assert "WARNING: checkpoint 6 is damaged" in error
     assert "resumed from step 4" in error
     assert (run_dir / "damaged" / "6").is_dir()  # nothing is lost
     whole = shutil.copytree(finished, run_dir.parent / "whole")
-    train.run(**options(whole, **more))
+    train.train(**options(whole, **more))
     equal_params(run_dir, whole)
     steps = [line["step"] for line in metrics.read(run_dir / "metrics.jsonl")]
     assert steps == list(range(1, 8))
@@ -93,7 +93,7 @@ def test_where_all_checkpoints_are_damaged_nothing_starts_from_scratch(run_dir):
     for step in ("4", "6"):
         flip(largest_file(run_dir / "checkpoints" / step / "params" / "d"))
     with pytest.raises(ValueError, match=r"none of the checkpoints \[6, 4\]"):
-        train.run(**options(run_dir, trainer=train.Trainer(train_steps=7)))
+        train.train(**options(run_dir, train=train.TrainConfig(train_steps=7)))
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -121,7 +121,7 @@ def test_a_half_written_checkpoint_is_not_taken(run_dir, capfd):
     shutil.copytree(
         run_dir / "checkpoints" / "6", run_dir / "checkpoints" / "8.orbax-checkpoint-tmp-1"
     )
-    train.run(**options(run_dir, trainer=train.Trainer(train_steps=7)))
+    train.train(**options(run_dir, train=train.TrainConfig(train_steps=7)))
     assert "resumed from step 6" in capfd.readouterr().err
 
 
@@ -131,14 +131,14 @@ def test_a_half_written_checkpoint_is_not_taken(run_dir, capfd):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"trainer": train.Trainer(train_steps=8, seed=1)}, "seed 0 -> 1"),
-        ({"optimizer": optimizers.adamw}, "optimizer 'adafactor' -> 'adamw'"),
+        ({"train": train.TrainConfig(train_steps=8, seed=1)}, "train.seed 0 -> 1"),
+        ({"optimizer": optimizers.AdamW()}, "optimizer {'type': 'Adafactor'"),
         (
-            {"student": Model(architecture=small, size="tiny", dropout_rate=0.1)},
+            {"student": ModelConfig(architecture=small, size="tiny", dropout_rate=0.1)},
             "student.dropout_rate 0.0 -> 0.1",
         ),
         (
-            {"data_config": DataConfig(task="arithmetic", feature_lengths=LENGTHS, batch_size=16)},
+            {"data": DataConfig(task="arithmetic", feature_lengths=LENGTHS, batch_size=16)},
             "data.batch_size 8 -> 16",
         ),
     ],
@@ -146,17 +146,15 @@ def test_a_half_written_checkpoint_is_not_taken(run_dir, capfd):
 def test_a_model_dir_of_another_configuration_is_refused(change, message, run_dir):
     config = (run_dir / "config.gin").read_text()
     with pytest.raises(ValueError, match="holds another configuration's run") as error:
-        train.run(**options(run_dir, **change))
+        train.train(**options(run_dir, **change))
     assert message in str(error.value)
     assert (run_dir / "config.gin").read_text() == config
 
 
 def test_lengths_periods_and_meshes_may_change(run_dir):
-    trainer = train.Trainer(train_steps=8, save_period=1, log_period=3)
+    trainer = train.TrainConfig(train_steps=8, save_period=1, log_period=3)
     evaluation = evaluate.EvalConfig(num_examples=4, split="test")
-    train.run(
-        **options(run_dir, trainer=trainer, mesh_config=MeshConfig(data=8), evaluation=evaluation)
-    )
+    train.train(**options(run_dir, train=trainer, mesh=MeshConfig(data=8), evaluation=evaluation))
     assert metrics.read(run_dir / "metrics.jsonl")[-1]["step"] == 8
 
 
@@ -178,7 +176,7 @@ def broken_teacher(finished, tmp_path, monkeypatch):
 def distil(folder, teacher, **more):
     return options(
         folder,
-        teacher=Model(checkpoint=teacher),
+        teacher=ModelConfig(checkpoint=teacher),
         method=gkd.GKDConfig(on_policy_fraction=0.0, divergence=divergences.forward_kl),
         **more,
     )
@@ -186,7 +184,7 @@ def distil(folder, teacher, **more):
 
 def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_batch(broken_teacher, tmp_path):
     with pytest.raises(FloatingPointError, match=r"step \d+ \(dataset batch\): loss nan") as error:
-        train.run(**distil(tmp_path / "run", broken_teacher))
+        train.train(**distil(tmp_path / "run", broken_teacher))
     step = int(str(error.value).split()[1])
     batch = np.load(tmp_path / "run" / f"nonfinite_{step}.npz")
     assert set(batch) == {"inputs", "targets", "weights"}
@@ -195,8 +193,8 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_batch(broken_teac
 
 
 def test_steps_that_are_not_finite_can_be_skipped_and_are_counted(broken_teacher, tmp_path):
-    trainer = train.Trainer(train_steps=6, skip_nonfinite=True)
-    train.run(**distil(tmp_path / "run", broken_teacher, trainer=trainer))
+    trainer = train.TrainConfig(train_steps=6, skip_nonfinite=True)
+    train.train(**distil(tmp_path / "run", broken_teacher, train=trainer))
     lines = metrics.read(tmp_path / "run" / "metrics.jsonl")
     assert len(lines) == 6
     assert sum(line["train/skipped"] for line in lines) > 0
@@ -217,12 +215,12 @@ def test_a_source_that_raises_ends_the_run_and_the_next_goes_on(run_dir, monkeyp
         return real(self)
 
     monkeypatch.setattr(data.TrainIterator, "__next__", failing)
-    more = {"trainer": train.Trainer(train_steps=12, save_period=2)}
+    more = {"train": train.TrainConfig(train_steps=12, save_period=2)}
     with pytest.raises(OSError, match="the disk is gone"):
-        train.run(**options(run_dir, **more))
+        train.train(**options(run_dir, **more))
     monkeypatch.undo()
-    train.run(**options(run_dir, **more))
-    train.run(**options(tmp_path / "whole", **more))
+    train.train(**options(run_dir, **more))
+    train.train(**options(tmp_path / "whole", **more))
     equal_params(run_dir, tmp_path / "whole")
 
 
@@ -235,13 +233,13 @@ def test_an_empty_dataset_is_an_error_not_a_wait(tmp_path):
         batch_size=8,
     )
     with pytest.raises(ValueError, match="expected a JSON object a line, got an empty file"):
-        train.run(**options(tmp_path / "run", data_config=config))
+        train.train(**options(tmp_path / "run", data=config))
 
 
 def test_a_model_dir_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OSError, match="file"):
-        train.run(**options(tmp_path / "file" / "run"))
+        train.train(**options(tmp_path / "file" / "run"))
 
 
 # What stays ---------------------------------------------------------------------------------------
@@ -261,7 +259,7 @@ def test_the_newest_every_fourth_and_the_best_checkpoint_stay(tmp_path, monkeypa
     monkeypatch.setattr(evaluate, "score", scored)
 
     def run(steps):
-        trainer = train.Trainer(
+        trainer = train.TrainConfig(
             train_steps=steps,
             eval_period=1,
             save_period=1,
@@ -270,7 +268,7 @@ def test_the_newest_every_fourth_and_the_best_checkpoint_stay(tmp_path, monkeypa
             best_metric="accuracy",
         )
         evaluation = evaluate.EvalConfig(num_examples=8)
-        train.run(**options(tmp_path / "run", trainer=trainer, evaluation=evaluation))
+        train.train(**options(tmp_path / "run", train=trainer, evaluation=evaluation))
 
     run(6)
     assert kept_steps(tmp_path / "run") == [2, 4, 6]
@@ -282,7 +280,7 @@ def test_the_newest_every_fourth_and_the_best_checkpoint_stay(tmp_path, monkeypa
 def test_the_best_may_be_the_least(tmp_path, monkeypatch):
     scores = iter([0.5, 0.1, 0.2, 0.3])
     monkeypatch.setattr(evaluate, "score", lambda *_: {"teacher_divergence": next(scores)})
-    trainer = train.Trainer(
+    trainer = train.TrainConfig(
         train_steps=4,
         eval_period=1,
         save_period=1,
@@ -291,14 +289,14 @@ def test_the_best_may_be_the_least(tmp_path, monkeypatch):
         best_mode="min",
     )
     evaluation = evaluate.EvalConfig(num_examples=8)
-    train.run(**options(tmp_path / "run", trainer=trainer, evaluation=evaluation))
+    train.train(**options(tmp_path / "run", train=trainer, evaluation=evaluation))
     assert kept_steps(tmp_path / "run") == [2, 4]
 
 
 def test_a_metric_that_the_evaluation_lacks_is_said_and_nothing_is_lost(tmp_path, capfd):
-    trainer = train.Trainer(train_steps=2, eval_period=1, save_period=1, best_metric="bleu")
+    trainer = train.TrainConfig(train_steps=2, eval_period=1, save_period=1, best_metric="bleu")
     evaluation = evaluate.EvalConfig(num_examples=8)
-    train.run(**options(tmp_path / "run", trainer=trainer, evaluation=evaluation))
+    train.train(**options(tmp_path / "run", train=trainer, evaluation=evaluation))
     assert "has no eval/arithmetic/bleu, but eval/arithmetic/accuracy" in capfd.readouterr().err
     assert kept_steps(tmp_path / "run") == [1, 2]
 
@@ -314,8 +312,10 @@ def test_a_disk_that_fills_up_while_saving_ends_the_run_and_the_next_goes_on(
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode not in (0, -signal.SIGKILL), done.stderr[-2000:]
     assert kept_steps(run_dir) == [4, 6]  # what was there is there, and nothing half-written
-    train.run(**options(run_dir, trainer=train.Trainer(train_steps=8, save_period=2)))
-    train.run(**options(tmp_path / "whole", trainer=train.Trainer(train_steps=8, save_period=2)))
+    train.train(**options(run_dir, train=train.TrainConfig(train_steps=8, save_period=2)))
+    train.train(
+        **options(tmp_path / "whole", train=train.TrainConfig(train_steps=8, save_period=2))
+    )
     equal_params(run_dir, tmp_path / "whole")
 
 
@@ -333,7 +333,7 @@ def save_on_a_full_disk(*arguments, **more):
     resource.setrlimit(resource.RLIMIT_FSIZE, (512, resource.RLIM_INFINITY))
     save(*arguments, **more)
 Checkpoints.save = save_on_a_full_disk
-train.run(**options({folder!r}, trainer=train.Trainer(train_steps=8, save_period=2)))
+train.train(**options({folder!r}, train=train.TrainConfig(train_steps=8, save_period=2)))
 """
 
 
@@ -368,10 +368,10 @@ def test_the_record_of_a_run_tells_its_first_batch(finished, tmp_path):
     def record(folder):
         return json.loads((folder / "run.json").read_text())["first_batch"]
 
-    train.run(**options(tmp_path / "same"))
+    train.train(**options(tmp_path / "same"))
     assert record(tmp_path / "same") == record(finished)
-    train.run(**options(tmp_path / "same", trainer=train.Trainer(train_steps=7)))
+    train.train(**options(tmp_path / "same", train=train.TrainConfig(train_steps=7)))
     assert record(tmp_path / "same") == record(finished)  # a resume keeps it
     other = DataConfig(task="arithmetic", feature_lengths=LENGTHS, batch_size=8, seed=1)
-    train.run(**options(tmp_path / "other", data_config=other))
+    train.train(**options(tmp_path / "other", data=other))
     assert record(tmp_path / "other") != record(finished)

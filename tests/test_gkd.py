@@ -10,10 +10,11 @@ import optax
 import pytest
 from scipy import special
 
-from gkd_jax import divergences, gkd, losses, optimizers, sampling, sharding, train_state
+from gkd_jax import divergences, gkd, losses, sampling, sharding
 from gkd_jax.batch import Batch
-from gkd_jax.gkd import GKDConfig, Models
+from gkd_jax.gkd import GKDConfig, ModelPair
 from gkd_jax.models import t5
+from gkd_jax.training import optimizers, train_state
 
 
 STUDENT = t5.T5Config(
@@ -29,7 +30,7 @@ STUDENT = t5.T5Config(
 )
 TEACHER = dataclasses.replace(STUDENT, d_ff=24, num_encoder_layers=2, vocab_size=40)
 PIECES = 28
-MODELS = Models(student=STUDENT, teacher=TEACHER, num_pieces=PIECES)
+MODELS = ModelPair(student=STUDENT, teacher=TEACHER, num_pieces=PIECES)
 B, S, T = 8, 6, 7
 LENGTHS = (7, 1, 3, 0, 5, 7, 2, 4)  # one row of padding
 KEY = jax.random.key(0)
@@ -44,7 +45,17 @@ CONFIGS = {
         on_policy_fraction=0.0, divergence=None, reduction=losses.token_mean
     ),
 }
-update = jax.jit(gkd.update, static_argnums=(0, 1, 2, 3))
+
+
+def _update(config, models, optimizer, num_microbatches, *arguments):
+    learner = gkd.Learner(
+        config=config, models=models, optimizer=optimizer, num_microbatches=num_microbatches
+    )
+    return gkd.update(learner, *arguments)
+
+
+update = jax.jit(_update, static_argnums=(0, 1, 2, 3))
+
 score = jax.jit(gkd.per_token_loss, static_argnums=(0, 1))
 logits = jax.jit(t5.logits, static_argnums=0)
 
@@ -245,7 +256,7 @@ def test_a_microbatch_of_padding_alone_and_a_batch_of_it(student, teacher, batch
 
 
 def test_a_student_equal_to_its_teacher_has_nothing_to_learn(student, batch):
-    models = Models(student=STUDENT, teacher=STUDENT, num_pieces=PIECES)
+    models = ModelPair(student=STUDENT, teacher=STUDENT, num_pieces=PIECES)
 
     def loss(params, divergence):
         config = GKDConfig(divergence=divergence)
@@ -335,7 +346,7 @@ def test_the_loss_in_parts_of_the_length_is_the_whole_loss(name, student, teache
 def test_memory_of_the_loss_does_not_grow_with_the_length_times_the_vocabulary():
     sizes = {"vocab_size": 8192, "d_model": 8, "d_ff": 8, "num_heads": 1, "head_dim": 8}
     config = dataclasses.replace(STUDENT, **sizes, num_decoder_layers=1)
-    models = Models(student=config, teacher=config, num_pieces=8192)
+    models = ModelPair(student=config, teacher=config, num_pieces=8192)
     params = t5.abstract_params(config)
 
     def bytes_of(length, parts):
@@ -360,7 +371,7 @@ def test_memory_of_the_loss_does_not_grow_with_the_length_times_the_vocabulary()
 
 def test_parts_are_chosen_by_the_size_of_the_logits():
     big = dataclasses.replace(STUDENT, vocab_size=32128)
-    models = Models(student=big, teacher=None, num_pieces=32100)
+    models = ModelPair(student=big, teacher=None, num_pieces=32100)
 
     def parts(rows, length, chosen=None):
         batch = Batch(np.zeros((rows, 8)), np.zeros((rows, length)), np.zeros((rows, length)))
@@ -501,16 +512,14 @@ def test_eight_devices_equal_one(sizes, num_microbatches, student, teacher, batc
     """Adafactor, with its factored moments sharded as their parameters are."""
     data, fsdp, tensor = sizes
     mesh = sharding.make_mesh(sharding.MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
-    optimizer = optimizers.adafactor(schedule=lambda _: 0.01)
+    optimizer = optimizers.Adafactor()(lambda _: 0.01)
     config = CONFIGS["gkd"]
     state = train_state.create(student, optimizer)
     expected, metrics = update(config, MODELS, optimizer, 1, state, teacher, batch, KEY)
 
     def run(state, teacher, batch, key):
         with sharding.use(mesh):
-            return gkd.update(
-                config, MODELS, optimizer, num_microbatches, state, teacher, batch, key
-            )
+            return _update(config, MODELS, optimizer, num_microbatches, state, teacher, batch, key)
 
     state_shardings = train_state.shardings(train_state.abstract(STUDENT, optimizer), mesh)
     teacher_shardings = sharding.tree_shardings(teacher, t5.logical_axes(teacher), mesh)
@@ -569,4 +578,4 @@ def test_a_vocabulary_larger_than_an_embedding_is_refused(name, changes):
     sizes = {"student": wide, "teacher": wide, "num_pieces": 40} | changes | {name: small}
     message = rf"the {name}'s embedding has 32 rows, fewer than .* {sizes['num_pieces']} pieces"
     with pytest.raises(ValueError, match=message):
-        Models(**sizes)
+        ModelPair(**sizes)

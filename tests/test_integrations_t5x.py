@@ -171,7 +171,7 @@ def test_loss_is_that_of_gkd(stored, teacher, divergence, reduction):
 
     values = gkd.per_token_loss(
         gkd.GKDConfig(**options),
-        gkd.Models(student=STUDENT, teacher=TEACHER, num_pieces=PIECES),
+        gkd.ModelPair(student=STUDENT, teacher=TEACHER, num_pieces=PIECES),
         stored.ours["student"],
         stored.ours["teacher"],
         batch,

@@ -48,7 +48,7 @@ def test_gkd_trains_evaluates_and_converts(tmp_path, capfd):
     assert train(tmp_path, *steps, "--gin.evaluate.EvalConfig.num_examples=3") == 0
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 2]
-    assert "train.run" in (tmp_path / "run" / "config.gin").read_text()
+    assert "recipe.Recipe" in (tmp_path / "run" / "config.gin").read_text()
     gin.clear_config()
     common = [
         f"--gin.CHECKPOINT='{tmp_path}/run'",
@@ -159,11 +159,11 @@ BAD = {
     "--gin.SAVE_PERIOD=0": "save_period must be a positive integer, got 0",
     "--gin.EVAL_PERIOD=0": "eval_period must be a positive integer or None, got 0",
     "--gin.COOLDOWN_STEPS=-1": "warmup_steps and cooldown_steps must be at least 0",
-    "--gin.train.Trainer.keep=0": "keep must be a positive integer or None, got 0",
-    "--gin.train.Trainer.best_metric='bleu'": "best_metric='bleu' needs EVAL_PERIOD, got None",
-    "--gin.train.Trainer.best_mode='up'": "best_mode must be 'max' or 'min', got 'up'",
-    "--gin.teacher/pretrained.Model.param_dtype='int4'": "'bfloat16' or 'int8', got 'int4'",
-    "--gin.student/pretrained.Model.param_dtype='int8'": "a student is trained in",
+    "--gin.train.TrainConfig.keep=0": "keep must be a positive integer or None, got 0",
+    "--gin.train.TrainConfig.best_metric='bleu'": "best_metric='bleu' needs EVAL_PERIOD, got None",
+    "--gin.train.TrainConfig.best_mode='up'": "best_mode must be 'max' or 'min', got 'up'",
+    "--gin.teacher/pretrained.ModelConfig.param_dtype='int4'": "'bfloat16' or 'int8', got 'int4'",
+    "--gin.student/pretrained.ModelConfig.param_dtype='int8'": "a student is trained in",
     "--gin.sharding.MeshConfig.data=0": "mesh axes must be positive",
     "--gin.sampling.SamplingConfig.top_p=0.0": "top_p must lie in (0, 1], got 0.0",
     "--gin.DIVERGENCE=@divergences.jsd --gin.BETA=1.0": "beta must lie strictly between 0 and 1",

@@ -14,13 +14,14 @@ import optax
 import pytest
 
 import gin
-from gkd_jax import divergences, gkd, main, optimizers, rl, sharding
+from gkd_jax import divergences, gkd, main, rl, sharding
 from gkd_jax.input import data
 from gkd_jax.models import t5
 from gkd_jax.planning import hlo, precompile
 from gkd_jax.storage import pretrained
 import gkd_jax.tasks.arithmetic  # noqa: F401
-from gkd_jax.training import program, train
+from gkd_jax.training import optimizers, program, source, train
+from gkd_jax.training.recipe import Recipe, TrainConfig
 
 
 SOURCE, TARGET, BATCH = 48, 32, 8
@@ -30,28 +31,40 @@ needs_libtpu = pytest.mark.skipif(
 )
 
 
-def small(size, *, vocab_size):
-    return t5.t5_1_1(
-        size, vocab_size=vocab_size, d_model=16, num_heads=2, head_dim=8, d_ff=32, num_layers=1
+def small(size, vocab_size):
+    del size
+    return t5.T5Config(
+        vocab_size=vocab_size,
+        d_model=16,
+        num_heads=2,
+        head_dim=8,
+        d_ff=32,
+        num_encoder_layers=1,
+        num_decoder_layers=1,
     )
 
 
 def options(**more):
-    return {
-        "student": pretrained.Model(architecture=small, size="tiny"),
-        "teacher": pretrained.Model(architecture=small, size="tiny"),
-        "data_config": data.DataConfig(
+    fields = {
+        "student": pretrained.ModelConfig(architecture=small, size="tiny"),
+        "teacher": pretrained.ModelConfig(architecture=small, size="tiny"),
+        "data": data.DataConfig(
             task="arithmetic",
             feature_lengths={"inputs": SOURCE, "targets": TARGET},
             batch_size=BATCH,
         ),
         "method": gkd.GKDConfig(on_policy_fraction=0.5, divergence=divergences.forward_kl),
-        "optimizer": optimizers.adafactor,
-        "schedule": optimizers.linear_schedule(learning_rate=0.02, total_steps=100),
-        "trainer": program.Trainer(train_steps=1),
-        "mesh_config": sharding.MeshConfig(data=2, fsdp=2, tensor=2),
+        "optimizer": optimizers.Adafactor(),
+        "schedule": optimizers.Linear(learning_rate=0.02),
+        "train": TrainConfig(train_steps=1),
+        "mesh": sharding.MeshConfig(data=2, fsdp=2, tensor=2),
         **more,
     }
+    return Recipe(**fields)
+
+
+def build(recipe):
+    return program.build(recipe, source.num_pieces_of(recipe))
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +81,9 @@ def _fresh(monkeypatch, folder):
     gin.clear_config()
 
 
-def report(capsys, **given):
+def report(capsys, recipe, topology="cpu"):
     capsys.readouterr()
-    precompile.run(**{"topology": "cpu", "as_json": True, **given})
+    precompile.precompile(recipe, topology, as_json=True)
     (line,) = capsys.readouterr().out.splitlines()
     return json.loads(line)
 
@@ -86,8 +99,8 @@ def test_numbers_are_those_of_the_program_that_train_runs(capsys):
     assert train.build is program.build
     assert train.compile_steps is program.compile_steps
     given = options()
-    steps = program.compile_steps(program.build(**given), given["data_config"])
-    found = report(capsys, **given)
+    steps = program.compile_steps(build(given))
+    found = report(capsys, given)
     for name, step in (("sample", steps.sample), ("update", steps.update_samples)):
         memory = step[SOURCE, TARGET].memory_analysis()
         phase = found["phases"][name]
@@ -117,8 +130,8 @@ def test_numbers_are_those_of_the_program_that_train_runs(capsys):
 )
 def test_phases_are_the_programs_of_compile_steps(monkeypatch, method, phases):
     given = options(method=method)
-    built = program.build(**given)
-    found = program.phases(built, given["data_config"])
+    built = build(given)
+    found = program.phases(built)
     assert list(found) == phases
     ours = [function.lower(*arguments).as_text() for function, arguments in found.values()]
     theirs = []
@@ -130,7 +143,7 @@ def test_phases_are_the_programs_of_compile_steps(monkeypatch, method, phases):
         theirs.append(lowered.as_text())
 
     monkeypatch.setattr(Lowered.__base__, "compile", keep)
-    program.compile_steps(built, given["data_config"])
+    program.compile_steps(built)
     assert theirs
     assert set(theirs) == set(ours) - (
         {ours[phases.index("score")]} if "score" in phases else set()
@@ -212,10 +225,10 @@ def test_a_while_loop_counts_as_if_it_never_stopped_early():
 
 
 def test_flops_of_the_teacher_against_the_formula():
-    teacher = pretrained.Model(architecture=small, size="tiny", scan_unroll=1)
-    given = options(teacher=teacher, mesh_config=sharding.MeshConfig(data=8))
-    built = program.build(**given)
-    found = precompile.analyse(*program.phases(built, given["data_config"])["score"])
+    teacher = pretrained.ModelConfig(architecture=small, size="tiny", scan_unroll=1)
+    given = options(teacher=teacher, mesh=sharding.MeshConfig(data=8))
+    built = build(given)
+    found = precompile.analyse(*program.phases(built)["score"])
     config = built.models.teacher
     assert config is not None
     inner, wide, mlp = config.num_heads * config.head_dim, config.d_model, config.d_ff
@@ -370,11 +383,11 @@ GOLDEN = {
 def test_counts_of_collectives_are_those_that_were_looked_at(axis):
     mesh = {"data": 1, "fsdp": 1, "tensor": 1, axis: 8}
     given = options(
-        mesh_config=sharding.MeshConfig(**mesh),
+        mesh=sharding.MeshConfig(**mesh),
         method=gkd.GKDConfig(on_policy_fraction=1.0, divergence=divergences.forward_kl),
     )
-    built = program.build(**given)
-    for phase, (function, arguments) in program.phases(built, given["data_config"]).items():
+    built = build(given)
+    for phase, (function, arguments) in program.phases(built).items():
         found: dict[tuple[str, bool], float] = {}
         for item in precompile.analyse(function, arguments)["collectives"]:
             key = (item["kind"], item["loop"] != "")
@@ -386,12 +399,12 @@ def test_the_gradient_of_a_position_bias_is_not_summed_over_devices_at_every_lay
     """All all-reduces of an update together carry less than one bias of the encoder would."""
     lengths = {"inputs": 256, "targets": 8}
     given = options(
-        data_config=data.DataConfig(task="arithmetic", feature_lengths=lengths, batch_size=16),
-        mesh_config=sharding.MeshConfig(data=8),
-        student=pretrained.Model(architecture=small, size="tiny", scan_unroll=1),
+        data=data.DataConfig(task="arithmetic", feature_lengths=lengths, batch_size=16),
+        mesh=sharding.MeshConfig(data=8),
+        student=pretrained.ModelConfig(architecture=small, size="tiny", scan_unroll=1),
     )
-    built = program.build(**given)
-    function, arguments = program.phases(built, given["data_config"])["update"]
+    built = build(given)
+    function, arguments = program.phases(built)["update"]
     found = precompile.analyse(function, arguments)["collectives"]
     sent = sum(item["bytes"] for item in found if item["kind"] == "all-reduce")
     assert 0 < sent < 2 * 256 * 256 * 4  # two heads
@@ -447,7 +460,7 @@ def test_the_run_samples_as_often_as_the_coin_says(method, share):
 def test_chip_hours_of_a_run(monkeypatch, capsys):
     chip = precompile.Chip(1.0, flops=1e9, hbm=1e9, interconnect=1e9, per_chip=2)
     monkeypatch.setattr(precompile, "describe_topology", lambda *_: (chip, jax.devices()))
-    found = report(capsys, **options(trainer=program.Trainer(train_steps=900)))
+    found = report(capsys, options(train=TrainConfig(train_steps=900)))
     seconds = {name: phase["seconds"]["roofline"] for name, phase in found["phases"].items()}
     step = 0.5 * seconds["sample"] + seconds["update"]
     assert found["step_seconds"] == pytest.approx(step)
@@ -501,8 +514,10 @@ def test_command_compiles_one_run_of_a_study(capfd):
 def test_what_does_not_fit_ends_with_status_1_and_its_largest_arrays(monkeypatch, capfd):
     small_chip = precompile.Chip(1e-4), jax.devices()
     monkeypatch.setattr(precompile, "describe_topology", lambda *_: small_chip)
-    run = precompile.run
-    monkeypatch.setattr(precompile, "run", lambda **given: run(**{**given, **options()}))
+    real = precompile.precompile
+    monkeypatch.setattr(
+        precompile, "precompile", lambda _, *rest, **more: real(options(), *rest, **more)
+    )
     assert command("--topology=cpu", "--json") == 1
     out, err = capfd.readouterr()
     found = json.loads(out)
@@ -573,7 +588,7 @@ def test_a_tpu_topology(capfd):
 def test_a_teacher_in_host_memory_leaves_its_kernels_out_of_a_tpu(capfd):
     found = []
     for memory in ("device", "host"):
-        flag = f"--gin.teacher/pretrained.Model.memory='{memory}'"
+        flag = f"--gin.teacher/pretrained.ModelConfig.memory='{memory}'"
         assert command("--topology=v5e:2x4", "--json", "--gin.DTYPE='bfloat16'", flag) == 0
         found.append(json.loads(capfd.readouterr().out)["phases"])
     assert found[0]["update"]["host_bytes"] == 0

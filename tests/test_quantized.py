@@ -68,11 +68,11 @@ def test_logits_and_samples_are_those_of_the_restored_kernels(params):
 
 def test_a_run_with_a_teacher_in_8_bits_on_a_mesh(tmp_path):
     """Scales are whole where values are split over rows; the teacher comes from its checkpoint."""
-    train.run(**small_runs.options(tmp_path / "teacher", steps=2))
-    teacher = pretrained.Model(checkpoint=str(tmp_path / "teacher"), param_dtype="int8")
+    train.train(**small_runs.options(tmp_path / "teacher", steps=2))
+    teacher = pretrained.ModelConfig(checkpoint=str(tmp_path / "teacher"), param_dtype="int8")
     given = {"steps": 2, "fraction": 1.0, "divergence": divergences.forward_kl, "teacher": teacher}
     evaluation = evaluate.EvalConfig(num_examples=8)
-    train.run(**small_runs.options(tmp_path / "run", evaluation=evaluation, **given))
+    train.train(**small_runs.options(tmp_path / "run", evaluation=evaluation, **given))
     info = (tmp_path / "run" / "model_info.txt").read_text()
     teacher_info = info.split("\n\nteacher\n")[1]
     assert "encoder/layers/mlp/wi_0/kernel/values" in teacher_info
@@ -86,15 +86,15 @@ def test_a_run_with_a_teacher_in_8_bits_on_a_mesh(tmp_path):
 
 @pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "int8"])
 def test_a_teacher_in_host_memory_gives_the_same_run(tmp_path, dtype):
-    train.run(**small_runs.options(tmp_path / "teacher", steps=2))
+    train.train(**small_runs.options(tmp_path / "teacher", steps=2))
     losses = []
     for memory in ("device", "host"):
-        teacher = pretrained.Model(
+        teacher = pretrained.ModelConfig(
             checkpoint=str(tmp_path / "teacher"), param_dtype=dtype, memory=memory
         )
         given = {"steps": 3, "fraction": 0.5, "divergence": divergences.forward_kl}
         folder = tmp_path / memory
-        train.run(**small_runs.options(folder, teacher=teacher, **given))
+        train.train(**small_runs.options(folder, teacher=teacher, **given))
         losses.append([line.get("train/loss") for line in metrics.read(folder / "metrics.jsonl")])
     assert losses[0] == losses[1]
     config = teacher.config(149)
@@ -109,17 +109,17 @@ def test_a_teacher_in_host_memory_gives_the_same_run(tmp_path, dtype):
 
 
 def test_a_student_in_8_bits_is_refused(tmp_path):
-    student = pretrained.Model(architecture=small_runs.small, size="tiny", param_dtype="int8")
+    student = pretrained.ModelConfig(architecture=small_runs.small, size="tiny", param_dtype="int8")
     with pytest.raises(ValueError, match="a student is trained in param_dtype='float32'"):
-        train.run(**small_runs.options(tmp_path, steps=1, student=student))
+        train.train(**small_runs.options(tmp_path, steps=1, student=student))
 
 
 def test_a_student_in_host_memory_is_refused(tmp_path):
-    student = pretrained.Model(architecture=small_runs.small, size="tiny", memory="host")
+    student = pretrained.ModelConfig(architecture=small_runs.small, size="tiny", memory="host")
     with pytest.raises(ValueError, match="a student is trained in memory='device'"):
-        train.run(**small_runs.options(tmp_path, steps=1, student=student))
+        train.train(**small_runs.options(tmp_path, steps=1, student=student))
 
 
 def test_other_numbers_are_refused():
     with pytest.raises(ValueError, match="must be 'float32', 'bfloat16' or 'int8', got 'int4'"):
-        pretrained.Model(size="tiny", param_dtype="int4")
+        pretrained.ModelConfig(size="tiny", param_dtype="int4")

@@ -11,7 +11,7 @@ from gkd_jax.batch import Batch
 from gkd_jax.evaluation import evaluate, rewards
 from gkd_jax.models import t5
 from gkd_jax.storage import checkpoints
-from gkd_jax.storage.pretrained import Model
+from gkd_jax.storage.pretrained import ModelConfig
 import gkd_jax.tasks.rte  # noqa: F401
 from gkd_jax.text import vocabularies
 
@@ -62,7 +62,7 @@ def classifier(tmp_path_factory):
 def test_entailment_is_the_log_probability_of_the_label(classifier):
     folder, config, params = classifier
     score = rewards.Entailment(
-        model=Model(checkpoint=folder),
+        model=ModelConfig(checkpoint=folder),
         vocabulary="bytes",
         label="yes",
         prefix="summarize: ",
@@ -84,7 +84,7 @@ def test_entailment_is_the_log_probability_of_the_label(classifier):
 
 
 def test_entailment_points_count_the_outputs_that_are_called_entailed(classifier):
-    score = rewards.Entailment(model=Model(checkpoint=classifier[0]), vocabulary="bytes")
+    score = rewards.Entailment(model=ModelConfig(checkpoint=classifier[0]), vocabulary="bytes")
     # "1" more probable than all else together: 0.51 and 0.9, but not 0.5 and 0.49.
     found = score.report(np.log([0.51, 0.9, 0.5, 0.49]))
     assert found["entailed"] == 50.0
@@ -97,7 +97,7 @@ def test_an_evaluation_reports_both_numbers_of_a_classifier(classifier):
         def __call__(self, prompts, outputs, references):
             return np.log([0.75 if output == "yes" else 0.25 for output in outputs])
 
-    known = Known(model=Model(checkpoint=classifier[0]), vocabulary="bytes")
+    known = Known(model=ModelConfig(checkpoint=classifier[0]), vocabulary="bytes")
     texts = {"inputs_pretokenized": "p", "targets_pretokenized": "yes"}
     rows = [evaluate.Row(texts, output, [1], None) for output in ("yes", "no", "yes", "yes")]
     settings = evaluate.EvalConfig(rewards=(known, rewards.brevity))
@@ -112,7 +112,7 @@ def test_an_evaluation_reports_both_numbers_of_a_classifier(classifier):
 
 def test_a_long_premise_is_cut_and_the_hypothesis_kept(classifier):
     folder, _, _ = classifier
-    score = rewards.Entailment(model=Model(checkpoint=folder), vocabulary="bytes", length=60)
+    score = rewards.Entailment(model=ModelConfig(checkpoint=folder), vocabulary="bytes", length=60)
     ids = score._encode("word " * 100, "the hypothesis")
     assert len(ids) <= 60
     text = vocabularies.load("bytes").decode(ids[:-1])
@@ -121,7 +121,7 @@ def test_a_long_premise_is_cut_and_the_hypothesis_kept(classifier):
 
 
 def test_bad_settings_are_refused(classifier):
-    model = Model(checkpoint=classifier[0])
+    model = ModelConfig(checkpoint=classifier[0])
     with pytest.raises(ValueError, match="template must contain"):
         rewards.Entailment(model=model, vocabulary="bytes", template="{premise}")
     with pytest.raises(ValueError, match="must be positive, got 0, 32"):

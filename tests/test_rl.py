@@ -10,13 +10,13 @@ import optax
 import pytest
 import small_runs
 
-from gkd_jax import divergences, gkd, losses, rl, train_state
+from gkd_jax import divergences, gkd, losses, rl
 from gkd_jax.batch import Batch
-from gkd_jax.gkd import GKDConfig, Models
+from gkd_jax.gkd import GKDConfig, ModelPair
 from gkd_jax.models import t5
 from gkd_jax.rl import RLConfig
 from gkd_jax.storage import pretrained
-from gkd_jax.training import train
+from gkd_jax.training import train, train_state
 
 
 # Ids: pad (never drawn), EOS, one word.
@@ -31,7 +31,7 @@ STUDENT = t5.T5Config(
     relpos_buckets=4,
     relpos_max_distance=8,
 )
-MODELS = Models(student=STUDENT, teacher=dataclasses.replace(STUDENT, d_ff=12), num_pieces=3)
+MODELS = ModelPair(student=STUDENT, teacher=dataclasses.replace(STUDENT, d_ff=12), num_pieces=3)
 SEQUENCES = jnp.array([[1, 0], [2, 1], [2, 2]])  # all there are
 WEIGHTS = jnp.array([[1.0, 0.0], [1.0, 1.0], [1.0, 1.0]])
 REWARDS = np.array([0.3, -1.0, 2.0], np.float32)
@@ -40,7 +40,16 @@ ALL = Batch(jnp.repeat(INPUTS, 3, axis=0), SEQUENCES, WEIGHTS)
 SGD = optax.sgd(1.0)
 KEY = jax.random.key(0)
 ALPHAS = (0.0, 0.25, 1.0)
-update = jax.jit(gkd.update, static_argnums=(0, 1, 2, 3))
+
+
+def _update(config, models, optimizer, num_microbatches, *arguments):
+    learner = gkd.Learner(
+        config=config, models=models, optimizer=optimizer, num_microbatches=num_microbatches
+    )
+    return gkd.update(learner, *arguments)
+
+
+update = jax.jit(_update, static_argnums=(0, 1, 2, 3))
 
 
 def reward(prompts, outputs, references):
@@ -214,10 +223,12 @@ def test_bad_configurations_are_refused(make, message):
 @pytest.mark.parametrize("rate", [0.1, 0.5])
 def test_dropout_is_refused_under_a_reward(rate, tmp_path):
     """Samples are drawn without dropout: with it, log Q of a sample is not that of the draw."""
-    student = pretrained.Model(architecture=small_runs.small, size="tiny", dropout_rate=rate)
-    options = small_runs.options(tmp_path, steps=1, student=student, teacher=student)
+    student = pretrained.ModelConfig(architecture=small_runs.small, size="tiny", dropout_rate=rate)
+    models = {"student": student, "teacher": student}
     rewarded = method(0.5, on_policy_fraction=1.0)
     with pytest.raises(ValueError, match=f"DROPOUT_RATE 0: .*got dropout_rate={rate}"):
-        train.run(**{**options, "method": rewarded}, dry_run=True)
+        train.train(
+            **small_runs.options(tmp_path, steps=1, **models, method=rewarded), dry_run=True
+        )
     without = dataclasses.replace(rewarded, rl=None)
-    train.run(**{**options, "method": without}, dry_run=True)
+    train.train(**small_runs.options(tmp_path, steps=1, **models, method=without), dry_run=True)

@@ -176,7 +176,7 @@ def test_a_file_of_another_size_is_refused(tmp_path):
 @pytest.fixture(scope="module")
 def teacher_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("teacher")
-    train.run(**options(folder, steps=6))
+    train.train(**options(folder, steps=6))
     return folder
 
 
@@ -207,15 +207,15 @@ def trained(folder, teacher, cache, fraction=0.0):
         num_examples=40,
         teacher_cache=None if cache is None else str(cache),
     )
-    trainer = train.Trainer(train_steps=6, save_period=3, num_microbatches=2)
+    trainer = train.TrainConfig(train_steps=6, save_period=3, num_microbatches=2)
     more = {"fraction": fraction, "divergence": divergences.forward_kl, "teacher": teacher}
-    train.run(**options(folder, steps=6, data_config=data, trainer=trainer, **more))
+    train.train(**options(folder, steps=6, data=data, train=trainer, **more))
     return [line for line in metrics.read(folder / "metrics.jsonl") if "train/loss" in line]
 
 
 def test_a_run_on_scores_of_all_ids_is_that_with_the_teacher(tmp_path, teacher_dir, scores):
     assert json.loads((scores / "about.json").read_text())["num_rows"] == 40
-    teacher = pretrained.Model(architecture=small, checkpoint=str(teacher_dir))
+    teacher = pretrained.ModelConfig(architecture=small, checkpoint=str(teacher_dir))
     for fraction in (0.0, 0.5):
         live = trained(tmp_path / f"live{fraction}", teacher, None, fraction)
         without = teacher if fraction else None
@@ -239,4 +239,4 @@ def test_what_a_cache_cannot_serve_is_said(tmp_path, scores, changes, message):
     )
     more = {"fraction": 0.0, "divergence": divergences.forward_kl, **changes}
     with pytest.raises(ValueError, match=message):
-        train.run(**options(tmp_path, steps=1, data_config=data, **more))
+        train.train(**options(tmp_path, steps=1, data=data, **more))

@@ -1,4 +1,4 @@
-"""Whole runs through `train.run`: learning, resuming, and what they leave behind."""
+"""Whole runs through `train.train`: learning, resuming, and what they leave behind."""
 
 import json
 import os
@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from small_runs import LENGTHS, options, small
 
-from gkd_jax import divergences, optimizers, sharding
+from gkd_jax import divergences, sharding
 from gkd_jax.evaluation import evaluate
 from gkd_jax.input.data import DataConfig
 from gkd_jax.models import t5
 from gkd_jax.storage import checkpoints, pretrained
 import gkd_jax.tasks.arithmetic  # noqa: F401
-from gkd_jax.training import metrics, train
+from gkd_jax.training import metrics, optimizers, train
 
 
 def lines(model_dir):
@@ -32,7 +32,7 @@ def final_params(model_dir):
 @pytest.fixture(scope="module")
 def teacher_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("teacher")
-    train.run(**options(folder, steps=12))
+    train.train(**options(folder, steps=12))
     return folder
 
 
@@ -49,16 +49,16 @@ def on_policy(teacher_dir, **more):
     return {
         "fraction": 0.5,
         "divergence": divergences.forward_kl,
-        "teacher": pretrained.Model(checkpoint=str(teacher_dir)),
+        "teacher": pretrained.ModelConfig(checkpoint=str(teacher_dir)),
         **more,
     }
 
 
 def test_a_stopped_run_goes_on_exactly_as_one_never_stopped(teacher_dir, tmp_path):
     """Same coins, samples, batches, losses and parameters, bit for bit."""
-    train.run(**options(tmp_path / "whole", steps=8, **on_policy(teacher_dir)))
-    train.run(**options(tmp_path / "parts", steps=5, **on_policy(teacher_dir)))
-    train.run(**options(tmp_path / "parts", steps=8, **on_policy(teacher_dir)))
+    train.train(**options(tmp_path / "whole", steps=8, **on_policy(teacher_dir)))
+    train.train(**options(tmp_path / "parts", steps=5, **on_policy(teacher_dir)))
+    train.train(**options(tmp_path / "parts", steps=8, **on_policy(teacher_dir)))
     whole, parts = lines(tmp_path / "whole"), lines(tmp_path / "parts")
     assert [line["step"] for line in parts] == list(range(1, 9))
     for a, b in zip(whole, parts, strict=True):
@@ -75,13 +75,13 @@ def test_a_stopped_run_goes_on_exactly_as_one_never_stopped(teacher_dir, tmp_pat
 
 def test_one_device_and_eight_give_the_same_losses(teacher_dir, tmp_path, monkeypatch):
     common = on_policy(teacher_dir)
-    train.run(**options(tmp_path / "eight", steps=4, **common))
+    train.train(**options(tmp_path / "eight", steps=4, **common))
     one = jax.devices()[:1]
     monkeypatch.setattr(
         sharding, "make_mesh", lambda config, _, make=sharding.make_mesh: make(config, one)
     )
     single = sharding.MeshConfig()
-    train.run(**options(tmp_path / "one", steps=4, **common, mesh_config=single))
+    train.train(**options(tmp_path / "one", steps=4, **common, mesh=single))
     for a, b in zip(lines(tmp_path / "eight"), lines(tmp_path / "one"), strict=True):
         assert a["train/loss"] == pytest.approx(b["train/loss"], rel=2e-4)
         assert a.get("train/sample_length") == b.get("train/sample_length")
@@ -89,7 +89,7 @@ def test_one_device_and_eight_give_the_same_losses(teacher_dir, tmp_path, monkey
 
 def test_evaluation_scores_every_example_once(teacher_dir, tmp_path):
     evaluation = evaluate.EvalConfig(num_examples=11)  # not a multiple of the batch
-    train.run(**options(tmp_path, steps=2, evaluation=evaluation))
+    train.train(**options(tmp_path, steps=2, evaluation=evaluation))
     last = lines(tmp_path)[-1]
     assert last["step"] == 2
     assert 0 <= last["eval/arithmetic/accuracy"] <= 100
@@ -99,7 +99,7 @@ def test_evaluation_scores_every_example_once(teacher_dir, tmp_path):
 
 
 def test_dry_run_writes_nothing(tmp_path):
-    train.run(**options(tmp_path / "none", steps=2), dry_run=True)
+    train.train(**options(tmp_path / "none", steps=2), dry_run=True)
     assert not (tmp_path / "none").exists()
 
 
@@ -113,14 +113,14 @@ def test_metrics_of_a_truncated_last_line_are_dropped(teacher_dir, tmp_path):
 
 
 def test_a_student_of_another_vocabulary_is_refused(teacher_dir, tmp_path):
-    student = pretrained.Model(checkpoint=str(teacher_dir))
+    student = pretrained.ModelConfig(checkpoint=str(teacher_dir))
     with pytest.raises(ValueError, match="another vocabulary"):
-        train.run(
+        train.train(
             **options(
                 tmp_path,
                 steps=2,
                 student=student,
-                data_config=DataConfig(
+                data=DataConfig(
                     task="arithmetic", feature_lengths=LENGTHS, batch_size=8, vocabulary="bytes"
                 ),
             )
@@ -128,14 +128,14 @@ def test_a_student_of_another_vocabulary_is_refused(teacher_dir, tmp_path):
 
 
 def test_a_checkpoint_of_another_size_is_refused(teacher_dir, tmp_path):
-    student = pretrained.Model(size="small", checkpoint=str(teacher_dir))
+    student = pretrained.ModelConfig(size="small", checkpoint=str(teacher_dir))
     with pytest.raises(ValueError, match="is not of size 'small': d_model 16 != 512"):
-        train.run(**options(tmp_path, steps=2, student=student))
+        train.train(**options(tmp_path, steps=2, student=student))
 
 
 def test_a_teacher_without_weights_is_said_loudly(tmp_path, capfd):
-    teacher = pretrained.Model(architecture=small, size="tiny")
-    train.run(**options(tmp_path, steps=1, divergence=divergences.reverse_kl, teacher=teacher))
+    teacher = pretrained.ModelConfig(architecture=small, size="tiny")
+    train.train(**options(tmp_path, steps=1, divergence=divergences.reverse_kl, teacher=teacher))
     assert "WARNING: the teacher has random weights" in capfd.readouterr().err
 
 
@@ -153,7 +153,7 @@ sys.path.insert(0, {tests!r})
 import conftest
 from test_train import options
 from gkd_jax.training import train
-train.run(**options({folder!r}, steps=2000))
+train.train(**options({folder!r}, steps=2000))
 """
 
 
@@ -176,17 +176,17 @@ def test_a_signal_loses_nothing_that_was_saved(tmp_path, number, status):
     if number == signal.SIGTERM:
         assert f"SIGTERM: saved step {step}" in err
         assert lines(tmp_path)[-1]["step"] == step
-    train.run(**options(tmp_path, steps=step + 2))
+    train.train(**options(tmp_path, steps=step + 2))
     assert [line["step"] for line in lines(tmp_path)] == list(range(1, step + 3))
 
 
 def test_samples_drawn_ahead_are_one_update_old_and_none_crosses_a_checkpoint(tmp_path):
     def trained(name, steps, *, ahead, rate):
-        trainer = train.Trainer(train_steps=steps, save_period=4, sample_ahead=ahead)
-        schedule = optimizers.linear_schedule(learning_rate=rate, total_steps=100)
-        more = {"teacher": pretrained.Model(architecture=small, size="tiny"), "fraction": 0.7}
-        more |= {"trainer": trainer, "schedule": schedule, "divergence": divergences.forward_kl}
-        train.run(**options(tmp_path / name, steps=steps, **more))
+        trainer = train.TrainConfig(train_steps=steps, save_period=4, sample_ahead=ahead)
+        schedule = optimizers.Linear(learning_rate=rate)
+        more = {"teacher": pretrained.ModelConfig(architecture=small, size="tiny"), "fraction": 0.7}
+        more |= {"train": trainer, "schedule": schedule, "divergence": divergences.forward_kl}
+        train.train(**options(tmp_path / name, steps=steps, **more))
         return {line["step"]: line for line in lines(tmp_path / name)}
 
     now = trained("now", 8, ahead=False, rate=0.02)

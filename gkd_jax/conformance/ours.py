@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gkd_jax import divergences, gkd, sampling, train_state
+from gkd_jax import divergences, gkd, sampling
 from gkd_jax.batch import Batch
 from gkd_jax.input import teacher_cache
 from gkd_jax.models import t5
 from gkd_jax.storage import checkpoints, pretrained
 from gkd_jax.text import vocabularies
-from gkd_jax.training import metrics
+from gkd_jax.training import metrics, train_state
 
 
 STUDENT = t5.T5Config(
@@ -45,7 +45,7 @@ def _keep_gradient(updates, state, params=None):
 
 # An optimizer that changes nothing and whose state is the gradient.
 _KEEP_GRADIENT = optax.GradientTransformation(lambda params: params, _keep_gradient)
-_update = jax.jit(gkd.update, static_argnums=(0, 1, 2, 3))
+_update = jax.jit(gkd.update, static_argnums=0)
 _per_token = jax.jit(gkd.per_token_loss, static_argnums=(0, 1))
 _logits = jax.jit(t5.logits, static_argnums=0)
 _decode_step = jax.jit(t5.decode_step, static_argnums=0)
@@ -99,9 +99,13 @@ class GKDJax:
         state = train_state.create(tables.student, _KEEP_GRADIENT)
         config, models = _config(beta), tables.models
         key = jax.random.key(0)
-        state, metrics = _update(
-            config, models, _KEEP_GRADIENT, num_microbatches, state, tables.teacher, batch, key
+        learner = gkd.Learner(
+            config=config,
+            models=models,
+            optimizer=_KEEP_GRADIENT,
+            num_microbatches=num_microbatches,
         )
+        state, metrics = _update(learner, state, tables.teacher, batch, key)
         of_teacher = _teacher_gradient(config, models, tables.student, tables.teacher, batch)
         return float(metrics["loss"]), *map(tables.of_logits, (state.opt_state, of_teacher))
 
@@ -129,7 +133,7 @@ class GKDJax:
     def sample(self, inputs, seed, step):
         shape = (len(inputs), LENGTH)
         batch = _batch(inputs, np.zeros(shape), np.zeros(shape))
-        models = gkd.Models(student=STUDENT, teacher=None, num_pieces=STUDENT.vocab_size)
+        models = gkd.ModelPair(student=STUDENT, teacher=None, num_pieces=STUDENT.vocab_size)
         key = gkd.step_keys(seed, step).sampling
         _, drawn = _sample_targets(_config(0.5), models, _student_params(), batch, key)
         return np.asarray(drawn.tokens), np.asarray(drawn.weights)
@@ -154,7 +158,7 @@ class GKDJax:
             checkpoint = f"{folder}/checkpoint"
             content = vocabularies.content_hash(student)
             checkpoints.write_params(checkpoint, STUDENT, _student_params(), content)
-            model = pretrained.Model(checkpoint=checkpoint)
+            model = pretrained.ModelConfig(checkpoint=checkpoint)
             pretrained.check_vocabularies(teacher, {"student": model}, frozenset())
 
 
@@ -215,7 +219,7 @@ class _Tables:
             num_encoder_layers=1,
             num_decoder_layers=1,
         )
-        self.models = gkd.Models(student=config, teacher=config, num_pieces=self._pieces)
+        self.models = gkd.ModelPair(student=config, teacher=config, num_pieces=self._pieces)
         self.student, self.teacher = (
             self._params(config, logits) for logits in (student_logits, teacher_logits)
         )

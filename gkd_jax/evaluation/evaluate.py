@@ -224,7 +224,7 @@ def _single_tokens(vocabulary: seqio.Vocabulary, choices: Sequence[str]) -> set[
     return {tokens[0] for tokens in ids}
 
 
-def teacher_divergence(models: gkd.Models, mesh: Mesh) -> TokenDivergence:
+def teacher_divergence(models: gkd.ModelPair, mesh: Mesh) -> TokenDivergence:
     """A function (student params, teacher params, batch) -> KL(teacher || student) at each token.
 
     Both at temperature 1, whatever the training minimises: so that runs can be compared.

@@ -23,7 +23,7 @@ from gkd_jax.evaluation.evaluate import EvalConfig
 from gkd_jax.input import data
 from gkd_jax.models import t5
 from gkd_jax.storage import content
-from gkd_jax.storage.pretrained import Model, check_special_ids, check_vocabularies, place_params
+from gkd_jax.storage.pretrained import ModelConfig, check_special_ids, check_vocabularies, place_params
 from gkd_jax.text import files
 
 
@@ -58,7 +58,7 @@ class _Decoding:
 
 
 def _prepare(
-    model: Model,
+    model: ModelConfig,
     data_config: data.DataConfig,
     evaluation: EvalConfig,
     mesh_config: sharding.MeshConfig,
@@ -99,7 +99,7 @@ def _prepare(
 
 def evaluate_checkpoint(
     *,
-    model: Model,
+    model: ModelConfig,
     data_config: data.DataConfig,
     evaluation: EvalConfig,
     output_dir: str,
@@ -128,7 +128,7 @@ def evaluate_checkpoint(
 
 def run(
     *,
-    model: Model,
+    model: ModelConfig,
     data_config: data.DataConfig,
     evaluation: EvalConfig,
     output: str,
@@ -191,7 +191,7 @@ def run(
 
 
 def _about(
-    model: Model, data_config: data.DataConfig, evaluation: EvalConfig, text_file: str | None
+    model: ModelConfig, data_config: data.DataConfig, evaluation: EvalConfig, text_file: str | None
 ) -> dict[str, Any]:
     """All that the lines of an output follow from, but for the checkpoint's content."""
     about: dict[str, Any] = {"checkpoint": model.checkpoint, "content": None}

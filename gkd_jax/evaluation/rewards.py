@@ -45,10 +45,18 @@ def rouge2(prompts: Texts, outputs: Texts, references: Texts) -> np.ndarray:
     )
 
 
-def brevity(prompts: Texts, outputs: Texts, references: Texts, *, limit: int = 30) -> np.ndarray:
-    """Minus the number of words beyond `limit`."""
-    del prompts, references
-    return np.array([-float(max(len(output.split()) - limit, 0)) for output in outputs])
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Brevity:
+    """Minus the number of words of an output beyond `limit`."""
+
+    limit: int = 30
+
+    def __call__(self, prompts: Texts, outputs: Texts, references: Texts) -> np.ndarray:
+        del prompts, references
+        return np.array([-float(max(len(output.split()) - self.limit, 0)) for output in outputs])
+
+
+brevity = Brevity  # as gin files and command lines name it: `REWARD = @rewards.brevity`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,7 +70,7 @@ class Entailment:
     of Honovich et al., 2022), which writes "1" for entailment and "0" for all else.
 
     Attributes:
-        model: the classifier (`pretrained.Model` with a checkpoint).
+        model: the classifier (`pretrained.ModelConfig` with a checkpoint).
         vocabulary: its vocabulary, as `vocabularies.load` names it.
         extra_ids: sentinels after a SentencePiece file's pieces.
         template: of its inputs, with {premise} and {hypothesis}.
@@ -72,7 +80,7 @@ class Entailment:
         batch_size: rows scored at once.
     """
 
-    model: pretrained.Model
+    model: pretrained.ModelConfig
     vocabulary: str
     extra_ids: int = 0
     template: str = "premise: {premise} hypothesis: {hypothesis}"

@@ -14,14 +14,14 @@ from gkd_jax import gkd, sharding
 from gkd_jax.batch import Batch, TopK
 from gkd_jax.input import data, teacher_cache
 from gkd_jax.models import t5
-from gkd_jax.storage import checkpoints
-from gkd_jax.storage.pretrained import Model, check_special_ids, check_vocabularies, place_params
+from gkd_jax.storage import checkpoints, content
+from gkd_jax.storage.pretrained import ModelConfig, check_special_ids, check_vocabularies, place_params
 from gkd_jax.text import vocabularies
 
 
 def run(
     *,
-    model: Model,
+    model: ModelConfig,
     data_config: data.DataConfig,
     output: str,
     k: int = 64,
@@ -82,6 +82,7 @@ def run(
         "teacher": str(checkpoints.find_step(model.checkpoint) or model.checkpoint)
         if model.checkpoint
         else None,
+        "teacher_content": content.content_id(model.checkpoint) if model.checkpoint else None,
         "dtypes": [model.dtype, model.param_dtype],
         "temperature": temperature,
         "k": k,

@@ -20,7 +20,10 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from gkd_jax import sharding
+from gkd_jax import (
+    sharding,
+    tasks,  # pyright: ignore[reportAttributeAccessIssue]
+)
 from gkd_jax.batch import Batch
 from gkd_jax.input import fit, in_memory
 from gkd_jax.tasks import folder, jsonl  # pyright: ignore[reportMissingImports]
@@ -106,6 +109,7 @@ def find_task(name: str, vocabulary: seqio.Vocabulary | None) -> seqio.Task | se
     Raises:
         ValueError: naming the tasks there are, or what the task lacks.
     """
+    tasks.register()
     known = set(seqio.TaskRegistry.names()) | set(seqio.MixtureRegistry.names())
     if name not in known:
         close = difflib.get_close_matches(name, sorted(known), n=12, cutoff=0.0)
@@ -234,11 +238,21 @@ class TrainIterator:
         if shard != WHOLE:
             self._file += f"-{shard.index:05d}-of-{shard.num_shards:05d}"
         self._writes = shard.first_process == jax.process_index()
+        self._peeked: Batch | None = None
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
+    def peek(self) -> Batch:
+        """The batch that `next` will return; the stream stays before it."""
+        if self._peeked is None:
+            self._peeked = next(self)
+        return self._peeked
+
     def __next__(self) -> Batch:
+        if self._peeked is not None:
+            peeked, self._peeked = self._peeked, None
+            return peeked
         try:
             example = next(self._iterator)
         except StopIteration:
@@ -247,11 +261,13 @@ class TrainIterator:
 
     def save(self, directory: pathlib.Path) -> None:
         """Writes the position after the last batch taken: every process calls it."""
+        assert self._peeked is None
         if self._writes:
             self._checkpoint.write(str(directory / self._file))
 
     def restore(self, directory: pathlib.Path) -> None:
         """Goes on where `save` was called."""
+        self._peeked = None
         self._checkpoint.read(str(directory / self._file)).assert_consumed()
 
 

@@ -74,9 +74,16 @@ def check_dtype(dtype: str) -> None:
         raise ValueError(f"dtype must be 'float32' or 'bfloat16', got {dtype!r}")
 
 
-# d_model, num_heads, head_dim, d_ff (1.0), d_ff (1.1), layers (1.0), layers (1.1)
+# d_model, num_heads, head_dim, d_ff (1.0), d_ff (1.1), layers (1.0), layers (1.1). Those
+# named after their width and depth learn the tasks that fit a laptop, or are timed.
 _SIZES = {
+    "32x2": (32, 4, 8, 128, 64, 2, 2),
+    "48x2": (48, 4, 16, 192, 128, 2, 2),
     "tiny": (64, 4, 16, 256, 128, 2, 2),
+    "128x2": (128, 4, 32, 512, 256, 2, 2),
+    "256x3": (256, 4, 64, 1024, 512, 3, 3),
+    "256x4": (256, 4, 64, 1024, 512, 4, 4),
+    "512x6": (512, 8, 64, 2048, 1024, 6, 6),
     "small": (512, 8, 64, 2048, 1024, 6, 8),
     "base": (768, 12, 64, 3072, 2048, 12, 12),
     "large": (1024, 16, 64, 4096, 2816, 24, 24),
@@ -86,46 +93,27 @@ _SIZES = {
 _T5_1_1_WIDTHS = {"small": (512, 6, 64), "xl": (2048, 32, 64), "xxl": (4096, 64, 64)}
 
 
-def t5_1_1(
-    size: str,
-    *,
-    vocab_size: int = 32128,
-    d_model: int | None = None,
-    num_heads: int | None = None,
-    head_dim: int | None = None,
-    d_ff: int | None = None,
-    num_layers: int | None = None,
-) -> T5Config:
+def t5_1_1(size: str, vocab_size: int = 32128) -> T5Config:
     """T5 1.1, LM-adapted T5 and FLAN-T5: gated GELU, an output head of its own.
 
     Args:
-        size: tiny, small, base, large, xl or xxl.
+        size: tiny, small, base, large, xl, xxl, or a small one by width and layers ("128x2").
         vocab_size: rows of the embedding.
-        d_model, num_heads, head_dim, d_ff, num_layers: replace the size's own.
     """
     width, heads, dim, _, ff, _, depth = _size(size)
     width, heads, dim = _T5_1_1_WIDTHS.get(size, (width, heads, dim))
     return T5Config(
         vocab_size=vocab_size,
-        d_model=d_model or width,
-        num_heads=num_heads or heads,
-        head_dim=head_dim or dim,
-        d_ff=d_ff or ff,
-        num_encoder_layers=num_layers or depth,
-        num_decoder_layers=num_layers or depth,
+        d_model=width,
+        num_heads=heads,
+        head_dim=dim,
+        d_ff=ff,
+        num_encoder_layers=depth,
+        num_decoder_layers=depth,
     )
 
 
-def t5_1_0(
-    size: str,
-    *,
-    vocab_size: int = 32128,
-    d_model: int | None = None,
-    num_heads: int | None = None,
-    head_dim: int | None = None,
-    d_ff: int | None = None,
-    num_layers: int | None = None,
-) -> T5Config:
+def t5_1_0(size: str, vocab_size: int = 32128) -> T5Config:
     """The first T5: ReLU, embedding and head tied with the head's input scaled by D^-0.5.
 
     Args: as for `t5_1_1`.
@@ -133,12 +121,12 @@ def t5_1_0(
     width, heads, dim, ff, _, depth, _ = _size(size)
     return T5Config(
         vocab_size=vocab_size,
-        d_model=d_model or width,
-        num_heads=num_heads or heads,
-        head_dim=head_dim or dim,
-        d_ff=d_ff or ff,
-        num_encoder_layers=num_layers or depth,
-        num_decoder_layers=num_layers or depth,
+        d_model=width,
+        num_heads=heads,
+        head_dim=dim,
+        d_ff=ff,
+        num_encoder_layers=depth,
+        num_decoder_layers=depth,
         mlp_activations=("relu",),
         tie_embeddings=True,
         scale_logits=True,

@@ -2,7 +2,7 @@
 
     gkd-jax bench --gin_file=gin/bench/config1.gin --json
 
-The very functions that `train.run` jits, on random weights and random ids: full inputs without
+The very functions that `train` jits, on random weights and random ids: full inputs without
 padding, and samples without EOS, so that every run does the same work. One JSON object:
 
     sample_ms    the student draws its sequences
@@ -26,46 +26,33 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from gkd_jax import gkd, sharding, train_state
 from gkd_jax.batch import Batch
+from gkd_jax.gkd import TrainState
 from gkd_jax.input import data
 from gkd_jax.models import t5
-from gkd_jax.optimizers import Schedule
 from gkd_jax.planning import hlo
-from gkd_jax.storage.pretrained import Model, initial_params
-from gkd_jax.training import program
+from gkd_jax.storage.pretrained import initial_params
+from gkd_jax.training import program, source, train_state
+from gkd_jax.training.recipe import Recipe
 
 
 _NEVER = -1  # an EOS that no token is
 _WARMUP_RUNS = 2
 
 
-def run(
-    *,
-    student: Model,
-    teacher: Model | None,
-    data_config: data.DataConfig,
-    method: gkd.GKDConfig,
-    optimizer: Callable[..., optax.GradientTransformation],
-    schedule: Schedule,
-    trainer: program.Trainer,
-    mesh_config: sharding.MeshConfig = sharding.MeshConfig(),
-    runs: int = 20,
-    as_json: bool = False,
-) -> None:
+def bench(recipe: Recipe, *, runs: int = 20, as_json: bool = False) -> None:
     """Times the phases of a step, on-policy where the method has such steps, and prints them.
 
     Args:
-        student, teacher, data_config, method, optimizer, schedule, trainer, mesh_config: as
-            `train.run` takes them; of several shapes of batch, the largest is timed.
+        recipe: of the run; of several shapes of batch, the largest is timed.
         runs: of each phase, after two that do not count; medians are printed.
         as_json: one line of JSON instead of the table.
 
     Raises:
         ValueError: for a method with a reward or mixed batches, or what `program.build` refuses.
     """
+    method = recipe.method
     if method.rl is not None or method.mixing != "step":
         raise ValueError(
             "bench times steps without a reward and batches of one kind: no RL and MIXING='step', "
@@ -73,17 +60,9 @@ def run(
         )
     jax.config.update("jax_enable_compilation_cache", False)
     sampling = dataclasses.replace(method.sampling, eos_id=_NEVER)
-    built = program.build(
-        student=student,
-        teacher=teacher,
-        data_config=data_config,
-        method=dataclasses.replace(method, sampling=sampling),
-        optimizer=optimizer,
-        schedule=schedule,
-        trainer=trainer,
-        mesh_config=mesh_config,
-    )
-    timed = _measure(built, _random_models(built, student, teacher), data_config, runs)
+    recipe = dataclasses.replace(recipe, method=dataclasses.replace(method, sampling=sampling))
+    built = program.build(recipe, source.num_pieces_of(recipe))
+    timed = _measure(built, _random_models(built), runs)
     report: dict[str, Any] = {
         "device": jax.devices()[0].device_kind,
         "num_devices": jax.device_count(),
@@ -101,11 +80,10 @@ def run(
 
 def _measure(
     built: program.Program,
-    models: tuple[train_state.TrainState, t5.Params | None],
-    data_config: data.DataConfig,
+    models: tuple[TrainState, t5.Params | None],
     runs: int,
 ) -> dict[str, float]:
-    functions = program.phases(built, data_config)
+    functions = program.phases(built)
     functions.pop("update_dataset", None)  # where there are on-policy steps, one is timed
     began = time.perf_counter()
     compiled = {
@@ -113,7 +91,7 @@ def _measure(
         for name, (function, arguments) in functions.items()
     }
     found = {"compile_s": time.perf_counter() - began}
-    times = _time_phases(built, compiled, models, data_config, runs)
+    times = _time_phases(built, compiled, models, runs)
     found |= {f"{name}_ms": float(np.median(values)) * 1e3 for name, values in times.items()}
     found["gemm_gflops"] = gemm_gflops(built.models.student.dtype)
     for name, program_of_phase in compiled.items():
@@ -126,13 +104,12 @@ def _measure(
 def _time_phases(
     built: program.Program,
     compiled: Mapping[str, Callable[..., Any]],
-    models: tuple[train_state.TrainState, t5.Params | None],
-    data_config: data.DataConfig,
+    models: tuple[TrainState, t5.Params | None],
     runs: int,
 ) -> dict[str, list[float]]:
     """Seconds of each run of each phase. All take turns: what slows the machine slows them all."""
     state, teacher = models
-    batch, key = _random_batch(built, data_config), jax.random.key(0)
+    batch, key = _random_batch(built), jax.random.key(0)
     drawn = compiled["sample"](state.params, batch, key)[0] if "sample" in compiled else batch
 
     def sample(state):
@@ -165,23 +142,24 @@ def _time_phases(
 
 
 def _random_models(
-    built: program.Program, student: Model, teacher: Model | None
-) -> tuple[train_state.TrainState, t5.Params | None]:
+    built: program.Program,
+) -> tuple[TrainState, t5.Params | None]:
     def random(model, config, target, seed):
         model = dataclasses.replace(model, checkpoint=None, size=model.size or "tiny")
         return initial_params(model, config, target, jax.random.key(seed), "bench")
 
-    create = functools.partial(train_state.create, optimizer=built.optimizer)
-    params = random(student, built.models.student, built.state.params, 0)
+    teacher = built.recipe.teacher
+    create = functools.partial(train_state.create, optimizer=built.learner.optimizer)
+    params = random(built.recipe.student, built.models.student, built.state.params, 0)
     state = jax.jit(create, out_shardings=program.shardings_of(built.state))(params)
     if teacher is None:
         return state, None
     return state, random(teacher, built.models.teacher, built.teacher, 1)
 
 
-def _random_batch(built: program.Program, data_config: data.DataConfig) -> Batch:
+def _random_batch(built: program.Program) -> Batch:
     generator = np.random.Generator(np.random.Philox(0))
-    shape = built.batch(data_config.batch_size, data_config.shapes()[-1])
+    shape = built.batch(built.recipe.data.batch_size, built.recipe.data.shapes()[-1])
 
     def ids(where):
         return generator.integers(3, built.models.num_pieces, where.shape).astype(np.int32)

@@ -2,7 +2,7 @@
 
     gkd-jax precompile --topology=v5e:8x8 --gin_file=gin/gkd.gin --gin.MODEL_DIR=...
 
-The very functions that `train.run` jits are lowered from abstract shapes for the devices of a TPU
+The very functions that `train` jits are lowered from abstract shapes for the devices of a TPU
 topology, which libtpu describes and compiles for without any TPU, for GPUs in the same way through
 the cuda plugin, or for this machine's CPU devices (`cpu`). Times are rooflines, lower bounds: what
 the chip's peak rates allow, everything overlapped within a loop. Decode loops count as if every row
@@ -24,17 +24,15 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 
 from gkd_jax import gkd, sharding
-from gkd_jax.input import data
-from gkd_jax.optimizers import Schedule
 from gkd_jax.planning import hlo
 from gkd_jax.planning.topologies import GIB, Chip, describe_topology, platform_of
 from gkd_jax.storage import pretrained
-from gkd_jax.storage.pretrained import Model
+from gkd_jax.storage.pretrained import ModelConfig
 from gkd_jax.text import files
-from gkd_jax.training import program
+from gkd_jax.training import program, source
+from gkd_jax.training.recipe import Recipe
 
 
 RESOURCES = ("compute", "hbm", "interconnect")
@@ -44,17 +42,10 @@ class DoesNotFitError(Exception):
     """A phase needs more memory than a device has."""
 
 
-def run(
-    *,
+def precompile(
+    recipe: Recipe,
     topology: str,
-    student: Model,
-    data_config: data.DataConfig,
-    method: gkd.GKDConfig,
-    optimizer: Callable[..., optax.GradientTransformation],
-    schedule: Schedule,
-    trainer: program.Trainer,
-    teacher: Model | None = None,
-    mesh_config: sharding.MeshConfig = sharding.MeshConfig(),
+    *,
     num_slices: int = 1,
     full: bool = False,
     as_json: bool = False,
@@ -62,10 +53,9 @@ def run(
     """Compiles the phases of a step for a topology and prints what they need.
 
     Args:
+        recipe: of the run; of several shapes of batch, the largest counts.
         topology: "cpu", a generation and a shape of chips such as "v5e:8x8", or GPUs such as
             "h100:1x1x8": slices x hosts x GPUs a host.
-        student, data_config, method, optimizer, schedule, trainer, teacher, mesh_config: as
-            `train.run` takes them; of several shapes of batch, the largest counts.
         num_slices: slices of this shape, joined by the data-centre network.
         full: compile for a TPU with all of XLA's effort: minutes, and the memory that a real run
             has.
@@ -76,24 +66,17 @@ def run(
         ValueError: for an unknown topology, or what `program.build` refuses.
     """
     chip, devices = describe_topology(topology, num_slices)
-    if topology != "cpu":  # as there: `Model` asks the backend, here the CPU's
-        student = _as_on_tpu(student)
-        teacher = None if teacher is None else _as_on_tpu(teacher)
+    if topology != "cpu":  # as there: `ModelConfig` asks the backend, here the CPU's
+        teacher = None if recipe.teacher is None else _as_on_tpu(recipe.teacher)
+        recipe = dataclasses.replace(recipe, student=_as_on_tpu(recipe.student), teacher=teacher)
     built = program.build(
-        student=student,
-        teacher=teacher,
-        data_config=data_config,
-        method=method,
-        optimizer=optimizer,
-        schedule=schedule,
-        trainer=trainer,
-        mesh_config=mesh_config,
-        pending=_absent_checkpoints(student, teacher),
-        check_remote=False,
+        recipe,
+        source.num_pieces_of(recipe),
+        pending=_absent_checkpoints(recipe.student, recipe.teacher),
         devices=devices,
     )
     phases = {}
-    for name, (function, arguments) in program.phases(built, data_config).items():
+    for name, (function, arguments) in program.phases(built).items():
         print(f"compiling {name} ...", file=sys.stderr)
         analysed = analyse(function, arguments, topology, full=full)
         analysed["resident_bytes"] = _resident_bytes(built, name)
@@ -109,14 +92,14 @@ def run(
         "hbm_bytes": chip.hbm_bytes,
         "fits": not too_large(phases, chip),
         "phases": phases,
-        **_cost_of_run(phases, built.method, trainer.train_steps, len(devices) / chip.per_chip),
+        **_cost_of_run(phases, recipe, len(devices) / chip.per_chip),
     }
     print(json.dumps(report) if as_json else table(report), flush=True)
     if not report["fits"]:
         raise DoesNotFitError(_largest(phases, chip))
 
 
-def _as_on_tpu(model: Model) -> Model:
+def _as_on_tpu(model: ModelConfig) -> ModelConfig:
     return dataclasses.replace(
         model,
         scan_unroll=model.scan_unroll or 1,
@@ -124,7 +107,7 @@ def _as_on_tpu(model: Model) -> Model:
     )
 
 
-def _absent_checkpoints(*models: Model | None) -> frozenset[str]:
+def _absent_checkpoints(*models: ModelConfig | None) -> frozenset[str]:
     """Those that are remote, or not there yet but of known size: only shapes matter here."""
     known = {model.checkpoint for model in models if model is not None and model.size is not None}
     absent = {path for path in known if path is not None and not pathlib.Path(path).exists()}
@@ -292,10 +275,9 @@ def sampled_share(method: gkd.GKDConfig, train_steps: int) -> float:
     return float(np.mean([float(fraction(step)) for step in steps]))
 
 
-def _cost_of_run(
-    phases: Mapping[str, Any], method: gkd.GKDConfig, train_steps: int, num_chips: float
-) -> dict[str, Any]:
-    share = sampled_share(method, train_steps)
+def _cost_of_run(phases: Mapping[str, Any], recipe: Recipe, num_chips: float) -> dict[str, Any]:
+    train_steps = recipe.train.train_steps
+    share = sampled_share(recipe.method, train_steps)
     found = {"train_steps": train_steps, "sampled_share": share, "num_chips": num_chips}
     seconds = {name: phase["seconds"] for name, phase in phases.items() if name != "score"}
     if any(value is None for value in seconds.values()):

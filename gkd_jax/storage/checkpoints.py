@@ -11,10 +11,13 @@ gets its name only when it is complete. Storage formats do not notice a flipped 
 computed from the arrays on the device before they are written, do.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import dataclasses
+import itertools
 import json
+import os
 import pathlib
+import re
 import sys
 from typing import Any
 
@@ -26,18 +29,18 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import (
     AnyPreservationPolicy,
-    BestN,
     EveryNSteps,
     LatestN,
     PreservationPolicy,
 )
 
+from gkd_jax.gkd import TrainState
 from gkd_jax.input.data import TrainIterator
 from gkd_jax.models import t5
-from gkd_jax.train_state import TrainState
 
 
 FOLDER = "checkpoints"
+DAMAGED = "damaged"
 
 
 class _StreamHandler(ocp.CheckpointHandler):
@@ -76,6 +79,25 @@ class StreamRestore(ocp.args.CheckpointArgs):
     errors: list[Exception] = dataclasses.field(default_factory=list)
 
 
+class _KeepBest(PreservationPolicy):
+    """Keeps the checkpoint whose step has the best score so far."""
+
+    def __init__(self, scores: dict[int, float], mode: str):
+        self._scores, self._mode = scores, mode
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        del context
+        best = best_step(self._scores, self._mode, [c.step for c in checkpoints])
+        return [checkpoint.step == best for checkpoint in checkpoints]
+
+
+def best_step(scores: Mapping[int, float], mode: str, steps: Sequence[int]) -> int | None:
+    """The step of some with the best score, the latest of equals; None where none has one."""
+    scored = [step for step in steps if step in scores]
+    sign = 1 if mode == "max" else -1
+    return max(scored, key=lambda step: (sign * scores[step], step), default=None)
+
+
 class Checkpoints:
     """The checkpoints of one MODEL_DIR, written in the background."""
 
@@ -87,6 +109,7 @@ class Checkpoints:
         keep_period: int | None = None,
         best_metric: str | None = None,
         best_mode: str = "max",
+        scores: Mapping[int, float] = {},
     ):
         """Opens or makes the folder.
 
@@ -94,29 +117,22 @@ class Checkpoints:
             model_dir: of the run.
             keep: newest checkpoints that stay; None keeps all.
             keep_period: those of steps that it divides stay besides.
-            best_metric: the one with the best of this number of `save`'s scores stays besides.
+            best_metric: the one with the best of this number of `score`'s stays besides.
             best_mode: whether the best is the "max" or the "min".
+            scores: the numbers of steps that were evaluated before this start.
         """
         self._folder = epath.Path(model_dir).resolve() / FOLDER
-        self._best_metric = best_metric
+        self._best_metric, self._best_mode = best_metric, best_mode
+        self._scores = dict(scores)
         policies: list[PreservationPolicy] = [LatestN(n=keep)]
         if keep_period is not None:
             policies.append(EveryNSteps(keep_period))
         if best_metric is not None:
-            best = BestN(
-                get_metric_fn=self._score,
-                reverse=best_mode == "min",
-                n=1,
-                keep_checkpoints_without_metrics=False,
-            )
-            policies.append(best)
+            policies.append(_KeepBest(self._scores, best_mode))
         self._orbax = ocp.CheckpointManager(
             self._folder,
             options=ocp.CheckpointManagerOptions(
-                create=True,
-                preservation_policy=AnyPreservationPolicy(policies),
-                best_fn=None if best_metric is None else self._score,
-                best_mode=best_mode,
+                create=True, preservation_policy=AnyPreservationPolicy(policies)
             ),
             item_handlers={
                 "params": ocp.StandardCheckpointHandler(),
@@ -127,62 +143,70 @@ class Checkpoints:
         )
 
     def restore_newest(
-        self, target: TrainState, stream: TrainIterator
-    ) -> tuple[int, TrainState] | None:
-        """The newest checkpoint that can be read whole, and its step; None where there is none.
+        self, target: TrainState, stream: TrainIterator | None
+    ) -> tuple[int, TrainState]:
+        """The newest checkpoint that can be read whole: its step and its state.
 
-        One that cannot is named in a warning, moved to MODEL_DIR/damaged/<step>, and the one before
-        it is tried.
+        One that fails its own integrity check is named in a warning, and the one before it is
+        tried. Once one has been read, those that failed are moved to MODEL_DIR/damaged/<step>.
+
+        Args:
+            target: arrays or placed `ShapeDtypeStruct`s, as which the state is laid out.
+            stream: goes on where the checkpoint was saved; None leaves the data where they are.
 
         Raises:
-            ValueError: if there are checkpoints, but none can be read.
+            ValueError: if no checkpoint can be read, or if they hold other arrays than `target`;
+                nothing is moved then.
+            Exception: of the file system, as it comes; nothing is moved then.
         """
         steps = sorted(self._orbax.all_steps(), reverse=True)
+        damaged: list[int] = []
         for step in steps:
             try:
                 state = self._restore(step, target, stream)
             except Exception as error:
+                if not _is_damage(error):
+                    raise
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
                 print(f"WARNING: checkpoint {step} is damaged: {reason}", file=sys.stderr)
-                self._put_aside(step)
+                damaged.append(step)
                 continue
+            for failed in damaged:
+                self._put_aside(failed)
             return step, state
-        if steps:
-            raise ValueError(f"none of the checkpoints {steps} of {self._folder} can be read")
-        return None
+        raise ValueError(f"none of the checkpoints {steps} of {self._folder} can be read")
 
     def _put_aside(self, step: int) -> None:
         if jax.process_index() == 0:
-            aside = self._folder.parent / "damaged"
+            aside = self._folder.parent / DAMAGED
             aside.mkdir(exist_ok=True)
-            (self._folder / str(step)).rename(aside / str(step))
+            names = itertools.chain([str(step)], (f"{step}.{n}" for n in itertools.count(2)))
+            free = next(name for name in names if not (aside / name).exists())
+            (self._folder / str(step)).rename(aside / free)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(f"damaged {step}")
         self._orbax.reload()
 
-    def latest_step(self) -> int | None:
-        """The newest complete checkpoint's step."""
-        return self._orbax.latest_step()
-
     def best(self) -> tuple[int, float] | None:
         """The step of the best checkpoint and its score; None where none has a score."""
-        if self._best_metric is None:
-            return None
-        step = self._orbax.best_step()
-        scores = None if step is None else self._orbax.metrics(step)
-        return None if step is None or scores is None else (step, self._score(scores))
+        step = best_step(self._scores, self._best_mode, self._orbax.all_steps())
+        return None if step is None else (step, self._scores[step])
 
-    def _score(self, scores: Mapping[str, float]) -> float:
-        assert self._best_metric is not None
-        return scores[self._best_metric]
+    def score(self, step: int, scores: Mapping[str, float]) -> None:
+        """Takes the numbers of the evaluation of a step that is, or was, saved."""
+        if self._best_metric is None:
+            return
+        if self._best_metric in scores:
+            self._scores[step] = float(scores[self._best_metric])
+        else:
+            print(
+                f"WARNING: no best checkpoint: the evaluation has no {self._best_metric}, "
+                f"but {', '.join(scores)}",
+                file=sys.stderr,
+            )
 
     def save(
-        self,
-        step: int,
-        state: TrainState,
-        stream: TrainIterator,
-        description: dict[str, Any],
-        scores: Mapping[str, float] | None = None,
+        self, step: int, state: TrainState, stream: TrainIterator, description: dict[str, Any]
     ) -> None:
         """Copies the state off the device and writes it while training goes on.
 
@@ -191,7 +215,6 @@ class Checkpoints:
             state: after them.
             stream: the position of the training data.
             description: see `describe_model`.
-            scores: of the evaluation of this step; None where there was none.
         """
         if step in self._orbax.all_steps():
             return
@@ -202,19 +225,8 @@ class Checkpoints:
                 "opt_state": fingerprints(state.opt_state),
             },
         }
-        metrics = None
-        if scores is not None and self._best_metric is not None:
-            if self._best_metric in scores:
-                metrics = {self._best_metric: float(scores[self._best_metric])}
-            else:
-                print(
-                    f"WARNING: no best checkpoint: the evaluation has no {self._best_metric}, "
-                    f"but {', '.join(scores)}",
-                    file=sys.stderr,
-                )
         self._orbax.save(
             step,
-            metrics=metrics,
             args=ocp.args.Composite(
                 params=ocp.args.StandardSave(state.params),
                 opt_state=ocp.args.StandardSave(state.opt_state),
@@ -223,21 +235,27 @@ class Checkpoints:
             ),
         )
 
-    def _restore(self, step: int, target: TrainState, stream: TrainIterator) -> TrainState:
+    def wait(self) -> None:
+        """Returns once everything that was saved is written."""
+        self._orbax.wait_until_finished()
+
+    def _restore(self, step: int, target: TrainState, stream: TrainIterator | None) -> TrainState:
         """The state at a step, laid out as `target` (arrays or placed `ShapeDtypeStruct`s)."""
-        position = StreamRestore(stream)
-        restored: Any = self._orbax.restore(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(target.params),
-                opt_state=ocp.args.StandardRestore(target.opt_state),
-                stream=position,
-            ),
-        )
-        if np.any(multihost_utils.process_allgather(np.asarray(bool(position.errors)))):
-            here = position.errors[0] if position.errors else "of another process' part"
-            raise ValueError(f"the position of the data cannot be read: {here}")
         stored = read_description(self._folder / str(step)).get("fingerprints", {})
+        for name in ("params", "opt_state"):
+            _check_arrays(step, stored.get(name), getattr(target, name))
+        position = None if stream is None else StreamRestore(stream)
+        items: dict[str, Any] = {
+            "params": ocp.args.StandardRestore(target.params),
+            "opt_state": ocp.args.StandardRestore(target.opt_state),
+        }
+        if position is not None:
+            items["stream"] = position
+        restored: Any = self._orbax.restore(step, args=ocp.args.Composite(**items))
+        errors = [] if position is None else position.errors
+        if np.any(multihost_utils.process_allgather(np.asarray(bool(errors)))):
+            here = errors[0] if errors else "of another process' part"
+            raise DamagedError(f"the position of the data cannot be read: {here}")
         _check_fingerprints(restored.params, stored.get("params"))
         _check_fingerprints(restored.opt_state, stored.get("opt_state"))
         count = jax.device_put(jnp.asarray(step, jnp.int32), target.step.sharding)
@@ -247,6 +265,48 @@ class Checkpoints:
         """Waits until everything is written."""
         self._orbax.wait_until_finished()
         self._orbax.close()
+
+
+class DamagedError(ValueError):
+    """Stored bytes are not those that were written."""
+
+
+# What TensorStore says of files that are cut short, altered or gone.
+_DAMAGE = re.compile(r"DATA_LOSS|NOT_FOUND|OUT_OF_RANGE|checksum|corrupt|[Dd]ecod|[Tt]runcated")
+
+
+def _is_damage(error: BaseException) -> bool:
+    """Whether an error of a restore says that the checkpoint's own bytes are wrong or gone.
+
+    A file system that is away for a moment, or a target of other shapes, says nothing of the kind.
+    """
+    if isinstance(error, DamagedError | json.JSONDecodeError | FileNotFoundError):
+        return True
+    return bool(_DAMAGE.search(str(error)))
+
+
+def _check_arrays(step: int, stored: Mapping[str, int] | None, target: Any) -> None:
+    """Raises ValueError where a checkpoint holds arrays of other names than the run has."""
+    if not stored:
+        return
+    expected = set(array_names(target))
+    if unexpected := sorted(expected ^ set(stored)):
+        raise ValueError(
+            f"checkpoint {step} is of another model or optimizer: only one of the two has "
+            f"{', '.join(unexpected[:4])}{' ...' if len(unexpected) > 4 else ''}"
+        )
+
+
+def saved_steps(model_dir: str | os.PathLike[str]) -> list[int]:
+    """The steps of a MODEL_DIR's complete checkpoints; empty where it has none."""
+    folder = epath.Path(model_dir) / FOLDER
+    if not folder.is_dir():
+        return []
+    return sorted(
+        int(child.name)
+        for child in folder.iterdir()
+        if child.name.isdecimal() and (child / "params").is_dir()
+    )
 
 
 def describe_model(
@@ -268,14 +328,8 @@ def find_step(path: str) -> epath.Path | None:
     folder = epath.Path(path)
     if (folder / "params").is_dir() and (folder / "model").is_dir():
         return folder
-    if not (folder / FOLDER).is_dir():
-        return None
-    steps = [
-        int(child.name)
-        for child in (folder / FOLDER).iterdir()
-        if child.name.isdecimal() and (child / "params").is_dir() and (child / "model").is_dir()
-    ]
-    return folder / FOLDER / str(max(steps)) if steps else None
+    steps = saved_steps(path)
+    return folder / FOLDER / str(steps[-1]) if steps else None
 
 
 def read_description(step_folder: epath.Path) -> dict[str, Any]:
@@ -310,10 +364,14 @@ def fingerprints(tree: Any) -> dict[str, int]:
     Integers that wrap around add up to the same in any order, and so on any mesh; every change of
     one element changes the sum.
     """
+    values = _fingerprint(jax.tree.leaves(tree))
+    return dict(zip(array_names(tree), (int(value) for value in values), strict=True))
+
+
+def array_names(tree: Any) -> list[str]:
+    """The path of each array of a tree, as fingerprints name it."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
-    values = _fingerprint([leaf for _, leaf in leaves])
-    return dict(zip(names, (int(value) for value in values), strict=True))
+    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
 
 
 @jax.jit
@@ -336,7 +394,9 @@ def _check_fingerprints(tree: Any, stored: dict[str, int] | None) -> None:
     found = fingerprints(tree)
     wrong = [name for name, value in found.items() if stored.get(name) != value]
     if wrong:
-        raise ValueError(f"the stored bytes of {', '.join(wrong)} are not those that were written")
+        raise DamagedError(
+            f"the stored bytes of {', '.join(wrong)} are not those that were written"
+        )
 
 
 def write_params(

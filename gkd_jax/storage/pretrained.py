@@ -26,7 +26,7 @@ _PUBLIC = {  # the step of each size
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Model:
+class ModelConfig:
     """One of the two models.
 
     Attributes:
@@ -101,7 +101,7 @@ class Model:
         )
 
 
-def remote_checkpoints(*models: Model | None) -> frozenset[str]:
+def remote_checkpoints(*models: ModelConfig | None) -> frozenset[str]:
     """Those that a dry run does not open: it stays off the network.
 
     Raises:
@@ -161,13 +161,13 @@ def _check_sizes(path: str, size: str | None, stored: t5.T5Config, chosen: t5.T5
         )
 
 
-def place_params(model: Model, config: t5.T5Config, mesh: Mesh) -> t5.Params:
+def place_params(model: ModelConfig, config: t5.T5Config, mesh: Mesh) -> t5.Params:
     """`initial_params` of a model that only decodes or scores, spread over a mesh."""
     target = frozen_shapes(model, config, mesh)
     return initial_params(model, config, target, jax.random.key(0), "model")
 
 
-def frozen_shapes(model: Model, config: t5.T5Config, mesh: Mesh) -> t5.Params:
+def frozen_shapes(model: ModelConfig, config: t5.T5Config, mesh: Mesh) -> t5.Params:
     """The abstract parameters, with shardings, of a model that is not trained.
 
     Raises:
@@ -193,7 +193,7 @@ def _goes_to_host(path: tuple[Any, ...]) -> bool:
 
 
 def initial_params(
-    model: Model, config: t5.T5Config, target: t5.Params, key: jax.Array, name: str
+    model: ModelConfig, config: t5.T5Config, target: t5.Params, key: jax.Array, name: str
 ) -> t5.Params:
     """Parameters from the checkpoint, or random ones, laid out as `target`."""
     where = jax.tree.map(lambda x: x.sharding, target)
@@ -232,7 +232,7 @@ def initial_params(
 
 
 def check_vocabularies(
-    vocabulary: seqio.Vocabulary, chosen: dict[str, Model | None], pending: frozenset[str]
+    vocabulary: seqio.Vocabulary, chosen: dict[str, ModelConfig | None], pending: frozenset[str]
 ) -> None:
     """Our own checkpoints know their vocabulary; others' hold none to compare."""
     for name, model in chosen.items():

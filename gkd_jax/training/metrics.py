@@ -164,6 +164,12 @@ def read(path: pathlib.Path) -> list[dict[str, Any]]:
     return lines
 
 
+def values_by_step(path: pathlib.Path, name: str) -> dict[int, float]:
+    """One number of a metrics.jsonl at each step that has it; empty where there is no file."""
+    lines = read(path) if path.exists() else []
+    return {line["step"]: line[name] for line in lines if name in line}
+
+
 class DeviceClock:
     """How long each result keeps the device: from the end of the one before it, or its dispatch."""
 

@@ -7,89 +7,51 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-import optax
-import seqio
 
-from gkd_jax import gkd, sharding, train_state
+from gkd_jax import gkd, sharding
 from gkd_jax.batch import Batch, TopK
-from gkd_jax.input import data, teacher_cache
+from gkd_jax.gkd import TrainState
 from gkd_jax.models import t5
-from gkd_jax.optimizers import Schedule
 from gkd_jax.sampling import banned_tail
 from gkd_jax.storage import pretrained
-from gkd_jax.storage.pretrained import Model
-from gkd_jax.text import vocabularies
-from gkd_jax.train_state import TrainState
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Trainer:
-    """How long a run is and what it leaves behind.
-
-    Attributes:
-        train_steps: updates, counted from 0.
-        seed: of initialisation, coins, samples and dropout.
-        eval_period: evaluate every so many steps, and at the end; None evaluates at the end.
-        save_period: save every so many steps, and at the end.
-        keep: newest checkpoints kept, two so that a damaged one has one before it; None keeps all.
-        keep_period: checkpoints of steps that it divides are kept besides.
-        best_metric: a number of the evaluation, such as "accuracy": the checkpoint with the best is
-            kept besides, of those that were saved where EVAL_PERIOD evaluates.
-        best_mode: whether the best is the "max" or the "min".
-        num_microbatches: accumulate gradients over so many parts of the batch.
-        log_period: steps between lines where there is no terminal.
-        skip_nonfinite: where a step's loss or gradient is not finite, leave the student as it is
-            and count; False ends the run there.
-        sample_ahead: draw the samples of a step before the update of the step before it, so that
-            neither host nor device waits between the two: they are one update old ("staleness" in
-            the metrics), which Algorithm 1's are not. The step after a checkpoint draws its own.
-    """
-
-    train_steps: int
-    seed: int = 0
-    eval_period: int | None = None
-    save_period: int = 1000
-    keep: int | None = 2
-    keep_period: int | None = None
-    best_metric: str | None = None
-    best_mode: str = "max"
-    num_microbatches: int = 1
-    log_period: int = 50
-    skip_nonfinite: bool = False
-    sample_ahead: bool = False
-
-    def __post_init__(self):
-        for name in ("train_steps", "save_period", "num_microbatches", "log_period"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
-        for name in ("eval_period", "keep", "keep_period"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} must be a positive integer or None, got {value!r}")
-        if self.best_mode not in ("max", "min"):
-            raise ValueError(f"best_mode must be 'max' or 'min', got {self.best_mode!r}")
-        if self.best_metric is not None and self.eval_period is None:
-            raise ValueError(f"best_metric={self.best_metric!r} needs EVAL_PERIOD, got None")
-        if not isinstance(self.seed, int) or self.seed < 0:
-            raise ValueError(f"seed must be an integer of at least 0, got {self.seed!r}")
+from gkd_jax.storage.pretrained import ModelConfig
+from gkd_jax.training import train_state
+from gkd_jax.training.recipe import Recipe, describe
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Program:
-    """Everything about a run that is known before any array exists."""
+    """Everything about a run that is known before any array exists.
 
+    Attributes:
+        recipe: what the run is.
+        mesh: of all devices.
+        learner: the method with its banned ids, both models' sizes, and the optimizer.
+        state: the student's arrays as shapes with shardings.
+        teacher: the teacher's, or None.
+        sample: jitted (student parameters, batch, key) -> (batch of samples, what was drawn).
+        update: jitted (state, teacher parameters, batch, key, advantages) -> (state, numbers).
+        cached_k: ids a position of the teacher's cached scores, which batches of the dataset have.
+    """
+
+    recipe: Recipe
     mesh: Mesh
-    task: Any
-    vocabulary: seqio.Vocabulary
-    models: gkd.Models
-    method: gkd.GKDConfig
-    optimizer: optax.GradientTransformation
-    state: TrainState  # abstract, with shardings
-    teacher: t5.Params | None  # abstract, with shardings
+    learner: gkd.Learner
+    state: TrainState
+    teacher: t5.Params | None
     sample: Callable[..., Any]
     update: Callable[..., Any]
-    cached_k: int = 0  # of the teacher's cached scores, which batches of the dataset have
+    cached_k: int = 0
+
+    @property
+    def models(self) -> gkd.ModelPair:
+        """The sizes of both models."""
+        return self.learner.models
+
+    @property
+    def method(self) -> gkd.GKDConfig:
+        """The recipe's method; its samples never hold pad or an id that no piece has."""
+        return self.learner.config
 
     def batch(self, rows: int, shape: tuple[int, int], num_samples: int = 1, k: int = 0) -> Batch:
         """An abstract batch of `rows` prompts, `num_samples` targets each, of lengths (S, T)."""
@@ -115,70 +77,60 @@ class Program:
 
 
 def build(
+    recipe: Recipe,
+    num_pieces: int,
     *,
-    student: Model,
-    teacher: Model | None,
-    data_config: data.DataConfig,
-    method: gkd.GKDConfig,
-    optimizer: Callable[..., optax.GradientTransformation],
-    schedule: Schedule,
-    trainer: Trainer,
-    mesh_config: sharding.MeshConfig,
+    cached_k: int = 0,
     pending: frozenset[str] = frozenset(),
-    check_remote: bool = True,
     devices: Sequence[Any] | None = None,
 ) -> Program:
-    """Checks a configuration and makes its jitted functions, from shapes alone.
+    """Checks a recipe and makes its jitted functions, from shapes alone.
 
     Args:
+        recipe: the run.
+        num_pieces: ids of the vocabulary, extra ids included.
+        cached_k: ids a position of the teacher's cached scores; 0 without a cache.
         pending: checkpoints that are not looked at: another run will make them, or they are remote
             and this is a dry run.
-        check_remote: False leaves remote vocabularies untouched.
         devices: of the mesh; None takes all there are.
 
     Raises:
         ValueError: for whatever does not fit together, naming the value and what was expected.
     """
-    task, vocabulary = data.open_task(data_config, check_remote=check_remote)
-    data.check_split(task, data_config.split)
-    _check_student(student, method)
-    cached_k = _check_cache(data_config.teacher_cache, method, vocabulary)
-    if student.memory != "device":
-        raise ValueError(f"a student is trained in memory='device', got {student.memory!r}")
-    if method.divergence is None:
-        teacher = None
-    elif teacher is None and (cached_k == 0 or method.uses_samples()):
+    _check_student(recipe.student, recipe.method)
+    teacher, method = recipe.teacher, recipe.method
+    has_scores = teacher is not None or (cached_k > 0 and not method.uses_samples())
+    if method.divergence is not None and not has_scores:
         raise ValueError(
             "a divergence needs a teacher (or, with on_policy_fraction 0, a teacher_cache), "
             "got teacher=None"
         )
-    pretrained.check_vocabularies(vocabulary, {"student": student, "teacher": teacher}, pending)
-    num_pieces = vocabularies.num_pieces(vocabulary, check_remote=check_remote)
-    models = _models(num_pieces, student, teacher, pending)
-    pretrained.check_special_ids(models.student, vocabulary, check_remote=check_remote)
-    mesh = sharding.make_mesh(mesh_config, devices)
-    _check_batch(data_config.batch_size, trainer.num_microbatches, mesh)
+    models = _models(num_pieces, recipe.student, teacher, pending)
+    mesh = sharding.make_mesh(recipe.mesh, devices)
+    _check_batch(recipe.data.batch_size, recipe.train.num_microbatches, mesh)
 
     banned = banned_tail(models.student, models.num_pieces)
     method = dataclasses.replace(
         method, sampling=dataclasses.replace(method.sampling, banned_ids=banned)
     )
-    transformation = optimizer(schedule=schedule)
-    state = train_state.abstract(models.student, transformation)
+    learner = gkd.Learner(
+        config=method,
+        models=models,
+        optimizer=recipe.optimizer(recipe.learning_rate()),
+        num_microbatches=recipe.train.num_microbatches,
+    )
+    state = train_state.abstract(models.student, learner.optimizer)
     state = sharding.with_shardings(state, train_state.shardings(state, mesh))
     teacher_params = None
     if teacher is not None:
         assert models.teacher is not None
         teacher_params = pretrained.frozen_shapes(teacher, models.teacher, mesh)
 
-    sample, update = _jit(method, models, transformation, trainer, mesh, state)
+    sample, update = _jit(learner, mesh, state, recipe.train.skip_nonfinite)
     return Program(
+        recipe=recipe,
         mesh=mesh,
-        task=task,
-        vocabulary=vocabulary,
-        models=models,
-        method=method,
-        optimizer=transformation,
+        learner=learner,
         state=state,
         teacher=teacher_params,
         sample=sample,
@@ -187,7 +139,7 @@ def build(
     )
 
 
-def _check_student(student: Model, method: gkd.GKDConfig) -> None:
+def _check_student(student: ModelConfig, method: gkd.GKDConfig) -> None:
     if method.rl is not None and student.dropout_rate > 0:
         raise ValueError(
             "a reward needs DROPOUT_RATE 0: samples are drawn without dropout, and log Q of a "
@@ -198,52 +150,23 @@ def _check_student(student: Model, method: gkd.GKDConfig) -> None:
             f"a student is trained in param_dtype='float32', got {student.param_dtype!r}; "
             "dtype is that of its matrix products"
         )
-
-
-def _check_cache(path: str | None, method: gkd.GKDConfig, vocabulary: seqio.Vocabulary) -> int:
-    """The k of a teacher cache that fits the method; 0 where there is none."""
-    if path is None:
-        return 0
-    about = teacher_cache.read_about(path)
-    if method.divergence is None or (method.mixing == "example" and method.uses_samples()):
-        raise ValueError(
-            f"teacher_cache={path!r} serves steps on the dataset's targets alone: it needs a "
-            "divergence, and mixing='step'"
-        )
-    if method.teacher_temperature != about["temperature"]:
-        raise ValueError(
-            f"teacher_cache={path!r} was made at temperature {about['temperature']}, got "
-            f"teacher_temperature {number_or_name(method.teacher_temperature)}"
-        )
-    expected = vocabularies.content_hash(vocabulary)
-    if about["vocabulary"] != expected:
-        raise ValueError(
-            f"teacher_cache={path!r} was made with another vocabulary (content "
-            f"{about['vocabulary'][:12]}) than this task's (content {expected[:12]})"
-        )
-    return about["k"]
+    if student.memory != "device":
+        raise ValueError(f"a student is trained in memory='device', got {student.memory!r}")
 
 
 def _jit(
-    method: gkd.GKDConfig,
-    models: gkd.Models,
-    optimizer: optax.GradientTransformation,
-    trainer: Trainer,
-    mesh: Mesh,
-    state: TrainState,
+    learner: gkd.Learner, mesh: Mesh, state: TrainState, skip_nonfinite: bool
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """The two jitted functions of a step, sample and update."""
 
     def sample_batch(params, batch, key):
         with sharding.use(mesh):
-            return gkd.sample_targets(method, models, params, batch, key)
-
-    parts = (method, models, optimizer, trainer.num_microbatches)
+            return gkd.sample_targets(learner.config, learner.models, params, batch, key)
 
     def update_batch(state, teacher_params, batch, key, advantages=None):
         with sharding.use(mesh):
-            new, metrics = gkd.update(*parts, state, teacher_params, batch, key, advantages)
-        if not trainer.skip_nonfinite:
+            new, metrics = gkd.update(learner, state, teacher_params, batch, key, advantages)
+        if not skip_nonfinite:
             return new, metrics
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
         kept = jax.tree.map(lambda x, old: jnp.where(finite, x, old), new, state)
@@ -258,12 +181,12 @@ def _jit(
 
 
 def _models(
-    num_pieces: int, student: Model, teacher: Model | None, pending: frozenset[str]
-) -> gkd.Models:
-    def config(model: Model) -> t5.T5Config:
+    num_pieces: int, student: ModelConfig, teacher: ModelConfig | None, pending: frozenset[str]
+) -> gkd.ModelPair:
+    def config(model: ModelConfig) -> t5.T5Config:
         return model.config(num_pieces, pending=model.checkpoint in pending)
 
-    return gkd.Models(
+    return gkd.ModelPair(
         student=config(student),
         teacher=None if teacher is None else config(teacher),
         num_pieces=num_pieces,
@@ -284,43 +207,37 @@ def shardings_of(shapes: Any) -> Any:
     return jax.tree.map(lambda x: x.sharding, shapes)
 
 
-def plan(program: Program, data_config: data.DataConfig, trainer: Trainer) -> str:
+def plan(program: Program) -> str:
     """What a run will do, in a few lines."""
-    models, method = program.models, program.method
+    recipe, models, method = program.recipe, program.models, program.method
+    config = recipe.data
     mesh = " x ".join(f"{name}={size}" for name, size in program.mesh.shape.items())
-    name = name_of(method.divergence) or "cross-entropy"
+    shapes = ", ".join(f"{source}/{target}" for source, target in config.shapes())
     lines = [
-        f"task       {data_config.task} ({data_config.split}), batch {data_config.batch_size}, "
-        f"lengths {_shapes_text(data_config)}, {models.num_pieces} pieces",
+        f"task       {config.task} ({config.split}), batch {config.batch_size}, "
+        f"lengths {shapes}, {models.num_pieces} pieces",
         f"student    {t5.num_params(program.state.params):,} parameters",
         "teacher    "
         + (f"{t5.num_params(program.teacher):,} parameters" if program.teacher else "none")
-        + (f", top {program.cached_k} of {data_config.teacher_cache}" if program.cached_k else ""),
-        f"loss       {name}, {method.reduction.__name__}, "
-        f"on-policy fraction {number_or_name(method.on_policy_fraction)}"
+        + (f", top {program.cached_k} of {config.teacher_cache}" if program.cached_k else ""),
+        f"loss       {_text(method.divergence) if method.divergence else 'cross-entropy'}, "
+        f"{_text(method.reduction)}, on-policy fraction {_text(method.on_policy_fraction)}"
         + (" of each batch" if method.mixing == "example" else "")
         + (f", {method.num_samples} samples a prompt" if method.num_samples > 1 else "")
-        + (f", reward {name_of(method.rl.reward)}, alpha {method.rl.alpha}" if method.rl else ""),
-        f"steps      {trainer.train_steps}",
+        + (f", reward {_text(method.rl.reward)}, alpha {method.rl.alpha}" if method.rl else ""),
+        f"steps      {recipe.train.train_steps}",
         f"mesh       {mesh}",
     ]
     return "\n".join(lines)
 
 
-def name_of(function: Any) -> str | None:
-    """A function's own name, through `functools.partial`; a callable object's class."""
-    if function is None:
-        return None
-    function = getattr(function, "func", function)
-    return getattr(function, "__name__", type(function).__name__)
-
-
-def number_or_name(value: Any) -> Any:
-    return name_of(value) if callable(value) else value
-
-
-def _shapes_text(data_config: data.DataConfig) -> str:
-    return ", ".join(f"{source}/{target}" for source, target in data_config.shapes())
+def _text(value: Any) -> str:
+    """A value of a recipe on one line: `JSD(beta=0.1, scale=paper)`."""
+    found = describe(value)
+    if not isinstance(found, dict):
+        return str(found)
+    name, *settings = found.items()
+    return f"{name[1]}({', '.join(f'{key}={setting}' for key, setting in settings)})"
 
 
 class Steps(NamedTuple):
@@ -365,11 +282,11 @@ def step_arguments(program: Program, rows: int, shape: tuple[int, int]) -> StepA
     return StepArguments(sample, (*common, drawn, key, *extra), update_dataset)
 
 
-def compile_steps(program: Program, data_config: data.DataConfig) -> Steps:
+def compile_steps(program: Program) -> Steps:
     """The step kinds that lambda can reach, compiled for each shape of batch."""
     steps = Steps({}, {}, {})
-    for shape in data_config.shapes():
-        arguments = step_arguments(program, data_config.batch_size, shape)
+    for shape in program.recipe.data.shapes():
+        arguments = step_arguments(program, program.recipe.data.batch_size, shape)
         if arguments.update_dataset is not None:
             lowered = program.update.lower(*arguments.update_dataset)
             steps.update_dataset[shape] = lowered.compile()
@@ -384,16 +301,14 @@ def compile_steps(program: Program, data_config: data.DataConfig) -> Steps:
     return steps
 
 
-def phases(
-    program: Program, data_config: data.DataConfig
-) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+def phases(program: Program) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     """The jitted functions of a step with their abstract arguments, as `compile_steps` has them.
 
     "score" is the teacher alone, which a run has inside "update". "update_dataset" is there where
     batches of the dataset have another shape than sampled ones.
     """
-    rows, shape, config = data_config.batch_size, data_config.shapes()[-1], program.models.teacher
-    arguments = step_arguments(program, rows, shape)
+    batches, config = program.recipe.data, program.models.teacher
+    arguments = step_arguments(program, batches.batch_size, batches.shapes()[-1])
     found: dict[str, tuple[Any, tuple[Any, ...]]] = {}
     if arguments.sample is not None:
         found["sample"] = (program.sample, arguments.sample)

@@ -1,6 +1,6 @@
 """`run.json`: what a run was, to tell it from others, to refuse to mix them, and to repeat it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 import hashlib
 import importlib.metadata
 import json
@@ -10,64 +10,38 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 
-from gkd_jax import gkd
 from gkd_jax.batch import Batch
-from gkd_jax.evaluation.evaluate import EvalConfig
-from gkd_jax.input import data
+from gkd_jax.input import data, teacher_cache
 from gkd_jax.models import t5
-from gkd_jax.storage import checkpoints
-from gkd_jax.storage.pretrained import Model
+from gkd_jax.storage import checkpoints, content
 from gkd_jax.text import files, vocabularies
-from gkd_jax.training.program import Program, Trainer, name_of, number_or_name
+from gkd_jax.training.program import Program
+from gkd_jax.training.recipe import MAY_CHANGE, PATHS, Recipe, describe, differences, is_below
+from gkd_jax.training.source import Source
 
 
-def describe(
-    program: Program,
-    *,
-    name: str,
-    student: Model,
-    teacher: Model | None,
-    data_config: data.DataConfig,
-    optimizer: Callable[..., optax.GradientTransformation],
-    trainer: Trainer,
-    evaluation: EvalConfig,
-    macros: Mapping[str, str],
+def describe_run(
+    program: Program, source: Source, *, name: str, macros: Mapping[str, str]
 ) -> dict[str, Any]:
-    """What a run was, for `run.json`: enough to tell it from others, and to run it again."""
+    """What run.json holds of a run: enough to tell it from others, and to run it again.
 
-    def model(chosen: Model | None, params) -> dict[str, Any] | None:
-        if chosen is None or params is None:
-            return None
-        return {
-            "parameters": t5.num_params(params),
-            "size": chosen.size,
-            "checkpoint": chosen.checkpoint,
-            "dropout_rate": chosen.dropout_rate,
-            "dtype": chosen.dtype,
-        }
-
+    Args:
+        program: of the run.
+        source: of the run.
+        name: of the run within a study, or its folder's.
+        macros: the gin macros, as they are written.
+    """
+    recipe = program.recipe
     return {
         "name": name,
-        "method": {**_method(program.method, macros), "sample_ahead": trainer.sample_ahead},
-        "optimizer": name_of(optimizer),
-        "student": model(student, program.state.params),
-        "teacher": model(teacher, program.teacher),
-        "data": {
-            "task": data_config.task,
-            "num_examples": data_config.num_examples,
-            "teacher_cache": data_config.teacher_cache,
-            "batch_size": data_config.batch_size,
-            "process_shards": data.process_shard(data_config, program.mesh).num_shards,
-            "eval_task": evaluation.task or data_config.task,
-            "eval_split": evaluation.split,
-            "eval_decoding": evaluation.decoding,
-            "eval_temperature": evaluation.temperature,
-            "vocabulary": vocabularies.content_hash(program.vocabulary),
+        "recipe": describe(recipe),
+        "contents": _contents(recipe, source),
+        "parameters": {
+            "student": t5.num_params(program.state.params),
+            "teacher": t5.num_params(program.teacher) if program.teacher else None,
         },
-        "train_steps": trainer.train_steps,
-        "seed": trainer.seed,
+        "process_shards": data.process_shard(recipe.data, program.mesh).num_shards,
         "macros": dict(macros),
         "versions": {
             package: importlib.metadata.version(package)
@@ -75,31 +49,24 @@ def describe(
         },
         "commit": _commit(),
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "changes": [],
     }
 
 
-def _method(method: gkd.GKDConfig, macros: Mapping[str, str]) -> dict[str, Any]:
-    return {
-        "divergence": name_of(method.divergence),
-        "beta": _beta(method.divergence, macros),
-        "on_policy_fraction": number_or_name(method.on_policy_fraction),
-        "mixing": method.mixing,
-        "teacher_temperature": number_or_name(method.teacher_temperature),
-        "student_temperature": method.student_temperature,
-        "sampling_temperature": method.sampling.temperature,
-        "num_samples": method.num_samples,
-        "rl_alpha": method.rl.alpha if method.rl else None,
-        "reward": name_of(method.rl.reward) if method.rl else None,
-    }
-
-
-def write(folder: pathlib.Path, about: dict[str, Any]) -> None:
-    """Writes run.json. What a run before a resume found out about its first batch stays."""
-    path = folder / "run.json"
-    if path.exists():
-        before = json.loads(path.read_text())
-        about = {**{key: before[key] for key in ("first_batch",) if key in before}, **about}
-    files.write_whole(path, json.dumps(about, indent=1) + "\n")
+def _contents(recipe: Recipe, source: Source) -> dict[str, str]:
+    """A hash of what each path of the recipe leads to, by the name of its field."""
+    found = {"data.vocabulary": vocabularies.content_hash(source.vocabulary)}
+    for name, model in (("student", recipe.student), ("teacher", recipe.teacher)):
+        if model is not None and model.checkpoint is not None:
+            found[f"{name}.checkpoint"] = content.content_id(model.checkpoint)
+    task, cache = pathlib.Path(recipe.data.task), recipe.data.teacher_cache
+    if task.is_file():
+        with task.open("rb") as file:
+            found["data.task"] = hashlib.file_digest(file, "sha256").hexdigest()
+    if cache is not None:
+        about = json.dumps(teacher_cache.read_about(cache), sort_keys=True)
+        found["data.teacher_cache"] = hashlib.sha256(about.encode()).hexdigest()
+    return found
 
 
 def batch_hash(batch: Batch) -> str:
@@ -110,49 +77,133 @@ def batch_hash(batch: Batch) -> str:
     return digest.hexdigest()
 
 
-def check_same(folder: pathlib.Path, about: dict[str, Any]) -> None:
-    """Refuses a MODEL_DIR that another configuration has begun; lengths and meshes may differ.
+def read(folder: pathlib.Path) -> dict[str, Any] | None:
+    """The run.json of a MODEL_DIR that holds a saved step; None for one that is free to take.
+
+    A start that failed before its first checkpoint does not claim its folder.
 
     Raises:
-        ValueError: naming every value that is not as it was.
+        ValueError: where all that is left of a run is damaged, or its run.json cannot be read.
     """
     path = folder / "run.json"
-    if not path.exists() or not (folder / checkpoints.FOLDER).is_dir():
-        return
-    before = json.loads(path.read_text())
-    before.get("data", {}).setdefault("process_shards", 1)  # of before there were any
-    compared = ("method", "optimizer", "student", "teacher", "data", "seed")
-    was, now = ({key: x.get(key) for key in compared} for x in (before, about))
-    changed = [
-        f"{name} {old!r} -> {new!r}"
-        for name, old, new in _differences(was, now)
-        if not name.startswith("data.eval_")
-    ]
-    if changed:
+    if not checkpoints.saved_steps(folder):
+        aside = folder / checkpoints.DAMAGED
+        if aside.is_dir() and any(aside.iterdir()):
+            raise ValueError(
+                f"MODEL_DIR {str(folder)!r} has damaged checkpoints in {checkpoints.DAMAGED}/ and "
+                "no other: delete the folder to begin again, or take another MODEL_DIR"
+            )
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"MODEL_DIR {str(folder)!r} holds checkpoints of a run whose run.json cannot be read "
+            f"({error}): take another MODEL_DIR"
+        ) from None
+
+
+def changes(
+    folder: pathlib.Path,
+    before: dict[str, Any],
+    about: dict[str, Any],
+    allowed: Sequence[str] = (),
+) -> list[dict[str, Any]]:
+    """What this start changes in the run that a MODEL_DIR holds.
+
+    Args:
+        folder: the MODEL_DIR.
+        before: its run.json.
+        about: what this start would write.
+        allowed: names of recipe fields that may change besides those of `recipe.MAY_CHANGE`.
+
+    Returns:
+        `{"field", "old", "new"}` of each field that differs and may.
+
+    Raises:
+        ValueError: naming every value that is not as it was and must be, old and new.
+    """
+    found, refused = [], []
+    for name, old, new in _all_differences(before, about):
+        if is_below(name, MAY_CHANGE) or is_below(name, tuple(allowed)):
+            found.append({"field": name, "old": old, "new": new})
+        else:
+            refused.append((name, old, new))
+    if refused:
+        listed = "; ".join(f"{name} {old!r} -> {new!r}" for name, old, new in refused)
+        names = ", ".join(repr(name) for name, _, _ in refused)
         advice = "Take another MODEL_DIR, or delete it"
-        if any(text.startswith("data.process_shards") for text in changed):
+        if any(name == "process_shards" for name, _, _ in refused):
             advice += "; with shard_by_process, start as many processes as before"
         raise ValueError(
-            f"MODEL_DIR {str(folder)!r} holds another configuration's run: "
-            f"{'; '.join(changed)}. {advice}"
+            f"MODEL_DIR {str(folder)!r} holds another configuration's run: {listed}. {advice}. "
+            f'To change it on purpose: --gin.ALLOW_CHANGES="({names},)"'
         )
+    return found
 
 
-def _differences(was: Any, now: Any, name: str = ""):
-    """(name, old, new) of leaves that both have and that are not equal."""
-    if isinstance(was, dict) and isinstance(now, dict):
-        for key in was.keys() & now.keys():
-            yield from _differences(was[key], now[key], f"{name}.{key}" if name else key)
-    elif was != now:
-        yield name, was, now
+def _all_differences(
+    before: dict[str, Any], about: dict[str, Any]
+) -> Iterator[tuple[str, Any, Any]]:
+    for name, old, new in differences(before.get("recipe"), about["recipe"]):
+        # Of two paths it is compared below what they lead to.
+        if name not in PATHS or old is None or new is None:
+            yield name, old, new
+    was, now = before.get("contents", {}), about["contents"]
+    for name in sorted(was.keys() & now.keys()):
+        if was[name] != now[name]:
+            path = _field(about["recipe"], name)
+            yield name, f"content {was[name][:12]}", f"{path} (content {now[name][:12]})"
+    if before.get("process_shards", 1) != about["process_shards"]:
+        yield "process_shards", before.get("process_shards", 1), about["process_shards"]
 
 
-def _beta(divergence: Any, macros: Mapping[str, str]) -> float | None:
-    """Of jsd: given by `functools.partial`, or by the macro BETA."""
-    if name_of(divergence) != "jsd":
-        return None
-    beta = getattr(divergence, "keywords", {}).get("beta", macros.get("BETA"))
-    return None if beta is None else float(beta)
+def _field(description: Any, name: str) -> Any:
+    for part in name.split("."):
+        description = (description or {}).get(part)
+    return description
+
+
+def fields_named(about: dict[str, Any], name: str) -> list[str]:
+    """The recipe's fields that a name means: one of them, or "[scope/]Type.field" of gin.
+
+    "Linear.learning_rate" is `schedule.learning_rate`; "student/ModelConfig.checkpoint" is
+    `student.checkpoint`.
+
+    Raises:
+        ValueError: where the recipe has no such field.
+    """
+    scope, _, selector = name.rpartition("/")
+    found = [
+        path
+        for path, kind in _fields(about["recipe"])
+        if name == path
+        or (
+            f"{kind}.{path.rpartition('.')[2]}".lower() == selector.lower()
+            and (scope not in ("student", "teacher") or path.startswith(f"{scope}."))
+        )
+    ]
+    if not found:
+        raise ValueError(
+            f"ALLOW_CHANGES names a macro or a field of the recipe, such as "
+            f"'schedule.learning_rate', got {name!r}"
+        )
+    return found
+
+
+def _fields(description: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted name, type of the dataclass that has it) of every field."""
+    for key, value in description.items():
+        if key == "type":
+            continue
+        yield f"{prefix}{key}", str(description.get("type"))
+        if isinstance(value, dict):
+            yield from _fields(value, f"{prefix}{key}.")
+
+
+def write(folder: pathlib.Path, about: dict[str, Any]) -> None:
+    """Writes run.json."""
+    files.write_whole(folder / "run.json", json.dumps(about, indent=1) + "\n")
 
 
 def _commit() -> str | None:

@@ -4,7 +4,8 @@ Parameters under a path component `layers` are stacked on axis 0. Adafactor trea
 parameter of its own: its factors, its scale and its clipping, as T5X does.
 """
 
-from collections.abc import Callable
+import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -12,57 +13,80 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 import optax
 
+from gkd_jax.gkd_config import Schedule
 
-Schedule = Callable[[Any], Any]
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Linear:
+    """The paper's learning-rate schedule: linear from 0, constant, linear to 0 at the run's end.
 
-def linear_schedule(
-    *,
-    learning_rate: float,
-    warmup_steps: int = 0,
-    cooldown_steps: int = 0,
-    total_steps: int,
-) -> Schedule:
-    """The paper's schedule: linear from 0, constant, linear to 0 at `total_steps`.
-
-    Args:
+    Attributes:
         learning_rate: of the constant part.
         warmup_steps: updates of the rise; the paper's XSum: 2,000 of 40,000.
         cooldown_steps: updates of the fall; the paper's XSum: the last 10,000.
-        total_steps: updates of the run.
-
-    Raises:
-        ValueError: for negative numbers, or parts longer than the run.
     """
-    if not learning_rate > 0:
-        raise ValueError(f"learning_rate must be positive, got {learning_rate}")
-    if warmup_steps < 0 or cooldown_steps < 0 or warmup_steps + cooldown_steps > total_steps:
-        raise ValueError(
-            "warmup_steps and cooldown_steps must be at least 0 and fit total_steps, "
-            f"got {warmup_steps} + {cooldown_steps} > {total_steps}"
+
+    learning_rate: float
+    warmup_steps: int = 0
+    cooldown_steps: int = 0
+
+    def __post_init__(self):
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
+        for name in ("warmup_steps", "cooldown_steps"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name} must be an integer of at least 0, got {value!r}")
+
+    def over(self, total_steps: int) -> Schedule:
+        """The learning rate of each update of a run of `total_steps` updates.
+
+        Raises:
+            ValueError: where the rise and the fall together are longer than the run.
+        """
+        if self.warmup_steps + self.cooldown_steps > total_steps:
+            raise ValueError(
+                f"warmup_steps and cooldown_steps must fit the run's {total_steps} steps, "
+                f"got {self.warmup_steps} + {self.cooldown_steps}"
+            )
+
+        def schedule(count):
+            count = jnp.asarray(count, jnp.float32)
+            rise = count / self.warmup_steps if self.warmup_steps else jnp.ones(())
+            left = total_steps - count
+            fall = left / self.cooldown_steps if self.cooldown_steps else jnp.ones(())
+            return self.learning_rate * jnp.clip(jnp.minimum(rise, fall), 0.0, 1.0)
+
+        return schedule
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdamW:
+    """AdamW (Loshchilov & Hutter, 2019).
+
+    Attributes:
+        b1, b2: decay of the means of gradients and of squared gradients.
+        eps: added to the root of the mean of squared gradients.
+        weight_decay: times the learning rate, subtracted as a share of each parameter.
+        max_grad_norm: the global norm of the gradients is clipped to this first; None clips
+            nothing.
+    """
+
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = None
+
+    def __post_init__(self):
+        _check_max_grad_norm(self.max_grad_norm)
+
+    def __call__(self, schedule: Schedule) -> optax.GradientTransformation:
+        """The optimizer whose learning rate follows `schedule`."""
+        adam = optax.adamw(
+            schedule, b1=self.b1, b2=self.b2, eps=self.eps, weight_decay=self.weight_decay
         )
-
-    def schedule(count):
-        count = jnp.asarray(count, jnp.float32)
-        rise = count / warmup_steps if warmup_steps else jnp.ones(())
-        fall = (total_steps - count) / cooldown_steps if cooldown_steps else jnp.ones(())
-        return learning_rate * jnp.clip(jnp.minimum(rise, fall), 0.0, 1.0)
-
-    return schedule
-
-
-def adamw(
-    *,
-    schedule: Schedule,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-    max_grad_norm: float | None = None,
-) -> optax.GradientTransformation:
-    """AdamW (Loshchilov & Hutter, 2019); `max_grad_norm` clips the global norm first."""
-    adam = optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
-    return _clipped(adam, max_grad_norm)
+        return _clipped(adam, self.max_grad_norm)
 
 
 class AdafactorState(NamedTuple):
@@ -81,21 +105,13 @@ class AdafactorState(NamedTuple):
     v: Any
 
 
-def adafactor(
-    *,
-    schedule: Schedule,
-    decay_rate: float = 0.8,
-    clipping_threshold: float = 1.0,
-    min_parameter_scale: float = 1e-3,
-    epsilon: float = 1e-30,
-    min_dim_size_to_factor: int = 128,
-    stacked_min_dim_size_to_factor: int = 0,
-    max_grad_norm: float | None = None,
-) -> optax.GradientTransformation:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Adafactor:
     """Adafactor (Shazeer & Stern, 2018) as T5X runs it: parameter-scaled, no momentum.
 
-    Args:
-        schedule: relative step size; the update is scaled by the parameter's RMS.
+    The learning rate is a relative step size: an update is scaled by the parameter's RMS.
+
+    Attributes:
         decay_rate: the second moments decay by 1 - (count + 1)^-decay_rate.
         clipping_threshold: of the RMS of one parameter's (one layer's) update.
         min_parameter_scale: the least RMS that a parameter is given.
@@ -103,18 +119,37 @@ def adafactor(
         min_dim_size_to_factor: unstacked matrices are factored from this size of both dimensions.
         stacked_min_dim_size_to_factor: the same for matrices of stacked layers. T5X factors those
             of its scanned network at any size (0) and of its plain network from 128.
-        max_grad_norm: clips the global norm of the gradients first.
+        max_grad_norm: the global norm of the gradients is clipped to this first; None clips
+            nothing.
     """
 
-    def is_factored(stacked: bool, name: str, shape: tuple[int, ...]) -> bool:
-        least = stacked_min_dim_size_to_factor if stacked else min_dim_size_to_factor
+    decay_rate: float = 0.8
+    clipping_threshold: float = 1.0
+    min_parameter_scale: float = 1e-3
+    epsilon: float = 1e-30
+    min_dim_size_to_factor: int = 128
+    stacked_min_dim_size_to_factor: int = 0
+    max_grad_norm: float | None = None
+
+    def __post_init__(self):
+        _check_max_grad_norm(self.max_grad_norm)
+
+    def __call__(self, schedule: Schedule) -> optax.GradientTransformation:
+        """The optimizer whose relative step size follows `schedule`."""
+        optimizer = optax.GradientTransformation(
+            self._init, functools.partial(self._update, schedule)
+        )
+        return _clipped(optimizer, self.max_grad_norm)
+
+    def _is_factored(self, stacked: bool, name: str, shape: tuple[int, ...]) -> bool:
+        least = self.stacked_min_dim_size_to_factor if stacked else self.min_dim_size_to_factor
         return len(shape) == 2 and name != "rel_embedding" and min(shape) >= least
 
-    def init(params):
+    def _init(self, params):
         def leaf(path, param):
             stacked, name = _place(path)
             lead, shape = (param.shape[:1], param.shape[1:]) if stacked else ((), param.shape)
-            if is_factored(stacked, name, shape):
+            if self._is_factored(stacked, name, shape):
                 sizes = [(shape[0],), (shape[1],), (1,)]
             else:
                 sizes = [(1,), (1,), shape]
@@ -124,24 +159,24 @@ def adafactor(
         rows, cols, full = _transpose(jax.tree_util.tree_map_with_path(leaf, params), params, 3)
         return AdafactorState(jnp.zeros((), jnp.int32), rows, cols, full)
 
-    def update(updates, state, params=None):
-        decay = 1.0 - (state.count.astype(jnp.float32) + 1.0) ** -decay_rate
+    def _update(self, schedule: Schedule, updates, state, params=None):
+        decay = 1.0 - (state.count.astype(jnp.float32) + 1.0) ** -self.decay_rate
         rate = schedule(state.count)
 
         def leaf(path, grad, param, v_row, v_col, v):
             stacked, name = _place(path)
-            factored = is_factored(stacked, name, param.shape[1:] if stacked else param.shape)
+            factored = self._is_factored(stacked, name, param.shape[1:] if stacked else param.shape)
 
             def run(grad, param, *moments):
                 step, *moments = _adafactor_step(
                     grad,
                     *moments,
                     decay=decay,
-                    clipping_threshold=clipping_threshold,
-                    epsilon=epsilon,
+                    clipping_threshold=self.clipping_threshold,
+                    epsilon=self.epsilon,
                     factored=factored,
                 )
-                scale = jnp.maximum(_rms(param), min_parameter_scale)
+                scale = jnp.maximum(_rms(param), self.min_parameter_scale)
                 return -rate * scale * step, *moments
 
             return (jax.vmap(run) if stacked else run)(grad, param, v_row, v_col, v)
@@ -152,7 +187,11 @@ def adafactor(
         steps, rows, cols, full = _transpose(results, updates, 4)
         return steps, AdafactorState(state.count + 1, rows, cols, full)
 
-    return _clipped(optax.GradientTransformation(init, update), max_grad_norm)
+
+# gin files and command lines name them so: `OPTIMIZER = @optimizers.adamw`.
+adafactor = Adafactor
+adamw = AdamW
+Optimizer = Adafactor | AdamW
 
 
 def _adafactor_step(grad, v_row, v_col, v, *, decay, clipping_threshold, epsilon, factored):
@@ -170,13 +209,16 @@ def _adafactor_step(grad, v_row, v_col, v, *, decay, clipping_threshold, epsilon
     return step / jnp.maximum(1.0, _rms(step) / clipping_threshold), v_row, v_col, v
 
 
+def _check_max_grad_norm(max_grad_norm: float | None) -> None:
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        raise ValueError(f"max_grad_norm must be positive or None, got {max_grad_norm}")
+
+
 def _clipped(
     optimizer: optax.GradientTransformation, max_grad_norm: float | None
 ) -> optax.GradientTransformation:
     if max_grad_norm is None:
         return optimizer
-    if not max_grad_norm > 0:
-        raise ValueError(f"max_grad_norm must be positive or None, got {max_grad_norm}")
     return optax.chain(optax.clip_by_global_norm(max_grad_norm), optimizer)
 
 

@@ -1,29 +1,15 @@
-"""What a checkpoint holds of the student: the step, the parameters and the optimizer's state."""
+"""The student's state before the first update: its arrays, its shapes, and where they lie."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, Int
 import optax
 
 from gkd_jax import sharding
+from gkd_jax.gkd import TrainState
 from gkd_jax.models import t5
-
-
-class TrainState(NamedTuple):
-    """The student in training. The teacher is never part of it.
-
-    Attributes:
-        step: updates done.
-        params: float32 parameters.
-        opt_state: the optimizer's.
-    """
-
-    step: Int[Array, ""]
-    params: t5.Params
-    opt_state: Any
 
 
 def create(params: t5.Params, optimizer: optax.GradientTransformation) -> TrainState:

@@ -1,0 +1,123 @@
+"""The evaluations of a run: its student decodes a split, now and then and at the end."""
+
+from collections.abc import Iterator
+import dataclasses
+import os
+import pathlib
+import sys
+from typing import Any
+
+import jax
+import seqio
+
+from gkd_jax import sharding
+from gkd_jax.evaluation import evaluate
+from gkd_jax.input import data
+from gkd_jax.models import t5
+from gkd_jax.text import vocabularies
+from gkd_jax.training.program import Program
+from gkd_jax.training.source import Source
+
+
+class Evaluations:
+    """Decodes and scores every task that a recipe evaluates on; a mixture task by task."""
+
+    def __init__(
+        self, program: Program, source: Source, model_dir: pathlib.Path, *, check_remote: bool
+    ):
+        """Opens the tasks and checks them against the model; decodes nothing yet.
+
+        Args:
+            program: of the run, whose recipe has an `evaluation`.
+            source: of the run.
+            model_dir: decoded rows go to `eval/<task>/<step>.jsonl` below it.
+            check_remote: False leaves remote vocabularies untouched.
+
+        Raises:
+            ValueError: for a task of another vocabulary, a split that the task lacks, or a batch
+                size that the mesh does not divide.
+        """
+        recipe = program.recipe
+        assert recipe.evaluation is not None
+        self._config, self._data, self._folder = recipe.evaluation, recipe.data, model_dir
+        self._vocabulary, self._mesh = source.vocabulary, program.mesh
+        self._lengths = dict(recipe.data.feature_lengths)
+        self._lengths["targets"] = self._config.target_length or self._lengths["targets"]
+        self._batch_size = self._config.batch_size or recipe.data.batch_size
+        sharding.check_batch_size(self._batch_size, program.mesh)
+        self._tasks = dict(self._open(source, check_remote))
+        divergence = None
+        if program.teacher is not None:
+            divergence = evaluate.teacher_divergence(program.models, program.mesh)
+        self._decoder = evaluate.make_decoder(
+            program.models.student,
+            self._config,
+            vocabulary=source.vocabulary,
+            num_pieces=program.models.num_pieces,
+            mesh=program.mesh,
+            length=self._lengths["targets"],
+            divergence=divergence,
+        )
+
+    def _open(self, source: Source, check_remote: bool) -> Iterator[tuple[str, Any]]:
+        """(name, task) of everything that is evaluated."""
+        name, task = self._config.task or self._data.task, source.task
+        if name != self._data.task:
+            chosen = dataclasses.replace(self._data, task=name)
+            task, vocabulary = data.open_task(chosen, check_remote=check_remote)
+            if vocabularies.content_hash(vocabulary) != vocabularies.content_hash(
+                source.vocabulary
+            ):
+                raise ValueError(
+                    f"EVAL_TASK {name!r} has another vocabulary than {self._data.task!r}, which "
+                    "the student is trained on: set VOCABULARY for both, or evaluate another task"
+                )
+        if not isinstance(task, seqio.Mixture):
+            data.check_split(task, self._config.split)
+            yield name, task
+            return
+        for part in task.tasks:
+            data.check_split(part, self._config.split)
+            yield part.name, part
+
+    def check_first_examples(self) -> None:
+        """Reads one example of each task, so that data that cannot be read are found at once.
+
+        Raises:
+            ValueError: naming the task and the split that have no example or cannot be read.
+        """
+        for name, task in self._tasks.items():
+            where = f"the evaluation's task {name!r}, split {self._config.split!r}"
+            try:
+                first = next(iter(self._batches(task, num_examples=1)), None)
+            except Exception as error:
+                raise ValueError(f"{where}, cannot be read: {error}") from error
+            if first is None:
+                raise ValueError(f"{where}, has no examples")
+
+    def _batches(self, task: Any, *, num_examples: int | None) -> Iterator[data.EvalBatch]:
+        return data.eval_batches(
+            task,
+            feature_lengths=self._lengths,
+            split=self._config.split,
+            batch_size=self._batch_size,
+            num_examples=num_examples,
+            use_cached=self._data.use_cached,
+        )
+
+    def __call__(
+        self, params: t5.Params, teacher_params: t5.Params | None, step: int
+    ) -> dict[str, float]:
+        """Decodes and scores every task with these parameters; metrics named `eval/<task>/...`."""
+        found: dict[str, float] = {}
+        for name, task in self._tasks.items():
+            batches = self._batches(task, num_examples=self._config.num_examples)
+            rows = list(self._decoder(params, batches, teacher_params=teacher_params))
+            values = evaluate.score(task, rows, self._config)
+            if jax.process_index() == 0:
+                path = self._folder / "eval" / os.path.basename(name) / f"{step}.jsonl"
+                evaluate.write_rows(path, rows, self._vocabulary)
+            shown = "  ".join(f"{key} {value:.2f}" for key, value in values.items())
+            print(f"step {step}: {name} {self._config.split}: {shown}", file=sys.stderr)
+            found.update({f"eval/{name}/{key}": value for key, value in values.items()})
+        return found

@@ -1,0 +1,85 @@
+"""What a run reads, opened and checked before any array exists: its task and its vocabulary."""
+
+from typing import Any, NamedTuple
+
+from gkd_jax.input import data, teacher_cache
+from gkd_jax.storage import content, pretrained
+from gkd_jax.text import vocabularies
+from gkd_jax.training.recipe import Recipe, describe
+
+
+class Source(NamedTuple):
+    """An opened task.
+
+    Attributes:
+        task: the seqio task or mixture.
+        vocabulary: of its inputs and targets.
+        num_pieces: ids of the vocabulary, extra ids included.
+        cached_k: how many ids a position the teacher's cached scores have; 0 without a cache.
+    """
+
+    task: Any
+    vocabulary: Any
+    num_pieces: int
+    cached_k: int = 0
+
+
+def open_source(
+    recipe: Recipe, *, pending: frozenset[str] = frozenset(), check_remote: bool = True
+) -> Source:
+    """Opens the task that a recipe trains on.
+
+    Args:
+        recipe: the run.
+        pending: checkpoints that are not looked at (see `program.build`).
+        check_remote: False leaves remote vocabularies untouched.
+
+    Raises:
+        ValueError: for a split, cache or checkpoint that does not fit the task and its vocabulary.
+    """
+    task, vocabulary = data.open_task(recipe.data, check_remote=check_remote)
+    data.check_split(task, recipe.data.split)
+    cached_k = _check_cache(recipe, vocabulary, pending)
+    chosen = {"student": recipe.student, "teacher": recipe.teacher}
+    pretrained.check_vocabularies(vocabulary, chosen, pending)
+    num_pieces = vocabularies.num_pieces(vocabulary, check_remote=check_remote)
+    return Source(task, vocabulary, num_pieces, cached_k)
+
+
+def num_pieces_of(recipe: Recipe) -> int:
+    """How many ids the recipe's vocabulary has, of which alone shapes depend."""
+    return open_source(recipe, check_remote=False).num_pieces
+
+
+def _check_cache(recipe: Recipe, vocabulary: Any, pending: frozenset[str]) -> int:
+    """The k of a teacher cache that fits the recipe; 0 where there is none."""
+    path, method = recipe.data.teacher_cache, recipe.method
+    if path is None:
+        return 0
+    about = teacher_cache.read_about(path)
+    if method.divergence is None or (method.mixing == "example" and method.uses_samples()):
+        raise ValueError(
+            f"teacher_cache={path!r} serves steps on the dataset's targets alone: it needs a "
+            "divergence, and mixing='step'"
+        )
+    if method.teacher_temperature != about["temperature"]:
+        raise ValueError(
+            f"teacher_cache={path!r} was made at temperature {about['temperature']}, got "
+            f"teacher_temperature {describe(method.teacher_temperature)}"
+        )
+    expected = vocabularies.content_hash(vocabulary)
+    if about["vocabulary"] != expected:
+        raise ValueError(
+            f"teacher_cache={path!r} was made with another vocabulary (content "
+            f"{about['vocabulary'][:12]}) than this task's (content {expected[:12]})"
+        )
+    checkpoint = None if recipe.teacher is None else recipe.teacher.checkpoint
+    if checkpoint is not None and checkpoint not in pending:
+        found, expected = content.content_id(checkpoint), about.get("teacher_content")
+        if expected != found:
+            raise ValueError(
+                f"teacher_cache={path!r} holds the scores of {about['teacher']!r} (content "
+                f"{str(expected)[:12]}), and TEACHER_CHECKPOINT is another: {checkpoint!r} "
+                f"(content {found[:12]})"
+            )
+    return about["k"]

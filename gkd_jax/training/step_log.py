@@ -1,0 +1,98 @@
+"""The numbers of each step, written one step late so that the host never waits for the device."""
+
+from collections.abc import Mapping
+import concurrent.futures
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from gkd_jax.gkd_config import Schedule
+from gkd_jax.training import metrics
+from gkd_jax.training.rollouts import Rewards, Rollout
+
+
+class _Step(NamedTuple):
+    """A step that was dispatched but not waited for."""
+
+    number: int
+    rollout: Rollout
+    rewards: Rewards | None
+    values: Mapping[str, jax.Array | float]
+    update_seconds: concurrent.futures.Future[float]
+
+
+class StepLog:
+    """Holds one step back: `add` writes the step before, `flush` whatever is held."""
+
+    def __init__(self, writer: metrics.Writer, progress: metrics.Progress, schedule: Schedule):
+        self._writer, self._progress, self._schedule = writer, progress, schedule
+        self._held: _Step | None = None
+
+    def add(
+        self,
+        step: int,
+        rollout: Rollout,
+        rewards: Rewards | None,
+        values: Mapping[str, jax.Array | float],
+        update_seconds: concurrent.futures.Future[float],
+    ) -> None:
+        """Takes a step that was dispatched, and waits for the one before it."""
+        self.flush()
+        self._held = _Step(step, rollout, rewards, values, update_seconds)
+
+    def flush(self) -> None:
+        """Waits for the held step's results and writes its line.
+
+        Raises:
+            FloatingPointError: for a loss or gradient that is not finite; the batch is dumped.
+        """
+        step, self._held = self._held, None
+        if step is None:
+            return
+        values = {name: float(value) for name, value in jax.device_get(step.values).items()}
+        sampled = step.rollout.sample_seconds
+        line = {
+            **{f"train/{name}": value for name, value in values.items()},
+            "train/on_policy": float(step.rollout.sample is not None),
+            "train/learning_rate": float(self._schedule(step.number)),
+            **_sample_numbers(step),
+            "time/sample_s": sampled.result() if sampled else 0.0,
+            "time/update_s": step.update_seconds.result(),
+        }
+        self._writer.write(step.number + 1, line)
+        self._progress.step(step.number + 1, line)
+        finite = np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"])
+        if not finite and "skipped" not in values:
+            self._stop_at_nonfinite(step, values)
+
+    def _stop_at_nonfinite(self, step: _Step, values: dict[str, float]) -> None:
+        kind = "dataset" if step.rollout.sample is None else "on-policy"
+        batch = step.rollout.batch
+        arrays = batch._asdict() | (batch.teacher._asdict() if batch.teacher else {})
+        del arrays["teacher"]
+        dumped = self._writer.dump(step.number, arrays)
+        raise FloatingPointError(
+            f"step {step.number} ({kind} batch): loss {values['loss']}, gradient norm "
+            f"{values['grad_norm']}; the batch is in {dumped}, and the last checkpoint is from "
+            "before it. train.TrainConfig.skip_nonfinite = True goes on"
+        )
+
+
+def _sample_numbers(step: _Step) -> dict[str, float]:
+    """What is logged of the student's samples and of their rewards, where there are any."""
+    numbers: dict[str, float] = {}
+    sample = step.rollout.sample
+    if sample is not None:
+        weights = np.asarray(jax.device_get(sample.weights))
+        tokens = np.asarray(jax.device_get(sample.tokens))
+        log_probs = np.asarray(jax.device_get(sample.log_probs))
+        found = metrics.sample_statistics(tokens, weights)
+        numbers["train/sample_length"] = found["length"]
+        numbers["train/truncated_fraction"] = found["truncated_fraction"]
+        numbers["train/sample_entropy"] = float(-(log_probs * weights).sum() / weights.sum())
+        numbers["train/distinct_2"] = found["distinct_2"]
+    if step.rewards is not None:
+        numbers["train/reward"] = float(step.rewards.rewards.mean())
+        numbers["train/reward_std"] = float(step.rewards.rewards.std())
+    return numbers
