@@ -10,7 +10,7 @@ import optax
 import pytest
 from scipy import special
 
-from gkd_jax import divergences, gkd, losses, sampling, sharding
+from gkd_jax import accumulation, divergences, gkd, losses, sampling, sharding
 from gkd_jax.batch import Batch
 from gkd_jax.gkd import GKDConfig, ModelPair
 from gkd_jax.models import t5
@@ -370,12 +370,8 @@ def test_memory_of_the_loss_does_not_grow_with_the_length_times_the_vocabulary()
 
 
 def test_parts_are_chosen_by_the_size_of_the_logits():
-    big = dataclasses.replace(STUDENT, vocab_size=32128)
-    models = ModelPair(student=big, teacher=None, num_pieces=32100)
-
     def parts(rows, length, chosen=None):
-        batch = Batch(np.zeros((rows, 8)), np.zeros((rows, length)), np.zeros((rows, length)))
-        return gkd._loss_parts(GKDConfig(loss_parts=chosen), models, batch)
+        return accumulation.num_length_parts(rows, length, 32128, chosen)
 
     assert parts(16, 32) == 1  # 63 MiB
     assert parts(32, 64) == 1  # 251 MiB

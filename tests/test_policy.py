@@ -266,6 +266,6 @@ def test_name_rule_sees_planted_names(name, forbidden):
 
 def test_length_rule_sees_a_planted_function():
     body = "\n".join(["    x = 1"] * MAX_FUNCTION_LINES)
-    tree = ast.parse(f"def run():\n{body}\n")
+    tree = ast.parse(f"def train():\n{body}\n")
     assert long_functions(tree, "gkd_jax/evaluation/infer.py")
     assert not long_functions(tree, "gkd_jax/training/train.py")

@@ -35,7 +35,7 @@ def test_rouge2():
 
 
 def test_brevity():
-    got = rewards.brevity(PROMPTS, ["one", "one two three", ""], PROMPTS, limit=1)
+    got = rewards.Brevity(limit=1)(PROMPTS, ["one", "one two three", ""], PROMPTS)
     assert got.tolist() == [0.0, -2.0, 0.0]
 
 
@@ -100,7 +100,7 @@ def test_an_evaluation_reports_both_numbers_of_a_classifier(classifier):
     known = Known(model=ModelConfig(checkpoint=classifier[0]), vocabulary="bytes")
     texts = {"inputs_pretokenized": "p", "targets_pretokenized": "yes"}
     rows = [evaluate.Row(texts, output, [1], None) for output in ("yes", "no", "yes", "yes")]
-    settings = evaluate.EvalConfig(rewards=(known, rewards.brevity))
+    settings = evaluate.EvalConfig(rewards=(known, rewards.Brevity()))
     values = evaluate.score(seqio.TaskRegistry.get("rte"), rows, settings)
     assert values == {
         "exact_match": 75.0,

@@ -83,6 +83,8 @@ class EvalConfig:
     rewards: Sequence[Reward] = ()
 
     def __post_init__(self):
+        made = tuple(reward() if isinstance(reward, type) else reward for reward in self.rewards)
+        object.__setattr__(self, "rewards", made)
         if self.decoding not in ("greedy", "sample", "beam", "likeliest"):
             raise ValueError(
                 f"decoding must be 'greedy', 'sample', 'beam' or 'likeliest', got {self.decoding!r}"

@@ -69,24 +69,7 @@ def run(
 
     jitted = jax.jit(score, out_shardings=sharding.replicated(mesh))
     params = place_params(model, config, mesh)
-    about = {
-        "task": data_config.task,
-        "split": data_config.split,
-        "feature_lengths": dict(data_config.feature_lengths),
-        "batch_size": data_config.batch_size,
-        "num_examples": data_config.num_examples,
-        "vocabulary": vocabularies.content_hash(vocabulary),
-        "num_pieces": num_pieces,
-        "seed": data_config.seed,
-        "use_cached": data_config.use_cached,
-        "teacher": str(checkpoints.find_step(model.checkpoint) or model.checkpoint)
-        if model.checkpoint
-        else None,
-        "teacher_content": content.content_id(model.checkpoint) if model.checkpoint else None,
-        "dtypes": [model.dtype, model.param_dtype],
-        "temperature": temperature,
-        "k": k,
-    }
+    about = _about(model, data_config, vocabulary, k, temperature)
     batches = data.eval_batches(
         task,
         feature_lengths=data_config.feature_lengths,
@@ -97,6 +80,34 @@ def run(
         seed=data_config.seed,
     )
     _write(output, about, batches, lambda batch: jitted(params, data.place(batch, mesh)))
+
+
+def _about(
+    model: ModelConfig,
+    data_config: data.DataConfig,
+    vocabulary: seqio.Vocabulary,
+    k: int,
+    temperature: float,
+) -> dict[str, Any]:
+    """What the cache's about.json says: enough to refuse another teacher or other data."""
+    return {
+        "task": data_config.task,
+        "split": data_config.split,
+        "feature_lengths": dict(data_config.feature_lengths),
+        "batch_size": data_config.batch_size,
+        "num_examples": data_config.num_examples,
+        "vocabulary": vocabularies.content_hash(vocabulary),
+        "num_pieces": vocabularies.num_pieces(vocabulary),
+        "seed": data_config.seed,
+        "use_cached": data_config.use_cached,
+        "teacher": str(checkpoints.find_step(model.checkpoint) or model.checkpoint)
+        if model.checkpoint
+        else None,
+        "teacher_content": content.content_id(model.checkpoint) if model.checkpoint else None,
+        "dtypes": [model.dtype, model.param_dtype],
+        "temperature": temperature,
+        "k": k,
+    }
 
 
 def _check(k: int, temperature: float, output: str) -> None:
