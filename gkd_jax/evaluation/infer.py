@@ -23,7 +23,12 @@ from gkd_jax.evaluation.evaluate import EvalConfig
 from gkd_jax.input import data
 from gkd_jax.models import t5
 from gkd_jax.storage import content
-from gkd_jax.storage.pretrained import ModelConfig, check_special_ids, check_vocabularies, place_params
+from gkd_jax.storage.pretrained import (
+    ModelConfig,
+    check_special_ids,
+    check_vocabularies,
+    place_params,
+)
 from gkd_jax.text import files
 
 

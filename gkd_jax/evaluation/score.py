@@ -15,7 +15,12 @@ from gkd_jax.batch import Batch, TopK
 from gkd_jax.input import data, teacher_cache
 from gkd_jax.models import t5
 from gkd_jax.storage import checkpoints, content
-from gkd_jax.storage.pretrained import ModelConfig, check_special_ids, check_vocabularies, place_params
+from gkd_jax.storage.pretrained import (
+    ModelConfig,
+    check_special_ids,
+    check_vocabularies,
+    place_params,
+)
 from gkd_jax.text import vocabularies
 
 

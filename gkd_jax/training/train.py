@@ -62,6 +62,9 @@ def train(
         pending |= pretrained.remote_checkpoints(recipe.student, recipe.teacher)
     source = open_source(recipe, pending=pending, check_remote=not dry_run)
     program = build(recipe, source.num_pieces, cached_k=source.cached_k, pending=pending)
+    pretrained.check_special_ids(
+        program.models.student, source.vocabulary, check_remote=not dry_run
+    )
     folder = pathlib.Path(model_dir)
     evaluate = None
     if recipe.evaluation is not None:
