@@ -18,9 +18,16 @@ OUTPUT holds `report.html` (one file, to send), `report.md`, `figures/*.png` and
 from collections.abc import Sequence
 import pathlib
 
-from gkd_jax.report import figures, pages, reading
-from gkd_jax.report.study import Study
 from gkd_jax.text import files
+
+
+try:
+    from gkd_jax.report import figures, pages, reading
+    from gkd_jax.report.study import Study
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"report needs {error.name}, which is not installed: pip install 'gkd_jax[report]'"
+    ) from error
 
 
 def write(run_dirs: Sequence[str], output: str) -> None:
@@ -32,7 +39,6 @@ def write(run_dirs: Sequence[str], output: str) -> None:
 
     Raises:
         FileNotFoundError: a run folder does not exist, or none holds a metrics.jsonl.
-        ModuleNotFoundError: matplotlib is not installed.
     """
     study = Study(reading.find(run_dirs))
     folder = pathlib.Path(output)

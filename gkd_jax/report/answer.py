@@ -72,8 +72,8 @@ def _answer(study: Study, size: str, methods: Table, rows: Table) -> Answer:
 def _is_sft_as_long(group: Group, best: Group) -> bool:
     start = "models.student.start"
     names = ("train.train_steps", "data.num_examples", "data.batch_size", start)
-    names = names if best.fields.get(start) else (*names, "student.checkpoint")
-    same = all(group.fields.get(name) == best.fields.get(name) for name in names)
+    names = names if best.first.fields.get(start) else (*names, "student.checkpoint")
+    same = all(group.first.fields.get(name) == best.first.fields.get(name) for name in names)
     return group.role == "sft" and same
 
 
@@ -81,12 +81,8 @@ def noise(left: Any, right: Any) -> str:
     """Whether two means (`mean`, `error`, `n`) differ by Welch's t-test at 5 %, in words."""
     if math.isnan(left["error"]) or math.isnan(right["error"]):
         return "one seed, so the noise is not known"
-    means_and_deviations = [
-        number
-        for one in (left, right)
-        for number in (one["mean"], one["error"] * math.sqrt(one["n"]), one["n"])
-    ]
-    test: Any = stats.ttest_ind_from_stats(*means_and_deviations, equal_var=False)
+    numbers = [(one["mean"], one["error"] * math.sqrt(one["n"]), one["n"]) for one in (left, right)]
+    test: Any = stats.ttest_ind_from_stats(*numbers[0], *numbers[1], equal_var=False)
     exact = left["error"] == right["error"] == 0 and left["mean"] != right["mean"]
     beyond = exact or test.pvalue < _SIGNIFICANT
     return ("more than" if beyond else "within") + " the seeds' noise"

@@ -30,20 +30,18 @@ def write(run_dirs: Sequence[str], output: str) -> None:
     if not output.endswith(".jsonl"):
         raise ValueError(f"the archive must be a file that ends in .jsonl, got {output!r}")
     roots = [pathlib.Path(run_dir).resolve() for run_dir in run_dirs]
-    lines = []
+    text = ""
     for run in reading.find(run_dirs):
+        content = {
+            "name": run.name,
+            "run": {name: value for name, value in run.about.items() if name != "macros"},
+            "metrics": [line for line in run.lines if _is_kept(line, run.last_step)],
+            "evaluations": run.decoded,
+        }
         if run.finished:
-            kept = [line for line in run.lines if _is_kept(line, run.last_step)]
-            about = {name: value for name, value in run.about.items() if name != "macros"}
-            content = {
-                "name": run.name,
-                "run": about,
-                "metrics": kept,
-                "evaluations": list(run.decoded),
-            }
-            lines.append(json.dumps(_small(content, roots), ensure_ascii=False))
+            text += json.dumps(_small(content, roots), ensure_ascii=False) + "\n"
     pathlib.Path(output).parent.mkdir(parents=True, exist_ok=True)
-    files.write_whole(pathlib.Path(output), "".join(line + "\n" for line in lines))
+    files.write_whole(pathlib.Path(output), text)
 
 
 def _is_kept(line: dict[str, Any], last: int) -> bool:

@@ -17,17 +17,12 @@ from gkd_jax.text import files
 
 _REWARDS = ("entailed", "entailment", "exact_answer", "brevity", "reward")
 _LEAST_CELLS = 6  # of a map; fewer are said by the bars
+_SERIES = ("accent", "warm", "jsd_0_5", "total_variation", "jsd_0_1", "grey")
 _MAPS = ("Fig. 6", "Fig. 7", "Fig. A.12", "Fig. A.13", "Fig. A.14")
 
 
-class Figure(NamedTuple):
-    """A figure: its PNG below figures/, and SVGs for a wide page and for a phone."""
-
-    file: str
-    title: str
-    caption: str
-    wide: str
-    narrow: str
+Figure = dict[str, str]
+"""`file` (a PNG below figures/), `title`, `caption`, SVGs for a `wide` page and a `narrow` one."""
 
 
 class _Sketch(NamedTuple):
@@ -77,8 +72,8 @@ def draw(study: Study, folder: pathlib.Path) -> dict[str, list[Figure]]:
             name = f"{stem}_{used.count(stem)}" if used.count(stem) > 1 else stem
             png, wide, narrow = plots.render(sketch.draw, sketch.panels, sketch.x, sketch.y)
             files.write_whole(folder / f"{name}.png", png)
-            figure = Figure(f"{name}.png", sketch.title, sketch.caption, wide, narrow)
-            drawn.setdefault(task, []).append(figure)
+            figure = {"file": f"{name}.png", "title": sketch.title, "caption": sketch.caption}
+            drawn.setdefault(task, []).append({**figure, "wide": wide, "narrow": narrow})
     return drawn
 
 
@@ -114,21 +109,17 @@ def _bars(view: _View) -> Iterator[_Sketch]:
     for size in sizes(methods["group"]):
         rows = methods[methods["size"] == size]
         teacher = view.of_parent(rows, "teacher")
-        # The darker, the more of the student's own samples.
-        shades = {"distillation": ("pale", "middle", "accent"), "seqkd": ("grey",), "rl": ("warm",)}
-        colours = [
-            COLOURS[
-                shades.get(role, ("light",))[
-                    math.ceil(2 * fraction) if len(shades.get(role, ())) > 1 else 0
-                ]
-            ]
-            for role, fraction in zip(rows["role"], rows["fraction"], strict=True)
-        ]
-        panel = Panel(
-            "", rows.assign(colour=colours), None if teacher is None else ("teacher", teacher)
-        )
+        pairs = zip(rows["role"], rows["fraction"], strict=True)
+        rows = rows.assign(colour=[_shade(role, fraction) for role, fraction in pairs])
+        panel = Panel("", rows, None if teacher is None else ("teacher", teacher))
         if len(rows) > 1:
             yield _Sketch("methods", f"Methods, {size}", caption, plots.bars, [panel], view.metric)
+
+
+def _shade(role: str, fraction: float) -> str:
+    """The darker, the more of the student's own samples."""
+    mix = ("pale", "middle", "accent")[(fraction > 0) + (fraction >= 1)]
+    return COLOURS[{"distillation": mix, "seqkd": "grey", "rl": "warm"}.get(role, "light")]
 
 
 def _grids(view: _View) -> Iterator[Table]:
@@ -153,17 +144,13 @@ def _maps(view: _View) -> Iterator[_Sketch]:
             filled = rows.groupby(one)[one].transform("size")
             rows = rows[filled * 2 >= rows[other].nunique()]
         signed = bool(rows["gain"].notna().all())
-        if (
-            len(rows) < _LEAST_CELLS
-            or min(rows["divergence"].nunique(), rows["fraction"].nunique()) < 2
-        ):
+        if len(rows) < _LEAST_CELLS or rows[["divergence", "fraction"]].nunique().min() < 2:
             continue
         if signed:
             rows = rows.assign(mean=rows["gain"], error=rows["gain_error"])
         panels = [view.panel(rows, _cells(rows, signed)), *_paper_map(view, rows, signed)]
-        title = (
-            "Improvement over the student before" if signed else "Value"
-        ) + " by divergence and λ"
+        what = "Improvement over the student before" if signed else "Value"
+        title = f"{what} by divergence and λ"
         yield _Sketch("divergence_lambda", title, caption, plots.heat_map, panels)
 
 
@@ -202,10 +189,9 @@ def _lambda(view: _View) -> Iterator[_Sketch]:
         points: Table = rows.groupby("divergence")["divergence"].transform("size")
         rows = rows[points > 1].sort_values("fraction", kind="stable")
         if points.max() > 2:  # two say no more than the bars
-            names, colours = (
-                rows["divergence"].map(one) for one in (divergence_name, plots.colour)
-            )
-            drawn = _lines(rows, names, 100 * rows["fraction"], colours)
+            of = rows["divergence"]
+            x, colours = 100 * rows["fraction"], of.map(plots.colour)
+            drawn = _lines(rows, of.map(divergence_name), x, colours)
             panels.append(view.panel(rows, drawn, ticks=ticks))
     if panels:
         caption = "Whiskers of one standard error; as in Fig. 8 of the paper."
@@ -216,25 +202,22 @@ def _lambda(view: _View) -> Iterator[_Sketch]:
 def _data(view: _View) -> Iterator[_Sketch]:
     """Fig. 3."""
     rows = view.rows[view.rows["role"].isin(["distillation", "seqkd", "sft"])]
-    key: Table = pd.Series(
-        [hash(g.identity_without("data.num_examples")) for g in rows["group"]], rows.index
+    alike: Table = rows["group"].map(
+        lambda group: hash(group.identity_without("data.num_examples"))
     )
-    rows = rows[key.groupby(key).transform("size") > 1].sort_values("amount", kind="stable")
+    rows = rows[alike.duplicated(keep=False)].sort_values("amount", kind="stable")
     amounts = sorted(rows["amount"].unique())
     ticks = [(i, "all" if a == math.inf else f"{a:,.0f}") for i, a in enumerate(amounts)]
     panels = []
     for size in sizes(rows["group"]):
         here = rows[rows["size"] == size]
         labels = [re.sub(r" · [\w,]+ examples", "", label) for label in here["label"]]
-        palette = [COLOURS[name] for name in ("accent", "warm", "jsd5", "total", "jsd1", "grey")]
         names = list(dict.fromkeys(labels))
-        colours = [palette[names.index(label) % len(palette)] for label in labels]
+        colours = [COLOURS[_SERIES[names.index(label) % len(_SERIES)]] for label in labels]
         lines = _lines(here, labels, [amounts.index(a) for a in here["amount"]], colours)
         panels.append(view.panel(here, lines, ticks=ticks))
     if panels:
-        caption = (
-            "On-policy methods use the inputs of these examples only; as in Fig. 3 of the paper."
-        )
+        caption = "On-policy methods use their inputs only; as in Fig. 3 of the paper."
         x = "training examples"
         yield _Sketch("data", "Less data", caption, plots.curves, panels, x, view.metric)
 
@@ -245,13 +228,14 @@ def _rl(view: _View) -> Iterator[_Sketch]:
     rows = view.rows[view.rows["role"] == "rl"]
     if reward is None or len(rows) < 2:
         return
-    rewards = view.study.table(view.task, view.setting, reward).set_index("group")["mean"]
     notes = [f"alpha {group.method.alpha:g}" for group in rows["group"]]
-    rows = rows.assign(y=rows["group"].map(rewards), note=notes, line="RL + GKD", dashed=False)
-    rows = rows.assign(x=rows["mean"], colour=COLOURS["accent"]).dropna(subset="y")
-    panels = [
-        view.panel(some, some) for _, some in rows.groupby("size", sort=False) if len(some) > 1
-    ]
+    rows = _lines(rows, "RL + GKD", rows["mean"], COLOURS["accent"])[: len(rows)].assign(note=notes)
+    rewards = view.study.table(view.task, view.setting, reward).set_index("group")
+    rows = rows.assign(
+        **{y: rows["group"].map(rewards[of]) for y, of in (("y", "mean"), ("error", "error"))}
+    )
+    sized = rows.dropna(subset="y").groupby("size", sort=False)
+    panels = [view.panel(some, some) for _, some in sized if len(some) > 1]
     caption = "alpha weighs distillation, 1 - alpha the reward; as in Fig. 5 of the paper."
     if paper.task_of(view.task) == "xsum":
         gains = "; ".join(

@@ -19,15 +19,15 @@ from gkd_jax.report.record import Run, finite, said, short_count
 from gkd_jax.report.study import Study, Table, sizes
 
 
-# Title of a chart of training -> (metric of metrics.jsonl, name of its curve).
+# Title of a chart of training -> metrics of metrics.jsonl and the names of their curves.
 _CURVES = {
-    "gradient norm": [("train/grad_norm", "")],
-    "learning rate": [("train/learning_rate", "")],
-    "sampled length, tokens": [("train/sample_length", "")],
-    "truncated samples, fraction": [("train/truncated_fraction", "")],
-    "entropy of the samples, nats": [("train/sample_entropy", "")],
-    "reward": [("train/reward", "")],
-    "seconds a step": [("time/sample_s", "sampling"), ("time/update_s", "update")],
+    "gradient norm": {"train/grad_norm": ""},
+    "learning rate": {"train/learning_rate": ""},
+    "sampled length, tokens": {"train/sample_length": ""},
+    "truncated samples, fraction": {"train/truncated_fraction": ""},
+    "entropy of the samples, nats": {"train/sample_entropy": ""},
+    "reward": {"train/reward": ""},
+    "seconds a step": {"time/sample_s": "sampling", "time/update_s": "update"},
 }
 _WIDTH, _HEIGHT, _POINTS = 320, 120, 200
 
@@ -52,7 +52,18 @@ def environment() -> jinja2.Environment:
 def report(study: Study, drawn: dict[str, list[Figure]]) -> tuple[str, str]:
     """The whole report as one HTML file, and as Markdown with links to figures/ and runs/."""
     tasks = [_task(study, task, drawn.get(task, [])) for task in study.tasks()]
-    runs = [(run, list(_finals(run, study))) for run in study.runs]
+    # A run's main numbers, for the list of runs.
+    runs = [
+        (
+            run,
+            [
+                (f"{task}, {setting}", f"{values[name]:.4g}")
+                for (task, setting), values in run.finals.items()
+                if setting.is_main and (name := study.metrics(task)[0]) in values
+            ],
+        )
+        for run in study.runs
+    ]
     whole, plain = (environment().get_template(f"report.{end}") for end in ("html", "md"))
     values = {"study": study, "tasks": tasks, "runs": runs}
     return whole.render(values), plain.render(values)
@@ -118,21 +129,13 @@ def _task(study: Study, task: str, figures: Sequence[Figure]) -> dict[str, Any]:
     }
 
 
-def _finals(run: Run, study: Study) -> Iterator[tuple[str, str]]:
-    """(what, number) of a run's main metrics, for the list of runs."""
-    for (task, setting), values in run.finals.items():
-        name = study.metrics(task)[0]
-        if setting.is_main and name in values:
-            yield f"{task}, {setting}", f"{values[name]:.4g}"
-
-
 def _recipe(study: Study, task: str) -> Iterator[tuple[str, str, str]]:
     """Tables A.1 to A.4: (field, the values of our distillations, the paper's)."""
     known, tables = paper.task_of(task), paper.content()["hyperparameters"]
     theirs = tables.get("flan" if known in ("mmlu", "bbh") else known, {})
     groups = [one for one in study.of_task(task) if one.role == "distillation"]
     for name in tables["xsum"] if groups else ():
-        values = [said(group.fields[name]) for group in groups if name in group.fields]
+        values = [said(group.first.fields[name]) for group in groups if name in group.first.fields]
         if values:
             field = name.partition(".")[2].replace("_", " ").replace(".", ", ")
             yield field, "; ".join(dict.fromkeys(values)), theirs.get(name, "")
@@ -140,42 +143,37 @@ def _recipe(study: Study, task: str) -> Iterator[tuple[str, str, str]]:
 
 def _costs(study: Study, task: str) -> Iterator[tuple[str, ...]]:
     """Table A.16, what sampling costs: medians of own steps, since the first steps compile."""
-    theirs = paper.content()["cost_of_sampling"]
+    theirs, names = paper.content()["cost_of_sampling"], ("time/sample_s", "time/update_s")
     known = theirs["slowdown_by_ratio"] if paper.task_of(task) == theirs["task"] else {}
     for group in study.of_task(task):
         lines = [
             line for run in group.runs for line in run.lines if line.get("train/on_policy") == 1
         ]
-        times = [
-            [finite(line.get(f"time/{part}_s")) for part in ("sample", "update")] for line in lines
-        ]
-        known_times = np.array([one for one in times if None not in one] or [[0, 0]], float)
-        sample, update = np.median(known_times, axis=0)
+        times = [[finite(line.get(name)) or 0.0 for name in names] for line in lines]
+        sample, update = np.median(times or [[0.0, 0.0]], axis=0)
         student, teacher = (group.first.parameters(role) for role in ("student", "teacher"))
         if sample > 0 and update > 0 and student and teacher:
-            close = [
-                v for ratio, v in known.items() if 0.9 < float(ratio) * student / teacher < 1.1
-            ]
-            models = f"{short_count(teacher)} : {short_count(student)} = {teacher / student:.2g}"
+            ratio = teacher / student
+            close = [value for one, value in known.items() if 0.9 < float(one) / ratio < 1.1]
+            models = f"{short_count(teacher)} : {short_count(student)} = {ratio:.2g}"
             numbers = (f"{sample:.3g}", f"{update:.3g}", f"{(sample + update) / update:.2f}")
             yield (group.label, models, *numbers, *map(str, close or [""]))
 
 
 def _charts(run: Run) -> Iterator[dict[str, Any] | None]:
-    names = dict.fromkeys(name for line in run.lines for name in line if name.startswith("eval/"))
-    for name in names:
-        yield _chart(name.removeprefix("eval/"), [("", run.curve(name))])
+    for name in dict.fromkeys(name for line in run.lines for name in line):
+        if name.startswith("eval/"):
+            yield _chart(name.removeprefix("eval/"), [("", run.curve(name))])
     losses = ("train/divergence", "train/cross_entropy", "train/loss")
     metric = next((name for name in losses if run.curve(name)), losses[-1])
-    own = dict(run.curve("train/on_policy"))
-    parts = {"own samples": 1.0, "dataset": 0.0} if len(set(own.values())) > 1 else {"": None}
-    curves = [
-        (name, [point for point in run.curve(metric) if want is None or own.get(point[0]) == want])
-        for name, want in parts.items()
-    ]
+    own, points = dict(run.curve("train/on_policy")), run.curve(metric)
+    curves = [("", points)]
+    if len(set(own.values())) > 1:
+        parts = (("own samples", 1.0), ("dataset", 0.0))
+        curves = [(name, [p for p in points if own.get(p[0]) == want]) for name, want in parts]
     yield _chart(metric.removeprefix("train/").replace("_", " ") + ", nats a token", curves)
     for title, metrics in _CURVES.items():
-        yield _chart(title, [(name, run.curve(metric)) for metric, name in metrics])
+        yield _chart(title, [(name, run.curve(metric)) for metric, name in metrics.items()])
 
 
 def _chart(
@@ -186,12 +184,8 @@ def _chart(
     if not found:
         return None
     every = np.concatenate([points for _, points in found])
-    # A few spikes must not flatten the rest.
-    low, high = (
-        np.quantile(every[:, 1], [0.005, 0.995])
-        if len(every) > 100
-        else np.sort(every[:, 1])[[0, -1]]
-    )
+    spikes = 0.005 if len(every) > 100 else 0.0  # a few must not flatten the rest
+    low, high = np.quantile(every[:, 1], [spikes, 1 - spikes])
     ticks = MaxNLocator(4).tick_values(low, high if high > low else low + (abs(low) or 1.0))
     left, right = every[:, 0].min(), every[:, 0].max()
     paths = []

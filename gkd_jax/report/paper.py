@@ -11,24 +11,6 @@ from gkd_jax.report.record import Run, Setting
 
 
 DIVERGENCES = ("forward_kl", "jsd(0.1)", "jsd(0.5)", "jsd(0.9)", "reverse_kl")
-_SIZES = {"small": 77e6, "base": 248e6, "large": 783e6, "xl": 2.85e9, "xxl": 11.1e9}  # T5 v1.1
-# What the paper's runs have in common.
-_USUAL = {
-    "method.mixing": "step",
-    "method.num_samples": 1,
-    "method.student_temperature": 1,
-    "method.sampling.top_k": 0,
-    "method.sampling.top_p": 1,
-    "method.divergence.scale": "paper",
-    "train.sample_ahead": False,
-}
-_TASKS = {
-    "xsum": "xsum(_.*)?",
-    "wmt": "wmt.*en_?de.*",
-    "gsm8k": "gsm8k(_cot)?",
-    "mmlu": "mmlu",
-    "bbh": "bbh(_direct)?",
-}
 
 
 class Cell(NamedTuple):
@@ -82,7 +64,7 @@ def numbers() -> tuple[Number, ...]:
 
 def task_of(name: str) -> str | None:
     """The paper's task behind a task's name, such as "wmt" for "wmt_t2t_ende_v003"."""
-    return next((task for task, one in _TASKS.items() if re.fullmatch(one, name)), None)
+    return next((task for task, one in content()["tasks"].items() if re.fullmatch(one, name)), None)
 
 
 def metric_of(task: str) -> str | None:
@@ -97,7 +79,7 @@ def cell(run: Run, task: str) -> Cell | None:
     if method.kind not in ("sft", "seqkd", "distillation") or known is None or size is None:
         return None
     if (
-        any(fields.get(name, value) != value for name, value in _USUAL.items())
+        any(fields.get(name, value) != value for name, value in content()["in_common"].items())
         or "changes" in fields
     ):
         return None
@@ -135,7 +117,9 @@ def beside(run: Run, task: str, setting: Setting, metric: str, *, started: bool)
 def _size(run: Run, role: str) -> str | None:
     """A model's size by its name, else by its number of parameters."""
     name, count = run.fields.get(f"{role}.size"), run.parameters(role)
-    close = [size for size, n in _SIZES.items() if count and abs(count - n) < 0.05 * n]
+    close = [
+        size for size, n in content()["parameters"].items() if count and abs(count - n) < 0.05 * n
+    ]
     return name if isinstance(name, str) else next(iter(close), None)
 
 

@@ -1,6 +1,6 @@
 """Drawing with matplotlib: bars, maps and curves, once for a wide page and once for a phone.
 
-matplotlib is imported at the first drawing, and without pyplot: no window, no global state.
+pyplot is not used: no window, no global state.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +13,10 @@ import textwrap
 from typing import Any, NamedTuple
 import warnings
 
+import matplotlib
+from matplotlib.colors import LinearSegmentedColormap, Normalize, TwoSlopeNorm
+from matplotlib.figure import Figure
+
 from gkd_jax.report.study import Table
 
 
@@ -21,14 +25,6 @@ TEMPLATES = importlib.resources.files("gkd_jax.report") / "templates"
 _STYLE = (TEMPLATES / "style.css").read_text(encoding="utf-8")
 COLOURS = dict(re.findall(r"--(\w+): (#\w{6})", _STYLE.partition("@media")[0]))
 INK, MUTED, PAGE = COLOURS["ink"], COLOURS["muted"], COLOURS["page"]
-_DIVERGENCES = {
-    "forward_kl": "forward",
-    "jsd(0.1)": "jsd1",
-    "jsd(0.5)": "jsd5",
-    "jsd(0.9)": "jsd9",
-    "reverse_kl": "reverse",
-    "total_variation": "total",
-}
 _WIDE, _NARROW = 11.8, 3.6  # inches; a page has 100 pixels an inch
 # Where all values lie this close together, bars from zero would look alike: dots are drawn.
 _CLOSE = 0.35
@@ -57,27 +53,13 @@ Draw = Callable[[Any, Panel, bool], float]
 
 def colour(divergence: str) -> str:
     """One a divergence, from mean-seeking to mode-seeking."""
-    return COLOURS[_DIVERGENCES.get(divergence, "grey")]
+    return COLOURS.get(re.sub(r"\W+", "_", divergence).strip("_"), COLOURS["grey"])
 
 
 @contextlib.contextmanager
 def style() -> Iterator[None]:
-    """The look of every figure; labels are text, never TeX.
-
-    Raises:
-        ModuleNotFoundError: matplotlib is not installed.
-    """
-    try:
-        import matplotlib
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "report draws with matplotlib, which is not installed: pip install 'gkd_jax[report]'"
-        ) from error
+    """The look of every figure; labels are text, never TeX."""
     with matplotlib.rc_context(fname=str(TEMPLATES / "report.mplstyle")), warnings.catch_warnings():
-        matplotlib.rcParams.update({"text.color": INK, "ytick.labelcolor": INK})
-        matplotlib.rcParams.update(
-            dict.fromkeys(("axes.labelcolor", "xtick.color", "grid.color"), MUTED)
-        )
         # A label in a script that the font lacks is drawn as boxes in the PNG.
         warnings.filterwarnings("ignore", message=".*[Gg]lyph.*")
         yield
@@ -92,8 +74,6 @@ def render(draw: Draw, panels: Sequence[Panel], x: str, y: str = "") -> tuple[by
 
 
 def _figure(draw: Draw, panels: Sequence[Panel], x: str, y: str, narrow: bool) -> Any:
-    from matplotlib.figure import Figure
-
     columns = 1 if narrow else min(len(panels), 3)
     figure = Figure(figsize=(_NARROW if narrow else _WIDE, 3), layout="constrained")
     places = figure.subplots(math.ceil(len(panels) / columns), columns, squeeze=False)
@@ -101,10 +81,8 @@ def _figure(draw: Draw, panels: Sequence[Panel], x: str, y: str, narrow: bool) -
     handles: dict[str, Any] = {}
     for ax, panel in zip(places.flat, panels, strict=False):
         if panel.reference:
-            name, value = panel.reference
-            ax.axvline(
-                value, color=MUTED, linewidth=1.2, linestyle=_DASHED, label=f"{name} {value:.1f}"
-            )
+            label = "{} {:.1f}".format(*panel.reference)
+            ax.axvline(panel.reference[1], color=MUTED, linestyle=_DASHED, label=label)
         ax.set(xlabel=x, ylabel=y)
         ax.set_title(textwrap.fill(panel.title, 36 if columns > 1 or narrow else 120))
         drawn, labels = ax.get_legend_handles_labels()
@@ -179,8 +157,6 @@ def heat_map(ax: Any, panel: Panel, narrow: bool) -> float:
 
     Each map has its own scale: what matters is where it is darkest.
     """
-    from matplotlib.colors import LinearSegmentedColormap, Normalize, TwoSlopeNorm
-
     rows, columns = panel.rows["row"].unique(), panel.rows["column"].unique()
     table = panel.rows.pivot(index="row", columns="column", values="mean")
     table = table.reindex(index=rows, columns=columns)

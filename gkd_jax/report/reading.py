@@ -4,7 +4,6 @@ Nothing here raises for what a file holds. A run that crashed still belongs in t
 cannot be read is left out and named in `Run.problems`.
 """
 
-import collections
 from collections.abc import Iterable, Iterator, Sequence
 import json
 import os
@@ -129,19 +128,19 @@ def _add_evaluations(found: _Found, paths: Iterable[pathlib.Path]) -> None:
 
 def _named(found: _Found) -> Iterator[tuple[str, str, pathlib.Path, dict[str, Any]]]:
     """Names and file names that are unique; a name that two RUN_DIRs share becomes longer."""
-    counts = collections.Counter(str(read.get("name")) for read in found.values())
-    names = []
-    for folder, read in found.items():
-        name = str(read.get("name"))
-        longer = "/".join(folder.parts[-name.count("/") - 2 :])
-        names.append(name if counts[name] == 1 else longer)
-    slugs: set[str] = set()
+    short = [str(read.get("name")) for read in found.values()]
+    longer = [
+        "/".join(folder.parts[-name.count("/") - 2 :])
+        for folder, name in zip(found, short, strict=True)
+    ]
+    names = [a if short.count(a) == 1 else b for a, b in zip(short, longer, strict=True)]
+    slugs: list[str] = []
     for name, (folder, read) in zip(names, found.items(), strict=True):
         name = name if names.count(name) == 1 else str(folder)
         slug = re.sub(r"[^A-Za-z0-9_.-]+", "_", name).strip("._")[-80:] or "run"
-        numbered = (f"{slug}_{number}" for number in range(2, len(found) + 2))
-        slug = next(one for one in (slug, *numbered) if one.lower() not in slugs)
-        slugs.add(slug.lower())
+        while slug.lower() in slugs:
+            slug += "_"
+        slugs.append(slug.lower())
         yield name, slug, folder, read
 
 

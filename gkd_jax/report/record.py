@@ -32,6 +32,12 @@ _USED = {
     "beam": ("num_beams", "alpha"),
     "greedy": ("calculator",),
 }
+_NAMES: dict[Any, str] = {
+    ("forward_kl", 0.0): "Supervised KD",
+    ("forward_kl", 0.5): "ImitKD",
+    ("total_variation", 0.5): "f-distill",
+}
+_MIXES: dict[Any, str] = {0.0: "Supervised GKD", 0.5: "Mixed GKD", 1.0: "On-policy GKD"}
 _SHORT = {"forward_kl": "FKL", "reverse_kl": "RKL", "total_variation": "TV"}
 
 
@@ -102,20 +108,18 @@ class Method(NamedTuple):
     @property
     def title(self) -> str:
         """The paper's name of such a method."""
-        name = divergence_name(self.divergence)
-        known: dict[Any, str] = {
-            ("forward_kl", 0.0): "Supervised KD",
-            ("forward_kl", 0.5): "ImitKD",
-            ("total_variation", 0.5): "f-distill",
-        }
-        mixes: dict[Any, str] = {0.0: "Supervised GKD", 0.5: "Mixed GKD", 1.0: "On-policy GKD"}
+        name, which = divergence_name(self.divergence), (self.divergence, self.fraction)
         if self.kind == "rl":
             return "RL" if self.alpha == 0 or not self.divergence else f"RL + GKD, {name}"
         if self.kind != "distillation":
             return {"sft": "SFT", "seqkd": "SeqKD"}.get(self.kind, "no readable run.json")
-        mix = mixes.get(self.fraction)
-        other = f"{mix}, {name}" if mix else f"GKD, {name}, λ = {self.fraction}"
-        return known.get((self.divergence, self.fraction), other)
+        if which in _NAMES:
+            return _NAMES[which]
+        return (
+            f"{_MIXES[self.fraction]}, {name}"
+            if self.fraction in _MIXES
+            else (f"GKD, {name}, λ = {self.fraction}")
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

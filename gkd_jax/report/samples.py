@@ -20,20 +20,13 @@ class Token(NamedTuple):
     divergence: float | None
 
 
-class Samples(NamedTuple):
-    """The samples of one task: `rows` of (prompt, reference, tokens before, tokens after)."""
+def tables(run: Run) -> Iterator[dict[str, Any]]:
+    """One a task, from its first and its last evaluation.
 
-    task: str
-    first_step: int | None
-    last_step: int
-    rows: list[tuple[str, str, list[Token], list[Token]]]
-    total: int
-    damaged: int
-    scale: float
-
-
-def tables(run: Run) -> Iterator[Samples]:
-    """One a task, from its first and its last evaluation."""
+    Yields:
+        `task`, `first_step` (None for one evaluation), `last_step`, `rows` of (prompt, reference,
+        tokens before, tokens after), `total` and `damaged` lines, `scale` (what is darkest).
+    """
     for task, found in run.samples.items():
         (first_step, first), (last_step, last) = found[0], found[-1]
         after, damaged = read_jsonl(last)
@@ -59,8 +52,9 @@ def tables(run: Run) -> Iterator[Samples]:
             )
             for old, row in chosen
         ]
-        step = first_step if first != last else None
-        yield Samples(task, step, last_step, rows, len(after), damaged + more, scale)
+        steps = {"first_step": first_step if first != last else None, "last_step": last_step}
+        counts = {"total": len(after), "damaged": damaged + more}
+        yield {"task": task, **steps, "rows": rows, **counts, "scale": scale}
 
 
 def _tokens(row: Mapping[str, Any]) -> list[tuple[str, float | None]]:
@@ -68,25 +62,21 @@ def _tokens(row: Mapping[str, Any]) -> list[tuple[str, float | None]]:
     tokens, values = row.get("tokens"), row.get("token_divergence")
     if not isinstance(tokens, list) or not isinstance(values, list) or len(tokens) != len(values):
         return []
-    pairs = zip(tokens, values, strict=True)
-    return [(token, finite(value)) for token, value in pairs if isinstance(token, str)]
+    return [(str(token), finite(value)) for token, value in zip(tokens, values, strict=True)]
 
 
 def _decoded(row: Mapping[str, Any], scale: float) -> list[Token]:
     """The tokens with the spaces of the prediction, which pieces of some vocabularies lack."""
-    prediction, place, found = _text(row, "prediction"), 0, []
+    rest, found = _text(row, "prediction"), []
     for piece, value in _tokens(row):
         text = piece.replace("▁", " ").replace("<0x0A>", "\n").replace("</s>", " ■")
-        rest = prediction[place:]
-        start = place + len(rest) - len(rest.lstrip())
-        if prediction.startswith(text.strip(), start) and rest:
-            end = start + len(text.strip())
-            text, place = prediction[place:end], end
-        elif not found:
-            text = text.lstrip(" ")
+        spaces = len(rest) - len(rest.lstrip())
+        if rest.startswith(text.strip(), spaces) and rest:
+            end = spaces + len(text.strip())
+            text, rest = rest[:end], rest[end:]
         depth = None if value is None else min(max(value, 0.0) / scale, 1.0) if scale else 0.0
-        found.append(Token(text, depth, value))
-    return found or [Token(prediction, None, None)]
+        found.append(Token(text if found else text.lstrip(" "), depth, value))
+    return found or [Token(rest, None, None)]
 
 
 def _text(row: Mapping[str, Any], name: str) -> str:

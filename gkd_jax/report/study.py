@@ -54,10 +54,6 @@ class Group:
         return self.first.size("student") or "size not recorded"
 
     @property
-    def fields(self) -> dict[str, Any]:
-        return self.first.fields
-
-    @property
     def fraction(self) -> float:
         """lambda; half where it follows a schedule."""
         return 0.5 if isinstance(self.method.fraction, str) else self.method.fraction
@@ -65,7 +61,7 @@ class Group:
     @property
     def amount(self) -> float:
         """Training examples; infinite where nothing limits them."""
-        return finite(self.fields.get("data.num_examples")) or math.inf
+        return finite(self.first.fields.get("data.num_examples")) or math.inf
 
     def identity_without(self, *names: str) -> frozenset[tuple[str, Any]]:
         """Equal for groups that differ in fields that begin with these names only."""
@@ -98,10 +94,9 @@ class Study:
                 self.left_out[run.slug] = f"same configuration and seed as {held.name}"
         members = [tuple(seeds.values()) for seeds in grouped.values()]
         finished = [run for some in members for run in some]
+        roles = ("student", "teacher")
         self._made = {  # the run that made a group's start or teacher
-            (some[0].slug, role): _maker(finished, some[0], role)
-            for some in members
-            for role in ("student", "teacher")
+            (one[0].slug, role): _maker(finished, one[0], role) for one in members for role in roles
         }
         self.groups = _labelled([Group(runs=some, role=self._role(some)) for some in members])
         self._group_of = {run.slug: group for group in self.groups for run in group.runs}
@@ -158,13 +153,13 @@ class Study:
         return None if made is None else self._group_of[made.slug]
 
     def table(self, task: str, setting: Setting, metric: str) -> Table:
-        """The groups that have a final number, in order.
+        """The groups that have a final number, in order, one a row.
 
         Returns:
-            One row a group: `group`, `label`, `size`, `role`, `divergence`, `fraction` (lambda),
-            `amount` (training examples, infinite for all), `mean`, `error` (NaN for one seed), `n`,
-            `text` ("1.20 ± 0.10"), `gain` over the student before and `gain_error` (NaN where
-            unknown), `paper` (a `paper.Number` or None) and `paper_value` (NaN).
+            `group`, `label`, `size`, `role`, `divergence`, `fraction` (lambda), `amount` (training
+            examples, infinite for all), `mean`, `error` (NaN for one seed), `n`, `text` ("1.20 ±
+            0.10"), `gain` over the student before and `gain_error` (NaN where unknown), `paper` (a
+            `paper.Number` or None) and `paper_value` (or NaN).
         """
         rows = []
         for group in self.of_task(task):
