@@ -540,7 +540,13 @@ def test_the_arithmetic_study_has_every_method(sweep):
     fractions = {
         flags["NUM_EXAMPLES"] for name, flags in by_name.items() if name.startswith("data_fraction")
     }
-    assert fractions == {"250", "2500", "12500"}
+    assert fractions == {"250", "1000", "10000", "50000"}
+    # Learning rates are chosen on examples that the other rows do not report.
+    rates = [name for name in by_name if name.startswith("rate")]
+    assert len(rates) == 3 + 3 * 5 * 3
+    assert all(by_name[name]["EVAL_SPLIT"] == "'validation'" for name in rates)
+    others = set(by_name) - set(rates)
+    assert not any("EVAL_SPLIT" in by_name[name] for name in others)
     assert by_name[f"f_distill-{seed}"]["DIVERGENCE"] == "@divergences.total_variation"
     student, teacher = f"'{sweep.output}/student'", f"'{sweep.output}/teacher'"
     sampled = by_name[f"sampled_on_policy-divergence=jsd_0.9-{seed}"]
