@@ -141,12 +141,11 @@ def about(
     return {
         "name": "run",
         "recipe": recipe,
-        "models": {
-            "student": {"parameters": PARAMETERS.get(size, 1000), "start": None},
-            "teacher": divergence
-            and {"parameters": PARAMETERS.get(teacher, 1000), "content": None},
+        "contents": {"data.vocabulary": "abc"},
+        "parameters": {
+            "student": PARAMETERS.get(size, 1000),
+            "teacher": divergence and PARAMETERS.get(teacher, 1000),
         },
-        "vocabulary": "abc",
         "process_shards": 1,
         "targets_made_by": None,
         "commit": "0123456789abcdef",
@@ -278,36 +277,57 @@ def another(value):
 
 
 def whole_recipe():
-    run = about(divergence=JSD_01, fraction=1.0, start="start")
-    run["recipe"]["method"]["rl"] = {"type": "RLConfig", "reward": "exact_answer", "alpha": 0.5}
-    run["recipe"]["teacher"]["checkpoint"] = "teacher"
-    return {**run, "vocabulary": None}  # a path whose content is not known counts itself
+    """The description of every field that a recipe has today, paths included."""
+    from gkd_jax import divergences, rl
+    from gkd_jax.evaluation.evaluate import EvalConfig
+    from gkd_jax.gkd_config import GKDConfig
+    from gkd_jax.input.data import DataConfig
+    from gkd_jax.storage.pretrained import ModelConfig
+    from gkd_jax.training import optimizers, recipe
+
+    method = GKDConfig(
+        divergence=divergences.JSD(beta=0.1), rl=rl.RLConfig(reward=lambda *texts: 0, alpha=0.5)
+    )
+    whole = recipe.Recipe(
+        student=ModelConfig(size="small", checkpoint="start"),
+        teacher=ModelConfig(size="xl", checkpoint="teacher"),
+        data=DataConfig(
+            task="arithmetic", feature_lengths={"inputs": 40, "targets": 24}, batch_size=32
+        ),
+        method=method,
+        optimizer=optimizers.AdamW(),
+        schedule=optimizers.Linear(learning_rate=3e-4),
+        train=recipe.TrainConfig(train_steps=20),
+        evaluation=EvalConfig(),
+    )
+    return {"recipe": recipe.describe(whole), "contents": {}, "parameters": {"student": 77_000_000}}
 
 
-@pytest.mark.parametrize("name", [name for name, _ in leaves(whole_recipe()["recipe"])])
-def test_every_field_of_a_recipe_makes_another_group_or_is_listed(tmp_path, name):
-    runs = [seeded(whole_recipe(), seed) for seed in (0, 1)]
-    value = dict(leaves(runs[1]["recipe"]))[name]
-    put(runs[1]["recipe"], name, 2 if name in SEEDS else another(value))
-    for index, run in enumerate(runs):
-        write_run(tmp_path / f"run{index}", run, {"accuracy": 50.0}, steps=30)
-    study = read_study(tmp_path)
-    listed = name in SEEDS or not UNCHANGING.isdisjoint(name.split("."))
-    assert len(study.groups) == (1 if listed else 2)
-    if not listed:
-        same_row = {(group.method.title, group.size, group.first.task) for group in study.groups}
+def test_every_field_of_a_recipe_makes_another_group_or_is_listed(tmp_path):
+    whole = whole_recipe()
+    fields = dict(leaves(whole["recipe"]))
+    assert {"method.reduction", "student.checkpoint", "optimizer.b1", "mesh.data"} <= set(fields)
+    for name, value in fields.items():
+        runs = [seeded(copy.deepcopy(whole), seed) for seed in (0, 1)]
+        put(runs[1]["recipe"], name, 2 if name in SEEDS else another(value))
+        for index, run in enumerate(runs):
+            write_run(tmp_path / name / f"run{index}", run, {"accuracy": 50.0}, steps=30)
+        study = read_study(tmp_path / name)
+        listed = name in SEEDS or not UNCHANGING.isdisjoint(name.split("."))
+        assert len(study.groups) == (1 if listed else 2), name
         labels = [group.label for group in study.groups]
-        # Groups of one title are told apart by this field, and by nothing else.
-        assert len(set(labels)) == 2 or len(same_row) == 2
-        assert all(label.count(" · ") <= 1 for label in labels)
+        rows = {(group.method.title, group.size, group.first.task) for group in study.groups}
+        # Groups of one row are told apart by this field, and by nothing else.
+        assert len(set(labels)) == len(labels) or len(rows) == len(labels), name
+        assert all(label.count(" · ") <= 1 for label in labels), labels
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("models.student.start", "hash"),
-        ("models.teacher.content", "hash"),
-        ("vocabulary", "def"),
+        ("contents", {"student.checkpoint": "hash"}),
+        ("contents", {"data.vocabulary": "def"}),
+        ("parameters", {"student": 7}),
         ("process_shards", 2),
         ("targets_made_by", {"checkpoint": "teacher"}),
         ("changes", [{"step": 3, "field": "schedule.learning_rate", "old": 1.0, "new": 2.0}]),
@@ -322,10 +342,37 @@ def test_what_stands_beside_the_recipe_makes_another_group(tmp_path, name, value
     assert len(read_study(tmp_path).groups) == 2
 
 
+def test_what_changes_no_result_on_the_way_makes_no_other_group(tmp_path):
+    for seed, field in enumerate(("mesh.data", "train.save_period", "evaluation.split")):
+        run = seeded(about(), seed)
+        run["changes"] = [{"step": 3, "field": field, "old": 1, "new": 2}]
+        write_run(tmp_path / f"run{seed}", run, {"accuracy": 50.0})
+    assert len(read_study(tmp_path).groups) == 1
+
+
+def test_evaluations_that_decode_otherwise_are_other_settings():
+    ways = [
+        GREEDY,
+        CALCULATOR,
+        SAMPLED,
+        BEAM,
+        {**BEAM, "alpha": 0.0},
+        {**SAMPLED, "num_samples": 4},
+        {**GREEDY, "target_length": 9},
+        {"decoding": "likeliest", "choices": ["A", "B"], "split": "test"},
+        {"decoding": "likeliest", "choices": ["(A)", "(B)"], "split": "test"},
+        {**GREEDY, "a_field_of_tomorrow": "x"},
+    ]
+    settings = [Setting.of(way) for way in ways]
+    assert len(set(settings)) == len({str(one) for one in settings}) == len(ways)
+    unused = {"temperature": 0.5, "num_beams": 9, "choices": ["A"], "batch_size": 7, "seed": 3}
+    assert Setting.of({**GREEDY, **unused}) == Setting.of(GREEDY)
+
+
 def test_paths_of_equal_contents_are_one_group(tmp_path):
     for seed in (0, 1):
         run = seeded(about(divergence="forward_kl", start=f"copy{seed}"), seed)
-        run["models"]["student"]["start"] = "hash"
+        run["contents"]["student.checkpoint"] = "hash"
         write_run(tmp_path / f"run{seed}", run, {"accuracy": 50.0})
     (group,) = read_study(tmp_path).groups
     assert len(group.runs) == 2
@@ -519,7 +566,7 @@ def test_damaged_files_are_left_out_and_named(tmp_path):
     nan = json.dumps({"step": 20, "eval/arithmetic/accuracy": math.nan, "train/loss": True})
     path.write_text("\n".join([*lines[:3], *damaged, *lines[3:], nan]))
     (tmp_path / "gkd1" / "run.json").write_text('{"method": ')
-    wrong = {"recipe": {"method": [], "student": 3, "train": "x"}, "models": 4, "changes": 5}
+    wrong = {"recipe": {"method": [], "student": 3, "train": "x"}, "contents": 4, "changes": 5}
     (tmp_path / "gkd2" / "run.json").write_text(json.dumps(wrong))
     (tmp_path / "gkd2" / "evals" / "t1").mkdir(parents=True)
     (tmp_path / "gkd2" / "evals" / "t1" / "metrics.json").write_text("[]")
@@ -736,7 +783,7 @@ def test_relations_that_the_text_of_the_paper_states():
 
 def test_hyperparameters_and_the_cost_of_sampling_are_the_runs_own(tmp_path):
     run = about(task="gsm8k", divergence="forward_kl", fraction=1.0, size="small", **COLD)
-    run["models"]["teacher"]["parameters"] = 38 * PARAMETERS["small"]
+    run["parameters"]["teacher"] = 38 * PARAMETERS["small"]
     write_run(tmp_path / "run", run, {"accuracy": 1.0})
     report.write([str(tmp_path)], str(tmp_path / "out"))
     text = " ".join(Page(tmp_path / "out" / "report.html").text.split())
@@ -901,17 +948,27 @@ def write_everything(root: pathlib.Path, size="small", task="arithmetic"):
         run(30 + 20 * alpha, divergence=JSD_09, fraction=1.0, method__rl=rl, metrics=metrics)
 
 
-def test_every_figure_of_the_paper_is_drawn(tmp_path, monkeypatch):
-    drawn = {}
-    original = plots.render
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory):
+    """The folder of a study and its report, the panels of each kind of figure, and the figures."""
+    root = tmp_path_factory.mktemp("everything")
+    write_everything(root / "runs")
+    panels, made = {}, []
+    render, figure = plots.render, plots._figure
 
-    def render(draw, panels, x, y=""):
-        drawn.setdefault(draw.__name__, []).append(panels)
-        return original(draw, panels, x, y)
+    def kept(draw, given, x, y=""):
+        panels.setdefault(draw.__name__, []).append(given)
+        return render(draw, given, x, y)
 
-    monkeypatch.setattr(plots, "render", render)
-    write_everything(tmp_path / "runs")
-    report.write([str(tmp_path / "runs")], str(tmp_path / "out"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "render", kept)
+        patch.setattr(plots, "_figure", lambda *given: made.append(figure(*given)) or made[-1])
+        report.write([str(root / "runs")], str(root / "out"))
+    return root, panels, made
+
+
+def test_every_figure_of_the_paper_is_drawn(everything):
+    tmp_path, drawn, _ = everything
     found = {path.name: path for path in (tmp_path / "out" / "figures").iterdir()}
     names = ("methods", "divergence_lambda", "lambda", "data", "quality_diversity", "rl_alpha")
     assert {f"arithmetic_{name}.png" for name in names} <= set(found)
@@ -962,16 +1019,10 @@ def test_the_papers_map_and_curves_stand_beside_the_same_recipes(tmp_path, monke
     assert len(ours.rows) == 9
 
 
-def test_percentages_end_at_100_and_no_label_is_cut(tmp_path):
+def test_percentages_end_at_100_and_no_label_is_cut(everything):
     """In every figure all texts lie inside the picture."""
-    write_everything(tmp_path / "runs")
-    study = read_study(tmp_path / "runs")
-    (tmp_path / "figures").mkdir()
-    made = []
-    with pytest.MonkeyPatch.context() as patch:
-        original = plots._figure
-        patch.setattr(plots, "_figure", lambda *given: made.append(original(*given)) or made[-1])
-        figures.draw(study, tmp_path / "figures")
+    _, _, made = everything
+    assert len(made) >= 12
     for figure in made:
         width, height = figure.get_size_inches() * figure.dpi
         figure.canvas.draw()

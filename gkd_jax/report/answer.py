@@ -70,7 +70,7 @@ def _answer(study: Study, size: str, methods: Table, rows: Table) -> Answer:
 
 
 def _is_sft_as_long(group: Group, best: Group) -> bool:
-    start = "models.student.start"
+    start = "contents.student.checkpoint"
     names = ("train.train_steps", "data.num_examples", "data.batch_size", start)
     names = names if best.first.fields.get(start) else (*names, "student.checkpoint")
     same = all(group.first.fields.get(name) == best.first.fields.get(name) for name in names)

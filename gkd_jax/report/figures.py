@@ -10,7 +10,7 @@ import pandas as pd
 
 from gkd_jax.report import paper, plots
 from gkd_jax.report.plots import COLOURS, Panel
-from gkd_jax.report.record import Setting, divergence_name
+from gkd_jax.report.record import Setting, divergence_name, said
 from gkd_jax.report.study import Study, Table, divergence_order, sizes
 from gkd_jax.text import files
 
@@ -228,7 +228,7 @@ def _rl(view: _View) -> Iterator[_Sketch]:
     rows = view.rows[view.rows["role"] == "rl"]
     if reward is None or len(rows) < 2:
         return
-    notes = [f"alpha {group.method.alpha:g}" for group in rows["group"]]
+    notes = [f"alpha {said(group.method.alpha)}" for group in rows["group"]]
     rows = _lines(rows, "RL + GKD", rows["mean"], COLOURS["accent"])[: len(rows)].assign(note=notes)
     rewards = view.study.table(view.task, view.setting, reward).set_index("group")
     rows = rows.assign(
@@ -238,9 +238,9 @@ def _rl(view: _View) -> Iterator[_Sketch]:
     panels = [view.panel(some, some) for _, some in sized if len(some) > 1]
     caption = "alpha weighs distillation, 1 - alpha the reward; as in Fig. 5 of the paper."
     if paper.task_of(view.task) == "xsum":
+        points = paper.content()["figure_5"]["points"]
         gains = "; ".join(
-            f"{one['alpha']}: {one['rouge2_gain']:+.2f} and {one['entailment_gain']:+.1f}"
-            for one in paper.content()["figure_5"]["points"]
+            "{alpha}: {rouge2_gain:+.2f} and {entailment_gain:+.1f}".format(**p) for p in points
         )
         caption += f" Its gains in ROUGE-2 and in points of entailed outputs, T5-base: {gains}."
     if panels:

@@ -52,14 +52,16 @@ def environment() -> jinja2.Environment:
 def report(study: Study, drawn: dict[str, list[Figure]]) -> tuple[str, str]:
     """The whole report as one HTML file, and as Markdown with links to figures/ and runs/."""
     tasks = [_task(study, task, drawn.get(task, [])) for task in study.tasks()]
-    # A run's main numbers, for the list of runs.
+    # A run's number in the list of runs is that of the task's most used decoding.
+    usual = {(task, *study.settings(task)[:1]): study.metrics(task)[:1] for task in study.tasks()}
     runs = [
         (
             run,
             [
-                (f"{task}, {setting}", f"{values[name]:.4g}")
-                for (task, setting), values in run.finals.items()
-                if setting.is_main and (name := study.metrics(task)[0]) in values
+                f"{values[name]:.4g} {name}"
+                for key, values in run.finals.items()
+                for name in usual.get(key, ())
+                if name in values
             ],
         )
         for run in study.runs

@@ -19,19 +19,14 @@ UNCHANGING = frozenset({
 })
 # fmt: on
 SEEDS = ("data.seed", "train.seed")
-# A path says nothing once the hash of what it led to is recorded.
-_HASH_OF_PATH = {
-    "student.checkpoint": "models.student.start",
-    "teacher.checkpoint": "models.teacher.content",
-    "data.vocabulary": "vocabulary",
-    "targets_made_by.checkpoint": "targets_made_by.content",
-}
-_BESIDE_THE_RECIPE = ("models", "vocabulary", "process_shards", "targets_made_by", "changes")
-_USED = {
+_OF_DECODING = {
     "sample": ("temperature", "num_samples"),
     "beam": ("num_beams", "alpha"),
     "greedy": ("calculator",),
+    "likeliest": ("choices",),
 }
+# Of an evaluation: what says nothing of how it decoded.
+_NOT_DECODING = {"type", "task", "batch_size", "seed", "rewards", "checkpoint", "step", "content"}
 _NAMES: dict[Any, str] = {
     ("forward_kl", 0.0): "Supervised KD",
     ("forward_kl", 0.5): "ImitKD",
@@ -53,14 +48,18 @@ class Setting(NamedTuple):
     split: Any = None
     num_examples: Any = None
     target_length: Any = None
+    others: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Setting":
         """From the description of an `EvalConfig`; what its decoding does not use is left out."""
-        used = _USED.get(str(config.get("decoding")), ())
-        names = ("decoding", "split", "num_examples", "target_length", *used)
-        known = {name: config.get(name) for name in names}
-        return cls(**{name: v for name, v in known.items() if isinstance(v, str | int | float)})
+        used = _OF_DECODING.get(str(config.get("decoding")), ())
+        unused = {one for names in _OF_DECODING.values() for one in names}.difference(used)
+        known = {key: v for key, v in config.items() if key not in unused | _NOT_DECODING and v}
+        others = [f"{key} {said(v)}" for key, v in known.items() if key not in cls._fields]
+        plain = {key: v for key, v in known.items() if key in cls._fields}
+        plain = {key: v for key, v in plain.items() if isinstance(v, str | int | float)}
+        return cls(**plain, others=tuple(others))
 
     @property
     def is_main(self) -> bool:
@@ -76,7 +75,7 @@ class Setting(NamedTuple):
         if self.decoding == "beam":
             text = f"{said(self.num_beams)} beams of alpha {said(self.alpha)}"
         text += " with the calculator" if self.calculator else ""
-        text += f", {self.split}" if self.split else ""
+        text = ", ".join([text, *self.others, *([self.split] if self.split else [])])
         text += f", first {said(self.num_examples)} examples" if self.num_examples else ""
         return text + (f", up to {self.target_length} tokens" if self.target_length else "")
 
@@ -151,20 +150,28 @@ class Run:
     @functools.cached_property
     def fields(self) -> dict[str, Any]:
         """All that was recorded of what the run is, by dotted names ("method.divergence.beta")."""
-        beside = {name: self.about[name] for name in _BESIDE_THE_RECIPE if self.about.get(name)}
-        return dict(_flat({**as_object(self.about.get("recipe")), **beside}))
+        beside = {
+            name: self.about.get(name) for name in ("contents", "parameters", "process_shards")
+        }
+        changes = self.about.get("changes")
+        changed = (
+            [one for one in changes if isinstance(one, dict)] if isinstance(changes, list) else []
+        )
+        # A run that was evaluated or saved otherwise on the way is the same run.
+        beside["changes"] = [one for one in changed if not _changes_nothing(str(one.get("field")))]
+        beside["targets_made_by_a_model"] = bool(self.about.get("targets_made_by"))
+        recorded = {name: value for name, value in beside.items() if value}
+        return dict(_flat({**as_object(self.about.get("recipe")), **recorded}))
 
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
         """The fields that make it another configuration; runs that share them differ in seeds."""
-        kept = {
-            name: value
-            for name, value in self.fields.items()
-            if name not in SEEDS and UNCHANGING.isdisjoint(name.split("."))
+        fields = {
+            k: v for k, v in self.fields.items() if not _changes_nothing(k) and k not in SEEDS
         }
-        for path, content in _HASH_OF_PATH.items():
-            if kept.get(content) is not None:
-                kept.pop(path, None)
+        # A path says nothing once the hash of what it led to is recorded.
+        kept = {k: v for k, v in fields.items() if f"contents.{k}" not in fields}
+        kept.update({k: v for k, v in self.fields.items() if k.startswith("evaluation.")})
         return kept or {"name": self.name}
 
     @property
@@ -206,7 +213,7 @@ class Run:
         return self.train_steps is None or self.last_step >= self.train_steps
 
     def parameters(self, role: str) -> int | None:
-        return whole(self.fields.get(f"models.{role}.parameters"))
+        return whole(self.fields.get(f"parameters.{role}"))
 
     def size(self, role: str) -> str:
         """Such as "small (77M)", since people reuse a size's name; "" without such a model."""
@@ -269,6 +276,10 @@ def whole(value: Any) -> int | None:
 
 def as_object(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
+
+
+def _changes_nothing(name: str) -> bool:
+    return not UNCHANGING.isdisjoint(name.split(".")) or name.startswith("evaluation")
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -21,7 +21,7 @@ _ROLES = ("teacher", "start", "sft", "seqkd", "distillation", "rl", "unknown")
 _TITLES = {"start": "Student before", "teacher": "Teacher"}
 _IN_TITLE = tuple(f"method.divergence{field}" for field in ("", ".type", ".beta"))
 # Sections of a recipe whose fields are clear without them.
-_PLAIN = ("method", "schedule", "train", "data", "optimizer", "rl", "targets_made_by", "models")
+_PLAIN = ("method", "schedule", "train", "data", "optimizer", "rl", "contents")
 
 Table = Any  # a pandas.DataFrame, whose columns no type checker knows
 
@@ -254,7 +254,7 @@ def _said(name: str, group: Group) -> str:
         return f"{'all' if value is None else said(value)} examples"
     if name == "train.train_steps":
         return f"{said(value)} steps"
-    if field in ("start", "content", "vocabulary"):
+    if section.startswith("contents"):
         value = str(value)[:8]  # a hash
     kept = [word for word in section.split(".") if word not in _PLAIN or field == "type"]
     words = [*kept, *([] if field == "type" else [field]), said(value)]
