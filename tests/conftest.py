@@ -20,6 +20,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import jax  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 
@@ -28,6 +29,7 @@ import pytest  # noqa: E402
 install_import_hook("gkd_jax", "beartype.beartype")
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+GOLDEN = ROOT / "tests" / "golden"  # see its README.md
 CACHE = pathlib.Path(tempfile.gettempdir()) / f"gkd_jax_test_cache_{getpass.getuser()}"
 os.environ["GKD_JAX_COMPILATION_CACHE"] = str(CACHE)  # of the commands that tests start
 
@@ -45,3 +47,22 @@ def shared() -> pathlib.Path:
     if not path.is_dir():
         pytest.skip(f"needs the shared data: {path} is not a folder (set GKD_JAX_SHARED)")
     return path
+
+
+@pytest.fixture
+def t5x_checkpoint(request):
+    """A function (network, kind) -> path of a checkpoint that T5X wrote: ours, else the shared."""
+
+    def path(network: str, kind: str) -> str:
+        folder = GOLDEN / f"{network}_{kind}"
+        if not folder.is_dir():
+            folder = request.getfixturevalue("shared") / "t5x_checkpoints" / folder.name
+        return str(folder / "checkpoint_3")
+
+    return path
+
+
+def golden(network: str) -> dict[str, np.ndarray]:
+    """What T5X computed with its checkpoint of a network."""
+    with np.load(GOLDEN / f"{network}_golden.npz") as arrays:
+        return dict(arrays)

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 
+from conftest import golden
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,20 +38,18 @@ def run(config, params, **options):
 
 
 @pytest.mark.parametrize("name", ["t5", "scalable_t5"])
-def test_tokens_and_scores_are_those_of_t5x(shared, name):
-    folder = shared / "t5x_checkpoints"
-    path = next((folder / f"{name}_native_f32").glob("checkpoint_*"))
-    golden = np.load(folder / f"{name}_golden.npz")
-    config = convert.read_config(str(path))
-    params = convert.read_params(str(path), config)
-    inputs = jnp.asarray(golden["batch/encoder_input_tokens"])
-    length = golden["beam4/tokens"].shape[-1]
+def test_tokens_and_scores_are_those_of_t5x(t5x_checkpoint, name):
+    path, arrays = t5x_checkpoint(name, "native_f32"), golden(name)
+    config = convert.read_config(path)
+    params = convert.read_params(path, config)
+    inputs = jnp.asarray(arrays["batch/encoder_input_tokens"])
+    length = arrays["beam4/tokens"].shape[-1]
     # T5X bans nothing and lists the best beam last.
     beams = jax.jit(
         lambda params: beam_search(config, params, inputs, max_length=length, banned_ids=())
     )(params)
-    np.testing.assert_array_equal(beams.tokens[:, ::-1], golden["beam4/tokens"])
-    np.testing.assert_allclose(beams.scores[:, ::-1], golden["beam4/scores"], atol=1e-3)
+    np.testing.assert_array_equal(beams.tokens[:, ::-1], arrays["beam4/tokens"])
+    np.testing.assert_allclose(beams.scores[:, ::-1], arrays["beam4/scores"], atol=1e-3)
 
 
 def all_scores(config, params, row, length, alpha):

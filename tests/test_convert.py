@@ -3,8 +3,10 @@
 import dataclasses
 import gzip
 import json
+import pathlib
 import shutil
 
+from conftest import GOLDEN, golden
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
@@ -13,6 +15,7 @@ import ml_dtypes
 import msgpack
 import numpy as np
 import pytest
+from random_models import assert_same, random_params
 import tensorstore as ts
 
 from gkd_jax import convert, sampling
@@ -27,37 +30,12 @@ NETWORKS = ("t5", "scalable_t5")
 LEARNING_RATE = 3e-3  # of the T5X run that wrote the checkpoints
 
 
-def checkpoint(shared, network, kind):
-    return str(shared / "t5x_checkpoints" / f"{network}_{kind}" / "checkpoint_3")
-
-
-def golden(shared, network):
-    return np.load(shared / "t5x_checkpoints" / f"{network}_golden.npz")
-
-
 def batch_of(arrays, name):
     return Batch(
         jnp.asarray(arrays[f"{name}/encoder_input_tokens"]),
         jnp.asarray(arrays[f"{name}/decoder_target_tokens"]),
         jnp.asarray(arrays[f"{name}/decoder_loss_weights"], jnp.float32),
     )
-
-
-def random_params(config, seed=0):
-    rng = np.random.default_rng(seed)
-
-    def draw(leaf):
-        return jnp.asarray(0.3 + 0.2 * rng.standard_normal(leaf.shape), jnp.float32)
-
-    return jax.tree.map(draw, t5.abstract_params(config))
-
-
-def assert_same(left, right):
-    left, right = flatten(left), flatten(right)
-    assert left.keys() == right.keys()
-    for path in left:
-        assert left[path].dtype == right[path].dtype, path
-        np.testing.assert_array_equal(np.asarray(left[path]), np.asarray(right[path]), path)
 
 
 PLAIN = t5.T5Config(
@@ -84,16 +62,16 @@ PLAIN_WIDE, PER_LAYER_WIDE = wide(PLAIN), wide(PER_LAYER)
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-def test_formats_are_detected(shared, network):
-    assert convert.detect(checkpoint(shared, network, "native_f32")) == "t5x_native"
-    assert convert.detect(checkpoint(shared, network, "orbax_ocdbt")) == "t5x_orbax_ocdbt"
+def test_formats_are_detected(t5x_checkpoint, network):
+    assert convert.detect(t5x_checkpoint(network, "native_f32")) == "t5x_native"
+    assert convert.detect(t5x_checkpoint(network, "orbax_ocdbt")) == "t5x_orbax_ocdbt"
 
 
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("kind", ["native_f32", "native_bf16", "orbax_ocdbt"])
-def test_sizes_are_inferred(shared, network, kind):
-    sizes = json.loads((shared / "t5x_checkpoints" / f"{network}_config.json").read_text())
-    config = convert.read_config(checkpoint(shared, network, kind))
+def test_sizes_are_inferred(t5x_checkpoint, network, kind):
+    sizes = json.loads((GOLDEN / f"{network}_config.json").read_text())
+    config = convert.read_config(t5x_checkpoint(network, kind))
     assert config == t5.T5Config(
         vocab_size=sizes["vocab_size"],
         d_model=sizes["emb_dim"],
@@ -109,28 +87,28 @@ def test_sizes_are_inferred(shared, network, kind):
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-def test_all_formats_hold_the_same_parameters(shared, network):
-    native = checkpoint(shared, network, "native_f32")
+def test_all_formats_hold_the_same_parameters(t5x_checkpoint, network):
+    native = t5x_checkpoint(network, "native_f32")
     config = convert.read_config(native)
     expected = convert.read_params(native, config)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), expected) == jax.tree.map(
         lambda x: (x.shape, x.dtype), t5.abstract_params(config)
     )
-    ocdbt = convert.read_params(checkpoint(shared, network, "orbax_ocdbt"), config)
+    ocdbt = convert.read_params(t5x_checkpoint(network, "orbax_ocdbt"), config)
     assert_same(ocdbt, expected)
     rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), expected)
-    bf16 = checkpoint(shared, network, "native_bf16")
+    bf16 = t5x_checkpoint(network, "native_bf16")
     assert_same(convert.read_params(bf16, config, dtype=None), rounded)
     assert_same(convert.read_params(native, config, dtype="bfloat16"), rounded)
     assert_same(convert.read_params(native, config, dtype=np.dtype(ml_dtypes.bfloat16)), rounded)
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-def test_logits_and_greedy_tokens_equal_t5x(shared, network):
-    path = checkpoint(shared, network, "native_f32")
+def test_logits_and_greedy_tokens_equal_t5x(t5x_checkpoint, network):
+    path = t5x_checkpoint(network, "native_f32")
     config = convert.read_config(path)
     params = convert.read_params(path, config)
-    arrays = golden(shared, network)
+    arrays = golden(network)
     batch = batch_of(arrays, "batch")
     logits = t5.logits(config, params, batch)
     real = np.asarray(batch.weights) > 0
@@ -183,8 +161,8 @@ def adafactor_state(path, config):
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-def test_training_continues_as_in_t5x(shared, network):
-    path = checkpoint(shared, network, "native_f32")
+def test_training_continues_as_in_t5x(t5x_checkpoint, network):
+    path = t5x_checkpoint(network, "native_f32")
     config = convert.read_config(path)
     params = convert.read_params(path, config)
     optimizer = adafactor(config)
@@ -192,7 +170,7 @@ def test_training_continues_as_in_t5x(shared, network):
     assert int(state.count) == 3
     shapes = jax.tree.map(lambda x: x.shape, optimizer.init(params))
     assert jax.tree.map(lambda x: x.shape, state) == shapes
-    arrays = golden(shared, network)
+    arrays = golden(network)
 
     def loss(params, batch):
         log_probs = jax.nn.log_softmax(t5.logits(config, params, batch))
@@ -217,8 +195,8 @@ def test_training_continues_as_in_t5x(shared, network):
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-def test_shards_are_read_straight_into_their_devices(shared, network):
-    path = checkpoint(shared, network, "native_f32")
+def test_shards_are_read_straight_into_their_devices(t5x_checkpoint, network):
+    path = t5x_checkpoint(network, "native_f32")
     config = convert.read_config(path)
     expected = convert.read_params(path, config)
     # 8 shards of the joined heads cut both heads of 48 into pieces.
@@ -374,8 +352,8 @@ def test_without_an_optimizer_the_state_is_the_step_alone(tmp_path):
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-def test_a_rewritten_checkpoint_has_t5x_own_files(shared, tmp_path, network):
-    path = checkpoint(shared, network, "native_f32")
+def test_a_rewritten_checkpoint_has_t5x_own_files(t5x_checkpoint, tmp_path, network):
+    path = t5x_checkpoint(network, "native_f32")
     config = convert.read_config(path)
     folder = convert.write_t5x(
         str(tmp_path),
@@ -461,13 +439,13 @@ def test_an_independent_reader_reads_what_is_written(tmp_path, monkeypatch, dtyp
     assert_same(convert.read_params(folder, TIED), cast)
 
 
-def test_orbax_with_a_msgpack_index(shared, tmp_path):
+def test_orbax_with_a_msgpack_index(t5x_checkpoint, tmp_path):
     """The layout of 2023: T5X's arrays under `state`, with placeholders for leaves."""
-    path = checkpoint(shared, "t5", "native_f32")
+    path = t5x_checkpoint("t5", "native_f32")
     root = tmp_path / "checkpoint_3" / "state"
     root.mkdir(parents=True)
     tree = {}
-    for source in (shared / "t5x_checkpoints/t5_native_f32/checkpoint_3").iterdir():
+    for source in pathlib.Path(path).iterdir():
         if source.is_dir():
             target = root / source.name
             target.mkdir()

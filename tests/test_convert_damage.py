@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 import shutil
 
 from flax import serialization
@@ -243,11 +244,12 @@ def test_absurd_sizes_are_refused(tmp_path):
 
 
 @pytest.fixture
-def ocdbt(shared, tmp_path):
+def ocdbt(t5x_checkpoint, tmp_path):
+    source = pathlib.Path(t5x_checkpoint("t5", "orbax_ocdbt"))
     target = tmp_path / "checkpoint_3"
-    for file in (shared / "t5x_checkpoints/t5_orbax_ocdbt/checkpoint_3").rglob("*"):
+    for file in source.rglob("*"):
         if file.is_file():  # the originals may be read-only
-            copy = target / file.relative_to(shared / "t5x_checkpoints/t5_orbax_ocdbt/checkpoint_3")
+            copy = target / file.relative_to(source)
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_bytes(file.read_bytes())
     return target

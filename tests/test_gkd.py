@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from random_models import random_params
 from scipy import special
 
 from gkd_jax import accumulation, divergences, gkd, losses, sampling, sharding
@@ -60,26 +61,14 @@ score = jax.jit(gkd.per_token_loss, static_argnums=(0, 1))
 logits = jax.jit(t5.logits, static_argnums=0)
 
 
-def _make_params(config, seed):
-    rng = np.random.default_rng(seed)
-
-    def leaf(path, shape):
-        if path[-1].key == "scale":
-            return jnp.ones(shape.shape)
-        size = 1.0 if "embedding" in path[-1].key else shape.shape[-2] ** -0.5
-        return jnp.asarray(rng.normal(0, size, shape.shape), jnp.float32)
-
-    return jax.tree_util.tree_map_with_path(leaf, t5.abstract_params(config))
-
-
 @pytest.fixture(scope="module")
 def student():
-    return _make_params(STUDENT, 0)
+    return random_params(STUDENT, 0, norm_spread=0.0)
 
 
 @pytest.fixture(scope="module")
 def teacher():
-    return _make_params(TEACHER, 1)
+    return random_params(TEACHER, 1, norm_spread=0.0)
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_models import random_params
 import seqio
 
 
@@ -61,13 +62,6 @@ def transformer(config: t5.T5Config, dropout_rate: float = 0.0) -> network.Trans
             dropout_rate=dropout_rate,
         )
     )
-
-
-def random_params(config: t5.T5Config, seed: int) -> t5.Params:
-    """Ours, with logits far from uniform."""
-    params = t5.init(config, jax.random.key(seed))
-    params["decoder"]["logits_dense"]["kernel"] *= 3.0
-    return params
 
 
 @pytest.fixture(scope="module")

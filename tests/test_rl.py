@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from random_models import random_params
 import small_runs
 
 from gkd_jax import divergences, gkd, losses, rl
@@ -61,13 +62,6 @@ def method(alpha, **more):
         divergence=partial(divergences.jsd, beta=0.9),
         rl=RLConfig(reward=reward, alpha=alpha),
         **more,
-    )
-
-
-def random_params(config, seed):
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda x: jnp.asarray(rng.normal(0, 0.7, x.shape), jnp.float32), t5.abstract_params(config)
     )
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_models import random_params
 from scipy import special, stats
 
 from gkd_jax import sampling, sharding
@@ -33,16 +34,7 @@ logits = jax.jit(t5.logits, static_argnums=0)
 
 @pytest.fixture(scope="module")
 def params():
-    """Random parameters drawn by NumPy; the head's are small enough for flat distributions."""
-    rng = np.random.default_rng(0)
-
-    def leaf(path, shape):
-        if path[-1].key == "scale":
-            return jnp.ones(shape.shape)
-        size = 1.0 if "embedding" in path[-1].key else shape.shape[-2] ** -0.5
-        return jnp.asarray(rng.normal(0, size, shape.shape), jnp.float32)
-
-    return jax.tree_util.tree_map_with_path(leaf, t5.abstract_params(CONFIG))
+    return random_params(CONFIG, 0, norm_spread=0.0)
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_models import random_params
 
 from gkd_jax.batch import Batch
 from gkd_jax.models import layers, t5
@@ -50,20 +51,7 @@ def batch():
 
 @pytest.fixture(scope="module")
 def params():
-    """Random parameters of each configuration, drawn by NumPy: nothing at its initial value."""
-
-    def make(config):
-        rng = np.random.default_rng(2)
-
-        def leaf(path, shape):
-            norm = path[-1].key == "scale"
-            # Fan-in scaling keeps activations near 1; norms and biases must matter too.
-            size = 1.0 if "embedding" in path[-1].key else 0.2 if norm else shape.shape[-2] ** -0.5
-            return jnp.asarray(norm + rng.normal(0, size, shape.shape), jnp.float32)
-
-        return jax.tree_util.tree_map_with_path(leaf, t5.abstract_params(config))
-
-    return {name: make(config) for name, config in CONFIGS.items()}
+    return {name: random_params(config, 2) for name, config in CONFIGS.items()}
 
 
 # Attention ----------------------------------------------------------------------------------------

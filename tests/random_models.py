@@ -1,0 +1,34 @@
+"""Parameters that are not at their initial values, and comparisons of whole trees."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gkd_jax.convert.layout import flatten
+from gkd_jax.models import t5
+
+
+def random_params(config: t5.T5Config, seed: int = 0, *, norm_spread: float = 0.2) -> t5.Params:
+    """Random parameters drawn by NumPy.
+
+    Fan-in scaling keeps activations near 1, and embeddings are large enough for logits that differ.
+    Norms lie around 1, so that they matter too; with `norm_spread` 0 they are 1.
+    """
+    rng = np.random.default_rng(seed)
+
+    def leaf(path, shape):
+        if path[-1].key == "scale":
+            return jnp.asarray(1 + norm_spread * rng.normal(0, 1, shape.shape), jnp.float32)
+        size = 1.0 if "embedding" in path[-1].key else shape.shape[-2] ** -0.5
+        return jnp.asarray(rng.normal(0, size, shape.shape), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(leaf, t5.abstract_params(config))
+
+
+def assert_same(left, right) -> None:
+    """Fails unless two trees have the same names, dtypes and numbers."""
+    left, right = flatten(left), flatten(right)
+    assert left.keys() == right.keys()
+    for path in left:
+        assert left[path].dtype == right[path].dtype, path
+        np.testing.assert_array_equal(np.asarray(left[path]), np.asarray(right[path]), path)
