@@ -15,7 +15,7 @@ from gkd_jax.storage import checkpoints, conversion
 from gkd_jax.storage.content import check_finite, content_id
 
 
-CONFIG = t5.t5_1_1("tiny", vocab_size=32, d_model=16, num_heads=2, head_dim=8, d_ff=24)
+CONFIG = t5.t5_1_1("32x2", vocab_size=32)
 FORMATS = ("gkd", "hf", "t5x")
 
 

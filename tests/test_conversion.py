@@ -15,7 +15,7 @@ from gkd_jax.storage import checkpoints
 from gkd_jax.storage.conversion import FORMATS, convert_checkpoint
 
 
-CONFIG = t5.t5_1_1("tiny", vocab_size=64, d_model=16, num_heads=2, head_dim=8, d_ff=24)
+CONFIG = t5.t5_1_1("32x2", vocab_size=64)
 PIECES = 50
 
 

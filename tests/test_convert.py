@@ -125,10 +125,10 @@ def test_logits_and_greedy_tokens_equal_t5x(t5x_checkpoint, network):
 
 
 def adafactor(config):
-    return optimizers.adafactor(
-        schedule=lambda count: LEARNING_RATE,
-        stacked_min_dim_size_to_factor=0 if config.per_layer_relpos else 128,
+    settings = optimizers.Adafactor(
+        stacked_min_dim_size_to_factor=0 if config.per_layer_relpos else 128
     )
+    return settings(lambda count: LEARNING_RATE)
 
 
 def adafactor_state(path, config):

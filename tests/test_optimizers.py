@@ -1,5 +1,6 @@
 """Adafactor and AdamW against optax, layer by layer, and the schedule against its definition."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -8,11 +9,13 @@ import numpy as np
 import optax
 import pytest
 
+from gkd_jax.models import t5
 from gkd_jax.training import optimizers
 
 
 LEARNING_RATE = 0.02
 STEPS = 5
+KEY = jax.random.key(0)
 
 
 def _constant(_count):
@@ -190,6 +193,24 @@ def test_adamw_equals_its_definition(weight_decay):
         step = (m / (1 - b1**count)) / (np.sqrt(v / (1 - b2**count)) + eps)
         param = param - LEARNING_RATE * (step + weight_decay * param)
         np.testing.assert_allclose(params, param, rtol=1e-5)
+
+
+@pytest.mark.parametrize("per_layer_relpos", [False, True])
+def test_adamw_decays_neither_norms_nor_biases(per_layer_relpos):
+    """By name: a stacked norm [L, D] has a matrix's shape."""
+    config = t5.t5_1_1("32x2", vocab_size=16)
+    params = t5.init(dataclasses.replace(config, per_layer_relpos=per_layer_relpos), KEY)
+    params["decoder"]["layers"]["self_attention"]["query"]["bias"] = jnp.ones((2, 32))
+    optimizer = optimizers.AdamW(weight_decay=0.1)(_constant)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = optimizer.update(zeros, optimizer.init(params), params)
+    moved = {True: set(), False: set()}
+    for path, update in jax.tree_util.tree_flatten_with_path(updates)[0]:
+        moved[bool(jnp.any(update))].add(path[-1].key)
+    assert moved == {True: {"kernel", "embedding"}, False: {"scale", "bias", "rel_embedding"}}
+    kernel = params["encoder"]["layers"]["mlp"]["wo"]["kernel"]
+    decayed = updates["encoder"]["layers"]["mlp"]["wo"]["kernel"]
+    np.testing.assert_allclose(decayed, -LEARNING_RATE * 0.1 * kernel, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

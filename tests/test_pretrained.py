@@ -11,7 +11,7 @@ from gkd_jax.storage import pretrained
 from gkd_jax.text import vocabularies
 
 
-CONFIG = t5.t5_1_1("tiny", vocab_size=128, d_model=16, num_heads=2, head_dim=8, d_ff=24)
+CONFIG = t5.t5_1_1("32x2", vocab_size=128)
 
 
 def sentencepiece_file(path, **ids):

@@ -67,7 +67,9 @@ class AdamW:
     Attributes:
         b1, b2: decay of the means of gradients and of squared gradients.
         eps: added to the root of the mean of squared gradients.
-        weight_decay: times the learning rate, subtracted as a share of each parameter.
+        weight_decay: times the learning rate, subtracted as a share of each kernel and embedding.
+            Norms and biases, those of positions included, are left alone, as in T5X and big_vision:
+            they set a scale or an offset, and a share of it less is another function.
         max_grad_norm: the global norm of the gradients is clipped to this first; None clips
             nothing.
     """
@@ -84,9 +86,24 @@ class AdamW:
     def __call__(self, schedule: Schedule) -> optax.GradientTransformation:
         """The optimizer whose learning rate follows `schedule`."""
         adam = optax.adamw(
-            schedule, b1=self.b1, b2=self.b2, eps=self.eps, weight_decay=self.weight_decay
+            schedule,
+            b1=self.b1,
+            b2=self.b2,
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+            mask=_decays,
         )
         return _clipped(adam, self.max_grad_norm)
+
+
+_NEVER_DECAYED = ("scale", "bias", "rel_embedding")
+
+
+def _decays(params: Any) -> Any:
+    """A tree of flags: which parameters AdamW decays."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: _place(path)[1] not in _NEVER_DECAYED, params
+    )
 
 
 class AdafactorState(NamedTuple):
