@@ -467,6 +467,26 @@ def test_labels_name_just_what_differs(tmp_path):
     }
 
 
+def test_no_two_groups_have_one_label(tmp_path):
+    """Fields that one lacks, optimizers with settings, RL alone with two divergences."""
+    adafactor = {"type": "Adafactor", "decay_rate": 0.8}
+    runs = [
+        about(),
+        about(optimizer__b1=0.8),
+        about(optimizer=adafactor),
+        about(optimizer={**adafactor, "decay_rate": 0.7}),
+        about(schedule__learning_rate=0.12345678),
+        about(schedule__learning_rate=0.12345679),
+        *(about(divergence=one, method__rl={"alpha": 0}) for one in ("forward_kl", JSD_01)),
+    ]
+    del runs[0]["recipe"]["train"]["sample_ahead"]
+    for index, run in enumerate(runs):
+        write_run(tmp_path / str(index), run, {"accuracy": 50.0})
+    study = read_study(tmp_path)
+    assert len({group.label for group in study.groups}) == len(study.groups) == len(runs)
+    report.write([str(tmp_path)], str(tmp_path / "out"))
+
+
 def test_the_final_number_is_the_final_checkpoints_of_the_same_decoding(tmp_path):
     evals = [
         ({**GREEDY, "step": 10}, {"accuracy": 99.0}),  # of an earlier checkpoint

@@ -150,15 +150,11 @@ class Run:
     @functools.cached_property
     def fields(self) -> dict[str, Any]:
         """All that was recorded of what the run is, by dotted names ("method.divergence.beta")."""
-        beside = {
-            name: self.about.get(name) for name in ("contents", "parameters", "process_shards")
-        }
-        changes = self.about.get("changes")
-        changed = (
-            [one for one in changes if isinstance(one, dict)] if isinstance(changes, list) else []
-        )
-        # A run that was evaluated or saved otherwise on the way is the same run.
-        beside["changes"] = [one for one in changed if not _changes_nothing(str(one.get("field")))]
+        names = ("contents", "parameters", "process_shards")
+        beside = {name: self.about.get(name) for name in names}
+        found = self.about.get("changes")
+        changed = [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
+        beside["changes"] = [one for one in changed if not _is_harmless(str(one.get("field")))]
         beside["targets_made_by_a_model"] = bool(self.about.get("targets_made_by"))
         recorded = {name: value for name, value in beside.items() if value}
         return dict(_flat({**as_object(self.about.get("recipe")), **recorded}))
@@ -166,12 +162,10 @@ class Run:
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
         """The fields that make it another configuration; runs that share them differ in seeds."""
-        fields = {
-            k: v for k, v in self.fields.items() if not _changes_nothing(k) and k not in SEEDS
-        }
+        fields = {k: v for k, v in self.fields.items() if k not in SEEDS}
         # A path says nothing once the hash of what it led to is recorded.
         kept = {k: v for k, v in fields.items() if f"contents.{k}" not in fields}
-        kept.update({k: v for k, v in self.fields.items() if k.startswith("evaluation.")})
+        kept = {k: v for k, v in kept.items() if UNCHANGING.isdisjoint(k.split("."))}
         return kept or {"name": self.name}
 
     @property
@@ -278,7 +272,8 @@ def as_object(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _changes_nothing(name: str) -> bool:
+def _is_harmless(name: str) -> bool:
+    """Of a change on the way: a run that was evaluated or saved otherwise is the same run."""
     return not UNCHANGING.isdisjoint(name.split(".")) or name.startswith("evaluation")
 
 

@@ -108,9 +108,8 @@ class Study:
             for (task, setting), values in run.finals.items()
             for metric, value in values.items()
         ]
-        values: Table = pd.DataFrame(rows, columns=pd.Index([*keys, "value"])).groupby(keys)[
-            "value"
-        ]
+        frame = pd.DataFrame(rows, columns=pd.Index([*keys, "value"]))
+        values: Table = frame.groupby(keys)["value"]
         self._numbers: Table = values.agg(mean="mean", error="sem", n="count").astype({"n": object})
 
     def _role(self, runs: Sequence[Run]) -> str:
@@ -219,6 +218,7 @@ def _maker(runs: Sequence[Run], run: Run, role: str) -> Run | None:
     # A study that was moved, or an archive: the end of the path is the run's name.
     named = [one for one in others if f"/{path}".endswith(f"/{one.name}")]
     sized = [one for one in named if one.parameters("student") == run.parameters(role)]
+    sized.sort(key=lambda one: one.folder.parent != run.folder.parent)
     return next(iter([*exact, *sized]), None)
 
 
@@ -230,20 +230,36 @@ def _labelled(groups: list[Group]) -> list[Group]:
         alike.setdefault((title, group.first.task), []).append(group)
     labelled = []
     for (title, _), members in alike.items():
-        names: dict[str, None] = {}
-        for size in sizes(members):
-            same = [group.first.identity for group in members if group.size == size]
-            every = dict.fromkeys(name for fields in same for name in fields)
-            differ = [n for n in every if len({repr(fields.get(n)) for fields in same}) > 1]
-            # A title names the divergence; other fields of an optimizer follow from its type.
-            differ = [name for name in differ if name not in _IN_TITLE]
-            types = tuple(name.removesuffix("type") for name in differ if name.endswith(".type"))
-            kept = [n for n in differ if n.endswith(".type") or not n.startswith(types or "\n")]
-            names.update(dict.fromkeys(kept))
-        for group in members:
-            parts = dict.fromkeys([title, *(_said(name, group) for name in names)])
-            labelled.append(dataclasses.replace(group, label=" · ".join(parts)))
+        labels: list[str] = []
+        for everything in (False, True):  # all that differs, only where less leaves two alike
+            names = dict.fromkeys(
+                name for size in sizes(members) for name in _differing(members, size, everything)
+            )
+            said_of = [[_said(name, group) for name in names] for group in members]
+            labels = [" · ".join(dict.fromkeys([title, *parts])) for parts in said_of]
+            rows = [(label, group.size) for label, group in zip(labels, members, strict=True)]
+            if len(set(rows)) == len(rows):
+                break
+        for index, (label, group) in enumerate(zip(labels, members, strict=True)):
+            again = rows[:index].count(rows[index])
+            label = f"{label} ({again + 1})" if again else label
+            labelled.append(dataclasses.replace(group, label=label))
     return sorted(labelled, key=_order)
+
+
+def _differing(groups: Sequence[Group], size: str, everything: bool) -> list[str]:
+    """The fields that differ within a size, among the groups that have them.
+
+    Without `everything` the divergence is left out, which the title names.
+    """
+    members = [group.first.identity for group in groups if group.size == size]
+    every = dict.fromkeys(name for fields in members for name in fields)
+    values = {
+        name: {repr(fields.get(name)) for fields in members if everything or name in fields}
+        for name in every
+    }
+    differ = [name for name, found in values.items() if len(found) > 1]
+    return [name for name in differ if everything or name not in _IN_TITLE]
 
 
 def _said(name: str, group: Group) -> str:
