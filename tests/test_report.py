@@ -832,8 +832,10 @@ def test_everything_a_run_holds_is_text(tmp_path):
     run["commit"] = evil
     metrics = {"accuracy": 1.0, "<s>m": 2.0}
     write_run(tmp_path / "a&b" / "<b>run", run, metrics, rows={10: before, 20: rows})
-    write_run(tmp_path / "other", about(task="<u>task"), {"accuracy": 3.0})
+    other = about(task="<u>task", divergence="forward_kl")  # the legend names the evil folder
+    write_run(tmp_path / "other", other, {"accuracy": 3.0})
     report.write([str(tmp_path)], str(tmp_path / "out"))
+    assert evil in Page(tmp_path / "out" / "report.html").text
     files = sorted((tmp_path / "out").rglob("*.html"))
     assert len(files) == 3
     for path in files:
