@@ -25,17 +25,21 @@ class TopK(NamedTuple):
 class Batch(NamedTuple):
     """One global batch, of JAX or NumPy arrays.
 
-    Inputs are padded with id 0, which the encoder masks. Targets are masked by `weights` alone: a
-    student can emit any id, so `targets > 0` says nothing about where a sequence ends.
+    Inputs are padded on the right: an encoder-decoder's with id 0, which the encoder masks; a
+    decoder-only model's with any id, and `input_lengths` says how many tokens are text. Targets are
+    masked by `weights` alone: a student can emit any id, so `targets > 0` says nothing about where
+    a sequence ends.
 
     Attributes:
         inputs: source token ids, ending in EOS, padded with 0.
         targets: target token ids, ending in EOS unless truncated.
         weights: 1.0 where a target token counts (EOS included), 0.0 elsewhere.
         teacher: its scores of these targets where they come from a cache (`teacher_cache`).
+        input_lengths: tokens of each prompt; an encoder-decoder may do without (ids != 0 count).
     """
 
     inputs: Int[Any, "B S"]
     targets: Int[Any, "B T"]
     weights: Float[Any, "B T"]
     teacher: TopK | None = None
+    input_lengths: Int[Any, " B"] | None = None

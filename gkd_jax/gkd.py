@@ -29,7 +29,7 @@ from gkd_jax import accumulation, losses
 from gkd_jax.batch import Batch, TopK
 from gkd_jax.gkd_config import Divergence, GKDConfig, ModelPair, Reduction
 from gkd_jax.input.teacher_cache import outcomes
-from gkd_jax.models import t5
+from gkd_jax.models import lm
 from gkd_jax.rl import policy_loss
 from gkd_jax.sampling import Sample, allowed_ids, sample
 
@@ -87,7 +87,7 @@ def num_on_policy_rows(on_policy_fraction: float, batch_size: int) -> int:
 def sample_targets(
     config: GKDConfig,
     models: ModelPair,
-    student_params: t5.Params,
+    student_params: lm.Params,
     batch: Batch,
     key: Key[Array, ""],
 ) -> tuple[Batch, Sample]:
@@ -127,8 +127,8 @@ def sample_targets(
 def per_token_loss(
     config: GKDConfig,
     models: ModelPair,
-    student_params: t5.Params,
-    teacher_params: t5.Params | None,
+    student_params: lm.Params,
+    teacher_params: lm.Params | None,
     batch: Batch,
     dropout_key: Key[Array, ""] | None = None,
     step: Int[Array, ""] | int = 0,
@@ -149,8 +149,8 @@ class _TokenValues(NamedTuple):
 def _token_values(
     config: GKDConfig,
     models: ModelPair,
-    student_params: t5.Params,
-    teacher_params: t5.Params | None,
+    student_params: lm.Params,
+    teacher_params: lm.Params | None,
     batch: Batch,
     dropout_key: Key[Array, ""] | None,
     step: Int[Array, ""] | int,
@@ -158,16 +158,16 @@ def _token_values(
     with_log_probs: bool = False,
 ) -> _TokenValues:
     """Both models read the whole batch; their logits exist for one part of the length at a time."""
-    states = [t5.hidden(models.student, student_params, batch, dropout_key=dropout_key)]
+    states = [lm.hidden(models.student, student_params, batch, dropout_key=dropout_key)]
     if config.divergence is not None and batch.teacher is None:
         assert models.teacher is not None
         assert teacher_params is not None
-        states.append(t5.hidden(models.teacher, teacher_params, batch))
+        states.append(lm.hidden(models.teacher, teacher_params, batch))
     temperature = config.teacher_temperature
     temperature = temperature(step) if callable(temperature) else temperature
 
     def of_part(states, targets, weights, cached: TopK | None) -> _TokenValues:
-        logits = t5.apply_head(models.student, student_params, states[0])
+        logits = lm.apply_head(models.student, student_params, states[0])
         log_probs = None
         if with_log_probs:
             log_probs = sample_log_probs(config, models, logits, targets, weights)
@@ -180,7 +180,7 @@ def _token_values(
         else:
             assert models.teacher is not None
             assert teacher_params is not None
-            teacher_logits = t5.apply_head(models.teacher, teacher_params, states[1])
+            teacher_logits = lm.apply_head(models.teacher, teacher_params, states[1])
             teacher_logits = of_pieces(teacher_logits / temperature, models.num_pieces)
             loss = config.divergence(logits, jax.lax.stop_gradient(teacher_logits))
         return _TokenValues(loss, log_probs)
@@ -204,7 +204,7 @@ def sample_log_probs(
 
     Banned ids have no part in its softmax, as they had none in the draw.
     """
-    allowed = allowed_ids(models.student.vocab_size, config.sampling.banned_ids)
+    allowed = allowed_ids(models.student.vocab_size, config.sampling.ids(models.student)[0])
     logits = jnp.where(allowed, student_logits / config.sampling.temperature, -jnp.inf)
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     # Padding has probability 0 here; its weight is 0, and its gradient must not be NaN.
@@ -236,7 +236,7 @@ class TrainState(NamedTuple):
     """
 
     step: Int[Array, ""]
-    params: t5.Params
+    params: lm.Params
     opt_state: Any
 
 
@@ -260,7 +260,7 @@ class Learner:
 def update(
     learner: Learner,
     state: TrainState,
-    teacher_params: t5.Params | None,
+    teacher_params: lm.Params | None,
     batch: Batch,
     dropout_key: Key[Array, ""],
     advantages: Float[Array, " N"] | None = None,
@@ -324,8 +324,8 @@ def update(
 
 def _loss_sums(
     learner: Learner,
-    params: t5.Params,
-    teacher_params: t5.Params | None,
+    params: lm.Params,
+    teacher_params: lm.Params | None,
     rows: tuple[Batch, Float[Array, " N"] | None],
     dropout_key: Key[Array, ""] | None,
     step: Int[Array, ""],

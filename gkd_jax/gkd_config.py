@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from gkd_jax import divergences, losses
-from gkd_jax.models import t5
+from gkd_jax.models import lm
 from gkd_jax.rl import RLConfig
 from gkd_jax.sampling import SamplingConfig
 
@@ -129,8 +129,8 @@ class ModelPair:
             embedding up (32128 for 32100): they are left out of every softmax.
     """
 
-    student: t5.T5Config
-    teacher: t5.T5Config | None
+    student: lm.Config
+    teacher: lm.Config | None
     num_pieces: int
 
     def __post_init__(self):

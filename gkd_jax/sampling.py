@@ -1,4 +1,4 @@
-"""Decoding a T5 in one jitted program: temperature sampling and greedy, with a KV cache.
+"""Decoding in one jitted program: temperature sampling and greedy, with a KV cache.
 
 Every token is drawn from one uniform number, a function of (key, row of the global batch, position)
 alone, so that a sample is the same on any mesh, any number of processes and after a resume. The
@@ -9,7 +9,7 @@ Axes: B batch, S source, T target, V vocabulary.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax import lax
@@ -17,11 +17,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 import numpy as np
 
-from gkd_jax.models import quantized, t5
-from gkd_jax.sharding import constrain
+from gkd_jax.models import lm
 
 
-EOS_ID = 1
 _BLOCK = 128
 
 
@@ -33,16 +31,17 @@ class SamplingConfig:
         temperature: divides the logits; 0 is greedy.
         top_k: only the k likeliest tokens; 0 is off.
         top_p: only the smallest set of likeliest tokens with this much probability; 1 is off.
-        banned_ids: token ids never drawn. Pad belongs here in training, and so do the ids beyond
-            the vocabulary's pieces (see `banned_tail`).
-        eos_id: ends a sequence.
+        banned_ids: token ids never drawn; None is the family's (T5: its pad, 0). In training the
+            ids beyond the vocabulary's pieces belong here too (see `banned_tail`).
+        eos_ids: each of them ends a sequence; None is the family's (T5: 1; a decoder-only model
+            has none that all share, and goes on to the last position).
     """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
-    banned_ids: tuple[int, ...] = (t5.PAD_ID,)
-    eos_id: int = EOS_ID
+    banned_ids: tuple[int, ...] | None = None
+    eos_ids: tuple[int, ...] | None = None
 
     def __post_init__(self):
         if not self.temperature >= 0:
@@ -51,15 +50,30 @@ class SamplingConfig:
             raise ValueError(f"top_k must be an integer of at least 0 (off), got {self.top_k!r}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
-        if self.eos_id in self.banned_ids:
-            raise ValueError(f"banned_ids contains eos_id={self.eos_id}: no sequence could end")
+        _check_ids(self.banned_ids or (), self.eos_ids or ())
+
+    def ids(self, config: lm.Config) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The banned ids and those that end a sequence, the family's where none are given.
+
+        Raises:
+            ValueError: where no sequence could end.
+        """
+        banned = config.family.BANNED_IDS if self.banned_ids is None else self.banned_ids
+        ends = config.family.EOS_IDS if self.eos_ids is None else self.eos_ids
+        _check_ids(banned, ends)
+        return tuple(banned), tuple(ends)
+
+
+def _check_ids(banned_ids: tuple[int, ...], eos_ids: tuple[int, ...]) -> None:
+    if eos_ids and set(eos_ids) <= set(banned_ids):
+        raise ValueError(f"banned_ids contains all of eos_ids={eos_ids}: no sequence could end")
 
 
 class Sample(NamedTuple):
     """What was decoded.
 
     Attributes:
-        tokens: up to and including EOS, then 0.
+        tokens: up to and including EOS, then 0 (which may be an ordinary id: weights tell).
         weights: 1.0 up to and including EOS (everywhere where none came), 0.0 after.
         log_probs: log-probability of each token under the distribution drawn from (temperature and
             bans applied; under greedy decoding, temperature 1), 0.0 after EOS. Nats.
@@ -70,9 +84,9 @@ class Sample(NamedTuple):
     log_probs: Float[Array, "B T"]
 
 
-def banned_tail(config: t5.T5Config, num_pieces: int) -> tuple[int, ...]:
-    """Pad and the ids of the embedding that no piece of the vocabulary has (32100..32127)."""
-    return (t5.PAD_ID, *range(num_pieces, config.vocab_size))
+def banned_tail(config: lm.Config, num_pieces: int) -> tuple[int, ...]:
+    """A T5's pad, and the ids of the embedding that no piece of the vocabulary has."""
+    return (*config.family.BANNED_IDS, *range(num_pieces, config.vocab_size))
 
 
 class _Loop(NamedTuple):
@@ -80,18 +94,19 @@ class _Loop(NamedTuple):
     log_probs: Float[Array, "B T"]
     last: Int[Array, " B"]
     ended: Bool[Array, " B"]
-    cache: t5.Cache
+    cache: Any
 
 
 def sample(
-    config: t5.T5Config,
-    params: t5.Params,
+    config: lm.Config,
+    params: lm.Params,
     inputs: Int[Array, "B S"],
     key: Key[Array, ""] | None = None,
     *,
     max_length: int,
+    input_lengths: Int[Array, " B"] | None = None,
     sampling: SamplingConfig = SamplingConfig(),
-    encoded: t5.Encoded | None = None,
+    context: Any | None = None,
     num_samples: int = 1,
 ) -> Sample:
     """Decodes `num_samples` sequences for each row of `inputs`; stops when all have ended.
@@ -99,12 +114,13 @@ def sample(
     Args:
         config: the model's sizes.
         params: its parameters.
-        inputs: source ids, padded with 0.
+        inputs: source ids, padded on the right.
         key: of this step; each row folds in its place in the global batch. None for greedy.
         max_length: most tokens to decode, T.
-        sampling: temperature, filters and banned ids.
-        encoded: the encoder's result where the caller has it already.
-        num_samples: of each row, as neighbours in the result; the encoder runs once.
+        input_lengths: tokens of each row of `inputs`; a T5 may do without (it counts ids != 0).
+        sampling: temperature, filters, banned ids and those that end a sequence.
+        context: `lm.encode`'s result where the caller has it already.
+        num_samples: of each row, as neighbours in the result; the prompt is read once.
 
     Returns:
         B x num_samples rows. No gradient flows out of them: `lax.while_loop` has no reverse mode,
@@ -112,12 +128,14 @@ def sample(
     """
     if key is None and sampling.temperature > 0:
         raise ValueError(f"temperature={sampling.temperature} needs a key; only greedy does not")
+    banned_ids, eos_ids = sampling.ids(config)
     batch_size = inputs.shape[0] * num_samples
-    if encoded is None:
-        encoded = t5.encode(config, params, inputs)
-    encoded, params = t5.repeat(encoded, num_samples), decode_layout(config, params)
-    cache = t5.init_cache(config, params, encoded, max_length)
-    allowed = allowed_ids(config.vocab_size, sampling.banned_ids)
+    if context is None:
+        context = lm.encode(config, params, inputs, input_lengths)
+    context = lm.repeat(config, context, num_samples)
+    params = lm.decode_params(config, params)
+    cache = lm.init_cache(config, params, context, max_length)
+    allowed = allowed_ids(config.vocab_size, banned_ids)
     uniforms = jnp.zeros((max_length, batch_size))  # greedy needs none
     if key is not None:
         uniforms = row_uniforms(key, batch_size, max_length)
@@ -127,22 +145,16 @@ def sample(
 
     def step(loop: _Loop) -> _Loop:
         position = loop.cache.position
-        logits, cache = t5.decode_step(config, params, encoded, loop.last, loop.cache)
+        logits, cache = lm.decode_step(config, params, loop.last, loop.cache)
         logits = jnp.where(allowed[None], logits, -jnp.inf)
-        if sampling.temperature == 0:
-            tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        else:
-            logits = filter_logits(logits / sampling.temperature, sampling)
-            tokens = draw(logits, uniforms[position])
-        log_probs = jnp.take_along_axis(logits, tokens[:, None], axis=1)[:, 0]
-        log_probs = log_probs - jax.nn.logsumexp(logits, axis=-1)
-        tokens = jnp.where(loop.ended, t5.PAD_ID, tokens)
+        tokens, log_probs = _choose(logits, uniforms[position], sampling)
+        tokens = jnp.where(loop.ended, 0, tokens)
         log_probs = jnp.where(loop.ended, 0.0, log_probs)
         return _Loop(
             tokens=lax.dynamic_update_index_in_dim(loop.tokens, tokens, position, 1),
             log_probs=lax.dynamic_update_index_in_dim(loop.log_probs, log_probs, position, 1),
             last=tokens,
-            ended=loop.ended | (tokens == sampling.eos_id),
+            ended=loop.ended | is_eos(tokens, eos_ids),
             cache=cache,
         )
 
@@ -150,38 +162,41 @@ def sample(
         not_all_ended,
         step,
         _Loop(
-            tokens=jnp.full((batch_size, max_length), t5.PAD_ID, jnp.int32),
+            tokens=jnp.zeros((batch_size, max_length), jnp.int32),
             log_probs=jnp.zeros((batch_size, max_length)),
-            last=jnp.full((batch_size,), t5.PAD_ID, jnp.int32),
+            last=context.first.astype(jnp.int32),
             ended=jnp.zeros((batch_size,), bool),
             cache=cache,
         ),
     )
-    weights = weights_until_eos(loop.tokens, sampling.eos_id)
+    weights = weights_until_eos(loop.tokens, eos_ids)
     return Sample(loop.tokens, weights, loop.log_probs)
 
 
-def decode_layout(config: t5.T5Config, params: t5.Params) -> t5.Params:
-    """What decoding reads, in the compute dtype and whole over `fsdp`, once and for all tokens.
-
-    A loop over weights that are split over `fsdp` gathers all of them for every token. Matrix
-    products cast their weights to the compute dtype in any case: the samples stay the same.
-    """
-    params = {name: quantized.restore(params[name]) for name in ("token_embedder", "decoder")}
-
-    def lay_out(path, x, axes):
-        if path[-1].key in ("kernel", "embedding"):
-            x = x.astype(config.dtype)
-        return constrain(x, [None if axis == "embed" else axis for axis in axes])
-
-    params = jax.tree_util.tree_map_with_path(lay_out, params, t5.logical_axes(params))
-    layers = t5.decode_layers(config, params["decoder"]["layers"])
-    return {**params, "decoder": {**params["decoder"], "layers": layers}}
+def _choose(
+    logits: Float[Array, "B V"], uniforms: Float[Array, " B"], sampling: SamplingConfig
+) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
+    """The next token of each row and its log-probability."""
+    if sampling.temperature == 0:
+        tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    else:
+        logits = filter_logits(logits / sampling.temperature, sampling)
+        tokens = draw(logits, uniforms)
+    log_probs = jnp.take_along_axis(logits, tokens[:, None], axis=1)[:, 0]
+    return tokens, log_probs - jax.nn.logsumexp(logits, axis=-1)
 
 
-def weights_until_eos(tokens: Int[Array, "B T"], eos_id: int = EOS_ID) -> Float[Array, "B T"]:
+def is_eos(tokens: Int[Array, "*B"], eos_ids: tuple[int, ...]) -> Bool[Array, "*B"]:
+    """Which tokens end a sequence."""
+    found = jnp.zeros(tokens.shape, bool)
+    for eos_id in eos_ids:
+        found = found | (tokens == eos_id)
+    return found
+
+
+def weights_until_eos(tokens: Int[Array, "B T"], eos_ids: tuple[int, ...]) -> Float[Array, "B T"]:
     """1.0 up to and including the first EOS, 0.0 after it; all 1.0 where none came."""
-    eos = (tokens == eos_id).astype(jnp.int32)
+    eos = is_eos(tokens, eos_ids).astype(jnp.int32)
     return (jnp.cumsum(eos, axis=1) - eos == 0).astype(jnp.float32)
 
 

@@ -221,13 +221,18 @@ def with_shardings(shapes: Any, shardings: Any) -> Any:
     )
 
 
-def num_batch_shards() -> int:
-    """Over how many devices `use` spreads the rows of a batch; 1 outside it."""
+def num_shards(axis: str) -> int:
+    """Over how many devices `use` spreads a logical axis; 1 outside it."""
     active = _active.get()
     if active is None:
         return 1
     mesh, rules = active
-    return math.prod(mesh.shape[axis] for axis in _as_tuple(rules["batch"]))
+    return math.prod(mesh.shape[name] for name in _as_tuple(rules[axis]))
+
+
+def num_batch_shards() -> int:
+    """Over how many devices `use` spreads the rows of a batch; 1 outside it."""
+    return num_shards("batch")
 
 
 def num_devices() -> int:

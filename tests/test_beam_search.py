@@ -59,7 +59,7 @@ def all_scores(config, params, row, length, alpha):
     targets = np.zeros((len(sequences), length), np.int32)
     for index, sequence in enumerate(sequences):
         targets[index, : len(sequence)] = sequence
-    weights = np.asarray(weights_until_eos(jnp.asarray(targets)))
+    weights = np.asarray(weights_until_eos(jnp.asarray(targets), (1,)))
     inputs = jnp.broadcast_to(INPUTS[row], (len(sequences), INPUTS.shape[1]))
     logits = t5.logits(config, params, Batch(inputs, jnp.asarray(targets), jnp.asarray(weights)))
     logits = logits.at[..., 0].set(-jnp.inf)
@@ -86,13 +86,13 @@ def test_enough_beams_find_the_best_sequence_there_is(alpha):
 def test_one_beam_without_eos_is_greedy():
     config = tiny(vocab_size=40)
     params = t5.init(config, jax.random.key(0))
-    beams = run(config, params, max_length=6, num_beams=1, banned_ids=(0, 1))
+    beams = run(config, params, max_length=6, num_beams=1, banned_ids=(0, 1), eos_ids=())
     greedy = sample(
         config,
         params,
         INPUTS,
         max_length=6,
-        sampling=SamplingConfig(temperature=0.0, banned_ids=(0, 1), eos_id=2),
+        sampling=SamplingConfig(temperature=0.0, banned_ids=(0, 1), eos_ids=(2,)),
     )
     assert not (greedy.tokens == 2).any()  # else it would stop where the beam goes on
     np.testing.assert_array_equal(beams.tokens[:, 0], greedy.tokens)
@@ -106,7 +106,7 @@ def test_scores_descend_and_banned_ids_never_occur():
     assert (np.diff(beams.scores, axis=1) <= 0).all()
     found = beams.tokens[beams.scores > EMPTY]  # the others are slots that hold nothing
     assert len(found) >= len(INPUTS)
-    weights = np.asarray(weights_until_eos(jnp.asarray(found)))
+    weights = np.asarray(weights_until_eos(jnp.asarray(found), (1,)))
     assert not np.isin(found[weights > 0], (0, 7, 8, 9)).any()
 
 

@@ -33,7 +33,7 @@ def scripted(monkeypatch, *texts):
     scripts = [[*VOCABULARY.encode(text), 1] for text in texts]
     fed = []
 
-    def decode_step(config, params, encoded, tokens, cache):
+    def decode_step(config, params, tokens, cache):
         jax.debug.callback(lambda x: fed.append(np.asarray(x).tolist()), tokens, ordered=True)
         table = np.zeros((len(scripts), LENGTH), np.int32)
         for row, script in enumerate(scripts):

@@ -493,9 +493,11 @@ def test_large_models_are_written_in_several_files(tmp_path, monkeypatch, larges
     assert_same(convert.read_params(str(tmp_path / "hf"), PLAIN), params)
 
 
-def test_a_failed_writing_leaves_nothing(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        convert.write_hf(
-            str(tmp_path / "hf"), TIED, random_params(TIED), tokenizer_files=[tmp_path / "absent"]
-        )
+def test_a_failed_writing_leaves_nothing(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(hf_folder, "write_json", fail)
+    with pytest.raises(OSError, match="no space"):
+        convert.write_hf(str(tmp_path / "hf"), TIED, random_params(TIED))
     assert not list(tmp_path.iterdir())

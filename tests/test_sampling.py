@@ -99,7 +99,7 @@ def test_temperature_near_zero_is_greedy(params, inputs):
 def test_an_encoder_result_can_be_given(params, inputs):
     encoded = jax.jit(t5.encode, static_argnums=0)(CONFIG, params, inputs)
     key = jax.random.key(3)
-    got = decode(CONFIG, params, jnp.zeros_like(inputs), key, max_length=T, encoded=encoded)
+    got = decode(CONFIG, params, jnp.zeros_like(inputs), key, max_length=T, context=encoded)
     expected = decode(CONFIG, params, inputs, key, max_length=T)
     np.testing.assert_array_equal(got.tokens, expected.tokens)
 
@@ -128,7 +128,7 @@ def test_nothing_comes_after_eos(params, inputs):
 
 
 def test_truncated_rows_keep_all_weights(params, inputs):
-    never = SamplingConfig(banned_ids=(0,), eos_id=31, temperature=0.0)
+    never = SamplingConfig(banned_ids=(0,), eos_ids=(31,), temperature=0.0)
     drawn = decode(CONFIG, params, inputs, max_length=3, sampling=never)
     truncated = ~(np.asarray(drawn.tokens) == 31).any(axis=1)
     assert truncated.any()
@@ -139,8 +139,8 @@ def test_truncated_rows_keep_all_weights(params, inputs):
 def test_weights_until_eos():
     tokens = jnp.asarray([[5, 1, 0, 0], [1, 1, 7, 1], [5, 6, 7, 8], [0, 5, 0, 1]], jnp.int32)
     expected = [[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]]
-    np.testing.assert_array_equal(sampling.weights_until_eos(tokens), expected)
-    np.testing.assert_array_equal(sampling.weights_until_eos(tokens, 5)[0], [1, 0, 0, 0])
+    np.testing.assert_array_equal(sampling.weights_until_eos(tokens, (1,)), expected)
+    np.testing.assert_array_equal(sampling.weights_until_eos(tokens, (5,))[0], [1, 0, 0, 0])
 
 
 @pytest.mark.parametrize("settings", [ONLY_EOS, EOS_OR_TWO])
@@ -395,7 +395,7 @@ def test_no_weight_is_gathered_inside_the_decode_loop(params, inputs):
         ({"top_k": -1}, "top_k must be an integer of at least 0 .* got -1"),
         ({"top_p": 0.0}, r"top_p must lie in \(0, 1\], got 0.0"),
         ({"top_p": 1.1}, r"top_p must lie in \(0, 1\], got 1.1"),
-        ({"banned_ids": (0, 1)}, "banned_ids contains eos_id=1"),
+        ({"banned_ids": (0, 1), "eos_ids": (1,)}, "banned_ids contains all of eos_ids=.1,."),
     ],
 )
 def test_bad_settings_are_refused(changes, message):

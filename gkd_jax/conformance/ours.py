@@ -110,7 +110,7 @@ class GKDJax:
         return float(metrics["loss"]), *map(tables.of_logits, (state.opt_state, of_teacher))
 
     def target_weights(self, tokens, eos_id, pad_id):
-        return np.asarray(sampling.weights_until_eos(jnp.asarray(tokens), eos_id))
+        return np.asarray(sampling.weights_until_eos(jnp.asarray(tokens), (eos_id,)))
 
     def decoder_inputs(self, targets):
         return np.asarray(t5.shift_right(jnp.asarray(targets)))
@@ -126,7 +126,7 @@ class GKDJax:
         steps = []
         for t in range(targets.shape[1]):
             column = jnp.asarray(tokens[:, t], jnp.int32)
-            logits, cache = _decode_step(STUDENT, params, encoded, column, cache)
+            logits, cache = _decode_step(STUDENT, params, column, cache)
             steps.append(np.asarray(logits))
         return np.stack(steps, axis=1)
 

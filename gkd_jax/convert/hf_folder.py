@@ -20,6 +20,11 @@ from gkd_jax.convert.stored import Index, Stored
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
+_COMPANIONS = (  # what goes with a model's weights, whoever trains them further
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
+    *("spiece.model", "sentencepiece*.model", "chat_template*", "additional_chat_templates"),
+    *("generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*"),
+)
 Array = tuple[str, tuple[int, ...], Callable[[], np.ndarray]]
 """The name, the shape and a function that makes the array when its turn to be written comes."""
 
@@ -70,6 +75,40 @@ def read_json(file: pathlib.Path) -> dict[str, Any]:
 def write_json(file: pathlib.Path, fields: dict[str, Any]) -> None:
     """Writes an object as transformers does: sorted and indented."""
     file.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+
+
+def companions(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The files that go with a model's weights: tokenizer, template, generation, licence."""
+    found = {path for pattern in _COMPANIONS for path in folder.glob(pattern)}
+    return sorted(path for path in found if path.is_file())
+
+
+def token_ids(folder: pathlib.Path) -> dict[str, Any]:
+    """The ids of a folder's special tokens, `eos_token_id` and its like, where they are given.
+
+    generation_config.json comes before config.json: instruct models end at several ids, and only
+    the former names all of them.
+    """
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    found: dict[str, Any] = {}
+    for file in (folder / "config.json", folder / "generation_config.json"):
+        fields = read_json(file) if file.is_file() else {}
+        fields = {**(fields.get("text_config") or {}), **fields}
+        found |= {name: fields[name] for name in names if fields.get(name) is not None}
+    return found
+
+
+def eos_ids(folder: pathlib.Path) -> tuple[int, ...]:
+    """Every id that ends a text, from generation_config.json, else config.json; () where none.
+
+    Raises:
+        ValueError: where they are no integers.
+    """
+    stated = token_ids(folder).get("eos_token_id", [])
+    ids = stated if isinstance(stated, list) else [stated]
+    if not all(type(token) is int and token >= 0 for token in ids):
+        raise ValueError(f"{folder}: eos_token_id must be ids, got {stated!r}")
+    return tuple(ids)
 
 
 def open_weights(folder: pathlib.Path) -> dict[str, Stored]:

@@ -1,7 +1,5 @@
 """Hugging Face folders of T5, mT5 and umT5: config.json and safetensors."""
 
-from collections.abc import Iterable
-import os
 import pathlib
 import shutil
 from typing import Any
@@ -11,7 +9,7 @@ import numpy as np
 
 from gkd_jax.convert import hf_folder
 from gkd_jax.convert.layout import Layout, flatten, hf_layout, to_stored
-from gkd_jax.convert.stored import Stored, as_dtype, check
+from gkd_jax.convert.stored import Stored, as_stored_dtype, check, same
 from gkd_jax.convert.writing import check_on_this_host, complete_folder
 from gkd_jax.models import t5
 
@@ -51,7 +49,6 @@ _FORCED = (
 )
 _DEFAULTS = {"relative_attention_num_buckets": 32, "relative_attention_max_distance": 128}
 _MT5_VOCAB_SIZE = 250_112
-_ROWS = 4096  # compared at a time
 
 
 def read_config(path: str) -> t5.T5Config:
@@ -162,7 +159,7 @@ def open_model(path: str, config: t5.T5Config) -> tuple[Layout, dict[str, Stored
     if config.tie_embeddings and not _has_own_head(arrays):
         ignored.append(_HEAD)
     for name in _SAME_AS_SHARED:
-        if name in arrays and _SHARED in arrays and not _same(arrays[name], arrays[_SHARED]):
+        if name in arrays and _SHARED in arrays and not same(arrays[name], arrays[_SHARED]):
             raise ValueError(
                 f"{path}: {name} differs from {_SHARED}: encoder and decoder must share one "
                 "embedding"
@@ -184,47 +181,24 @@ def _has_own_head(arrays: dict[str, Stored]) -> bool:
     head = arrays.get(_HEAD)
     names = (_SHARED, *_SAME_AS_SHARED)
     embedding = next((arrays[name] for name in names if name in arrays), None)
-    return head is not None and embedding is not None and not _same(head, embedding)
-
-
-def _same(one: Stored, other: Stored) -> bool:
-    """Whether two matrices hold the same numbers; stops at the first rows that differ."""
-    if one.shape != other.shape or one.dtype != other.dtype or len(one.shape) != 2:
-        return False
-    for row in range(0, one.shape[0], _ROWS):
-        index = (slice(row, min(row + _ROWS, one.shape[0])), slice(0, one.shape[1]))
-        if not np.array_equal(one.read(index), other.read(index)):
-            return False
-    return True
+    return head is not None and embedding is not None and not same(head, embedding)
 
 
 # Writing ------------------------------------------------------------------------------------------
 
 
-def write_hf(
+def write(
     path: str,
     config: t5.T5Config,
     params: t5.Params,
     *,
-    dtype: str = "float32",
+    dtype: str,
     num_pieces: int | None = None,
-    tokenizer_files: Iterable[str | os.PathLike[str]] = (),
+    source: pathlib.Path | None = None,
+    card: str | None = None,
 ) -> None:
-    """Writes a folder that transformers loads with `from_pretrained`.
-
-    Args:
-        path: the folder to make; appears only when it is complete.
-        config: the model's sizes.
-        params: its parameters.
-        dtype: of the stored weights, "float32" or "bfloat16".
-        num_pieces: of the vocabulary: ids from there on, which no piece has and which training
-            leaves as they are, are never generated (`suppress_tokens`). None where unknown.
-        tokenizer_files: copied in, such as `spiece.model` and `tokenizer_config.json`.
-
-    Raises:
-        ValueError: where the folder exists, is remote, or the model has no counterpart.
-    """
-    kind = as_dtype(dtype)
+    """As `gkd_jax.convert.write_hf`."""
+    kind = as_stored_dtype(dtype)
     fields = _config_fields(config, dtype)
     leaves = flatten(params)
     check_on_this_host(leaves)
@@ -238,8 +212,10 @@ def write_hf(
         hf_folder.write_weights(folder, arrays, kind)
         hf_folder.write_json(folder / "config.json", fields)
         hf_folder.write_json(folder / _GENERATION, _generation(config, num_pieces))
-        for file in tokenizer_files:
+        for file in () if source is None else hf_folder.companions(source):
             shutil.copy(file, folder)
+        if card is not None:
+            (folder / "README.md").write_text(card, "utf-8")
 
 
 def check_hf(config: t5.T5Config) -> None:

@@ -11,13 +11,15 @@ import ml_dtypes
 import numpy as np
 
 from gkd_jax.convert.layout import Entry, Layout, Part, flatten, to_ours, unflatten
-from gkd_jax.models import t5, t5_config
+from gkd_jax.models import t5
+from gkd_jax.models.products import check_dtype
 
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOATS = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)
 _READERS = 8  # layers read at the same time: enough to hide a bucket's latency
 _MOST_LINES = 40
+_ROWS = 4096  # compared at a time
 
 Index = tuple[slice, ...]
 
@@ -56,8 +58,28 @@ def as_dtype(dtype: Any) -> np.dtype:
         ValueError: for another one.
     """
     name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
-    t5_config.check_dtype(name)
+    check_dtype(name)
     return BFLOAT16 if name == "bfloat16" else np.dtype(np.float32)
+
+
+def as_stored_dtype(dtype: str) -> np.dtype:
+    """The NumPy dtype of weights on disk: "float32", "bfloat16" or "float16".
+
+    Raises:
+        ValueError: for another one.
+    """
+    return np.dtype(np.float16) if dtype == "float16" else as_dtype(dtype)
+
+
+def same(one: Stored, other: Stored) -> bool:
+    """Whether two matrices hold the same numbers; stops at the first rows that differ."""
+    if one.shape != other.shape or one.dtype != other.dtype or len(one.shape) != 2:
+        return False
+    for row in range(0, one.shape[0], _ROWS):
+        index = (slice(row, min(row + _ROWS, one.shape[0])), slice(0, one.shape[1]))
+        if not np.array_equal(one.read(index), other.read(index)):
+            return False
+    return True
 
 
 def check(

@@ -14,8 +14,8 @@ from jax import lax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from gkd_jax.models import t5
-from gkd_jax.sampling import EOS_ID, allowed_ids, decode_layout
+from gkd_jax.models import lm
+from gkd_jax.sampling import SamplingConfig, allowed_ids, is_eos
 
 
 EMPTY = -1e7  # the score of a beam that holds nothing
@@ -41,38 +41,44 @@ class _Search(NamedTuple):
     finished: Int[Array, "B W T"]
     finished_scores: Float[Array, "B W"]
     last: Int[Array, "B W"]
-    cache: t5.Cache
+    cache: Any
 
 
 def beam_search(
-    config: t5.T5Config,
-    params: t5.Params,
+    config: lm.Config,
+    params: lm.Params,
     inputs: Int[Array, "B S"],
     *,
     max_length: int,
+    input_lengths: Int[Array, " B"] | None = None,
     num_beams: int = 4,
     alpha: float = 0.6,
-    banned_ids: tuple[int, ...] = (t5.PAD_ID,),
-    eos_id: int = EOS_ID,
+    banned_ids: tuple[int, ...] | None = None,
+    eos_ids: tuple[int, ...] | None = None,
 ) -> Beams:
     """The likeliest sequences found for each row of `inputs`.
 
     Args:
         config: the model's sizes.
         params: its parameters.
-        inputs: source ids, padded with 0.
+        inputs: source ids, padded on the right.
         max_length: most tokens to decode, T.
+        input_lengths: tokens of each row of `inputs`; a T5 may do without.
         num_beams: sequences followed at once, W.
         alpha: of the length penalty; 0 is none.
-        banned_ids: token ids never chosen.
-        eos_id: ends a sequence.
+        banned_ids: token ids never chosen; None is the family's.
+        eos_ids: each of them ends a sequence; None is the family's.
     """
     if num_beams < 1:
         raise ValueError(f"num_beams must be positive, got {num_beams}")
     rows = inputs.shape[0]
-    allowed = allowed_ids(config.vocab_size, banned_ids)
-    encoded = t5.repeat(t5.encode(config, params, inputs), num_beams)
-    params = decode_layout(config, params)
+    banned, ends = SamplingConfig(banned_ids=banned_ids, eos_ids=eos_ids).ids(config)
+    allowed = allowed_ids(config.vocab_size, banned)
+    context = lm.encode(config, params, inputs, input_lengths)
+    context = lm.repeat(config, context, num_beams)
+    params = lm.decode_params(config, params)
+    # As many more than the beams as can end here: W of the candidates live on.
+    num_candidates = min((1 + len(ends)) * num_beams, num_beams * config.vocab_size)
     best_penalty = length_penalty(max_length + 1, alpha)
 
     def can_improve(search: _Search):
@@ -81,38 +87,40 @@ def beam_search(
         return (search.position < max_length) & ~done
 
     def step(search: _Search) -> _Search:
-        logits, cache = t5.decode_step(
-            config, params, encoded, search.last.reshape(-1), search.cache
-        )
+        logits, cache = lm.decode_step(config, params, search.last.reshape(-1), search.cache)
         log_probs = jax.nn.log_softmax(jnp.where(allowed[None], logits, -jnp.inf))
-        # Twice the beams: even if half of the candidates end here, W of them live on.
         total = log_probs.reshape(rows, num_beams, -1) + search.live_log_probs[..., None]
-        candidates, flat = lax.top_k(total.reshape(rows, -1), 2 * num_beams)
+        candidates, flat = lax.top_k(total.reshape(rows, -1), num_candidates)
         parents, tokens = flat // config.vocab_size, flat % config.vocab_size
         sequences = jnp.take_along_axis(search.live, parents[..., None], axis=1)
         sequences = lax.dynamic_update_index_in_dim(sequences, tokens, search.position, 2)
-        ended = tokens == eos_id
-        return _keep_best(search, cache, candidates, sequences, tokens, parents, ended, alpha)
+        ended = is_eos(tokens, ends)
+        kept, parents = _keep_best(search, candidates, sequences, tokens, parents, ended, alpha)
+        # Each beam goes on with its parent's past; a row's beams share what they attend to.
+        index = (jnp.arange(rows)[:, None] * num_beams + parents).reshape(-1)
+        return kept._replace(cache=lm.take_rows(config, cache, index))
 
-    empty = jnp.full((rows, num_beams, max_length), t5.PAD_ID, jnp.int32)
-    search = lax.while_loop(
-        can_improve,
-        step,
-        _Search(
-            position=jnp.zeros((), jnp.int32),
-            live=empty,
-            # One beam to start from: equal ones would be W copies of one search.
-            live_log_probs=jnp.full((rows, num_beams), EMPTY).at[:, 0].set(0.0),
-            finished=empty,
-            finished_scores=jnp.full((rows, num_beams), EMPTY),
-            last=empty[:, :, 0],
-            cache=t5.init_cache(config, params, encoded, max_length),
-        ),
-    )
+    cache = lm.init_cache(config, params, context, max_length)
+    first = context.first.astype(jnp.int32).reshape(rows, num_beams)
+    search = lax.while_loop(can_improve, step, _start(first, cache, max_length))
     any_finished = jnp.any(search.finished_scores > EMPTY, axis=1)[:, None]
     return Beams(
         tokens=jnp.where(any_finished[..., None], search.finished, search.live),
         scores=jnp.where(any_finished, search.finished_scores, search.live_log_probs),
+    )
+
+
+def _start(first: Int[Array, "B W"], cache: Any, max_length: int) -> _Search:
+    empty = jnp.zeros((*first.shape, max_length), jnp.int32)
+    return _Search(
+        position=jnp.zeros((), jnp.int32),
+        live=empty,
+        # One beam to start from: equal ones would be W copies of one search.
+        live_log_probs=jnp.full(first.shape, EMPTY).at[:, 0].set(0.0),
+        finished=empty,
+        finished_scores=jnp.full(first.shape, EMPTY),
+        last=first,
+        cache=cache,
     )
 
 
@@ -123,37 +131,30 @@ def length_penalty(length: Any, alpha: float) -> Any:
 
 def _keep_best(
     search: _Search,
-    cache: t5.Cache,
     candidates: Float[Array, "B C"],
     sequences: Int[Array, "B C T"],
     tokens: Int[Array, "B C"],
     parents: Int[Array, "B C"],
     ended: Bool[Array, "B C"],
     alpha: float,
-) -> _Search:
-    """The W best candidates that go on, and the W best sequences that have ended so far."""
+) -> tuple[_Search, Int[Array, "B W"]]:
+    """The W best candidates that go on, the W best sequences that have ended so far, and parents.
+
+    The cache is left as it was.
+    """
     num_beams = search.live.shape[1]
     live_log_probs, chosen = lax.top_k(jnp.where(ended, EMPTY, candidates), num_beams)
     scores = candidates / length_penalty(search.position + 1, alpha)
     pool = jnp.concatenate([search.finished_scores, jnp.where(ended, scores, EMPTY)], axis=1)
     finished_scores, best = lax.top_k(pool, num_beams)
     pool_sequences = jnp.concatenate([search.finished, sequences], axis=1)
-    return _Search(
+    kept = _Search(
         position=search.position + 1,
         live=jnp.take_along_axis(sequences, chosen[..., None], axis=1),
         live_log_probs=live_log_probs,
         finished=jnp.take_along_axis(pool_sequences, best[..., None], axis=1),
         finished_scores=finished_scores,
         last=jnp.take_along_axis(tokens, chosen, axis=1),
-        cache=_reorder(cache, jnp.take_along_axis(parents, chosen, axis=1)),
+        cache=search.cache,
     )
-
-
-def _reorder(cache: t5.Cache, parents: Int[Array, "B W"]) -> t5.Cache:
-    """Each beam goes on with its parent's past; a row's beams share what they attend to."""
-    rows, num_beams = parents.shape
-    index = (jnp.arange(rows)[:, None] * num_beams + parents).reshape(-1)
-    own = jax.tree.map(
-        lambda x: jnp.take(x, index, axis=x.ndim - 4), (cache.self_keys, cache.self_values)
-    )
-    return cache._replace(self_keys=own[0], self_values=own[1])
+    return kept, jnp.take_along_axis(parents, chosen, axis=1)

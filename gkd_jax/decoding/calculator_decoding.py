@@ -1,6 +1,6 @@
 """Greedy decoding with a calculator (Cobbe et al., 2021) that writes the result after `48 / 2 =`.
 
-The model decodes one token at a time through the same cached `t5.decode_step` as `sampling`. When a
+The model decodes one token at a time through the same cached `lm.decode_step` as `sampling`. When a
 row's text ends in an arithmetic expression and an equals sign, the pieces of the right result are
 forced in place of the model's own, and the model goes on from them. The text is read on the host,
 so there is one synchronisation a token: this is for evaluation only.
@@ -17,52 +17,63 @@ import numpy as np
 import seqio
 
 from gkd_jax import sharding
-from gkd_jax.models import t5
-from gkd_jax.sampling import EOS_ID, allowed_ids, decode_layout
+from gkd_jax.models import lm
+from gkd_jax.sampling import SamplingConfig, allowed_ids
 from gkd_jax.text import calculator
 
 
-Decode = Callable[[t5.Params, Int[jax.Array, "B S"]], Int[np.ndarray, "B T"]]
+Decode = Callable[..., Int[np.ndarray, "B T"]]
 
 
 def make_decode(
-    config: t5.T5Config,
+    config: lm.Config,
     vocabulary: seqio.Vocabulary,
     *,
     mesh: Mesh,
     max_length: int,
-    banned_ids: tuple[int, ...] = (t5.PAD_ID,),
+    banned_ids: tuple[int, ...] | None = None,
+    eos_ids: tuple[int, ...] | None = None,
 ) -> Decode:
-    """A function (params, inputs) -> tokens, up to and including EOS, then 0."""
-    allowed = allowed_ids(config.vocab_size, banned_ids)
+    """A function (params, inputs, input_lengths=None) -> tokens, up to and including EOS, then 0.
 
-    def start(params, inputs):
-        with sharding.use(mesh):
-            encoded, params = t5.encode(config, params, inputs), decode_layout(config, params)
-            return params, encoded, t5.init_cache(config, params, encoded, max_length)
+    Args:
+        config: the model's sizes.
+        vocabulary: reads the tokens and writes the results.
+        mesh: of the devices.
+        max_length: most tokens to decode, T.
+        banned_ids: token ids never decoded; None is the family's.
+        eos_ids: each of them ends a sequence; None is the family's.
+    """
+    banned, ends = SamplingConfig(banned_ids=banned_ids, eos_ids=eos_ids).ids(config)
+    allowed = allowed_ids(config.vocab_size, banned)
 
-    def step(params, encoded, last, cache):
+    def start(params, inputs, input_lengths):
         with sharding.use(mesh):
-            logits, cache = t5.decode_step(config, params, encoded, last, cache)
+            context = lm.encode(config, params, inputs, input_lengths)
+            params = lm.decode_params(config, params)
+            return params, context.first, lm.init_cache(config, params, context, max_length)
+
+    def step(params, last, cache):
+        with sharding.use(mesh):
+            logits, cache = lm.decode_step(config, params, last, cache)
         best = jnp.argmax(jnp.where(allowed[None], logits, -jnp.inf), axis=-1).astype(jnp.int32)
         # Replicated, so that every process reads all rows and forces the same pieces.
         return jax.lax.with_sharding_constraint(best, sharding.replicated(mesh)), cache
 
-    start_fn, step_fn = jax.jit(start), jax.jit(step, donate_argnums=3)
+    start_fn, step_fn = jax.jit(start), jax.jit(step, donate_argnums=2)
 
-    def decode(params, inputs):
-        params, encoded, cache = start_fn(params, inputs)
-        rows = [_Row(vocabulary) for _ in range(inputs.shape[0])]
-        last = np.full(len(rows), t5.PAD_ID, np.int32)
+    def decode(params, inputs, input_lengths=None):
+        params, last, cache = start_fn(params, inputs, input_lengths)
+        rows = [_Row(vocabulary, ends) for _ in range(inputs.shape[0])]
         for _ in range(max_length):
-            best, cache = step_fn(params, encoded, last, cache)
+            best, cache = step_fn(params, last, cache)
             last = np.array(
                 [row.take(int(token)) for row, token in zip(rows, np.asarray(best), strict=True)],
                 np.int32,
             )
             if all(row.ended for row in rows):
                 break
-        tokens = np.full((len(rows), max_length), t5.PAD_ID, np.int32)
+        tokens = np.zeros((len(rows), max_length), np.int32)
         for index, row in enumerate(rows):
             tokens[index, : len(row.tokens)] = row.tokens
         return tokens
@@ -73,20 +84,21 @@ def make_decode(
 class _Row:
     """One sequence: what it has so far, and the calculator's pieces still to be written."""
 
-    def __init__(self, vocabulary: seqio.Vocabulary):
+    def __init__(self, vocabulary: seqio.Vocabulary, eos_ids: tuple[int, ...]):
         self.tokens: list[int] = []
         self.ended = False
         self._forced: deque[int] = deque()
         self._vocabulary = vocabulary
+        self._eos_ids = eos_ids
 
     def take(self, token: int) -> int:
         """Appends the model's token, or the next forced one, and returns what was appended."""
         if self.ended:
-            return t5.PAD_ID
+            return 0
         if self._forced:
             token = self._forced.popleft()
         self.tokens.append(token)
-        self.ended = token == EOS_ID
+        self.ended = token in self._eos_ids
         if not self.ended and not self._forced and "=" in self._vocabulary.decode([token]):
             self._forced.extend(self._result())
         return token

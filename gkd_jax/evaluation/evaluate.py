@@ -16,7 +16,7 @@ from gkd_jax.batch import Batch
 from gkd_jax.decoding import calculator_decoding
 from gkd_jax.decoding.beam_search import beam_search
 from gkd_jax.input import data
-from gkd_jax.models import t5
+from gkd_jax.models import lm
 from gkd_jax.rl import Reward
 from gkd_jax.sampling import SamplingConfig, banned_tail, sample, weights_until_eos
 from gkd_jax.text import text_metrics
@@ -39,7 +39,7 @@ class Row(NamedTuple):
 
 
 Decoder = Callable[..., Iterator[Row]]
-TokenDivergence = Callable[[t5.Params, t5.Params, Batch], jax.Array]
+TokenDivergence = Callable[[lm.Params, lm.Params, Batch], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,7 +110,7 @@ class EvalConfig:
 
 
 def make_decoder(
-    config: t5.T5Config,
+    config: lm.Config,
     evaluation: EvalConfig,
     *,
     vocabulary: seqio.Vocabulary,
@@ -143,7 +143,9 @@ def make_decoder(
             key = jax.random.fold_in(jax.random.key(evaluation.seed), index)
             inputs = data.place(batch, mesh).inputs
             tokens = np.asarray(decode_fn(params, inputs, key))
-            weights = np.asarray(weights_until_eos(jax.numpy.asarray(tokens)))
+            weights = np.asarray(
+                weights_until_eos(jax.numpy.asarray(tokens), config.family.EOS_IDS)
+            )
             values = None
             if divergence is not None:
                 rows = data.place(
@@ -164,7 +166,7 @@ def make_decoder(
 
 
 def _decode_fn(
-    config: t5.T5Config,
+    config: lm.Config,
     evaluation: EvalConfig,
     vocabulary: seqio.Vocabulary,
     banned: tuple[int, ...],
@@ -178,12 +180,12 @@ def _decode_fn(
         )
         return lambda params, inputs, key: decode(params, inputs)
     temperature = evaluation.temperature if evaluation.decoding == "sample" else 0.0
-    end = SamplingConfig().eos_id
+    ends = None
     if evaluation.decoding == "likeliest":
         chosen = _single_tokens(vocabulary, evaluation.choices)
         banned = tuple(token for token in range(config.vocab_size) if token not in chosen)
-        length, end = 1, min(chosen)
-    sampling = SamplingConfig(temperature=temperature, banned_ids=banned, eos_id=end)
+        length, ends = 1, (min(chosen),)
+    sampling = SamplingConfig(temperature=temperature, banned_ids=banned, eos_ids=ends)
 
     def decode_batch(params, inputs, key):
         with sharding.use(mesh):

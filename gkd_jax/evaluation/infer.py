@@ -21,7 +21,7 @@ from gkd_jax import sharding
 from gkd_jax.evaluation import evaluate, made_by
 from gkd_jax.evaluation.evaluate import EvalConfig
 from gkd_jax.input import data
-from gkd_jax.models import t5
+from gkd_jax.models import lm
 from gkd_jax.storage import content
 from gkd_jax.storage.pretrained import (
     ModelConfig,
@@ -47,7 +47,7 @@ class _Decoding:
     task: Any
     vocabulary: Any
     decoder: evaluate.Decoder
-    params: t5.Params | None
+    params: lm.Params | None
     batch_size: int
     lengths: dict[str, int]
 

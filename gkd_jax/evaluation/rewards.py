@@ -14,7 +14,7 @@ import numpy as np
 from gkd_jax import losses, sharding
 from gkd_jax.batch import Batch
 from gkd_jax.input import data
-from gkd_jax.models import t5
+from gkd_jax.models import lm
 from gkd_jax.storage import pretrained
 from gkd_jax.text import text_metrics, vocabularies
 
@@ -152,7 +152,7 @@ class Entailment:
 
         def log_probs(params, batch: Batch):
             with sharding.use(mesh):
-                logits = t5.logits(config, params, batch)[..., :num_pieces]
+                logits = lm.logits(config, params, batch)[..., :num_pieces]
                 values = losses.cross_entropy(logits, batch.targets)
                 return -(values * batch.weights).sum(axis=1)
 

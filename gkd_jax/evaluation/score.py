@@ -13,7 +13,7 @@ import seqio
 from gkd_jax import gkd, sharding
 from gkd_jax.batch import Batch, TopK
 from gkd_jax.input import data, teacher_cache
-from gkd_jax.models import t5
+from gkd_jax.models import lm
 from gkd_jax.storage import checkpoints, content
 from gkd_jax.storage.pretrained import (
     ModelConfig,
@@ -69,7 +69,7 @@ def run(
 
     def score(params, batch):
         with sharding.use(mesh):
-            logits = gkd.of_pieces(t5.logits(config, params, batch), num_pieces)
+            logits = gkd.of_pieces(lm.logits(config, params, batch), num_pieces)
             return teacher_cache.top_k(logits / temperature, k)
 
     jitted = jax.jit(score, out_shardings=sharding.replicated(mesh))

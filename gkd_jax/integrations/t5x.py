@@ -27,7 +27,7 @@ import seqio
 from t5x import decoding, metrics, models, trainer, utils
 
 from gkd_jax import convert, divergences, losses, sampling
-from gkd_jax.models import t5
+from gkd_jax.models import lm, t5
 
 
 Divergence = Callable[[jax.Array, jax.Array], jax.Array]
@@ -181,12 +181,12 @@ class GKDModel(models.EncoderDecoderModel):
         )
         tokens = policy.predict_batch(params, batch, rng=key)
         tokens = tokens.astype(batch["decoder_target_tokens"].dtype)
-        eos_id = self.output_vocabulary.eos_id or sampling.EOS_ID
+        eos_id = self.output_vocabulary.eos_id or t5.EOS_IDS[0]
         return {
             **batch,
             "decoder_target_tokens": tokens,
             "decoder_input_tokens": jnp.pad(tokens[:, :-1], ((0, 0), (1, 0))),
-            "decoder_loss_weights": sampling.weights_until_eos(tokens, eos_id),
+            "decoder_loss_weights": sampling.weights_until_eos(tokens, (eos_id,)),
         }
 
     def _ban(self, logits: Float[Array, "B V"], state: Any) -> Float[Array, "B V"]:
@@ -211,7 +211,7 @@ class GKDModel(models.EncoderDecoderModel):
             partitioner=partitioner,
         )
         # T5X itself would read the first layers of a deeper teacher without a word.
-        stored = t5.abstract_params(convert.read_config(self.teacher_checkpoint))
+        stored = lm.abstract_params(convert.read_config(self.teacher_checkpoint))
         sizes = [
             sum(x.size for x in jax.tree.leaves(params))
             for params in (stored, initializer.global_train_state_shape.params)

@@ -11,7 +11,6 @@ Axes: B batch, S source, T target, V vocabulary, D model, H heads, K head dim, F
 """
 
 from collections.abc import Callable
-import math
 from typing import Any, NamedTuple
 
 from flax import linen as nn
@@ -21,34 +20,50 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from gkd_jax.batch import Batch
-from gkd_jax.models import blocks, layers, quantized
+from gkd_jax.models import blocks, layers, parameters, quantized
+from gkd_jax.models.parameters import Params, logical_axes, num_params
 from gkd_jax.models.t5_config import T5Config, t5_1_0, t5_1_1
 from gkd_jax.sharding import constrain
 
 
-__all__ = ["Cache", "Encoded", "Params", "T5Config", "t5_1_0", "t5_1_1"]
+__all__ = [
+    "Cache",
+    "Context",
+    "Params",
+    "T5Config",
+    "logical_axes",
+    "num_params",
+    "t5_1_0",
+    "t5_1_1",
+]
 
-Params = dict[str, Any]
-PAD_ID = 0  # also the decoder's start token
+PAD_ID = 0
+START_ID = 0  # the decoder's first input
+# What sampling takes where nothing else is said.
+BANNED_IDS = (PAD_ID,)
+EOS_IDS = (1,)
 
 
-class Encoded(NamedTuple):
-    """What the decoder attends to."""
+class Context(NamedTuple):
+    """What the decoder attends to, and its first input."""
 
     states: Float[Array, "B S D"]
     mask: Bool[Array, "B S"]
+    first: Int[Array, " B"]
 
 
 class Cache(NamedTuple):
     """The state of decoding. Position t of the self-attention arrays is written at step t.
 
-    Keys and values are stacked as the layers are, or a tuple where those are (see `decode_layers`).
+    Keys and values are stacked as the layers are, or tuples where those are
+    (see `parameters.unstack`).
     """
 
     self_keys: Float[Array, "L B H T K"] | tuple[Float[Array, "B H T K"], ...]
     self_values: Float[Array, "L B H T K"] | tuple[Float[Array, "B H T K"], ...]
     cross_keys: Float[Array, "L B H S K"] | tuple[Float[Array, "B H S K"], ...]
     cross_values: Float[Array, "L B H S K"] | tuple[Float[Array, "B H S K"], ...]
+    mask: Bool[Array, "B S"]
     bias: Float[Array, "P H T T"]  # causal mask + position bias; P = L if per layer, else 1
     position: Int[Array, ""]
 
@@ -92,50 +107,9 @@ def _init_stack(config: T5Config, key: Key[Array, ""], layer: nn.Module, name: s
 
 
 def abstract_params(config: T5Config, dtype: str = "float32") -> Params:
-    """The shapes of `init`, as `jax.ShapeDtypeStruct`s of `dtype`; allocates nothing.
-
-    "int8" has kernels as `quantized.Int8`, the rest in float32.
-    """
+    """The shapes of `init`, as `jax.ShapeDtypeStruct`s of `dtype`; allocates nothing."""
     shapes = jax.eval_shape(lambda key: init(config, key), jax.random.key(0))
-    if dtype == "int8":
-        return jax.eval_shape(quantized.quantize, shapes)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
-
-
-_LOGICAL_AXES = {
-    "embedding": ("vocab", "embed"),
-    "query": ("embed", "joined_kv"),
-    "key": ("embed", "joined_kv"),
-    "value": ("embed", "joined_kv"),
-    "out": ("joined_kv", "embed"),
-    "wi": ("embed", "mlp"),
-    "wi_0": ("embed", "mlp"),
-    "wi_1": ("embed", "mlp"),
-    "wo": ("mlp", "embed"),
-    "scale": ("embed",),
-    "rel_embedding": ("heads", "relpos_buckets"),
-    "logits_dense": ("embed", "vocab"),
-}
-
-
-def logical_axes(params: Params) -> Params:
-    """The tree of `params` with T5X's logical axis names at each leaf."""
-
-    def axes(path, _):
-        names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
-        name = names[-2] if names[-1] == "kernel" else names[-1]
-        found = (("layers",) if "layers" in names else ()) + _LOGICAL_AXES[name]
-        if getattr(path[-1], "name", None) == "scales":  # of a quantized kernel: one a column
-            return (*found[:-2], None, found[-1])
-        return found
-
-    return jax.tree_util.tree_map_with_path(axes, params)
-
-
-def num_params(params: Params) -> int:
-    """How many numbers a tree of parameters holds; a quantized kernel's scales are not counted."""
-    leaves = jax.tree.leaves(params, is_leaf=quantized.is_int8)
-    return sum(math.prod(getattr(leaf, "values", leaf).shape) for leaf in leaves)
+    return parameters.as_shapes(shapes, dtype)
 
 
 # The forward pass ---------------------------------------------------------------------------------
@@ -145,12 +119,16 @@ def encode(
     config: T5Config,
     params: Params,
     inputs: Int[Array, "B S"],
+    input_lengths: Int[Array, " B"] | None = None,
     *,
     dropout_key: Key[Array, ""] | None = None,
-) -> Encoded:
-    """Runs the encoder; input id 0 is padding. Dropout only where a key is given."""
+) -> Context:
+    """Runs the encoder. Without lengths, input id 0 is padding. Dropout where a key is given."""
     stack, layer = params["encoder"], blocks.encoder_layer(config)
-    mask = inputs != PAD_ID
+    if input_lengths is None:
+        mask = inputs != PAD_ID
+    else:
+        mask = jnp.arange(inputs.shape[1])[None] < input_lengths[:, None]
     mask_bias = layers.padding_bias(mask)
     position_bias = None
     if not config.per_layer_relpos:
@@ -172,12 +150,13 @@ def encode(
     x = _dropout(config, _embed(config, params, inputs), keys[0])
     x = _run_stack(config, run_layer, x, stack["layers"], keys[1])
     x = _norm(config, stack["encoder_norm"], x)
-    return Encoded(_dropout(config, x, keys[2]), mask)
+    first = jnp.full((inputs.shape[0],), START_ID, jnp.int32)
+    return Context(_dropout(config, x, keys[2]), mask, first)
 
 
-def repeat(encoded: Encoded, num: int) -> Encoded:
+def repeat(context: Context, num: int) -> Context:
     """Each row `num` times, as neighbours; the encoder's work is shared between them."""
-    return encoded if num == 1 else Encoded(*(jnp.repeat(x, num, axis=0) for x in encoded))
+    return context if num == 1 else Context(*(jnp.repeat(x, num, axis=0) for x in context))
 
 
 def hidden(
@@ -185,7 +164,7 @@ def hidden(
     params: Params,
     batch: Batch,
     *,
-    encoded: Encoded | None = None,
+    context: Context | None = None,
     dropout_key: Key[Array, ""] | None = None,
 ) -> Float[Array, "B T D"]:
     """The decoder's last hidden states for teacher-forced targets, ready for the head.
@@ -195,15 +174,16 @@ def hidden(
         params: its parameters.
         batch: position t sees targets < t; the first sees the start token, id 0. There may be n
             rows of targets for each of inputs, as neighbours: the encoder runs once.
-        encoded: `encode`'s result where the caller has it already.
+        context: `encode`'s result where the caller has it already.
         dropout_key: turns dropout on.
     """
     keys = _split(dropout_key, 4)
-    if encoded is None:
-        encoded = encode(config, params, batch.inputs, dropout_key=keys[3])
-    encoded = repeat(encoded, batch.targets.shape[0] // encoded.states.shape[0])
+    if context is None:
+        context = encode(config, params, batch.inputs, batch.input_lengths, dropout_key=keys[3])
+    context = repeat(context, batch.targets.shape[0] // context.states.shape[0])
+    encoded = context.states
     stack, layer = params["decoder"], blocks.decoder_layer(config)
-    cross_bias = layers.padding_bias(encoded.mask)
+    cross_bias = layers.padding_bias(context.mask)
     position_bias = None
     if not config.per_layer_relpos:
         rows, length = batch.targets.shape
@@ -214,7 +194,7 @@ def hidden(
             layer,
             layer_params,
             x,
-            encoded.states,
+            encoded,
             position_bias,
             cross_bias,
             deterministic=key is None,
@@ -233,11 +213,11 @@ def logits(
     params: Params,
     batch: Batch,
     *,
-    encoded: Encoded | None = None,
+    context: Context | None = None,
     dropout_key: Key[Array, ""] | None = None,
 ) -> Float[Array, "B T V"]:
     """Teacher-forced logits, float32: those at t predict `batch.targets[:, t]`."""
-    states = hidden(config, params, batch, encoded=encoded, dropout_key=dropout_key)
+    states = hidden(config, params, batch, context=context, dropout_key=dropout_key)
     return apply_head(config, params, states)
 
 
@@ -260,42 +240,43 @@ def apply_head(
 
 def shift_right(targets: Int[Array, "B T"]) -> Int[Array, "B T"]:
     """Decoder inputs: the start token, then all targets but the last."""
-    return jnp.pad(targets, ((0, 0), (1, 0)), constant_values=PAD_ID)[:, :-1]
+    return jnp.pad(targets, ((0, 0), (1, 0)), constant_values=START_ID)[:, :-1]
 
 
 # Decoding -----------------------------------------------------------------------------------------
 
 
-def decode_layers(config: T5Config, layers: Params | tuple[Params, ...]) -> Any:
-    """The decoder's layers as decoding runs them: stacked, or a tuple where the scan is unrolled.
-
-    Slices of a stack would be copied for every token. A tuple stays as it is.
-    """
-    num_layers = config.num_decoder_layers
-    if isinstance(layers, tuple) or config.scan_unroll < num_layers:
-        return layers
-    return tuple(jax.tree.map(lambda x, i=i: x[i], layers) for i in range(num_layers))
+def decode_params(config: T5Config, params: Params) -> Params:
+    """What decoding reads, laid out once for all tokens (see `parameters.for_decoding`)."""
+    read = {name: params[name] for name in ("token_embedder", "decoder")}
+    read = parameters.for_decoding(read, config.dtype)
+    stack = read["decoder"]
+    return {**read, "decoder": {**stack, "layers": _unstack(config, stack["layers"])}}
 
 
-def init_cache(config: T5Config, params: Params, encoded: Encoded, length: int) -> Cache:
+def _unstack(config: T5Config, stacked: Any) -> Any:
+    return parameters.unstack(stacked, config.num_decoder_layers, config.scan_unroll)
+
+
+def init_cache(config: T5Config, params: Params, context: Context, length: int) -> Cache:
     """Everything that does not depend on the tokens to come, computed once a sequence.
 
     Args:
         config: the model's sizes.
         params: its parameters.
-        encoded: what to attend to; its keys and values are projected here for all layers.
+        context: what to attend to; its keys and values are projected here for all layers.
         length: the most tokens that will be decoded, T.
     """
     stack, layer = params["decoder"], blocks.decoder_layer(config)
 
     def project(layer_params):
-        return _apply(layer, layer_params, encoded.states, method="cross_keys_values")
+        return _apply(layer, layer_params, context.states, method="cross_keys_values")
 
     def layer_bias(layer_params):
         return _apply(layer, layer_params, length, method="position_bias")[0]
 
-    decode = decode_layers(config, stack["layers"])
-    shape = (encoded.states.shape[0], config.num_heads, length, config.head_dim)
+    decode = _unstack(config, stack["layers"])
+    shape = (context.states.shape[0], config.num_heads, length, config.head_dim)
     if isinstance(decode, tuple):
         cross = tuple(zip(*(project(layer_params) for layer_params in decode), strict=True))
         empty = tuple(_empty(config, shape, ()) for _ in decode)
@@ -309,7 +290,8 @@ def init_cache(config: T5Config, params: Params, encoded: Encoded, length: int) 
     else:
         bias = jax.vmap(layer_bias)(decode)
     bias = bias + layers.causal_bias(length)
-    return Cache(empty, empty, cross[0], cross[1], bias, jnp.zeros((), jnp.int32))
+    position = jnp.zeros((), jnp.int32)
+    return Cache(empty, empty, cross[0], cross[1], context.mask, bias, position)
 
 
 def _empty(config: T5Config, shape: tuple[int, ...], axes: tuple[str, ...]) -> jax.Array:
@@ -317,12 +299,20 @@ def _empty(config: T5Config, shape: tuple[int, ...], axes: tuple[str, ...]) -> j
     return constrain(empty, (*axes, "batch", "heads", "length", "kv"))
 
 
+def take_rows(cache: Cache, rows: Int[Array, " B"]) -> Cache:
+    """The cache in which row i goes on with the past of row `rows[i]`, which has its prompt."""
+    keys, values = jax.tree.map(
+        lambda x: jnp.take(x, rows, axis=x.ndim - 4), (cache.self_keys, cache.self_values)
+    )
+    return cache._replace(self_keys=keys, self_values=values)
+
+
 def decode_step(
-    config: T5Config, params: Params, encoded: Encoded, tokens: Int[Array, " B"], cache: Cache
+    config: T5Config, params: Params, tokens: Int[Array, " B"], cache: Cache
 ) -> tuple[Float[Array, "B V"], Cache]:
-    """Logits after one more token of each row (first the start token, id 0), and the new cache."""
+    """Logits after one more token of each row (first the context's), and the new cache."""
     layer = blocks.decoder_layer(config)
-    cross_bias = layers.padding_bias(encoded.mask)
+    cross_bias = layers.padding_bias(cache.mask)
     position = cache.position
     bias = lax.dynamic_slice_in_dim(cache.bias, position, 1, axis=2)
 
@@ -348,7 +338,7 @@ def decode_step(
         return run_layer(layer_params, x, keys, values, index, cross[0], cross[1]), None
 
     stack, indices = params["decoder"], jnp.arange(config.num_decoder_layers)
-    decode = decode_layers(config, stack["layers"])
+    decode = _unstack(config, stack["layers"])
     x = _embed(config, params, tokens[:, None])
     cross = (cache.cross_keys, cache.cross_values)
     keys, values = cache.self_keys, cache.self_values
@@ -368,7 +358,7 @@ def decode_step(
         )
     x = _norm(config, stack["decoder_norm"], x)
     step_logits = apply_head(config, params, x[:, 0])
-    return step_logits, Cache(keys, values, *cross, cache.bias, position + 1)
+    return step_logits, cache._replace(self_keys=keys, self_values=values, position=position + 1)
 
 
 # Parts --------------------------------------------------------------------------------------------

@@ -5,6 +5,10 @@ teacher the same.
 """
 
 import dataclasses
+from types import ModuleType
+from typing import Any
+
+from gkd_jax.models.products import check_dtype
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,11 +71,17 @@ class T5Config:
                 f"got {self.mlp_activations!r}"
             )
 
+    @property
+    def family(self) -> ModuleType:
+        """The module with the functions of `gkd_jax.models.lm`."""
+        from gkd_jax.models import t5  # it needs this module first
 
-def check_dtype(dtype: str) -> None:
-    """Raises ValueError unless models can compute in it."""
-    if dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"dtype must be 'float32' or 'bfloat16', got {dtype!r}")
+        return t5
+
+
+def from_fields(fields: dict[str, Any]) -> T5Config:
+    """The inverse of `dataclasses.asdict`, after a passage through JSON."""
+    return T5Config(**{**fields, "mlp_activations": tuple(fields["mlp_activations"])})
 
 
 # d_model, num_heads, head_dim, d_ff (1.0), d_ff (1.1), layers (1.0), layers (1.1). Those

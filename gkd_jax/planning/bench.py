@@ -30,14 +30,13 @@ import numpy as np
 from gkd_jax.batch import Batch
 from gkd_jax.gkd import TrainState
 from gkd_jax.input import data
-from gkd_jax.models import t5
+from gkd_jax.models import lm
 from gkd_jax.planning import hlo
 from gkd_jax.storage.pretrained import initial_params
 from gkd_jax.training import program, source, train_state
 from gkd_jax.training.recipe import Recipe
 
 
-_NEVER = -1  # an EOS that no token is
 _WARMUP_RUNS = 2
 
 
@@ -59,7 +58,7 @@ def bench(recipe: Recipe, *, runs: int = 20, as_json: bool = False) -> None:
             f"got {'RL' if method.rl else 'no RL'} and {method.mixing!r}"
         )
     jax.config.update("jax_enable_compilation_cache", False)
-    sampling = dataclasses.replace(method.sampling, eos_id=_NEVER)
+    sampling = dataclasses.replace(method.sampling, eos_ids=())
     recipe = dataclasses.replace(recipe, method=dataclasses.replace(method, sampling=sampling))
     built = program.build(recipe, source.num_pieces_of(recipe))
     timed = _measure(built, _random_models(built), runs)
@@ -70,7 +69,7 @@ def bench(recipe: Recipe, *, runs: int = 20, as_json: bool = False) -> None:
         "runs": runs,
         **{name: round(value, 3) for name, value in timed.items()},
         "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
-        "student_params": t5.num_params(built.state.params),
+        "student_params": lm.num_params(built.state.params),
     }
     if as_json:
         print(json.dumps(report), flush=True)
@@ -80,7 +79,7 @@ def bench(recipe: Recipe, *, runs: int = 20, as_json: bool = False) -> None:
 
 def _measure(
     built: program.Program,
-    models: tuple[TrainState, t5.Params | None],
+    models: tuple[TrainState, lm.Params | None],
     runs: int,
 ) -> dict[str, float]:
     functions = program.phases(built)
@@ -104,7 +103,7 @@ def _measure(
 def _time_phases(
     built: program.Program,
     compiled: Mapping[str, Callable[..., Any]],
-    models: tuple[TrainState, t5.Params | None],
+    models: tuple[TrainState, lm.Params | None],
     runs: int,
 ) -> dict[str, list[float]]:
     """Seconds of each run of each phase. All take turns: what slows the machine slows them all."""
@@ -143,7 +142,7 @@ def _time_phases(
 
 def _random_models(
     built: program.Program,
-) -> tuple[TrainState, t5.Params | None]:
+) -> tuple[TrainState, lm.Params | None]:
     def random(model, config, target, seed):
         model = dataclasses.replace(model, checkpoint=None, size=model.size or "tiny")
         return initial_params(model, config, target, jax.random.key(seed), "bench")

@@ -36,7 +36,7 @@ from orbax.checkpoint.checkpoint_managers import (
 
 from gkd_jax.gkd import TrainState
 from gkd_jax.input.data import TrainIterator
-from gkd_jax.models import t5
+from gkd_jax.models import lm
 
 
 FOLDER = "checkpoints"
@@ -310,7 +310,7 @@ def saved_steps(model_dir: str | os.PathLike[str]) -> list[int]:
 
 
 def describe_model(
-    config: t5.T5Config, vocabulary_hash: str, num_pieces: int | None = None
+    config: lm.Config, vocabulary_hash: str, num_pieces: int | None = None
 ) -> dict[str, Any]:
     """The JSON beside a step's parameters.
 
@@ -319,7 +319,11 @@ def describe_model(
         vocabulary_hash: `vocabularies.content_hash`; empty where it is unknown.
         num_pieces: of the vocabulary; ids beyond it exist only to round the embedding up.
     """
-    about = {"config": dataclasses.asdict(config), "vocabulary": vocabulary_hash}
+    about: dict[str, Any] = {
+        "family": lm.family_name(config),
+        "config": dataclasses.asdict(config),
+        "vocabulary": vocabulary_hash,
+    }
     return about if num_pieces is None else {**about, "num_pieces": num_pieces}
 
 
@@ -337,14 +341,13 @@ def read_description(step_folder: epath.Path) -> dict[str, Any]:
     return json.loads((step_folder / "model" / "metadata").read_text())
 
 
-def read_config(step_folder: epath.Path) -> t5.T5Config:
+def read_config(step_folder: epath.Path) -> lm.Config:
     """Sizes of the model in a step folder."""
-    fields = read_description(step_folder)["config"]
-    fields["mlp_activations"] = tuple(fields["mlp_activations"])
-    return t5.T5Config(**fields)
+    about = read_description(step_folder)
+    return lm.from_fields(about.get("family", "t5"), about["config"])
 
 
-def read_params(step_folder: epath.Path, target: t5.Params) -> t5.Params:
+def read_params(step_folder: epath.Path, target: lm.Params) -> lm.Params:
     """Parameters alone, in the shapes, dtypes and shardings of `target`.
 
     Raises:
@@ -401,14 +404,15 @@ def _check_fingerprints(tree: Any, stored: dict[str, int] | None) -> None:
 
 def write_params(
     folder: str,
-    config: t5.T5Config,
-    params: t5.Params,
+    config: lm.Config,
+    params: lm.Params,
     vocabulary_hash: str,
     num_pieces: int | None = None,
+    more: dict[str, Any] | None = None,
 ) -> None:
     """A model without training state, in a step folder of its own; see `describe_model`."""
     target = epath.Path(folder).resolve()
-    about = describe_model(config, vocabulary_hash, num_pieces)
+    about = {**describe_model(config, vocabulary_hash, num_pieces), **(more or {})}
     about["fingerprints"] = {"params": fingerprints(params)}
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler("params", "model")) as checkpointer:
         checkpointer.save(

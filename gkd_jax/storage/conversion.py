@@ -9,7 +9,8 @@ from etils import epath
 
 from gkd_jax import convert
 from gkd_jax.convert.stored import as_dtype
-from gkd_jax.models import t5
+from gkd_jax.models import lm
+from gkd_jax.models.t5_config import T5Config
 from gkd_jax.storage import checkpoints, pretrained
 
 
@@ -48,6 +49,8 @@ def convert_checkpoint(
         print(f"dry run: {source} is remote and was not looked at", file=sys.stderr)
         return
     config = pretrained.load_config(source)
+    if to == "t5x" and lm.family_name(config) != "t5":
+        raise ValueError(f"{source!r} is no T5, and T5X's format is for those alone")
     step_folder = checkpoints.find_step(source)
     about = {} if step_folder is None else checkpoints.read_description(step_folder)
     step = _step_of(source) if step is None else step
@@ -56,7 +59,7 @@ def convert_checkpoint(
     if to == "hf":
         convert.check_hf(config)
     what = f"{output}/checkpoint_{step}" if to == "t5x" else output
-    size = f"{t5.num_params(t5.abstract_params(config)):,} parameters"
+    size = f"{lm.num_params(lm.abstract_params(config)):,} parameters"
     if dry_run:
         print(
             f"dry run: {source} ({size}) can be written to {what} as {to}; its numbers were not "
@@ -69,6 +72,7 @@ def convert_checkpoint(
     if to == "hf":
         convert.write_hf(output, config, params, dtype=dtype, num_pieces=num_pieces)
     elif to == "t5x":
+        assert isinstance(config, T5Config)
         convert.write_t5x(output, config, params, step=step, dtype=dtype)
     else:
         vocabulary = about.get("vocabulary", "")

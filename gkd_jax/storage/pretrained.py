@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 import seqio
 
 from gkd_jax import convert, sharding
-from gkd_jax.models import quantized, t5, t5_config
+from gkd_jax.models import lm, quantized
 from gkd_jax.storage import checkpoints, content
 from gkd_jax.text import vocabularies
 
@@ -30,7 +30,7 @@ class ModelConfig:
     """One of the two models.
 
     Attributes:
-        architecture: `t5.t5_1_1` or `t5.t5_1_0`: size -> sizes.
+        architecture: a function size -> sizes, such as `t5.t5_1_1`.
         size: tiny, small, base, large, xl or xxl; None takes the checkpoint's.
         checkpoint: a MODEL_DIR, a Hugging Face folder or a T5X checkpoint; None is random weights.
         dropout_rate: while training (a teacher has none).
@@ -44,7 +44,7 @@ class ModelConfig:
         attention_by_row: of long inputs, so that scores stay in cache; None is yes on CPU only.
     """
 
-    architecture: Callable[..., t5.T5Config] = t5.t5_1_1
+    architecture: Callable[..., lm.Config] = lm.DEFAULT_ARCHITECTURE
     size: str | None = None
     checkpoint: str | None = None
     dropout_rate: float = 0.0
@@ -61,7 +61,7 @@ class ModelConfig:
                 "a model needs a size (tiny, small, base, large, xl, xxl) or a checkpoint, got None"
             )
 
-        t5_config.check_dtype(self.dtype)
+        lm.check_dtype(self.dtype)
         if self.param_dtype not in ("float32", "bfloat16", "int8"):
             raise ValueError(
                 f"param_dtype must be 'float32', 'bfloat16' or 'int8', got {self.param_dtype!r}"
@@ -69,7 +69,7 @@ class ModelConfig:
         if self.memory not in ("device", "host"):
             raise ValueError(f"memory must be 'device' or 'host', got {self.memory!r}")
 
-    def config(self, num_pieces: int, *, pending: bool = False) -> t5.T5Config:
+    def config(self, num_pieces: int, *, pending: bool = False) -> lm.Config:
         """The model's sizes, from its checkpoint where there is one.
 
         Args:
@@ -147,12 +147,18 @@ def _warn_of_spare_rows(path: str, rows: int, num_pieces: int) -> None:
         )
 
 
-def _check_sizes(path: str, size: str | None, stored: t5.T5Config, chosen: t5.T5Config) -> None:
-    names = ("d_model", "num_heads", "head_dim", "d_ff", "num_encoder_layers", "num_decoder_layers")
+def _check_sizes(path: str, size: str | None, stored: lm.Config, chosen: lm.Config) -> None:
+    names = ("d_model", "num_heads", "head_dim", "d_ff")
+    names += ("num_encoder_layers", "num_decoder_layers", "num_kv_heads", "num_layers")
+    if type(stored) is not type(chosen):
+        raise ValueError(
+            f"checkpoint {path!r} is a {type(stored).__name__}, not the {type(chosen).__name__} of "
+            f"size {size!r}; leave the size None to take the checkpoint's"
+        )
     wrong = [
         f"{name} {getattr(stored, name)} != {getattr(chosen, name)}"
         for name in names
-        if getattr(stored, name) != getattr(chosen, name)
+        if getattr(stored, name, None) != getattr(chosen, name, None)
     ]
     if wrong:
         raise ValueError(
@@ -161,20 +167,20 @@ def _check_sizes(path: str, size: str | None, stored: t5.T5Config, chosen: t5.T5
         )
 
 
-def place_params(model: ModelConfig, config: t5.T5Config, mesh: Mesh) -> t5.Params:
+def place_params(model: ModelConfig, config: lm.Config, mesh: Mesh) -> lm.Params:
     """`initial_params` of a model that only decodes or scores, spread over a mesh."""
     target = frozen_shapes(model, config, mesh)
     return initial_params(model, config, target, jax.random.key(0), "model")
 
 
-def frozen_shapes(model: ModelConfig, config: t5.T5Config, mesh: Mesh) -> t5.Params:
+def frozen_shapes(model: ModelConfig, config: lm.Config, mesh: Mesh) -> lm.Params:
     """The abstract parameters, with shardings, of a model that is not trained.
 
     Raises:
         ValueError: for `memory="host"` where the backend has no pinned host memory.
     """
-    shapes = t5.abstract_params(config, model.param_dtype)
-    placed = sharding.tree_shardings(shapes, t5.logical_axes(shapes), mesh)
+    shapes = lm.abstract_params(config, model.param_dtype)
+    placed = sharding.tree_shardings(shapes, lm.logical_axes(shapes), mesh)
     if model.memory == "host":
         kinds = [memory.kind for memory in mesh.devices.flat[0].addressable_memories()]
         if _HOST not in kinds:
@@ -193,8 +199,8 @@ def _goes_to_host(path: tuple[Any, ...]) -> bool:
 
 
 def initial_params(
-    model: ModelConfig, config: t5.T5Config, target: t5.Params, key: jax.Array, name: str
-) -> t5.Params:
+    model: ModelConfig, config: lm.Config, target: lm.Params, key: jax.Array, name: str
+) -> lm.Params:
     """Parameters from the checkpoint, or random ones, laid out as `target`."""
     where = jax.tree.map(lambda x: x.sharding, target)
     if model.memory == "host":  # by way of the devices, which compute what checks and casts
@@ -226,7 +232,7 @@ def initial_params(
     dtype = jax.tree.leaves(target)[0].dtype
 
     def init(key):
-        return jax.tree.map(lambda x: x.astype(dtype), t5.init(config, key))
+        return jax.tree.map(lambda x: x.astype(dtype), lm.init(config, key))
 
     return jax.jit(init, out_shardings=where)(key)
 
@@ -251,12 +257,14 @@ def check_vocabularies(
 
 
 def check_special_ids(
-    config: t5.T5Config, vocabulary: seqio.Vocabulary, *, check_remote: bool = True
+    config: lm.Config, vocabulary: seqio.Vocabulary, *, check_remote: bool = True
 ) -> None:
-    """A T5 masks id 0, starts a target with it and ends one with id 1: so must its vocabulary.
+    """A family with special ids of its own needs a vocabulary that has them too.
+
+    A T5 masks id 0, starts a target with it and ends one with id 1. Others have none of their own.
 
     Args:
-        config: of a model of any family; others than T5 take their ids from the vocabulary.
+        config: of a model of any family.
         vocabulary: of the run.
         check_remote: False leaves remote vocabularies untouched.
 
@@ -264,18 +272,19 @@ def check_special_ids(
         ValueError: naming the ids of a vocabulary that differs.
     """
     remote = "://" in getattr(vocabulary, "sentencepiece_model_file", "")
-    if not isinstance(config, t5.T5Config) or (remote and not check_remote):
+    if not config.family.EOS_IDS or (remote and not check_remote):
         return
     ends, pad, unknown = vocabularies.end_ids(vocabulary), vocabulary.pad_id, vocabulary.unk_id
-    if ends != (1,) or pad != 0 or unknown == 0:
+    expected = config.family.EOS_IDS, config.family.BANNED_IDS[0]
+    if (ends, pad) != expected or unknown == pad:
         raise ValueError(
-            "a T5 needs a vocabulary with pad 0, end of text 1 and a piece that is masked nowhere "
-            f"for what is unknown; this one has pad {pad}, end of text "
-            f"{', '.join(map(str, ends)) or 'none'} and unknown {unknown}"
+            f"a T5 needs a vocabulary with pad {expected[1]}, end of text {expected[0][0]} and a "
+            "piece that is masked nowhere for what is unknown; this one has "
+            f"pad {pad}, end of text {', '.join(map(str, ends)) or 'none'} and unknown {unknown}"
         )
 
 
-def load_config(path: str) -> t5.T5Config:
+def load_config(path: str) -> lm.Config:
     """Sizes of a model on disk: our own checkpoint, a Hugging Face folder or a T5X checkpoint.
 
     Args:
@@ -294,7 +303,7 @@ def load_config(path: str) -> t5.T5Config:
     )
 
 
-def load_params(path: str, target: t5.Params, config: t5.T5Config) -> t5.Params:
+def load_params(path: str, target: lm.Params, config: lm.Config) -> lm.Params:
     """Parameters on disk, straight into the dtypes and shardings of `target`.
 
     Args:
@@ -316,7 +325,7 @@ def load_params(path: str, target: t5.Params, config: t5.T5Config) -> t5.Params:
     return params
 
 
-def load_model(path: str) -> tuple[t5.T5Config, t5.Params]:
+def load_model(path: str) -> tuple[lm.Config, lm.Params]:
     """A model on disk as (config, float32 parameters): `load_config` and `load_params`."""
     config = load_config(path)
-    return config, load_params(path, t5.abstract_params(config), config)
+    return config, load_params(path, lm.abstract_params(config), config)

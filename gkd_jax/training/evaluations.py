@@ -13,7 +13,7 @@ import seqio
 from gkd_jax import sharding
 from gkd_jax.evaluation import evaluate
 from gkd_jax.input import data
-from gkd_jax.models import t5
+from gkd_jax.models import lm
 from gkd_jax.text import vocabularies
 from gkd_jax.training.program import Program
 from gkd_jax.training.source import Source
@@ -106,7 +106,7 @@ class Evaluations:
         )
 
     def __call__(
-        self, params: t5.Params, teacher_params: t5.Params | None, step: int
+        self, params: lm.Params, teacher_params: lm.Params | None, step: int
     ) -> dict[str, float]:
         """Decodes and scores every task with these parameters; metrics named `eval/<task>/...`."""
         found: dict[str, float] = {}

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from gkd_jax import gkd, sharding
 from gkd_jax.batch import Batch, TopK
 from gkd_jax.gkd import TrainState
-from gkd_jax.models import t5
+from gkd_jax.models import lm
 from gkd_jax.sampling import banned_tail
 from gkd_jax.storage import pretrained
 from gkd_jax.storage.pretrained import ModelConfig
@@ -38,7 +38,7 @@ class Program:
     mesh: Mesh
     learner: gkd.Learner
     state: TrainState
-    teacher: t5.Params | None
+    teacher: lm.Params | None
     sample: Callable[..., Any]
     update: Callable[..., Any]
     cached_k: int = 0
@@ -183,7 +183,7 @@ def _jit(
 def _models(
     num_pieces: int, student: ModelConfig, teacher: ModelConfig | None, pending: frozenset[str]
 ) -> gkd.ModelPair:
-    def config(model: ModelConfig) -> t5.T5Config:
+    def config(model: ModelConfig) -> lm.Config:
         return model.config(num_pieces, pending=model.checkpoint in pending)
 
     return gkd.ModelPair(
@@ -216,9 +216,9 @@ def plan(program: Program) -> str:
     lines = [
         f"task       {config.task} ({config.split}), batch {config.batch_size}, "
         f"lengths {shapes}, {models.num_pieces} pieces",
-        f"student    {t5.num_params(program.state.params):,} parameters",
+        f"student    {lm.num_params(program.state.params):,} parameters",
         "teacher    "
-        + (f"{t5.num_params(program.teacher):,} parameters" if program.teacher else "none")
+        + (f"{lm.num_params(program.teacher):,} parameters" if program.teacher else "none")
         + (f", top {program.cached_k} of {config.teacher_cache}" if program.cached_k else ""),
         f"loss       {_text(method.divergence) if method.divergence else 'cross-entropy'}, "
         f"{_text(method.reduction)}, on-policy fraction {_text(method.on_policy_fraction)}"
@@ -318,7 +318,7 @@ def phases(program: Program) -> dict[str, tuple[Any, tuple[Any, ...]]]:
 
         def score(params, batch):
             with sharding.use(program.mesh):
-                return t5.logits(config, params, batch)
+                return lm.logits(config, params, batch)
 
         where = sharding.batch_sharding(program.mesh)
         found["score"] = (jax.jit(score, out_shardings=where), (program.teacher, update[2]))

@@ -15,7 +15,7 @@ from gkd_jax.batch import Batch
 from gkd_jax.evaluation import evaluate
 from gkd_jax.input import data
 from gkd_jax.input.teacher_cache import TeacherCache
-from gkd_jax.models import t5
+from gkd_jax.models import lm
 from gkd_jax.sampling import Sample
 from gkd_jax.training.metrics import DeviceClock
 from gkd_jax.training.program import Program, Steps
@@ -81,7 +81,7 @@ class Rollouts:
         """Whether the next step's batch is drawn, and so taken from the stream, already."""
         return self._ahead is not None
 
-    def draw(self, step: int, student_params: t5.Params, *, draw_next: bool = False) -> Rollout:
+    def draw(self, step: int, student_params: lm.Params, *, draw_next: bool = False) -> Rollout:
         """What a step trains on; `draw_next` also draws for the step after it, with old weights."""
         now = self._ahead or self._draw(step, student_params)
         self._ahead = None
@@ -89,7 +89,7 @@ class Rollouts:
             self._ahead = self._draw(step + 1, student_params)._replace(is_early=True)
         return now
 
-    def _draw(self, step: int, student_params: t5.Params) -> Rollout:
+    def _draw(self, step: int, student_params: lm.Params) -> Rollout:
         """Algorithm 1: a batch of (x, y), whose y the student writes where the coin says so."""
         program, seed = self._program, self._program.recipe.train.seed
         rows = next(self._stream)

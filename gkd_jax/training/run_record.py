@@ -13,7 +13,7 @@ import numpy as np
 
 from gkd_jax.batch import Batch
 from gkd_jax.input import data, teacher_cache
-from gkd_jax.models import t5
+from gkd_jax.models import lm
 from gkd_jax.storage import checkpoints, content
 from gkd_jax.text import files, vocabularies
 from gkd_jax.training.program import Program
@@ -38,8 +38,8 @@ def describe_run(
         "recipe": describe(recipe),
         "contents": _contents(recipe, source),
         "parameters": {
-            "student": t5.num_params(program.state.params),
-            "teacher": t5.num_params(program.teacher) if program.teacher else None,
+            "student": lm.num_params(program.state.params),
+            "teacher": lm.num_params(program.teacher) if program.teacher else None,
         },
         "process_shards": data.process_shard(recipe.data, program.mesh).num_shards,
         "macros": dict(macros),

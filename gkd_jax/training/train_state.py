@@ -9,17 +9,17 @@ import optax
 
 from gkd_jax import sharding
 from gkd_jax.gkd import TrainState
-from gkd_jax.models import t5
+from gkd_jax.models import lm
 
 
-def create(params: t5.Params, optimizer: optax.GradientTransformation) -> TrainState:
+def create(params: lm.Params, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first update."""
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
-def abstract(config: t5.T5Config, optimizer: optax.GradientTransformation) -> TrainState:
+def abstract(config: lm.Config, optimizer: optax.GradientTransformation) -> TrainState:
     """The shapes of `create`, as `jax.ShapeDtypeStruct`s."""
-    return jax.eval_shape(lambda params: create(params, optimizer), t5.abstract_params(config))
+    return jax.eval_shape(lambda params: create(params, optimizer), lm.abstract_params(config))
 
 
 def shardings(state: TrainState, mesh: Mesh, rules: sharding.Rules = sharding.RULES) -> Any:
@@ -28,7 +28,7 @@ def shardings(state: TrainState, mesh: Mesh, rules: sharding.Rules = sharding.RU
     An optimizer's array whose path ends in a parameter's path lies as that parameter does; where it
     is a mean over one of the parameter's dimensions (Adafactor), without that dimension's axis.
     """
-    axes = t5.logical_axes(state.params)
+    axes = lm.logical_axes(state.params)
     by_path = {
         tuple(entry.key for entry in path): (leaf.shape, leaf_axes)
         for (path, leaf), leaf_axes in zip(
@@ -57,10 +57,10 @@ def shardings(state: TrainState, mesh: Mesh, rules: sharding.Rules = sharding.RU
     )
 
 
-def describe(params: t5.Params, placed: t5.Params, indent: str = "") -> str:
+def describe(params: lm.Params, placed: lm.Params, indent: str = "") -> str:
     """One line an array: path, shape, dtype, logical axes, mesh axes, bytes per device."""
     lines, total = [], 0
-    axes = jax.tree.leaves(t5.logical_axes(params), is_leaf=lambda x: type(x) is tuple)
+    axes = jax.tree.leaves(lm.logical_axes(params), is_leaf=lambda x: type(x) is tuple)
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
     for (path, leaf), names, where in zip(leaves, axes, jax.tree.leaves(placed), strict=True):
         assert isinstance(where, NamedSharding)
@@ -71,5 +71,5 @@ def describe(params: t5.Params, placed: t5.Params, indent: str = "") -> str:
             f"{indent}{name:<64} {leaf.shape!s:<22} {leaf.dtype!s:<9} {names} "
             f"{tuple(where.spec)} {size}"
         )
-    lines.append(f"{indent}total: {t5.num_params(params):,} parameters, {total:,} bytes per device")
+    lines.append(f"{indent}total: {lm.num_params(params):,} parameters, {total:,} bytes per device")
     return "\n".join(lines)

@@ -1,0 +1,342 @@
+"""The `config.json` of decoder-only models in a Hugging Face folder, read and written.
+
+Both generations are read: `rope_theta` with `rope_scaling`, and transformers 5's `rope_parameters`.
+A key that is absent has the default of its class, which differs between the classes. What would
+change the numbers and is not known is refused by name.
+"""
+
+import dataclasses
+from typing import Any
+
+from gkd_jax.convert import rope_fields
+from gkd_jax.convert.rope_fields import LAYER_TYPES
+from gkd_jax.models.decoder_config import DecoderConfig
+
+
+_COMMON = {
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "rope_theta": 10_000.0,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "sliding_window": None,
+}
+_QWEN = {
+    "vocab_size": 151_936,
+    "hidden_size": 4096,
+    "intermediate_size": 22_016,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32_768,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
+_GEMMA = {
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "tie_word_embeddings": True,
+}
+_LLAMA = {
+    "vocab_size": 32_000,
+    "hidden_size": 4096,
+    "intermediate_size": 11_008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 2048,
+}
+# What each class takes for a key that is absent.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {**_COMMON, **_LLAMA},
+    "mistral": {
+        **_COMMON,
+        **_LLAMA,
+        "intermediate_size": 14_336,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131_072,
+        "sliding_window": 4096,
+    },
+    "qwen2": {**_COMMON, **_QWEN},
+    "qwen3": {**_COMMON, **_QWEN, "head_dim": 128},
+    "gemma2": {
+        **_COMMON,
+        **_GEMMA,
+        "vocab_size": 256_000,
+        "max_position_embeddings": 8192,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+    },
+    "gemma3_text": {
+        **_COMMON,
+        **_GEMMA,
+        "vocab_size": 262_208,
+        "max_position_embeddings": 131_072,
+        "rope_theta": 1_000_000.0,
+        "rope_local_base_freq": 10_000.0,
+        "final_logit_softcapping": None,
+        "sliding_window_pattern": 6,
+    },
+}
+COMPOSITE = "gemma3"
+MODEL_TYPES = (*_DEFAULTS, COMPOSITE)
+_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+}
+_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu": "gelu",
+}
+_SIZES = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "d_model",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "head_dim": "head_dim",
+    "intermediate_size": "d_ff",
+    "num_hidden_layers": "num_layers",
+    "max_position_embeddings": "max_length",
+}
+_READ = frozenset().union(*_DEFAULTS.values()) | {
+    *("model_type", "rope_scaling", "rope_parameters", "layer_types", "_sliding_window_pattern"),
+    *("original_max_position_embeddings", "attn_logit_softcapping"),
+}
+# These do not change what the model computes, whatever they hold.
+WITHOUT_EFFECT = frozenset(
+    {
+        *("architectures", "_name_or_path", "name_or_path", "transformers_version", "auto_map"),
+        *("torch_dtype", "dtype", "use_cache", "cache_implementation", "initializer_range"),
+        *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id"),
+        *("attention_dropout", "hidden_dropout", "pretraining_tp", "tokenizer_class"),
+        *("output_attentions", "output_hidden_states", "return_dict", "use_return_dict"),
+        *("id2label", "label2id", "num_labels", "problem_type", "task_specific_params"),
+        *("do_sample", "temperature", "top_k", "top_p", "max_length", "min_length", "num_beams"),
+        *("repetition_penalty", "keys_to_ignore_at_inference", "torchscript", "is_llama_config"),
+        *("_attn_implementation_autoset", "attn_implementation", "_attn_implementation"),
+        *("transformers.js_config", "unsloth_version", "unsloth_fixed", "tie_encoder_decoder"),
+        *("eoi_token_index", "boi_token_index", "image_token_index", "mm_tokens_per_image"),
+        *("max_window_layers", "use_sliding_window"),
+    }
+)
+# These change nothing with the values given here, and are refused with another.
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "use_mrope": (None, False),
+    "rope_interleaved": (None, False),
+    "use_bidirectional_attention": (None, False),
+    "partial_rotary_factor": (None, 1.0),
+    "is_encoder_decoder": (None, False),
+    "add_cross_attention": (None, False),
+    "chunk_size_feed_forward": (None, 0),
+    "is_decoder": (None, False, True),
+    "pruned_heads": (None, {}),
+}
+
+
+def read(fields: dict[str, Any]) -> DecoderConfig:
+    """The sizes and switches that a `config.json` describes.
+
+    Raises:
+        ValueError: for another kind of model, or a key that is unknown or has a value that is.
+    """
+    kind = fields.get("model_type")
+    composite = kind == COMPOSITE
+    if composite:
+        inner = fields.get("text_config")
+        if not isinstance(inner, dict):
+            raise ValueError(f"gemma3 needs an object text_config, got {inner!r}")
+        outer_tie = {"tie_word_embeddings": fields.get("tie_word_embeddings", True)}
+        fields, kind = {**inner, **outer_tie}, "gemma3_text"
+    if kind not in _DEFAULTS:
+        raise ValueError(f"model_type must be one of {', '.join(MODEL_TYPES)}, got {kind!r}")
+    _check_keys(fields)
+    known = {**_DEFAULTS[kind], **fields}
+    gemma = kind.startswith("gemma")
+    heads = known["num_attention_heads"]
+    if known["num_key_value_heads"] is None:
+        known["num_key_value_heads"] = heads
+    if known["head_dim"] is None:
+        known["head_dim"] = known["hidden_size"] // heads
+    attention_bias, mlp_bias = bool(known["attention_bias"]), bool(known["mlp_bias"])
+    windows = _windows(kind, fields, known)
+    ropes, rope_of_layer = rope_fields.read(kind, known, _layer_types(kind, known))
+    return DecoderConfig(
+        **{ours: known[theirs] for theirs, ours in _SIZES.items()},
+        activation=_activation(known, "hidden_activation" if gemma else "hidden_act"),
+        qkv_bias=kind == "qwen2" or (attention_bias and kind != "mistral"),
+        out_bias=attention_bias and kind not in ("qwen2", "mistral"),
+        mlp_bias=mlp_bias and kind == "llama",
+        qk_norm=kind in ("qwen3", "gemma3_text"),
+        unit_offset=gemma,
+        post_norms=gemma,
+        scale_embedding=gemma,
+        attention_scale=float(known["query_pre_attn_scalar"]) ** -0.5 if gemma else None,
+        attention_softcap=known["attn_logit_softcapping"] if kind == "gemma2" else None,
+        # The class of the composite has no soft cap, whatever its text_config says.
+        final_softcap=None if composite else known.get("final_logit_softcapping"),
+        windows=windows,
+        ropes=ropes,
+        rope_of_layer=rope_of_layer,
+        tie_embeddings=bool(known["tie_word_embeddings"]),
+        layer_norm_epsilon=known["rms_norm_eps"],
+    )
+
+
+def _check_keys(fields: dict[str, Any]) -> None:
+    for name, value in fields.items():
+        if name in _ONLY and value not in _ONLY[name]:
+            raise ValueError(f"{name}={value!r} changes the numbers and is not supported")
+        known = name in _READ or name in WITHOUT_EFFECT or name in _ONLY
+        if not known and value is not None:
+            raise ValueError(
+                f"the key {name}={value!r} is not known: it may change what the model computes"
+            )
+
+
+def _activation(known: dict[str, Any], key: str) -> str:
+    name = known[key]
+    if name not in _ACTIVATIONS:
+        raise ValueError(f"{key} must be one of {', '.join(_ACTIVATIONS)}, got {name!r}")
+    return _ACTIVATIONS[name]
+
+
+def _layer_types(kind: str, known: dict[str, Any]) -> list[str]:
+    """Of each layer, whether it sees all or a window."""
+    num_layers = known["num_hidden_layers"]
+    if kind == "llama":
+        derived = ["full_attention"] * num_layers
+    elif kind == "mistral":
+        derived = ["sliding_attention"] * num_layers
+    elif kind in ("qwen2", "qwen3"):
+        border = known["max_window_layers"] if known["use_sliding_window"] else num_layers
+        derived = [LAYER_TYPES[layer >= border] for layer in range(num_layers)]
+    else:
+        pattern = 2
+        if kind == "gemma3_text":
+            pattern = known.get("_sliding_window_pattern") or known["sliding_window_pattern"]
+        derived = [LAYER_TYPES[(layer + 1) % pattern != 0] for layer in range(num_layers)]
+    stated = known.get("layer_types")
+    if stated is None or kind in ("llama", "mistral"):
+        if stated is not None and stated != derived and known["sliding_window"] is not None:
+            raise ValueError(f"layer_types of {kind} must be {derived}, got {stated}")
+        return derived
+    if len(stated) != num_layers or not set(stated) <= set(LAYER_TYPES):
+        raise ValueError(
+            f"layer_types must be {num_layers} of {', '.join(LAYER_TYPES)}, got {stated}"
+        )
+    return list(stated)
+
+
+def _windows(kind: str, fields: dict[str, Any], known: dict[str, Any]) -> tuple[int, ...]:
+    window = known["sliding_window"]
+    if kind == "llama":
+        if fields.get("sliding_window") is not None:
+            raise ValueError(f"llama has no sliding_window, got {window!r}")
+        return ()
+    if kind in ("qwen2", "qwen3") and not known["use_sliding_window"]:
+        return ()
+    if window is None:
+        return ()
+    if type(window) is not int or window < 1:
+        raise ValueError(f"sliding_window must be a positive integer or null, got {window!r}")
+    types = _layer_types(kind, known)
+    if "sliding_attention" not in types:
+        return ()
+    return tuple(window if name == "sliding_attention" else 0 for name in types)
+
+
+# Writing ------------------------------------------------------------------------------------------
+
+
+def model_type(config: DecoderConfig) -> str:
+    """Which of transformers' classes computes this.
+
+    Raises:
+        ValueError: where none does.
+    """
+    windows = config.windows
+    if config.unit_offset:
+        kind = "gemma3_text" if config.qk_norm else "gemma2"
+    elif config.qk_norm:
+        kind = "qwen3"
+    elif config.qkv_bias and not config.out_bias:
+        kind = "qwen2"
+    else:
+        kind = "mistral" if windows and all(windows) else "llama"
+    if read(_fields(kind, config)) != _numbers_only(config):
+        raise ValueError(f"no class of transformers has these switches together: {config}")
+    return kind
+
+
+def _numbers_only(config: DecoderConfig) -> DecoderConfig:
+    """Without what a run chooses, and in one way of saying the same."""
+    choices = ("dropout_rate", "dtype", "remat", "attention_by_row", "layers_on_host")
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    plain = {name: defaults[name] for name in (*choices, "scan_unroll")}
+    return dataclasses.replace(config, **plain)
+
+
+def write(config: DecoderConfig, dtype: str) -> dict[str, Any]:
+    """The `config.json` of a model, with the keys of both generations."""
+    kind = model_type(config)
+    return {
+        "architectures": [_ARCHITECTURES[kind]],
+        "model_type": kind,
+        "torch_dtype": dtype,
+        "use_cache": True,
+        "initializer_range": 0.02,
+        **_fields(kind, config),
+    }
+
+
+def _fields(kind: str, config: DecoderConfig) -> dict[str, Any]:
+    names = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}
+    gemma = kind.startswith("gemma")
+    fields: dict[str, Any] = {
+        "model_type": kind,
+        **{theirs: getattr(config, ours) for theirs, ours in _SIZES.items()},
+        "hidden_activation" if gemma else "hidden_act": names[config.activation],
+        "rms_norm_eps": config.layer_norm_epsilon,
+        "tie_word_embeddings": config.tie_embeddings,
+        "attention_dropout": 0.0,
+    }
+    if kind in ("llama", "qwen3") or gemma:
+        fields["attention_bias"] = config.out_bias
+    if kind == "llama":
+        fields["mlp_bias"] = config.mlp_bias
+    window = max(config.windows, default=0) or None
+    if kind != "llama":
+        fields["sliding_window"] = window
+    types = [LAYER_TYPES[window > 0] for window in config.windows]
+    if kind in ("qwen2", "qwen3"):
+        fields["use_sliding_window"] = window is not None
+        sliding = types.index("sliding_attention") if window else config.num_layers
+        fields["max_window_layers"] = sliding
+    if kind in ("qwen2", "qwen3", "gemma2", "gemma3_text"):
+        if kind == "gemma3_text":
+            types = [LAYER_TYPES[index] for index in config.rope_of_layer]
+        fields["layer_types"] = types or ["full_attention"] * config.num_layers
+    if gemma:
+        scale = config.attention_scale or config.head_dim**-0.5
+        fields["query_pre_attn_scalar"] = round(scale**-2)
+        fields["final_logit_softcapping"] = config.final_softcap
+        if kind == "gemma2":
+            fields["attn_logit_softcapping"] = config.attention_softcap
+    return {**fields, **rope_fields.write(kind, config)}

@@ -1,0 +1,175 @@
+"""The weights of decoder-only models in a Hugging Face folder, read and written."""
+
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import numpy as np
+
+from gkd_jax.convert import decoder_fields, hf_folder
+from gkd_jax.convert.layout import Entry, Layout, Part, flatten, to_stored
+from gkd_jax.convert.stored import Stored, as_stored_dtype, check, same
+from gkd_jax.convert.writing import check_on_this_host, complete_folder
+from gkd_jax.models import decoder
+from gkd_jax.models.decoder_config import DecoderConfig
+
+
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# The text model's names start with one of these, or with none; longest first.
+_PREFIXES = ("language_model.model.", "model.language_model.", "model.")
+_NOT_TEXT = (
+    *("vision_tower.", "multi_modal_projector."),
+    *("model.vision_tower.", "model.multi_modal_projector."),
+)
+_NAMES = {
+    "self_attention/query": "self_attn.q_proj",
+    "self_attention/key": "self_attn.k_proj",
+    "self_attention/value": "self_attn.v_proj",
+    "self_attention/out": "self_attn.o_proj",
+    "self_attention/query_norm": "self_attn.q_norm",
+    "self_attention/key_norm": "self_attn.k_norm",
+    "mlp/wi_0": "mlp.gate_proj",
+    "mlp/wi_1": "mlp.up_proj",
+    "mlp/wo": "mlp.down_proj",
+    "pre_self_attention_layer_norm": "input_layernorm",
+}
+_NORMS = {"pre_mlp_layer_norm": "post_attention_layernorm"}
+_NORMS_WITH_POST = {
+    "post_self_attention_layer_norm": "post_attention_layernorm",
+    "pre_mlp_layer_norm": "pre_feedforward_layernorm",
+    "post_mlp_layer_norm": "post_feedforward_layernorm",
+}
+
+
+def read_config(folder: pathlib.Path, fields: dict[str, Any]) -> DecoderConfig:
+    """The model that the fields of a folder's config.json describe.
+
+    Raises:
+        ValueError: naming the file and the key that is unknown or has a value that is.
+    """
+    try:
+        return decoder_fields.read(fields)
+    except ValueError as error:
+        raise ValueError(f"{folder}/config.json: {error}") from error
+
+
+def open_model(path: str, config: DecoderConfig) -> tuple[Layout, dict[str, Stored]]:
+    """The names of a model's arrays and the arrays themselves, compared with each other."""
+    stored = hf_folder.open_weights(hf_folder.local(path))
+    arrays = {_plain(name): array for name, array in stored.items() if not _is_other(name)}
+    head, embedding = arrays.get(_HEAD), arrays.get(_EMBEDDING)
+    if config.tie_embeddings and head is not None:
+        if embedding is None:
+            arrays[_EMBEDDING] = head
+        elif not same(head, embedding):
+            raise ValueError(
+                f"{path}: {head.name} differs from {embedding.name}, but config.json ties them: "
+                "set tie_word_embeddings to false, or leave one out"
+            )
+        del arrays[_HEAD]
+    if not config.tie_embeddings and head is None:
+        raise ValueError(
+            f"{path}: there is no {_HEAD}, and config.json does not tie it to the embedding: "
+            "set tie_word_embeddings to true if it is meant to be"
+        )
+    layout = hf_layout(config)
+    check(layout, arrays, path)
+    return layout, arrays
+
+
+def _is_other(name: str) -> bool:
+    """Parts that are not the text model's; old Llama files hold frequencies that follow anyway."""
+    return name.startswith(_NOT_TEXT) or name.endswith("rotary_emb.inv_freq")
+
+
+def _plain(name: str) -> str:
+    """The name that a model for causal language modelling alone gives it."""
+    if name.endswith(_HEAD):
+        return _HEAD
+    for prefix in _PREFIXES:
+        if name.startswith(prefix):
+            return f"model.{name.removeprefix(prefix)}"
+    return f"model.{name}"
+
+
+def hf_layout(config: DecoderConfig) -> Layout:
+    """Names as in transformers' models for causal language modelling; kernels are transposed."""
+    norms = _NORMS_WITH_POST if config.post_norms else _NORMS
+    layout = {}
+    for path, leaf in flatten(decoder.abstract_params(config)).items():
+        where, _, kind = path.rpartition("/")
+        suffix = "bias" if kind == "bias" else "weight"
+        if "/layers/" in path:
+            module = where.removeprefix("decoder/layers/")
+            name = f"{_NAMES.get(module) or norms[module]}.{suffix}"
+            parts = tuple(
+                _part(f"model.layers.{layer}.{name}", leaf.shape[1:], kind)
+                for layer in range(config.num_layers)
+            )
+            layout[path] = Entry(leaf.shape, parts, by_layer=True)
+        else:
+            name = {
+                "token_embedder": _EMBEDDING,
+                "decoder/decoder_norm": "model.norm.weight",
+                "decoder/logits_dense": _HEAD,
+            }[where]
+            layout[path] = Entry(leaf.shape, (_part(name, leaf.shape, kind),), by_layer=False)
+    return layout
+
+
+def _part(name: str, shape: tuple[int, ...], kind: str) -> Part:
+    if kind == "kernel":
+        return Part(name, shape[::-1], ((1,), (0,)))
+    return Part(name, shape, tuple((axis,) for axis in range(len(shape))))
+
+
+def write(
+    path: str,
+    config: DecoderConfig,
+    params: decoder.Params,
+    *,
+    dtype: str,
+    source: pathlib.Path | None = None,
+    card: str | None = None,
+) -> None:
+    """Writes a folder that transformers, vLLM and llama.cpp's converter read.
+
+    Args:
+        path: the folder to make; appears only when it is complete.
+        config: the model's sizes.
+        params: its parameters.
+        dtype: of the stored weights: "float32", "bfloat16" or "float16".
+        source: the Hugging Face folder that the model began with: its tokenizer, chat template,
+            generation settings and licence are copied.
+        card: the text of README.md; None writes none.
+
+    Raises:
+        ValueError: where the folder exists, is remote, or transformers has no such model.
+    """
+    kind = as_stored_dtype(dtype)
+    fields = decoder_fields.write(config, dtype)
+    leaves = flatten(params)
+    check_on_this_host(leaves)
+    arrays = [
+        (part.name, part.shape, _maker(leaves[key], part, layer if entry.by_layer else None))
+        for key, entry in hf_layout(config).items()
+        for layer, part in enumerate(entry.parts)
+    ]
+    with complete_folder(path) as folder:
+        hf_folder.write_weights(folder, arrays, kind)
+        if source is not None:
+            fields |= hf_folder.token_ids(source)
+            for file in hf_folder.companions(source):
+                shutil.copy(file, folder)
+        hf_folder.write_json(folder / "config.json", fields)
+        if card is not None:
+            (folder / "README.md").write_text(card, "utf-8")
+
+
+def _maker(leaf: Any, part: Part, layer: int | None):
+    def make() -> np.ndarray:
+        value = leaf if layer is None else leaf[layer]
+        return to_stored(np.asarray(jax.device_get(value)), part.axes, part.shape)
+
+    return make

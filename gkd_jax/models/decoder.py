@@ -1,0 +1,417 @@
+"""Decoder-only models, Llama, Qwen, Gemma and their like, as plain functions of (config, params).
+
+They are one network with the switches of `DecoderConfig`. Parameters are a nested dict with T5X's
+names, the layers stacked on axis 0 and run by `lax.scan`; windows and kinds of rotary embeddings
+are arrays over layers, so that patterns of local and global layers need no unrolling.
+
+A prompt is padded on the right; the first target of a row has position `input_lengths[row]`. A
+prompt's keys and values are its `Context`, shared by all that continues it.
+
+Axes: B prompts, N rows (N = B x samples a prompt), S prompt, T target, V vocabulary, D model, H
+heads, G key heads, K head dim, L layers.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from gkd_jax.batch import Batch
+from gkd_jax.models import decoder_block, grouped_attention, layers, parameters, quantized
+from gkd_jax.models.decoder_config import DecoderConfig, Rope, from_fields
+from gkd_jax.models.grouped_attention import NOWHERE, Past, Sight
+from gkd_jax.models.parameters import Params, logical_axes, num_params
+from gkd_jax.sharding import constrain, num_shards
+
+
+__all__ = ["DecoderConfig", "Params", "Rope", "from_fields", "logical_axes", "num_params"]
+
+_INIT_STD = 0.02
+# What sampling takes where nothing else is said: every tokenizer has its own.
+BANNED_IDS: tuple[int, ...] = ()
+EOS_IDS: tuple[int, ...] = ()
+
+
+class Context(NamedTuple):
+    """A prompt that has been read: all tokens but the last, which decoding feeds first."""
+
+    keys: Float[Array, "L B G S K"]
+    values: Float[Array, "L B G S K"]
+    lengths: Int[Array, " B"]  # tokens held, which is the position of `first`
+    first: Int[Array, " B"]
+
+
+class Cache(NamedTuple):
+    """The state of decoding. Position t of `keys` and `values` is written at step t.
+
+    Stacked as the layers are, or tuples where those are.
+    """
+
+    prompt_keys: Float[Array, "L N G S K"] | tuple[Float[Array, "N G S K"], ...]
+    prompt_values: Float[Array, "L N G S K"] | tuple[Float[Array, "N G S K"], ...]
+    keys: Float[Array, "L N G T K"] | tuple[Float[Array, "N G T K"], ...]
+    values: Float[Array, "L N G T K"] | tuple[Float[Array, "N G T K"], ...]
+    lengths: Int[Array, " N"]
+    position: Int[Array, ""]
+
+
+# Parameters ---------------------------------------------------------------------------------------
+
+
+def init(config: DecoderConfig, key: Key[Array, ""]) -> Params:
+    """Random float32 parameters: kernels by their fan-in, embeddings with a deviation of 0.02."""
+    keys = iter(jax.random.split(key, 9))
+    width, inner = config.d_model, config.num_heads * config.head_dim
+    inner_kv = config.num_kv_heads * config.head_dim
+    depth = config.num_layers
+
+    def linear(rows: int, columns: int, bias: bool, shrink: float = 1.0) -> Params:
+        shape = (depth, rows, columns)
+        spread = shrink / math.sqrt(rows)
+        found: Params = {"kernel": spread * jax.random.normal(next(keys), shape)}
+        return {**found, "bias": jnp.zeros((depth, columns))} if bias else found
+
+    def norm(*shape: int) -> Params:
+        return {"scale": (jnp.zeros if config.unit_offset else jnp.ones)(shape)}
+
+    # What each layer adds is small, so that the sum over layers does not grow with their number.
+    shrink = 1 / math.sqrt(2 * depth)
+    attention = {
+        "query": linear(width, inner, config.qkv_bias),
+        "key": linear(width, inner_kv, config.qkv_bias),
+        "value": linear(width, inner_kv, config.qkv_bias),
+        "out": linear(inner, width, config.out_bias, shrink),
+    }
+    if config.qk_norm:
+        attention |= {name: norm(depth, config.head_dim) for name in ("query_norm", "key_norm")}
+    stack: Params = {
+        "pre_self_attention_layer_norm": norm(depth, width),
+        "self_attention": attention,
+        "pre_mlp_layer_norm": norm(depth, width),
+        "mlp": {
+            "wi_0": linear(width, config.d_ff, config.mlp_bias),
+            "wi_1": linear(width, config.d_ff, config.mlp_bias),
+            "wo": linear(config.d_ff, width, config.mlp_bias, shrink),
+        },
+    }
+    if config.post_norms:
+        for name in ("post_self_attention_layer_norm", "post_mlp_layer_norm"):
+            stack[name] = norm(depth, width)
+    embedding = _INIT_STD * jax.random.normal(next(keys), (config.vocab_size, width))
+    params: Params = {
+        "token_embedder": {"embedding": embedding},
+        "decoder": {"layers": stack, "decoder_norm": norm(width)},
+    }
+    if not config.tie_embeddings:
+        kernel = jax.random.normal(next(keys), (width, config.vocab_size)) / math.sqrt(width)
+        params["decoder"]["logits_dense"] = {"kernel": kernel}
+    return params
+
+
+def abstract_params(config: DecoderConfig, dtype: str = "float32") -> Params:
+    """The shapes of `init`, as `jax.ShapeDtypeStruct`s of `dtype`; allocates nothing."""
+    shapes = jax.eval_shape(lambda key: init(config, key), jax.random.key(0))
+    return parameters.as_shapes(shapes, dtype)
+
+
+# The forward pass ---------------------------------------------------------------------------------
+
+
+def encode(
+    config: DecoderConfig,
+    params: Params,
+    inputs: Int[Array, "B S"],
+    input_lengths: Int[Array, " B"] | None = None,
+    *,
+    dropout_key: Key[Array, ""] | None = None,
+) -> Context:
+    """Reads prompts in one pass.
+
+    Args:
+        config: the model's sizes.
+        params: its parameters.
+        inputs: prompts, padded on the right with any id.
+        input_lengths: tokens of each prompt, at least 1; needed, since id 0 is an ordinary token.
+        dropout_key: turns dropout on.
+    """
+    lengths = _lengths(input_lengths)
+    positions = jnp.arange(inputs.shape[1])[None]
+    _, (keys, values) = _run(config, params, inputs, positions, None, dropout_key)
+    held = jnp.maximum(lengths - 1, 0)
+    first = jnp.take_along_axis(inputs, held[:, None], axis=1)[:, 0]
+    return Context(keys, values, held, first)
+
+
+def repeat(context: Context, num: int) -> Context:
+    """Each row `num` times, as neighbours: the work on a prompt is shared between them."""
+    if num == 1:
+        return context
+    return Context(
+        *(jnp.repeat(x, num, axis=1) for x in (context.keys, context.values)),
+        *(jnp.repeat(x, num, axis=0) for x in (context.lengths, context.first)),
+    )
+
+
+def hidden(
+    config: DecoderConfig,
+    params: Params,
+    batch: Batch,
+    *,
+    context: Context | None = None,
+    dropout_key: Key[Array, ""] | None = None,
+) -> Float[Array, "N T D"]:
+    """The last hidden states that predict each target, ready for the head.
+
+    Args:
+        config: the model's sizes.
+        params: its parameters.
+        batch: position t sees the prompt and targets < t. There may be n rows of targets for each
+            of inputs, as neighbours: the prompts are read once.
+        context: `encode`'s result where the caller has it already.
+        dropout_key: turns dropout on.
+    """
+    rows, length = batch.targets.shape
+    if context is None and rows == batch.inputs.shape[0]:  # one pass over prompt and target
+        lengths = _lengths(batch.input_lengths)
+        tokens = _joined(batch.inputs, lengths, batch.targets)
+        positions = jnp.arange(tokens.shape[1])[None]
+        states, _ = _run(config, params, tokens, positions, None, dropout_key)
+        wanted = jnp.maximum(lengths - 1, 0)[:, None] + jnp.arange(length)[None]
+        states = jnp.take_along_axis(states, wanted[..., None], axis=1)
+    else:
+        if context is None:
+            context = encode(
+                config, params, batch.inputs, batch.input_lengths, dropout_key=dropout_key
+            )
+        context = repeat(context, rows // context.first.shape[0])
+        tokens = jnp.concatenate([context.first[:, None], batch.targets[:, :-1]], axis=1)
+        positions = context.lengths[:, None] + jnp.arange(length)[None]
+        states, _ = _run(config, params, tokens, positions, context, dropout_key)
+    return constrain(decoder_block.final_norm(config, params, states), layers.ACTIVATIONS)
+
+
+def logits(
+    config: DecoderConfig,
+    params: Params,
+    batch: Batch,
+    *,
+    context: Context | None = None,
+    dropout_key: Key[Array, ""] | None = None,
+) -> Float[Array, "N T V"]:
+    """Teacher-forced logits, float32: those at t predict `batch.targets[:, t]`."""
+    states = hidden(config, params, batch, context=context, dropout_key=dropout_key)
+    return apply_head(config, params, states)
+
+
+def apply_head(
+    config: DecoderConfig, params: Params, states: Float[Array, "*B D"]
+) -> Float[Array, "*B V"]:
+    """Hidden states to float32 logits."""
+    if config.tie_embeddings:
+        embedding = params["token_embedder"]["embedding"]
+        out = layers.project(states, embedding, config.dtype, transposed=True)
+    else:
+        kernel = quantized.restore(params["decoder"]["logits_dense"]["kernel"])
+        out = layers.project(states, kernel, config.dtype)
+    if config.final_softcap is not None:
+        out = config.final_softcap * jnp.tanh(out / config.final_softcap)
+    return constrain(out, ("batch", "length", "vocab")) if out.ndim == 3 else out
+
+
+def _lengths(input_lengths: Int[Array, " B"] | None) -> Int[Array, " B"]:
+    if input_lengths is None:
+        raise ValueError(
+            "a decoder-only model needs input_lengths, the tokens of each prompt: id 0 is an "
+            "ordinary token, so that padding cannot be told from text"
+        )
+    return jnp.asarray(input_lengths)
+
+
+def _joined(
+    inputs: Int[Array, "B S"], lengths: Int[Array, " B"], targets: Int[Array, "B T"]
+) -> Int[Array, "B S+T"]:
+    """Prompts followed by their targets without a gap: plain texts, padded on the right."""
+    place = jnp.arange(inputs.shape[1] + targets.shape[1])[None]
+    after = jnp.clip(place - lengths[:, None], 0, targets.shape[1] - 1)
+    padded = jnp.pad(inputs, ((0, 0), (0, targets.shape[1])))
+    return jnp.where(
+        place < lengths[:, None], padded, jnp.take_along_axis(targets, after, axis=1)
+    ).astype(inputs.dtype)
+
+
+# Decoding -----------------------------------------------------------------------------------------
+
+
+def decode_params(config: DecoderConfig, params: Params) -> Params:
+    """What decoding reads, laid out once for all tokens (see `parameters.for_decoding`)."""
+    params = parameters.for_decoding(params, config.dtype)
+    return {
+        **params,
+        "decoder": {**params["decoder"], "layers": _unstack(config, params["decoder"]["layers"])},
+    }
+
+
+def init_cache(config: DecoderConfig, params: Params, context: Context, length: int) -> Cache:
+    """An empty cache behind a context.
+
+    Args:
+        config: the model's sizes.
+        params: its parameters, `decode_params`'s where decoding runs on those.
+        context: what is continued.
+        length: the most tokens that will be decoded, T.
+    """
+    unstacked = isinstance(_unstack(config, params["decoder"]["layers"]), tuple)
+    rows = context.first.shape[0]
+    shape = (rows, config.num_kv_heads, length, config.head_dim)
+    if unstacked:
+        keys, values = tuple(context.keys), tuple(context.values)
+        empty = tuple(decoder_block.constrain_kv(jnp.zeros(shape, config.dtype)) for _ in keys)
+    else:
+        keys, values = context.keys, context.values
+        empty = jnp.zeros((config.num_layers, *shape), config.dtype)
+        heads = "heads" if config.num_kv_heads % num_shards("heads") == 0 else None
+        empty = constrain(empty, ("layers", "batch", heads, "length", "kv"))
+    return Cache(keys, values, empty, empty, context.lengths, jnp.zeros((), jnp.int32))
+
+
+def take_rows(cache: Cache, rows: Int[Array, " N"]) -> Cache:
+    """The cache in which row i goes on with the past of row `rows[i]`, which has its prompt."""
+    keys, values = jax.tree.map(
+        lambda x: jnp.take(x, rows, axis=x.ndim - 4), (cache.keys, cache.values)
+    )
+    return cache._replace(keys=keys, values=values)
+
+
+def decode_step(
+    config: DecoderConfig, params: Params, tokens: Int[Array, " N"], cache: Cache
+) -> tuple[Float[Array, "N V"], Cache]:
+    """Logits after one more token of each row (first the context's), and the new cache."""
+    position = cache.position
+    rotation = decoder_block.rotations(config, (cache.lengths + position)[:, None])
+    windows, kinds = decoder_block.per_layer(config)
+
+    def run_layer(x, layer, window, kind, past, keys, values, index):
+        layer, window = quantized.restore(layer), jnp.asarray(window)
+        at = (0, 0, position, 0) if index is None else (index, 0, 0, position, 0)
+        normed = decoder_block.norm(config, layer["pre_self_attention_layer_norm"], x)
+        query, key, value = decoder_block.heads(
+            config, layer["self_attention"], normed, decoder_block.pick(rotation, kind)
+        )
+        key, value = (y if index is None else y[None] for y in (key, value))
+        keys = lax.dynamic_update_slice(keys, key, at)
+        values = lax.dynamic_update_slice(values, value, at)
+        own = [keys, values]
+        if index is not None:
+            own = [lax.dynamic_index_in_dim(y, index, keepdims=False) for y in own]
+        mixed = grouped_attention.attend_to_cache(
+            query,
+            [
+                Past(past[0], past[1], _prompt_seen(cache, past[0].shape[2], window)),
+                Past(own[0], own[1], _own_seen(position, own[0].shape[2], window)),
+            ],
+            scale=decoder_block.score_scale(config),
+            softcap=config.attention_softcap,
+        )
+        return decoder_block.rest(config, layer, x, mixed, None), keys, values
+
+    keys, values = cache.keys, cache.values
+    prompt = (cache.prompt_keys, cache.prompt_values)
+    decode = _unstack(config, params["decoder"]["layers"])
+    x = decoder_block.embed(config, params, tokens[:, None])
+    if isinstance(decode, tuple):
+        keys, values = list(keys), list(values)
+        for i, layer in enumerate(decode):
+            past = (prompt[0][i], prompt[1][i])
+            x, keys[i], values[i] = run_layer(
+                x, layer, windows[i], kinds[i], past, keys[i], values[i], None
+            )
+        keys, values = tuple(keys), tuple(values)
+    else:
+
+        def body(carry, layer_inputs):
+            layer, index, window, kind, past = layer_inputs
+            x, keys, values = carry
+            return run_layer(x, layer, window, kind, past, keys, values, index), None
+
+        indices = jnp.arange(config.num_layers)
+        (x, keys, values), _ = lax.scan(
+            body,
+            (x, keys, values),
+            (decode, indices, windows, kinds, prompt),
+            unroll=min(config.scan_unroll, config.num_layers),
+        )
+    states = decoder_block.final_norm(config, params, x)[:, 0]
+    cache = cache._replace(keys=keys, values=values, position=position + 1)
+    return apply_head(config, params, states), cache
+
+
+def _prompt_seen(cache: Cache, size: int, window: Int[Array, ""]):
+    """Which of the prompt's keys the token at this step sees."""
+    place, lengths = jnp.arange(size)[None], cache.lengths[:, None]
+    return (place < lengths) & (place > lengths + cache.position - window)
+
+
+def _own_seen(position: Int[Array, ""], size: int, window: Int[Array, ""]):
+    place = jnp.arange(size)[None]
+    return (place <= position) & (place > position - window)
+
+
+def _unstack(config: DecoderConfig, stacked: Any) -> Any:
+    return parameters.unstack(stacked, config.num_layers, config.scan_unroll)
+
+
+def _run(
+    config: DecoderConfig,
+    params: Params,
+    tokens: Int[Array, "N T"],
+    positions: Int[Array, "#N T"],
+    context: Context | None,
+    dropout_key: Key[Array, ""] | None,
+) -> tuple[Float[Array, "N T D"], tuple[jax.Array, jax.Array]]:
+    """All layers over some tokens: states before the last norm; keys and values of each layer."""
+    rotation = decoder_block.rotations(config, positions)
+    windows, kinds = decoder_block.per_layer(config)
+    seen = positions
+    past = None
+    if context is not None:
+        past = (context.keys, context.values)
+        place = jnp.arange(context.keys.shape[3])[None]
+        held = jnp.where(place < context.lengths[:, None], place, NOWHERE)
+        seen = jnp.concatenate([held, positions], axis=1)
+    keys = [None] * 2 if dropout_key is None else list(jax.random.split(dropout_key))
+
+    def block(x, layer, window, kind, past, key):
+        layer = quantized.restore(layer)
+        normed = decoder_block.norm(config, layer["pre_self_attention_layer_norm"], x)
+        query, own_keys, own_values = decoder_block.heads(
+            config, layer["self_attention"], normed, decoder_block.pick(rotation, kind)
+        )
+        all_keys, all_values = own_keys, own_values
+        if past is not None:
+            all_keys = jnp.concatenate([past[0], own_keys], axis=2)
+            all_values = jnp.concatenate([past[1], own_values], axis=2)
+        mixed = decoder_block.attend(
+            config, query, all_keys, all_values, Sight(positions, seen, window)
+        )
+        return decoder_block.rest(config, layer, x, mixed, key), (own_keys, own_values)
+
+    if config.remat:
+        block = jax.checkpoint(block, prevent_cse=False)
+
+    def body(x, layer_inputs):
+        layer, window, kind, past, key = layer_inputs
+        if config.layers_on_host:
+            layer = jax.device_put(layer, jax.memory.Space.Device)
+        return block(x, layer, window, kind, past, key)
+
+    x = decoder_block.dropout(config, decoder_block.embed(config, params, tokens), keys[0])
+    layer_keys = None if keys[1] is None else jax.random.split(keys[1], config.num_layers)
+    return lax.scan(
+        body,
+        x,
+        (params["decoder"]["layers"], windows, kinds, past, layer_keys),
+        unroll=min(config.scan_unroll, config.num_layers),
+    )

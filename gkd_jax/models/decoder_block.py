@@ -1,0 +1,168 @@
+"""The layers of a decoder-only model in pieces, as plain functions of (config, parameters, arrays).
+
+`gkd_jax.models.decoder` runs them over whole texts, behind a prompt and token by token. Norms and
+biases round where transformers' do.
+
+Axes: N rows, T tokens, D model, H heads, G key heads, K head dim, L layers.
+"""
+
+import math
+from typing import Any
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+import numpy as np
+
+from gkd_jax.models import grouped_attention, layers, rope
+from gkd_jax.models.decoder_config import DecoderConfig
+from gkd_jax.models.grouped_attention import NO_WINDOW, Sight
+from gkd_jax.models.parameters import Params
+from gkd_jax.sharding import constrain, num_batch_shards, num_shards
+
+
+_SCORES_IN_CACHE = 2**23  # float32 numbers
+
+
+def attend(config: DecoderConfig, query, keys, values, sight: Sight) -> jax.Array:
+    if config.num_kv_heads % num_shards("heads"):  # each device has the keys of its own heads
+        group = config.num_heads // config.num_kv_heads
+        keys, values = (
+            constrain(jnp.repeat(x, group, axis=1), ("batch", "heads", "length", "kv"))
+            for x in (keys, values)
+        )
+    large = math.prod(query.shape[:3]) * keys.shape[2] > _SCORES_IN_CACHE
+    return grouped_attention.attend(
+        query,
+        keys,
+        values,
+        sight,
+        scale=score_scale(config),
+        softcap=config.attention_softcap,
+        by_row=config.attention_by_row and large and num_batch_shards() == 1,
+    )
+
+
+def heads(
+    config: DecoderConfig, attention: Params, x: Float[Array, "N T D"], rotation: rope.Rotation
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries, keys and values [N heads T K]; the first two are normalised and turned."""
+
+    def split(name: str, num: int) -> jax.Array:
+        y = _linear(config, attention[name], x)
+        y = y.reshape(*y.shape[:2], num, config.head_dim).swapaxes(1, 2)
+        if name == "query":
+            return constrain(y, ("batch", "heads", "length", "kv"))
+        return constrain_kv(y)
+
+    query = split("query", config.num_heads)
+    key, value = (split(name, config.num_kv_heads) for name in ("key", "value"))
+    if config.qk_norm:
+        query = norm(config, attention["query_norm"], query)
+        key = norm(config, attention["key_norm"], key)
+    return rope.rotate(query, rotation), rope.rotate(key, rotation), value
+
+
+def constrain_kv(x: Float[Array, "N G T K"]) -> Float[Array, "N G T K"]:
+    """Key heads that do not divide over the devices of `tensor` are whole on each."""
+    divides = x.shape[1] % num_shards("heads") == 0
+    return constrain(x, ("batch", "heads" if divides else None, "length", "kv"))
+
+
+def rest(
+    config: DecoderConfig,
+    layer: Params,
+    x: Float[Array, "N T D"],
+    mixed: Float[Array, "N H T K"],
+    key: Key[Array, ""] | None,
+) -> Float[Array, "N T D"]:
+    """From what the heads have mixed to the end of the layer."""
+    keys = [None] * 2 if key is None else list(jax.random.split(key))
+    mixed = mixed.swapaxes(1, 2).reshape(*x.shape[:2], config.num_heads * config.head_dim)
+    y = _linear(config, layer["self_attention"]["out"], mixed)
+    if config.post_norms:
+        y = norm(config, layer["post_self_attention_layer_norm"], y)
+    x = constrain(x + dropout(config, y, keys[0]), layers.ACTIVATIONS)
+    y = _mlp(config, layer["mlp"], norm(config, layer["pre_mlp_layer_norm"], x))
+    if config.post_norms:
+        y = norm(config, layer["post_mlp_layer_norm"], y)
+    return constrain(x + dropout(config, y, keys[1]), layers.ACTIVATIONS)
+
+
+def _mlp(config: DecoderConfig, mlp: Params, x: Float[Array, "N T D"]) -> Float[Array, "N T D"]:
+    gate = _linear(config, mlp["wi_0"], x).astype(jnp.float32)
+    if config.activation == "silu":
+        gate = jax.nn.silu(gate)
+    else:
+        gate = jax.nn.gelu(gate, approximate=config.activation == "gelu_tanh")
+    wide = gate.astype(config.dtype) * _linear(config, mlp["wi_1"], x)
+    return _linear(config, mlp["wo"], constrain(wide, ("batch", "length", "mlp")))
+
+
+def _linear(config: DecoderConfig, linear: Params, x: Float[Array, "*B D"]) -> jax.Array:
+    """Rounded once, after the bias."""
+    out = layers.project(x, linear["kernel"], config.dtype)
+    if "bias" in linear:
+        out = out + linear["bias"].astype(jnp.float32).reshape((1,) * (out.ndim - 1) + (-1,))
+    return out.astype(config.dtype)
+
+
+def norm(config: DecoderConfig, own: Params, x: Float[Array, "..."]) -> jax.Array:
+    """RMS norm over the last axis; the two kinds differ in where they round."""
+    scale = own["scale"].reshape((1,) * (x.ndim - 1) + (-1,))
+    wide = x.astype(jnp.float32)
+    wide = wide * lax.rsqrt(
+        jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + config.layer_norm_epsilon
+    )
+    if config.unit_offset:
+        return (wide * (1 + scale.astype(jnp.float32))).astype(config.dtype)
+    return wide.astype(config.dtype) * scale.astype(config.dtype)
+
+
+def final_norm(config: DecoderConfig, params: Params, x: Float[Array, "*B D"]) -> jax.Array:
+    return norm(config, params["decoder"]["decoder_norm"], x)
+
+
+def embed(
+    config: DecoderConfig, params: Params, tokens: Int[Array, "N T"]
+) -> Float[Array, "N T D"]:
+    embedding = params["token_embedder"]["embedding"]
+    x = jnp.take(embedding, tokens, axis=0).astype(config.dtype)
+    if config.scale_embedding:  # by a number that is rounded to the compute dtype too
+        x = x * jnp.asarray(math.sqrt(config.d_model), config.dtype)
+    return constrain(x, layers.ACTIVATIONS)
+
+
+def dropout(config: DecoderConfig, x: jax.Array, key: Key[Array, ""] | None) -> jax.Array:
+    """One draw for all positions of a row, as T5's."""
+    if key is None or config.dropout_rate == 0:
+        return x
+    keep = 1 - config.dropout_rate
+    kept = jax.random.bernoulli(key, keep, (x.shape[0], 1, x.shape[2]))
+    return jnp.where(kept, x / keep, jnp.zeros_like(x))
+
+
+def score_scale(config: DecoderConfig) -> float:
+    scale = config.attention_scale
+    return config.head_dim**-0.5 if scale is None else scale
+
+
+def per_layer(config: DecoderConfig) -> tuple[Int[np.ndarray, " L"], Int[np.ndarray, " L"]]:
+    """The window and the kind of rotary embedding of each layer."""
+    windows = config.windows or (0,) * config.num_layers
+    kinds = config.rope_of_layer or (0,) * config.num_layers
+    return (
+        np.asarray([window or NO_WINDOW for window in windows], np.int32),
+        np.asarray(kinds, np.int32),
+    )
+
+
+def rotations(config: DecoderConfig, positions: Int[Array, "N T"]) -> rope.Rotation:
+    return rope.rotations(config.ropes, config.head_dim, positions, config.dtype)
+
+
+def pick(rotation: rope.Rotation, kind: Any) -> rope.Rotation:
+    if rotation.cos.shape[0] == 1:
+        return rope.Rotation(rotation.cos[0], rotation.sin[0])
+    return rope.select(rotation, kind)

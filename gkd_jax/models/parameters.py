@@ -1,0 +1,86 @@
+"""What holds for the parameters of every family: their names are T5X's, and so are their axes."""
+
+import math
+from typing import Any
+
+import jax
+
+from gkd_jax.models import quantized
+from gkd_jax.sharding import constrain
+
+
+Params = dict[str, Any]
+
+_LOGICAL_AXES = {
+    "embedding": ("vocab", "embed"),
+    "query": ("embed", "joined_kv"),
+    "key": ("embed", "joined_kv"),
+    "value": ("embed", "joined_kv"),
+    "out": ("joined_kv", "embed"),
+    "wi": ("embed", "mlp"),
+    "wi_0": ("embed", "mlp"),
+    "wi_1": ("embed", "mlp"),
+    "wo": ("mlp", "embed"),
+    "scale": ("embed",),
+    "rel_embedding": ("heads", "relpos_buckets"),
+    "logits_dense": ("embed", "vocab"),
+}
+_PER_HEAD = ("query_norm", "key_norm")  # one scale for all heads
+
+
+def logical_axes(params: Params) -> Params:
+    """The tree of `params` with T5X's logical axis names at each leaf."""
+
+    def axes(path, _):
+        names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
+        if names[-1] == "bias":
+            found = _LOGICAL_AXES[names[-2]][1:]
+        elif names[-2] in _PER_HEAD:
+            found = ("kv",)
+        else:
+            found = _LOGICAL_AXES[names[-2] if names[-1] == "kernel" else names[-1]]
+        found = (("layers",) if "layers" in names else ()) + found
+        if getattr(path[-1], "name", None) == "scales":  # of a quantized kernel: one a column
+            return (*found[:-2], None, found[-1])
+        return found
+
+    return jax.tree_util.tree_map_with_path(axes, params)
+
+
+def num_params(params: Params) -> int:
+    """How many numbers a tree of parameters holds; a quantized kernel's scales are not counted."""
+    leaves = jax.tree.leaves(params, is_leaf=quantized.is_int8)
+    return sum(math.prod(getattr(leaf, "values", leaf).shape) for leaf in leaves)
+
+
+def as_shapes(shapes: Params, dtype: str) -> Params:
+    """`ShapeDtypeStruct`s of float32 in another dtype; "int8" has kernels as `quantized.Int8`."""
+    if dtype == "int8":
+        return jax.eval_shape(quantized.quantize, shapes)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
+
+
+def for_decoding(params: Params, dtype: str) -> Params:
+    """Parameters in the compute dtype and whole over `fsdp`, once and for all tokens.
+
+    A loop over weights that are split over `fsdp` gathers all of them for every token. Matrix
+    products cast their weights to the compute dtype in any case: the samples stay the same.
+    """
+    params = quantized.restore(params)
+
+    def lay_out(path, x, axes):
+        if path[-1].key in ("kernel", "embedding"):
+            x = x.astype(dtype)
+        return constrain(x, [None if axis == "embed" else axis for axis in axes])
+
+    return jax.tree_util.tree_map_with_path(lay_out, params, logical_axes(params))
+
+
+def unstack(layers: Params | tuple[Params, ...], num_layers: int, scan_unroll: int) -> Any:
+    """Layers as decoding runs them: stacked, or a tuple where the scan is unrolled.
+
+    Slices of a stack would be copied for every token. A tuple stays as it is.
+    """
+    if isinstance(layers, tuple) or scan_unroll < num_layers:
+        return layers
+    return tuple(jax.tree.map(lambda x, i=i: x[i], layers) for i in range(num_layers))
