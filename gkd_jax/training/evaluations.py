@@ -65,9 +65,7 @@ class Evaluations:
         if name != self._data.task:
             chosen = dataclasses.replace(self._data, task=name)
             task, vocabulary = data.open_task(chosen, check_remote=check_remote)
-            if vocabularies.content_hash(vocabulary) != vocabularies.content_hash(
-                source.vocabulary
-            ):
+            if not vocabularies.same(vocabulary, source.vocabulary):
                 raise ValueError(
                     f"EVAL_TASK {name!r} has another vocabulary than {self._data.task!r}, which "
                     "the student is trained on: set VOCABULARY for both, or evaluate another task"

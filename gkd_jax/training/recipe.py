@@ -95,7 +95,7 @@ class Recipe:
     student: ModelConfig
     data: DataConfig
     method: GKDConfig
-    optimizer: Optimizer
+    optimizer: Optimizer | type
     schedule: Linear
     train: TrainConfig
     teacher: ModelConfig | None = None
