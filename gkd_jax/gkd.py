@@ -115,13 +115,14 @@ def sample_targets(
 
     if config.mixing == "step":
         drawn = draw(batch.inputs)
-        return Batch(batch.inputs, drawn.tokens, drawn.weights), drawn
+        return batch._replace(targets=drawn.tokens, weights=drawn.weights, teacher=None), drawn
     assert not callable(config.on_policy_fraction)
     num_rows = num_on_policy_rows(config.on_policy_fraction, batch_size)
     rows = np.arange(num_rows) * batch_size // num_rows
     drawn = draw(batch.inputs[rows])
     targets = batch.targets.at[rows].set(drawn.tokens)
-    return Batch(batch.inputs, targets, batch.weights.at[rows].set(drawn.weights)), drawn
+    weights = batch.weights.at[rows].set(drawn.weights)
+    return batch._replace(targets=targets, weights=weights, teacher=None), drawn
 
 
 def per_token_loss(

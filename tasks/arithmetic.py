@@ -21,6 +21,7 @@ from gkd_jax.tasks import features
 from gkd_jax.text import text_metrics, vocabularies
 
 
+TASK = "arithmetic"
 SIZES = {"train": 50_000, "validation": 512, "test": 1024}
 SEED = 0
 
@@ -83,7 +84,7 @@ def _dataset(split: str, shuffle_files: bool, seed: int | None = None) -> tf.dat
 
 
 features.register(
-    "arithmetic",
+    TASK,
     source=seqio.FunctionDataSource(_dataset, splits=list(SIZES), num_input_examples=SIZES),
     preprocessors=[],
     metric_fns=[text_metrics.answer_accuracy],

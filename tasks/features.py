@@ -1,12 +1,14 @@
 """What the tasks share: their two features and how they are registered."""
 
 from collections.abc import Callable, Mapping, Sequence
+import dataclasses
 from typing import Any
 
 import seqio
 import tensorflow as tf
 
 from gkd_jax.text import vocabularies
+from gkd_jax.text.tokenizer_folder import TokenizerVocabulary
 
 
 def count_tokens(dataset: tf.data.Dataset, output_features: Mapping[str, Any]) -> tf.data.Dataset:
@@ -33,9 +35,31 @@ there were before the cut stays too."""
 
 
 def output_features(vocabulary: seqio.Vocabulary | None = None) -> dict[str, seqio.Feature]:
-    """`inputs` and `targets` with one vocabulary (default T5's), EOS added to both."""
+    """`inputs` and `targets` with one vocabulary (default T5's), as `with_vocabulary` has them."""
     chosen = vocabularies.t5_default() if vocabulary is None else vocabulary
-    return {name: seqio.Feature(vocabulary=chosen, add_eos=True) for name in ("inputs", "targets")}
+    feature = seqio.Feature(vocabulary=chosen, add_eos=True)
+    return with_vocabulary({"inputs": feature, "targets": feature}, chosen)
+
+
+def with_vocabulary(
+    features: Mapping[str, seqio.Feature], vocabulary: seqio.Vocabulary
+) -> dict[str, seqio.Feature]:
+    """Features with another vocabulary: EOS ends targets, and inputs where its model expects that.
+
+    A decoder-only model goes on from its inputs, so they must not end; a folder's tokenizer says
+    what it puts around a text (`TokenizerVocabulary.for_prompts`).
+    """
+    changed = {
+        name: dataclasses.replace(feature, vocabulary=vocabulary)
+        for name, feature in features.items()
+    }
+    if isinstance(vocabulary, TokenizerVocabulary):
+        changed["inputs"] = dataclasses.replace(
+            changed["inputs"],
+            vocabulary=vocabulary.for_prompts(),
+            add_eos=vocabulary.ends_prompts,
+        )
+    return changed
 
 
 def register(

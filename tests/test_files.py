@@ -59,7 +59,7 @@ def test_archives_of_several_parts_are_read_whole(tmp_path):
 
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:d60a\nsize 791656\n"
-WHOLE = gzip.compress(bytes(range(32, 127)) * 50 + b"\n" + b"end\n")
+WHOLE = gzip.compress(bytes(range(32, 127)) * 50 + b"\n" + b"end\n", mtime=0)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,11 @@ WHOLE = gzip.compress(bytes(range(32, 127)) * 50 + b"\n" + b"end\n")
         ("x.txt", b"\xed\xa0\x80\n", "line 1: expected UTF-8 text"),  # a surrogate
         ("x.txt", "a\n".encode("utf-16"), "line 1: expected UTF-8 text, got UTF-16"),
         ("x.txt", "a\n".encode("utf-32"), "line 1: expected UTF-8 text, got UTF-32"),
-        ("x.txt", gzip.compress(b"a"), r"line 1: .* gzip archive, whose name must end in \.gz"),
+        (
+            "x.txt",
+            gzip.compress(b"a", mtime=0),
+            r"line 1: .* gzip archive, whose name must end in \.gz",
+        ),
         ("x.txt", POINTER, "line 1: .*Git LFS pointer"),
         ("x.txt.gz", POINTER, "line 1: .*Git LFS pointer"),
         ("x.txt.gz", b"plain\n", r"line 1: expected a gzip archive, got .*b'plain\\n'"),
@@ -82,7 +86,7 @@ WHOLE = gzip.compress(bytes(range(32, 127)) * 50 + b"\n" + b"end\n")
         ("x.txt.gz", WHOLE[:-1] + b"x", "expected a whole gzip archive"),
         ("x.txt.gz", WHOLE + b"more", "expected a whole gzip archive"),
         ("x.txt.gz", b"\x1f\x8b", "line 1: expected a whole gzip archive"),
-        ("x.txt.gz", gzip.compress(b"a\nb\n\xff"), "line 3: expected UTF-8 text"),
+        ("x.txt.gz", gzip.compress(b"a\nb\n\xff", mtime=0), "line 3: expected UTF-8 text"),
     ],
 )
 def test_what_is_no_text_is_named_by_file_and_line(tmp_path, name, content, message):

@@ -1,7 +1,6 @@
 import csv
 import gzip
 import json
-import pickle
 import re
 import runpy
 
@@ -19,7 +18,6 @@ from gkd_jax.tasks import (
     flan,
     folder,
     gsm8k,
-    jsonl,
     mmlu,
     multi30k,
     rte,
@@ -980,56 +978,6 @@ def test_multi30k_vocabulary_command(tmp_path, monkeypatch, capsys):
 
 
 # JSONL --------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def jsonl_file(tmp_path):
-    path = tmp_path / "teacher outputs.jsonl"
-    rows = [{"inputs": f"in {i}\u2028", "targets": f"aus {i}", "reference": "x"} for i in range(4)]
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    yield path
-    seqio.TaskRegistry.remove(jsonl.task_name(path))
-
-
-def test_jsonl_task_is_registered_once_and_gives_the_rows_in_order(jsonl_file):
-    task = jsonl.jsonl_task(jsonl_file)
-    assert jsonl.jsonl_task(str(jsonl_file)) is task
-    assert seqio.TaskRegistry.get(jsonl.task_name(jsonl_file)) is task
-    other = with_vocabulary(task.name, seqio.ByteVocabulary())
-    rows = list(dataset(other, "train").as_numpy_iterator())
-    assert [row["targets_pretokenized"].decode() for row in rows] == [f"aus {i}" for i in range(4)]
-    assert rows[0]["inputs"][-1] == 1
-    source = pickle.loads(pickle.dumps(task.source))
-    assert len(list(source.get_dataset(split="train"))) == 4
-
-
-def test_jsonl_tasks_of_files_with_one_name_differ(tmp_path):
-    assert jsonl.task_name(tmp_path / "a" / "x.jsonl") != jsonl.task_name(tmp_path / "x.jsonl")
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ('{"inputs": "a"}', r"line 2: key 'targets' is missing"),
-        ("{inputs", "line 2: not JSON"),
-        ("[1]", r"line 2: expected a JSON object, got '\[1\]'"),
-        ('{"inputs": "a", "targets": 3}', "line 2: 'targets' must be a string, got 3"),
-        ("", "line 2: expected a JSON object, got an empty line"),
-    ],
-)
-def test_bad_jsonl_names_file_line_and_key(tmp_path, line, message):
-    path = tmp_path / "bad.jsonl"
-    path.write_text('{"inputs": "a", "targets": "b"}\n' + line + "\n")
-    with pytest.raises(ValueError, match=re.escape(str(path)) + ", " + message):
-        jsonl.read_rows(path)
-
-
-def test_missing_and_empty_jsonl_files(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"absent\.jsonl"):
-        jsonl.read_rows(tmp_path / "absent.jsonl")
-    (tmp_path / "empty.jsonl").touch()
-    with pytest.raises(ValueError, match="empty file"):
-        jsonl.read_rows(tmp_path / "empty.jsonl")
 
 
 # RTE ----------------------------------------------------------------------------------------------

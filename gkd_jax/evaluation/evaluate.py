@@ -19,7 +19,7 @@ from gkd_jax.input import data
 from gkd_jax.models import lm
 from gkd_jax.rl import Reward
 from gkd_jax.sampling import SamplingConfig, banned_tail, sample, weights_until_eos
-from gkd_jax.text import text_metrics
+from gkd_jax.text import text_metrics, vocabularies
 
 
 class Row(NamedTuple):
@@ -148,9 +148,11 @@ def make_decoder(
             )
             values = None
             if divergence is not None:
-                rows = data.place(
-                    Batch(np.repeat(batch.inputs, repeats, axis=0), tokens, weights), mesh
-                )
+                lengths = batch.input_lengths
+                rows = Batch(np.repeat(batch.inputs, repeats, axis=0), tokens, weights)
+                if lengths is not None:
+                    rows = rows._replace(input_lengths=np.repeat(lengths, repeats))
+                rows = data.place(rows, mesh)
                 values = np.asarray(divergence(params, teacher_params, rows))
             # Rows beyond the examples fill the last batch up: they do not count.
             for i in range(len(examples) * repeats):
@@ -243,11 +245,8 @@ def teacher_divergence(models: gkd.ModelPair, mesh: Mesh) -> TokenDivergence:
 
 
 def to_text(vocabulary: seqio.Vocabulary, tokens: np.ndarray) -> str:
-    """Text of decoded ids, up to EOS."""
-    ids = tokens.tolist()
-    if vocabulary.eos_id in ids:
-        ids = ids[: ids.index(vocabulary.eos_id)]
-    return vocabulary.decode([token for token in ids if token != 0])
+    """Text of decoded ids, up to the first that ends a text."""
+    return vocabularies.decode(vocabulary, tokens.tolist())
 
 
 def score(
@@ -305,18 +304,9 @@ def write_rows(path: pathlib.Path, rows: Sequence[Row], vocabulary: seqio.Vocabu
                 "prediction": row.prediction,
             }
             if row.divergence is not None:
-                line["tokens"] = [piece(vocabulary, token) for token in row.tokens]
+                line["tokens"] = [vocabularies.piece(vocabulary, token) for token in row.tokens]
                 line["token_divergence"] = [round(value, 4) for value in row.divergence]
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-
-def piece(vocabulary: seqio.Vocabulary, token: int) -> str:
-    """One token as people read it; a SentencePiece piece keeps its word mark."""
-    if token == vocabulary.eos_id:
-        return "</s>"
-    if isinstance(vocabulary, seqio.SentencePieceVocabulary):
-        return vocabulary.tokenizer.id_to_piece(token)
-    return vocabulary.decode([token])
 
 
 def text(example: Mapping[str, Any], feature: str) -> str:

@@ -29,10 +29,11 @@ from gkd_jax.storage.pretrained import (
     check_vocabularies,
     place_params,
 )
+from gkd_jax.tasks import rows  # pyright: ignore[reportMissingImports]
 from gkd_jax.text import files
 
 
-_OF_DATA = ("task", "data_dir", "vocabulary", "extra_ids")
+_OF_DATA = ("task", "data_dir", "vocabulary", "extra_ids", "long_prompts")
 _OF_DECODING = {
     "greedy": ("calculator",),
     "sample": ("temperature", "num_samples", "seed"),
@@ -115,11 +116,11 @@ def evaluate_checkpoint(
     ready = _prepare(model, data_config, evaluation, mesh_config, dry_run)
     if dry_run:
         return
-    rows = list(ready.decoder(ready.params, ready.batches(data_config, evaluation)))
-    values = evaluate.score(ready.task, rows, evaluation)
+    decoded = list(ready.decoder(ready.params, ready.batches(data_config, evaluation)))
+    values = evaluate.score(ready.task, decoded, evaluation)
     if jax.process_index() == 0:
         folder = pathlib.Path(output_dir)
-        evaluate.write_rows(folder / "predictions.jsonl", rows, ready.vocabulary)
+        evaluate.write_rows(folder / "predictions.jsonl", decoded, ready.vocabulary)
         about = {
             "checkpoint": model.checkpoint,
             "split": evaluation.split,
@@ -179,20 +180,28 @@ def run(
         made_by.write(path, about)
     # Only whole batches are skipped, so that a sampled row keeps its key.
     skipped = _skip(path, ready.batch_size * evaluation.num_samples)
-    rows = ready.decoder(ready.params, batches, first=skipped)
+    decoded = ready.decoder(ready.params, batches, first=skipped)
     with path.open("a", encoding="utf-8") if writes else contextlib.nullcontext() as file:
-        for row in rows:
+        for row in decoded:
             if file is not None:
-                line = {
-                    "inputs": evaluate.text(row.example, "inputs"),
-                    "targets": row.prediction,
-                    "reference": evaluate.text(row.example, "targets"),
-                }
+                line = _line(row)
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
                 file.flush()
     if writes:
         made_by.write(path, about, num_lines=path.read_bytes().count(b"\n"))
     print(f"wrote {path}", file=sys.stderr)
+
+
+def _line(row: evaluate.Row) -> dict[str, Any]:
+    """A prediction as a row of training data, in the form that its prompt has."""
+    reference = {"reference": evaluate.text(row.example, "targets")}
+    chat = row.example.get("chat")
+    if not chat:
+        inputs = evaluate.text(row.example, "inputs")
+        return {"inputs": inputs, "targets": row.prediction, **reference}
+    asked = json.loads(chat)
+    answer = {"role": "assistant", "content": row.prediction}
+    return {**asked, "messages": [*asked["messages"], answer], **reference}
 
 
 def _about(
@@ -202,6 +211,9 @@ def _about(
     about: dict[str, Any] = {"checkpoint": model.checkpoint, "content": None}
     about |= {name: getattr(model, name) for name in ("size", "dtype", "param_dtype")}
     about |= {name: getattr(data_config, name) for name in _OF_DATA}
+    about["template_variables"] = dict(data_config.template_variables)
+    if data_config.eval_fraction is not None:
+        about |= {"eval_fraction": data_config.eval_fraction, "data_seed": data_config.seed}
     if text_file is None:
         about["split"] = evaluation.split
     else:  # read here, so that a fault in it is found before the model is loaded
@@ -233,21 +245,11 @@ def _on_first_process(check: Callable[..., None], *arguments: Any) -> None:
 
 
 def _text_batches(text_file: str, ready: _Decoding) -> Iterator[data.EvalBatch]:
-    """The lines of a file (`files.read_lines`), tokenized as inputs; EOS at the end."""
-    lines = files.read_lines(text_file)
-    for start in range(0, len(lines), ready.batch_size):
-        rows = []
-        for line in lines[start : start + ready.batch_size]:
-            ids = ready.vocabulary.encode(line)[: ready.lengths["inputs"] - 1]
-            rows.append(
-                {
-                    "inputs": [*ids, ready.vocabulary.eos_id],
-                    "targets": [],
-                    "inputs_pretokenized": line,
-                    "targets_pretokenized": "",
-                }
-            )
-        yield data.fill_batch(rows, ready.lengths, ready.batch_size)
+    """The lines of a file, each a prompt; all are looked at before the first is decoded."""
+    size, lengths = ready.batch_size, ready.lengths
+    prompts = rows.read_prompts(text_file, ready.vocabulary, lengths["inputs"])
+    starts = range(0, len(prompts), size)
+    return (data.fill_batch(prompts[start : start + size], lengths, size) for start in starts)
 
 
 def _skip(path: pathlib.Path, lines_a_batch: int) -> int:

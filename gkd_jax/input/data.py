@@ -26,7 +26,10 @@ from gkd_jax import (
 )
 from gkd_jax.batch import Batch
 from gkd_jax.input import fit, in_memory
-from gkd_jax.tasks import folder, jsonl  # pyright: ignore[reportMissingImports]
+from gkd_jax.input.eval_batches import EvalBatch as EvalBatch
+from gkd_jax.input.eval_batches import eval_batches as eval_batches
+from gkd_jax.input.eval_batches import fill_batch as fill_batch
+from gkd_jax.tasks import features, folder, jsonl  # pyright: ignore[reportMissingImports]
 from gkd_jax.text import vocabularies
 
 
@@ -35,12 +38,14 @@ class DataConfig:
     """What a run trains on.
 
     Attributes:
-        task: name of a seqio task or mixture, or the path of a JSONL file (`gkd_jax.tasks.jsonl`).
+        task: name of a seqio task or mixture, or the path of a JSONL file or of a folder with
+            train.jsonl (`gkd_jax.tasks.jsonl`).
         feature_lengths: {"inputs": S, "targets": T}: longer sequences are cut, shorter ones padded.
         batch_size: rows of the global batch.
         seed: of the order of examples.
         data_dir: where tasks made from a folder of files find it.
-        vocabulary: "bytes", "arithmetic", or a SentencePiece file; None keeps the task's own.
+        vocabulary: "bytes", "arithmetic", a SentencePiece file, or a Hugging Face folder; None
+            keeps the task's own.
         extra_ids: sentinel ids added to a SentencePiece file's pieces (T5: 100).
         split: of the task.
         num_examples: train on the first so many only (data fractions); None is all.
@@ -52,6 +57,12 @@ class DataConfig:
         shard_by_process: each process reads its own part of the examples (a share of the source's
             files where there are enough, else of its examples) and makes its own rows of every
             batch. Batches then depend on the number of processes, which a resumed run must keep.
+        eval_fraction: of a JSONL file: this share of its rows, chosen by `seed`, is the split
+            "validation" and is not trained on.
+        long_prompts: of a JSONL file: prompts of more tokens than `feature_lengths` has are left
+            out ("skip") or keep their last tokens ("cut").
+        template_variables: of a JSONL file with messages: further names that the chat template
+            reads, such as {"enable_thinking": False}.
     """
 
     task: str
@@ -67,6 +78,9 @@ class DataConfig:
     length_buckets: tuple[int, ...] = ()
     teacher_cache: str | None = None
     shard_by_process: bool = False
+    eval_fraction: float | None = None
+    long_prompts: str = "skip"
+    template_variables: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         if not isinstance(self.task, str) or not self.task:
@@ -88,11 +102,27 @@ class DataConfig:
             raise ValueError(f"num_examples must be positive or None, got {self.num_examples}")
         if tuple(sorted(set(self.length_buckets))) != tuple(self.length_buckets):
             raise ValueError(f"length_buckets must increase, got {self.length_buckets}")
+        if self.eval_fraction is not None and not jsonl.is_path(self.task):
+            raise ValueError(
+                f"eval_fraction={self.eval_fraction} holds rows of a JSONL file out, "
+                f"got the task {self.task!r}"
+            )
+        self.jsonl_options()
         if self.shard_by_process and self.length_buckets:
             raise ValueError(
                 "shard_by_process needs batches of one shape, lest processes take different ones: "
                 f"length_buckets must be (), got {self.length_buckets}"
             )
+
+    def jsonl_options(self) -> jsonl.Options:
+        """How a JSONL file is read."""
+        return jsonl.Options(
+            eval_fraction=self.eval_fraction,
+            seed=self.seed,
+            long_prompts=self.long_prompts,
+            limit=self.feature_lengths["inputs"],
+            template_variables=self.template_variables,
+        )
 
     def shapes(self) -> list[tuple[int, int]]:
         """The (S, T) that batches can have, largest last."""
@@ -127,13 +157,13 @@ def find_task(name: str, vocabulary: seqio.Vocabulary | None) -> seqio.Task | se
         raise ValueError(
             f"{name!r} is a mixture, whose vocabulary is that of its tasks: leave VOCABULARY None"
         )
-    features = {
-        key: dataclasses.replace(feature, vocabulary=vocabulary)
-        for key, feature in task.output_features.items()
-    }
+    source: Any = task.source
+    if isinstance(source, jsonl.JsonlSource):
+        return jsonl.make_task(source.path, vocabulary=vocabulary)
     # A copy of the task, not of its registration: preprocessors read the features they are given.
     return task.replace(
-        name=f"{name}__{vocabularies.content_hash(vocabulary)[:12]}", output_features=features
+        name=f"{name}__{vocabularies.content_hash(vocabulary)[:12]}",
+        output_features=features.with_vocabulary(task.output_features, vocabulary),
     )
 
 
@@ -145,12 +175,14 @@ def open_task(config: DataConfig, *, check_remote: bool = True) -> tuple[Any, se
         vocabulary = vocabularies.load(
             config.vocabulary, extra_ids=config.extra_ids, check_remote=check_remote
         )
-    name = (
-        jsonl.jsonl_task(config.task).name
-        if config.task.endswith((".jsonl", ".jsonl.gz"))
-        else config.task
-    )
-    task = find_task(name, vocabulary)
+    if jsonl.is_path(config.task):
+        task = jsonl.make_task(
+            config.task,
+            vocabulary=vocabulary or vocabularies.t5_default(),
+            options=config.jsonl_options(),
+        )
+    else:
+        task = find_task(config.task, vocabulary)
     vocabularies.check_readable(
         task.output_features["targets"].vocabulary, check_remote=check_remote
     )
@@ -167,7 +199,35 @@ def check_split(task: seqio.Task | seqio.Mixture, split: str) -> None:
     except ValueError:  # seqio's word for none
         return
     if known and split.split("[")[0] not in known:
-        raise ValueError(f"task {task.name!r} has no split {split!r}, expected one of {known}")
+        source: Any = getattr(task, "source", None)
+        hint = (
+            f": {source.path!r} needs a validation.jsonl beside it, or EVAL_FRACTION=0.05 to hold "
+            "a share of its rows out"
+            if isinstance(source, jsonl.JsonlSource)
+            else ""
+        )
+        raise ValueError(
+            f"task {task.name!r} has no split {split!r}, expected one of {known}{hint}"
+        )
+
+
+def check_targets(task: seqio.Task | seqio.Mixture, split: str, why: str) -> None:
+    """Raises ValueError, naming file and line, if a row of the split is only a prompt.
+
+    Args:
+        task: any; only JSONL files can have rows without targets.
+        split: of the task.
+        why: what targets are needed for, for the message.
+    """
+    parts: Any = task.tasks if isinstance(task, seqio.Mixture) else [task]
+    for source in (part.source for part in parts):
+        if isinstance(source, jsonl.JsonlSource):
+            line = source.first_without_target(split)
+            if line is not None:
+                raise ValueError(
+                    f"{source.files[split]}, line {line}: expected a target, got only a prompt: "
+                    f"{why}"
+                )
 
 
 class Shard(NamedTuple):
@@ -257,7 +317,10 @@ class TrainIterator:
             example = next(self._iterator)
         except StopIteration:
             raise RuntimeError("the dataset has no examples: the stream ended") from None
-        return Batch(*(example[name].numpy() for name in ("inputs", "targets", "weights")))
+        return Batch(
+            *(example[name].numpy() for name in ("inputs", "targets", "weights")),
+            input_lengths=example["input_lengths"].numpy(),
+        )
 
     def save(self, directory: pathlib.Path) -> None:
         """Writes the position after the last batch taken: every process calls it."""
@@ -303,8 +366,9 @@ def _examples(task: Any, config: DataConfig, shard: Shard) -> tf.data.Dataset:
 
 
 def _with_weights(example: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-    """Weights mark real target tokens before any padding: ids cannot tell (see `Batch`)."""
+    """Weights and lengths mark real tokens before any padding: ids cannot tell (see `Batch`)."""
     return {
+        "input_lengths": tf.size(example["inputs"]),
         "inputs": tf.cast(example["inputs"], tf.int32),
         "targets": tf.cast(example["targets"], tf.int32),
         "weights": tf.ones_like(example["targets"], tf.float32),
@@ -315,7 +379,8 @@ def _batched(dataset: tf.data.Dataset, config: DataConfig, batch_size: int) -> t
     shapes = config.shapes()
 
     def padded(shape):
-        return {"inputs": [shape[0]], "targets": [shape[1]], "weights": [shape[1]]}
+        rows = {"inputs": [shape[0]], "targets": [shape[1]], "weights": [shape[1]]}
+        return {**rows, "input_lengths": []}
 
     if len(shapes) == 1:
         return dataset.padded_batch(batch_size, padded(shapes[0]), drop_remainder=True)
@@ -343,70 +408,9 @@ def _batched(dataset: tf.data.Dataset, config: DataConfig, batch_size: int) -> t
 
 
 def _any_shape(example: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-    return {name: tf.ensure_shape(value, [None, None]) for name, value in example.items()}
-
-
-class EvalBatch(NamedTuple):
-    """Some examples of a split; the last batch is filled up with rows that do not count."""
-
-    batch: Batch
-    examples: list[dict[str, Any]]  # one a real row, with the task's `*_pretokenized` texts
-
-
-def eval_batches(
-    task: Any,
-    *,
-    feature_lengths: Mapping[str, int],
-    split: str,
-    batch_size: int,
-    num_examples: int | None = None,
-    use_cached: bool = False,
-    seed: int | None = None,
-) -> Iterator[EvalBatch]:
-    """A split in its own order, once, in batches of one shape.
-
-    The seed is for tasks whose examples depend on it: training gives them `DataConfig.seed`.
-    """
-    fit.warn_once(
-        task, split, feature_lengths, num_examples=num_examples, use_cached=use_cached, seed=seed
-    )
-    dataset = task.get_dataset(
-        dict(feature_lengths),
-        split=split,
-        use_cached=use_cached,
-        shuffle=False,
-        seed=seed,
-        num_epochs=1,
-        try_in_mem_cache=False,
-    )
-    if num_examples is not None:
-        dataset = dataset.take(num_examples)
-    rows: list[dict[str, Any]] = []
-    for example in dataset.as_numpy_iterator():
-        rows.append(example)
-        if len(rows) == batch_size:
-            yield fill_batch(rows, feature_lengths, batch_size)
-            rows = []
-    if rows:
-        yield fill_batch(rows, feature_lengths, batch_size)
-
-
-def fill_batch(
-    rows: list[dict[str, Any]], feature_lengths: Mapping[str, int], batch_size: int
-) -> EvalBatch:
-    """Cut and padded rows; the batch is filled up with empty ones."""
-    source, target = feature_lengths["inputs"], feature_lengths["targets"]
-    batch = Batch(
-        np.zeros((batch_size, source), np.int32),
-        np.zeros((batch_size, target), np.int32),
-        np.zeros((batch_size, target), np.float32),
-    )
-    for index, row in enumerate(rows):
-        inputs, targets = row["inputs"][:source], row["targets"][:target]
-        batch.inputs[index, : len(inputs)] = inputs
-        batch.targets[index, : len(targets)] = targets
-        batch.weights[index, : len(targets)] = 1.0
-    return EvalBatch(batch, rows)
+    return {
+        name: tf.ensure_shape(value, [None] * value.shape.rank) for name, value in example.items()
+    }
 
 
 def place(

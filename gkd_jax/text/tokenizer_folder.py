@@ -110,7 +110,11 @@ class TokenizerVocabulary(seqio.Vocabulary):
     @functools.cached_property
     def ends_prompts(self) -> bool:
         """Whether the tokenizer puts EOS after a text, as T5's does."""
-        return bool(self._around) and self._around[-1] in self.eos_ids
+        whole, bare = (
+            self._tokenizer.encode("a", add_special_tokens=adds).ids for adds in (True, False)
+        )
+        # A tokenizer whose BOS is its EOS (GPT-2's) may put it in front.
+        return whole[-1:] != bare[-1:] and whole[-1] in self.eos_ids
 
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of a text with what the tokenizer puts around it: transformers' `tokenizer(text)`.

@@ -158,56 +158,25 @@ def end_ids(vocabulary: seqio.Vocabulary) -> tuple[int, ...]:
     return () if vocabulary.eos_id is None else (vocabulary.eos_id,)
 
 
-def shared_pieces(
-    student: seqio.Vocabulary, teacher: seqio.Vocabulary, *, student_name: str, teacher_name: str
-) -> int:
-    """How many ids, from 0, mean the same to both: over these a student learns from a teacher.
-
-    Two tokenizers agree if all that decides ids is equal, or if one has further tokens after all
-    of the other's. The rows of an embedding say nothing: 151,936 and 152,064 rows of two sizes of
-    one family go with the same 151,665 tokens.
-
-    Args:
-        student, teacher: vocabularies.
-        student_name, teacher_name: of the models, for the message.
-
-    Returns:
-        The number of pieces of the smaller one.
-
-    Raises:
-        ValueError: if the two differ, naming the first id that does and what works instead.
-    """
-    if content_hash(student) == content_hash(teacher):
-        return len(pieces(student))
-    ours, theirs = (_comparable(vocabulary) for vocabulary in (student, teacher))
-    shared = min(len(ours), len(theirs))
-    differs = next((i for i in range(shared) if ours[i] != theirs[i]), None)
-    if differs is None and _same_rules(student, teacher):
-        return shared
-    where = (
-        "the same tokens, which they make differently (merges, normalizer or pre-tokenizer)"
-        if differs is None
-        else f"id {differs} is {ours[differs]!r} to the one and {theirs[differs]!r} to the other"
-    )
-    raise ValueError(
-        f"the student {student_name!r} and the teacher {teacher_name!r} have different tokenizers: "
-        f"{where}. Their probabilities cannot be compared token by token. SeqKD works: let the "
-        "teacher write the targets (gkd-jax infer --gin_file=gin/infer.gin) and train the student "
-        "on them (gin/seqkd.gin)"
-    )
+def decode(vocabulary: seqio.Vocabulary, ids: Sequence[int]) -> str:
+    """Text of decoded ids, up to the first that ends a text, without what fills rows up."""
+    if isinstance(vocabulary, TokenizerVocabulary):
+        return vocabulary.decode(ids)
+    kept = list(ids)
+    if vocabulary.eos_id in kept:
+        kept = kept[: kept.index(vocabulary.eos_id)]
+    return vocabulary.decode([token for token in kept if token != PAD_ID])
 
 
-def _comparable(vocabulary: seqio.Vocabulary) -> list[str]:
-    return [piece.replace("▁<extra_id_", "<extra_id_") for piece in pieces(vocabulary)]
-
-
-def _same_rules(one: seqio.Vocabulary, other: seqio.Vocabulary) -> bool:
-    """Whether tokens apart, two tokenizers make ids in the same way."""
-    rules = [
-        vocabulary.rules if isinstance(vocabulary, TokenizerVocabulary) else "unigram"
-        for vocabulary in (one, other)
-    ]
-    return rules[0] == rules[1]
+def piece(vocabulary: seqio.Vocabulary, token: int) -> str:
+    """One token as people read it: "</s>" for an end, "▁" where it begins with a space."""
+    if token in end_ids(vocabulary):
+        return "</s>"
+    if isinstance(vocabulary, TokenizerVocabulary):
+        return vocabulary.piece(token)
+    if isinstance(vocabulary, seqio.SentencePieceVocabulary):
+        return vocabulary.tokenizer.id_to_piece(token)
+    return vocabulary.decode([token])
 
 
 def check_readable(vocabulary: seqio.Vocabulary, *, check_remote: bool = True) -> None:

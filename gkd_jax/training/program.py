@@ -73,6 +73,7 @@ class Program:
                 array(jnp.float32, *per_token, k),
                 array(jnp.float32, *per_token),
             ),
+            array(jnp.int32, rows),
         )
 
 

@@ -1,0 +1,490 @@
+"""JSONL files as people have them become prompts and targets, and what is wrong is named."""
+
+import gzip
+import json
+import pickle
+import re
+
+import numpy as np
+import pytest
+import seqio
+import small_tokenizers
+import transformers
+
+from gkd_jax.input import data
+from gkd_jax.tasks import arithmetic, jsonl, rows
+from gkd_jax.text import vocabularies
+from gkd_jax.text.tokenizer_folder import TokenizerVocabulary
+
+
+BYTES = seqio.ByteVocabulary()
+LENGTHS = {"inputs": 64, "targets": 48}
+CHAT = [
+    {"role": "user", "content": "2 + 2?"},
+    {"role": "assistant", "content": "<think>\neasy\n</think>\n\n4"},
+    {"role": "user", "content": "and 3 more?"},
+]
+ANSWER = {"role": "assistant", "content": "The answer is 7."}
+
+
+def write(path, objects) -> str:
+    """Objects, or lines that are written as they are."""
+    lines = [
+        row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in objects
+    ]
+    content = "".join(line + "\n" for line in lines).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return str(path)
+
+
+def pairs(count: int, prefix: str = "in") -> list[dict]:
+    return [{"inputs": f"{prefix} {i}", "targets": f"out {i}"} for i in range(count)]
+
+
+def open_task(path, **settings):
+    """The task as a run opens it."""
+    settings = {"vocabulary": "bytes", "feature_lengths": LENGTHS, "batch_size": 2, **settings}
+    task, _ = data.open_task(data.DataConfig(task=str(path), **settings))
+    return task
+
+
+def texts(task, split: str = "train", feature: str = "inputs") -> list[str]:
+    dataset = task.get_dataset(LENGTHS, split=split, shuffle=False)
+    return [row[f"{feature}_pretokenized"].decode() for row in dataset.as_numpy_iterator()]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    where = tmp_path_factory.mktemp("tokenizers")
+    return {kind: small_tokenizers.write(where / kind, kind) for kind in small_tokenizers.KINDS}
+
+
+@pytest.fixture(params=small_tokenizers.KINDS)
+def vocabulary(request, folders):
+    return TokenizerVocabulary(folders[request.param])
+
+
+def example(vocabulary, row, variables=None) -> rows.Example:
+    (read,) = [rows._row(row, "x.jsonl", 1)]
+    (made,) = rows.tokenize([read], vocabulary, "x.jsonl", variables)
+    return made
+
+
+# Forms of rows ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "target"),
+    [
+        ({"inputs": "a", "targets": "b", "more": 1}, "a", "b"),
+        ({"prompt": "a", "completion": "b"}, "a", "b"),
+        ({"inputs": "a"}, "a", None),
+        ({"prompt": "a"}, "a", None),
+        ({"messages": CHAT}, CHAT, None),
+        ({"messages": [*CHAT, ANSWER]}, CHAT, ANSWER),
+        # As UltraChat has it: the messages are what counts.
+        ({"prompt": "a", "prompt_id": "7", "messages": [*CHAT, ANSWER]}, CHAT, ANSWER),
+        # As TRL has it.
+        ({"prompt": CHAT, "completion": [ANSWER]}, CHAT, ANSWER),
+        ({"prompt": CHAT}, CHAT, None),
+        (
+            {"messages": [{"role": "system", "content": "s"}]},
+            [{"role": "system", "content": "s"}],
+            None,
+        ),
+    ],
+)
+def test_rows_in_the_forms_that_people_have(row, prompt, target):
+    read = rows._row(row, "x.jsonl", 3)
+    assert (read.prompt, read.target, read.line) == (prompt, target, 3)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": "a"}, "expected 'inputs', 'prompt' or 'messages', got none of these keys"),
+        ({"prompt": 3}, "'prompt' must be a string, got 3"),
+        ({"prompt": "a", "completion": None}, "'completion' must be a string, got null"),
+        ({"prompt": CHAT, "completion": "b"}, "'completion' must be messages, as 'prompt' is"),
+        ({"prompt": "a", "completion": [ANSWER]}, "'completion' must be a string, got a list"),
+        ({"messages": []}, "'messages' must be a list of messages that is not empty"),
+        ({"messages": "a"}, "'messages' must be a list of messages that is not empty"),
+        ({"messages": ["a"]}, "message 1 must be an object with a string 'role'"),
+        ({"messages": [*CHAT, {"content": "a"}]}, "message 4 must be an object .* 'role'"),
+        ({"messages": [{"role": "user", "content": 3}]}, "message 1 must have a string 'content'"),
+        ({"messages": [{"role": "user"}]}, "message 1 must have a string 'content'"),
+        ({"messages": [ANSWER]}, "expected a turn before the assistant's, got none"),
+        ({"messages": CHAT, "tools": {"a": 1}}, "'tools' must be a list of objects"),
+        ({"prompt": "", "completion": "b"}, "expected a prompt with text, got an empty one"),
+        ({"inputs": " \n", "targets": "b"}, "expected a prompt with text, got an empty one"),
+        ({"messages": CHAT}, "'messages' need a vocabulary with a chat template .* has none"),
+        ('{"prompt": "a" ', "not JSON"),
+        ("", "expected a JSON object, got an empty line"),
+    ],
+)
+def test_bad_rows_name_file_and_line(tmp_path, row, message):
+    path = write(tmp_path / "x.jsonl", [{"prompt": "a", "completion": "b"}, row])
+    task = open_task(path)
+    wanted = re.escape(f"{path}, line 2: ") + message
+    with pytest.raises(ValueError, match=wanted) as error:
+        task.get_dataset(LENGTHS, split="train", shuffle=False)
+    assert "\n" not in str(error.value)
+
+
+def test_a_template_that_raises_names_file_and_line(tmp_path, folders):
+    twice = [{"role": "user", "content": "a"}] * 2
+    path = write(tmp_path / "x.jsonl", [{"messages": CHAT}, {"messages": twice}])
+    task = open_task(path, vocabulary=str(folders["gemma"]))
+    with pytest.raises(ValueError, match=r"x\.jsonl, line 2: .*refuses .*roles must alternate"):
+        task.get_dataset(LENGTHS, split="train", shuffle=False)
+
+
+# Ids ----------------------------------------------------------------------------------------------
+
+
+def test_texts_are_prompts_as_transformers_has_them_and_targets_with_an_end(vocabulary):
+    made = example(vocabulary, {"prompt": "How many?", "completion": "12 eggs"})
+    theirs = transformers.AutoTokenizer.from_pretrained(vocabulary.folder)
+    assert made.inputs.tolist() == theirs("How many?")["input_ids"]
+    answer = theirs("12 eggs", add_special_tokens=False)["input_ids"]
+    assert made.targets.tolist() == [*answer, theirs.eos_token_id]
+    assert (made.prompt, made.target) == ("How many?", "12 eggs")
+
+
+def test_texts_of_t5_s_kind_end_in_eos():
+    made = example(BYTES, {"inputs": "A", "targets": "B"})
+    assert (made.inputs.tolist(), made.targets.tolist()) == ([68, 1], [69, 1])
+    assert example(BYTES, {"inputs": "A"}).targets.tolist() == []
+
+
+def test_chats_are_prompt_and_answer_of_transformers_rendering(vocabulary):
+    theirs = transformers.AutoTokenizer.from_pretrained(vocabulary.folder)
+
+    def ids(messages, add_generation_prompt):
+        return theirs.apply_chat_template(
+            messages, add_generation_prompt=add_generation_prompt, return_dict=False
+        )
+
+    made = example(vocabulary, {"messages": [*CHAT, ANSWER]})
+    prompt, whole = ids(CHAT, True), ids([*CHAT, ANSWER], False)
+    assert made.inputs.tolist() == prompt
+    # The answer ends with the token that ends a turn, and the newline after it is not part of it.
+    assert made.inputs.tolist() + made.targets.tolist() == whole[: len(prompt) + len(made.targets)]
+    assert made.targets[-1] in vocabulary.eos_ids
+    rest = theirs.decode(whole[len(prompt) + len(made.targets) :])
+    assert rest.strip() == ""
+    assert made.target is not None
+    assert made.target.endswith("The answer is 7.")
+    assert example(vocabulary, {"messages": CHAT}).inputs.tolist() == prompt
+    assert json.loads(made.chat) == {"messages": CHAT}
+
+
+def test_an_answer_across_a_seam_of_tokens_goes_on_from_the_prompt(folders):
+    """Where the whole chat merges the prompt's end with the answer, the prompt's own ids count."""
+    vocabulary = TokenizerVocabulary(folders["llama"])
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    object.__setattr__(vocabulary.chat_template, "templates", {"default": template})
+    messages = [{"role": "user", "content": "th"}, {"role": "assistant", "content": "e eggs"}]
+    assert vocabulary.encode("th") + vocabulary.encode("e eggs") != vocabulary.encode("the eggs")
+    made = example(vocabulary, {"messages": messages})
+    assert made.inputs.tolist() == vocabulary.encode("th")
+    assert made.targets.tolist() == [*vocabulary.encode("e eggs"), vocabulary.eos_id]
+
+
+def test_a_template_that_changes_what_is_past_keeps_the_answer(folders):
+    vocabulary = TokenizerVocabulary(folders["qwen"])
+    template = (
+        "{{ messages | length }}{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>{% endif %}"
+    )
+    object.__setattr__(vocabulary.chat_template, "templates", {"default": template})
+    made = example(vocabulary, {"messages": [*CHAT, ANSWER]})
+    assert made.targets.tolist() == [*vocabulary.encode(ANSWER["content"]), vocabulary.eos_id]
+    with pytest.raises(ValueError, match=r"line 1: .*'content' must then be a string"):
+        example(vocabulary, {"messages": [*CHAT, {**ANSWER, "content": ["x"]}]})
+
+
+def test_variables_and_tools_reach_the_template(folders):
+    vocabulary = TokenizerVocabulary(folders["qwen"])
+    plain = example(vocabulary, {"messages": CHAT}).prompt
+    assert plain.endswith("<|im_start|>assistant\n")
+    quiet = example(vocabulary, {"messages": CHAT}, {"enable_thinking": False}).prompt
+    assert quiet == plain + "<think>\n\n</think>\n\n"
+    tools = [{"type": "function", "function": {"name": "größe"}}]
+    made = example(vocabulary, {"messages": CHAT, "tools": tools})
+    assert json.dumps(tools[0], ensure_ascii=False) in made.prompt
+    assert json.loads(made.chat) == {"messages": CHAT, "tools": tools}
+
+
+def test_a_rendered_chat_read_as_a_text_begins_once(folders):
+    """What a rendered prompt begins with is not put before it again."""
+    vocabulary = TokenizerVocabulary(folders["llama"])
+    chat = example(vocabulary, {"messages": CHAT})
+    text = example(vocabulary, {"inputs": chat.prompt, "targets": "7"})
+    assert text.inputs.tolist() == chat.inputs.tolist()
+    assert chat.inputs.tolist().count(vocabulary.bos_id) == 1
+
+
+def test_a_template_s_date_does_not_change_the_stream(folders):
+    vocabulary = TokenizerVocabulary(folders["llama"])
+    template = "{{ strftime_now('%d %b %Y') }}{{ messages[0].content }}"
+    object.__setattr__(vocabulary.chat_template, "templates", {"default": template})
+    assert example(vocabulary, {"messages": CHAT}).prompt.startswith("26 Jul 2024")
+
+
+# Splits -------------------------------------------------------------------------------------------
+
+
+def test_a_file_alone_has_one_split_and_says_how_to_get_another(tmp_path):
+    task = open_task(write(tmp_path / "data.jsonl", pairs(3)))
+    assert list(task.splits) == ["train"]
+    assert texts(task) == ["in 0", "in 1", "in 2"]
+    with pytest.raises(
+        ValueError, match=r"no split 'validation'.*validation\.jsonl.*EVAL_FRACTION"
+    ):
+        data.check_split(task, "validation")
+
+
+@pytest.mark.parametrize(
+    ("train", "validation"),
+    [
+        ("data.jsonl", "validation.jsonl"),
+        ("data.jsonl.gz", "validation.jsonl"),
+        ("data.jsonl", "validation.jsonl.gz"),
+        ("data.jsonl", "data.validation.jsonl"),
+        ("gsm_train.jsonl", "gsm_validation.jsonl"),
+        ("train.jsonl", "validation.jsonl"),
+    ],
+)
+def test_the_validation_file_beside_a_file_is_found(tmp_path, train, validation):
+    path = write(tmp_path / train, pairs(3))
+    write(tmp_path / validation, pairs(2, "other"))
+    write(tmp_path / "more.jsonl", pairs(1))
+    task = open_task(path)
+    assert texts(task, "validation") == ["other 0", "other 1"]
+    assert texts(task) == ["in 0", "in 1", "in 2"]
+    data.check_split(task, "validation")
+
+
+def test_a_validation_file_is_not_its_own(tmp_path):
+    path = write(tmp_path / "validation.jsonl", pairs(2))
+    assert list(open_task(path).splits) == ["train"]
+
+
+def test_folders_have_the_splits_that_are_there(tmp_path):
+    write(tmp_path / "chats" / "train.jsonl.gz", pairs(3))
+    write(tmp_path / "chats" / "test.jsonl", pairs(1, "test"))
+    for name in (tmp_path / "chats", f"{tmp_path}/chats/"):
+        task = open_task(name)
+        assert list(task.splits) == ["train", "test"]
+        assert texts(task, "test") == ["test 0"]
+    with pytest.raises(FileNotFoundError, match=r"expected .*train\.jsonl.*none at .*absent"):
+        open_task(tmp_path / "absent")
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*absent\.jsonl"):
+        open_task(tmp_path / "absent.jsonl").get_dataset(LENGTHS, split="train")
+
+
+def test_a_share_is_held_out_by_seed_and_row_and_never_trained_on(tmp_path):
+    path = write(tmp_path / "data.jsonl", pairs(400))
+    chosen = []
+    for seed in (0, 0, 1):
+        task = open_task(path, eval_fraction=0.1, seed=seed)
+        train, held = texts(task), texts(task, "validation")
+        assert sorted([*train, *held]) == sorted(f"in {i}" for i in range(400))
+        assert 15 < len(held) < 70
+        assert held == sorted(held, key=lambda text: int(text.split()[1]))
+        chosen.append(held)
+    assert chosen[0] == chosen[1] != chosen[2]
+    # A larger share holds the same rows out and more; a longer file changes no earlier row.
+    larger = texts(open_task(path, eval_fraction=0.2), "validation")
+    assert set(chosen[0]) < set(larger)
+    longer = write(tmp_path / "longer.jsonl", pairs(500))
+    assert texts(open_task(longer, eval_fraction=0.1), "validation")[: len(chosen[0])] == chosen[0]
+
+
+def test_shares_that_cannot_be_held_out_are_refused(tmp_path):
+    path = write(tmp_path / "data.jsonl", pairs(2))
+    for fraction in (0.0, 1.0, -0.5):
+        with pytest.raises(ValueError, match=r"eval_fraction must lie in \(0, 1\), got"):
+            open_task(path, eval_fraction=fraction)
+    task = open_task(path, eval_fraction=1e-9)
+    with pytest.raises(ValueError, match=r"data\.jsonl: .*leaves none for 'validation'"):
+        texts(task, "validation")
+    with pytest.raises(ValueError, match="got the task 'arithmetic'"):
+        open_task("arithmetic", eval_fraction=0.1)
+    write(tmp_path / "validation.jsonl", pairs(1))
+    with pytest.raises(ValueError, match=r"eval_fraction=0\.1 .*has files of its own"):
+        open_task(path, eval_fraction=0.1)
+
+
+# Long prompts -------------------------------------------------------------------------------------
+
+
+def long_file(tmp_path, name="data.jsonl"):
+    lengths = [10, 63, 64, 200]  # bytes; one more token for EOS
+    return write(
+        tmp_path / name, [{"inputs": "x" * (n - 1) + "y", "targets": "b"} for n in lengths]
+    )
+
+
+@pytest.mark.parametrize(("chosen", "kept"), [("skip", [10, 63]), ("cut", [10, 63, 63, 63])])
+def test_long_prompts_are_skipped_or_lose_their_beginning(tmp_path, capsys, chosen, kept):
+    task = open_task(long_file(tmp_path), long_prompts=chosen)
+    for _ in range(2):
+        dataset = task.get_dataset(LENGTHS, split="train", shuffle=False)
+        ids = [row["inputs"].tolist() for row in dataset.as_numpy_iterator()]
+        assert ids == [[ord("x") + 3] * (n - 1) + [ord("y") + 3, 1] for n in kept]
+    said = capsys.readouterr().err
+    assert said.count("2 of 4 prompts (50.0 %) are longer than 64 tokens") == 1
+    assert ("skipped" if chosen == "skip" else "cut from the left") in said
+
+
+def test_a_prompt_that_begins_with_bos_keeps_it(folders):
+    vocabulary = TokenizerVocabulary(folders["llama"])
+    ids = np.array(vocabulary.encode_prompt("the quick brown fox"))
+    assert rows.cut(ids, 3, vocabulary).tolist() == [ids[0], *ids[-2:]]
+    assert rows.cut(ids, len(ids), vocabulary).tolist() == ids.tolist()
+    assert rows.cut(ids, 1, vocabulary).tolist() == [ids[-1]]
+    assert rows.cut(ids[1:], 3, vocabulary).tolist() == ids[-3:].tolist()
+
+
+def test_all_prompts_too_long_and_unknown_ways(tmp_path):
+    path = write(tmp_path / "data.jsonl", [{"inputs": "x" * 200, "targets": "b"}] * 3)
+    with pytest.raises(ValueError, match=r"data\.jsonl: all 3 prompts are longer than 64 tokens"):
+        texts(open_task(path))
+    with pytest.raises(ValueError, match="long_prompts must be 'skip' or 'cut', got 'left'"):
+        open_task(path, long_prompts="left")
+
+
+def test_long_targets_are_cut_without_an_end(tmp_path):
+    path = write(tmp_path / "data.jsonl", [{"inputs": "a", "targets": "b" * 60}])
+    dataset = open_task(path).get_dataset(LENGTHS, split="train", shuffle=False)
+    (row,) = dataset.as_numpy_iterator()
+    assert row["targets"].tolist() == [ord("b") + 3] * 48
+    assert row["targets_tokens"] == 61
+
+
+# Prompts without targets --------------------------------------------------------------------------
+
+
+def test_prompts_without_targets_have_no_weights_and_are_found(tmp_path):
+    path = write(tmp_path / "data.jsonl", [*pairs(2), {"inputs": "alone"}])
+    task = open_task(path)
+    config = data.DataConfig(task=path, feature_lengths=LENGTHS, batch_size=3, vocabulary="bytes")
+    batch = next(data.TrainIterator(task, config))
+    only = batch.input_lengths == 6  # "alone" and EOS
+    assert batch.weights[only].sum() == 0
+    assert batch.targets[only].sum() == 0
+    assert (batch.weights[~only].sum(axis=1) == 6).all()  # "out 0" and EOS
+    with pytest.raises(ValueError, match=r"data\.jsonl, line 3: .*got only a prompt: lambda is 0"):
+        data.check_targets(task, "train", "lambda is 0")
+    data.check_targets(open_task(write(tmp_path / "all.jsonl", pairs(2))), "train", "lambda is 0")
+
+
+def test_metrics_count_rows_with_targets_only(tmp_path):
+    path = write(tmp_path / "data.jsonl", [*pairs(2), {"inputs": "alone"}])
+    task = open_task(path)
+    examples = list(task.get_dataset(LENGTHS, split="train", shuffle=False).as_numpy_iterator())
+    targets = [
+        task.postprocess_fn(x["targets_pretokenized"].decode(), example=x, is_target=True)
+        for x in examples
+    ]
+    assert targets == ["out 0", "out 1", None]
+    (metric,) = task.metric_fns
+    assert metric(targets, ["out 0", "no", ""]) == {"exact_match": 50.0}
+    assert metric([None], ["x"]) == {}
+
+
+# In a run -----------------------------------------------------------------------------------------
+
+
+def test_the_stream_gives_lengths_and_can_be_saved(tmp_path, folders):
+    """Id 0 is a token in these prompts: only the lengths tell where they end."""
+    path = write(
+        tmp_path / "data.jsonl", [{"prompt": "!" * (i + 1), "completion": "!"} for i in range(6)]
+    )
+    settings = {"vocabulary": str(folders["qwen"]), "length_buckets": (4,)}
+    for buckets in ((), (4,)):
+        settings["length_buckets"] = buckets
+        task = open_task(path, **settings)
+        config = data.DataConfig(task=path, feature_lengths=LENGTHS, batch_size=2, **settings)
+        stream = data.TrainIterator(task, config)
+        for _ in range(3):
+            batch = next(stream)
+            assert batch.input_lengths.dtype == np.int32
+            assert set(batch.input_lengths) <= set(range(1, 7))
+            assert not batch.inputs.any()
+        stream.save(tmp_path)
+        expected = next(stream)
+        resumed = data.TrainIterator(task, config)
+        resumed.restore(tmp_path)
+        for one, other in zip(next(resumed), expected, strict=True):
+            assert one is other is None or np.array_equal(one, other)
+
+
+def test_evaluation_gives_lengths_and_fills_up_with_rows_of_one_token(tmp_path, folders):
+    path = write(tmp_path / "data.jsonl", pairs(3))
+    task = open_task(path, vocabulary=str(folders["qwen"]))
+    settings = {"feature_lengths": LENGTHS, "split": "train", "batch_size": 2}
+    batches = list(data.eval_batches(task, **settings))
+    assert [len(batch.examples) for batch in batches] == [2, 1]
+    expected = [len(vocabularies.of_folder(folders["qwen"]).encode(f"in {i}")) for i in range(3)]
+    assert [int(n) for batch in batches for n in batch.batch.input_lengths] == [*expected, 1]
+
+
+def test_registered_tasks_take_a_folder_s_tokenizer(folders):
+    for kind, path in folders.items():
+        task = open_task(arithmetic.TASK, vocabulary=str(path))
+        vocabulary = TokenizerVocabulary(path)
+        row = next(task.get_dataset(LENGTHS, split="test", shuffle=False).as_numpy_iterator())
+        prompt, target = (row[f"{x}_pretokenized"].decode() for x in ("inputs", "targets"))
+        assert row["inputs"].tolist() == vocabulary.encode_prompt(prompt)[:64], kind
+        assert row["targets"].tolist() == [*vocabulary.encode(target)[:47], vocabulary.eos_id]
+
+
+def test_names_are_of_the_file_and_differ_by_folder(tmp_path):
+    assert jsonl.display_name("/a/b/chats.jsonl") == "chats.jsonl"
+    assert jsonl.display_name("/a/chats/") == "chats"
+    assert jsonl.display_name("gsm8k") == "gsm8k"
+    assert jsonl.task_name(tmp_path / "a" / "x.jsonl") != jsonl.task_name(tmp_path / "x.jsonl")
+
+
+def test_registered_files_are_the_same_task_each_time(tmp_path):
+    path = write(tmp_path / "teacher outputs.jsonl", pairs(4))
+    task = jsonl.jsonl_task(path, vocabulary=BYTES)
+    try:
+        assert jsonl.jsonl_task(path) is task is seqio.TaskRegistry.get(jsonl.task_name(path))
+        assert texts(task, feature="targets") == [f"out {i}" for i in range(4)]
+        source = pickle.loads(pickle.dumps(task.source))
+        assert len(list(source.get_dataset(split="train"))) == 4
+        other = data.find_task(task.name, vocabularies.arithmetic())
+        assert other.output_features["targets"].vocabulary == vocabularies.arithmetic()
+        replaced = task.replace(output_features=other.output_features)
+        with pytest.raises(ValueError, match="has the vocabulary it was made with"):
+            texts(replaced)
+    finally:
+        seqio.TaskRegistry.remove(task.name)
+
+
+def test_missing_and_empty_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"absent\.jsonl"):
+        jsonl.read_rows(tmp_path / "absent.jsonl")
+    path = write(tmp_path / "empty.jsonl", [])
+    with pytest.raises(ValueError, match=r"empty\.jsonl: .*empty file"):
+        texts(open_task(path))
+
+
+@pytest.mark.parametrize(("kind", "kept"), [("bytes", 8), ("qwen", 8)])
+def test_lines_of_a_text_file_are_prompts(tmp_path, folders, capsys, kind, kept):
+    path = tmp_path / "x.txt"
+    path.write_text("one\u2028line\n" + "0123456789" * 2 + "\n")
+    vocabulary = BYTES if kind == "bytes" else TokenizerVocabulary(folders[kind])
+    first, second = rows.read_prompts(path, vocabulary, kept)
+    assert first["inputs_pretokenized"] == "one\u2028line"
+    assert second["inputs"].tolist() == rows.prompt_ids(vocabulary, "0123456789" * 2)[-kept:]
+    assert len(second["targets"]) == 0
+    assert "longer than 8 tokens and cut from the left" in capsys.readouterr().err
+    path.write_text("one\n\nthree\n")
+    with pytest.raises(ValueError, match=r"x\.txt, line 2: expected a prompt with text"):
+        rows.read_prompts(path, vocabulary, kept)
