@@ -34,6 +34,11 @@ TOKENIZE = (
 there were before the cut stays too."""
 
 
+def only_tokenizes(task: Any) -> bool:
+    """Whether a task makes one example of each of its source's, from texts alone."""
+    return isinstance(task, seqio.Task) and tuple(task.preprocessors) == TOKENIZE
+
+
 def output_features(vocabulary: seqio.Vocabulary | None = None) -> dict[str, seqio.Feature]:
     """`inputs` and `targets` with one vocabulary (default T5's), as `with_vocabulary` has them."""
     chosen = vocabularies.t5_default() if vocabulary is None else vocabulary

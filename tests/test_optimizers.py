@@ -268,7 +268,7 @@ def test_schedule_of_overlapping_parts_fits_exactly():
         ({"learning_rate": 0.0}, "learning_rate must be positive, got 0.0"),
         ({"learning_rate": -1.0}, "learning_rate must be positive, got -1.0"),
         ({"warmup_steps": -1}, "warmup_steps must be an integer of at least 0, got -1"),
-        ({"cooldown_steps": 2.5}, "cooldown_steps must be an integer of at least 0, got 2.5"),
+        ({"cooldown_steps": -2}, "cooldown_steps must be an integer of at least 0, got -2"),
         ({"warmup_steps": 6, "cooldown_steps": 5}, r"fit the run's 10 steps, got 6 \+ 5"),
     ],
 )

@@ -351,6 +351,8 @@ def _examples(task: Any, config: DataConfig, shard: Shard) -> tf.data.Dataset:
         task, config.split, config.num_examples, use_cached=config.use_cached
     )
     if size is not None and size <= in_memory.LARGEST:
+        if features.only_tokenizes(task) and not config.use_cached:
+            return _texts_in_memory(task, config, shard)
         whole = read(shuffle=False, num_epochs=1).take(config.num_examples or -1)
         examples = in_memory.Examples(whole)
         return examples.endless(config.seed, num_shards=shard.num_shards, index=shard.index)
@@ -363,6 +365,25 @@ def _examples(task: Any, config: DataConfig, shard: Shard) -> tf.data.Dataset:
         )
     parts = None if shard == WHOLE else seqio.ShardInfo(shard.index, shard.num_shards)
     return read(shuffle=True, num_epochs=None, shard_info=parts)
+
+
+def _texts_in_memory(task: seqio.Task, config: DataConfig, shard: Shard) -> tf.data.Dataset:
+    """The examples of a task without preprocessors, shuffled as texts and then tokenized."""
+    source = task.source.get_dataset(split=config.split, shuffle=False)
+    texts = in_memory.Texts(source.take(config.num_examples or -1))
+
+    def shuffled(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
+        del split, shuffle_files, seed
+        return texts.endless(config.seed, num_shards=shard.num_shards, index=shard.index)
+
+    endless = seqio.FunctionDataSource(shuffled, splits=[config.split])
+    return task.replace(name=f"{task.name}__shuffled", source=endless).get_dataset(
+        dict(config.feature_lengths),
+        split=config.split,
+        shuffle=False,
+        num_epochs=1,
+        try_in_mem_cache=False,
+    )
 
 
 def _with_weights(example: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:

@@ -8,7 +8,7 @@ import jax
 import seqio
 
 
-LOOKED_AT = 2000
+LOOKED_AT = 500
 """Examples of a split that a warning is about, at most."""
 
 _warned: set[tuple] = set()

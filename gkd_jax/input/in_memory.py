@@ -46,12 +46,59 @@ def number_of_examples(
     return min((count for count in (size, limit) if count is not None), default=None)
 
 
-class Examples:
-    """Ids of some examples: `inputs` and `targets` of any lengths.
+class _Shuffled:
+    """Examples by number, which come in an order of their own on every pass.
 
     Attributes:
         size: how many there are.
     """
+
+    size: int
+
+    def example(self, number: tf.Tensor) -> Mapping[str, tf.Tensor]:
+        """The example of a number, as a scalar tensor."""
+        raise NotImplementedError
+
+    def endless(self, seed: int, *, num_shards: int = 1, index: int = 0) -> tf.data.Dataset:
+        """All of a shard's examples, pass after pass, each pass in an order of its own.
+
+        Args:
+            seed: of the orders.
+            num_shards: shard i has the examples i, i + num_shards, ...
+            index: of the shard.
+        """
+        size = (self.size - index + num_shards - 1) // num_shards
+        if size < 1:
+            return tf.data.Dataset.range(0).map(self.example)
+
+        def chosen(step: Any) -> Mapping[str, tf.Tensor]:
+            key = tf.stack([seed, step // size])
+            number = _shuffled(step % size, key, size - 1)
+            return self.example(index + num_shards * number)
+
+        return tf.data.Dataset.counter().map(chosen, num_parallel_calls=1)
+
+
+class Texts(_Shuffled):
+    """Texts of some examples as their source has them: one string a feature.
+
+    Tokenizing all of a source takes seconds; of these, each example is tokenized when it is taken.
+    """
+
+    def __init__(self, dataset: tf.data.Dataset):
+        """Reads a finite dataset of scalar features whole, in its order."""
+        batches: Any = dataset.batch(_READ_AT_ONCE)
+        rows = list(batches)
+        names = list(dataset.element_spec)  # pyright: ignore[reportArgumentType]
+        self._columns = {name: tf.concat([row[name] for row in rows], 0) for name in names}
+        self.size = int(tf.size(self._columns[names[0]])) if rows else 0
+
+    def example(self, number: tf.Tensor) -> Mapping[str, tf.Tensor]:
+        return {name: column[number] for name, column in self._columns.items()}
+
+
+class Examples(_Shuffled):
+    """Ids of some examples: `inputs` and `targets` of any lengths."""
 
     def __init__(self, dataset: tf.data.Dataset):
         """Reads a finite dataset whole, in its order."""
@@ -72,26 +119,7 @@ class Examples:
             for name, x in lengths.items()
         }
 
-    def endless(self, seed: int, *, num_shards: int = 1, index: int = 0) -> tf.data.Dataset:
-        """All of a shard's examples, pass after pass, each pass in an order of its own.
-
-        Args:
-            seed: of the orders.
-            num_shards: shard i has the examples i, i + num_shards, ...
-            index: of the shard.
-        """
-        size = (self.size - index + num_shards - 1) // num_shards
-        if size < 1:
-            return tf.data.Dataset.range(0).map(self._example)
-
-        def chosen(step: Any) -> Mapping[str, tf.Tensor]:
-            key = tf.stack([seed, step // size])
-            number = _shuffled(step % size, key, size - 1)
-            return self._example(index + num_shards * number)
-
-        return tf.data.Dataset.counter().map(chosen, num_parallel_calls=1)
-
-    def _example(self, number: tf.Tensor) -> Mapping[str, tf.Tensor]:
+    def example(self, number: tf.Tensor) -> Mapping[str, tf.Tensor]:
         return {
             name: self._ids[name][self._ends[name][number] : self._ends[name][number + 1]]
             for name in _FEATURES
