@@ -17,6 +17,8 @@ def random_params(config: t5.T5Config, seed: int = 0, *, norm_spread: float = 0.
     rng = np.random.default_rng(seed)
 
     def leaf(path, shape):
+        if path[-1].key == "scale" and not norm_spread:
+            return jnp.ones(shape.shape)
         if path[-1].key == "scale":
             return jnp.asarray(1 + norm_spread * rng.normal(0, 1, shape.shape), jnp.float32)
         size = 1.0 if "embedding" in path[-1].key else shape.shape[-2] ** -0.5

@@ -13,6 +13,7 @@ from gkd_jax import convert, load_model, main
 from gkd_jax.models import t5
 from gkd_jax.storage import checkpoints
 from gkd_jax.storage.conversion import FORMATS, convert_checkpoint
+from gkd_jax.text import vocabularies
 
 
 CONFIG = t5.t5_1_1("32x2", vocab_size=64)
@@ -110,6 +111,56 @@ def test_it_says_what_it_wrote(to, sources, tmp_path, capsys):
         assert step_folder is not None
         stored = checkpoints.read_description(step_folder)
         assert (stored["vocabulary"], stored["num_pieces"]) == ("a hash", PIECES)
+
+
+# Tokenizers ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def started(tmp_path):
+    """A run whose student started from a Hugging Face folder with a tokenizer."""
+    hf = tmp_path / "hf"
+    params = t5.init(CONFIG, jax.random.key(0))
+    convert.write_hf(str(hf), CONFIG, params)
+    texts = [f"word{i} {'abcdefgh'[i % 8] * 3} number {i}" for i in range(40)]
+    vocabularies.train_sentencepiece(texts, hf / "spiece.model", vocab_size=60)
+    (hf / "tokenizer_config.json").write_text('{"extra_ids": 0}')
+    vocabulary = vocabularies.of_folder(str(hf))
+    step = tmp_path / "run" / "checkpoints" / "5"
+    content = vocabularies.content_hash(vocabulary)
+    checkpoints.write_params(str(step), CONFIG, params, content, vocabulary.vocab_size)
+    record(tmp_path / "run", str(hf))
+    return tmp_path
+
+
+def record(model_dir, checkpoint):
+    recipe = {"data": {"vocabulary": None}, "student": {"checkpoint": checkpoint}}
+    (model_dir / "run.json").write_text(json.dumps({"recipe": recipe}))
+
+
+def test_the_tokenizer_of_the_folder_that_a_run_started_from_is_copied(started, capsys):
+    later = started / "later" / "checkpoints" / "2"  # a run that started from that run
+    shutil.copytree(started / "run" / "checkpoints" / "5", later)
+    record(started / "later", str(started / "run"))
+    for number, source in enumerate(("run", "later", "hf")):
+        output = started / f"out{number}"
+        convert_checkpoint(str(started / source), str(output), to="hf")
+        for name in ("spiece.model", "tokenizer_config.json"):
+            assert (output / name).read_bytes() == (started / "hf" / name).read_bytes()
+        generation = json.loads((output / "generation_config.json").read_text())
+        expected = None if source == "hf" else [60, 61, 62, 63]
+        assert generation.get("suppress_tokens") == expected
+    assert "no tokenizer" not in capsys.readouterr().err
+
+
+def test_another_tokenizer_than_the_runs_is_not_copied(started, capsys):
+    pieces = vocabularies.WordVocabulary(["other"])
+    other = vocabularies.content_hash(pieces)
+    params = t5.init(CONFIG, jax.random.key(0))
+    checkpoints.write_params(str(started / "run" / "checkpoints" / "9"), CONFIG, params, other)
+    convert_checkpoint(str(started / "run"), str(started / "out"), to="hf")
+    assert not (started / "out" / "spiece.model").exists()
+    assert "no tokenizer was copied" in capsys.readouterr().err
 
 
 # Ids that no piece has ----------------------------------------------------------------------------

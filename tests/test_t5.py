@@ -329,7 +329,7 @@ def test_bad_configurations_are_refused(changes, message):
 
 @pytest.mark.parametrize("make", [t5.t5_1_0, t5.t5_1_1])
 def test_an_unknown_size_lists_the_known_ones(make):
-    with pytest.raises(ValueError, match="one of .*tiny, .*, base, large, xl, xxl, got 'huge'"):
+    with pytest.raises(ValueError, match=r"one of .*tiny, .*, base, large, xl, xxl, got 'huge'"):
         make("huge")
 
 

@@ -211,9 +211,12 @@ def write(
     with complete_folder(path) as folder:
         hf_folder.write_weights(folder, arrays, kind)
         hf_folder.write_json(folder / "config.json", fields)
-        hf_folder.write_json(folder / _GENERATION, _generation(config, num_pieces))
         for file in () if source is None else hf_folder.companions(source):
             shutil.copy(file, folder)
+        generation = _generation(config, num_pieces)
+        if (folder / _GENERATION).is_file():  # the source's, whose ids are T5's
+            generation = {**hf_folder.read_json(folder / _GENERATION), **generation}
+        hf_folder.write_json(folder / _GENERATION, generation)
         if card is not None:
             (folder / "README.md").write_text(card, "utf-8")
 

@@ -1,9 +1,11 @@
 """`gkd-jax convert`: a checkpoint of any format, written in another."""
 
+import json
 import os
 import pathlib
 import re
 import sys
+from typing import Any
 
 from etils import epath
 
@@ -12,6 +14,7 @@ from gkd_jax.convert.stored import as_dtype
 from gkd_jax.models import lm
 from gkd_jax.models.t5_config import T5Config
 from gkd_jax.storage import checkpoints, pretrained
+from gkd_jax.text import vocabularies
 
 
 FORMATS = ("hf", "t5x", "gkd")
@@ -70,7 +73,14 @@ def convert_checkpoint(
     config, params = pretrained.load_model(source)
     num_pieces = about.get("num_pieces")
     if to == "hf":
-        convert.write_hf(output, config, params, dtype=dtype, num_pieces=num_pieces)
+        tokenizer = _tokenizer_folder(source, about)
+        convert.write_hf(
+            output, config, params, dtype=dtype, num_pieces=num_pieces, source=tokenizer
+        )
+        if tokenizer is None:
+            print(
+                "no tokenizer was copied: the source names no folder with its own", file=sys.stderr
+            )
     elif to == "t5x":
         assert isinstance(config, T5Config)
         convert.write_t5x(output, config, params, step=step, dtype=dtype)
@@ -90,6 +100,39 @@ def _check_output(output: str) -> None:
     parent = next(folder for folder in path.absolute().parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise ValueError(f"output {output!r} cannot be made: {parent} is no folder to write to")
+
+
+def _tokenizer_folder(source: str, about: dict[str, Any]) -> str | None:
+    """The Hugging Face folder with a model's tokenizer; None where none is known.
+
+    Of a run, that is what VOCABULARY names or the folder that its student started from, if its
+    vocabulary is the run's.
+    """
+    step_folder = checkpoints.find_step(source)
+    if step_folder is None:
+        return source if convert.detect(source) == "hf" else None
+    record = step_folder.parent.parent / "run.json"
+    if not record.is_file():
+        return None
+    recipe = json.loads(record.read_text()).get("recipe", {})
+    places = (recipe.get("data", {}).get("vocabulary"), recipe.get("student", {}).get("checkpoint"))
+    for place in places:
+        if not place or "://" in place or not pathlib.Path(place).is_dir():
+            continue
+        if checkpoints.find_step(place) is not None:  # that was a run too
+            found = _tokenizer_folder(place, about)
+            if found is not None:
+                return found
+        elif _has_vocabulary(place, about["vocabulary"]):
+            return place
+    return None
+
+
+def _has_vocabulary(folder: str, expected: str) -> bool:
+    try:
+        return vocabularies.content_hash(vocabularies.of_folder(folder)) == expected
+    except (ValueError, FileNotFoundError):
+        return False
 
 
 def _step_of(source: str) -> int:
