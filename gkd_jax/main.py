@@ -108,7 +108,11 @@ def _parse_flags(
         flags.DEFINE_string("output", None, "a folder that does not exist", flag_values=values)
         flags.DEFINE_enum("to", None, ["hf", "t5x", "gkd"], "the format", flag_values=values)
         flags.DEFINE_enum(
-            "dtype", "float32", ["float32", "bfloat16"], "of the output", flag_values=values
+            "dtype",
+            "stored",
+            ["stored", "float32", "bfloat16"],
+            "of the output; stored: the input's",
+            flag_values=values,
         )
         flags.DEFINE_integer(
             "step", None, "of a T5X checkpoint; default: the input's", flag_values=values

@@ -206,6 +206,43 @@ def test_functions_and_files_are_short():
     assert not found, "\n".join(found)
 
 
+# These know models by `gkd_jax.models.lm` alone. Whoever reads a family's files is elsewhere.
+KNOW_NO_FAMILY = (
+    *("gkd.py", "gkd_config.py", "sampling.py", "decoding", "evaluation", "training"),
+    *("storage/checkpoints.py", "storage/pretrained.py", "planning"),
+)
+FAMILIES = {"t5", "t5_config", "decoder", "decoder_config", "blocks", "decoder_block"}
+
+
+def families_imported(tree: ast.AST, path: str) -> list[str]:
+    return [
+        f"{path}:{line} imports {name or module}"
+        for line, module, name in imports(tree, path)
+        if module.startswith("gkd_jax.models") and {name, module.split(".")[-1]} & FAMILIES
+    ]
+
+
+def test_what_trains_and_decodes_names_no_family():
+    files = [PACKAGE / name for name in KNOW_NO_FAMILY]
+    assert all(file.exists() for file in files)
+    sources = [path for file in files for path in (file.rglob("*.py") if file.is_dir() else [file])]
+    found = [line for path in sources for line in families_imported(parse(path), relative(path))]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("source", "names_one"),
+    [
+        ("from gkd_jax.models import lm, quantized", False),
+        ("from gkd_jax.models import lm, t5", True),
+        ("from gkd_jax.models.t5_config import T5Config", True),
+        ("def f():\n    import gkd_jax.models.decoder", True),
+    ],
+)
+def test_family_rule_sees_planted_imports(source, names_one):
+    assert bool(families_imported(ast.parse(source), "gkd_jax/gkd.py")) == names_one
+
+
 def test_no_data_is_executed():
     found = [line for path in SOURCE_FILES for line in executes_data(parse(path), relative(path))]
     assert not found, "\n".join(found)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 import json
 import math
 import pathlib
+import shutil
 from typing import Any
 
 import ml_dtypes
@@ -81,6 +82,14 @@ def companions(folder: pathlib.Path) -> list[pathlib.Path]:
     """The files that go with a model's weights: tokenizer, template, generation, licence."""
     found = {path for pattern in _COMPANIONS for path in folder.glob(pattern)}
     return sorted(path for path in found if path.is_file())
+
+
+def copy_companions(source: pathlib.Path, folder: pathlib.Path) -> None:
+    """Copies `companions`, and the configuration that names special ids, to a new folder."""
+    folder.mkdir()
+    for file in [*companions(source), source / "config.json"]:
+        if file.is_file():
+            shutil.copy(file, folder)
 
 
 def token_ids(folder: pathlib.Path) -> dict[str, Any]:

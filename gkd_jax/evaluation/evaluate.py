@@ -133,6 +133,7 @@ def make_decoder(
         divergence: at each decoded token (see `teacher_divergence`); needs `teacher_params`.
     """
     banned = banned_tail(config, num_pieces)
+    ends = vocabularies.end_ids(vocabulary) or config.family.EOS_IDS
     decode_fn = _decode_fn(config, evaluation, vocabulary, banned, mesh, length)
     repeats = evaluation.num_samples
 
@@ -141,11 +142,9 @@ def make_decoder(
             if index < first:
                 continue
             key = jax.random.fold_in(jax.random.key(evaluation.seed), index)
-            inputs = data.place(batch, mesh).inputs
-            tokens = np.asarray(decode_fn(params, inputs, key))
-            weights = np.asarray(
-                weights_until_eos(jax.numpy.asarray(tokens), config.family.EOS_IDS)
-            )
+            placed = data.place(batch, mesh)
+            tokens = np.asarray(decode_fn(params, placed.inputs, placed.input_lengths, key))
+            weights = np.asarray(weights_until_eos(jax.numpy.asarray(tokens), ends))
             values = None
             if divergence is not None:
                 lengths = batch.input_lengths
@@ -159,7 +158,7 @@ def make_decoder(
                 size = int(weights[i].sum())
                 yield Row(
                     examples[i // repeats],
-                    to_text(vocabulary, tokens[i]),
+                    to_text(vocabulary, tokens[i, :size]),
                     tokens[i, :size].tolist(),
                     None if values is None else values[i, :size].tolist(),
                 )
@@ -175,21 +174,21 @@ def _decode_fn(
     mesh: Mesh,
     length: int,
 ):
-    """(params, inputs, key) -> tokens, replicated so that every process can read all rows."""
+    """(params, inputs, lengths, key) -> tokens, replicated: every process can read all rows."""
+    ends = vocabularies.end_ids(vocabulary) or None
     if evaluation.calculator:
         decode = calculator_decoding.make_decode(
-            config, vocabulary, mesh=mesh, max_length=length, banned_ids=banned
+            config, vocabulary, mesh=mesh, max_length=length, banned_ids=banned, eos_ids=ends
         )
-        return lambda params, inputs, key: decode(params, inputs)
+        return lambda params, inputs, lengths, key: decode(params, inputs, lengths)
     temperature = evaluation.temperature if evaluation.decoding == "sample" else 0.0
-    ends = None
     if evaluation.decoding == "likeliest":
         chosen = _single_tokens(vocabulary, evaluation.choices)
         banned = tuple(token for token in range(config.vocab_size) if token not in chosen)
         length, ends = 1, (min(chosen),)
     sampling = SamplingConfig(temperature=temperature, banned_ids=banned, eos_ids=ends)
 
-    def decode_batch(params, inputs, key):
+    def decode_batch(params, inputs, lengths, key):
         with sharding.use(mesh):
             if evaluation.decoding != "beam":
                 return sample(
@@ -198,6 +197,7 @@ def _decode_fn(
                     inputs,
                     key,
                     max_length=length,
+                    input_lengths=lengths,
                     sampling=sampling,
                     num_samples=evaluation.num_samples,
                 ).tokens
@@ -206,9 +206,11 @@ def _decode_fn(
                 params,
                 inputs,
                 max_length=length,
+                input_lengths=lengths,
                 num_beams=evaluation.num_beams,
                 alpha=evaluation.alpha,
                 banned_ids=banned,
+                eos_ids=ends,
             )
             return beams.tokens[:, 0]
 

@@ -77,8 +77,12 @@ def row_key(inputs: np.ndarray, targets: np.ndarray) -> int:
 
 
 def _real_ids(batch: Batch, row: int) -> tuple[np.ndarray, np.ndarray]:
-    source, target = np.flatnonzero(batch.inputs[row]), int(batch.weights[row].sum())
-    return batch.inputs[row, : source[-1] + 1 if source.size else 0], batch.targets[row, :target]
+    target = int(batch.weights[row].sum())
+    if batch.input_lengths is not None:
+        source = int(batch.input_lengths[row])
+    else:
+        source = int(np.flatnonzero(np.append(1, batch.inputs[row]))[-1])
+    return batch.inputs[row, :source], batch.targets[row, :target]
 
 
 class Writer:

@@ -164,7 +164,9 @@ def _random_batch(built: program.Program) -> Batch:
         return generator.integers(3, built.models.num_pieces, where.shape).astype(np.int32)
 
     weights = np.ones(shape.weights.shape, np.float32)
-    return data.place(Batch(ids(shape.inputs), ids(shape.targets), weights), built.mesh)
+    lengths = np.full(shape.inputs.shape[:1], shape.inputs.shape[1], np.int32)
+    batch = Batch(ids(shape.inputs), ids(shape.targets), weights, input_lengths=lengths)
+    return data.place(batch, built.mesh)
 
 
 def gemm_gflops(dtype: str, size: int = 2048, runs: int = 7) -> float:

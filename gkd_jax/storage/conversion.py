@@ -10,14 +10,17 @@ from typing import Any
 from etils import epath
 
 from gkd_jax import convert
+from gkd_jax.convert import hf_folder
 from gkd_jax.convert.stored import as_dtype
 from gkd_jax.models import lm
 from gkd_jax.models.t5_config import T5Config
-from gkd_jax.storage import checkpoints, pretrained
+from gkd_jax.storage import checkpoints, model_card, pretrained
 from gkd_jax.text import vocabularies
 
 
 FORMATS = ("hf", "t5x", "gkd")
+STORED = "stored"  # the dtype that the source's weights have
+_HF_FILES = "hf"  # of one of our checkpoints: what lay beside the weights it was made from
 
 
 def convert_checkpoint(
@@ -25,7 +28,7 @@ def convert_checkpoint(
     output: str,
     *,
     to: str,
-    dtype: str = "float32",
+    dtype: str = STORED,
     step: int | None = None,
     dry_run: bool = False,
 ) -> None:
@@ -35,7 +38,8 @@ def convert_checkpoint(
         source: as for `pretrained.load_config`.
         output: a local folder that does not exist yet.
         to: "hf", "t5x" (a `checkpoint_<step>` inside `output`) or "gkd".
-        dtype: of the written parameters; "gkd" keeps float32.
+        dtype: of the written parameters: "float32", "bfloat16" or "stored", the source's own. "gkd"
+            has float32, which loses nothing, and remembers the source's.
         step: of a T5X checkpoint; None takes the source's (`checkpoint_<step>`, `<step>`), else 0.
         dry_run: check all that can be checked without reading an array, and write nothing.
 
@@ -46,7 +50,8 @@ def convert_checkpoint(
     """
     if to not in FORMATS:
         raise ValueError(f"to must be one of {', '.join(FORMATS)}, got {to!r}")
-    as_dtype(dtype)
+    if dtype != STORED:
+        as_dtype(dtype)
     _check_output(output)
     if dry_run and "://" in source:
         print(f"dry run: {source} is remote and was not looked at", file=sys.stderr)
@@ -70,12 +75,25 @@ def convert_checkpoint(
             file=sys.stderr,
         )
         return
-    config, params = pretrained.load_model(source)
+    stored = about.get("dtype", "float32") if step_folder else convert.stored_dtype(source)
+    dtype = stored if dtype == STORED else dtype
+    narrow = dtype == stored == "bfloat16" and to != "gkd"
+    shapes = lm.abstract_params(config, "bfloat16" if narrow else "float32")
+    params = pretrained.load_params(source, shapes, config)
     num_pieces = about.get("num_pieces")
     if to == "hf":
         tokenizer = _tokenizer_folder(source, about)
+        card = None
+        if step_folder is not None:
+            card = model_card.of_run(pathlib.Path(step_folder).parent.parent)
         convert.write_hf(
-            output, config, params, dtype=dtype, num_pieces=num_pieces, source=tokenizer
+            output,
+            config,
+            params,
+            dtype=dtype,
+            num_pieces=num_pieces,
+            source=tokenizer,
+            card=card,
         )
         if tokenizer is None:
             print(
@@ -83,11 +101,39 @@ def convert_checkpoint(
             )
     elif to == "t5x":
         assert isinstance(config, T5Config)
+        dtype = "float32" if dtype == "float16" else dtype  # exact, and T5X has no float16
         convert.write_t5x(output, config, params, step=step, dtype=dtype)
     else:
         vocabulary = about.get("vocabulary", "")
-        checkpoints.write_params(output, config, params, vocabulary, num_pieces)
+        more = {"dtype": stored}
+        checkpoints.write_params(output, config, params, vocabulary, num_pieces, more)
+        if beside is not None:
+            hf_folder.copy_companions(beside, pathlib.Path(output) / _HF_FILES)
     print(f"wrote {what} as {to}: {size}", file=sys.stderr)
+
+
+def _companions(source: str) -> pathlib.Path | None:
+    """The Hugging Face folder whose tokenizer and settings go with a checkpoint's weights.
+
+    A run's student knows the checkpoint that it began with, and that one may be of a run again.
+    """
+    for _ in range(10):
+        if "://" in source or not pathlib.Path(source).is_dir():
+            return None
+        step_folder = checkpoints.find_step(source)
+        if step_folder is None:
+            return pathlib.Path(source) if convert.detect(source) == "hf" else None
+        folder = pathlib.Path(step_folder)
+        if (folder / _HF_FILES).is_dir():
+            return folder / _HF_FILES
+        run = folder.parent.parent / "run.json"
+        if not run.is_file():
+            return None
+        student = hf_folder.read_json(run).get("recipe", {}).get("student") or {}
+        source = student.get("checkpoint") or ""
+        if not source:
+            return None
+    return None
 
 
 def _check_output(output: str) -> None:

@@ -73,7 +73,7 @@ class Program:
                 array(jnp.float32, *per_token, k),
                 array(jnp.float32, *per_token),
             ),
-            array(jnp.int32, rows),
+            input_lengths=array(jnp.int32, rows),
         )
 
 
@@ -81,6 +81,7 @@ def build(
     recipe: Recipe,
     num_pieces: int,
     *,
+    eos_ids: tuple[int, ...] | None = None,
     cached_k: int = 0,
     pending: frozenset[str] = frozenset(),
     devices: Sequence[Any] | None = None,
@@ -90,6 +91,8 @@ def build(
     Args:
         recipe: the run.
         num_pieces: ids of the vocabulary, extra ids included.
+        eos_ids: of the vocabulary; where the recipe names none, they end the student's samples.
+            None takes the family's.
         cached_k: ids a position of the teacher's cached scores; 0 without a cache.
         pending: checkpoints that are not looked at: another run will make them, or they are remote
             and this is a dry run.
@@ -111,8 +114,9 @@ def build(
     _check_batch(recipe.data.batch_size, recipe.train.num_microbatches, mesh)
 
     banned = banned_tail(models.student, models.num_pieces)
+    ends = eos_ids if method.sampling.eos_ids is None else method.sampling.eos_ids
     method = dataclasses.replace(
-        method, sampling=dataclasses.replace(method.sampling, banned_ids=banned)
+        method, sampling=dataclasses.replace(method.sampling, banned_ids=banned, eos_ids=ends)
     )
     learner = gkd.Learner(
         config=method,

@@ -115,10 +115,17 @@ class Rollouts:
         method = self._program.method
         if method.rl is None or rollout.sample is None:
             return None
-        ids = (rollout.rows.inputs, rollout.sample.tokens, rollout.rows.targets)
+        rows, sample = rollout.rows, rollout.sample
         prompts, outputs, references = (
-            [evaluate.to_text(self._source.vocabulary, row) for row in np.asarray(rows)]
-            for rows in ids
+            [
+                evaluate.to_text(self._source.vocabulary, row[: int(length)])
+                for row, length in zip(np.asarray(ids), np.asarray(lengths), strict=True)
+            ]
+            for ids, lengths in (
+                (rows.inputs, rows.input_lengths),
+                (sample.tokens, np.asarray(sample.weights).sum(axis=1)),
+                (rows.targets, np.asarray(rows.weights).sum(axis=1)),
+            )
         )
         prompts = [text for text in prompts for _ in range(method.num_samples)]
         references = [text for text in references for _ in range(method.num_samples)]

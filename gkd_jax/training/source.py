@@ -15,6 +15,7 @@ class Source(NamedTuple):
         task: the seqio task or mixture.
         vocabulary: of its inputs and targets.
         num_pieces: ids of the vocabulary, extra ids included.
+        eos_ids: of the vocabulary; None where it has none, or is remote and was not looked at.
         cached_k: how many ids a position the teacher's cached scores have; 0 without a cache.
     """
 
@@ -22,6 +23,7 @@ class Source(NamedTuple):
     vocabulary: Any
     num_pieces: int
     cached_k: int = 0
+    eos_ids: tuple[int, ...] | None = None
 
 
 def open_source(
@@ -43,7 +45,9 @@ def open_source(
     chosen = {"student": recipe.student, "teacher": recipe.teacher}
     pretrained.check_vocabularies(vocabulary, chosen, pending)
     num_pieces = vocabularies.num_pieces(vocabulary, check_remote=check_remote)
-    return Source(task, vocabulary, num_pieces, cached_k)
+    remote = "://" in getattr(vocabulary, "sentencepiece_model_file", "")
+    ends = None if remote and not check_remote else vocabularies.end_ids(vocabulary) or None
+    return Source(task, vocabulary, num_pieces, cached_k, ends)
 
 
 def num_pieces_of(recipe: Recipe) -> int:

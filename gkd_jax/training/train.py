@@ -61,7 +61,13 @@ def train(
     if dry_run:
         pending |= pretrained.remote_checkpoints(recipe.student, recipe.teacher)
     source = open_source(recipe, pending=pending, check_remote=not dry_run)
-    program = build(recipe, source.num_pieces, cached_k=source.cached_k, pending=pending)
+    program = build(
+        recipe,
+        source.num_pieces,
+        eos_ids=source.eos_ids,
+        cached_k=source.cached_k,
+        pending=pending,
+    )
     pretrained.check_special_ids(
         program.models.student, source.vocabulary, check_remote=not dry_run
     )

@@ -1,0 +1,63 @@
+"""The README.md that goes with an exported model: what it came from, and how it does."""
+
+import json
+import pathlib
+from typing import Any
+
+
+def of_run(folder: pathlib.Path) -> str | None:
+    """The card of the model of a MODEL_DIR; None where there is no run.json."""
+    try:
+        run = json.loads((folder / "run.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    recipe = run.get("recipe", {})
+    student, teacher = recipe.get("student") or {}, recipe.get("teacher") or {}
+    method, data = recipe.get("method") or {}, recipe.get("data") or {}
+    base = student.get("checkpoint") or "random weights"
+    lines = [
+        f"# {run.get('name') or folder.name}",
+        "",
+        "Distilled with gkd_jax (on-policy distillation, Agarwal et al., 2024).",
+        "",
+        f"- Base model: {base}",
+        f"- Teacher: {teacher.get('checkpoint') or teacher.get('size') or 'none'}",
+        f"- Method: {_method(method)}",
+        f"- Data: {data.get('task')}",
+        f"- Steps: {(recipe.get('train') or {}).get('train_steps')}, "
+        f"batches of {data.get('batch_size')} prompts",
+    ]
+    metrics = _last_evaluation(folder / "metrics.jsonl")
+    if metrics:
+        lines += ["", "| metric | value |", "|---|---|"]
+        lines += [f"| {name} | {value:.4g} |" for name, value in sorted(metrics.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _method(method: dict[str, Any]) -> str:
+    divergence = method.get("divergence")
+    if divergence is None:
+        return "cross-entropy of the data's targets"
+    if isinstance(divergence, dict):
+        settings = (f"{k}={v}" for k, v in divergence.items() if k != "type")
+        divergence = f"{divergence.get('type')}({', '.join(settings)})"
+    return f"{divergence}, on-policy fraction {method.get('on_policy_fraction')}"
+
+
+def _last_evaluation(path: pathlib.Path) -> dict[str, float]:
+    """The numbers of the last line that has an evaluation."""
+    found: dict[str, float] = {}
+    if not path.is_file():
+        return found
+    for line in path.read_text("utf-8").splitlines():
+        try:
+            fields = json.loads(line)
+        except ValueError:  # cut off while it was written
+            continue
+        numbers = {
+            name: float(value)
+            for name, value in fields.items()
+            if name.startswith("eval") and isinstance(value, int | float)
+        }
+        found = numbers or found
+    return found
