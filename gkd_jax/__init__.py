@@ -1,17 +1,17 @@
-"""On-policy distillation of T5 in JAX: GKD (Agarwal et al., ICLR 2024).
+"""On-policy distillation of language models in JAX: GKD (Agarwal et al., ICLR 2024).
 
-The public names. `load_model` is imported at its first use: it brings TensorFlow's file systems.
+The public names. Each is imported at its first use, so that `import gkd_jax` is fast.
 """
 
+import importlib
 from typing import TYPE_CHECKING
-
-from gkd_jax.batch import Batch
-from gkd_jax.divergences import forward_kl, jsd, reverse_kl, total_variation
-from gkd_jax.models.t5_config import T5Config
-from gkd_jax.sampling import sample
 
 
 if TYPE_CHECKING:
+    from gkd_jax.batch import Batch
+    from gkd_jax.divergences import forward_kl, jsd, reverse_kl, total_variation
+    from gkd_jax.models.t5_config import T5Config
+    from gkd_jax.sampling import sample
     from gkd_jax.storage.pretrained import load_model
 
 __version__ = "0.1.0"
@@ -25,11 +25,23 @@ __all__ = [
     "sample",
     "total_variation",
 ]
+_MODULES = {
+    "Batch": "batch",
+    "T5Config": "models.t5_config",
+    "forward_kl": "divergences",
+    "jsd": "divergences",
+    "load_model": "storage.pretrained",
+    "reverse_kl": "divergences",
+    "sample": "sampling",
+    "total_variation": "divergences",
+}
 
 
 def __getattr__(name: str):
-    if name != "load_model":
+    if name not in _MODULES:
         raise AttributeError(f"module 'gkd_jax' has no attribute {name!r}")
-    from gkd_jax.storage.pretrained import load_model
+    return getattr(importlib.import_module(f"gkd_jax.{_MODULES[name]}"), name)
 
-    return load_model
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -11,6 +11,7 @@ from gkd_jax import divergences, losses
 from gkd_jax.models import lm
 from gkd_jax.rl import RLConfig
 from gkd_jax.sampling import SamplingConfig
+from gkd_jax.text import settings
 
 
 Divergence = Callable[[jax.Array, jax.Array], jax.Array]
@@ -56,6 +57,7 @@ class GKDConfig:
     loss_parts: int | None = None
 
     def __post_init__(self):
+        settings.check_types(self)
         object.__setattr__(self, "divergence", divergences.as_value(self.divergence))
         scheduled = callable(self.on_policy_fraction)
         if not callable(self.on_policy_fraction) and not 0 <= self.on_policy_fraction <= 1:

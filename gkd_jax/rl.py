@@ -21,6 +21,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 import numpy as np
 
+from gkd_jax.text import settings
+
 
 Reward = Callable[[Sequence[str], Sequence[str], Sequence[str]], np.ndarray]
 """(prompts, outputs, references), N texts each, to N numbers; called on the host, once a step."""
@@ -40,6 +42,7 @@ class RLConfig:
     alpha: float
 
     def __post_init__(self):
+        settings.check_types(self)
         if isinstance(self.reward, type):  # from the command line: @rewards.brevity
             object.__setattr__(self, "reward", self.reward())
         if not callable(self.reward):

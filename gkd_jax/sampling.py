@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 import numpy as np
 
 from gkd_jax.models import lm
+from gkd_jax.text import settings
 
 
 _BLOCK = 128
@@ -44,6 +45,7 @@ class SamplingConfig:
     eos_ids: tuple[int, ...] | None = None
 
     def __post_init__(self):
+        settings.check_types(self)
         if not self.temperature >= 0:
             raise ValueError(f"temperature must be at least 0 (greedy), got {self.temperature}")
         if not isinstance(self.top_k, int) or self.top_k < 0:

@@ -18,6 +18,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
+from gkd_jax.text import settings
+
 
 MESH_AXES = ("data", "fsdp", "tensor")
 Rules = Mapping[str, str | tuple[str, ...] | None]
@@ -45,6 +47,7 @@ class MeshConfig:
     tensor: int = 1
 
     def __post_init__(self):
+        settings.check_types(self)
         sizes = dataclasses.astuple(self)
         if any(size != -1 and size < 1 for size in sizes) or sizes.count(-1) > 1:
             raise ValueError(

@@ -9,7 +9,7 @@ import seqio
 from gkd_jax import sharding
 from gkd_jax.batch import Batch
 from gkd_jax.evaluation import evaluate
-from gkd_jax.input import data
+from gkd_jax.input import eval_batches
 from gkd_jax.models import t5
 from gkd_jax.text import vocabularies
 
@@ -48,7 +48,7 @@ def test_likeliest_takes_the_choice_with_the_largest_first_logit(config):
     params = jax.tree.map(lambda x: 20 * x, t5.init(config, jax.random.key(1)))
     ids = np.random.default_rng(0).integers(3, 259, (16, 24)).tolist()
     rows = [{"inputs": row, "targets": [1]} for row in ids]
-    batch = data.fill_batch(rows, {"inputs": 24, "targets": 4}, 16)
+    batch = eval_batches.fill_batch(rows, {"inputs": 24, "targets": 4}, 16)
     found = [row.prediction for row in decoder(config, vocabulary)(params, [batch])]
     inputs, targets = jnp.asarray(batch.batch.inputs), jnp.zeros((16, 1), int)
     first = Batch(inputs, targets, jnp.ones((16, 1)))

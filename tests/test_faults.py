@@ -15,7 +15,7 @@ from small_runs import LENGTHS, small
 
 from gkd_jax import divergences, gkd
 from gkd_jax.evaluation import evaluate
-from gkd_jax.input import data
+from gkd_jax.input import streams
 from gkd_jax.input.data import DataConfig
 from gkd_jax.sharding import MeshConfig
 from gkd_jax.storage import checkpoints, content
@@ -206,7 +206,7 @@ def test_steps_that_are_not_finite_can_be_skipped_and_are_counted(broken_teacher
 
 
 def test_a_source_that_raises_ends_the_run_and_the_next_goes_on(run_dir, monkeypatch, tmp_path):
-    real = data.TrainIterator.__next__
+    real = streams.TrainIterator.__next__
 
     def failing(self, count=[0]):  # noqa: B006
         count[0] += 1
@@ -214,7 +214,7 @@ def test_a_source_that_raises_ends_the_run_and_the_next_goes_on(run_dir, monkeyp
             raise OSError("the disk is gone")
         return real(self)
 
-    monkeypatch.setattr(data.TrainIterator, "__next__", failing)
+    monkeypatch.setattr(streams.TrainIterator, "__next__", failing)
     more = {"train": train.TrainConfig(train_steps=12, save_period=2)}
     with pytest.raises(OSError, match="the disk is gone"):
         train.train(**options(run_dir, **more))

@@ -5,7 +5,7 @@ import pytest
 import seqio
 import tensorflow as tf
 
-from gkd_jax.input import data, in_memory
+from gkd_jax.input import data, in_memory, streams
 from gkd_jax.tasks import arithmetic, features
 
 
@@ -33,7 +33,7 @@ def task():
 
 def stream(task, shard=data.WHOLE, **changes):
     settings = {"feature_lengths": {"inputs": 4, "targets": 4}, "batch_size": 10, **changes}
-    return data.TrainIterator(task, data.DataConfig(task=task.name, **settings), shard)
+    return streams.TrainIterator(task, data.DataConfig(task=task.name, **settings), shard)
 
 
 def numbers(batches, count) -> list[int]:
@@ -84,7 +84,8 @@ def test_a_saved_stream_is_small_and_goes_on_where_it_was(task, tmp_path):
     resumed = stream(task)
     resumed.restore(tmp_path)
     assert numbers(resumed, 80) == expected
-    assert sum(file.stat().st_size for file in tmp_path.iterdir()) < 50_000
+    # A few examples on their way through the tokenizer, and no window of a thousand.
+    assert sum(file.stat().st_size for file in tmp_path.iterdir()) < 200_000
 
 
 def test_large_and_unknown_sources_keep_seqio_s_window(task, monkeypatch):

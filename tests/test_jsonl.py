@@ -11,7 +11,7 @@ import seqio
 import small_tokenizers
 import transformers
 
-from gkd_jax.input import data
+from gkd_jax.input import data, eval_batches, streams
 from gkd_jax.tasks import arithmetic, jsonl, rows
 from gkd_jax.text import vocabularies
 from gkd_jax.text.tokenizer_folder import TokenizerVocabulary
@@ -45,7 +45,7 @@ def pairs(count: int, prefix: str = "in") -> list[dict]:
 def open_task(path, **settings):
     """The task as a run opens it."""
     settings = {"vocabulary": "bytes", "feature_lengths": LENGTHS, "batch_size": 2, **settings}
-    task, _ = data.open_task(data.DataConfig(task=str(path), **settings))
+    task, _ = streams.open_task(data.DataConfig(task=str(path), **settings))
     return task
 
 
@@ -243,7 +243,7 @@ def test_a_file_alone_has_one_split_and_says_how_to_get_another(tmp_path):
     with pytest.raises(
         ValueError, match=r"no split 'validation'.*validation\.jsonl.*EVAL_FRACTION"
     ):
-        data.check_split(task, "validation")
+        streams.check_split(task, "validation")
 
 
 @pytest.mark.parametrize(
@@ -264,7 +264,7 @@ def test_the_validation_file_beside_a_file_is_found(tmp_path, train, validation)
     task = open_task(path)
     assert texts(task, "validation") == ["other 0", "other 1"]
     assert texts(task) == ["in 0", "in 1", "in 2"]
-    data.check_split(task, "validation")
+    streams.check_split(task, "validation")
 
 
 def test_a_validation_file_is_not_its_own(tmp_path):
@@ -372,14 +372,16 @@ def test_prompts_without_targets_have_no_weights_and_are_found(tmp_path):
     path = write(tmp_path / "data.jsonl", [*pairs(2), {"inputs": "alone"}])
     task = open_task(path)
     config = data.DataConfig(task=path, feature_lengths=LENGTHS, batch_size=3, vocabulary="bytes")
-    batch = next(data.TrainIterator(task, config))
+    batch = next(streams.TrainIterator(task, config))
     only = batch.input_lengths == 6  # "alone" and EOS
     assert batch.weights[only].sum() == 0
     assert batch.targets[only].sum() == 0
     assert (batch.weights[~only].sum(axis=1) == 6).all()  # "out 0" and EOS
     with pytest.raises(ValueError, match=r"data\.jsonl, line 3: .*got only a prompt: lambda is 0"):
-        data.check_targets(task, "train", "lambda is 0")
-    data.check_targets(open_task(write(tmp_path / "all.jsonl", pairs(2))), "train", "lambda is 0")
+        streams.check_targets(task, "train", "lambda is 0")
+    streams.check_targets(
+        open_task(write(tmp_path / "all.jsonl", pairs(2))), "train", "lambda is 0"
+    )
 
 
 def test_metrics_count_rows_with_targets_only(tmp_path):
@@ -409,7 +411,7 @@ def test_the_stream_gives_lengths_and_can_be_saved(tmp_path, folders):
         settings["length_buckets"] = buckets
         task = open_task(path, **settings)
         config = data.DataConfig(task=path, feature_lengths=LENGTHS, batch_size=2, **settings)
-        stream = data.TrainIterator(task, config)
+        stream = streams.TrainIterator(task, config)
         for _ in range(3):
             batch = next(stream)
             assert batch.input_lengths.dtype == np.int32
@@ -417,7 +419,7 @@ def test_the_stream_gives_lengths_and_can_be_saved(tmp_path, folders):
             assert not batch.inputs.any()
         stream.save(tmp_path)
         expected = next(stream)
-        resumed = data.TrainIterator(task, config)
+        resumed = streams.TrainIterator(task, config)
         resumed.restore(tmp_path)
         for one, other in zip(next(resumed), expected, strict=True):
             assert one is other is None or np.array_equal(one, other)
@@ -427,7 +429,7 @@ def test_evaluation_gives_lengths_and_fills_up_with_rows_of_one_token(tmp_path, 
     path = write(tmp_path / "data.jsonl", pairs(3))
     task = open_task(path, vocabulary=str(folders["qwen"]))
     settings = {"feature_lengths": LENGTHS, "split": "train", "batch_size": 2}
-    batches = list(data.eval_batches(task, **settings))
+    batches = list(eval_batches.eval_batches(task, **settings))
     assert [len(batch.examples) for batch in batches] == [2, 1]
     expected = [len(vocabularies.of_folder(folders["qwen"]).encode(f"in {i}")) for i in range(3)]
     assert [int(n) for batch in batches for n in batch.batch.input_lengths] == [*expected, 1]
@@ -458,7 +460,7 @@ def test_registered_files_are_the_same_task_each_time(tmp_path):
         assert texts(task, feature="targets") == [f"out {i}" for i in range(4)]
         source = pickle.loads(pickle.dumps(task.source))
         assert len(list(source.get_dataset(split="train"))) == 4
-        other = data.find_task(task.name, vocabularies.arithmetic())
+        other = streams.find_task(task.name, vocabularies.arithmetic())
         assert other.output_features["targets"].vocabulary == vocabularies.arithmetic()
         replaced = task.replace(output_features=other.output_features)
         with pytest.raises(ValueError, match="has the vocabulary it was made with"):

@@ -20,7 +20,7 @@ from gkd_jax.models import t5
 from gkd_jax.planning import hlo, precompile
 from gkd_jax.storage import pretrained
 import gkd_jax.tasks.arithmetic  # noqa: F401
-from gkd_jax.training import optimizers, program, source, train
+from gkd_jax.training import optimizers, program, sizes, train
 from gkd_jax.training.recipe import Recipe, TrainConfig
 
 
@@ -64,7 +64,7 @@ def options(**more):
 
 
 def build(recipe):
-    return program.build(recipe, source.num_pieces_of(recipe))
+    return program.build(recipe, sizes.num_pieces_of(recipe))
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import sentencepiece
 import seqio
 
 from gkd_jax.models import t5
-from gkd_jax.storage import pretrained
+from gkd_jax.storage import vocabulary_checks
 from gkd_jax.text import vocabularies
 
 
@@ -36,11 +36,11 @@ def test_a_vocabulary_with_other_ids_than_t5_is_refused(ids, message, tmp_path):
     """As Llama's, CodeT5's and one that was trained without a pad have them."""
     vocabulary = sentencepiece_file(tmp_path / "spiece.model", **ids)
     with pytest.raises(ValueError, match=f"a T5 needs a vocabulary with pad 0.*{message}"):
-        pretrained.check_special_ids(CONFIG, vocabulary)
+        vocabulary_checks.check_special_ids(CONFIG, vocabulary)
 
 
 def test_the_usual_vocabularies_are_taken(tmp_path):
     usual = sentencepiece_file(tmp_path / "a.model", pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
     for vocabulary in (usual, vocabularies.load("bytes"), vocabularies.load("arithmetic")):
-        pretrained.check_special_ids(CONFIG, vocabulary)
-    pretrained.check_special_ids(CONFIG, vocabularies.t5_default(), check_remote=False)
+        vocabulary_checks.check_special_ids(CONFIG, vocabulary)
+    vocabulary_checks.check_special_ids(CONFIG, vocabularies.t5_default(), check_remote=False)

@@ -19,7 +19,7 @@ from small_runs import LENGTHS
 import gin
 from gkd_jax import main, sharding
 from gkd_jax.batch import Batch
-from gkd_jax.input import data
+from gkd_jax.input import data, streams
 
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -120,7 +120,7 @@ def wait_for_step(model_dir, step):
 SHARDED = "--gin.data.DataConfig.shard_by_process=True"
 
 
-class BothShards(data.TrainIterator):
+class BothShards(streams.TrainIterator):
     """What two processes read, in one: the rows of the first, then those of the second."""
 
     def __init__(self, task, config, _):
@@ -200,8 +200,8 @@ def read(shard, steps, **more):
     config = data.DataConfig(
         task="arithmetic", feature_lengths=LENGTHS, batch_size=8, shard_by_process=True, **more
     )
-    task, _ = data.open_task(config)
-    stream = data.TrainIterator(task, config, shard)
+    task, _ = streams.open_task(config)
+    stream = streams.TrainIterator(task, config, shard)
     batches = [next(stream) for _ in range(steps)]
     return [row.tobytes() for batch in batches for row in batch.inputs]
 

@@ -18,7 +18,7 @@ from gkd_jax import divergences, gkd, sampling
 from gkd_jax.batch import Batch
 from gkd_jax.input import teacher_cache
 from gkd_jax.models import t5
-from gkd_jax.storage import checkpoints, pretrained
+from gkd_jax.storage import checkpoints, pretrained, vocabulary_checks
 from gkd_jax.text import vocabularies
 from gkd_jax.training import metrics, train_state
 
@@ -159,7 +159,7 @@ class GKDJax:
             content = vocabularies.content_hash(student)
             checkpoints.write_params(checkpoint, STUDENT, _student_params(), content)
             model = pretrained.ModelConfig(checkpoint=checkpoint)
-            pretrained.check_vocabularies(teacher, {"student": model}, frozenset())
+            vocabulary_checks.check_vocabularies(teacher, {"student": model}, frozenset())
 
 
 @functools.cache

@@ -8,13 +8,13 @@ so there is one synchronisation a token: this is for evaluation only.
 
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Int
 import numpy as np
-import seqio
 
 from gkd_jax import sharding
 from gkd_jax.models import lm
@@ -27,7 +27,7 @@ Decode = Callable[..., Int[np.ndarray, "B T"]]
 
 def make_decode(
     config: lm.Config,
-    vocabulary: seqio.Vocabulary,
+    vocabulary: Any,
     *,
     mesh: Mesh,
     max_length: int,
@@ -84,7 +84,7 @@ def make_decode(
 class _Row:
     """One sequence: what it has so far, and the calculator's pieces still to be written."""
 
-    def __init__(self, vocabulary: seqio.Vocabulary, eos_ids: tuple[int, ...]):
+    def __init__(self, vocabulary: Any, eos_ids: tuple[int, ...]):
         self.tokens: list[int] = []
         self.ended = False
         self._forced: deque[int] = deque()

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 import numpy as np
-import seqio
 
 from gkd_jax import divergences, gkd, sharding
 from gkd_jax.batch import Batch
@@ -19,7 +18,7 @@ from gkd_jax.input import data
 from gkd_jax.models import lm
 from gkd_jax.rl import Reward
 from gkd_jax.sampling import SamplingConfig, banned_tail, sample, weights_until_eos
-from gkd_jax.text import text_metrics, vocabularies
+from gkd_jax.text import settings, text_metrics
 
 
 class Row(NamedTuple):
@@ -83,6 +82,7 @@ class EvalConfig:
     rewards: Sequence[Reward] = ()
 
     def __post_init__(self):
+        settings.check_types(self)
         made = tuple(reward() if isinstance(reward, type) else reward for reward in self.rewards)
         object.__setattr__(self, "rewards", made)
         if self.decoding not in ("greedy", "sample", "beam", "likeliest"):
@@ -113,7 +113,7 @@ def make_decoder(
     config: lm.Config,
     evaluation: EvalConfig,
     *,
-    vocabulary: seqio.Vocabulary,
+    vocabulary: Any,
     num_pieces: int,
     mesh: Mesh,
     length: int,
@@ -169,7 +169,7 @@ def make_decoder(
 def _decode_fn(
     config: lm.Config,
     evaluation: EvalConfig,
-    vocabulary: seqio.Vocabulary,
+    vocabulary: Any,
     banned: tuple[int, ...],
     mesh: Mesh,
     length: int,
@@ -217,7 +217,7 @@ def _decode_fn(
     return jax.jit(decode_batch, out_shardings=sharding.replicated(mesh))
 
 
-def _single_tokens(vocabulary: seqio.Vocabulary, choices: Sequence[str]) -> set[int]:
+def _single_tokens(vocabulary: Any, choices: Sequence[str]) -> set[int]:
     """The tokens of choices, each one token that no other has.
 
     Raises:
@@ -246,13 +246,15 @@ def teacher_divergence(models: gkd.ModelPair, mesh: Mesh) -> TokenDivergence:
     return jax.jit(values, out_shardings=sharding.replicated(mesh))
 
 
-def to_text(vocabulary: seqio.Vocabulary, tokens: np.ndarray) -> str:
+def to_text(vocabulary: Any, tokens: np.ndarray) -> str:
     """Text of decoded ids, up to the first that ends a text."""
+    from gkd_jax.text import vocabularies  # brings seqio, which timing and planning do without
+
     return vocabularies.decode(vocabulary, tokens.tolist())
 
 
 def score(
-    task: seqio.Task, rows: Sequence[Row], evaluation: EvalConfig = EvalConfig()
+    task: Any, rows: Sequence[Row], evaluation: EvalConfig = EvalConfig()
 ) -> dict[str, float]:
     """The task's metrics of rows, postprocessed as the task says, and what `evaluation` adds.
 
@@ -295,8 +297,10 @@ def score(
     return values
 
 
-def write_rows(path: pathlib.Path, rows: Sequence[Row], vocabulary: seqio.Vocabulary) -> None:
+def write_rows(path: pathlib.Path, rows: Sequence[Row], vocabulary: Any) -> None:
     """JSONL of inputs, targets, predictions and, with a teacher, each token and its divergence."""
+    from gkd_jax.text import vocabularies
+
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
         for row in rows:

@@ -20,15 +20,11 @@ import numpy as np
 from gkd_jax import sharding
 from gkd_jax.evaluation import evaluate, made_by
 from gkd_jax.evaluation.evaluate import EvalConfig
-from gkd_jax.input import data
+from gkd_jax.input import data, eval_batches, streams
 from gkd_jax.models import lm
 from gkd_jax.storage import content
-from gkd_jax.storage.pretrained import (
-    ModelConfig,
-    check_special_ids,
-    check_vocabularies,
-    place_params,
-)
+from gkd_jax.storage.pretrained import ModelConfig, place_params
+from gkd_jax.storage.vocabulary_checks import check_special_ids, check_vocabularies
 from gkd_jax.tasks import rows  # pyright: ignore[reportMissingImports]
 from gkd_jax.text import files
 
@@ -53,7 +49,7 @@ class _Decoding:
     lengths: dict[str, int]
 
     def batches(self, config: data.DataConfig, evaluation: EvalConfig):
-        return data.eval_batches(
+        return eval_batches.eval_batches(
             self.task,
             feature_lengths=self.lengths,
             split=evaluation.split,
@@ -72,8 +68,8 @@ def _prepare(
 ) -> _Decoding:
     if model.memory != "device":
         raise ValueError(f"a model decodes in memory='device', got {model.memory!r}")
-    task, vocabulary = data.open_task(data_config)
-    data.check_split(task, evaluation.split)
+    task, vocabulary = streams.open_task(data_config)
+    streams.check_split(task, evaluation.split)
     config = model.config(vocabulary.vocab_size)
     check_vocabularies(vocabulary, {"model": model}, frozenset())
     check_special_ids(config, vocabulary)
@@ -244,12 +240,14 @@ def _on_first_process(check: Callable[..., None], *arguments: Any) -> None:
         raise error or ValueError("the first process refuses the output: see its message")
 
 
-def _text_batches(text_file: str, ready: _Decoding) -> Iterator[data.EvalBatch]:
+def _text_batches(text_file: str, ready: _Decoding) -> Iterator[eval_batches.EvalBatch]:
     """The lines of a file, each a prompt; all are looked at before the first is decoded."""
     size, lengths = ready.batch_size, ready.lengths
     prompts = rows.read_prompts(text_file, ready.vocabulary, lengths["inputs"])
     starts = range(0, len(prompts), size)
-    return (data.fill_batch(prompts[start : start + size], lengths, size) for start in starts)
+    return (
+        eval_batches.fill_batch(prompts[start : start + size], lengths, size) for start in starts
+    )
 
 
 def _skip(path: pathlib.Path, lines_a_batch: int) -> int:

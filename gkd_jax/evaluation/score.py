@@ -12,15 +12,11 @@ import seqio
 
 from gkd_jax import gkd, sharding
 from gkd_jax.batch import Batch, TopK
-from gkd_jax.input import data, teacher_cache
+from gkd_jax.input import data, eval_batches, streams, teacher_cache
 from gkd_jax.models import lm
 from gkd_jax.storage import checkpoints, content
-from gkd_jax.storage.pretrained import (
-    ModelConfig,
-    check_special_ids,
-    check_vocabularies,
-    place_params,
-)
+from gkd_jax.storage.pretrained import ModelConfig, place_params
+from gkd_jax.storage.vocabulary_checks import check_special_ids, check_vocabularies
 from gkd_jax.text import vocabularies
 
 
@@ -51,12 +47,12 @@ def run(
             something else.
     """
     _check(k, temperature, output)
-    task, vocabulary = data.open_task(data_config)
+    task, vocabulary = streams.open_task(data_config)
     if isinstance(task, seqio.Mixture):
         raise ValueError(
             f"{data_config.task!r} is a mixture, which ends with its shortest task: score its tasks"
         )
-    data.check_split(task, data_config.split)
+    streams.check_split(task, data_config.split)
     num_pieces = vocabularies.num_pieces(vocabulary)
     config = model.config(num_pieces)
     check_vocabularies(vocabulary, {"model": model}, frozenset())
@@ -75,7 +71,7 @@ def run(
     jitted = jax.jit(score, out_shardings=sharding.replicated(mesh))
     params = place_params(model, config, mesh)
     about = _about(model, data_config, vocabulary, k, temperature)
-    batches = data.eval_batches(
+    batches = eval_batches.eval_batches(
         task,
         feature_lengths=data_config.feature_lengths,
         split=data_config.split,
@@ -129,7 +125,7 @@ def _check(k: int, temperature: float, output: str) -> None:
 def _write(
     output: str,
     about: dict[str, Any],
-    batches: Iterator[data.EvalBatch],
+    batches: Iterator[eval_batches.EvalBatch],
     score: Callable[[Batch], TopK],
 ) -> None:
     """Scores the batches that the cache lacks; the first process writes."""

@@ -5,7 +5,6 @@ import sys
 from typing import Any, NamedTuple
 
 import jax
-import seqio
 
 
 LOOKED_AT = 500
@@ -72,7 +71,7 @@ def count(examples: Iterable[Mapping[str, Any]], lengths: Mapping[str, int]) -> 
 
 
 def warn_once(
-    task: seqio.Task | seqio.Mixture,
+    task: Any,
     split: str,
     lengths: Mapping[str, int],
     *,

@@ -89,8 +89,11 @@ class Texts(_Shuffled):
         """Reads a finite dataset of scalar features whole, in its order."""
         batches: Any = dataset.batch(_READ_AT_ONCE)
         rows = list(batches)
-        names = list(dataset.element_spec)  # pyright: ignore[reportArgumentType]
-        self._columns = {name: tf.concat([row[name] for row in rows], 0) for name in names}
+        spec: Any = dataset.element_spec
+        names: list[str] = list(spec)
+        self._columns: dict[str, tf.Tensor] = {
+            name: tf.concat([row[name] for row in rows], 0) for name in names
+        }
         self.size = int(tf.size(self._columns[names[0]])) if rows else 0
 
     def example(self, number: tf.Tensor) -> Mapping[str, tf.Tensor]:

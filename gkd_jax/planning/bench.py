@@ -20,6 +20,7 @@ import dataclasses
 import functools
 import json
 import resource
+import sys
 import time
 from typing import Any
 
@@ -33,20 +34,21 @@ from gkd_jax.input import data
 from gkd_jax.models import lm
 from gkd_jax.planning import hlo
 from gkd_jax.storage.pretrained import initial_params
-from gkd_jax.training import program, source, train_state
+from gkd_jax.training import program, sizes, train_state
 from gkd_jax.training.recipe import Recipe
 
 
 _WARMUP_RUNS = 2
 
 
-def bench(recipe: Recipe, *, runs: int = 20, as_json: bool = False) -> None:
+def bench(recipe: Recipe, *, runs: int = 20, as_json: bool = False, dry_run: bool = False) -> None:
     """Times the phases of a step, on-policy where the method has such steps, and prints them.
 
     Args:
         recipe: of the run; of several shapes of batch, the largest is timed.
         runs: of each phase, after two that do not count; medians are printed.
         as_json: one line of JSON instead of the table.
+        dry_run: check everything, compile and time nothing.
 
     Raises:
         ValueError: for a method with a reward or mixed batches, or what `program.build` refuses.
@@ -60,7 +62,10 @@ def bench(recipe: Recipe, *, runs: int = 20, as_json: bool = False) -> None:
     jax.config.update("jax_enable_compilation_cache", False)
     sampling = dataclasses.replace(method.sampling, eos_ids=())
     recipe = dataclasses.replace(recipe, method=dataclasses.replace(method, sampling=sampling))
-    built = program.build(recipe, source.num_pieces_of(recipe))
+    built = program.build(recipe, sizes.num_pieces_of(recipe))
+    if dry_run:
+        print("dry run: all is well", file=sys.stderr)
+        return
     timed = _measure(built, _random_models(built), runs)
     report: dict[str, Any] = {
         "device": jax.devices()[0].device_kind,

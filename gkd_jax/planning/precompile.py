@@ -31,7 +31,7 @@ from gkd_jax.planning.topologies import GIB, Chip, describe_topology, platform_o
 from gkd_jax.storage import pretrained
 from gkd_jax.storage.pretrained import ModelConfig
 from gkd_jax.text import files
-from gkd_jax.training import program, source
+from gkd_jax.training import program, sizes
 from gkd_jax.training.recipe import Recipe
 
 
@@ -49,6 +49,7 @@ def precompile(
     num_slices: int = 1,
     full: bool = False,
     as_json: bool = False,
+    dry_run: bool = False,
 ) -> None:
     """Compiles the phases of a step for a topology and prints what they need.
 
@@ -60,6 +61,7 @@ def precompile(
         full: compile for a TPU with all of XLA's effort: minutes, and the memory that a real run
             has.
         as_json: one line of JSON instead of the table.
+        dry_run: check everything, compile nothing.
 
     Raises:
         DoesNotFitError: naming the largest arrays, once everything is printed.
@@ -71,10 +73,13 @@ def precompile(
         recipe = dataclasses.replace(recipe, student=_as_on_tpu(recipe.student), teacher=teacher)
     built = program.build(
         recipe,
-        source.num_pieces_of(recipe),
+        sizes.num_pieces_of(recipe),
         pending=_absent_checkpoints(recipe.student, recipe.teacher),
         devices=devices,
     )
+    if dry_run:
+        print("dry run: all is well", file=sys.stderr)
+        return
     phases = {}
     for name, (function, arguments) in program.phases(built).items():
         print(f"compiling {name} ...", file=sys.stderr)

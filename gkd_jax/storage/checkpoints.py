@@ -35,7 +35,6 @@ from orbax.checkpoint.checkpoint_managers import (
 )
 
 from gkd_jax.gkd import TrainState
-from gkd_jax.input.data import TrainIterator
 from gkd_jax.models import lm
 
 
@@ -67,7 +66,7 @@ class _StreamHandler(ocp.CheckpointHandler):
 class StreamSave(ocp.args.CheckpointArgs):
     """Saves a `TrainIterator`."""
 
-    stream: TrainIterator
+    stream: Any
 
 
 @ocp.args.register_with_handler(_StreamHandler, for_restore=True)
@@ -75,7 +74,7 @@ class StreamSave(ocp.args.CheckpointArgs):
 class StreamRestore(ocp.args.CheckpointArgs):
     """Restores a `TrainIterator` in place; `errors` has what was wrong."""
 
-    stream: TrainIterator
+    stream: Any
     errors: list[Exception] = dataclasses.field(default_factory=list)
 
 
@@ -142,9 +141,7 @@ class Checkpoints:
             },
         )
 
-    def restore_newest(
-        self, target: TrainState, stream: TrainIterator | None
-    ) -> tuple[int, TrainState]:
+    def restore_newest(self, target: TrainState, stream: Any) -> tuple[int, TrainState]:
         """The newest checkpoint that can be read whole: its step and its state.
 
         One that fails its own integrity check is named in a warning, and the one before it is
@@ -205,9 +202,7 @@ class Checkpoints:
                 file=sys.stderr,
             )
 
-    def save(
-        self, step: int, state: TrainState, stream: TrainIterator, description: dict[str, Any]
-    ) -> None:
+    def save(self, step: int, state: TrainState, stream: Any, description: dict[str, Any]) -> None:
         """Copies the state off the device and writes it while training goes on.
 
         Args:
@@ -239,7 +234,7 @@ class Checkpoints:
         """Returns once everything that was saved is written."""
         self._orbax.wait_until_finished()
 
-    def _restore(self, step: int, target: TrainState, stream: TrainIterator | None) -> TrainState:
+    def _restore(self, step: int, target: TrainState, stream: Any) -> TrainState:
         """The state at a step, laid out as `target` (arrays or placed `ShapeDtypeStruct`s)."""
         stored = read_description(self._folder / str(step)).get("fingerprints", {})
         for name in ("params", "opt_state"):

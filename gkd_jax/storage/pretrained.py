@@ -9,12 +9,11 @@ from typing import Any
 from etils import epath
 import jax
 from jax.sharding import Mesh
-import seqio
 
 from gkd_jax import convert, sharding
 from gkd_jax.models import lm, quantized
 from gkd_jax.storage import checkpoints, content
-from gkd_jax.text import vocabularies
+from gkd_jax.text import settings
 
 
 _HOST = "pinned_host"
@@ -56,6 +55,7 @@ class ModelConfig:
     attention_by_row: bool | None = None
 
     def __post_init__(self):
+        settings.check_types(self)
         if self.size is None and self.checkpoint is None:
             raise ValueError(
                 "a model needs a size (tiny, small, base, large, xl, xxl) or a checkpoint, got None"
@@ -235,53 +235,6 @@ def initial_params(
         return jax.tree.map(lambda x: x.astype(dtype), lm.init(config, key))
 
     return jax.jit(init, out_shardings=where)(key)
-
-
-def check_vocabularies(
-    vocabulary: seqio.Vocabulary, chosen: dict[str, ModelConfig | None], pending: frozenset[str]
-) -> None:
-    """Our own checkpoints know their vocabulary; others' hold none to compare."""
-    for name, model in chosen.items():
-        if model is None or model.checkpoint is None or model.checkpoint in pending:
-            continue
-        step_folder = checkpoints.find_step(model.checkpoint)
-        if step_folder is None:
-            continue
-        found = checkpoints.read_description(step_folder)["vocabulary"]
-        expected = vocabularies.content_hash(vocabulary)
-        if found and found != expected:
-            raise ValueError(
-                f"the {name}'s checkpoint {model.checkpoint!r} was trained with another vocabulary "
-                f"(content {found[:12]}) than this task's (content {expected[:12]})"
-            )
-
-
-def check_special_ids(
-    config: lm.Config, vocabulary: seqio.Vocabulary, *, check_remote: bool = True
-) -> None:
-    """A family with special ids of its own needs a vocabulary that has them too.
-
-    A T5 masks id 0, starts a target with it and ends one with id 1. Others have none of their own.
-
-    Args:
-        config: of a model of any family.
-        vocabulary: of the run.
-        check_remote: False leaves remote vocabularies untouched.
-
-    Raises:
-        ValueError: naming the ids of a vocabulary that differs.
-    """
-    remote = "://" in getattr(vocabulary, "sentencepiece_model_file", "")
-    if not config.family.EOS_IDS or (remote and not check_remote):
-        return
-    ends, pad, unknown = vocabularies.end_ids(vocabulary), vocabulary.pad_id, vocabulary.unk_id
-    expected = config.family.EOS_IDS, config.family.BANNED_IDS[0]
-    if (ends, pad) != expected or unknown == pad:
-        raise ValueError(
-            f"a T5 needs a vocabulary with pad {expected[1]}, end of text {expected[0][0]} and a "
-            "piece that is masked nowhere for what is unknown; this one has "
-            f"pad {pad}, end of text {', '.join(map(str, ends)) or 'none'} and unknown {unknown}"
-        )
 
 
 def load_config(path: str) -> lm.Config:

@@ -10,7 +10,7 @@ import sentencepiece
 import seqio
 import tensorflow as tf
 
-from gkd_jax.text import files, tokenizer_folder
+from gkd_jax.text import files, known_sizes, tokenizer_folder
 from gkd_jax.text.tokenizer_folder import TokenizerVocabulary
 
 
@@ -20,14 +20,6 @@ T5_EXTRA_IDS = 100
 SENTENCEPIECE_FILES = ("spiece.model", "sentencepiece.model", "tokenizer.model")
 
 PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
-
-ARITHMETIC_LARGEST = 99
-_ARITHMETIC_WORDS = (
-    ". ? + - * = The answer is has more How many are there now "
-    "gets finds buys wins gives away loses sells drops doubles triples the number of "
-    "Ada Ben Cleo Dan Eve Finn Gus Ivy "
-    "apples books coins eggs pens shells stamps stones"
-)
 
 
 def load(spec: str, *, extra_ids: int = 0, check_remote: bool = True) -> seqio.Vocabulary:
@@ -347,7 +339,7 @@ class WordVocabulary(seqio.Vocabulary):
 
 def arithmetic() -> WordVocabulary:
     """The words of the task `arithmetic`, with every number as one token."""
-    return WordVocabulary([*_ARITHMETIC_WORDS.split(), *map(str, range(ARITHMETIC_LARGEST + 1))])
+    return WordVocabulary(known_sizes.ARITHMETIC_WORDS)
 
 
 def train_sentencepiece(

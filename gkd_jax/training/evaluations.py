@@ -12,7 +12,7 @@ import seqio
 
 from gkd_jax import sharding
 from gkd_jax.evaluation import evaluate
-from gkd_jax.input import data
+from gkd_jax.input import eval_batches, streams
 from gkd_jax.models import lm
 from gkd_jax.text import vocabularies
 from gkd_jax.training.program import Program
@@ -64,18 +64,18 @@ class Evaluations:
         name, task = self._config.task or self._data.task, source.task
         if name != self._data.task:
             chosen = dataclasses.replace(self._data, task=name)
-            task, vocabulary = data.open_task(chosen, check_remote=check_remote)
+            task, vocabulary = streams.open_task(chosen, check_remote=check_remote)
             if not vocabularies.same(vocabulary, source.vocabulary):
                 raise ValueError(
                     f"EVAL_TASK {name!r} has another vocabulary than {self._data.task!r}, which "
                     "the student is trained on: set VOCABULARY for both, or evaluate another task"
                 )
         if not isinstance(task, seqio.Mixture):
-            data.check_split(task, self._config.split)
+            streams.check_split(task, self._config.split)
             yield name, task
             return
         for part in task.tasks:
-            data.check_split(part, self._config.split)
+            streams.check_split(part, self._config.split)
             yield part.name, part
 
     def check_first_examples(self) -> None:
@@ -93,8 +93,8 @@ class Evaluations:
             if first is None:
                 raise ValueError(f"{where}, has no examples")
 
-    def _batches(self, task: Any, *, num_examples: int | None) -> Iterator[data.EvalBatch]:
-        return data.eval_batches(
+    def _batches(self, task: Any, *, num_examples: int | None) -> Iterator[eval_batches.EvalBatch]:
+        return eval_batches.eval_batches(
             task,
             feature_lengths=self._lengths,
             split=self._config.split,

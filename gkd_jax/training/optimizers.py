@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 import optax
 
 from gkd_jax.gkd_config import Schedule
+from gkd_jax.text import settings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,7 @@ class Linear:
     cooldown_steps: int = 0
 
     def __post_init__(self):
+        settings.check_types(self)
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
         for name in ("warmup_steps", "cooldown_steps"):
@@ -81,6 +83,7 @@ class AdamW:
     max_grad_norm: float | None = None
 
     def __post_init__(self):
+        settings.check_types(self)
         _check_max_grad_norm(self.max_grad_norm)
 
     def __call__(self, schedule: Schedule) -> optax.GradientTransformation:
@@ -149,6 +152,7 @@ class Adafactor:
     max_grad_norm: float | None = None
 
     def __post_init__(self):
+        settings.check_types(self)
         _check_max_grad_norm(self.max_grad_norm)
 
     def __call__(self, schedule: Schedule) -> optax.GradientTransformation:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 import dataclasses
 import functools
 import inspect
+import os
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from gkd_jax.gkd_config import GKDConfig, Schedule
 from gkd_jax.input.data import DataConfig
 from gkd_jax.sharding import MeshConfig
 from gkd_jax.storage.pretrained import ModelConfig
+from gkd_jax.text import settings
 from gkd_jax.training.optimizers import Linear, Optimizer
 
 
@@ -58,6 +60,7 @@ class TrainConfig:
     sample_ahead: bool = False
 
     def __post_init__(self):
+        settings.check_types(self)
         for name in ("train_steps", "save_period", "num_microbatches", "log_period"):
             _check_positive(name, getattr(self, name))
         for name in ("eval_period", "keep", "keep_period"):
@@ -120,6 +123,11 @@ class Recipe:
     def learning_rate(self) -> Schedule:
         """The learning rate of each update."""
         return self.schedule.over(self.train.train_steps)
+
+
+def phase_dir(model_dir: str, phase: str) -> str:
+    """The MODEL_DIR of one run of a study; for gin files, which cannot join strings."""
+    return os.path.join(model_dir, phase)
 
 
 # What another run of the same MODEL_DIR may have changed: it does not change what a step computes.

@@ -13,7 +13,7 @@ import numpy as np
 from gkd_jax import gkd, rl
 from gkd_jax.batch import Batch
 from gkd_jax.evaluation import evaluate
-from gkd_jax.input import data
+from gkd_jax.input import data, streams
 from gkd_jax.input.teacher_cache import TeacherCache
 from gkd_jax.models import lm
 from gkd_jax.sampling import Sample
@@ -64,7 +64,7 @@ class Rollouts:
         program: Program,
         source: Source,
         steps: Steps,
-        stream: data.TrainIterator,
+        stream: streams.TrainIterator,
         clock: DeviceClock,
     ):
         """Takes over a stream that stands at the first step to come."""

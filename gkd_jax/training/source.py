@@ -2,8 +2,8 @@
 
 from typing import Any, NamedTuple
 
-from gkd_jax.input import data, teacher_cache
-from gkd_jax.storage import content, pretrained
+from gkd_jax.input import streams, teacher_cache
+from gkd_jax.storage import content, vocabulary_checks
 from gkd_jax.text import vocabularies
 from gkd_jax.training.recipe import Recipe, describe
 
@@ -39,20 +39,15 @@ def open_source(
     Raises:
         ValueError: for a split, cache or checkpoint that does not fit the task and its vocabulary.
     """
-    task, vocabulary = data.open_task(recipe.data, check_remote=check_remote)
-    data.check_split(task, recipe.data.split)
+    task, vocabulary = streams.open_task(recipe.data, check_remote=check_remote)
+    streams.check_split(task, recipe.data.split)
     cached_k = _check_cache(recipe, vocabulary, pending)
     chosen = {"student": recipe.student, "teacher": recipe.teacher}
-    pretrained.check_vocabularies(vocabulary, chosen, pending)
+    vocabulary_checks.check_vocabularies(vocabulary, chosen, pending)
     num_pieces = vocabularies.num_pieces(vocabulary, check_remote=check_remote)
     remote = "://" in getattr(vocabulary, "sentencepiece_model_file", "")
     ends = None if remote and not check_remote else vocabularies.end_ids(vocabulary) or None
     return Source(task, vocabulary, num_pieces, cached_k, ends)
-
-
-def num_pieces_of(recipe: Recipe) -> int:
-    """How many ids the recipe's vocabulary has, of which alone shapes depend."""
-    return open_source(recipe, check_remote=False).num_pieces
 
 
 def _check_cache(recipe: Recipe, vocabulary: Any, pending: frozenset[str]) -> int:

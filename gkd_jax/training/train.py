@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 import contextlib
 import dataclasses
 import functools
-import os
 import pathlib
 import sys
 import time
@@ -13,8 +12,8 @@ from typing import Any
 import jax
 
 from gkd_jax.gkd import TrainState
-from gkd_jax.input import data
-from gkd_jax.storage import checkpoints, pretrained
+from gkd_jax.input import data, streams
+from gkd_jax.storage import checkpoints, pretrained, vocabulary_checks
 from gkd_jax.text import files, vocabularies
 from gkd_jax.training import (
     interrupts,
@@ -31,7 +30,7 @@ from gkd_jax.training.source import Source, open_source
 from gkd_jax.training.step_log import StepLog
 
 
-__all__ = ["TrainConfig", "phase_dir", "train"]
+__all__ = ["TrainConfig", "train"]
 
 
 def train(
@@ -68,7 +67,7 @@ def train(
         cached_k=source.cached_k,
         pending=pending,
     )
-    pretrained.check_special_ids(
+    vocabulary_checks.check_special_ids(
         program.models.student, source.vocabulary, check_remote=not dry_run
     )
     folder = pathlib.Path(model_dir)
@@ -266,11 +265,11 @@ class _Run:
             scores=scores,
         )
 
-    def begin(self) -> tuple[int, TrainState, data.TrainIterator]:
+    def begin(self) -> tuple[int, TrainState, streams.TrainIterator]:
         """The steps done, the state after them, and the stream of batches at that position."""
         program, recipe = self.program, self.program.recipe
         shard = data.process_shard(recipe.data, program.mesh)
-        stream = data.TrainIterator(self.source.task, recipe.data, shard)
+        stream = streams.TrainIterator(self.source.task, recipe.data, shard)
         self._check_first_batch(run_record.batch_hash(stream.peek()), shard)
         if self.is_new:
             params = pretrained.initial_params(
@@ -331,8 +330,3 @@ def _teacher(program: Program) -> Any:
     return pretrained.initial_params(
         recipe.teacher, program.models.teacher, program.teacher, key, "teacher"
     )
-
-
-def phase_dir(model_dir: str, phase: str) -> str:
-    """The MODEL_DIR of one run of a study; for gin files, which cannot join strings."""
-    return os.path.join(model_dir, phase)

@@ -1,0 +1,1 @@
+"""What a person types: flags, gin files with their macros, and the process that they start."""

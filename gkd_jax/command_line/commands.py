@@ -1,0 +1,165 @@
+"""What each command does with its flags and gin files."""
+
+from collections.abc import Callable
+import os
+import pathlib
+import sys
+from typing import Any
+
+from gkd_jax.command_line import gin_files, process
+from gkd_jax.command_line.flags import UsageError
+
+
+def run(command: str, values: Any, bindings: list[tuple[str, str]], positional: list[str]) -> None:
+    """Runs a command: sets the process up, reads its gin files, and starts it."""
+    if command in ("convert", "report"):
+        if command == "convert":
+            process.set_up(reads_data=False)
+            _convert(values)
+        else:
+            _report(values, positional)
+        return
+    if not values.gin_file:
+        raise UsageError(f"{command} needs --gin_file=FILE")
+    start, reads_data = _COMMANDS[command]
+    process.set_up(reads_data=reads_data, tfds_data_dir=values.tfds_data_dir)
+    gin_files.parse(values.gin_file, bindings, values.gin_search_paths)
+    start(values)
+
+
+def _train(values: Any) -> None:
+    from gkd_jax.training import metrics, train
+    from gkd_jax.training.recipe import Recipe
+
+    allowed = gin_files.macro("ALLOW_CHANGES", ())
+    if isinstance(allowed, str):
+        raise UsageError(f"ALLOW_CHANGES must be a tuple of names, got {allowed!r}")
+    model_dir = gin_files.macro("MODEL_DIR", None)
+    if not isinstance(model_dir, str):
+        raise UsageError(f"MODEL_DIR must be a string, the folder of the run, got {model_dir!r}")
+    settings = {
+        "dry_run": values.dry_run,
+        "config_text": gin_files.operative,
+        "macros": gin_files.macros(),
+        "allow_changes": [field for name in allowed for field in gin_files.fields_of(name)],
+    }
+    make_recipe = gin_files.configured(Recipe)
+    phases = gin_files.macro("PHASES", ())
+    if not phases:
+        train.train(recipe=make_recipe(), model_dir=model_dir, **settings)
+        return
+    root = pathlib.Path(model_dir)
+    pending = frozenset(str(root / phase) for phase in phases if values.dry_run)
+    for phase in phases:
+        print(f"\n=== {phase} ===", file=sys.stderr)
+        with gin_files.scope(phase):
+            recipe = make_recipe()
+        train.train(
+            recipe=recipe,
+            model_dir=str(root / phase),
+            name=phase,
+            pending=pending,
+            **settings,
+        )
+    if not values.dry_run:
+        print(metrics.study_table(root, phases))
+
+
+def _eval(values: Any) -> None:
+    from gkd_jax.evaluation import infer
+
+    gin_files.configured(infer.evaluate_checkpoint)(dry_run=values.dry_run)
+
+
+def _infer(values: Any) -> None:
+    from gkd_jax.evaluation import infer
+
+    gin_files.configured(infer.run)(dry_run=values.dry_run)
+
+
+def _score(values: Any) -> None:
+    from gkd_jax.evaluation import score
+
+    gin_files.configured(score.run)(dry_run=values.dry_run)
+
+
+def _precompile(values: Any) -> None:
+    from gkd_jax.planning import precompile
+
+    if values.topology is None:
+        raise UsageError("precompile needs --topology=cpu or, say, --topology=v5e:8x8")
+    precompile.precompile(
+        _recipe(values.phase),
+        values.topology,
+        num_slices=values.num_slices,
+        full=values.full,
+        as_json=values.json,
+        dry_run=values.dry_run,
+    )
+
+
+def _bench(values: Any) -> None:
+    from gkd_jax.planning import bench
+
+    if values.runs < 1:
+        raise UsageError(f"--runs must be positive, got {values.runs}")
+    bench.bench(
+        _recipe(values.phase), runs=values.runs, as_json=values.json, dry_run=values.dry_run
+    )
+
+
+def _recipe(phase: str | None) -> Any:
+    """The recipe that `train` would be given."""
+    from gkd_jax.training.recipe import Recipe
+
+    phases = gin_files.macro("PHASES", ())
+    if phase not in (phases or (None,)):
+        raise UsageError(f"--phase must be one of {list(phases)} here, got {phase!r}")
+    with gin_files.scope(phase):
+        return gin_files.configured(Recipe)(evaluation=None)
+
+
+def _convert(values: Any) -> None:
+    from gkd_jax.storage import conversion
+
+    for name in ("input", "output", "to"):
+        if getattr(values, name) is None:
+            raise UsageError(f"convert needs --{name}")
+    conversion.convert_checkpoint(
+        values.input,
+        values.output,
+        to=values.to,
+        dtype=values.dtype,
+        step=values.step,
+        dry_run=values.dry_run,
+    )
+
+
+def _report(values: Any, run_dirs: list[str]) -> None:
+    if not run_dirs or values.output is None:
+        raise UsageError(
+            "report needs run directories and --output: report RUN_DIR... --output=DIR"
+        )
+    missing = [path for path in run_dirs if not os.path.exists(path)]
+    if missing:
+        raise UsageError(f"report: there is no {missing[0]!r}")
+    if values.dry_run:
+        print("dry run: all is well", file=sys.stderr)
+        return
+    from gkd_jax import report
+    from gkd_jax.report import archive
+
+    report.write(run_dirs, values.output)
+    if values.archive is not None:
+        archive.write(run_dirs, values.archive)
+    print(f"wrote {os.path.join(values.output, 'report.html')}", file=sys.stderr)
+
+
+_COMMANDS: dict[str, tuple[Callable[[Any], None], bool]] = {
+    "train": (_train, True),
+    "eval": (_eval, True),
+    "infer": (_infer, True),
+    "score": (_score, True),
+    "precompile": (_precompile, False),
+    "bench": (_bench, False),
+}

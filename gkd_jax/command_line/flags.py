@@ -1,0 +1,191 @@
+"""The commands and their flags. Nothing here is slow to import: `--help` answers at once."""
+
+from collections.abc import Iterable
+import dataclasses
+import difflib
+import re
+from typing import Any
+
+from absl import flags
+
+
+class UsageError(Exception):
+    """Something on the command line or in a gin file is wrong."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Command:
+    """What the command line says of a command.
+
+    Attributes:
+        does: on one line.
+        example: a whole command line.
+        required: macros that have no default, with what they are.
+        reads_gin: whether it takes gin files.
+    """
+
+    does: str
+    example: str
+    required: tuple[str, ...] = ()
+    reads_gin: bool = True
+
+
+_TRAIN = (
+    "MODEL_DIR: the folder of the run",
+    "MIXTURE_OR_TASK_NAME: a task, or the path of a JSONL file",
+    "STUDENT_SIZE or STUDENT_CHECKPOINT, TEACHER_SIZE or TEACHER_CHECKPOINT",
+)
+_DECODE = (
+    "CHECKPOINT: a MODEL_DIR, a Hugging Face folder or a T5X checkpoint",
+    "MIXTURE_OR_TASK_NAME: a task, or the path of a JSONL file",
+)
+COMMANDS = {
+    "train": Command(
+        does="SFT, supervised KD, SeqKD, GKD: whatever the gin file says; resumes by itself",
+        example="gkd-jax train --gin_file=gin/gkd.gin --gin.MODEL_DIR=/tmp/run "
+        "--gin.MIXTURE_OR_TASK_NAME=arithmetic --gin.STUDENT_SIZE=tiny "
+        "--gin.TEACHER_CHECKPOINT=/tmp/teacher",
+        required=_TRAIN,
+    ),
+    "eval": Command(
+        does="decodes and scores a task's split with a checkpoint",
+        example="gkd-jax eval --gin_file=gin/eval.gin --gin.CHECKPOINT=/tmp/run "
+        "--gin.MIXTURE_OR_TASK_NAME=arithmetic --gin.OUTPUT_DIR=/tmp/run/test",
+        required=(*_DECODE, "OUTPUT_DIR: the folder of metrics.json and predictions.jsonl"),
+    ),
+    "convert": Command(
+        does="a checkpoint to Hugging Face's, T5X's or our own format",
+        example="gkd-jax convert --input=/tmp/run --output=/tmp/hf --to=hf",
+        reads_gin=False,
+    ),
+    "infer": Command(
+        does="decodes a task's inputs, or a text file, to JSONL",
+        example="gkd-jax infer --gin_file=gin/infer.gin --gin.CHECKPOINT=/tmp/teacher "
+        "--gin.MIXTURE_OR_TASK_NAME=arithmetic --gin.OUTPUT=/tmp/outputs.jsonl",
+        required=(*_DECODE, "OUTPUT: the JSONL file"),
+    ),
+    "score": Command(
+        does="a teacher's top-k probabilities of a split, to distil from without the teacher",
+        example="gkd-jax score --gin_file=gin/score.gin --gin.CHECKPOINT=/tmp/teacher "
+        "--gin.MIXTURE_OR_TASK_NAME=arithmetic --gin.OUTPUT=/tmp/scores",
+        required=(*_DECODE, "OUTPUT: the folder of the scores"),
+    ),
+    "precompile": Command(
+        does="memory, FLOPs and time of a run on TPUs or GPUs that are not there (or on cpu)",
+        example="gkd-jax precompile --topology=v5e:8x8 --gin_file=gin/paper/xsum/gkd.gin "
+        "--gin.MODEL_DIR=/tmp/run",
+        required=_TRAIN,
+    ),
+    "bench": Command(
+        does="times the phases of a step on this machine",
+        example="gkd-jax bench --gin_file=gin/bench/config1.gin --json",
+        required=_TRAIN,
+    ),
+    "report": Command(
+        does="tables and figures of run directories: report RUN_DIR... --output=DIR",
+        example="gkd-jax report /tmp/runs/* --output=/tmp/report",
+        reads_gin=False,
+    ),
+}
+USAGE = (
+    "usage: gkd-jax COMMAND [--gin_file=FILE ...] [--gin.MACRO=VALUE ...]\n\n"
+    + "\n".join(f"  {name:<12}{command.does}" for name, command in COMMANDS.items())
+    + "\n\n  gkd-jax COMMAND --help   its flags, its required macros and an example"
+    + "\n  gkd-jax --version        the version"
+)
+
+
+def define(command: str) -> flags.FlagValues:
+    """The flags of a command, with their defaults."""
+    values = flags.FlagValues()
+
+    def add(kind: Any, name: str, default: Any, *rest: Any) -> None:
+        kind(name, default, *rest, flag_values=values)
+
+    add(flags.DEFINE_bool, "dry_run", False, "check everything; write and load nothing")
+    add(flags.DEFINE_bool, "traceback", False, "show where an error came from")
+    if COMMANDS[command].reads_gin:
+        add(flags.DEFINE_multi_string, "gin_file", [], "a gin file; later ones win")
+        add(flags.DEFINE_multi_string, "gin_bindings", [], "one gin binding")
+        add(flags.DEFINE_list, "gin_search_paths", ["."], "where gin files lie")
+        add(flags.DEFINE_string, "tfds_data_dir", None, "where TFDS data sets lie")
+    if command == "convert":
+        add(flags.DEFINE_string, "input", None, "a checkpoint of any format")
+        add(flags.DEFINE_string, "output", None, "a folder that does not exist")
+        add(flags.DEFINE_enum, "to", None, ["hf", "t5x", "gkd"], "the format")
+        dtypes = ["stored", "float32", "bfloat16"]
+        add(flags.DEFINE_enum, "dtype", "stored", dtypes, "of the output; stored: the input's")
+        add(flags.DEFINE_integer, "step", None, "of a T5X checkpoint; default: the input's")
+    if command in ("precompile", "bench"):
+        add(flags.DEFINE_string, "phase", None, "which run of a study")
+        add(flags.DEFINE_bool, "json", False, "one line of JSON")
+    if command == "precompile":
+        add(flags.DEFINE_string, "topology", None, "cpu, v5e:8x8, v5p:4x4x4, h100:1x1x8, ...")
+        add(flags.DEFINE_integer, "num_slices", 1, "slices of this shape")
+        add(flags.DEFINE_bool, "full", False, "with all of XLA's effort")
+    if command == "bench":
+        add(flags.DEFINE_integer, "runs", 20, "of each phase")
+    if command == "report":
+        add(flags.DEFINE_string, "output", None, "a folder for the report")
+        add(flags.DEFINE_string, "archive", None, "a .jsonl file for small copies of the runs")
+    add(flags.DEFINE_bool, "help", False, "this text")
+    return values
+
+
+def describe(command: str) -> str:
+    """What `gkd-jax COMMAND --help` prints."""
+    about, values = COMMANDS[command], define(command)
+    lines = [f"gkd-jax {command}: {about.does}", "", "example:", f"  {about.example}"]
+    if about.required:
+        lines += ["", "macros without a default (--gin.MACRO=VALUE):"]
+        lines += [f"  {text}" for text in about.required]
+        lines += ["  the gin files list all others, and docs/configuration.md explains them"]
+    lines += ["", "flags:"]
+    for name in sorted(values):
+        flag = values[name]
+        default = "" if flag.default in (None, [], False) else f" (default {flag.default})"
+        lines.append(f"  --{name:<20}{flag.help}{default}")
+    return "\n".join(lines)
+
+
+def parse(command: str, arguments: Iterable[str]) -> tuple[Any, list[tuple[str, str]], list[str]]:
+    """Flags, gin bindings as (name, value) in their order, and what is neither.
+
+    Raises:
+        UsageError: for an unknown flag, or a binding without a value.
+    """
+    values = define(command)
+    bindings: list[tuple[str, str]] = []
+    others = []
+    for argument in arguments:
+        if argument == "-h":
+            argument = "--help"
+        if argument.startswith("--gin."):
+            bindings.append(_binding(argument.removeprefix("--gin."), argument))
+        else:
+            others.append(argument)
+    try:
+        extra = values(["gkd-jax", *others])[1:]
+    except flags.Error as error:
+        raise UsageError(f"{command}: {error}") from None
+    if extra and command != "report":
+        raise UsageError(f"{command} takes flags only, got {extra[0]!r}")
+    if bindings and not COMMANDS[command].reads_gin:
+        raise UsageError(f"{command} reads no gin files, got --gin.{bindings[0][0]}")
+    given = [_binding(text, text) for text in getattr(values, "gin_bindings", [])]
+    return values, [*given, *bindings], extra
+
+
+def _binding(text: str, argument: str) -> tuple[str, str]:
+    name, separator, value = (part.strip() for part in text.partition("="))
+    if not separator or not value:
+        raise UsageError(f"{argument!r} has no value: write --gin.{name}=VALUE")
+    if not re.fullmatch(r"[\w./]+", name):
+        raise UsageError(f"{argument!r}: {name!r} is no name of a macro or a parameter")
+    return name, value
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """ " (did you mean 'x'?)", or nothing where no name is close."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,0 +1,188 @@
+"""gin files and the macros they define. Nothing outside this room imports gin."""
+
+from collections.abc import Callable, Iterable
+import contextlib
+import logging
+import os
+import pathlib
+import re
+from typing import Any
+
+import gin
+import gkd_jax
+from gkd_jax.command_line.flags import UsageError, suggestion
+
+
+REQUIRED = "%gin.REQUIRED"
+# A path or a word that gin would not take, and that can only be meant as a string.
+_BARE = re.compile(r"[\w./~:$+-]*[A-Za-z/~][\w./~:$+-]*")
+
+
+def parse(
+    files: Iterable[str], bindings: Iterable[tuple[str, str]], search_paths: Iterable[str]
+) -> None:
+    """Reads files, then bindings, which can name whatever the files import.
+
+    Raises:
+        UsageError: for a file or a binding that gin does not take, a macro that no file defines,
+            or macros without a value (all of them at once).
+    """
+    package = pathlib.Path(gkd_jax.__file__).parent
+    for path in [*search_paths, str(package.parent), str(package)]:
+        gin.add_config_file_search_path(path)
+    for name in files:
+        try:
+            with _quiet():
+                gin.parse_config_file(_recipe(name, package))
+        except OSError as error:
+            raise UsageError(f"--gin_file: cannot read {name!r}: {error}") from None
+        except Exception as error:
+            raise UsageError(f"{name}: {one_message(error)}") from error
+    header = _imports()
+    for name, value in bindings:
+        if "." not in name:
+            _check_macro(name)
+        try:
+            gin.parse_config(f"{header}{name} = {_as_gin(value)}")
+        except Exception as error:
+            raise UsageError(f"--gin.{name}={value}: {one_message(error)}") from error
+    _expand_paths()
+    missing = [name for name, value in macros().items() if value == REQUIRED]
+    if missing:
+        raise UsageError(
+            "; ".join(f"{name} is required: --gin.{name}=\"'...'\"" for name in missing)
+        )
+
+
+def _recipe(name: str, package: pathlib.Path) -> str:
+    """A file's path; a bare word such as `quickstart` is a recipe of ours."""
+    if os.path.exists(name) or not re.fullmatch(r"[\w/]+", name):
+        return name
+    for root in (pathlib.Path(), package.parent, package):
+        if (root / "gin" / f"{name}.gin").is_file():
+            return str(root / "gin" / f"{name}.gin")
+    return name
+
+
+@contextlib.contextmanager
+def _quiet():
+    """gin logs an error for each search path that lacks a file, also where another has it."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def _imports() -> str:
+    """The imports of the files that were read, as gin text."""
+    lines = (
+        line for line in gin.config_str().splitlines() if line.startswith(("import ", "from "))
+    )
+    first = "from __gin__ import dynamic_registration"
+    return "\n".join(dict.fromkeys([first, *lines])) + "\n"
+
+
+def _as_gin(value: str) -> str:
+    """A value as gin reads it; a bare path or word becomes a string."""
+    try:
+        gin.config.parse_value(value)  # pyright: ignore[reportAttributeAccessIssue]
+    except Exception:
+        if _BARE.fullmatch(value):
+            return repr(value)
+    return value
+
+
+def _expand_paths() -> None:
+    """`~` and `$NAME` in macros that are strings.
+
+    Raises:
+        UsageError: naming the macro whose variable is not set.
+    """
+    for name in macros():
+        value = macro(name, None)
+        if not isinstance(value, str) or not ("$" in value or value.startswith("~")):
+            continue
+        expanded = os.path.expanduser(os.path.expandvars(value))
+        if re.search(r"\$\w|\$\{", expanded) or expanded.startswith("~"):
+            raise UsageError(f"{name}={value!r} holds a variable or a user that is not known here")
+        gin.parse_config(f"{name} = {expanded!r}")
+
+
+def _check_macro(name: str) -> None:
+    """gin accepts any macro; one that no file defines is a slip of the pen."""
+    known = macros()
+    if name not in known:
+        raise UsageError(
+            f"--gin.{name}: no such macro in the gin files{suggestion(name, known)}; "
+            f"they define {', '.join(sorted(known))}"
+        )
+
+
+def macros() -> dict[str, str]:
+    """Every macro that the gin files and the command line define, with its value as written."""
+    return {name: value for name, value in _lines() if re.fullmatch(r"[A-Za-z_]\w*", name)}
+
+
+def _lines() -> list[tuple[str, str]]:
+    """(left, right) of every binding."""
+    joined = re.sub(r"\\\n\s*", "", gin.config_str(max_line_length=10_000))
+    pairs = (re.match(r"([\w./]+) = (.*)", line) for line in joined.splitlines())
+    return [(pair[1], pair[2]) for pair in pairs if pair]
+
+
+def macro(name: str, default: Any) -> Any:
+    """The value of a macro, or a default where no file defines it."""
+    try:
+        return gin.query_parameter(f"%{name}")
+    except ValueError:
+        return default
+
+
+def fields_of(name: str) -> list[str]:
+    """The parameters that a macro sets, as "[scope/]Type.field"; the name itself if none."""
+    set_by = [left for left, right in _lines() if right == f"%{name}"]
+    found = []
+    for left in set_by:
+        scope, _, selector = left.rpartition("/")
+        found.append("/".join([*([scope] if scope else []), ".".join(selector.split(".")[-2:])]))
+    return found or [name]
+
+
+def macros_that_set(field: str) -> list[str]:
+    """The macros that set a parameter "Type.field", in any scope."""
+    ends = f".{field}"
+    return sorted(
+        {
+            right.removeprefix("%")
+            for left, right in _lines()
+            if f".{left.rpartition('/')[2]}".endswith(ends)
+            and re.fullmatch(r"%[A-Za-z_]\w*", right)
+        }
+    )
+
+
+def configured(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function whose parameters the gin files bind."""
+    return gin.get_configurable(function)
+
+
+def scope(name: str | None) -> Any:
+    """The context in which bindings of a scope hold."""
+    return gin.config_scope(name)
+
+
+def operative() -> str:
+    """What was used of the configuration so far, as gin text."""
+    return gin.operative_config_str()
+
+
+def one_message(error: BaseException) -> str:
+    """The message without gin's account of the call it happened in."""
+    lines = [
+        line
+        for line in str(error).splitlines()
+        if line.strip() and not line.lstrip().startswith(("In call to configurable", "In file "))
+    ]
+    return " ".join(line.strip() for line in lines) or type(error).__name__
