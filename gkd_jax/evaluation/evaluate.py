@@ -109,6 +109,13 @@ class EvalConfig:
                 raise ValueError(f"{name} must be a positive integer or None, got {value!r}")
 
 
+def _vocabularies() -> Any:
+    """The module, which brings seqio: timing and planning need this one without."""
+    from gkd_jax.text import vocabularies
+
+    return vocabularies
+
+
 def make_decoder(
     config: lm.Config,
     evaluation: EvalConfig,
@@ -133,7 +140,7 @@ def make_decoder(
         divergence: at each decoded token (see `teacher_divergence`); needs `teacher_params`.
     """
     banned = banned_tail(config, num_pieces)
-    ends = vocabularies.end_ids(vocabulary) or config.family.EOS_IDS
+    ends = _vocabularies().end_ids(vocabulary) or config.family.EOS_IDS
     decode_fn = _decode_fn(config, evaluation, vocabulary, banned, mesh, length)
     repeats = evaluation.num_samples
 
@@ -175,7 +182,7 @@ def _decode_fn(
     length: int,
 ):
     """(params, inputs, lengths, key) -> tokens, replicated: every process can read all rows."""
-    ends = vocabularies.end_ids(vocabulary) or None
+    ends = _vocabularies().end_ids(vocabulary) or None
     if evaluation.calculator:
         decode = calculator_decoding.make_decode(
             config, vocabulary, mesh=mesh, max_length=length, banned_ids=banned, eos_ids=ends
@@ -248,9 +255,7 @@ def teacher_divergence(models: gkd.ModelPair, mesh: Mesh) -> TokenDivergence:
 
 def to_text(vocabulary: Any, tokens: np.ndarray) -> str:
     """Text of decoded ids, up to the first that ends a text."""
-    from gkd_jax.text import vocabularies  # brings seqio, which timing and planning do without
-
-    return vocabularies.decode(vocabulary, tokens.tolist())
+    return _vocabularies().decode(vocabulary, tokens.tolist())
 
 
 def score(
@@ -299,8 +304,6 @@ def score(
 
 def write_rows(path: pathlib.Path, rows: Sequence[Row], vocabulary: Any) -> None:
     """JSONL of inputs, targets, predictions and, with a teacher, each token and its divergence."""
-    from gkd_jax.text import vocabularies
-
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
         for row in rows:
@@ -310,7 +313,7 @@ def write_rows(path: pathlib.Path, rows: Sequence[Row], vocabulary: Any) -> None
                 "prediction": row.prediction,
             }
             if row.divergence is not None:
-                line["tokens"] = [vocabularies.piece(vocabulary, token) for token in row.tokens]
+                line["tokens"] = [_vocabularies().piece(vocabulary, token) for token in row.tokens]
                 line["token_divergence"] = [round(value, 4) for value in row.divergence]
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
