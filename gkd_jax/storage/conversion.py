@@ -80,60 +80,48 @@ def convert_checkpoint(
     narrow = dtype == stored == "bfloat16" and to != "gkd"
     shapes = lm.abstract_params(config, "bfloat16" if narrow else "float32")
     params = pretrained.load_params(source, shapes, config)
-    num_pieces = about.get("num_pieces")
+    beside = _tokenizer_folder(source, about)
     if to == "hf":
-        tokenizer = _tokenizer_folder(source, about)
-        card = None
-        if step_folder is not None:
-            card = model_card.of_run(pathlib.Path(step_folder).parent.parent)
-        convert.write_hf(
-            output,
-            config,
-            params,
-            dtype=dtype,
-            num_pieces=num_pieces,
-            source=tokenizer,
-            card=card,
-        )
-        if tokenizer is None:
-            print(
-                "no tokenizer was copied: the source names no folder with its own", file=sys.stderr
-            )
+        _write_hf(output, config, params, about, dtype, beside, step_folder)
     elif to == "t5x":
         assert isinstance(config, T5Config)
         dtype = "float32" if dtype == "float16" else dtype  # exact, and T5X has no float16
         convert.write_t5x(output, config, params, step=step, dtype=dtype)
     else:
-        vocabulary = about.get("vocabulary", "")
-        more = {"dtype": stored}
-        checkpoints.write_params(output, config, params, vocabulary, num_pieces, more)
-        if beside is not None:
-            hf_folder.copy_companions(beside, pathlib.Path(output) / _HF_FILES)
+        _write_own(output, config, params, {**about, "dtype": stored}, beside)
     print(f"wrote {what} as {to}: {size}", file=sys.stderr)
 
 
-def _companions(source: str) -> pathlib.Path | None:
-    """The Hugging Face folder whose tokenizer and settings go with a checkpoint's weights.
+def _write_hf(
+    output: str,
+    config: lm.Config,
+    params: lm.Params,
+    about: dict[str, Any],
+    dtype: str,
+    beside: str | None,
+    step_folder: epath.Path | None,
+) -> None:
+    """A Hugging Face folder with its tokenizer's files and, of a run, a model card."""
+    card = None
+    if step_folder is not None:
+        card = model_card.of_run(pathlib.Path(step_folder.parent.parent))
+    num_pieces = about.get("num_pieces")
+    convert.write_hf(
+        output, config, params, dtype=dtype, num_pieces=num_pieces, source=beside, card=card
+    )
+    if beside is None:
+        print("no tokenizer was copied: the source names no folder with its own", file=sys.stderr)
 
-    A run's student knows the checkpoint that it began with, and that one may be of a run again.
-    """
-    for _ in range(10):
-        if "://" in source or not pathlib.Path(source).is_dir():
-            return None
-        step_folder = checkpoints.find_step(source)
-        if step_folder is None:
-            return pathlib.Path(source) if convert.detect(source) == "hf" else None
-        folder = pathlib.Path(step_folder)
-        if (folder / _HF_FILES).is_dir():
-            return folder / _HF_FILES
-        run = folder.parent.parent / "run.json"
-        if not run.is_file():
-            return None
-        student = hf_folder.read_json(run).get("recipe", {}).get("student") or {}
-        source = student.get("checkpoint") or ""
-        if not source:
-            return None
-    return None
+
+def _write_own(
+    output: str, config: lm.Config, params: lm.Params, about: dict[str, Any], beside: str | None
+) -> None:
+    """One of our checkpoints, which remembers the stored dtype and the tokenizer's files."""
+    vocabulary, num_pieces = about.get("vocabulary", ""), about.get("num_pieces")
+    more = {"dtype": about["dtype"]}
+    checkpoints.write_params(output, config, params, vocabulary, num_pieces, more)
+    if beside is not None:
+        hf_folder.copy_companions(pathlib.Path(beside), pathlib.Path(output) / _HF_FILES)
 
 
 def _check_output(output: str) -> None:
@@ -157,6 +145,8 @@ def _tokenizer_folder(source: str, about: dict[str, Any]) -> str | None:
     step_folder = checkpoints.find_step(source)
     if step_folder is None:
         return source if convert.detect(source) == "hf" else None
+    if (step_folder / _HF_FILES).is_dir():
+        return str(step_folder / _HF_FILES)
     record = step_folder.parent.parent / "run.json"
     if not record.is_file():
         return None
