@@ -213,7 +213,10 @@ KNOW_NO_FAMILY = (
     *("gkd.py", "gkd_config.py", "sampling.py", "decoding", "evaluation", "training"),
     *("storage/checkpoints.py", "storage/pretrained.py", "planning"),
 )
-FAMILIES = {"t5", "t5_config", "decoder", "decoder_config", "blocks", "decoder_block"}
+FAMILIES = {
+    *("t5", "t5_config", "blocks"),
+    *("decoder", "decoder_config", "decoder_block", "decoder_sizes"),
+}
 
 
 def families_imported(tree: ast.AST, path: str) -> list[str]:
