@@ -86,11 +86,12 @@ def _imports() -> str:
 
 def _as_gin(value: str) -> str:
     """A value as gin reads it; a bare path or word becomes a string."""
+    if value in ("None", "True", "False") or not _BARE.fullmatch(value):
+        return value
     try:
-        gin.config.parse_value(value)  # pyright: ignore[reportAttributeAccessIssue]
-    except Exception:
-        if _BARE.fullmatch(value):
-            return repr(value)
+        float(value)
+    except ValueError:
+        return repr(value)
     return value
 
 

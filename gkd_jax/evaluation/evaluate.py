@@ -59,7 +59,7 @@ class EvalConfig:
         num_beams, alpha: of "beam"; the defaults are the paper's for WMT.
         choices: of "likeliest": texts whose first tokens differ.
         batch_size: rows decoded at once; None takes the training batch's.
-        num_examples: the first so many; None is all.
+        num_examples: the first so many; None is all, 0 evaluates nothing.
         target_length: most tokens to decode; None takes the training feature length.
         seed: of "sample".
         rewards: functions of `gkd_jax.evaluation.rewards` whose mean over the split is reported
@@ -103,7 +103,11 @@ class EvalConfig:
             )
         if self.calculator and self.decoding != "greedy":
             raise ValueError(f"the calculator needs decoding='greedy', got {self.decoding!r}")
-        for name in ("batch_size", "num_examples", "target_length"):
+        if self.num_examples is not None and self.num_examples < 0:
+            raise ValueError(
+                f"num_examples must be at least 0 (no evaluation) or None, got {self.num_examples}"
+            )
+        for name in ("batch_size", "target_length"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be a positive integer or None, got {value!r}")

@@ -22,11 +22,11 @@ from gkd_jax.evaluation import evaluate, made_by
 from gkd_jax.evaluation.evaluate import EvalConfig
 from gkd_jax.input import data, eval_batches, streams
 from gkd_jax.models import lm
-from gkd_jax.storage import content
+from gkd_jax.storage import checkpoints, content
 from gkd_jax.storage.pretrained import ModelConfig, place_params
 from gkd_jax.storage.vocabulary_checks import check_special_ids, check_vocabularies
-from gkd_jax.tasks import rows  # pyright: ignore[reportMissingImports]
-from gkd_jax.text import files
+from gkd_jax.tasks import jsonl, rows  # pyright: ignore[reportMissingImports]
+from gkd_jax.text import files, settings
 
 
 _OF_DATA = ("task", "data_dir", "vocabulary", "extra_ids", "long_prompts")
@@ -68,7 +68,9 @@ def _prepare(
 ) -> _Decoding:
     if model.memory != "device":
         raise ValueError(f"a model decodes in memory='device', got {model.memory!r}")
-    task, vocabulary = streams.open_task(data_config)
+    task, vocabulary = streams.open_task(
+        data_config, checkpoint=model.checkpoint, check_remote=not dry_run
+    )
     streams.check_split(task, evaluation.split)
     config = model.config(vocabulary.vocab_size)
     check_vocabularies(vocabulary, {"model": model}, frozenset())
@@ -114,18 +116,20 @@ def evaluate_checkpoint(
         return
     decoded = list(ready.decoder(ready.params, ready.batches(data_config, evaluation)))
     values = evaluate.score(ready.task, decoded, evaluation)
+    name = jsonl.display_name(data_config.task)
     if jax.process_index() == 0:
         folder = pathlib.Path(output_dir)
         evaluate.write_rows(folder / "predictions.jsonl", decoded, ready.vocabulary)
+        step_folder = checkpoints.find_step(model.checkpoint) if model.checkpoint else None
         about = {
+            **settings.describe(evaluation),
             "checkpoint": model.checkpoint,
-            "split": evaluation.split,
-            "decoding": evaluation.decoding,
-            "temperature": evaluation.temperature,
+            "step": int(step_folder.name) if step_folder and step_folder.name.isdecimal() else None,
+            "content": content.content_id(model.checkpoint) if model.checkpoint else None,
         }
-        text = json.dumps({data_config.task: values, "evaluation": about}, indent=1)
+        text = json.dumps({name: values, "evaluation": about}, indent=1)
         files.write_whole(folder / "metrics.json", text + "\n")
-    print(json.dumps({data_config.task: values}))
+    print(json.dumps({name: values}))
 
 
 def run(

@@ -47,7 +47,7 @@ def run(
             something else.
     """
     _check(k, temperature, output)
-    task, vocabulary = streams.open_task(data_config)
+    task, vocabulary = streams.open_task(data_config, checkpoint=model.checkpoint)
     if isinstance(task, seqio.Mixture):
         raise ValueError(
             f"{data_config.task!r} is a mixture, which ends with its shortest task: score its tasks"

@@ -10,6 +10,7 @@ of up to `in_memory.LARGEST` examples is shuffled whole, a larger one within seq
 from collections.abc import Iterator, Mapping
 import difflib
 import functools
+import os
 import pathlib
 from typing import Any
 
@@ -59,11 +60,23 @@ def find_task(name: str, vocabulary: seqio.Vocabulary | None) -> seqio.Task | se
     )
 
 
-def open_task(config: DataConfig, *, check_remote: bool = True) -> tuple[Any, seqio.Vocabulary]:
-    """The task with its vocabulary, both features sharing one; a dry run checks no remote file."""
+def open_task(
+    config: DataConfig, *, checkpoint: str | None = None, check_remote: bool = True
+) -> tuple[Any, seqio.Vocabulary]:
+    """The task with its vocabulary, both features sharing one.
+
+    Args:
+        config: names the task, and perhaps the vocabulary.
+        checkpoint: of the model that reads the task: where no vocabulary is named and this is a
+            Hugging Face folder with a tokenizer, it is that one.
+        check_remote: False leaves remote files untouched, for a dry run.
+    """
     folder.set_data_dir(config.data_dir)
     vocabulary = None
-    if config.vocabulary is not None:
+    if config.vocabulary is None and checkpoint is not None and os.path.isdir(checkpoint):
+        if vocabularies.has_tokenizer(checkpoint):
+            vocabulary = vocabularies.of_folder(checkpoint)
+    elif config.vocabulary is not None:
         vocabulary = vocabularies.load(
             config.vocabulary, extra_ids=config.extra_ids, check_remote=check_remote
         )

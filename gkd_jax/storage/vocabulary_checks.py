@@ -5,18 +5,44 @@ import seqio
 from gkd_jax.models import lm
 from gkd_jax.storage import checkpoints
 from gkd_jax.storage.pretrained import ModelConfig
-from gkd_jax.text import vocabularies
+from gkd_jax.text import comparison, vocabularies
 
 
 def check_vocabularies(
     vocabulary: seqio.Vocabulary, chosen: dict[str, ModelConfig | None], pending: frozenset[str]
-) -> None:
-    """Our own checkpoints know their vocabulary; others' hold none to compare."""
+) -> int | None:
+    """Compares a run's vocabulary with what its models were trained with, as far as that is known.
+
+    Our own checkpoints know the hash of their vocabulary, Hugging Face folders hold their
+    tokenizer, and T5X's checkpoints hold nothing to compare.
+
+    Args:
+        vocabulary: of the run.
+        chosen: the models by the name that messages give them.
+        pending: checkpoints that are not looked at.
+
+    Returns:
+        How many ids mean the same to all, where some model has fewer than another; else None.
+
+    Raises:
+        ValueError: naming the model whose vocabulary is another.
+    """
+    shared = None
     for name, model in chosen.items():
         if model is None or model.checkpoint is None or model.checkpoint in pending:
             continue
         step_folder = checkpoints.find_step(model.checkpoint)
         if step_folder is None:
+            path = model.checkpoint
+            if "://" in path or not vocabularies.has_tokenizer(path):
+                continue
+            found = comparison.shared_pieces(
+                vocabulary,
+                vocabularies.of_folder(path),
+                student_name="this run's vocabulary",
+                teacher_name=f"{name} {path}",
+            )
+            shared = found if shared is None else min(shared, found)
             continue
         found = checkpoints.read_description(step_folder)["vocabulary"]
         expected = vocabularies.content_hash(vocabulary)
@@ -25,6 +51,7 @@ def check_vocabularies(
                 f"the {name}'s checkpoint {model.checkpoint!r} was trained with another vocabulary "
                 f"(content {found[:12]}) than this task's (content {expected[:12]})"
             )
+    return shared
 
 
 def check_special_ids(

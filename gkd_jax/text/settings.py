@@ -1,11 +1,15 @@
-"""Checks of settings that people write: each has the type that its field declares."""
+"""Settings that people write: checked by the types of their fields, and described for records."""
 
 from collections.abc import Mapping
 import dataclasses
+import functools
+import inspect
 import numbers
 import types
 import typing
 from typing import Any
+
+import numpy as np
 
 
 class SettingError(ValueError):
@@ -30,7 +34,7 @@ def check_types(config: Any) -> None:
         value = getattr(config, field.name)
         if not _fits(value, field.type):
             raise SettingError(
-                f"{field.name} must be {_name(field.type)}, got {value!r}",
+                f"{field.name} must be {_type_name(field.type)}, got {value!r}",
                 f"{type(config).__name__}.{field.name}",
             )
 
@@ -61,9 +65,71 @@ def _fits(value: Any, kind: Any) -> bool:
     return True
 
 
-def _name(kind: Any) -> str:
+def _type_name(kind: Any) -> str:
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        return " or ".join(_name(part) for part in typing.get_args(kind))
+        return " or ".join(_type_name(part) for part in typing.get_args(kind))
     if typing.get_origin(kind) is tuple:
         return "a tuple"
     return _NAMES.get(kind, getattr(kind, "__name__", str(kind)))
+
+
+def describe(value: Any) -> Any:
+    """A value as JSON that holds everything that tells it from another.
+
+    A dataclass becomes `{"type": its class, **its fields}`. A function becomes its name; where it
+    closes over values or has keyword-only parameters, `{"function": its name, **those}`.
+
+    Raises:
+        ValueError: for a value whose settings cannot be read off it.
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, np.generic) or (hasattr(value, "item") and np.ndim(value) == 0):
+        return value.item()
+    if isinstance(value, Mapping):
+        return {str(key): describe(item) for key, item in value.items()}
+    if isinstance(value, tuple | list | set | frozenset):
+        return [describe(item) for item in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: describe(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"type": type(value).__name__, **fields}
+    if isinstance(value, functools.partial):
+        inner = describe(value.func)
+        inner = inner if isinstance(inner, dict) else {"function": inner}
+        return {**inner, **describe(value.keywords), **_numbered(value.args)}
+    if inspect.isfunction(value):
+        return _describe_function(value)
+    if inspect.isclass(value) or inspect.isbuiltin(value):
+        return _name(value)
+    raise ValueError(
+        f"a recipe is made of plain values, functions and dataclasses, whose settings can be "
+        f"recorded, got {value!r}"
+    )
+
+
+def _describe_function(function: Any) -> Any:
+    original = inspect.unwrap(function)
+    parameters = inspect.signature(original).parameters.values()
+    settings = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    is_of_gin = function.__globals__["__name__"].startswith("gin.")
+    if is_of_gin and settings:
+        raise ValueError(
+            f"the settings {sorted(settings)} of {_name(original)} are given to it by gin, where "
+            "they cannot be recorded: write it as a frozen dataclass with __call__, as "
+            "gkd_jax.divergences.JSD is"
+        )
+    closed_over = dict(inspect.getclosurevars(original).nonlocals)
+    settings = {k: v for k, v in settings.items() if v is not inspect.Parameter.empty}
+    if not settings and not closed_over:
+        return _name(original)
+    return {"function": _name(original), **describe(settings), **describe(closed_over)}
+
+
+def _name(function: Any) -> str:
+    """A name of ours alone; another's with its module."""
+    name, module = function.__qualname__, function.__module__
+    return name if module.startswith("gkd_jax.") else f"{module}.{name}"
+
+
+def _numbered(arguments: tuple[Any, ...]) -> dict[str, Any]:
+    return {f"argument_{i}": describe(argument) for i, argument in enumerate(arguments)}

@@ -5,14 +5,10 @@ another one, and the report's grouping. A field that is added to any of the conf
 described, compared and grouped by without further code.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 import dataclasses
-import functools
-import inspect
 import os
 from typing import Any
-
-import numpy as np
 
 from gkd_jax.evaluation.evaluate import EvalConfig
 from gkd_jax.gkd_config import GKDConfig, Schedule
@@ -20,6 +16,7 @@ from gkd_jax.input.data import DataConfig
 from gkd_jax.sharding import MeshConfig
 from gkd_jax.storage.pretrained import ModelConfig
 from gkd_jax.text import settings
+from gkd_jax.text.settings import describe
 from gkd_jax.training.optimizers import Linear, Optimizer
 
 
@@ -153,68 +150,6 @@ PATHS = (
     "data.vocabulary",
     "data.teacher_cache",
 )
-
-
-def describe(value: Any) -> Any:
-    """A value as JSON that holds everything that tells it from another.
-
-    A dataclass becomes `{"type": its class, **its fields}`. A function becomes its name; where it
-    closes over values or has keyword-only parameters, `{"function": its name, **those}`.
-
-    Raises:
-        ValueError: for a value whose settings cannot be read off it.
-    """
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, np.generic) or (hasattr(value, "item") and np.ndim(value) == 0):
-        return value.item()
-    if isinstance(value, Mapping):
-        return {str(key): describe(item) for key, item in value.items()}
-    if isinstance(value, tuple | list | set | frozenset):
-        return [describe(item) for item in value]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {f.name: describe(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return {"type": type(value).__name__, **fields}
-    if isinstance(value, functools.partial):
-        inner = describe(value.func)
-        inner = inner if isinstance(inner, dict) else {"function": inner}
-        return {**inner, **describe(value.keywords), **_numbered(value.args)}
-    if inspect.isfunction(value):
-        return _describe_function(value)
-    if inspect.isclass(value) or inspect.isbuiltin(value):
-        return _name(value)
-    raise ValueError(
-        f"a recipe is made of plain values, functions and dataclasses, whose settings can be "
-        f"recorded, got {value!r}"
-    )
-
-
-def _describe_function(function: Any) -> Any:
-    original = inspect.unwrap(function)
-    parameters = inspect.signature(original).parameters.values()
-    settings = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-    is_of_gin = function.__globals__["__name__"].startswith("gin.")
-    if is_of_gin and settings:
-        raise ValueError(
-            f"the settings {sorted(settings)} of {_name(original)} are given to it by gin, where "
-            "they cannot be recorded: write it as a frozen dataclass with __call__, as "
-            "gkd_jax.divergences.JSD is"
-        )
-    closed_over = dict(inspect.getclosurevars(original).nonlocals)
-    settings = {k: v for k, v in settings.items() if v is not inspect.Parameter.empty}
-    if not settings and not closed_over:
-        return _name(original)
-    return {"function": _name(original), **describe(settings), **describe(closed_over)}
-
-
-def _name(function: Any) -> str:
-    """A name of ours alone; another's with its module."""
-    name, module = function.__qualname__, function.__module__
-    return name if module.startswith("gkd_jax.") else f"{module}.{name}"
-
-
-def _numbered(arguments: tuple[Any, ...]) -> dict[str, Any]:
-    return {f"argument_{i}": describe(argument) for i, argument in enumerate(arguments)}
 
 
 def differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from gkd_jax.batch import Batch
+from gkd_jax.evaluation import made_by
 from gkd_jax.input import data, teacher_cache
 from gkd_jax.models import lm
 from gkd_jax.storage import checkpoints, content
@@ -33,6 +34,7 @@ def describe_run(
         macros: the gin macros, as they are written.
     """
     recipe = program.recipe
+    task_file = pathlib.Path(recipe.data.task).is_file()
     return {
         "name": name,
         "recipe": describe(recipe),
@@ -41,6 +43,7 @@ def describe_run(
             "student": lm.num_params(program.state.params),
             "teacher": lm.num_params(program.teacher) if program.teacher else None,
         },
+        "targets_made_by": made_by.read_made_by(recipe.data.task) if task_file else None,
         "process_shards": data.process_shard(recipe.data, program.mesh).num_shards,
         "macros": dict(macros),
         "versions": {

@@ -39,12 +39,19 @@ def open_source(
     Raises:
         ValueError: for a split, cache or checkpoint that does not fit the task and its vocabulary.
     """
-    task, vocabulary = streams.open_task(recipe.data, check_remote=check_remote)
+    checkpoint = recipe.student.checkpoint
+    task, vocabulary = streams.open_task(
+        recipe.data, checkpoint=checkpoint, check_remote=check_remote
+    )
     streams.check_split(task, recipe.data.split)
+    if recipe.method.uses_dataset():
+        why = "only with ON_POLICY_FRACTION 1 is nothing learnt from the data set's targets"
+        streams.check_targets(task, recipe.data.split, why)
     cached_k = _check_cache(recipe, vocabulary, pending)
     chosen = {"student": recipe.student, "teacher": recipe.teacher}
-    vocabulary_checks.check_vocabularies(vocabulary, chosen, pending)
     num_pieces = vocabularies.num_pieces(vocabulary, check_remote=check_remote)
+    shared = vocabulary_checks.check_vocabularies(vocabulary, chosen, pending)
+    num_pieces = num_pieces if shared is None else min(num_pieces, shared)
     remote = "://" in getattr(vocabulary, "sentencepiece_model_file", "")
     ends = None if remote and not check_remote else vocabularies.end_ids(vocabulary) or None
     return Source(task, vocabulary, num_pieces, cached_k, ends)

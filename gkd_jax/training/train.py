@@ -14,6 +14,7 @@ import jax
 from gkd_jax.gkd import TrainState
 from gkd_jax.input import data, streams
 from gkd_jax.storage import checkpoints, pretrained, vocabulary_checks
+from gkd_jax.tasks import jsonl  # pyright: ignore[reportMissingImports]
 from gkd_jax.text import files, vocabularies
 from gkd_jax.training import (
     interrupts,
@@ -251,7 +252,7 @@ class _Run:
         config, evaluation = self.program.recipe.train, self.program.recipe.evaluation
         best_metric = None
         if config.best_metric is not None and evaluation is not None:
-            task = evaluation.task or self.program.recipe.data.task
+            task = jsonl.display_name(evaluation.task or self.program.recipe.data.task)
             best_metric = f"eval/{task}/{config.best_metric}"
         scores = {}
         if best_metric is not None and not self.is_new:

@@ -1,0 +1,184 @@
+"""A recipe's description: every field of it identifies a run, now and when one is added."""
+
+import copy
+import dataclasses
+import functools
+import json
+
+import optax
+import pytest
+from small_runs import options
+
+from gkd_jax import divergences, gkd, losses, rl
+from gkd_jax.evaluation import evaluate, rewards
+from gkd_jax.sampling import SamplingConfig
+from gkd_jax.storage import pretrained
+from gkd_jax.text import settings
+from gkd_jax.training import optimizers, run_record
+from gkd_jax.training.recipe import MAY_CHANGE, PATHS, is_below
+
+
+def recipe(**more):
+    """One in which no configuration is left out, so that every field is there to walk."""
+    method = gkd.GKDConfig(
+        divergence=divergences.JSD(beta=0.1),
+        rl=rl.RLConfig(reward=rewards.Brevity(), alpha=0.5),
+        on_policy_fraction=optax.linear_schedule(0.0, 1.0, 10),
+    )
+    teacher = pretrained.ModelConfig(size="tiny", checkpoint="somewhere")
+    fields = {"method": method, "teacher": teacher, "evaluation": evaluate.EvalConfig(), **more}
+    return options("", steps=3, **fields)["recipe"]
+
+
+def leaves(description, prefix=""):
+    """(dotted name, value) of everything in a description that is not a dataclass itself."""
+    for key, value in description.items():
+        if isinstance(value, dict) and "type" in value:
+            yield from leaves(value, f"{prefix}{key}.")
+        elif key != "type":
+            yield f"{prefix}{key}", value
+
+
+def changed(value):
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return value + 1
+    return "another" if value != "another" else "one more"
+
+
+def replaced(description, name, value):
+    result = copy.deepcopy(description)
+    *parents, last = name.split(".")
+    functools.reduce(dict.__getitem__, parents, result)[last] = value
+    return result
+
+
+DESCRIPTION = settings.describe(recipe())
+LEAVES = dict(leaves(DESCRIPTION))
+
+
+def about(description):
+    return {"recipe": description, "contents": {}, "process_shards": 1}
+
+
+def test_the_walk_reaches_every_configuration():
+    assert {"data.task", "method.sampling.top_p", "method.divergence.beta", "mesh.fsdp"} <= set(
+        LEAVES
+    )
+    assert len(LEAVES) > 80
+    assert json.loads(json.dumps(DESCRIPTION)) == DESCRIPTION  # run.json gives back what it got
+
+
+@pytest.mark.parametrize("name", LEAVES)
+def test_every_field_is_refused_by_name_or_may_change(name, tmp_path):
+    old, new = LEAVES[name], changed(LEAVES[name])
+    before, now = about(DESCRIPTION), about(replaced(DESCRIPTION, name, new))
+    if is_below(name, MAY_CHANGE):
+        assert run_record.changes(tmp_path, before, now) == [
+            {"field": name, "old": old, "new": new}
+        ]
+        return
+    if name in PATHS and old is not None:  # of paths, what they lead to counts
+        assert run_record.changes(tmp_path, before, now) == []
+        before["contents"][name], now["contents"][name] = "a" * 64, "b" * 64
+    with pytest.raises(ValueError, match="another configuration") as error:
+        run_record.changes(tmp_path, before, now)
+    assert name in str(error.value)
+    assert "ALLOW_CHANGES" in str(error.value)
+    allowed = run_record.fields_named(now, name)
+    assert allowed == [name]
+    (change,) = run_record.changes(tmp_path, before, now, allowed)
+    assert change["field"] == name
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("Linear.learning_rate", ["schedule.learning_rate"]),
+        ("student/ModelConfig.checkpoint", ["student.checkpoint"]),
+        ("ModelConfig.dtype", ["student.dtype", "teacher.dtype"]),
+        ("jsd.beta", ["method.divergence.beta"]),
+        ("Recipe.optimizer", ["optimizer"]),
+    ],
+)
+def test_a_macro_stands_for_the_fields_that_it_sets(name, fields):
+    assert run_record.fields_named(about(DESCRIPTION), name) == fields
+
+
+def test_an_unknown_field_cannot_be_allowed_to_change():
+    with pytest.raises(ValueError, match=r"got 'schedule\.rate'"):
+        run_record.fields_named(about(DESCRIPTION), "schedule.rate")
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (
+            functools.partial(divergences.jsd, beta=0.1),
+            functools.partial(divergences.jsd, beta=0.9),
+        ),
+        (divergences.forward_kl, divergences.reverse_kl),
+        (divergences.JSD(), divergences.JSD(scale="unit")),
+        (optax.linear_schedule(0.0, 1.0, 10), optax.linear_schedule(0.0, 1.0, 20)),
+        (
+            optax.join_schedules([optax.constant_schedule(0.1), optax.constant_schedule(0.2)], [5]),
+            optax.join_schedules([optax.constant_schedule(0.1), optax.constant_schedule(0.3)], [5]),
+        ),
+        (optimizers.Adafactor(), optimizers.Adafactor(decay_rate=0.9)),
+        (optimizers.Adafactor(), optimizers.AdamW()),
+        (rewards.Brevity(limit=3), rewards.Brevity(limit=4)),
+        (losses.token_mean, losses.sequence_mean),
+        (SamplingConfig(), SamplingConfig(top_p=0.9)),
+    ],
+)
+def test_values_that_differ_are_described_otherwise(one, other):
+    assert settings.describe(one) != settings.describe(other)
+    assert settings.describe(one) == settings.describe(copy.copy(one))
+
+
+def test_the_same_divergence_is_one_value_however_it_is_given():
+    given = (divergences.jsd, functools.partial(divergences.jsd, beta=0.5), divergences.JSD())
+    found = {json.dumps(settings.describe(gkd.GKDConfig(divergence=d).divergence)) for d in given}
+    assert found == {'{"type": "JSD", "beta": 0.5, "scale": "paper"}'}
+
+
+def test_what_cannot_be_recorded_is_refused():
+    class Opaque:
+        def __call__(self, student_logits, teacher_logits):
+            return (student_logits - teacher_logits).sum(-1)
+
+    with pytest.raises(ValueError, match="whose settings can be recorded, got"):
+        recipe(method=gkd.GKDConfig(divergence=Opaque()))
+
+
+def test_an_optimizer_s_class_is_its_defaults_and_sft_has_no_teacher():
+    sft = gkd.GKDConfig(on_policy_fraction=0.0, divergence=None)
+    found = recipe(optimizer=optimizers.adamw, method=sft)
+    assert found.optimizer == optimizers.AdamW()
+    assert found.teacher is None
+
+
+def test_no_examples_are_no_evaluation():
+    assert recipe(evaluation=evaluate.EvalConfig(num_examples=0)).evaluation is None
+
+
+def test_every_type_is_checked_where_it_is_declared():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Settings:
+        number: float = 1.0
+        count: int | None = None
+        words: tuple[str, ...] = ()
+        on: bool = False
+
+    settings.check_types(Settings(number=1, count=2, words=("a",)))
+    for wrong, said in (
+        ({"number": "3e-4"}, "number must be a number, got '3e-4'"),
+        ({"count": 2.5e3}, "count must be an integer or None, got 2500.0"),
+        ({"count": True}, "count must be an integer or None, got True"),
+        ({"words": "abc"}, "words must be a tuple, got 'abc'"),
+        ({"on": "yes"}, "on must be True or False, got 'yes'"),
+    ):
+        with pytest.raises(settings.SettingError, match=said) as error:
+            settings.check_types(Settings(**wrong))
+        assert error.value.setting == f"Settings.{next(iter(wrong))}"
