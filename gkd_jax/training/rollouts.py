@@ -96,7 +96,7 @@ class Rollouts:
         keys = gkd.step_keys(seed, step)
         shape = rows.inputs.shape[1], rows.targets.shape[1]
         if not gkd.is_on_policy(seed, step, program.method):
-            scored = rows if self._cache is None else self._cache.attach(rows)
+            scored = self._with_scores(rows)
             return Rollout(rows, self._place(scored), keys, self._steps.update_dataset[shape])
         batch = self._place(rows)
         if program.method.rl is not None and self._is_sharded:  # the reward reads all rows
@@ -105,6 +105,26 @@ class Rollouts:
         batch, drawn = self._steps.sample[shape](student_params, batch, keys.sampling)
         seconds = self._clock.seconds(began, drawn.weights)
         return Rollout(rows, batch, keys, self._steps.update_samples[shape], drawn, seconds)
+
+    def _with_scores(self, rows: Batch) -> Batch:
+        """The rows with the teacher's cached scores, where there is a cache.
+
+        Where processes read parts of their own, one may lack a row that the others do not need:
+        all end with an error then, and none waits for the one that has.
+        """
+        if self._cache is None:
+            return rows
+        error = None
+        try:
+            rows = self._cache.attach(rows)
+        except ValueError as found:
+            error = found
+        failed = error is not None
+        if self._is_sharded:
+            failed = bool(np.any(multihost_utils.process_allgather(np.asarray(failed))))
+        if failed:
+            raise error or ValueError("the teacher cache lacks a row that another process reads")
+        return rows
 
     def reward(self, rollout: Rollout) -> Rewards | None:
         """The reward of each sample, from texts, on the host; all processes compute the same.

@@ -1,0 +1,181 @@
+"""What a run looks at before it writes, what it saves before it evaluates, what a resume leaves."""
+
+import json
+import pathlib
+import shutil
+
+import pytest
+import seqio
+from small_runs import LENGTHS, options
+
+from gkd_jax.evaluation import evaluate
+from gkd_jax.input import streams
+from gkd_jax.input.data import DataConfig
+from gkd_jax.storage import checkpoints
+from gkd_jax.training import metrics, optimizers, train
+from gkd_jax.training.recipe import TrainConfig
+
+
+EVALUATION = evaluate.EvalConfig(num_examples=3)
+
+
+def run(folder, steps=3, **more):
+    config = TrainConfig(train_steps=steps, save_period=2)
+    train.train(**options(folder, steps=steps, **{"train": config, **more}))
+
+
+def contents(folder):
+    """Every file of a folder with its bytes, but for TensorBoard's."""
+    return {
+        path.relative_to(folder): path.read_bytes()
+        for path in pathlib.Path(folder).rglob("*")
+        if path.is_file() and "tensorboard" not in path.parts
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    run(folder)
+    return folder
+
+
+@pytest.fixture
+def run_dir(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def test_an_evaluation_that_fails_costs_no_weights(tmp_path, monkeypatch):
+    def fails(*arguments):
+        raise RuntimeError("the metric is broken")
+
+    calls = iter([lambda *_: {"accuracy": 1.0}, fails])
+    monkeypatch.setattr(evaluate, "score", lambda *arguments: next(calls)(*arguments))
+    with pytest.raises(RuntimeError, match="the metric is broken"):
+        run(tmp_path / "run", evaluation=EVALUATION)
+    assert checkpoints.saved_steps(tmp_path / "run") == [2, 3]
+    steps = [line["step"] for line in metrics.read(tmp_path / "run" / "metrics.jsonl")]
+    assert steps == [0, 1, 2, 3]  # an evaluation at step 0, and every step's numbers
+
+
+@pytest.mark.parametrize("broken", ["training", "evaluation"])
+def test_data_that_cannot_be_read_claim_no_model_dir(broken, tmp_path, monkeypatch):
+    def unreadable(*arguments, **more):
+        raise OSError("the disk is gone")
+
+    if broken == "training":
+        monkeypatch.setattr(streams.TrainIterator, "__next__", unreadable)
+    else:
+        monkeypatch.setattr("gkd_jax.input.eval_batches.eval_batches", unreadable)
+    with pytest.raises((OSError, ValueError), match="the disk is gone"):
+        run(tmp_path / "run", evaluation=EVALUATION)
+    assert not (tmp_path / "run").exists()
+    monkeypatch.undo()
+    other = DataConfig(task="arithmetic", feature_lengths=LENGTHS, batch_size=16)
+    run(tmp_path / "run", steps=1, data=other)  # the corrected command starts
+
+
+def test_every_task_of_a_mixture_is_evaluated(tmp_path):
+    task = seqio.TaskRegistry.get("arithmetic")
+    for name in ("one_half", "other_half"):
+        if name not in seqio.TaskRegistry.names():
+            seqio.TaskRegistry.add_provider(name, task.replace(name=name))
+    if "both_halves" not in seqio.MixtureRegistry.names():
+        seqio.MixtureRegistry.add("both_halves", ["one_half", "other_half"], default_rate=1.0)
+    mixed = DataConfig(task="both_halves", feature_lengths=LENGTHS, batch_size=8)
+    run(tmp_path, steps=1, data=mixed, evaluation=EVALUATION)
+    last = metrics.read(tmp_path / "metrics.jsonl")[-1]
+    assert {"eval/one_half/accuracy", "eval/other_half/accuracy"} <= set(last)
+
+
+def test_an_evaluation_task_of_another_vocabulary_is_refused(tmp_path):
+    if "bytes_arithmetic" not in seqio.TaskRegistry.names():
+        task = seqio.TaskRegistry.get("arithmetic")
+        feature = seqio.Feature(seqio.ByteVocabulary(), add_eos=True)
+        other = task.replace(
+            name="bytes_arithmetic", output_features={"inputs": feature, "targets": feature}
+        )
+        seqio.TaskRegistry.add_provider("bytes_arithmetic", other)
+    evaluation = evaluate.EvalConfig(task="bytes_arithmetic", num_examples=3)
+    with pytest.raises(ValueError, match="'bytes_arithmetic' has another vocabulary"):
+        run(tmp_path / "run", evaluation=evaluation)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"optimizer": optimizers.Adafactor(max_grad_norm=1.0)}, "optimizer.max_grad_norm None"),
+        ({"schedule": optimizers.Linear(learning_rate=0.5)}, "schedule.learning_rate 0.02 -> 0.5"),
+    ],
+)
+@pytest.mark.parametrize("steps", [3, 5])
+def test_a_refused_resume_changes_nothing(change, said, steps, run_dir):
+    """Also of a finished run (3 steps), whose files stay as they are."""
+    before = contents(run_dir)
+    with pytest.raises(ValueError, match="another configuration") as error:
+        run(run_dir, steps=steps, **change)
+    assert said in str(error.value)
+    assert contents(run_dir) == before
+
+
+def test_a_finished_run_is_not_written_again(run_dir, capfd):
+    before = contents(run_dir)
+    run(run_dir)
+    assert contents(run_dir) == before
+    assert "has its 3 steps already" in capfd.readouterr().err
+
+
+def test_a_change_on_purpose_is_recorded(run_dir, capfd):
+    changed = optimizers.Linear(learning_rate=0.5)
+    arguments = options(run_dir, steps=5, train=TrainConfig(train_steps=5), schedule=changed)
+    train.train(**arguments, allow_changes=["Linear.learning_rate"])
+    record = json.loads((run_dir / "run.json").read_text())
+    found = {change["field"]: change for change in record["changes"]}
+    assert found["schedule.learning_rate"] == {
+        "step": 3,
+        "field": "schedule.learning_rate",
+        "old": 0.02,
+        "new": 0.5,
+    }
+    rates = [line["train/learning_rate"] for line in metrics.read(run_dir / "metrics.jsonl")]
+    assert rates == pytest.approx([0.02] * 3 + [0.5] * 2)
+    assert "schedule.learning_rate is 0.5 from here on, not 0.02" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(5, "Input/output error"), RuntimeError("UNAVAILABLE: try again")]
+)
+def test_a_file_system_that_hiccups_damages_nothing(error, run_dir, monkeypatch):
+    def hiccups(*arguments, **more):
+        raise error
+
+    before = contents(run_dir)
+    monkeypatch.setattr(checkpoints.Checkpoints, "_restore", hiccups)
+    with pytest.raises(type(error)):
+        run(run_dir, steps=5)
+    assert checkpoints.saved_steps(run_dir) == [2, 3]
+    assert contents(run_dir) == before
+    monkeypatch.undo()
+    run(run_dir, steps=4)
+
+
+def test_where_all_is_damaged_nothing_starts_from_scratch(run_dir):
+    (run_dir / "checkpoints").rename(run_dir / "damaged")
+    with pytest.raises(ValueError, match="has damaged checkpoints in damaged/ and no other"):
+        run(run_dir, steps=5)
+
+
+def test_a_folder_that_was_copied_goes_on_and_one_that_was_trained_on_does_not(finished, tmp_path):
+    """What a student starts from is told by its content, not by its path."""
+    from gkd_jax.storage import pretrained
+
+    start = shutil.copytree(finished, tmp_path / "start")
+    student = pretrained.ModelConfig(checkpoint=str(start))
+    run(tmp_path / "run", student=student)
+    moved = shutil.move(start, tmp_path / "moved")
+    elsewhere = pretrained.ModelConfig(checkpoint=str(moved))
+    run(tmp_path / "run", steps=4, student=elsewhere)
+    run(moved, steps=4)
+    with pytest.raises(ValueError, match=r"student\.checkpoint 'content "):
+        run(tmp_path / "run", steps=5, student=elsewhere)
