@@ -83,7 +83,7 @@ class Evaluations:
             yield part.name, part
 
     def check_first_examples(self) -> None:
-        """Reads one example of each task, so that data that cannot be read are found at once.
+        """Reads a batch of each task, so that data that cannot be read are found at once.
 
         Raises:
             ValueError: naming the task and the split that have no example or cannot be read.
@@ -91,7 +91,8 @@ class Evaluations:
         for name, task in self._tasks.items():
             where = f"the evaluation's task {name!r}, split {self._config.split!r}"
             try:
-                first = next(iter(self._batches(task, num_examples=1)), None)
+                batches = self._batches(task, num_examples=self._config.num_examples)
+                first = next(batches, None)
             except Exception as error:
                 raise ValueError(f"{where}, cannot be read: {error}") from error
             if first is None:
