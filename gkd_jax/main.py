@@ -41,6 +41,7 @@ _CONFIGURATION_ERRORS = (
     FileNotFoundError,
     FileExistsError,
     NotADirectoryError,
+    RecursionError,
 )
 
 
@@ -70,6 +71,8 @@ def _main(arguments: list[str]) -> None:
 
 def _message(error: BaseException) -> str:
     """One line, with the macro that set what is wrong where that is known."""
+    if isinstance(error, RecursionError):
+        return "a binding of the gin files or of the command line refers to itself"
     if "gkd_jax.command_line.gin_files" not in sys.modules:
         return str(error) or type(error).__name__
     from gkd_jax.command_line import gin_files

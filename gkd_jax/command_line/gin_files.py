@@ -46,6 +46,7 @@ def parse(
             gin.parse_config(f"{header}{name} = {_as_gin(value)}")
         except Exception as error:
             raise UsageError(f"--gin.{name}={value}: {one_message(error)}") from error
+    _check_references()
     _expand_paths()
     missing = [name for name, value in macros().items() if value == REQUIRED]
     if missing:
@@ -93,6 +94,16 @@ def _as_gin(value: str) -> str:
     except ValueError:
         return repr(value)
     return value
+
+
+def _check_references() -> None:
+    """Raises UsageError where a value refers to a macro that no file defines."""
+    known = macros()
+    for name, value in _lines():
+        without_texts = re.sub(r"'[^']*'|\"[^\"]*\"", "", value)
+        for other in re.findall(r"%([\w.]+)", without_texts):
+            if other not in known and f"%{other}" != REQUIRED:
+                raise UsageError(f"{name}={value}: no macro is called {other!r}")
 
 
 def _expand_paths() -> None:

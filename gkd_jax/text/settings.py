@@ -1,6 +1,6 @@
 """Settings that people write: checked by the types of their fields, and described for records."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
 import functools
 import inspect
@@ -60,7 +60,9 @@ def _fits(value: Any, kind: Any) -> bool:
         return isinstance(value, kind)
     if origin is tuple:
         return isinstance(value, tuple | list)
-    if origin is not None and isinstance(origin, type) and issubclass(origin, Mapping):
+    if origin is Callable:
+        return callable(value)
+    if isinstance(origin, type) and issubclass(origin, Mapping):
         return isinstance(value, Mapping)
     return True
 
@@ -70,6 +72,8 @@ def _type_name(kind: Any) -> str:
         return " or ".join(_type_name(part) for part in typing.get_args(kind))
     if typing.get_origin(kind) is tuple:
         return "a tuple"
+    if typing.get_origin(kind) is Callable:
+        return "a function, such as a schedule"
     return _NAMES.get(kind, getattr(kind, "__name__", str(kind)))
 
 

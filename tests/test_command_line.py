@@ -1,0 +1,85 @@
+"""Whatever is typed: a recipe, or one line that names what was typed."""
+
+import pathlib
+import subprocess
+import sys
+
+from hypothesis import given, settings, strategies
+import pytest
+
+from gkd_jax.command_line import flags
+
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+# In a process of its own: here, signatures are checked before a configuration can speak.
+FUZZ = r"""
+import random, re, sys
+import gin
+from gkd_jax import main
+from gkd_jax.command_line import flags, gin_files
+from gkd_jax.training.recipe import Recipe
+
+draw = random.Random(int(sys.argv[1]))
+PIECES = ["", "1", "-3", "0", "2.5e3", "1e999", "nan", "None", "True", "'", '"', "'x'", "''", "(",
+          ")", "(1,)", "[]", "{", "{'inputs': 3}", "@", "@divergences.jsd", "@losses.nothing",
+          "%", "%BETA", "%NOTHING", "=", " ", "\n", "\\", "#", "$HOME", "$NO_SUCH", "~", "~x",
+          "é", "\u2028", "a/b", ":", "@losses.token_mean", "lambda: 1", "__import__('os')",
+          "1_000", "0x10", ","]
+REQUIRED = [("MODEL_DIR", "/tmp/run"), ("MIXTURE_OR_TASK_NAME", "arithmetic"),
+            ("STUDENT_SIZE", "tiny"), ("TEACHER_SIZE", "tiny")]
+gin_files.parse(["gin/gkd.gin"], REQUIRED, ["."])
+names = sorted(set(gin_files.macros()) - {"MODEL_DIR", "MIXTURE_OR_TASK_NAME"})
+known = (flags.UsageError, ValueError, TypeError, FileNotFoundError)
+built = refused = 0
+for _ in range(200):
+    gin.clear_config()
+    name = draw.choice(names)
+    value = "".join(draw.choice(PIECES) for _ in range(draw.randint(1, 3)))
+    try:
+        _, bindings, _ = flags.parse("train", [f"--gin.{name}={value}"])
+        gin_files.parse(["gin/gkd.gin"], [*REQUIRED, *bindings], ["."])
+        gin_files.configured(Recipe)()
+        built += 1
+    except known as error:
+        message = main._message(error)
+        fields = {field.rpartition(".")[2] for field in gin_files.fields_of(name)}
+        aliases = {"beta", "size", "divergence", "reward", name.lower().removesuffix("s")}
+        said = any(word in message.lower() for word in {name.lower(), *fields, *aliases})
+        assert message and "\n" not in message and said, (name, value, message)
+        refused += 1
+print(built, refused)
+"""
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_200_random_values_make_a_recipe_or_one_line_that_names_them(seed):
+    done = subprocess.run(
+        [sys.executable, "-c", FUZZ, str(seed)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    built, refused = map(int, done.stdout.split())
+    assert built > 2
+    assert refused > 50
+
+
+@settings(max_examples=200, deadline=None)
+@given(strategies.lists(strategies.text(min_size=1, max_size=12), max_size=3))
+def test_random_words_are_parsed_or_refused_in_one_way(words):
+    try:
+        values, bindings, extra = flags.parse("train", words)
+    except flags.UsageError:
+        return  # any other exception is a failure
+    assert not extra
+    assert all(name and value for name, value in bindings)
+    assert values.gin_file == [] or any(word.startswith("--gin_file") for word in words)
+
+
+@pytest.mark.parametrize("command", flags.COMMANDS)
+def test_help_names_every_flag_and_an_example_that_parses(command):
+    text = flags.describe(command)
+    example = flags.COMMANDS[command].example.split()
+    assert all(f"--{name}" in text for name in flags.define(command))
+    values, bindings, extra = flags.parse(command, example[2:])
+    assert not values.dry_run
+    assert bool(extra) == (command == "report")
+    assert bool(bindings) == any(word.startswith("--gin.") for word in example)
