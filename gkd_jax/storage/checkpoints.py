@@ -266,8 +266,11 @@ class DamagedError(ValueError):
     """Stored bytes are not those that were written."""
 
 
-# What TensorStore says of files that are cut short, altered or gone.
-_DAMAGE = re.compile(r"DATA_LOSS|NOT_FOUND|OUT_OF_RANGE|checksum|corrupt|[Dd]ecod|[Tt]runcated")
+# What TensorStore and Orbax say of files that are cut short, altered or gone.
+_DAMAGE = re.compile(
+    r"DATA_LOSS|NOT_FOUND|OUT_OF_RANGE|checksum|corrupt|[Dd]ecod|[Tt]runcated"
+    r"|was not found in the checkpoint"
+)
 
 
 def _is_damage(error: BaseException) -> bool:
