@@ -23,7 +23,8 @@ def run(command: str, values: Any, bindings: list[tuple[str, str]], positional: 
         raise UsageError(f"{command} needs --gin_file=FILE")
     start, reads_data = _COMMANDS[command]
     process.set_up(reads_data=reads_data, tfds_data_dir=values.tfds_data_dir)
-    gin_files.parse(values.gin_file, bindings, values.gin_search_paths)
+    unused = ("MODEL_DIR",) if command in ("bench", "precompile") else ()
+    gin_files.parse(values.gin_file, bindings, values.gin_search_paths, unused=unused)
     start(values)
 
 

@@ -19,9 +19,19 @@ _BARE = re.compile(r"[\w./~:$+-]*[A-Za-z/~][\w./~:$+-]*")
 
 
 def parse(
-    files: Iterable[str], bindings: Iterable[tuple[str, str]], search_paths: Iterable[str]
+    files: Iterable[str],
+    bindings: Iterable[tuple[str, str]],
+    search_paths: Iterable[str],
+    *,
+    unused: Iterable[str] = (),
 ) -> None:
     """Reads files, then bindings, which can name whatever the files import.
+
+    Args:
+        files: gin files; later ones win.
+        bindings: names and values as they were typed.
+        search_paths: where gin files lie.
+        unused: macros that the command does without, though the files require them.
 
     Raises:
         UsageError: for a file or a binding that gin does not take, a macro that no file defines,
@@ -48,7 +58,8 @@ def parse(
             raise UsageError(f"--gin.{name}={value}: {one_message(error)}") from error
     _check_references()
     _expand_paths()
-    missing = [name for name, value in macros().items() if value == REQUIRED]
+    required = (name for name, value in macros().items() if value == REQUIRED)
+    missing = [name for name in required if name not in set(unused)]
     if missing:
         raise UsageError(
             "; ".join(f"{name} is required: --gin.{name}=\"'...'\"" for name in missing)

@@ -26,7 +26,7 @@ from gkd_jax.storage import checkpoints, content
 from gkd_jax.storage.pretrained import ModelConfig, place_params
 from gkd_jax.storage.vocabulary_checks import check_special_ids, check_vocabularies
 from gkd_jax.tasks import jsonl, rows  # pyright: ignore[reportMissingImports]
-from gkd_jax.text import files, settings
+from gkd_jax.text import files, settings, vocabularies
 
 
 _OF_DATA = ("task", "data_dir", "vocabulary", "extra_ids", "long_prompts")
@@ -43,7 +43,7 @@ class _Decoding:
 
     task: Any
     vocabulary: Any
-    decoder: evaluate.Decoder
+    decoder: Any
     params: lm.Params | None
     batch_size: int
     lengths: dict[str, int]
@@ -72,24 +72,26 @@ def _prepare(
         data_config, checkpoint=model.checkpoint, check_remote=not dry_run
     )
     streams.check_split(task, evaluation.split)
-    config = model.config(vocabulary.vocab_size)
-    check_vocabularies(vocabulary, {"model": model}, frozenset())
-    check_special_ids(config, vocabulary)
+    num_pieces = vocabularies.num_pieces(vocabulary, check_remote=not dry_run)
+    config = model.config(num_pieces, pending=dry_run and _is_remote(model.checkpoint))
+    if not dry_run:
+        check_vocabularies(vocabulary, {"model": model}, frozenset())
+    check_special_ids(config, vocabulary, check_remote=not dry_run)
     mesh = sharding.make_mesh(mesh_config)
     batch_size = evaluation.batch_size or data_config.batch_size
     sharding.check_batch_size(batch_size, mesh)
     lengths = dict(data_config.feature_lengths)
     lengths["targets"] = evaluation.target_length or lengths["targets"]
-    decoder = evaluate.make_decoder(
-        config,
-        evaluation,
-        vocabulary=vocabulary,
-        num_pieces=vocabulary.vocab_size,
-        mesh=mesh,
-        length=lengths["targets"],
-    )
-    params = None
+    decoder = params = None
     if not dry_run:
+        decoder = evaluate.make_decoder(
+            config,
+            evaluation,
+            vocabulary=vocabulary,
+            num_pieces=num_pieces,
+            mesh=mesh,
+            length=lengths["targets"],
+        )
         params = place_params(model, config, mesh)
     return _Decoding(
         task=task,
@@ -113,6 +115,7 @@ def evaluate_checkpoint(
     """Writes OUTPUT_DIR/metrics.json and OUTPUT_DIR/predictions.jsonl, and prints the metrics."""
     ready = _prepare(model, data_config, evaluation, mesh_config, dry_run)
     if dry_run:
+        print("dry run: all is well", file=sys.stderr)
         return
     decoded = list(ready.decoder(ready.params, ready.batches(data_config, evaluation)))
     values = evaluate.score(ready.task, decoded, evaluation)
@@ -168,6 +171,7 @@ def run(
         _on_first_process(made_by.check, output, about)
     ready = _prepare(model, data_config, evaluation, mesh_config, dry_run)
     if dry_run:
+        print("dry run: all is well", file=sys.stderr)
         return
     if text_file is None:
         batches = ready.batches(data_config, evaluation)

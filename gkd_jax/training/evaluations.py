@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 import dataclasses
+import functools
 import os
 import pathlib
 import sys
@@ -48,13 +49,19 @@ class Evaluations:
         self._batch_size = self._config.batch_size or recipe.data.batch_size
         sharding.check_batch_size(self._batch_size, program.mesh)
         self._tasks = dict(self._open(source, check_remote))
+        self._program, self._source = program, source
+
+    @functools.cached_property
+    def _decoder(self) -> evaluate.Decoder:
+        """Made when it is first asked for: a dry run reads no remote vocabulary."""
+        program = self._program
         divergence = None
         if program.teacher is not None:
             divergence = evaluate.teacher_divergence(program.models, program.mesh)
-        self._decoder = evaluate.make_decoder(
+        return evaluate.make_decoder(
             program.models.student,
             self._config,
-            vocabulary=source.vocabulary,
+            vocabulary=self._source.vocabulary,
             num_pieces=program.models.num_pieces,
             mesh=program.mesh,
             length=self._lengths["targets"],

@@ -44,7 +44,8 @@ def open_source(
         recipe.data, checkpoint=checkpoint, check_remote=check_remote
     )
     streams.check_split(task, recipe.data.split)
-    if recipe.method.uses_dataset():
+    remote = "://" in getattr(vocabulary, "sentencepiece_model_file", "")
+    if recipe.method.uses_dataset() and (check_remote or not remote):
         why = "only with ON_POLICY_FRACTION 1 is nothing learnt from the data set's targets"
         streams.check_targets(task, recipe.data.split, why)
     cached_k = _check_cache(recipe, vocabulary, pending)
@@ -52,7 +53,6 @@ def open_source(
     num_pieces = vocabularies.num_pieces(vocabulary, check_remote=check_remote)
     shared = vocabulary_checks.check_vocabularies(vocabulary, chosen, pending)
     num_pieces = num_pieces if shared is None else min(num_pieces, shared)
-    remote = "://" in getattr(vocabulary, "sentencepiece_model_file", "")
     ends = None if remote and not check_remote else vocabularies.end_ids(vocabulary) or None
     return Source(task, vocabulary, num_pieces, cached_k, ends)
 
