@@ -126,10 +126,16 @@ class BothShards(streams.TrainIterator):
     def __init__(self, task, config, _):
         shards = (data.Shard(index, 2, index) for index in range(2))
         self._streams = [BothShards.__base__(task, config, shard) for shard in shards]
+        self._peeked = None
 
     def __next__(self):
+        peeked, self._peeked = self._peeked, None
+        if peeked is not None:
+            return peeked
         parts = [next(stream) for stream in self._streams]
-        return Batch(*(np.concatenate([part[i] for part in parts]) for i in range(3)))
+        arrays = (np.concatenate([part[i] for part in parts]) for i in range(3))
+        lengths = np.concatenate([part.input_lengths for part in parts])
+        return Batch(*arrays, input_lengths=lengths)
 
     def save(self, directory):
         directory.joinpath("none").touch()
@@ -138,7 +144,7 @@ class BothShards(streams.TrainIterator):
 def replay(model_dir, steps, monkeypatch, *more):
     """Losses of a run in this process that reads as two."""
     with monkeypatch.context() as patched:
-        patched.setattr(data, "TrainIterator", BothShards)
+        patched.setattr(streams, "TrainIterator", BothShards)
         run_here(model_dir, f"--gin.TRAIN_STEPS={steps}", *more)
     return lines(model_dir, "train/loss")
 
