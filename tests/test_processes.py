@@ -168,7 +168,7 @@ def test_a_signal_to_one_process_saves_and_ends_both(tmp_path, monkeypatch, capf
     with pytest.raises(SystemExit):  # one process cannot go on where two stopped
         run_here(together, SHARDED)
     said = capfd.readouterr().err
-    assert "data.process_shards 2 -> 1" in said
+    assert "process_shards 2 -> 1" in said
     assert "start as many processes as before" in said
     assert (together / "checkpoints" / str(saved[0])).is_dir()
 

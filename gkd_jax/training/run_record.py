@@ -134,13 +134,15 @@ def changes(
             refused.append((name, old, new))
     if refused:
         listed = "; ".join(f"{name} {old!r} -> {new!r}" for name, old, new in refused)
-        names = ", ".join(repr(name) for name, _, _ in refused)
         advice = "Take another MODEL_DIR, or delete it"
-        if any(name == "process_shards" for name, _, _ in refused):
+        names = [name for name, _, _ in refused]
+        if "process_shards" in names:
             advice += "; with shard_by_process, start as many processes as before"
+        else:
+            fields = ", ".join(map(repr, names))
+            advice += f'. To change it on purpose: --gin.ALLOW_CHANGES="({fields},)"'
         raise ValueError(
-            f"MODEL_DIR {str(folder)!r} holds another configuration's run: {listed}. {advice}. "
-            f'To change it on purpose: --gin.ALLOW_CHANGES="({names},)"'
+            f"MODEL_DIR {str(folder)!r} holds another configuration's run: {listed}. {advice}"
         )
     return found
 
