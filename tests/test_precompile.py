@@ -12,11 +12,11 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 import optax
 import pytest
+from small_runs import small
 
 import gin
 from gkd_jax import divergences, gkd, main, rl, sharding
 from gkd_jax.input import data
-from gkd_jax.models import t5
 from gkd_jax.planning import hlo, precompile
 from gkd_jax.storage import pretrained
 import gkd_jax.tasks.arithmetic  # noqa: F401
@@ -29,19 +29,6 @@ F32 = jax.ShapeDtypeStruct
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install 'gkd_jax[tpu]'"
 )
-
-
-def small(size, vocab_size):
-    del size
-    return t5.T5Config(
-        vocab_size=vocab_size,
-        d_model=16,
-        num_heads=2,
-        head_dim=8,
-        d_ff=32,
-        num_encoder_layers=1,
-        num_decoder_layers=1,
-    )
 
 
 def options(**more):
