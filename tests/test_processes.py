@@ -270,6 +270,28 @@ def test_processes_with_the_same_rows_read_the_same(processes, rows, expected, m
             data.process_shard(few, mesh)
 
 
+def test_a_row_that_one_process_finds_in_no_cache_ends_both_at_once(tmp_path):
+    """Example 40 of 41 is read by the first process alone; the cache has the first 40."""
+    cache = tmp_path / "cache"
+    gin.clear_config()
+    score = ["score", "--gin_file=gin/score.gin", f"--gin.OUTPUT='{cache}'"]
+    score += [
+        "--gin.CHECKPOINT=None",
+        "--gin.SIZE='32x2'",
+        "--gin.NUM_EXAMPLES=40",
+        "--gin.K=4",
+        *ARGUMENTS[1:3],
+    ]
+    main.main([*score, "--gin.BATCH_SIZE=8"])
+    gin.clear_config()
+    flags = ["--gin.NUM_EXAMPLES=41", "--gin.TRAIN_STEPS=100000", "--gin.ON_POLICY_FRACTION=0.0"]
+    flags += ["--gin.EVAL_NUM_EXAMPLES=0", f"--gin.data.DataConfig.teacher_cache='{cache}'"]
+    codes, texts = statuses(start(tmp_path / "run", SHARDED, *flags))
+    assert codes == [2, 2], texts
+    assert "lacks a row of the training data: inputs" in texts[0]
+    assert "lacks a row that another process reads" in texts[1]
+
+
 @pytest.mark.slow
 def test_when_one_process_is_killed_the_other_ends_too(tmp_path):
     processes = start(tmp_path, "--gin.TRAIN_STEPS=100000", "--gin.SAVE_PERIOD=2")

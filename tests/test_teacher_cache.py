@@ -1,6 +1,7 @@
 """Cached scores of a teacher: their divergence, their files, and runs that have no teacher."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -240,3 +241,28 @@ def test_what_a_cache_cannot_serve_is_said(tmp_path, scores, changes, message):
     more = {"fraction": 0.0, "divergence": divergences.forward_kl, **changes}
     with pytest.raises(ValueError, match=message):
         train.train(**options(tmp_path, steps=1, data=data, **more))
+
+
+def test_a_cache_of_another_teacher_is_refused_and_a_copy_of_its_teacher_taken(
+    tmp_path, teacher_dir, scores
+):
+    """Teachers are compared by what their checkpoints hold, wherever they lie."""
+    other = tmp_path / "other"
+    train.train(
+        **options(
+            other,
+            steps=3,
+            data=DataConfig(task="arithmetic", feature_lengths=LENGTHS, batch_size=8, seed=1),
+        )
+    )
+    earlier = teacher_dir / "checkpoints" / "3"
+    for index, (folder, fraction) in enumerate([(other, 0.5), (earlier, 0.5), (other, 0.0)]):
+        teacher = pretrained.ModelConfig(architecture=small, checkpoint=str(folder))
+        model_dir = tmp_path / f"refused{index}"
+        with pytest.raises(ValueError, match=r"holds the scores of .* is another: ") as refused:
+            trained(model_dir, teacher, scores, fraction)
+        assert str(folder) in str(refused.value)
+        assert not model_dir.exists()
+    copy = shutil.copytree(teacher_dir, tmp_path / "copy")
+    teacher = pretrained.ModelConfig(architecture=small, checkpoint=str(copy))
+    assert len(trained(tmp_path / "taken", teacher, scores, 0.5)) == 6
