@@ -1,10 +1,11 @@
-"""Checkpoints of others: Hugging Face's and T5X's, read and written.
+"""Reads and writes the checkpoint formats of Hugging Face and T5X.
 
     config = read_config(path)
     params = read_params(path, config, shardings=shardings)
     write_hf("out", config, params)
 
-The format is detected. Our own checkpoints ("gkd") are read by `gkd_jax.storage.checkpoints`.
+The functions detect the format of a folder from its files. Checkpoints in gkd_jax's own format
+("gkd") are read by `gkd_jax.storage.checkpoints` instead.
 """
 
 import os
@@ -35,13 +36,15 @@ __all__ = [
 
 
 def read_config(path: str) -> t5.T5Config | DecoderConfig:
-    """The sizes of the model in a Hugging Face or T5X checkpoint; reads no weights.
+    """Returns the sizes of the model in a Hugging Face or T5X checkpoint.
 
-    Dropout and compute dtype are choices of a run: they stay at `T5Config`'s defaults.
+    Weights are read only where the sizes depend on them: a Hugging Face T5's output head is
+    compared with its embedding. A run chooses dropout and the compute dtype, so these fields of
+    the returned config have their defaults.
 
     Raises:
-        FileNotFoundError: where the folder or a file of it is missing.
-        ValueError: where it is no checkpoint, or not one of a T5.
+        FileNotFoundError: if the folder or one of its files is missing.
+        ValueError: if the folder is no checkpoint, or holds an architecture that is not supported.
     """
     if _foreign(path) == "hf":
         folder = hf_folder.local(path)
@@ -59,21 +62,23 @@ def read_params(
     dtype: Any | None = "float32",
     shardings: Any | None = None,
 ) -> t5.Params:
-    """The parameters of a Hugging Face or T5X checkpoint.
+    """Returns the parameters of a Hugging Face or T5X checkpoint.
 
-    Only the slices that this process's devices hold are read, each once, and cast on the way.
+    Each process reads only the slices that its own devices hold. Every slice is read once and cast
+    to `dtype` while it is read.
 
     Args:
         path: the checkpoint's folder.
-        config: the sizes to expect, as from `read_config`.
-        dtype: in memory: "float32" or "bfloat16", by name or as a dtype; None for the stored one.
-        shardings: a tree like the parameters with a `jax.sharding.Sharding` at each leaf; None puts
-            everything on the default device.
+        config: the expected sizes, for example the result of `read_config`.
+        dtype: the dtype in memory, "float32" or "bfloat16", by name or as a dtype; None keeps the
+            stored dtype.
+        shardings: a tree with the structure of the parameters and a `jax.sharding.Sharding` at each
+            leaf; None puts every array on the default device.
 
     Raises:
-        FileNotFoundError: where a file is missing.
-        ValueError: lists every array that is missing, of another shape or dtype, or unexpected;
-            or names the array whose data are damaged.
+        FileNotFoundError: if a file is missing.
+        ValueError: if arrays do not fit the model (the message lists every array that is missing,
+            unexpected, or of another shape or dtype), or if the data of an array are damaged.
     """
     if dtype is not None:
         as_dtype(dtype)
@@ -82,10 +87,12 @@ def read_params(
 
 
 def check_arrays(path: str, config: t5.T5Config | DecoderConfig) -> None:
-    """Compares names, shapes and dtypes of a checkpoint's arrays with a model's; reads none.
+    """Compares the names, shapes and dtypes of a checkpoint's arrays with those of a model.
+
+    No parameters are loaded.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_params`.
+        FileNotFoundError, ValueError: for the same mismatches as `read_params`.
     """
     _open(path, config)
 
@@ -105,7 +112,11 @@ def _open(path: str, config: t5.T5Config | DecoderConfig) -> tuple[Layout, dict[
 
 
 def stored_dtype(path: str) -> str:
-    """The dtype of a foreign checkpoint's weights; "float32" where they have several."""
+    """Returns the name of the dtype of a checkpoint's weights; "float32" if there are several.
+
+    Args:
+        path: the folder of a Hugging Face or T5X checkpoint.
+    """
     if _foreign(path) == "hf":
         arrays = hf_folder.open_weights(hf_folder.local(path))
     else:
@@ -127,17 +138,18 @@ def write_hf(
     """Writes a folder that transformers loads with `from_pretrained`.
 
     Args:
-        path: the folder to make; appears only when it is complete.
+        path: the folder to create. It appears under this name only when it is complete.
         config: the model's sizes.
-        params: its parameters.
-        dtype: of the stored weights, "float32", "bfloat16" or "float16".
-        num_pieces: of the vocabulary: of a T5, ids from there on, which no piece has and which
-            training leaves as they are, are never generated. None where unknown.
-        source: a Hugging Face folder whose tokenizer and other companions are copied.
-        card: the text of README.md; None writes none.
+        params: the model's parameters.
+        dtype: the dtype of the stored weights: "float32", "bfloat16" or "float16".
+        num_pieces: the number of pieces in the vocabulary; None if unknown. A T5's embedding may
+            have more rows than that. Training does not change these spare rows, so their ids are
+            written into generation_config.json as `suppress_tokens` and are never generated.
+        source: a Hugging Face folder whose tokenizer and other companion files are copied.
+        card: the text of README.md; None writes no README.md.
 
     Raises:
-        ValueError: where the folder exists, is remote, or the model has no counterpart.
+        ValueError: if the folder exists or is remote, or if transformers has no such model.
     """
     folder = None if source is None else pathlib.Path(source)
     if isinstance(config, DecoderConfig):
@@ -149,7 +161,7 @@ def write_hf(
 
 
 def check_hf(config: t5.T5Config | DecoderConfig) -> None:
-    """Raises ValueError for a model that transformers has no counterpart of."""
+    """Raises ValueError if no class of transformers computes this model."""
     if isinstance(config, DecoderConfig):
         decoder_fields.model_type(config)
     else:

@@ -1,8 +1,9 @@
-"""The `config.json` of decoder-only models in a Hugging Face folder, read and written.
+"""Reads and writes the `config.json` of decoder-only models in a Hugging Face folder.
 
-Both generations are read: `rope_theta` with `rope_scaling`, and transformers 5's `rope_parameters`.
-A key that is absent has the default of its class, which differs between the classes. What would
-change the numbers and is not known is refused by name.
+`read` accepts the keys of transformers 4 (`rope_theta` with `rope_scaling`) and of transformers 5
+(`rope_parameters`). An absent key has the default of the model's class in transformers, and the
+classes have different defaults. A key or value that may change what the model computes and that
+gkd_jax does not implement is an error that names the key.
 """
 
 import dataclasses
@@ -56,7 +57,7 @@ _LLAMA = {
     "num_attention_heads": 32,
     "max_position_embeddings": 2048,
 }
-# What each class takes for a key that is absent.
+# The defaults that each class of transformers has for absent keys.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {**_COMMON, **_LLAMA},
     "mistral": {
@@ -88,7 +89,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "sliding_window_pattern": 6,
     },
 }
-COMPOSITE = "gemma3"
+COMPOSITE = "gemma3"  # A Gemma 3 with a vision tower; its `text_config` is a "gemma3_text".
 MODEL_TYPES = (*_DEFAULTS, COMPOSITE)
 _ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -115,11 +116,12 @@ _SIZES = {
     "num_hidden_layers": "num_layers",
     "max_position_embeddings": "max_length",
 }
+# The keys that `read` and `rope_fields.read` use.
 _READ = frozenset().union(*_DEFAULTS.values()) | {
     *("model_type", "rope_scaling", "rope_parameters", "layer_types", "_sliding_window_pattern"),
     *("original_max_position_embeddings", "attn_logit_softcapping"),
 }
-# These do not change what the model computes, whatever they hold.
+# Keys that do not change the logits of the model, whatever their values are.
 WITHOUT_EFFECT = frozenset(
     {
         *("architectures", "_name_or_path", "name_or_path", "transformers_version", "auto_map"),
@@ -136,7 +138,7 @@ WITHOUT_EFFECT = frozenset(
         *("max_window_layers", "use_sliding_window"),
     }
 )
-# These change nothing with the values given here, and are refused with another.
+# Keys that do not change the logits if they have one of these values; other values are an error.
 _ONLY: dict[str, tuple[Any, ...]] = {
     "use_mrope": (None, False),
     "rope_interleaved": (None, False),
@@ -151,10 +153,14 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 
 
 def read(fields: dict[str, Any]) -> DecoderConfig:
-    """The sizes and switches that a `config.json` describes.
+    """Returns the sizes and switches that a `config.json` describes.
+
+    Args:
+        fields: the object in the `config.json`.
 
     Raises:
-        ValueError: for another kind of model, or a key that is unknown or has a value that is.
+        ValueError: if the model type is not supported, or if a key is unknown or has a value that
+            is not supported.
     """
     kind = fields.get("model_type")
     composite = kind == COMPOSITE
@@ -189,7 +195,8 @@ def read(fields: dict[str, Any]) -> DecoderConfig:
         scale_embedding=gemma,
         attention_scale=float(known["query_pre_attn_scalar"]) ** -0.5 if gemma else None,
         attention_softcap=known["attn_logit_softcapping"] if kind == "gemma2" else None,
-        # The class of the composite has no soft cap, whatever its text_config says.
+        # transformers' class for the composite model applies no soft cap to the logits, even if
+        # its text_config states one.
         final_softcap=None if composite else known.get("final_logit_softcapping"),
         windows=windows,
         ropes=ropes,
@@ -200,6 +207,7 @@ def read(fields: dict[str, Any]) -> DecoderConfig:
 
 
 def _check_keys(fields: dict[str, Any]) -> None:
+    """Raises ValueError for a key that may change the logits and that `read` does not handle."""
     for name, value in fields.items():
         if name in _ONLY and value not in _ONLY[name]:
             raise ValueError(f"{name}={value!r} changes the numbers and is not supported")
@@ -218,7 +226,12 @@ def _activation(known: dict[str, Any], key: str) -> str:
 
 
 def _layer_types(kind: str, known: dict[str, Any]) -> list[str]:
-    """Of each layer, whether it sees all or a window."""
+    """Returns the type of each layer: "full_attention" or "sliding_attention".
+
+    A stated `layer_types` is used as it is, except that Llama and Mistral allow one type only.
+    Without `layer_types`, the types follow from the other keys by the rule of the model's class in
+    transformers.
+    """
     num_layers = known["num_hidden_layers"]
     if kind == "llama":
         derived = ["full_attention"] * num_layers
@@ -245,6 +258,13 @@ def _layer_types(kind: str, known: dict[str, Any]) -> list[str]:
 
 
 def _windows(kind: str, fields: dict[str, Any], known: dict[str, Any]) -> tuple[int, ...]:
+    """Returns the attention window of each layer in tokens, as `DecoderConfig.windows` holds it.
+
+    Args:
+        kind: the model type.
+        fields: the keys in the `config.json`.
+        known: `fields` completed with the defaults of the class.
+    """
     window = known["sliding_window"]
     if kind == "llama":
         if fields.get("sliding_window") is not None:
@@ -266,10 +286,10 @@ def _windows(kind: str, fields: dict[str, Any], known: dict[str, Any]) -> tuple[
 
 
 def model_type(config: DecoderConfig) -> str:
-    """Which of transformers' classes computes this.
+    """Returns the `model_type` whose class in transformers computes this model.
 
     Raises:
-        ValueError: where none does.
+        ValueError: if no class computes it.
     """
     windows = config.windows
     if config.unit_offset:
@@ -280,13 +300,18 @@ def model_type(config: DecoderConfig) -> str:
         kind = "qwen2"
     else:
         kind = "mistral" if windows and all(windows) else "llama"
+    # The guess is right only if reading the written fields gives the same model again.
     if read(_fields(kind, config)) != _numbers_only(config):
         raise ValueError(f"no class of transformers has these switches together: {config}")
     return kind
 
 
 def _numbers_only(config: DecoderConfig) -> DecoderConfig:
-    """Without what a run chooses, and in one way of saying the same."""
+    """Returns `config` with the fields that a run chooses reset to their defaults.
+
+    `config.json` does not store these fields, and none of them changes the logits except through
+    dropout and rounding.
+    """
     choices = ("dropout_rate", "dtype", "remat", "attention_by_row", "layers_on_host")
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     plain = {name: defaults[name] for name in (*choices, "scan_unroll")}
@@ -294,7 +319,15 @@ def _numbers_only(config: DecoderConfig) -> DecoderConfig:
 
 
 def write(config: DecoderConfig, dtype: str) -> dict[str, Any]:
-    """The `config.json` of a model, with the keys of both generations."""
+    """Returns the `config.json` of a model, with the keys of transformers 4 and of transformers 5.
+
+    Args:
+        config: the model's sizes and switches.
+        dtype: the name of the dtype of the stored weights.
+
+    Raises:
+        ValueError: if no class of transformers computes the model.
+    """
     kind = model_type(config)
     return {
         "architectures": [_ARCHITECTURES[kind]],
@@ -307,6 +340,8 @@ def write(config: DecoderConfig, dtype: str) -> dict[str, Any]:
 
 
 def _fields(kind: str, config: DecoderConfig) -> dict[str, Any]:
+    """Returns the keys of a `config.json` that decide what a model of type `kind` computes."""
+    # Several names may mean one activation; `reversed` makes the first of them the written one.
     names = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}
     gemma = kind.startswith("gemma")
     fields: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""The weights of decoder-only models in a Hugging Face folder, read and written."""
+"""Reads and writes decoder-only models in Hugging Face folders: config.json and safetensors."""
 
 import pathlib
 import shutil
@@ -16,7 +16,8 @@ from gkd_jax.models.decoder_config import DecoderConfig
 
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-# The text model's names start with one of these, or with none; longest first.
+# Names of the text model's arrays start with one of these prefixes or with none of them. Longer
+# prefixes come first, because the first match is removed.
 _PREFIXES = ("language_model.model.", "model.language_model.", "model.")
 _NOT_TEXT = (
     *("vision_tower.", "multi_modal_projector."),
@@ -43,10 +44,15 @@ _NORMS_WITH_POST = {
 
 
 def read_config(folder: pathlib.Path, fields: dict[str, Any]) -> DecoderConfig:
-    """The model that the fields of a folder's config.json describe.
+    """Returns the sizes and switches of the model that the fields of a config.json describe.
+
+    Args:
+        folder: the folder of the config.json, for error messages.
+        fields: the object in the config.json.
 
     Raises:
-        ValueError: naming the file and the key that is unknown or has a value that is.
+        ValueError: if a key is unknown or has a value that is not supported; the message names the
+            file and the key.
     """
     try:
         return decoder_fields.read(fields)
@@ -55,7 +61,12 @@ def read_config(folder: pathlib.Path, fields: dict[str, Any]) -> DecoderConfig:
 
 
 def open_model(path: str, config: DecoderConfig) -> tuple[Layout, dict[str, Stored]]:
-    """The names of a model's arrays and the arrays themselves, compared with each other."""
+    """Returns the layout of a model and the stored arrays of a folder, which fit each other.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: if the arrays do not fit the model or a file is damaged.
+    """
     stored = hf_folder.open_weights(hf_folder.local(path))
     arrays = {_plain(name): array for name, array in stored.items() if not _is_other(name)}
     head, embedding = arrays.get(_HEAD), arrays.get(_EMBEDDING)
@@ -79,12 +90,16 @@ def open_model(path: str, config: DecoderConfig) -> tuple[Layout, dict[str, Stor
 
 
 def _is_other(name: str) -> bool:
-    """Parts that are not the text model's; old Llama files hold frequencies that follow anyway."""
+    """Returns whether an array is no parameter of the text model.
+
+    Such arrays belong to the vision part of a composite model, or are the rotary frequencies in old
+    Llama files, which follow from config.json.
+    """
     return name.startswith(_NOT_TEXT) or name.endswith("rotary_emb.inv_freq")
 
 
 def _plain(name: str) -> str:
-    """The name that a model for causal language modelling alone gives it."""
+    """Returns the name that an array has in a text-only model, with the prefix "model."."""
     if name.endswith(_HEAD):
         return _HEAD
     for prefix in _PREFIXES:
@@ -94,7 +109,7 @@ def _plain(name: str) -> str:
 
 
 def hf_layout(config: DecoderConfig) -> Layout:
-    """Names as in transformers' models for causal language modelling; kernels are transposed."""
+    """Returns the layout of transformers' causal language models; kernels are transposed."""
     norms = _NORMS_WITH_POST if config.post_norms else _NORMS
     layout = {}
     for path, leaf in flatten(decoder.abstract_params(config)).items():
@@ -136,16 +151,16 @@ def write(
     """Writes a folder that transformers, vLLM and llama.cpp's converter read.
 
     Args:
-        path: the folder to make; appears only when it is complete.
+        path: the folder to create. It appears under this name only when it is complete.
         config: the model's sizes.
-        params: its parameters.
-        dtype: of the stored weights: "float32", "bfloat16" or "float16".
-        source: the Hugging Face folder that the model began with: its tokenizer, chat template,
-            generation settings and licence are copied.
-        card: the text of README.md; None writes none.
+        params: the model's parameters.
+        dtype: the dtype of the stored weights: "float32", "bfloat16" or "float16".
+        source: the Hugging Face folder from which the model was initialised. Its tokenizer, chat
+            template, generation settings and licence are copied.
+        card: the text of README.md; None writes no README.md.
 
     Raises:
-        ValueError: where the folder exists, is remote, or transformers has no such model.
+        ValueError: if the folder exists or is remote, or if transformers has no such model.
     """
     kind = as_stored_dtype(dtype)
     fields = decoder_fields.write(config, dtype)
@@ -168,6 +183,8 @@ def write(
 
 
 def _maker(leaf: Any, part: Part, layer: int | None):
+    """Returns a function that copies one stored array to the host when its file is written."""
+
     def make() -> np.ndarray:
         value = leaf if layer is None else leaf[layer]
         return to_stored(np.asarray(jax.device_get(value)), part.axes, part.shape)

@@ -1,4 +1,4 @@
-"""Telling checkpoint formats apart by the files that are there."""
+"""Detects the format of a checkpoint folder from the files in it."""
 
 from typing import Literal
 
@@ -15,14 +15,15 @@ _LOOKED_FOR = (
 
 
 def detect(path: str) -> Format:
-    """Which kind of checkpoint a folder is.
+    """Returns the format of the checkpoint in a folder.
 
     Args:
         path: a folder, local or gs://.
 
     Raises:
-        FileNotFoundError: where there is no such folder.
-        ValueError: where it is none of them; says what was looked for.
+        FileNotFoundError: if there is no such folder.
+        ValueError: if the folder has none of the formats; the message says which files were
+            looked for, or what the folder lacks.
     """
     folder = epath.Path(path)
     if not folder.is_dir():
@@ -53,7 +54,7 @@ def _children(folder: epath.Path) -> list[epath.Path]:
 
 
 def t5x_root(path: str) -> epath.Path:
-    """The folder that holds a T5X checkpoint's arrays: the step's own, or its `state`."""
+    """Returns the folder that holds a T5X checkpoint's arrays: `path` itself or `path`/state."""
     folder = epath.Path(path)
     state = folder / "state"
     for name in ("checkpoint", "manifest.ocdbt"):
@@ -63,10 +64,12 @@ def t5x_root(path: str) -> epath.Path:
 
 
 def _kind_of_msgpack(root: epath.Path) -> Format:
-    # T5X's own index starts with the keys "version" and "optimizer"; Orbax's has the bare tree.
+    # The index that T5X wrote itself is a map with the keys "version" and "optimizer"; the index
+    # that Orbax wrote is the tree of the state without these keys. Reading the first bytes tells
+    # them apart, because msgpack writes a key as its length (\xa7 is 7 bytes, \xa9 is 9 bytes)
+    # followed by its text.
     with (root / "checkpoint").open("rb") as file:
         start = file.read(64)
-    # \xa7 and \xa9: msgpack's strings of 7 and 9 bytes.
     native = b"\xa7version" in start or b"\xa9optimizer" in start
     return "t5x_native" if native else "t5x_orbax_msgpack"
 

@@ -1,7 +1,8 @@
-"""The files of a Hugging Face folder, for any architecture: JSON, and weights in safetensors.
+"""Reads and writes the files of a Hugging Face folder: JSON files, and weights in safetensors.
 
-Weights are read through the `safetensors` package, which maps a file into memory and copies out the
-slices that are asked for. The package itself checks sizes, offsets and dtypes when it opens a file.
+The functions serve every architecture. Weights are read with the `safetensors` package, which maps
+a file into memory and copies only the requested slices. When the package opens a file, it checks
+the sizes, offsets and dtypes in the file's header.
 """
 
 from collections.abc import Callable, Iterable
@@ -21,7 +22,8 @@ from gkd_jax.convert.stored import Index, Stored
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
-_COMPANIONS = (  # what goes with a model's weights, whoever trains them further
+# The files that stay valid for a model after its weights have been trained further.
+_COMPANIONS = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
     *("spiece.model", "sentencepiece*.model", "chat_template*", "additional_chat_templates"),
     *("generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*"),
@@ -29,7 +31,7 @@ _COMPANIONS = (  # what goes with a model's weights, whoever trains them further
 Array = tuple[str, tuple[int, ...], Callable[[], np.ndarray]]
 """The name, the shape and a function that makes the array when its turn to be written comes."""
 
-_LARGEST_FILE = 5 * 10**9  # bytes: transformers' default size of one of several files
+_LARGEST_FILE = 5 * 10**9  # Bytes; the default of transformers for one of several files.
 _DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -45,10 +47,10 @@ _DTYPES = {
 
 
 def local(path: str) -> pathlib.Path:
-    """The folder as a path.
+    """Returns a local folder as a path.
 
     Raises:
-        ValueError: for a remote one, which cannot be mapped into memory.
+        ValueError: if the folder is remote, because its files cannot be mapped into memory.
     """
     if "://" in path:
         raise ValueError(f"a Hugging Face folder must be local, got {path}: copy it first")
@@ -56,11 +58,11 @@ def local(path: str) -> pathlib.Path:
 
 
 def read_json(file: pathlib.Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Returns the object in a JSON file.
 
     Raises:
-        FileNotFoundError: where the file is missing.
-        ValueError: where it holds something else.
+        FileNotFoundError: if the file is missing.
+        ValueError: if the file is not JSON, or holds another JSON value than an object.
     """
     if not file.is_file():
         raise FileNotFoundError(f"no file {file}")
@@ -74,18 +76,24 @@ def read_json(file: pathlib.Path) -> dict[str, Any]:
 
 
 def write_json(file: pathlib.Path, fields: dict[str, Any]) -> None:
-    """Writes an object as transformers does: sorted and indented."""
+    """Writes an object as JSON with sorted keys and indentation, as transformers writes it."""
     file.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
 
 
 def companions(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The files that go with a model's weights: tokenizer, template, generation, licence."""
+    """Returns the files that accompany a model's weights in a folder.
+
+    They are the files of the tokenizer and the chat template, generation_config.json and licences.
+    """
     found = {path for pattern in _COMPANIONS for path in folder.glob(pattern)}
     return sorted(path for path in found if path.is_file())
 
 
 def copy_companions(source: pathlib.Path, folder: pathlib.Path) -> None:
-    """Copies `companions`, and the configuration that names special ids, to a new folder."""
+    """Creates `folder` and copies the `companions` and config.json of `source` into it.
+
+    config.json is copied because it names the ids of special tokens.
+    """
     folder.mkdir()
     for file in [*companions(source), source / "config.json"]:
         if file.is_file():
@@ -93,10 +101,10 @@ def copy_companions(source: pathlib.Path, folder: pathlib.Path) -> None:
 
 
 def token_ids(folder: pathlib.Path) -> dict[str, Any]:
-    """The ids of a folder's special tokens, `eos_token_id` and its like, where they are given.
+    """Returns `bos_token_id`, `eos_token_id` and `pad_token_id` of a folder, where they are stated.
 
-    generation_config.json comes before config.json: instruct models end at several ids, and only
-    the former names all of them.
+    generation_config.json overrides config.json: several ids end a text of an instruct model, and
+    only generation_config.json names all of these ids.
     """
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     found: dict[str, Any] = {}
@@ -108,10 +116,10 @@ def token_ids(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def eos_ids(folder: pathlib.Path) -> tuple[int, ...]:
-    """Every id that ends a text, from generation_config.json, else config.json; () where none.
+    """Returns every id that ends a text, or () if the folder states none; see `token_ids`.
 
     Raises:
-        ValueError: where they are no integers.
+        ValueError: if the stated ids are not integers of at least 0.
     """
     stated = token_ids(folder).get("eos_token_id", [])
     ids = stated if isinstance(stated, list) else [stated]
@@ -121,11 +129,11 @@ def eos_ids(folder: pathlib.Path) -> tuple[int, ...]:
 
 
 def open_weights(folder: pathlib.Path) -> dict[str, Stored]:
-    """The arrays of a folder by name, from its one file or its several; none is read yet.
+    """Returns the arrays in the weight files of a folder by name, without reading their values.
 
     Raises:
-        FileNotFoundError: where a file is missing.
-        ValueError: where a file is cut or damaged, or the index names what is not there.
+        FileNotFoundError: if a file is missing.
+        ValueError: if a file is cut or damaged, or if the index names an array that its file lacks.
     """
     if (folder / WEIGHTS).is_file():
         return _open_file(folder / WEIGHTS)
@@ -170,9 +178,15 @@ def _stored(opened: Any, name: str, file: pathlib.Path) -> Stored:
 
 
 def write_weights(folder: pathlib.Path, arrays: Iterable[Array], dtype: np.dtype) -> None:
-    """Writes one file, or several with an index where one would exceed 5 GB.
+    """Writes arrays to one safetensors file, or to several and an index beyond 5 GB.
 
-    The arrays of one file are in memory at the same time, which is what the package needs.
+    All arrays of one file are in host memory at the same time, because the package writes a file
+    with one call.
+
+    Args:
+        folder: the folder to write to.
+        arrays: the arrays to write.
+        dtype: the dtype of the stored arrays.
     """
     files: list[list[Array]] = [[]]
     size = total = 0

@@ -1,4 +1,4 @@
-"""Hugging Face folders of T5, mT5 and umT5: config.json and safetensors."""
+"""Reads and writes T5, mT5 and umT5 models in Hugging Face folders: config.json and safetensors."""
 
 import pathlib
 import shutil
@@ -16,7 +16,8 @@ from gkd_jax.models import t5
 
 _SHARED, _HEAD = "shared.weight", "lm_head.weight"
 _SAME_AS_SHARED = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
-# Old T5 files hold it; T5's cross-attention has no position bias, and transformers ignores it too.
+# Old T5 files contain a position bias for the cross-attention. T5's cross-attention uses none, and
+# transformers ignores this array too.
 _UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
 _ACTIVATIONS = {
     "relu": ("relu",),
@@ -43,6 +44,7 @@ _SIZES = {
 }
 _GENERATION = "generation_config.json"
 _SPECIAL_IDS = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
+# Generation settings with which transformers would generate other tokens than gkd_jax.
 _FORCED = (
     *("forced_bos_token_id", "forced_eos_token_id", "forced_decoder_ids"),
     *("begin_suppress_tokens", "bad_words_ids", "sequence_bias"),
@@ -52,13 +54,16 @@ _MT5_VOCAB_SIZE = 250_112
 
 
 def read_config(path: str) -> t5.T5Config:
-    """The sizes in a folder's config.json, and from the weights whether the head is tied.
+    """Returns the sizes of the T5 in a folder.
 
-    transformers has stored `tie_word_embeddings` with several meanings, so the head counts as
-    untied where `lm_head.weight` is stored and differs from `shared.weight`.
+    The sizes come from config.json. Whether the output head is tied to the embedding comes from the
+    weights, because `tie_word_embeddings` has had several meanings in transformers: the head is
+    untied if `lm_head.weight` is stored and differs from `shared.weight`.
 
     Raises:
-        ValueError: for another kind of model, or a field that is missing or unknown.
+        FileNotFoundError: if a file is missing.
+        ValueError: if the model type is not supported, or if a field is missing or has a value that
+            is not supported.
     """
     folder = hf_folder.local(path)
     fields = hf_folder.read_json(folder / "config.json")
@@ -94,10 +99,10 @@ def read_config(path: str) -> t5.T5Config:
 
 
 def _check_special_ids(folder: pathlib.Path, config: dict[str, Any]) -> None:
-    """Refuses a model that starts, pads or ends otherwise than T5, or must be decoded otherwise.
+    """Raises ValueError for a model whose special ids or decoding rules differ from those of T5.
 
-    T5's ids are part of its computation here: id 0 is masked and starts a target, id 1 ends it.
-    MADLAD-400 and CodeT5 have T5's architecture and other ids.
+    gkd_jax's T5 has its special ids built in: id 0 is masked and starts a target, and id 1 ends a
+    target. Some models, such as MADLAD-400 and CodeT5, have the architecture of T5 but other ids.
     """
     files = {"config.json": config}
     if (folder / _GENERATION).is_file():
@@ -124,7 +129,7 @@ def _check_special_ids(folder: pathlib.Path, config: dict[str, Any]) -> None:
 
 
 def _is_tail(ids: Any, vocab_size: Any) -> bool:
-    """Whether ids, besides that of pad, are the last ones of a vocabulary."""
+    """Returns whether `ids`, apart from the pad id 0, are the last ids of a vocabulary."""
     if not isinstance(ids, list) or not all(type(token) is int for token in ids):
         return False
     rest = sorted(set(ids) - {0})
@@ -132,7 +137,11 @@ def _is_tail(ids: Any, vocab_size: Any) -> bool:
 
 
 def _numbers(fields: dict[str, Any]) -> dict[str, Any]:
-    """The sizes by our names, of the right type."""
+    """Returns the sizes in a config.json by the names of `T5Config`'s fields.
+
+    Raises:
+        ValueError: if a size is not a positive integer, or the epsilon no number in (0, 1).
+    """
     numbers = {ours: fields.get(theirs, _DEFAULTS.get(theirs)) for theirs, ours in _SIZES.items()}
     if numbers["num_decoder_layers"] is None:
         numbers["num_decoder_layers"] = fields["num_layers"]
@@ -147,11 +156,17 @@ def _numbers(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def open_model(path: str, config: t5.T5Config) -> tuple[Layout, dict[str, Stored]]:
-    """The names of a model's arrays and the arrays themselves, compared with each other."""
+    """Returns the layout of a model and the stored arrays of a folder, which fit each other.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: if the arrays do not fit the model or a file is damaged.
+    """
     folder = hf_folder.local(path)
     arrays = hf_folder.open_weights(folder)
     ignored = [*_SAME_AS_SHARED, _UNUSED]
-    if _SHARED not in arrays:  # of arrays that share memory, safetensors stores one
+    # torch arrays that share memory are stored once, under any of their names.
+    if _SHARED not in arrays:
         for name in (*_SAME_AS_SHARED, _HEAD):
             if name in arrays and (name != _HEAD or config.tie_embeddings):
                 arrays[_SHARED] = arrays[name]
@@ -170,14 +185,16 @@ def open_model(path: str, config: t5.T5Config) -> tuple[Layout, dict[str, Stored
 
 
 def _is_scaled(fields: dict[str, Any]) -> bool:
-    """Whether hidden states are divided by sqrt(D) before the head."""
+    """Returns whether hidden states are divided by sqrt(D) before the output head."""
     scaled = fields.get("scale_decoder_outputs")
-    if scaled is None:  # mT5 never scales; transformers 5 stores its flag as true all the same
+    # mT5 never scales, although transformers 5 stores `tie_word_embeddings` as true for mT5.
+    if scaled is None:
         scaled = fields["model_type"] != "mt5" and fields.get("tie_word_embeddings") is not False
     return bool(scaled)
 
 
 def _has_own_head(arrays: dict[str, Stored]) -> bool:
+    """Returns whether the stored output head differs from the embedding."""
     head = arrays.get(_HEAD)
     names = (_SHARED, *_SAME_AS_SHARED)
     embedding = next((arrays[name] for name in names if name in arrays), None)
@@ -197,7 +214,7 @@ def write(
     source: pathlib.Path | None = None,
     card: str | None = None,
 ) -> None:
-    """As `gkd_jax.convert.write_hf`."""
+    """Writes a T5 to a Hugging Face folder; see `gkd_jax.convert.write_hf` for the arguments."""
     kind = as_stored_dtype(dtype)
     fields = _config_fields(config, dtype)
     leaves = flatten(params)
@@ -214,7 +231,8 @@ def write(
         for file in () if source is None else hf_folder.companions(source):
             shutil.copy(file, folder)
         generation = _generation(config, num_pieces)
-        if (folder / _GENERATION).is_file():  # the source's, whose ids are T5's
+        # Keep the settings that were copied from the source, apart from the keys written here.
+        if (folder / _GENERATION).is_file():
             generation = {**hf_folder.read_json(folder / _GENERATION), **generation}
         hf_folder.write_json(folder / _GENERATION, generation)
         if card is not None:
@@ -222,16 +240,19 @@ def write(
 
 
 def check_hf(config: t5.T5Config) -> None:
-    """Raises ValueError for a model that transformers has no counterpart of."""
+    """Raises ValueError if no class of transformers computes this T5."""
     _config_fields(config, "float32")
 
 
 def _generation(config: t5.T5Config, num_pieces: int | None) -> dict[str, Any]:
+    """Returns generation_config.json, which suppresses the ids that no vocabulary piece has."""
     spare = [] if num_pieces is None else list(range(num_pieces, config.vocab_size))
     return {**_SPECIAL_IDS, **({"suppress_tokens": spare} if spare else {})}
 
 
 def _maker(leaf, part, layer):
+    """Returns a function that copies one stored array to the host when its file is written."""
+
     def make() -> np.ndarray:
         value = leaf if layer is None else leaf[layer]
         return to_stored(np.asarray(jax.device_get(value)), part.axes, part.shape)
@@ -240,6 +261,8 @@ def _maker(leaf, part, layer):
 
 
 def _config_fields(config: t5.T5Config, dtype: str) -> dict[str, Any]:
+    """Returns the fields of config.json; raises ValueError if transformers has no such T5."""
+    # Several names may mean one activation; `reversed` makes the first of them the written one.
     names = {acts: name for name, acts in reversed(_ACTIVATIONS.items())}
     if config.mlp_activations not in names:
         raise ValueError(
@@ -260,7 +283,8 @@ def _config_fields(config: t5.T5Config, dtype: str) -> dict[str, Any]:
         "initializer_factor": 1.0,
         "is_encoder_decoder": True,
         "use_cache": True,
-        # transformers 4 ties and scales by the first, transformers 5 scales by the second.
+        # transformers 4 decides by `tie_word_embeddings` whether to tie and to scale; transformers
+        # 5 decides by `scale_decoder_outputs` whether to scale.
         "tie_word_embeddings": config.tie_embeddings,
         "scale_decoder_outputs": config.scale_logits,
         **_SPECIAL_IDS,

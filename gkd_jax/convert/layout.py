@@ -1,8 +1,9 @@
-"""Where each parameter lies in a foreign checkpoint: names, shapes and the order of dimensions.
+"""Maps each parameter of a T5 to the arrays of a T5X or Hugging Face checkpoint that hold it.
 
-A parameter here is one array with its layers stacked on axis 0; elsewhere it is one array a layer
-(T5X's plain network, Hugging Face) or one array stacked on axis 1 with its heads unfused (T5X's
-scanned network).
+A layout states the names, the shapes and the order of dimensions of the stored arrays. gkd_jax
+stacks the layers of a parameter on axis 0 of one array. T5X's plain network and Hugging Face store
+one array per layer. T5X's scanned network stores one array with the layers stacked on axis 1, in
+which heads and head dim are separate dimensions; gkd_jax fuses these two dimensions into one.
 """
 
 from typing import Any, NamedTuple
@@ -14,13 +15,13 @@ from gkd_jax.models import t5
 
 
 class Part(NamedTuple):
-    """One stored array: a parameter, or one layer of it.
+    """One stored array, which holds a whole parameter or one layer of a parameter.
 
     Attributes:
-        name: of the stored array.
-        shape: of the stored array.
-        axes: for each dimension of the parameter (of the layer, where it is one), the stored
-            dimensions it is made of, outermost first: ((0,), (2, 3)) fuses heads.
+        name: the name of the stored array.
+        shape: the shape of the stored array.
+        axes: for each dimension of the parameter (or of its layer), the stored dimensions that form
+            this dimension, outermost first. For example, ((0,), (2, 3)) fuses heads and head dim.
     """
 
     name: str
@@ -29,24 +30,30 @@ class Part(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """One parameter: its shape, and the one array, or the arrays of its layers, that hold it."""
+    """One parameter and the stored arrays that hold it.
+
+    Attributes:
+        shape: the shape of the parameter in gkd_jax.
+        parts: the one stored array of the parameter, or the stored array of each layer.
+        by_layer: whether `parts` has one array per layer.
+    """
 
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
     by_layer: bool
 
 
-Layout = dict[str, Entry]  # by the parameter's path, "encoder/layers/attention/query/kernel"
+Layout = dict[str, Entry]  # keys are paths such as "encoder/layers/attention/query/kernel"
 
 
 def flatten(tree: Any) -> dict[str, Any]:
-    """The leaves of nested dicts by their path, joined by "/"."""
+    """Returns the leaves of nested dicts, keyed by their path, whose names are joined by "/"."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 def unflatten(leaves: dict[str, Any], separator: str = "/") -> dict[str, Any]:
-    """The inverse of `flatten`."""
+    """Returns the nested dicts that `flatten` would turn into `leaves`."""
     tree: dict[str, Any] = {}
     for path, leaf in leaves.items():
         *folders, name = path.split(separator)
@@ -58,7 +65,13 @@ def unflatten(leaves: dict[str, Any], separator: str = "/") -> dict[str, Any]:
 
 
 def t5x_layout(config: t5.T5Config, *, scanned: bool) -> Layout:
-    """Names as in T5X's `target`: `examples/t5`, or `examples/scalable_t5` where `scanned`."""
+    """Returns the layout of a T5X checkpoint, with the names that T5X uses inside `target`.
+
+    Args:
+        config: the model's sizes.
+        scanned: whether the checkpoint belongs to T5X's scanned network (`examples/scalable_t5`)
+            rather than to its plain network (`examples/t5`).
+    """
     layout = {}
     for path, leaf in flatten(t5.abstract_params(config)).items():
         names = path.split("/")
@@ -85,7 +98,15 @@ def _identity(ndim: int) -> tuple[tuple[int, ...], ...]:
 
 
 def _scanned_part(config: t5.T5Config, names: list[str], shape: tuple[int, ...]) -> Part:
-    """Layers on axis 1, and the joined heads as two dimensions."""
+    """Returns the stored array of a parameter in T5X's scanned network.
+
+    The layers are stacked on axis 1, and heads and head dim are two dimensions.
+
+    Args:
+        config: the model's sizes.
+        names: the components of the parameter's path.
+        shape: the shape of the parameter in gkd_jax, with the layers on axis 0.
+    """
     stored_name = ".".join(names[0] if name == "layers" else name for name in names)
     heads = (config.num_heads, config.head_dim)
     sizes: list[tuple[int, ...]] = [(size,) for size in shape[1:]]
@@ -108,7 +129,10 @@ _HF_POSITION = "SelfAttention.relative_attention_bias.weight"
 
 
 def hf_layout(config: t5.T5Config) -> Layout:
-    """Names as in transformers' T5, mT5 and umT5; its weights are transposed kernels."""
+    """Returns the layout of transformers' T5, mT5 and umT5.
+
+    Kernels and position biases are stored transposed, because torch's layers hold them so.
+    """
     layout = {}
     for path, leaf in flatten(t5.abstract_params(config)).items():
         names = path.split("/")
@@ -159,7 +183,12 @@ def _hf_layer_name(names: list[str], layer: int) -> str:
 
 
 def to_ours(stored: np.ndarray, axes: tuple[tuple[int, ...], ...]) -> np.ndarray:
-    """Reorders and fuses the dimensions of a stored array into a parameter's."""
+    """Returns a stored array with its dimensions reordered and fused as `axes` states.
+
+    Args:
+        stored: an array with the dimensions of the checkpoint.
+        axes: the stored dimensions that form each dimension of the result; see `Part`.
+    """
     ordered = stored.transpose([axis for group in axes for axis in group])
     sizes = [int(np.prod([stored.shape[axis] for axis in group])) for group in axes]
     return ordered.reshape(sizes)
@@ -168,7 +197,7 @@ def to_ours(stored: np.ndarray, axes: tuple[tuple[int, ...], ...]) -> np.ndarray
 def to_stored(
     ours: np.ndarray, axes: tuple[tuple[int, ...], ...], shape: tuple[int, ...]
 ) -> np.ndarray:
-    """The inverse of `to_ours`, for a stored array of `shape`."""
+    """Returns a parameter in the form of a stored array of `shape`: the inverse of `to_ours`."""
     order = [axis for group in axes for axis in group]
     split = ours.reshape([shape[axis] for axis in order])
     return np.ascontiguousarray(split.transpose(np.argsort(order)))

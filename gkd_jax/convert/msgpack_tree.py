@@ -1,8 +1,9 @@
-"""The msgpack files of T5X and Flax, read as data only.
+"""Parses the msgpack files of T5X and Flax safely.
 
-Arrays are msgpack extension types (flax.serialization): 1 an ndarray as (shape, dtype name, bytes),
-2 a complex number, 3 a NumPy scalar packed as an ndarray. Nothing in such a file is executed, and
-sizes are checked before anything is allocated.
+Flax (flax.serialization) packs arrays as msgpack extension types: type 1 is an ndarray as (shape,
+dtype name, bytes), type 2 is a complex number, and type 3 is a NumPy scalar packed as an ndarray.
+The parser treats a file as untrusted input: it executes nothing from the file, and it checks sizes
+before it allocates memory.
 """
 
 import math
@@ -19,22 +20,23 @@ _NUMPY_DTYPES = (
 )
 _DTYPES = {name: np.dtype(name) for name in _NUMPY_DTYPES}
 _DTYPES["bfloat16"] = np.dtype(ml_dtypes.bfloat16)
-_MOST_ENTRIES = 1_000_000  # of one map
+# These limits bound what a damaged or malicious file can make the parser allocate.
+_MOST_ENTRIES = 1_000_000  # The number of entries in one map.
 _LONGEST_LIST = 4096
 _LONGEST_STRING = 65_536
-_DEEPEST = 64
+_DEEPEST = 64  # The depth to which maps may be nested.
 _CHUNKED = "__msgpack_chunked_array__"
 
 
 def parse(data: bytes, where: str) -> dict[str, Any]:
-    """The nested dicts in a msgpack file, with NumPy arrays at the leaves.
+    """Returns the nested dicts in a msgpack file; arrays at the leaves are NumPy arrays.
 
     Args:
-        data: the file's bytes.
-        where: its name, for messages.
+        data: the bytes of the file.
+        where: the name of the file, for error messages.
 
     Raises:
-        ValueError: where the bytes are not such a file, or break a limit.
+        ValueError: if the bytes are no such file, are damaged, or exceed a limit.
     """
     if data.startswith(b"model_checkpoint_path"):
         raise ValueError(f"{where} belongs to a TensorFlow checkpoint, expected T5X's msgpack")
@@ -91,7 +93,7 @@ def _shape(sizes: Any) -> tuple[int, ...]:
 
 
 def _join_chunks(node: Any, depth: int) -> Any:
-    """Joins arrays that Flax split for msgpack's limit on sizes."""
+    """Joins the arrays that Flax split into chunks because msgpack limits the size of one value."""
     if not isinstance(node, dict):
         return node
     if depth > _DEEPEST:

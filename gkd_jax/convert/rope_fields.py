@@ -1,4 +1,4 @@
-"""The rotary embeddings in a `config.json`, by the keys of both generations."""
+"""Reads and writes the rotary embeddings in a `config.json` of transformers 4 or 5."""
 
 import math
 from typing import Any
@@ -19,7 +19,16 @@ _ROPE_KEYS = frozenset(
 def read(
     kind: str, known: dict[str, Any], types: list[str]
 ) -> tuple[tuple[Rope, ...], tuple[int, ...]]:
-    """The kinds of rotary embeddings of a model, and which of them each layer has."""
+    """Returns the values of `DecoderConfig.ropes` and `DecoderConfig.rope_of_layer`.
+
+    Args:
+        kind: the model type.
+        known: the keys of the `config.json`, completed with the defaults of the model's class.
+        types: the type of each layer, one of `LAYER_TYPES`.
+
+    Raises:
+        ValueError: if a key is unknown or missing, or has a value that is not supported.
+    """
     if kind != "gemma3_text":
         stated = known.get("rope_scaling") or known.get("rope_parameters") or {}
         return (_rope(stated, known["rope_theta"], known),), ()
@@ -39,6 +48,13 @@ def read(
 
 
 def _rope(stated: Any, theta: float, known: dict[str, Any]) -> Rope:
+    """Returns one kind of rotary embeddings.
+
+    Args:
+        stated: the object `rope_scaling`, or (a part of) the object `rope_parameters`.
+        theta: the base of the frequencies if `stated` has none.
+        known: the keys of the `config.json`, completed with defaults.
+    """
     if not isinstance(stated, dict):
         raise ValueError(f"rope_scaling and rope_parameters must be objects, got {stated!r}")
     unknown = sorted(name for name in stated if name not in _ROPE_KEYS)
@@ -79,7 +95,7 @@ def _rope(stated: Any, theta: float, known: dict[str, Any]) -> Rope:
 
 
 def _attention_factor(stated: dict[str, Any], factor: float) -> float:
-    """By what yarn multiplies cosines and sines."""
+    """Returns the factor by which YaRN multiplies the cosines and sines."""
 
     def by_scale(weight: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
@@ -95,7 +111,11 @@ def _attention_factor(stated: dict[str, Any], factor: float) -> float:
 
 
 def write(kind: str, config: DecoderConfig) -> dict[str, Any]:
-    """transformers 4 reads `rope_theta` and `rope_scaling`, transformers 5 both or the newer."""
+    """Returns the keys of a `config.json` that describe the rotary embeddings of a model.
+
+    transformers 4 reads `rope_theta` and `rope_scaling`. transformers 5 reads `rope_parameters`, or
+    the older keys.
+    """
     if kind == "gemma3_text":
         full, sliding = config.ropes[0], config.ropes[-1]
         both = {"full_attention": _rope_keys(full), "sliding_attention": _rope_keys(sliding)}

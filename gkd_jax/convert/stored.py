@@ -1,4 +1,9 @@
-"""Arrays on disk, read slice by slice straight into the layout of the devices."""
+"""Reads the arrays of a checkpoint slice by slice into the shards of the devices.
+
+`Stored` is an array on disk with a function that reads a slice of the array. `check` compares the
+arrays of a checkpoint with the arrays that a model needs, and `read_tree` reads the parameters. A
+process reads only the slices that its own devices hold, so no host needs memory for a whole model.
+"""
 
 from collections.abc import Callable, Iterable
 import concurrent.futures
@@ -17,22 +22,23 @@ from gkd_jax.models.products import check_dtype
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOATS = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)
-_READERS = 8  # layers read at the same time: enough to hide a bucket's latency
-_MOST_LINES = 40
-_ROWS = 4096  # compared at a time
+_READERS = 8  # The number of layers read concurrently, enough to hide the latency of a bucket.
+_MOST_LINES = 40  # The number of problems that one error message lists.
+_ROWS = 4096  # The number of rows that `same` compares at a time.
 
 Index = tuple[slice, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stored:
-    """One array of a checkpoint, not read yet.
+    """One array of a checkpoint whose values have not been read yet.
 
     Attributes:
-        name: in the checkpoint.
-        shape, dtype: as stored.
-        read: gives the slice of an index of `slice(start, stop)`s, one a dimension; raises
-            ValueError or FileNotFoundError that name the array where its data are damaged.
+        name: the name of the array in the checkpoint.
+        shape, dtype: the shape and the dtype on disk.
+        read: a function that returns the values at an index, which has one `slice(start, stop)`
+            per dimension. It raises ValueError or FileNotFoundError, naming the array, if the data
+            are damaged or missing.
     """
 
     name: str
@@ -42,20 +48,20 @@ class Stored:
 
 
 def in_memory(name: str, array: np.ndarray) -> Stored:
-    """An array that was part of an index file."""
+    """Returns a `Stored` for an array that is in memory because an index file contained it."""
     return Stored(name=name, shape=array.shape, dtype=array.dtype, read=lambda index: array[index])
 
 
 def whole(shape: tuple[int, ...]) -> Index:
-    """The index of all of an array."""
+    """Returns the index that selects every element of an array of `shape`."""
     return tuple(slice(0, size) for size in shape)
 
 
 def as_dtype(dtype: Any) -> np.dtype:
-    """The NumPy dtype of "float32" or "bfloat16", by name or as a dtype.
+    """Returns the NumPy dtype of "float32" or "bfloat16", which is given by name or as a dtype.
 
     Raises:
-        ValueError: for another one.
+        ValueError: for any other dtype.
     """
     name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
     check_dtype(name)
@@ -63,16 +69,19 @@ def as_dtype(dtype: Any) -> np.dtype:
 
 
 def as_stored_dtype(dtype: str) -> np.dtype:
-    """The NumPy dtype of weights on disk: "float32", "bfloat16" or "float16".
+    """Returns the NumPy dtype of weights on disk: "float32", "bfloat16" or "float16".
 
     Raises:
-        ValueError: for another one.
+        ValueError: for any other dtype.
     """
     return np.dtype(np.float16) if dtype == "float16" else as_dtype(dtype)
 
 
 def same(one: Stored, other: Stored) -> bool:
-    """Whether two matrices hold the same numbers; stops at the first rows that differ."""
+    """Returns whether two stored matrices have the same shape, dtype and values.
+
+    Only `_ROWS` rows are in memory at a time, and reading stops at the first rows that differ.
+    """
     if one.shape != other.shape or one.dtype != other.dtype or len(one.shape) != 2:
         return False
     for row in range(0, one.shape[0], _ROWS):
@@ -85,10 +94,17 @@ def same(one: Stored, other: Stored) -> bool:
 def check(
     layout: Layout, arrays: dict[str, Stored], where: str, *, ignored: Iterable[str] = ()
 ) -> None:
-    """Compares what a model needs with what a checkpoint has.
+    """Compares the arrays that a model needs with the arrays that a checkpoint has.
+
+    Args:
+        layout: the arrays that the model needs.
+        arrays: the arrays of the checkpoint by name.
+        where: the checkpoint's path, for the error message.
+        ignored: names of arrays that the checkpoint may have although the model does not need them.
 
     Raises:
-        ValueError: lists every array that is missing, of another shape or dtype, or unexpected.
+        ValueError: if arrays are missing, unexpected, or of another shape or dtype; the message
+            lists the arrays.
     """
     parts = {
         part.name: (path, part.shape) for path, entry in layout.items() for part in entry.parts
@@ -116,14 +132,19 @@ def check(
 def read_tree(
     layout: Layout, arrays: dict[str, Stored], dtype: Any | None, shardings: Any | None
 ) -> t5.Params:
-    """Reads every parameter; each process only what its own devices hold.
+    """Returns all parameters; each process reads only the slices that its own devices hold.
 
     Args:
-        layout: which stored arrays make up a parameter; `check`ed.
+        layout: the stored arrays of each parameter; `check` must have accepted the layout.
         arrays: the stored arrays by name.
-        dtype: "float32", "bfloat16", or None for the stored dtype.
-        shardings: a tree like the parameters with a `jax.sharding.Sharding` at each leaf; None puts
-            everything on the default device.
+        dtype: the dtype in memory, "float32" or "bfloat16"; None keeps the stored dtype.
+        shardings: a tree with the structure of the parameters and a `jax.sharding.Sharding` at each
+            leaf; None puts every array on the default device.
+
+    Raises:
+        FileNotFoundError: if a stored array lacks a part of its data.
+        ValueError: if `shardings` has another structure, if the data of an array are damaged, or if
+            the host has no memory for an array.
     """
     places = None if shardings is None else flatten(shardings)
     if places is not None and places.keys() != layout.keys():
@@ -145,7 +166,11 @@ def read_tree(
 def _read_sharded(
     entry: Entry, arrays: dict[str, Stored], dtype: np.dtype, sharding: jax.sharding.Sharding
 ) -> jax.Array:
+    """Returns one parameter with the given sharding."""
+
     def bounds(index: Index) -> tuple[tuple[int, int], ...]:
+        # A sharding's index may contain slice(None); explicit bounds also serve as dict keys, which
+        # slices cannot do before Python 3.12.
         sizes = zip(index, entry.shape, strict=True)
         return tuple(part.indices(size)[:2] for part, size in sizes)
 
@@ -161,7 +186,11 @@ def _read_sharded(
 def _read(
     entry: Entry, arrays: dict[str, Stored], indices: list[Index], dtype: np.dtype
 ) -> list[np.ndarray]:
-    """Slices of one parameter; layer by layer, since all of them come from the same chunks."""
+    """Returns several slices of one parameter.
+
+    Each layer is read for all slices before the next layer: the slices of a layer come from the
+    same chunks on disk, which the reader decompresses once and keeps in a cache.
+    """
     slices = [np.empty([part.stop - part.start for part in index], dtype) for index in indices]
     if not entry.by_layer:
         for out, index in zip(slices, indices, strict=True):
@@ -181,14 +210,22 @@ def _read(
 
 
 def _read_part(part: Part, arrays: dict[str, Stored], index: Index) -> np.ndarray:
-    """The slice `index` of a parameter's (a layer's) dimensions, read from one stored array."""
+    """Reads from one stored array the values at `index`, in the dimensions of gkd_jax.
+
+    Args:
+        part: the stored array, which holds a whole parameter or one layer.
+        arrays: the stored arrays by name.
+        index: one slice per dimension of the parameter, or of its layer.
+    """
     stored_index = list(whole(part.shape))
     trim = []
     for group, wanted in zip(part.axes, index, strict=True):
         if len(group) == 1:
             stored_index[group[0]] = wanted
             trim.append(slice(None))
-        else:  # fused heads: read the heads that the slice touches, then cut
+        else:
+            # Heads and head dim are two dimensions on disk and one in gkd_jax. Read every head that
+            # the slice touches, then cut off what lies outside the slice.
             outer, inner = group
             size = part.shape[inner]
             first = wanted.start // size

@@ -1,7 +1,8 @@
-"""Reading T5X checkpoints: native (version 3), Orbax with a msgpack index, Orbax OCDBT.
+"""Reads T5X checkpoints: the native format (version 3), Orbax with a msgpack index, Orbax OCDBT.
 
-Each is a set of zarr arrays named by the dotted path in the training state, `target.` before the
-parameters. Sizes are inferred, since T5X stores none.
+In each format a checkpoint is a set of zarr arrays. The name of an array is its dotted path in the
+training state, and the names of the model's parameters start with "target.". T5X does not store the
+sizes of the model, so `infer_config` infers the sizes from the shapes of the arrays.
 """
 
 import os
@@ -19,25 +20,34 @@ from gkd_jax.models import t5
 
 _PLACEHOLDER = "PLACEHOLDER://"
 _TARGET = "target."
-_CACHE = 2**30  # bytes of decompressed chunks: every shard of a layer needs the same ones
-_LARGEST_INDEX = 2**31  # bytes of the msgpack file; public ones have a few hundred kilobytes
+_CACHE = 2**30  # Bytes of decompressed chunks to cache: all shards of a layer need the same chunks.
+_LARGEST_INDEX = 2**31  # Bytes of a msgpack file. Public files have a few hundred kilobytes.
 
 
 class T5XArrays(NamedTuple):
-    """The arrays of a checkpoint by dotted name, and whether layers are stacked (scanned)."""
+    """The arrays of an opened checkpoint.
+
+    Attributes:
+        arrays: the stored arrays by dotted name.
+        scanned: whether the checkpoint belongs to T5X's scanned network, which stacks its layers.
+    """
 
     arrays: dict[str, Stored]
     scanned: bool
 
 
 def open_arrays(path: str) -> T5XArrays:
-    """Opens the model's arrays, whose dotted names start with "target."; reads their sizes only.
+    """Opens the arrays of the model, whose dotted names start with "target.".
+
+    Zarr arrays are opened without reading their values. Small arrays that the msgpack index
+    contains are read with the index.
 
     Args:
         path: a folder `checkpoint_<step>`, local or gs://.
 
     Raises:
-        FileNotFoundError, ValueError: for a missing or damaged array; names all of them.
+        FileNotFoundError: if arrays are missing; the message names all of them.
+        ValueError: if arrays or the index are damaged, or if there are no arrays of a model.
     """
     root = formats.t5x_root(path)
     if (root / "manifest.ocdbt").is_file():
@@ -56,14 +66,20 @@ def open_arrays(path: str) -> T5XArrays:
 
 
 def infer_config(path: str, opened: T5XArrays) -> t5.T5Config:
-    """The sizes of the model in a checkpoint.
+    """Returns the sizes of the model in a checkpoint, inferred from the shapes of its arrays.
 
-    T5X does not store the activations: a gated MLP (`wi_0`, `wi_1`) is taken for T5 1.1's
-    ("gelu", "linear"), another for T5 1.0's ("relu",). A model without `logits_dense` is taken for
-    one whose head is tied and scaled (`logits_via_embedding`).
+    T5X does not store the activations either. A gated MLP (`wi_0`, `wi_1`) is assumed to have the
+    activations of T5 1.1, ("gelu", "linear"), and any other MLP those of T5 1.0, ("relu",). Without
+    an array `logits_dense` the output head is assumed to be tied to the embedding and scaled, as
+    T5X's `logits_via_embedding` does.
+
+    Args:
+        path: the checkpoint's path, for error messages.
+        opened: the result of `open_arrays`.
 
     Raises:
-        ValueError: where an array that sizes come from is missing or has the wrong rank.
+        ValueError: if an array that the sizes are inferred from is missing or has the wrong rank,
+            or if the sizes contradict each other.
     """
     shapes = {name.removeprefix(_TARGET): a.shape for name, a in opened.arrays.items()}
     scanned = opened.scanned
@@ -122,6 +138,7 @@ def _num_layers(path: str, shapes: dict[str, tuple[int, ...]], stack: str, scann
 
 
 def _ocdbt_specs(root: epath.Path) -> dict[str, Any]:
+    """Returns, by name, the key-value store of each zarr array in an OCDBT database."""
     base = os.fspath(root)
     base = base if "://" in base else f"file://{os.path.abspath(base)}"
     store = {"driver": "ocdbt", "base": base.rstrip("/") + "/"}
@@ -135,7 +152,11 @@ def _ocdbt_specs(root: epath.Path) -> dict[str, Any]:
 
 
 def _msgpack_specs(root: epath.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The arrays inside the msgpack file, and where it says that the others are."""
+    """Returns the arrays inside the msgpack index, and the key-value stores of the other arrays.
+
+    The index names an array in a folder of its own either by a string that starts with
+    PLACEHOLDER:// or by a TensorStore specification.
+    """
     file = root / "checkpoint"
     if file.stat().length > _LARGEST_INDEX:
         raise ValueError(f"{file} has more than {_LARGEST_INDEX} bytes, expected an index")
@@ -145,7 +166,7 @@ def _msgpack_specs(root: epath.Path) -> tuple[dict[str, np.ndarray], dict[str, A
         if version is None or int(version) != 3:
             raise ValueError(f"{file}: T5X's format must have version 3, got {version!r}")
         tree = tree["optimizer"]
-    elif "_optimizer" in tree:  # Orbax checkpoints of early 2023
+    elif "_optimizer" in tree:  # This is how Orbax wrote the index in early 2023.
         tree = tree["_optimizer"]
     inline: dict[str, np.ndarray] = {}
     specs: dict[str, Any] = {}
@@ -168,16 +189,24 @@ def _msgpack_specs(root: epath.Path) -> tuple[dict[str, np.ndarray], dict[str, A
 
 
 def _spec_folder(spec: dict[str, Any]) -> Any:
-    """The folder in a TensorStore spec: only its last component counts, wherever it was written."""
+    """Returns the name of the array's folder that a TensorStore specification states.
+
+    The specification may contain the full path on the machine that wrote the checkpoint. Only the
+    last component is used, because the checkpoint may have been moved since.
+    """
     store = spec.get("kvstore")
     folder = store.get("path") if isinstance(store, dict) else None
-    if folder is None:  # written by TensorStore before 0.1.14
+    if folder is None:  # TensorStore before 0.1.14 wrote the path at the top level.
         folder = spec.get("path")
     return folder.rstrip("/").split("/")[-1] if isinstance(folder, str) else folder
 
 
 def _zarr_store(root: epath.Path, folder: Any, what: str) -> dict[str, Any]:
-    """The key-value store of an array's folder, which must lie in the checkpoint's own."""
+    """Returns the key-value store of an array's folder, which must be inside the checkpoint.
+
+    The folder's name comes from an untrusted index, so names and links that lead out of the
+    checkpoint are refused.
+    """
     plain = isinstance(folder, str) and folder not in ("", ".", "..")
     if not plain or re.search(r"[/\\\0]", folder):
         raise ValueError(f"{what}: an array must lie in a folder of the checkpoint, got {folder!r}")
@@ -192,10 +221,11 @@ def _zarr_store(root: epath.Path, folder: Any, what: str) -> dict[str, Any]:
 
 
 def _open_zarr(specs: dict[str, Any]) -> dict[str, Stored]:
+    """Opens zarr arrays concurrently; one error names every array that cannot be opened."""
     context = ts.Context({"cache_pool": {"total_bytes_limit": _CACHE}})
     options = {
         "driver": "zarr",
-        "fill_missing_data_reads": False,  # a chunk that is not there is an error, never zeros
+        "fill_missing_data_reads": False,  # A missing chunk is an error instead of zeros.
         "recheck_cached_data": "open",
     }
     opening = {
@@ -236,7 +266,17 @@ def _stored(name: str, store: dict[str, Any], array: ts.TensorStore) -> Stored:
 
 
 def _check_chunk_tails(name: str, folder: str, metadata: dict[str, Any], index: Index) -> None:
-    """A gzip file ends with its uncompressed size, which TensorStore does not look at."""
+    """Raises ValueError if a gzip chunk that `index` touches is cut or damaged.
+
+    A gzip file ends with the size of its uncompressed content, which TensorStore does not compare
+    with what it decompressed.
+
+    Args:
+        name: the array's name, for the error message.
+        folder: the folder with the array's chunks.
+        metadata: the array's zarr metadata.
+        index: the slices that were read.
+    """
     chunks, separator = metadata["chunks"], metadata.get("dimension_separator", ".")
     itemsize = 2 if metadata["dtype"] == "bfloat16" else np.dtype(metadata["dtype"]).itemsize
     expected = int(np.prod(chunks)) * itemsize
@@ -255,5 +295,5 @@ def _check_chunk_tails(name: str, folder: str, metadata: dict[str, Any], index: 
 
 
 def _short(error: Exception) -> str:
-    """TensorStore's message without the specification and source lines that it appends."""
+    """Returns TensorStore's error message without the appended specification and source lines."""
     return re.split(r" \[(?:tensorstore_spec|source locations)", str(error))[0]

@@ -1,4 +1,4 @@
-"""Writing T5X's native format, version 3: what T5X trains on, evaluates and decodes with."""
+"""Writes checkpoints in T5X's native format, version 3, which T5X itself loads."""
 
 import itertools
 import math
@@ -16,7 +16,7 @@ from gkd_jax.convert.writing import check_on_this_host, complete_folder
 from gkd_jax.models import t5
 
 
-_LARGEST_CHUNK = 64 * 2**20  # bytes
+_LARGEST_CHUNK = 64 * 2**20  # The largest uncompressed size of a zarr chunk, in bytes.
 
 
 def write_t5x(
@@ -27,23 +27,23 @@ def write_t5x(
     step: int,
     dtype: str = "float32",
 ) -> str:
-    """Writes `<path>/checkpoint_<step>`.
+    """Writes a T5X checkpoint to the folder `<path>/checkpoint_<step>`.
 
-    A model with a position bias in every layer is written as T5X's scanned network
-    (`examples/scalable_t5`) has it, others as the plain one (`examples/t5`) has it.
+    A model with a position bias in every layer is written in the layout of T5X's scanned network
+    (`examples/scalable_t5`), any other model in the layout of its plain network (`examples/t5`).
 
     Args:
-        path: the folder to put the checkpoint into.
+        path: the folder in which the checkpoint's folder is created.
         config: the model's sizes.
-        params: its parameters.
-        step: the number in the folder's name and in the state.
-        dtype: of the stored parameters, "float32" or "bfloat16".
+        params: the model's parameters.
+        step: the number in the folder's name and in the stored training state.
+        dtype: the dtype of the stored parameters, "float32" or "bfloat16".
 
     Returns:
-        The checkpoint's folder.
+        The path of the checkpoint's folder.
 
     Raises:
-        ValueError: where the folder exists or is remote, or step is negative.
+        ValueError: if the checkpoint's folder exists or is remote, or if `step` is negative.
     """
     if step < 0:
         raise ValueError(f"step must be at least 0, got {step}")
@@ -60,7 +60,7 @@ def write_t5x(
                 array = to_stored(np.asarray(jax.device_get(value)), part.axes, part.shape)
                 name = f"target.{part.name}"
                 index[name] = _write_array(folder, name, array.astype(kind), dtype)
-        # No empty map of param_states: T5X would take it for an array.
+        # The optimizer's `param_states` are left out: T5X would read an empty map as an array.
         tree = unflatten(index, separator=".")
         with (folder / "checkpoint").open("wb") as file:
             msgpack.pack({"version": 3, "optimizer": tree}, file)
@@ -68,13 +68,13 @@ def write_t5x(
 
 
 def _packed(array: np.ndarray) -> msgpack.ExtType:
-    """Flax's extension type for an array."""
+    """Returns an array as the msgpack extension type that Flax uses for arrays."""
     fields = (array.shape, array.dtype.name, array.tobytes())
     return msgpack.ExtType(1, msgpack.packb(fields, use_bin_type=True))
 
 
 def _write_array(folder: pathlib.Path, name: str, array: np.ndarray, dtype: str) -> dict[str, Any]:
-    """Writes one zarr array and returns the specification that T5X opens it by."""
+    """Writes one zarr array and returns the TensorStore specification with which T5X opens it."""
     metadata = {
         "shape": list(array.shape),
         "chunks": chunk_shape(array.shape, array.dtype.itemsize),
@@ -99,7 +99,15 @@ def _write_array(folder: pathlib.Path, name: str, array: np.ndarray, dtype: str)
 
 
 def chunk_shape(shape: tuple[int, ...], itemsize: int) -> list[int]:
-    """The shape over the smallest divisors, longest dimension first, that stays below 64 MiB."""
+    """Returns the shape of the zarr chunks of an array; a chunk has at most 64 MiB.
+
+    While a chunk is too large, its longest dimension is divided by that dimension's smallest prime
+    factor, so that every chunk of the array has the same shape.
+
+    Args:
+        shape: the shape of the array.
+        itemsize: the size of one element in bytes.
+    """
     chunk = list(shape)
     while math.prod(chunk) * itemsize > _LARGEST_CHUNK:
         axis = int(np.argmax(chunk))

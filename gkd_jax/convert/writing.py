@@ -1,4 +1,4 @@
-"""What the writers of foreign checkpoints share."""
+"""Code shared by the writers of Hugging Face and T5X checkpoints."""
 
 from collections.abc import Iterator
 import contextlib
@@ -10,10 +10,13 @@ from typing import Any
 
 @contextlib.contextmanager
 def complete_folder(path: str) -> Iterator[pathlib.Path]:
-    """A folder to fill that gets its name only at the end, so that no half of one is ever seen.
+    """Yields a temporary folder that is renamed to `path` when the body of the `with` succeeds.
+
+    A reader therefore never sees a folder that is only partly written. If the body fails, the
+    temporary folder is removed.
 
     Raises:
-        ValueError: where `path` exists or is remote.
+        ValueError: if `path` exists or is remote.
     """
     if "://" in path:
         raise ValueError(f"output must be a local folder, got {path}: write locally, then copy")
@@ -32,10 +35,10 @@ def complete_folder(path: str) -> Iterator[pathlib.Path]:
 
 
 def check_on_this_host(leaves: dict[str, Any]) -> None:
-    """Writers copy every array to this process.
+    """Checks that this process can read every array, which the writers need.
 
     Raises:
-        ValueError: where an array lies partly on another process's devices.
+        ValueError: if a part of an array is only on the devices of another process.
     """
     for path, leaf in leaves.items():
         if not getattr(leaf, "is_fully_addressable", True):
