@@ -21,8 +21,11 @@ class _Size(NamedTuple):
 
 
 _TINY = (2, 64, 4, 2, 16, 128)
+# The sizes named after their width and depth are timed beside other implementations.
 _QWEN3 = {
     "tiny": _Size(*_TINY, 151_936, True),
+    "256x4": _Size(4, 256, 4, 2, 64, 768, 151_936, True),
+    "512x6": _Size(6, 512, 8, 4, 64, 1536, 151_936, True),
     "0.6b": _Size(28, 1024, 16, 8, 128, 3072, 151_936, True),
     "1.7b": _Size(28, 2048, 16, 8, 128, 6144, 151_936, True),
     "4b": _Size(36, 2560, 32, 8, 128, 9728, 151_936, True),
@@ -64,7 +67,7 @@ def qwen3(size: str, **changes: Any) -> DecoderConfig:
     """Qwen3, dense.
 
     Args:
-        size: tiny, 0.6b, 1.7b, 4b, 8b, 14b or 32b.
+        size: tiny, 0.6b, 1.7b, 4b, 8b, 14b, 32b, or a small one by width and layers ("256x4").
         **changes: fields of `DecoderConfig` that replace the size's own, such as `vocab_size`,
             `num_layers`, `d_model`, `num_heads`, `num_kv_heads`, `head_dim` and `d_ff`.
 
