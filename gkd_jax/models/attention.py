@@ -1,9 +1,11 @@
-"""Attention of several heads without 1/sqrt(K) (T5 folds it into the query's initialisation).
+"""T5's multi-head attention, with a backward pass that recomputes the scores.
 
-For the backward pass the softmax's maximum and sum are kept, two numbers a query and head, and
-scores are computed again, as in FlashAttention (Dao et al., 2022): those of all layers would be
-the largest arrays of a step. (In straight-line code, unrolled layers on a CPU, XLA may see that
-the two are the same, and keep them after all.)
+The scores are not divided by sqrt(K): T5 folds this factor into the query's initialisation.
+
+The scores of all layers would be the largest arrays of a training step. As in FlashAttention (Dao
+et al., 2022), the forward pass keeps only the softmax's maximum and sum, two numbers for each query
+and head, and the backward pass computes the scores again. (Where the layers are unrolled on a CPU,
+XLA may recognise the second computation as a copy of the first, and keep the scores after all.)
 
 Axes: B batch, H heads, T queries, S keys, K head dim.
 """
@@ -29,37 +31,40 @@ def attend(
     *,
     by_row: bool = False,
 ) -> Float[Array, "B H T K"]:
-    """softmax(queries keys^T + biases) values, of the values' dtype.
+    """Returns softmax(queries keys^T + biases) values, in the dtype of the values.
 
     Args:
-        queries, keys, values: already of the compute dtype.
-        biases: one for all rows of the batch, one a row, or one for each of equal groups of rows.
-        dropout_mask: multiplies the probabilities.
-        by_row: one row of the batch at a time, so that its scores stay in a CPU's cache, where
-            those of all go through memory several times.
+        queries, keys, values: arrays of the compute dtype.
+        biases: arrays that are added to the scores. The first axis of each has size 1 (a bias for
+            all rows of the batch), B (a bias for each row), or G (a bias for each of G groups of
+            B / G neighbouring rows).
+        dropout_mask: an array that multiplies the probabilities; None drops nothing.
+        by_row: attend for one row of the batch at a time. The scores of one row stay in a CPU's
+            cache, whereas those of the whole batch go through memory several times.
     """
     if not by_row:
         return _attend(queries, keys, values, biases, dropout_mask)
     biases = tuple(_spread(bias, len(queries)) for bias in biases)
     own = [bias if len(bias) > 1 else None for bias in biases]
 
-    def one(row):  # arrays without the axis B
+    def one(row):  # a row's arrays have no axis B
         heads, own, dropout_mask = row
         biases_of_it = [b[0] if x is None else x for b, x in zip(biases, own, strict=True)]
         return _turn(_attend(*map(_turn, heads), tuple(biases_of_it), dropout_mask))
 
-    # Heads part inside a row: before, that would be one more pass through memory.
+    # `lax.map` slices arrays [B S H K], which is the projections' own layout, and `one` moves the
+    # heads to the front. Slices of [B H S K] would take one more pass through memory.
     return _turn(lax.map(one, ([_turn(x) for x in (queries, keys, values)], own, dropout_mask)))
 
 
 def _turn(x: jax.Array) -> jax.Array:
-    """[... H S K] to [... S H K], as the projections have it, or back."""
+    """Returns [... H S K] as [... S H K], the layout of the projections, or the other way round."""
     return x.swapaxes(-3, -2)
 
 
 @jax.custom_vjp
 def _attend(queries, keys, values, biases, dropout_mask):
-    """As `attend`; all arrays may lack the axis B."""
+    """`attend` for whole arrays; the axis B may be absent from all of them."""
     return _forward(queries, keys, values, biases, dropout_mask)[0]
 
 
@@ -79,12 +84,14 @@ def _forward(queries, keys, values, biases, dropout_mask):
 def _backward(residuals, gradient):
     queries, keys, values, biases, dropout_mask, mixed, top, total = residuals
     dtype = values.dtype.name
-    # Not exp(scores - logsumexp): where all keys are masked, the maximum swallows the logarithm.
+    # The maximum and the sum are not merged into one logsumexp: where all keys are masked, the
+    # maximum is about -1e10, and rounding would lose the logarithm of the sum beside it.
     probabilities = jnp.exp(_scores(queries, keys, biases) - top) / total
     weights, d_weights = probabilities, product_with_transpose(gradient, values, dtype)
     if dropout_mask is not None:
         weights, d_weights = probabilities * dropout_mask, d_weights * dropout_mask
-    # The sum over keys of weights x their gradients, from as many numbers as there are queries.
+    # delta is the sum over keys of weights x d_weights. The output gives the same sum with K terms
+    # for each query in place of S.
     delta = jnp.sum(gradient.astype(jnp.float32) * mixed, axis=-1, keepdims=True)
     d_scores = probabilities * (d_weights - delta)
     return (
@@ -103,15 +110,19 @@ def _scores(queries, keys, biases) -> Float[Array, "*B H T S"]:
     scores = product_with_transpose(queries, keys, keys.dtype.name)
     if scores.ndim == 4:
         return scores + sum(_spread(bias, len(scores)) for bias in biases)
-    # For one row one after the other. JAX takes the sum, the same in all layers, out of them: on
-    # TPUs that is less traffic, here an array of all scores' size in place of what fits in cache.
+    # For a single row, the biases are added one after the other. Their sum is the same in every
+    # layer, so JAX would compute it once, outside the loop over layers. On TPUs this saves traffic.
+    # Here it would be an array as large as the scores of all rows, which do not fit in the cache.
     for bias in biases:
         scores = scores + bias
     return scores
 
 
 def _spread(bias: Float[Array, "G H T S"], rows: int) -> Float[Array, "B H T S"]:
-    """A bias for all rows or for each as it is, one for each of equal groups spread over theirs."""
+    """Repeats a bias of each group for every row of the group.
+
+    A bias for all rows or for each row is returned as it is.
+    """
     groups = len(bias)
     if groups in (1, rows):
         return bias
@@ -120,7 +131,7 @@ def _spread(bias: Float[Array, "G H T S"], rows: int) -> Float[Array, "B H T S"]
 
 
 def _sum_to(x: Float[Array, "*B H T S"], shape: tuple[int, ...]) -> Float[Array, "..."]:
-    """Sums over the rows and axes over which a bias of this shape was added."""
+    """Returns the gradient of a bias of this shape: x summed over all broadcast rows and axes."""
     if shape[0] not in (1, x.shape[0]):
         x = jnp.sum(x.reshape(shape[0], -1, *x.shape[1:]), axis=1)
     axes = tuple(axis for axis, size in enumerate(shape) if size == 1 and x.shape[axis] != 1)

@@ -1,4 +1,4 @@
-"""The modules of `gkd_jax.models.layers` in the sizes of a `T5Config`."""
+"""Builds the modules of `gkd_jax.models.layers` with the sizes of a `T5Config`."""
 
 from typing import Any
 
@@ -9,6 +9,7 @@ from gkd_jax.models.t5_config import T5Config
 
 
 def relpos(config: T5Config, stack: str) -> layers.RelativePositionBias:
+    """Returns the position bias of a stack, "encoder" or "decoder"."""
     return layers.RelativePositionBias(
         num_heads=config.num_heads,
         buckets=config.relpos_buckets,
@@ -29,6 +30,7 @@ def _attention(config: T5Config) -> layers.Attention:
 
 
 def _block(config: T5Config, stack: str) -> dict[str, Any]:
+    """Returns the parts that encoder and decoder layers have in common, by field name."""
     mlp = layers.MLP(
         d_ff=config.d_ff,
         d_model=config.d_model,
@@ -45,6 +47,7 @@ def _block(config: T5Config, stack: str) -> dict[str, Any]:
 
 
 def encoder_layer(config: T5Config) -> layers.EncoderLayer:
+    """Returns one layer of the encoder."""
     return layers.EncoderLayer(
         attention=_attention(config),
         pre_attention_layer_norm=layers.RMSNorm(config.layer_norm_epsilon, config.dtype),
@@ -53,6 +56,7 @@ def encoder_layer(config: T5Config) -> layers.EncoderLayer:
 
 
 def decoder_layer(config: T5Config) -> layers.DecoderLayer:
+    """Returns one layer of the decoder."""
     return layers.DecoderLayer(
         self_attention=_attention(config),
         encoder_decoder_attention=_attention(config),

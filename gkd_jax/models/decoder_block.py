@@ -1,9 +1,10 @@
-"""The layers of a decoder-only model in pieces, as plain functions of (config, parameters, arrays).
+"""The parts of a decoder-only model's layer, as plain functions of (config, parameters, arrays).
 
-`gkd_jax.models.decoder` runs them over whole texts, behind a prompt and token by token. Norms and
-biases round where transformers' do.
+`gkd_jax.models.decoder` composes them into passes over whole texts, over targets after a prompt,
+and over one token of each row. Norms and biases round at the same points as in Hugging Face's
+transformers.
 
-Axes: N rows, T tokens, D model, H heads, G key heads, K head dim, L layers.
+Axes: N rows, T tokens, D model, H query heads, G key heads, K head dim, L layers.
 """
 
 import math
@@ -22,11 +23,16 @@ from gkd_jax.models.parameters import Params
 from gkd_jax.sharding import constrain, num_batch_shards, num_shards
 
 
-_SCORES_IN_CACHE = 2**23  # float32 numbers
+_SCORES_IN_CACHE = 2**23  # the most attention scores (float32) that stay in a CPU's cache
 
 
 def attend(config: DecoderConfig, query, keys, values, sight: Sight) -> jax.Array:
-    if config.num_kv_heads % num_shards("heads"):  # each device has the keys of its own heads
+    """Returns `grouped_attention.attend` of these arrays, with the scale and softcap of `config`.
+
+    Where the key heads do not divide over the devices of the mesh axis `tensor`, they are repeated
+    for each query head, so that each device holds the keys of its own query heads.
+    """
+    if config.num_kv_heads % num_shards("heads"):
         group = config.num_heads // config.num_kv_heads
         keys, values = (
             constrain(jnp.repeat(x, group, axis=1), ("batch", "heads", "length", "kv"))
@@ -47,7 +53,10 @@ def attend(config: DecoderConfig, query, keys, values, sight: Sight) -> jax.Arra
 def heads(
     config: DecoderConfig, attention: Params, x: Float[Array, "N T D"], rotation: rope.Rotation
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries, keys and values [N heads T K]; the first two are normalised and turned."""
+    """Returns the queries [N H T K], and the keys and values [N G T K].
+
+    Queries and keys are normalised (where `config.qk_norm` is set) and rotated by their positions.
+    """
 
     def split(name: str, num: int) -> jax.Array:
         y = _linear(config, attention[name], x)
@@ -65,7 +74,7 @@ def heads(
 
 
 def constrain_kv(x: Float[Array, "N G T K"]) -> Float[Array, "N G T K"]:
-    """Key heads that do not divide over the devices of `tensor` are whole on each."""
+    """Shards keys or values over key heads, or not at all where the heads do not divide evenly."""
     divides = x.shape[1] % num_shards("heads") == 0
     return constrain(x, ("batch", "heads" if divides else None, "length", "kv"))
 
@@ -77,7 +86,15 @@ def rest(
     mixed: Float[Array, "N H T K"],
     key: Key[Array, ""] | None,
 ) -> Float[Array, "N T D"]:
-    """From what the heads have mixed to the end of the layer."""
+    """Runs the rest of a layer, from the output of the attention heads to the layer's output.
+
+    Args:
+        config: the model's config.
+        layer: the parameters of the layer.
+        x: the input of the layer, to which the outputs of attention and MLP are added.
+        mixed: the output of the attention heads.
+        key: the key of dropout; None turns dropout off.
+    """
     keys = [None] * 2 if key is None else list(jax.random.split(key))
     mixed = mixed.swapaxes(1, 2).reshape(*x.shape[:2], config.num_heads * config.head_dim)
     y = _linear(config, layer["self_attention"]["out"], mixed)
@@ -101,7 +118,7 @@ def _mlp(config: DecoderConfig, mlp: Params, x: Float[Array, "N T D"]) -> Float[
 
 
 def _linear(config: DecoderConfig, linear: Params, x: Float[Array, "*B D"]) -> jax.Array:
-    """Rounded once, after the bias."""
+    """Returns x @ kernel + bias, rounded to the compute dtype once, after the bias."""
     out = layers.project(x, linear["kernel"], config.dtype)
     if "bias" in linear:
         out = out + linear["bias"].astype(jnp.float32).reshape((1,) * (out.ndim - 1) + (-1,))
@@ -109,7 +126,11 @@ def _linear(config: DecoderConfig, linear: Params, x: Float[Array, "*B D"]) -> j
 
 
 def norm(config: DecoderConfig, own: Params, x: Float[Array, "..."]) -> jax.Array:
-    """RMS norm over the last axis; the two kinds differ in where they round."""
+    """Returns the RMS norm over the last axis.
+
+    Gemma's kind (`unit_offset`) rounds to the compute dtype after the scale, and the other kind
+    before it.
+    """
     scale = own["scale"].reshape((1,) * (x.ndim - 1) + (-1,))
     wide = x.astype(jnp.float32)
     wide = wide * lax.rsqrt(
@@ -121,21 +142,23 @@ def norm(config: DecoderConfig, own: Params, x: Float[Array, "..."]) -> jax.Arra
 
 
 def final_norm(config: DecoderConfig, params: Params, x: Float[Array, "*B D"]) -> jax.Array:
+    """Returns the norm of the last layer's output, from the parameters of the whole model."""
     return norm(config, params["decoder"]["decoder_norm"], x)
 
 
 def embed(
     config: DecoderConfig, params: Params, tokens: Int[Array, "N T"]
 ) -> Float[Array, "N T D"]:
+    """Returns the embeddings of tokens in the compute dtype."""
     embedding = params["token_embedder"]["embedding"]
     x = jnp.take(embedding, tokens, axis=0).astype(config.dtype)
-    if config.scale_embedding:  # by a number that is rounded to the compute dtype too
+    if config.scale_embedding:  # like transformers, round sqrt(D) to the compute dtype too
         x = x * jnp.asarray(math.sqrt(config.d_model), config.dtype)
     return constrain(x, layers.ACTIVATIONS)
 
 
 def dropout(config: DecoderConfig, x: jax.Array, key: Key[Array, ""] | None) -> jax.Array:
-    """One draw for all positions of a row, as T5's."""
+    """Drops features of x; like T5, all positions of a row share one draw."""
     if key is None or config.dropout_rate == 0:
         return x
     keep = 1 - config.dropout_rate
@@ -144,12 +167,13 @@ def dropout(config: DecoderConfig, x: jax.Array, key: Key[Array, ""] | None) -> 
 
 
 def score_scale(config: DecoderConfig) -> float:
+    """Returns the factor of the attention scores."""
     scale = config.attention_scale
     return config.head_dim**-0.5 if scale is None else scale
 
 
 def per_layer(config: DecoderConfig) -> tuple[Int[np.ndarray, " L"], Int[np.ndarray, " L"]]:
-    """The window and the kind of rotary embedding of each layer."""
+    """Returns the window of each layer and the index of its kind of rotary embeddings."""
     windows = config.windows or (0,) * config.num_layers
     kinds = config.rope_of_layer or (0,) * config.num_layers
     return (
@@ -159,10 +183,12 @@ def per_layer(config: DecoderConfig) -> tuple[Int[np.ndarray, " L"], Int[np.ndar
 
 
 def rotations(config: DecoderConfig, positions: Int[Array, "N T"]) -> rope.Rotation:
+    """Returns the rotations at these positions for each kind of rotary embeddings."""
     return rope.rotations(config.ropes, config.head_dim, positions, config.dtype)
 
 
 def pick(rotation: rope.Rotation, kind: Any) -> rope.Rotation:
+    """Returns the rotations of one kind; a single kind is picked without a dynamic slice."""
     if rotation.cos.shape[0] == 1:
         return rope.Rotation(rotation.cos[0], rotation.sin[0])
     return rope.select(rotation, kind)

@@ -1,4 +1,8 @@
-"""The sizes and switches of a decoder-only model, which its configuration file names one by one."""
+"""The config of a decoder-only model: sizes, and the switches that tell the families apart.
+
+`decoder_sizes` has the configs of public models by name, and `gkd_jax.convert.decoder_fields` reads
+a config from a Hugging Face folder.
+"""
 
 import dataclasses
 from types import ModuleType
@@ -13,18 +17,25 @@ ROPE_KINDS = ("default", "linear", "llama3", "yarn")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rope:
-    """Rotary position embeddings (Su et al., 2021) and how they are stretched for long texts.
+    """The frequencies of rotary position embeddings (Su et al., 2021), and their scaling.
+
+    Scaling divides frequencies by `factor`, so that a model can read longer texts than it was
+    first trained on.
 
     Attributes:
-        kind: "default", "linear" (all frequencies divided by `factor`), "llama3" (the low ones,
-            with a smooth passage) or "yarn" (Peng et al., 2023).
+        kind: "default" (no scaling), "linear" (all frequencies are divided), "llama3" (low
+            frequencies are divided, with an interpolation between low and high) or "yarn" (likewise
+            by another rule; Peng et al., 2023).
         theta: the base of the frequencies.
-        factor: by which low frequencies are divided.
-        original_length: the context before it was stretched, in tokens ("llama3", "yarn").
-        low_freq_factor, high_freq_factor: where the passage of "llama3" begins and ends.
-        beta_fast, beta_slow: where the passage of "yarn" begins and ends, in rotations.
-        truncate: round the borders of yarn's passage to whole dimensions.
-        attention_factor: multiplies the cosines and sines ("yarn").
+        factor: the number by which frequencies are divided.
+        original_length: the context length before scaling, in tokens ("llama3", "yarn").
+        low_freq_factor, high_freq_factor: the bounds of the interpolation of "llama3". A frequency
+            is low, or high, if its wavelength is longer, or shorter, than `original_length` divided
+            by the bound.
+        beta_fast, beta_slow: the bounds of the interpolation of "yarn", in rotations over
+            `original_length`.
+        truncate: the bounds of "yarn" are rounded outwards to whole pairs of dimensions.
+        attention_factor: a number that multiplies the cosines and sines; 1 changes nothing.
     """
 
     kind: str = "default"
@@ -54,29 +65,32 @@ class DecoderConfig:
     """Sizes and numerics of one decoder-only model.
 
     Attributes:
-        vocab_size: rows of the embedding, V; may exceed the tokenizer's ids.
-        d_model, num_heads, num_kv_heads, head_dim, d_ff, num_layers: D, H, K, head dim, F, L. Query
-            head h reads key head h // (H / K).
-        activation: of the gated MLP: "silu", "gelu_tanh" or "gelu" (the exact one).
-        qkv_bias, out_bias, mlp_bias: which linear maps have a bias.
-        qk_norm: queries and keys are normalised a head (Qwen3, Gemma 3).
-        unit_offset: a norm multiplies by 1 + its scale, all in float32 (Gemma); otherwise by its
-            scale, after the cast to the compute dtype (Llama, Qwen).
-        post_norms: the attention's and the MLP's outputs are normalised too (Gemma).
+        vocab_size: the rows of the embedding, V. There may be more rows than the tokenizer has ids.
+        d_model: the width of the hidden states, D.
+        num_heads, num_kv_heads: the numbers of query heads, H, and of key heads, G. Query head h
+            reads key head h // (H / G).
+        head_dim, d_ff, num_layers: the sizes K, F and L.
+        activation: the activation of the gated MLP: "silu", "gelu_tanh" or "gelu" (the exact one).
+        qkv_bias, out_bias, mlp_bias: the linear maps concerned have a bias.
+        qk_norm: queries and keys are normalised within each head (Qwen3, Gemma 3).
+        unit_offset: a norm multiplies by 1 + its scale, all in float32 (Gemma). Otherwise it
+            multiplies by its scale, after the cast to the compute dtype (Llama, Qwen).
+        post_norms: the outputs of the attention and of the MLP are normalised too (Gemma).
         scale_embedding: embeddings are multiplied by sqrt(D) (Gemma).
-        attention_scale: multiplies the scores; None is head_dim ** -0.5.
-        attention_softcap, final_softcap: c tanh(x / c) of scores, of logits; None is off.
-        windows: of each layer, the number of tokens that it sees, itself included; 0 is all. An
-            empty tuple is all in every layer.
-        ropes: the kinds of rotary embeddings that there are.
-        rope_of_layer: which of them each layer has; an empty tuple is the first in every layer.
+        attention_scale: the factor of the attention scores; None is head_dim ** -0.5.
+        attention_softcap, final_softcap: c in c tanh(x / c), which bounds the attention scores and
+            the logits respectively; None is off.
+        windows: for each layer, the number of tokens that a query sees, its own included; 0 is no
+            limit. An empty tuple is no limit in any layer.
+        ropes: the kinds of rotary embeddings in the model.
+        rope_of_layer: for each layer, the index of its kind in `ropes`. An empty tuple gives every
+            layer the first kind.
         tie_embeddings: the output head is the transposed embedding.
-        layer_norm_epsilon: of the RMS norms.
-        max_length: the longest text that the model was made for; a fact, not a limit.
-        dropout_rate: of embeddings and of what the attention and the MLP add, while training.
-        dtype, remat, layers_on_host, scan_unroll: as in `T5Config`.
-        attention_by_row: attend for one row of the batch at a time where the scores of all rows
-            are too many for a CPU's cache.
+        layer_norm_epsilon: the epsilon of the RMS norms.
+        max_length: the longest text that the model was made for, in tokens. It is not enforced.
+        dropout_rate: the dropout of embeddings and of the outputs of attention and MLP while
+            training.
+        dtype, remat, attention_by_row, layers_on_host, scan_unroll: as in `T5Config`.
     """
 
     vocab_size: int
@@ -143,12 +157,12 @@ class DecoderConfig:
     @property
     def family(self) -> ModuleType:
         """The module with the functions of `gkd_jax.models.lm`."""
-        from gkd_jax.models import decoder  # it needs this module first
+        from gkd_jax.models import decoder  # here, because decoder imports this module
 
         return decoder
 
 
 def from_fields(fields: dict[str, Any]) -> DecoderConfig:
-    """The inverse of `dataclasses.asdict`, after a passage through JSON."""
+    """Restores a config from the fields of `dataclasses.asdict` that were stored as JSON."""
     fields = {name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()}
     return DecoderConfig(**{**fields, "ropes": tuple(Rope(**rope) for rope in fields["ropes"])})

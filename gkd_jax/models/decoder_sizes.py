@@ -1,7 +1,12 @@
-"""The sizes of public decoder-only models by name, and free ones: no download is needed for them.
+"""The configs of public decoder-only models by family and size; they need no download.
 
-ARCHITECTURE = @decoder_sizes.qwen3
-STUDENT_SIZE = '0.6b'
+A gin file names one so:
+
+    ARCHITECTURE = @decoder_sizes.qwen3
+    STUDENT_SIZE = '0.6b'
+
+Sizes named "tiny" or after their width and depth are not public models: they serve tests and
+benchmarks.
 """
 
 from typing import Any, NamedTuple
@@ -21,7 +26,7 @@ class _Size(NamedTuple):
 
 
 _TINY = (2, 64, 4, 2, 16, 128)
-# The sizes named after their width and depth are timed beside other implementations.
+# Sizes that are named after their width and depth are timed beside other implementations.
 _QWEN3 = {
     "tiny": _Size(*_TINY, 151_936, True),
     "256x4": _Size(4, 256, 4, 2, 64, 768, 151_936, True),
@@ -60,15 +65,18 @@ _GEMMA3 = {
     "12b": _Size(48, 3840, 16, 8, 256, 15_360, 262_208, True),
     "27b": _Size(62, 5376, 32, 16, 128, 21_504, 262_208, True),
 }
-_QUERY_SCALARS = {("gemma2", "27b"): 144, ("gemma3", "27b"): 168}  # the others': 256, as the head
+# Gemma divides scores by the root of its `query_pre_attn_scalar`. In all sizes but these the scalar
+# is 256, the head dim.
+_QUERY_SCALARS = {("gemma2", "27b"): 144, ("gemma3", "27b"): 168}
 
 
 def qwen3(size: str, **changes: Any) -> DecoderConfig:
-    """Qwen3, dense.
+    """Returns the config of a dense Qwen3 model.
 
     Args:
-        size: tiny, 0.6b, 1.7b, 4b, 8b, 14b, 32b, or a small one by width and layers ("256x4").
-        **changes: fields of `DecoderConfig` that replace the size's own, such as `vocab_size`,
+        size: tiny, 0.6b, 1.7b, 4b, 8b, 14b or 32b, or a width and a number of layers (256x4,
+            512x6).
+        **changes: fields of `DecoderConfig` that replace those of the size, such as `vocab_size`,
             `num_layers`, `d_model`, `num_heads`, `num_kv_heads`, `head_dim` and `d_ff`.
 
     Raises:
@@ -79,12 +87,15 @@ def qwen3(size: str, **changes: Any) -> DecoderConfig:
 
 
 def qwen2_5(size: str, **changes: Any) -> DecoderConfig:
-    """Qwen2.5: tiny, 0.5b, 1.5b or 7b. `changes` as for `qwen3`."""
+    """Returns the config of Qwen2.5: tiny, 0.5b, 1.5b or 7b. `changes` and errors as in `qwen3`."""
     return _config(_QWEN2_5, size, {"qkv_bias": True, "ropes": (Rope(theta=1e6),)}, changes)
 
 
 def llama3(size: str, **changes: Any) -> DecoderConfig:
-    """Llama 3.2 (1b, 3b), Llama 3.1 (8b, 70b), or tiny. `changes` as for `qwen3`."""
+    """Returns the config of Llama 3.2 (1b, 3b) or Llama 3.1 (8b, 70b), or tiny.
+
+    `changes` and errors are those of `qwen3`.
+    """
     factor = 32.0 if size in ("1b", "3b") else 8.0
     rope = Rope(kind="llama3", theta=5e5, factor=factor, original_length=8192)
     own = {"ropes": (rope,), "layer_norm_epsilon": 1e-5, "max_length": 131_072}
@@ -92,13 +103,16 @@ def llama3(size: str, **changes: Any) -> DecoderConfig:
 
 
 def gemma2(size: str, **changes: Any) -> DecoderConfig:
-    """Gemma 2: tiny, 2b, 9b or 27b. `changes` as for `qwen3`."""
+    """Returns the config of Gemma 2: tiny, 2b, 9b or 27b. `changes` and errors as in `qwen3`."""
     own = {"attention_softcap": 50.0, "final_softcap": 30.0, "max_length": 8192}
     return _gemma("gemma2", _GEMMA2, size, own, changes, pattern=2, window=4096)
 
 
 def gemma3(size: str, **changes: Any) -> DecoderConfig:
-    """Gemma 3's text models: tiny, 270m, 1b, 4b, 12b or 27b. `changes` as for `qwen3`."""
+    """Returns the config of Gemma 3's text model: tiny, 270m, 1b, 4b, 12b or 27b.
+
+    `changes` and errors are those of `qwen3`.
+    """
     stretched = size in ("4b", "12b", "27b")
     full = Rope(kind="linear", theta=1e6, factor=8.0) if stretched else Rope(theta=1e6)
     own = {
@@ -120,7 +134,12 @@ def _gemma(
     pattern: int,
     window: int,
 ) -> DecoderConfig:
-    """All but every `pattern`-th layer see a window, and have the last kind of frequencies."""
+    """Returns the config of a Gemma model with local and global layers.
+
+    Every `pattern`-th layer is global: its queries see all tokens before them. All other layers are
+    local: their queries see a window. Where the model has two kinds of rotary embeddings, the first
+    is that of global layers.
+    """
     num_layers = changes.get("num_layers") or _get(sizes, size).num_layers
     local = [(layer + 1) % pattern != 0 for layer in range(num_layers)]
     scalar = _QUERY_SCALARS.get((name, size), 256)
@@ -146,4 +165,5 @@ def _get(sizes: dict[str, _Size], size: str) -> _Size:
 def _config(
     sizes: dict[str, _Size], size: str, own: dict[str, Any], changes: dict[str, Any]
 ) -> DecoderConfig:
+    """Joins the fields of a size, of its family and of the caller; later ones replace earlier."""
     return DecoderConfig(**{**_get(sizes, size)._asdict(), **own, **changes})

@@ -1,7 +1,8 @@
-"""The layers of T5 as Flax Linen modules, one block at a time, with T5X's parameter names.
+"""The layers of T5 as Flax Linen modules with T5X's parameter names.
 
-A module here is a single layer; `gkd_jax.models.t5` stacks them. Matrix products take operands of
-the compute dtype and accumulate in float32; norms, softmax and biases are float32.
+Each module is one layer or a part of one; `gkd_jax.models.t5` stacks the layers. Matrix products
+take operands of the compute dtype and accumulate in float32. Norms, the softmax and attention
+biases are computed in float32.
 
 Axes: B batch, T queries, S keys, D model, H heads, K head dim, F mlp.
 """
@@ -20,15 +21,15 @@ from gkd_jax.models.products import product, product_with_transpose
 from gkd_jax.sharding import constrain
 
 
-_SCORES_IN_CACHE = 2**23  # float32 numbers
+_SCORES_IN_CACHE = 2**23  # the most attention scores (float32) that stay in a CPU's cache
 MASKED = -1e10  # T5X's additive mask: exp(MASKED - max) is exactly 0 in float32
-ACTIVATIONS = ("batch", "length", "embed_activations")  # [B S D] or [B T D], for `constrain`
+ACTIVATIONS = ("batch", "length", "embed_activations")  # logical axes of [B S D] and [B T D]
 fan_in_normal = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 fan_in_truncated = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
 
 
 class Dense(nn.Module):
-    """A bias-free linear map with parameter `kernel` [in, features]."""
+    """A linear map without bias; its parameter is `kernel` [in, features]."""
 
     features: int
     dtype: str
@@ -43,26 +44,26 @@ class Dense(nn.Module):
 def matmul(
     x: Float[Array, "*B D"], kernel: Float[Array, "D F"], dtype: str
 ) -> Float[Array, "*B F"]:
-    """x @ kernel with operands in `dtype`, accumulated in float32, result in `dtype`."""
+    """Returns x @ kernel in `dtype`; operands are cast to `dtype`, sums are float32."""
     return project(x, kernel, dtype).astype(dtype)
 
 
 def project(
     x: Float[Array, "*B D"], kernel: Float[Array, "..."], dtype: str, *, transposed: bool = False
 ) -> Float[Array, "*B F"]:
-    """x @ kernel with operands in `dtype`, accumulated and returned in float32.
+    """Returns x @ kernel in float32; operands are cast to `dtype`.
 
     The kernel is [D, F], or [F, D] if `transposed`.
     """
-    # As one plain matrix product: with the leading axes kept apart, the kernel's gradient would
-    # contract over two axes, which takes twice the time on CPU.
+    # The leading axes of x are merged into one. If they were kept apart, the kernel's gradient
+    # would contract over two axes, which takes twice the time on CPU.
     multiply = product_with_transpose if transposed else product
     out = multiply(x.reshape(-1, x.shape[-1]), kernel, dtype)
     return out.reshape(*x.shape[:-1], out.shape[-1])
 
 
 class RMSNorm(nn.Module):
-    """T5's layer norm: no mean, no bias; computed in float32."""
+    """T5's layer norm, which subtracts no mean and adds no bias; computed in float32."""
 
     epsilon: float
     dtype: str
@@ -76,7 +77,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """The projections of multi-head attention, around `gkd_jax.models.attention`."""
+    """Multi-head attention: the projections around `gkd_jax.models.attention.attend`."""
 
     num_heads: int
     head_dim: int
@@ -102,7 +103,10 @@ class Attention(nn.Module):
         return constrain(x, ("batch", "heads", "length", "kv"))
 
     def keys_values(self, x: Float[Array, "B S D"]) -> tuple[Heads, Heads]:
-        """Projects what is attended to; done once a sequence when decoding."""
+        """Returns the keys and values of the states that are attended to.
+
+        In cross-attention, decoding calls this once for a sequence.
+        """
         return self.split_heads(self.key(x)), self.split_heads(self.value(x))
 
     def __call__(
@@ -115,7 +119,7 @@ class Attention(nn.Module):
         deterministic: bool,
     ) -> Float[Array, "B T D"]:
         queries = self.split_heads(self.query(x))
-        dropout_mask = None  # dropout of probabilities, one draw for all queries
+        dropout_mask = None  # for the attention probabilities; all queries share one draw
         if not deterministic and self.dropout_rate > 0:
             ones = jnp.ones((*keys.shape[:2], 1, keys.shape[2]))
             dropout_mask = self.dropout(ones, deterministic=False)
@@ -126,7 +130,10 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """T5 1.0: act(x wi) wo. T5 1.1: act0(x wi_0) * act1(x wi_1) wo."""
+    """T5's feed-forward block.
+
+    T5 1.0 computes act(x wi) wo, and T5 1.1 (act0(x wi_0) * act1(x wi_1)) wo.
+    """
 
     d_ff: int
     d_model: int
@@ -153,7 +160,10 @@ def _activate(name: str, x: Float[Array, "B T F"]) -> Float[Array, "B T F"]:
 
 
 class RelativePositionBias(nn.Module):
-    """Adds a learned number per head and bucket of distance to the attention scores."""
+    """T5's position bias: a learned number for each head and bucket of distances.
+
+    The numbers are added to the attention scores.
+    """
 
     num_heads: int
     buckets: int
@@ -162,12 +172,16 @@ class RelativePositionBias(nn.Module):
 
     @nn.compact
     def __call__(self, queries: int, keys: int, copies: int = 1) -> Float[Array, "G H T S"]:
-        """So many equal `copies`, whose first axis lies as rows of a batch do (`bias_copies`)."""
+        """Returns `copies` identical biases; G is the number of copies.
+
+        The axis of the copies is sharded like the rows of a batch; see `bias_copies` for why each
+        device gets a copy of its own.
+        """
         init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
         embedding = self.param("rel_embedding", init, (self.num_heads, self.buckets))
-        # The bias depends on s - t alone: look up the T + S distances (one of them padding), then
-        # shear the row so that out[t, s] = row[s - t + T - 1]. Its gradient needs no scatter over
-        # T x S, and no one-hot [T, S, buckets] exists.
+        # The bias depends on s - t alone. So the T + S distances (the last one is padding) are
+        # looked up in one row, which is then sheared: out[t, s] = row[s - t + T - 1]. The gradient
+        # of this needs no scatter over T x S and no one-hot array [T, S, buckets].
         distances = jnp.arange(-(queries - 1), keys + 1)
         bucket = relative_position_bucket(
             distances, self.bidirectional, self.buckets, self.max_distance
@@ -180,10 +194,13 @@ class RelativePositionBias(nn.Module):
 
 
 def bias_copies(num_rows: int) -> int:
-    """How many position biases a batch shares: one a device that holds rows of it.
+    """Returns the number of copies of the position bias for a batch of `num_rows` rows.
 
-    One for all would have its gradient, heads x T x S numbers, summed over all devices at every
-    layer. Each device adds up its own over the layers, and T + S numbers a head are summed once.
+    Each batch shard gets a copy of its own. The gradient of a single bias (H x T x S numbers) would
+    need an all-reduce over the devices at every layer. With copies, each device adds up the
+    gradient of its copy over the layers, and one all-reduce of H x (T + S) numbers follows.
+
+    Where the shards do not divide the rows, there is one copy for all.
     """
     shards = sharding.num_batch_shards()
     return shards if num_rows % shards == 0 else 1
@@ -192,7 +209,10 @@ def bias_copies(num_rows: int) -> int:
 def relative_position_bucket(
     distance: Int[Array, " N"], bidirectional: bool, buckets: int, max_distance: int
 ) -> Int[Array, " N"]:
-    """T5's buckets of `key position - query position`: exact when near, logarithmic when far."""
+    """Returns T5's bucket of each distance `key position - query position`.
+
+    A short distance has a bucket of its own; the buckets of long distances grow logarithmically.
+    """
     offset = jnp.zeros_like(distance)
     if bidirectional:
         buckets //= 2
@@ -207,17 +227,17 @@ def relative_position_bucket(
 
 
 def padding_bias(mask: Bool[Array, "B S"]) -> Float[Array, "B 1 1 S"]:
-    """0 where a key may be attended to, MASKED elsewhere."""
+    """Returns the bias that hides padding: 0 where `mask` is true, MASKED elsewhere."""
     return jnp.where(mask, 0.0, MASKED)[:, None, None, :]
 
 
 def causal_bias(length: int) -> Float[Array, "1 1 T T"]:
-    """0 for the past and present, MASKED for the future."""
+    """Returns the bias that hides the future: 0 for keys up to the query, MASKED after it."""
     return jnp.where(jnp.tril(jnp.ones((length, length), bool)), 0.0, MASKED)[None, None]
 
 
 class EncoderLayer(nn.Module):
-    """Pre-norm self-attention and MLP."""
+    """One encoder layer: self-attention and an MLP, each behind a norm and with a residual."""
 
     attention: Attention
     mlp: MLP
@@ -247,7 +267,10 @@ class EncoderLayer(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm causal self-attention, cross-attention and MLP."""
+    """One decoder layer: causal self-attention, cross-attention and an MLP.
+
+    Each of the three stands behind a norm and has a residual connection.
+    """
 
     self_attention: Attention
     encoder_decoder_attention: Attention
@@ -267,7 +290,7 @@ class DecoderLayer(nn.Module):
         *,
         deterministic: bool,
     ) -> Float[Array, "B T D"]:
-        """Teacher-forced: every position at once."""
+        """Runs the layer on all target positions at once (teacher forcing)."""
         if self.relpos_bias is not None:
             position_bias = self.relpos_bias(x.shape[1], x.shape[1], bias_copies(x.shape[0]))
         assert position_bias is not None
@@ -291,10 +314,20 @@ class DecoderLayer(nn.Module):
         cross_values: Float[Array, "B H S2 K"],
         cross_bias: Float[Array, "B 1 1 S2"],
     ) -> tuple[Float[Array, "B 1 D"], Float[Array, "*L B H T K"], Float[Array, "*L B H T K"]]:
-        """One position: writes its key and value into the cache and attends to the past.
+        """Runs the layer on one position of each row and returns its output and the new KV cache.
 
-        The self-attention caches are this layer's, or with an index those of all layers stacked:
-        either way written in place, one token.
+        The key and value of this position are written into the cache before the attention. Only
+        one token is written, so that XLA can update the cache in place.
+
+        Args:
+            x: the states at this position.
+            self_keys, self_values: the KV cache of this layer; with an `index`, the cache of all
+                layers stacked on axis 0.
+            index: the number of this layer in a stacked cache; None for a cache of this layer.
+            position: the position t of the token.
+            self_bias: the causal mask and position bias of this position.
+            cross_keys, cross_values: the projected states of the encoder.
+            cross_bias: the mask of the encoder's padding.
         """
         normed = self.pre_self_attention_layer_norm(x)
         key, value = self.self_attention.keys_values(normed)

@@ -1,17 +1,18 @@
-"""What a family of models must offer; everything above this room knows models by it alone.
+"""The functions that every family of models offers, called by the family of a config.
 
     config, params = load_model("path")
     logits = lm.logits(config, params, batch)
 
-A family is a module with the functions below, written for its own frozen config, whose property
-`family` is that module. A config has at least `vocab_size`, `d_model`, `dtype`, `dropout_rate`,
-`remat`, `scan_unroll`, `attention_by_row` and `layers_on_host`. Parameters are nested dicts with
-T5X's names (`gkd_jax.models.parameters`). `BANNED_IDS` and `EOS_IDS` of the module are what
-sampling takes where nothing else is said.
+Training, sampling and evaluation run models through these functions only. A family is a module that
+implements them for its own frozen config, and the config's property `family` is this module. A
+config has at least `vocab_size`, `d_model`, `dtype`, `dropout_rate`, `remat`, `scan_unroll`,
+`attention_by_row` and `layers_on_host`. Parameters are nested dicts with T5X's names
+(`gkd_jax.models.parameters`). The family's constants `BANNED_IDS` and `EOS_IDS` are the defaults of
+sampling.
 
-A model reads a prompt, which gives a `Context`, and continues it: an encoder-decoder's context is
-its encoder's states, a decoder-only model's the keys and values of the prompt. It is read once for
-several samples of a prompt. `Context.first` is the token that decoding feeds first.
+A model first reads a prompt and then continues it. Reading gives a `Context`: the encoder's states
+in an encoder-decoder, the KV cache of the prompt in a decoder-only model. Several samples of one
+prompt share its context. `Context.first` is the token that decoding feeds first.
 
 Axes: B prompts, N rows (N = B x samples a prompt), S prompt, T target, V vocabulary, D model.
 """
@@ -40,7 +41,7 @@ Config = t5.T5Config | decoder.DecoderConfig
 Context = t5.Context | decoder.Context
 Cache = t5.Cache | decoder.Cache
 DEFAULT_ARCHITECTURE = t5.t5_1_1
-# The names that checkpoints give to families, and what reads a config that went through JSON.
+# A family's name in checkpoints, its module, and the function that restores a config from JSON.
 _FAMILIES = {
     "t5": (t5, t5_config.from_fields),
     "decoder": (decoder, decoder_config.from_fields),
@@ -48,12 +49,15 @@ _FAMILIES = {
 
 
 def init(config: Config, key: Key[Array, ""]) -> Params:
-    """Random float32 parameters."""
+    """Returns random float32 parameters."""
     return config.family.init(config, key)
 
 
 def abstract_params(config: Config, dtype: str = "float32") -> Params:
-    """The shapes of `init`, as `jax.ShapeDtypeStruct`s; "int8" has kernels as `quantized.Int8`."""
+    """Returns the shapes of `init`'s parameters, as `jax.ShapeDtypeStruct`s of `dtype`.
+
+    With dtype "int8", kernels are `quantized.Int8` and all other parameters float32.
+    """
     return config.family.abstract_params(config, dtype)
 
 
@@ -65,24 +69,24 @@ def encode(
     *,
     dropout_key: Key[Array, ""] | None = None,
 ) -> Context:
-    """Reads prompts in one pass, as a `Context`.
+    """Reads prompts in one pass and returns their `Context`.
 
     Args:
-        config: the model's sizes.
-        params: its parameters.
+        config: the model's config.
+        params: the model's parameters.
         inputs: prompts, padded on the right.
-        input_lengths: tokens of each prompt. An encoder-decoder may do without: it counts the ids
-            that are not 0.
-        dropout_key: turns dropout on.
+        input_lengths: the number of tokens of each prompt. An encoder-decoder does not need
+            lengths: without them, id 0 is padding.
+        dropout_key: the key of dropout; None turns dropout off.
 
     Raises:
-        ValueError: where a decoder-only model is given no lengths.
+        ValueError: if a decoder-only model is given no lengths.
     """
     return config.family.encode(config, params, inputs, input_lengths, dropout_key=dropout_key)
 
 
 def repeat(config: Config, context: Context, num: int) -> Context:
-    """Each row of a context `num` times, as neighbours."""
+    """Returns the context with each row repeated `num` times; the copies are neighbours."""
     return config.family.repeat(context, num)
 
 
@@ -94,15 +98,15 @@ def hidden(
     context: Context | None = None,
     dropout_key: Key[Array, ""] | None = None,
 ) -> Float[Array, "N T D"]:
-    """The last hidden states for teacher-forced targets, ready for `apply_head`.
+    """Returns the last hidden states for teacher-forced targets, the input of `apply_head`.
 
     Args:
-        config: the model's sizes.
-        params: its parameters.
-        batch: position t sees the prompt and targets < t. There may be n rows of targets for each
-            of inputs, as neighbours: a prompt is read once.
-        context: `encode`'s result where the caller has it already.
-        dropout_key: turns dropout on.
+        config: the model's config.
+        params: the model's parameters.
+        batch: prompts and targets. The state at position t sees the prompt and the targets before
+            t. Each row of inputs may have n neighbouring rows of targets; a prompt is read once.
+        context: `encode`'s result, where the caller has it already.
+        dropout_key: the key of dropout; None turns dropout off.
     """
     return config.family.hidden(config, params, batch, context=context, dropout_key=dropout_key)
 
@@ -110,7 +114,7 @@ def hidden(
 def apply_head(
     config: Config, params: Params, states: Float[Array, "*B D"]
 ) -> Float[Array, "*B V"]:
-    """Hidden states to float32 logits."""
+    """Returns the float32 logits of hidden states."""
     return config.family.apply_head(config, params, states)
 
 
@@ -122,43 +126,59 @@ def logits(
     context: Context | None = None,
     dropout_key: Key[Array, ""] | None = None,
 ) -> Float[Array, "N T V"]:
-    """Teacher-forced logits, float32: those at t predict `batch.targets[:, t]`."""
+    """Returns teacher-forced float32 logits; those at position t predict `batch.targets[:, t]`."""
     states = hidden(config, params, batch, context=context, dropout_key=dropout_key)
     return apply_head(config, params, states)
 
 
 def decode_params(config: Config, params: Params) -> Params:
-    """What decoding reads: in the compute dtype, whole over `fsdp`, once for all tokens."""
+    """Returns the parameters that decoding reads, prepared once for all tokens.
+
+    They have the compute dtype and are not sharded over `fsdp`.
+    """
     return config.family.decode_params(config, params)
 
 
 def init_cache(config: Config, params: Params, context: Context, length: int) -> Cache:
-    """A `Cache` for at most `length` tokens behind a context; `params` are `decode_params`'s."""
+    """Returns an empty `Cache` for at most `length` tokens after a context.
+
+    The parameters are those that `decode_step` will be given, usually from `decode_params`.
+    """
     return config.family.init_cache(config, params, context, length)
 
 
 def decode_step(
     config: Config, params: Params, tokens: Int[Array, " N"], cache: Cache
 ) -> tuple[Float[Array, "N V"], Cache]:
-    """Logits after one more token of each row (first `Context.first`), and the new cache."""
+    """Feeds one token of each row; returns the logits of the next token, and the new cache.
+
+    The first tokens to feed are `Context.first`.
+    """
     return config.family.decode_step(config, params, tokens, cache)
 
 
 def take_rows(config: Config, cache: Cache, rows: Int[Array, " N"]) -> Cache:
-    """The cache in which row i goes on with the past of row `rows[i]`, which has its prompt."""
+    """Returns the cache in which row i continues the tokens of row `rows[i]` (for beam search).
+
+    Row `rows[i]` must have the same prompt as row i: what belongs to the prompt is not moved.
+    """
     return config.family.take_rows(cache, rows)
 
 
 def family_name(config: Config) -> str:
-    """The name of a model's family in a checkpoint."""
+    """Returns the name of a model's family, as checkpoints store it."""
     return next(name for name, (module, _) in _FAMILIES.items() if module is config.family)
 
 
 def from_fields(name: str, fields: dict[str, Any]) -> Config:
-    """The config of a family from `dataclasses.asdict`'s fields, after a passage through JSON.
+    """Restores a config from the fields of `dataclasses.asdict` that were stored as JSON.
+
+    Args:
+        name: the name of the family.
+        fields: the fields as JSON has them, such as lists in place of tuples.
 
     Raises:
-        ValueError: for a family that there is not.
+        ValueError: if no family has this name.
     """
     if name not in _FAMILIES:
         raise ValueError(f"family must be one of {', '.join(_FAMILIES)}, got {name!r}")

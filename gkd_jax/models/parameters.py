@@ -1,4 +1,8 @@
-"""What holds for the parameters of every family: their names are T5X's, and so are their axes."""
+"""Functions on the parameter trees of all model families.
+
+A parameter tree is a nested dict with T5X's names; `logical_axes` derives T5X's logical axis names
+from them.
+"""
 
 import math
 from typing import Any
@@ -25,11 +29,11 @@ _LOGICAL_AXES = {
     "rel_embedding": ("heads", "relpos_buckets"),
     "logits_dense": ("embed", "vocab"),
 }
-_PER_HEAD = ("query_norm", "key_norm")  # one scale for all heads
+_PER_HEAD = ("query_norm", "key_norm")  # norms over the head dim, with one scale for all heads
 
 
 def logical_axes(params: Params) -> Params:
-    """The tree of `params` with T5X's logical axis names at each leaf."""
+    """Returns the tree of `params` with a tuple of T5X's logical axis names at each leaf."""
 
     def axes(path, _):
         names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
@@ -40,7 +44,7 @@ def logical_axes(params: Params) -> Params:
         else:
             found = _LOGICAL_AXES[names[-2] if names[-1] == "kernel" else names[-1]]
         found = (("layers",) if "layers" in names else ()) + found
-        if getattr(path[-1], "name", None) == "scales":  # of a quantized kernel: one a column
+        if getattr(path[-1], "name", None) == "scales":  # a quantized kernel's, [*L 1 F]
             return (*found[:-2], None, found[-1])
         return found
 
@@ -48,23 +52,27 @@ def logical_axes(params: Params) -> Params:
 
 
 def num_params(params: Params) -> int:
-    """How many numbers a tree of parameters holds; a quantized kernel's scales are not counted."""
+    """Returns the number of parameters in a tree; the scales of quantized kernels do not count."""
     leaves = jax.tree.leaves(params, is_leaf=quantized.is_int8)
     return sum(math.prod(getattr(leaf, "values", leaf).shape) for leaf in leaves)
 
 
 def as_shapes(shapes: Params, dtype: str) -> Params:
-    """`ShapeDtypeStruct`s of float32 in another dtype; "int8" has kernels as `quantized.Int8`."""
+    """Returns float32 `ShapeDtypeStruct`s with another dtype.
+
+    With dtype "int8", each kernel becomes a `quantized.Int8` and all other leaves stay float32.
+    """
     if dtype == "int8":
         return jax.eval_shape(quantized.quantize, shapes)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
 
 
 def for_decoding(params: Params, dtype: str) -> Params:
-    """Parameters in the compute dtype and whole over `fsdp`, once and for all tokens.
+    """Returns parameters prepared for a decoding loop, once for all tokens.
 
-    A loop over weights that are split over `fsdp` gathers all of them for every token. Matrix
-    products cast their weights to the compute dtype in any case: the samples stay the same.
+    Kernels and embeddings are cast to the compute dtype, and no parameter is sharded over `fsdp`: a
+    loop over sharded weights would all-gather all of them for every token. The samples stay the
+    same, because matrix products cast their weights to the compute dtype in any case.
     """
     params = quantized.restore(params)
 
@@ -77,9 +85,10 @@ def for_decoding(params: Params, dtype: str) -> Params:
 
 
 def unstack(layers: Params | tuple[Params, ...], num_layers: int, scan_unroll: int) -> Any:
-    """Layers as decoding runs them: stacked, or a tuple where the scan is unrolled.
+    """Returns the layers as decoding runs them: a tuple where the scan is unrolled, else stacked.
 
-    Slices of a stack would be copied for every token. A tuple stays as it is.
+    In an unrolled loop, slices of a stack would be copied for every token. Layers that are a tuple
+    already are returned as they are.
     """
     if isinstance(layers, tuple) or scan_unroll < num_layers:
         return layers

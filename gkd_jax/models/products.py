@@ -1,12 +1,14 @@
-"""Matrix products: operands of the compute dtype, sums and results in float32, gradients alike.
+"""Matrix products whose operands have the compute dtype and whose sums and results are float32.
 
-JAX's own gradient of such a product multiplies a float32 cotangent by an operand of the compute
-dtype, which no backend has: all is cast up. Here cotangents are cast to the compute dtype, and the
-gradient of a float32 kernel is left as it was summed, in float32.
+The gradients are computed in the same way. JAX's own gradient of such a product multiplies a
+float32 cotangent by an operand of the compute dtype. No backend has that product, so both operands
+would be cast to float32. Here the cotangent is cast to the compute dtype instead, and the gradient
+of a float32 kernel stays in float32, as it was summed.
 
-On one CPU, operands are laid out row by row first. XLA's fast kernels take no other layout, and
-where it may choose, it reads a transpose in place: bfloat16 then runs as float32, and float32 in a
-loop nest of half the speed.
+On a single CPU device, the operands are first laid out in row-major order, because XLA's fast
+kernels take no other layout. Where XLA may choose the layout, it reads a transposed operand in
+place: a bfloat16 product then runs in float32, and a float32 product in a loop nest at half the
+speed.
 """
 
 import functools
@@ -23,21 +25,24 @@ from gkd_jax import sharding
 def product(
     x: Float[Array, "*B M K"], y: Float[Array, "*B K N"], dtype: str
 ) -> Float[Array, "*B M N"]:
-    """x @ y with both cast to `dtype` ("float32" or "bfloat16")."""
+    """Returns x @ y in float32, with both operands cast to `dtype` ("float32" or "bfloat16")."""
     return jnp.asarray(_product(x, y, dtype, -2))
 
 
 def product_with_transpose(
     x: Float[Array, "*B M K"], y: Float[Array, "*B N K"], dtype: str
 ) -> Float[Array, "*B M N"]:
-    """x @ y^T with both cast to `dtype`."""
+    """Returns x @ y^T in float32, with both operands cast to `dtype`."""
     return jnp.asarray(_product(x, y, dtype, -1))
 
 
 def product_of_transpose(
     x: Float[Array, "*B K M"], y: Float[Array, "*B K N"], dtype: str
 ) -> Float[Array, "*B M N"]:
-    """x^T @ y with both cast to `dtype`; JAX's own gradient."""
+    """Returns x^T @ y in float32, with both operands cast to `dtype`.
+
+    Unlike the two functions above, this one is differentiated by JAX's own rule.
+    """
     return _contract(-2, -2, x.astype(dtype), y.astype(dtype))
 
 
@@ -65,7 +70,7 @@ _product.defvjp(_forward, _backward)
 
 
 def _contract(x_axis: int, y_axis: int, x: jax.Array, y: jax.Array) -> jax.Array:
-    """dot_general over one of the last two axes of each; the axes before are batch axes."""
+    """Sums over one of the last two axes of each operand; all axes before these are batch axes."""
     plain = functools.partial(_plain, x_axis, y_axis)
     if sharding.num_devices() > 1:
         return plain(x, y)
@@ -82,7 +87,9 @@ def _plain(x_axis: int, y_axis: int, x: jax.Array, y: jax.Array) -> jax.Array:
 def _on_cpu(x_axis: int, y_axis: int, x: jax.Array, y: jax.Array) -> jax.Array:
     if x_axis == -1:
         return _plain(x_axis, y_axis, _by_rows(x), _by_rows(y))
-    # The smaller one is transposed, and with y the result: by rows, or XLA turns x after all.
+    # Transpose the smaller operand, which is cheaper. When that operand is y, the product comes out
+    # transposed too; its layout is pinned as well, because XLA would otherwise move the transpose
+    # onto x.
     if x.size <= y.size:
         return _plain(-1, y_axis, _by_rows(x.swapaxes(-1, -2)), _by_rows(y))
     turned = _plain(-1, x_axis, _by_rows(y.swapaxes(-1, -2)), _by_rows(x))
@@ -90,10 +97,15 @@ def _on_cpu(x_axis: int, y_axis: int, x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def _by_rows(x: jax.Array) -> jax.Array:
+    """Pins the row-major layout of an array."""
     return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
 
 
 def check_dtype(dtype: str) -> None:
-    """Raises ValueError unless models can compute in it."""
+    """Checks a compute dtype.
+
+    Raises:
+        ValueError: unless models can compute in this dtype.
+    """
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype must be 'float32' or 'bfloat16', got {dtype!r}")

@@ -1,9 +1,11 @@
-"""Rotary position embeddings in halves: dimension i of a head turns with dimension i + K / 2.
+"""Rotary position embeddings (Su et al., 2021) of queries and keys.
 
-Frequencies are float32 and computed on the host, step by step as torch computes them: another
-rounding of one of them moves logits by 5e-4 at position 1500.
+Dimension i of a head is paired with dimension i + K / 2, and each pair is rotated by an angle that
+is its frequency times the position. The frequencies are computed in float32 on the host, with
+torch's order of operations: a frequency that is rounded differently moves logits by 5e-4 at
+position 1500.
 
-Axes: B batch, T positions, K head dim, R kinds.
+Axes: B batch, T positions, K head dim, K2 = K / 2 pairs, R kinds of embeddings.
 """
 
 import math
@@ -18,7 +20,10 @@ from gkd_jax.models.decoder_config import Rope
 
 
 class Rotation(NamedTuple):
-    """Cosines and sines of every position, in the compute dtype; stacked where layers differ."""
+    """Cosines and sines of every position, in the compute dtype.
+
+    Axis R is the kind of embedding; `select` removes this axis.
+    """
 
     cos: Float[Array, "*R #B T K2"]
     sin: Float[Array, "*R #B T K2"]
@@ -27,7 +32,7 @@ class Rotation(NamedTuple):
 def rotations(
     ropes: tuple[Rope, ...], head_dim: int, positions: Int[Array, "B T"], dtype: str
 ) -> Rotation:
-    """The rotations of each kind, stacked."""
+    """Returns the rotations of each kind of embedding, stacked on axis 0."""
     found = []
     for rope in ropes:
         frequencies = jnp.asarray(inverse_frequencies(rope, head_dim))
@@ -40,7 +45,7 @@ def rotations(
 
 
 def rotate(x: Float[Array, "B H T K"], rotation: Rotation) -> Float[Array, "B H T K"]:
-    """Queries or keys, turned by their positions; in the compute dtype."""
+    """Returns queries or keys rotated by their positions, in the compute dtype."""
     cos, sin = rotation.cos[:, None], rotation.sin[:, None]
     first, second = jnp.split(x, 2, axis=-1)
     turned = (first * cos - second * sin, second * cos + first * sin)
@@ -48,9 +53,9 @@ def rotate(x: Float[Array, "B H T K"], rotation: Rotation) -> Float[Array, "B H 
 
 
 def inverse_frequencies(rope: Rope, head_dim: int) -> Float[np.ndarray, " K2"]:
-    """Radians a token of each pair of dimensions."""
+    """Returns the frequency of each pair of dimensions, in radians per token."""
     exponents = np.arange(0, head_dim, 2).astype(np.float32) / np.float32(head_dim)
-    # A power rounded once, as torch's; NumPy's own float32 power is off by an ulp in many places.
+    # Like torch, round each power once. NumPy's float32 power is off by an ulp in many places.
     powers = np.power(np.float64(rope.theta), exponents.astype(np.float64)).astype(np.float32)
     plain = np.float32(1) / powers
     factor = np.float32(rope.factor)
@@ -64,7 +69,10 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> Float[np.ndarray, " K2"]:
 
 
 def _llama3(rope: Rope, plain: np.ndarray, factor: np.float32) -> np.ndarray:
-    """Long waves are stretched, short ones stay, with a passage between."""
+    """Divides low frequencies by `factor`, keeps high ones, and interpolates between the two.
+
+    As in Llama 3.1. A frequency is low or high by its wavelength in tokens.
+    """
     low = rope.original_length / rope.low_freq_factor
     high = rope.original_length / rope.high_freq_factor
     waves = np.float32(2 * math.pi) / plain
@@ -78,9 +86,14 @@ def _llama3(rope: Rope, plain: np.ndarray, factor: np.float32) -> np.ndarray:
 
 
 def _yarn(rope: Rope, head_dim: int, powers: np.ndarray, plain: np.ndarray) -> np.ndarray:
-    """Dimensions with few rotations over the original length are stretched."""
+    """Divides the frequencies of pairs with few rotations over the original length by `factor`.
+
+    As in YaRN (Peng et al., 2023). Pairs with many rotations keep their frequency, and a linear
+    ramp over the pairs interpolates between the two.
+    """
 
     def dimension(rotations: float) -> float:
+        """The pair (a real number) that makes so many rotations over the original length."""
         turns = rope.original_length / (rotations * 2 * math.pi)
         return head_dim * math.log(turns) / (2 * math.log(rope.theta))
 
@@ -97,7 +110,7 @@ def _yarn(rope: Rope, head_dim: int, powers: np.ndarray, plain: np.ndarray) -> n
 
 
 def select(rotation: Rotation, index: Int[Array, ""] | int) -> Rotation:
-    """One kind of those stacked."""
+    """Returns the rotations of one kind; `index` may be traced."""
     return Rotation(
         *(jax.lax.dynamic_index_in_dim(x, jnp.asarray(index), keepdims=False) for x in rotation)
     )

@@ -1,7 +1,7 @@
-"""The sizes of T5 1.0 and 1.1, public ones by name and free ones.
+"""The config of a T5 model, and the sizes of T5 1.0 and 1.1 by name.
 
-Sizes are facts in Python, not gin files: two included size files would silently make student and
-teacher the same.
+Sizes are Python constants rather than gin files. Gin bindings are global, so including one size
+file for the student and another for the teacher would silently give both models the same size.
 """
 
 import dataclasses
@@ -16,23 +16,26 @@ class T5Config:
     """Sizes and numerics of one T5.
 
     Attributes:
-        vocab_size: rows of the embedding, V; may exceed the vocabulary's pieces (32128 for 32100).
-        d_model, num_heads, head_dim, d_ff: D, H, K, F.
-        num_encoder_layers, num_decoder_layers: L of each stack.
+        vocab_size: the rows of the embedding, V. There may be more rows than the vocabulary has
+            pieces (32128 for 32100).
+        d_model, num_heads, head_dim, d_ff: the sizes D, H, K and F.
+        num_encoder_layers, num_decoder_layers: the number of layers L of each stack.
         mlp_activations: ("gelu", "linear") for T5 1.1, ("relu",) for T5 1.0.
         tie_embeddings: the output head is the transposed embedding (T5 1.0).
-        scale_logits: divide hidden states by sqrt(D) before the head (T5 1.0).
-        relpos_buckets, relpos_max_distance: of the relative position bias.
-        per_layer_relpos: every layer has its own position bias (umT5, T5X's scanned T5).
-        layer_norm_epsilon: of the RMS norms.
-        dropout_rate: of activations and attention probabilities while training.
-        dtype: "float32" or "bfloat16": operands of matrix products, which accumulate in float32.
-        remat: recompute each layer's activations in the backward pass.
-        attention_by_row: attend for one row of the batch at a time where the scores of all rows
-            are too many for a CPU's cache.
-        layers_on_host: the layers' kernels lie in the host's memory, and are copied to the device
-            when a layer's turn comes; only for `encode`, `hidden` and `logits`.
-        scan_unroll: layers per iteration of the scan over layers; >= L unrolls all.
+        scale_logits: hidden states are divided by sqrt(D) before the head (T5 1.0).
+        relpos_buckets: the number of buckets of the relative position bias.
+        relpos_max_distance: the distance from which on all keys share the last bucket.
+        per_layer_relpos: every layer has a position bias of its own (umT5, T5X's scanned T5).
+        layer_norm_epsilon: the epsilon of the RMS norms.
+        dropout_rate: the dropout of activations and attention probabilities while training.
+        dtype: the compute dtype, "float32" or "bfloat16". Matrix products take operands of this
+            dtype and accumulate in float32.
+        remat: the backward pass recomputes each layer's activations.
+        attention_by_row: attention goes through the batch row by row where the scores of all rows
+            together exceed a CPU's cache.
+        layers_on_host: the layers' kernels are kept in the host's memory and copied to the device
+            when their layer runs; only for `encode`, `hidden` and `logits`.
+        scan_unroll: the layers per iteration of the scan over layers; L or more unrolls the scan.
     """
 
     vocab_size: int
@@ -74,18 +77,18 @@ class T5Config:
     @property
     def family(self) -> ModuleType:
         """The module with the functions of `gkd_jax.models.lm`."""
-        from gkd_jax.models import t5  # it needs this module first
+        from gkd_jax.models import t5  # here, because t5 imports this module
 
         return t5
 
 
 def from_fields(fields: dict[str, Any]) -> T5Config:
-    """The inverse of `dataclasses.asdict`, after a passage through JSON."""
+    """Restores a config from the fields of `dataclasses.asdict` that were stored as JSON."""
     return T5Config(**{**fields, "mlp_activations": tuple(fields["mlp_activations"])})
 
 
-# d_model, num_heads, head_dim, d_ff (1.0), d_ff (1.1), layers (1.0), layers (1.1). Those
-# named after their width and depth learn the tasks that fit a laptop, or are timed.
+# d_model, num_heads, head_dim, d_ff (1.0), d_ff (1.1), layers (1.0), layers (1.1). The sizes that
+# are named after their width and depth are not public ones: they serve small tasks and benchmarks.
 _SIZES = {
     "32x2": (32, 4, 8, 128, 64, 2, 2),
     "48x2": (48, 4, 16, 192, 128, 2, 2),
@@ -104,11 +107,15 @@ _T5_1_1_WIDTHS = {"small": (512, 6, 64), "xl": (2048, 32, 64), "xxl": (4096, 64,
 
 
 def t5_1_1(size: str, vocab_size: int = 32128) -> T5Config:
-    """T5 1.1, LM-adapted T5 and FLAN-T5: gated GELU, an output head of its own.
+    """Returns the config of T5 1.1, LM-adapted T5 or FLAN-T5: gated GELU and a separate head.
 
     Args:
-        size: tiny, small, base, large, xl, xxl, or a small one by width and layers ("128x2").
-        vocab_size: rows of the embedding.
+        size: tiny, small, base, large, xl or xxl, or a width and a number of layers (32x2, 48x2,
+            128x2, 256x3, 256x4, 512x6).
+        vocab_size: the rows of the embedding.
+
+    Raises:
+        ValueError: for another size.
     """
     width, heads, dim, _, ff, _, depth = _size(size)
     width, heads, dim = _T5_1_1_WIDTHS.get(size, (width, heads, dim))
@@ -124,9 +131,16 @@ def t5_1_1(size: str, vocab_size: int = 32128) -> T5Config:
 
 
 def t5_1_0(size: str, vocab_size: int = 32128) -> T5Config:
-    """The first T5: ReLU, embedding and head tied with the head's input scaled by D^-0.5.
+    """Returns the config of the first T5 (1.0): ReLU, and a head that is the tied embedding.
 
-    Args: as for `t5_1_1`.
+    The head's input is divided by sqrt(D).
+
+    Args:
+        size: one of the sizes of `t5_1_1`.
+        vocab_size: the rows of the embedding.
+
+    Raises:
+        ValueError: for another size.
     """
     width, heads, dim, ff, _, depth, _ = _size(size)
     return T5Config(
