@@ -1,1 +1,1 @@
-"""Weights in and out: a run's own checkpoints, and models from anywhere else."""
+"""Loads models from any supported checkpoint, and saves and resumes runs."""

@@ -1,14 +1,16 @@
-"""Saving and resuming a run: orbax, one atomic folder a step.
+"""Saves and resumes a run with Orbax checkpoints.
+
+Each saved step has one folder:
 
     MODEL_DIR/checkpoints/<step>/params      the student's parameters
                                  opt_state   the optimizer's state
-                                 stream      the position of the training data
+                                 stream      the position in the training data
                                  model       JSON: sizes of the model, hash of its vocabulary,
                                              a fingerprint of every array
 
-Parameters are an item of their own, so that a model can be loaded without its optimizer. A folder
-gets its name only when it is complete. Storage formats do not notice a flipped bit; fingerprints,
-computed from the arrays on the device before they are written, do.
+Parameters are an item of their own, so that a model can be loaded without its optimizer. Orbax
+gives a folder its final name only when the folder is complete. The storage format does not detect a
+flipped bit, so each array has a fingerprint, computed on the device before the array is written.
 """
 
 from collections.abc import Mapping, Sequence
@@ -43,13 +45,13 @@ DAMAGED = "damaged"
 
 
 class _StreamHandler(ocp.CheckpointHandler):
-    """Lets a data stream write itself into the step's folder."""
+    """Lets a data stream save its position into the step's folder and restore it from there."""
 
     def save(self, directory: epath.Path, args: "StreamSave") -> None:
         args.stream.save(pathlib.Path(directory))
 
     def restore(self, directory: epath.Path, args: "StreamRestore") -> None:
-        try:  # a shard's file may be damaged for one process alone, and the others wait for it
+        try:  # If one process raised here, the others would wait for it: see `_restore`.
             args.stream.restore(pathlib.Path(directory))
         except Exception as error:
             args.errors.append(error)
@@ -64,7 +66,7 @@ class _StreamHandler(ocp.CheckpointHandler):
 @ocp.args.register_with_handler(_StreamHandler, for_save=True)
 @dataclasses.dataclass
 class StreamSave(ocp.args.CheckpointArgs):
-    """Saves a `TrainIterator`."""
+    """Tells Orbax to save the position of `stream`, a `TrainIterator`."""
 
     stream: Any
 
@@ -72,14 +74,14 @@ class StreamSave(ocp.args.CheckpointArgs):
 @ocp.args.register_with_handler(_StreamHandler, for_restore=True)
 @dataclasses.dataclass
 class StreamRestore(ocp.args.CheckpointArgs):
-    """Restores a `TrainIterator` in place; `errors` has what was wrong."""
+    """Tells Orbax to restore the position of `stream` in place; errors go into `errors`."""
 
     stream: Any
     errors: list[Exception] = dataclasses.field(default_factory=list)
 
 
 class _KeepBest(PreservationPolicy):
-    """Keeps the checkpoint whose step has the best score so far."""
+    """Preserves the checkpoint whose step has the best score so far."""
 
     def __init__(self, scores: dict[int, float], mode: str):
         self._scores, self._mode = scores, mode
@@ -91,14 +93,18 @@ class _KeepBest(PreservationPolicy):
 
 
 def best_step(scores: Mapping[int, float], mode: str, steps: Sequence[int]) -> int | None:
-    """The step of some with the best score, the latest of equals; None where none has one."""
+    """Returns which of `steps` has the best score; None if none of them has a score.
+
+    The best score is the largest for the mode "max" and the smallest for "min". If several steps
+    have the best score, the latest of them is returned.
+    """
     scored = [step for step in steps if step in scores]
     sign = 1 if mode == "max" else -1
     return max(scored, key=lambda step: (sign * scores[step], step), default=None)
 
 
 class Checkpoints:
-    """The checkpoints of one MODEL_DIR, written in the background."""
+    """The checkpoints of one MODEL_DIR, which Orbax writes in the background."""
 
     def __init__(
         self,
@@ -110,15 +116,15 @@ class Checkpoints:
         best_mode: str = "max",
         scores: Mapping[int, float] = {},
     ):
-        """Opens or makes the folder.
+        """Opens the folder of checkpoints, and creates it if it does not exist.
 
         Args:
-            model_dir: of the run.
-            keep: newest checkpoints that stay; None keeps all.
-            keep_period: those of steps that it divides stay besides.
-            best_metric: the one with the best of this number of `score`'s stays besides.
-            best_mode: whether the best is the "max" or the "min".
-            scores: the numbers of steps that were evaluated before this start.
+            model_dir: the run's MODEL_DIR.
+            keep: how many of the newest checkpoints are kept; None keeps all checkpoints.
+            keep_period: checkpoints of steps divisible by this number are kept as well.
+            best_metric: the checkpoint with the best value of this metric is kept as well.
+            best_mode: whether the best value is the "max" or the "min".
+            scores: the values of `best_metric` from earlier starts of the run, by step.
         """
         self._folder = epath.Path(model_dir).resolve() / FOLDER
         self._best_metric, self._best_mode = best_metric, best_mode
@@ -142,19 +148,19 @@ class Checkpoints:
         )
 
     def restore_newest(self, target: TrainState, stream: Any) -> tuple[int, TrainState]:
-        """The newest checkpoint that can be read whole: its step and its state.
+        """Restores the newest undamaged checkpoint and returns its step and its state.
 
-        One that fails its own integrity check is named in a warning, and the one before it is
-        tried. Once one has been read, those that failed are moved to MODEL_DIR/damaged/<step>.
+        If a checkpoint is damaged, a warning names it, and the checkpoint before it is tried. Once
+        a checkpoint has been restored, the damaged ones are moved to MODEL_DIR/damaged/<step>; if
+        an error is raised, none is moved.
 
         Args:
-            target: arrays or placed `ShapeDtypeStruct`s, as which the state is laid out.
-            stream: goes on where the checkpoint was saved; None leaves the data where they are.
+            target: arrays, or `ShapeDtypeStruct`s with shardings, of the returned state.
+            stream: the training data, whose position is restored in place; None skips this.
 
         Raises:
-            ValueError: if no checkpoint can be read, or if they hold other arrays than `target`;
-                nothing is moved then.
-            Exception: of the file system, as it comes; nothing is moved then.
+            ValueError: if no checkpoint can be read, or if one holds other arrays than `target`.
+            Exception: any other error, such as one of the file system.
         """
         steps = sorted(self._orbax.all_steps(), reverse=True)
         damaged: list[int] = []
@@ -174,6 +180,7 @@ class Checkpoints:
         raise ValueError(f"none of the checkpoints {steps} of {self._folder} can be read")
 
     def _put_aside(self, step: int) -> None:
+        """Moves a damaged checkpoint to MODEL_DIR/damaged, under a name that is still free."""
         if jax.process_index() == 0:
             aside = self._folder.parent / DAMAGED
             aside.mkdir(exist_ok=True)
@@ -185,12 +192,12 @@ class Checkpoints:
         self._orbax.reload()
 
     def best(self) -> tuple[int, float] | None:
-        """The step of the best checkpoint and its score; None where none has a score."""
+        """Returns the step and the score of the best checkpoint; None if none has a score."""
         step = best_step(self._scores, self._best_mode, self._orbax.all_steps())
         return None if step is None else (step, self._scores[step])
 
     def score(self, step: int, scores: Mapping[str, float]) -> None:
-        """Takes the numbers of the evaluation of a step that is, or was, saved."""
+        """Records the metrics of a step's evaluation, from which the best checkpoint is chosen."""
         if self._best_metric is None:
             return
         if self._best_metric in scores:
@@ -203,13 +210,13 @@ class Checkpoints:
             )
 
     def save(self, step: int, state: TrainState, stream: Any, description: dict[str, Any]) -> None:
-        """Copies the state off the device and writes it while training goes on.
+        """Copies the state to the host and writes it in the background, unless the step is saved.
 
         Args:
-            step: updates done.
-            state: after them.
-            stream: the position of the training data.
-            description: see `describe_model`.
+            step: the number of updates done.
+            state: the state after these updates.
+            stream: the training data, whose position is saved.
+            description: the result of `describe_model`.
         """
         if step in self._orbax.all_steps():
             return
@@ -231,11 +238,14 @@ class Checkpoints:
         )
 
     def wait(self) -> None:
-        """Returns once everything that was saved is written."""
+        """Waits until all saved checkpoints are written."""
         self._orbax.wait_until_finished()
 
     def _restore(self, step: int, target: TrainState, stream: Any) -> TrainState:
-        """The state at a step, laid out as `target` (arrays or placed `ShapeDtypeStruct`s)."""
+        """Restores one step; see `restore_newest` for the arguments.
+
+        If one process cannot read its part of the data's position, all processes raise together.
+        """
         stored = read_description(self._folder / str(step)).get("fingerprints", {})
         for name in ("params", "opt_state"):
             _check_arrays(step, stored.get(name), getattr(target, name))
@@ -257,16 +267,16 @@ class Checkpoints:
         return TrainState(count, restored.params, restored.opt_state)
 
     def close(self) -> None:
-        """Waits until everything is written."""
+        """Waits until all saved checkpoints are written, then releases Orbax's resources."""
         self._orbax.wait_until_finished()
         self._orbax.close()
 
 
 class DamagedError(ValueError):
-    """Stored bytes are not those that were written."""
+    """Raised when stored bytes differ from the bytes that were written."""
 
 
-# What TensorStore and Orbax say of files that are cut short, altered or gone.
+# Error messages of TensorStore and Orbax for files that are truncated, altered or missing.
 _DAMAGE = re.compile(
     r"DATA_LOSS|NOT_FOUND|OUT_OF_RANGE|checksum|corrupt|[Dd]ecod|[Tt]runcated"
     r"|was not found in the checkpoint"
@@ -274,9 +284,9 @@ _DAMAGE = re.compile(
 
 
 def _is_damage(error: BaseException) -> bool:
-    """Whether an error of a restore says that the checkpoint's own bytes are wrong or gone.
+    """Returns whether an error during a restore means that the checkpoint's files are damaged.
 
-    A file system that is away for a moment, or a target of other shapes, says nothing of the kind.
+    A file system that is temporarily unavailable or a target with other shapes is no damage.
     """
     if isinstance(error, DamagedError | json.JSONDecodeError | FileNotFoundError):
         return True
@@ -284,8 +294,8 @@ def _is_damage(error: BaseException) -> bool:
 
 
 def _check_arrays(step: int, stored: Mapping[str, int] | None, target: Any) -> None:
-    """Raises ValueError where a checkpoint holds arrays of other names than the run has."""
-    if not stored:
+    """Raises ValueError if `stored` fingerprints name other arrays than `target` has."""
+    if not stored:  # Old checkpoints have no fingerprints.
         return
     expected = set(array_names(target))
     if unexpected := sorted(expected ^ set(stored)):
@@ -296,7 +306,7 @@ def _check_arrays(step: int, stored: Mapping[str, int] | None, target: Any) -> N
 
 
 def saved_steps(model_dir: str | os.PathLike[str]) -> list[int]:
-    """The steps of a MODEL_DIR's complete checkpoints; empty where it has none."""
+    """Returns the steps of the complete checkpoints of a MODEL_DIR, in ascending order."""
     folder = epath.Path(model_dir) / FOLDER
     if not folder.is_dir():
         return []
@@ -310,12 +320,13 @@ def saved_steps(model_dir: str | os.PathLike[str]) -> list[int]:
 def describe_model(
     config: lm.Config, vocabulary_hash: str, num_pieces: int | None = None
 ) -> dict[str, Any]:
-    """The JSON beside a step's parameters.
+    """Returns the JSON that is stored beside a step's parameters.
 
     Args:
         config: the model's sizes.
-        vocabulary_hash: `vocabularies.content_hash`; empty where it is unknown.
-        num_pieces: of the vocabulary; ids beyond it exist only to round the embedding up.
+        vocabulary_hash: the `vocabularies.content_hash` of the vocabulary; "" if unknown.
+        num_pieces: the number of ids that the vocabulary has; None if unknown. Further rows of the
+            embedding only round its size up.
     """
     about: dict[str, Any] = {
         "family": lm.family_name(config),
@@ -326,7 +337,7 @@ def describe_model(
 
 
 def find_step(path: str) -> epath.Path | None:
-    """The step folder that a MODEL_DIR (its newest) or a step folder means; None if neither."""
+    """Returns `path` if it is a step folder, the newest step folder of a MODEL_DIR, else None."""
     folder = epath.Path(path)
     if (folder / "params").is_dir() and (folder / "model").is_dir():
         return folder
@@ -335,42 +346,45 @@ def find_step(path: str) -> epath.Path | None:
 
 
 def read_description(step_folder: epath.Path) -> dict[str, Any]:
-    """What `describe_model` wrote."""
+    """Returns the JSON beside a step's parameters; see `describe_model`."""
     return json.loads((step_folder / "model" / "metadata").read_text())
 
 
 def read_config(step_folder: epath.Path) -> lm.Config:
-    """Sizes of the model in a step folder."""
+    """Returns the sizes of the model in a step folder."""
     about = read_description(step_folder)
     return lm.from_fields(about.get("family", "t5"), about["config"])
 
 
 def read_params(step_folder: epath.Path, target: lm.Params) -> lm.Params:
-    """Parameters alone, in the shapes, dtypes and shardings of `target`.
+    """Returns the parameters in a step folder, with the shapes, dtypes and shardings of `target`.
 
     Raises:
-        ValueError: naming the arrays that are not those that were written.
+        DamagedError: if all dtypes of `target` are float32 and the bytes of an array differ from
+            the bytes that were written; the message names the arrays.
     """
     with ocp.StandardCheckpointer() as checkpointer:
         params = checkpointer.restore(step_folder.resolve() / "params", target)
-    if all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params)):  # as they were written
+    # Parameters are written in float32, and a fingerprint is valid for the written dtype only.
+    if all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params)):
         stored = read_description(step_folder).get("fingerprints", {})
         _check_fingerprints(params, stored.get("params"))
     return params
 
 
 def fingerprints(tree: Any) -> dict[str, int]:
-    """A number for each array: the sum over its elements of bits x (2 index + 1), modulo 2^32.
+    """Returns a fingerprint of each array in a tree, by the array's name.
 
-    Integers that wrap around add up to the same in any order, and so on any mesh; every change of
-    one element changes the sum.
+    The fingerprint is the sum over all elements of bits x (2 index + 1), modulo 2^32. This sum has
+    the same value in any order of addition, and so on any mesh. Because the factor is odd, a change
+    of one element always changes the sum.
     """
     values = _fingerprint(jax.tree.leaves(tree))
     return dict(zip(array_names(tree), (int(value) for value in values), strict=True))
 
 
 def array_names(tree: Any) -> list[str]:
-    """The path of each array of a tree, as fingerprints name it."""
+    """Returns the name of each array in a tree: the path of the leaf, joined by "/"."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
 
@@ -381,7 +395,8 @@ def _fingerprint(leaves: list[jax.Array]) -> list[jax.Array]:
         unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
         bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
         index = jnp.zeros(x.shape, jnp.uint32)
-        for axis, size in enumerate(x.shape):  # no reshape: shards stay where they are
+        # Computing the flat index from one iota per axis avoids a reshape, which would move shards.
+        for axis, size in enumerate(x.shape):
             index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
         return jnp.sum(bits * (2 * index + 1), dtype=jnp.uint32)
 
@@ -389,8 +404,8 @@ def _fingerprint(leaves: list[jax.Array]) -> list[jax.Array]:
 
 
 def _check_fingerprints(tree: Any, stored: dict[str, int] | None) -> None:
-    """Checkpoints of before there were fingerprints have none to compare."""
-    if not stored:
+    """Raises DamagedError if the fingerprints of restored arrays differ from the stored ones."""
+    if not stored:  # Old checkpoints have no fingerprints.
         return
     found = fingerprints(tree)
     wrong = [name for name, value in found.items() if stored.get(name) != value]
@@ -408,7 +423,10 @@ def write_params(
     num_pieces: int | None = None,
     more: dict[str, Any] | None = None,
 ) -> None:
-    """A model without training state, in a step folder of its own; see `describe_model`."""
+    """Writes a model without training state to the step folder `folder`.
+
+    The JSON beside the parameters is the result of `describe_model` with the entries of `more`.
+    """
     target = epath.Path(folder).resolve()
     about = {**describe_model(config, vocabulary_hash, num_pieces), **(more or {})}
     about["fingerprints"] = {"params": fingerprints(params)}

@@ -1,4 +1,4 @@
-"""Whether a checkpoint is the same one as before, and whether its numbers are numbers."""
+"""Identifies a checkpoint by its content, and checks that its parameters are finite."""
 
 from collections.abc import Iterator
 import concurrent.futures
@@ -16,25 +16,26 @@ from gkd_jax import convert
 from gkd_jax.storage import checkpoints
 
 
-_ENDS = 2**20  # bytes that are read at each end of a file
-_READERS = 16  # files read at the same time: enough to hide a bucket's latency
-_MOST_NAMES = 10
+_ENDS = 2**20  # The number of bytes that are read at each end of a file.
+_READERS = 16  # The number of files read concurrently, enough to hide the latency of a bucket.
+_MOST_NAMES = 10  # The number of arrays that one error message names.
 
 
 def content_id(path: str) -> str:
-    """A hash of a checkpoint's content, the same wherever it lies; no array is loaded.
+    """Returns a hash of a checkpoint's content, which does not depend on the checkpoint's path.
 
-    Of our own checkpoints it is made of the parameters' fingerprints, which every step has in its
-    JSON. Of others it is made of the names and sizes of the files that hold weights and
-    configuration, with the first and the last MiB of each.
+    No array is loaded. For a checkpoint of gkd_jax, the hash covers the sizes of the model and the
+    fingerprints of the parameters, both from the JSON of the step. For any other checkpoint, the
+    hash covers the files that hold weights and configuration: the name, the size, the first MiB and
+    the last MiB of each file.
 
     Args:
-        path: a MODEL_DIR (its newest step is meant), one of its steps, a Hugging Face folder or a
-            T5X checkpoint; local or gs://.
+        path: a MODEL_DIR (which refers to its newest step), one of its steps, a Hugging Face folder
+            or a T5X checkpoint; local or gs://.
 
     Raises:
-        FileNotFoundError: where there is nothing.
-        ValueError: where it is no checkpoint.
+        FileNotFoundError: if there is no such folder.
+        ValueError: if the folder is no checkpoint.
     """
     step_folder = checkpoints.find_step(path)
     if step_folder is not None:
@@ -46,12 +47,13 @@ def content_id(path: str) -> str:
         return _hash_of_files(step_folder / "params", ".*")
     if convert.detect(path) == "hf":
         return _hash_of_files(epath.Path(path), r"config\.json|[^/]*\.safetensors(\.index\.json)?")
-    # The arrays of the model, not those of the optimizer; OCDBT has both in the same files.
+    # Leave out the files of the optimizer's state. An OCDBT checkpoint has the arrays of the model
+    # and of the optimizer in the same files, so there the hash covers both.
     return _hash_of_files(convert.t5x_root(path), r"(?!state\.).*")
 
 
 def _hash_of_files(folder: epath.Path, pattern: str) -> str:
-    """Of the files under a folder whose names, relative to it, match a regular expression."""
+    """Returns a hash of the files under a folder whose relative paths fully match `pattern`."""
     files = ((os.fspath(file.relative_to(folder)), file) for file in _files_under(folder))
     named = sorted((name, file) for name, file in files if re.fullmatch(pattern, name))
     digest = hashlib.sha256()
@@ -71,6 +73,7 @@ def _files_under(folder: epath.Path) -> Iterator[epath.Path]:
 
 
 def _size_and_ends(file: epath.Path) -> tuple[int, bytes]:
+    """Returns a file's size in bytes, and its first and last MiB joined without overlap."""
     size = int(file.stat().length)
     with file.open("rb") as opened:
         ends = opened.read(_ENDS)
@@ -81,14 +84,15 @@ def _size_and_ends(file: epath.Path) -> tuple[int, bytes]:
 
 
 def check_finite(params: Any, path: str) -> None:
-    """Refuses parameters that are not all finite: such a model decodes empty texts, silently.
+    """Checks that all parameters are finite, because other models decode empty texts silently.
 
     Args:
-        params: as loaded, spread over devices or not.
-        path: of the checkpoint, for the message.
+        params: the loaded parameters, sharded or not.
+        path: the checkpoint's path, for the error message.
 
     Raises:
-        ValueError: naming the arrays with a NaN or an infinity, and the layer of stacked ones.
+        ValueError: if an array has a NaN or an infinity; the message names the arrays, and the
+            layers of arrays that stack the layers of a model.
     """
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
     names = [jax.tree_util.keystr(keys, simple=True, separator="/") for keys, _ in leaves]

@@ -1,4 +1,4 @@
-"""`gkd-jax convert`: a checkpoint of any format, written in another."""
+"""Implements `gkd-jax convert`, which reads a checkpoint in any format and writes it in another."""
 
 import json
 import os
@@ -19,8 +19,10 @@ from gkd_jax.text import vocabularies
 
 
 FORMATS = ("hf", "t5x", "gkd")
-STORED = "stored"  # the dtype that the source's weights have
-_HF_FILES = "hf"  # of one of our checkpoints: what lay beside the weights it was made from
+STORED = "stored"  # Stands for the dtype of the source's weights.
+# A folder in a step folder, with the tokenizer's and other files of the Hugging Face folder from
+# which the checkpoint was converted.
+_HF_FILES = "hf"
 
 
 def convert_checkpoint(
@@ -32,21 +34,24 @@ def convert_checkpoint(
     step: int | None = None,
     dry_run: bool = False,
 ) -> None:
-    """Writes a checkpoint in another format, and says on standard error what it wrote.
+    """Writes a checkpoint in another format, and prints to standard error what it wrote.
 
     Args:
-        source: as for `pretrained.load_config`.
-        output: a local folder that does not exist yet.
-        to: "hf", "t5x" (a `checkpoint_<step>` inside `output`) or "gkd".
-        dtype: of the written parameters: "float32", "bfloat16" or "stored", the source's own. "gkd"
-            has float32, which loses nothing, and remembers the source's.
-        step: of a T5X checkpoint; None takes the source's (`checkpoint_<step>`, `<step>`), else 0.
-        dry_run: check all that can be checked without reading an array, and write nothing.
+        source: the path of the checkpoint to read; see `pretrained.load_config`.
+        output: the local folder to create.
+        to: the format to write: "hf", "t5x" (in a folder `checkpoint_<step>` inside `output`) or
+            "gkd".
+        dtype: the dtype of the written parameters: "float32", "bfloat16", or "stored" for the dtype
+            of the source. The format "gkd" always stores float32, which loses nothing, and records
+            the dtype of the source.
+        step: the step of a written T5X checkpoint. None takes the step from the name of the
+            source's folder (`checkpoint_<step>` or `<step>`), or 0 if the name has none.
+        dry_run: check everything that can be checked without loading arrays, and write nothing.
 
     Raises:
-        FileNotFoundError: where there is no source.
-        ValueError: where the output exists or cannot be made, or the source is damaged or has no
-            counterpart in the format.
+        FileNotFoundError: if there is no such source.
+        ValueError: if the output exists or cannot be created, if the source is damaged, or if the
+            format cannot represent the model.
     """
     if to not in FORMATS:
         raise ValueError(f"to must be one of {', '.join(FORMATS)}, got {to!r}")
@@ -77,6 +82,7 @@ def convert_checkpoint(
         return
     stored = about.get("dtype", "float32") if step_folder else convert.stored_dtype(source)
     dtype = stored if dtype == STORED else dtype
+    # Load in bfloat16 only if that loses nothing: then the host needs half of the memory.
     narrow = dtype == stored == "bfloat16" and to != "gkd"
     shapes = lm.abstract_params(config, "bfloat16" if narrow else "float32")
     params = pretrained.load_params(source, shapes, config)
@@ -85,7 +91,8 @@ def convert_checkpoint(
         _write_hf(output, config, params, about, dtype, beside, step_folder)
     elif to == "t5x":
         assert isinstance(config, T5Config)
-        dtype = "float32" if dtype == "float16" else dtype  # exact, and T5X has no float16
+        # T5X has no float16; float32 represents every float16 number exactly.
+        dtype = "float32" if dtype == "float16" else dtype
         convert.write_t5x(output, config, params, step=step, dtype=dtype)
     else:
         _write_own(output, config, params, {**about, "dtype": stored}, beside)
@@ -101,7 +108,17 @@ def _write_hf(
     beside: str | None,
     step_folder: epath.Path | None,
 ) -> None:
-    """A Hugging Face folder with its tokenizer's files and, of a run, a model card."""
+    """Writes a Hugging Face folder with the tokenizer's files and, for a run, a model card.
+
+    Args:
+        output: the folder to create.
+        config: the model's sizes.
+        params: the model's parameters.
+        about: the JSON of the source's step folder; {} if the source is no checkpoint of gkd_jax.
+        dtype: the dtype of the stored weights.
+        beside: the folder whose tokenizer's files are copied; None copies none.
+        step_folder: the source's step folder; None if the source is no checkpoint of gkd_jax.
+    """
     card = None
     if step_folder is not None:
         card = model_card.of_run(pathlib.Path(step_folder.parent.parent))
@@ -116,7 +133,10 @@ def _write_hf(
 def _write_own(
     output: str, config: lm.Config, params: lm.Params, about: dict[str, Any], beside: str | None
 ) -> None:
-    """One of our checkpoints, which remembers the stored dtype and the tokenizer's files."""
+    """Writes a checkpoint of gkd_jax, with the source's dtype and the tokenizer's files.
+
+    Both are kept so that a later conversion to Hugging Face reproduces the source.
+    """
     vocabulary, num_pieces = about.get("vocabulary", ""), about.get("num_pieces")
     more = {"dtype": about["dtype"]}
     checkpoints.write_params(output, config, params, vocabulary, num_pieces, more)
@@ -125,7 +145,7 @@ def _write_own(
 
 
 def _check_output(output: str) -> None:
-    """Refuses an output that cannot become a new local folder."""
+    """Raises ValueError if `output` cannot become a new local folder."""
     if "://" in output:
         raise ValueError(f"output must be a local folder, got {output}: write locally, then copy")
     path = pathlib.Path(output)
@@ -137,10 +157,14 @@ def _check_output(output: str) -> None:
 
 
 def _tokenizer_folder(source: str, about: dict[str, Any]) -> str | None:
-    """The Hugging Face folder with a model's tokenizer; None where none is known.
+    """Returns a Hugging Face folder with the model's tokenizer; None if none is known.
 
-    Of a run, that is what VOCABULARY names or the folder that its student started from, if its
-    vocabulary is the run's.
+    For a run, the candidates are the folder that VOCABULARY names and the folder from which the
+    student was initialised. A candidate must have the vocabulary of the run.
+
+    Args:
+        source: the path of the checkpoint.
+        about: the JSON of the checkpoint's step folder; {} if there is none.
     """
     step_folder = checkpoints.find_step(source)
     if step_folder is None:
@@ -155,7 +179,8 @@ def _tokenizer_folder(source: str, about: dict[str, Any]) -> str | None:
     for place in places:
         if not place or "://" in place or not pathlib.Path(place).is_dir():
             continue
-        if checkpoints.find_step(place) is not None:  # that was a run too
+        # If the student started from another run, look for that run's tokenizer.
+        if checkpoints.find_step(place) is not None:
             found = _tokenizer_folder(place, about)
             if found is not None:
                 return found
@@ -172,7 +197,7 @@ def _has_vocabulary(folder: str, expected: str) -> bool:
 
 
 def _step_of(source: str) -> int:
-    """The step that a checkpoint's folder is named after; 0 where it is named otherwise."""
+    """Returns the step in the name of a checkpoint's folder; 0 if the name has no step."""
     name = (checkpoints.find_step(source) or epath.Path(source)).name
     match = re.fullmatch(r"(?:checkpoint_)?(\d+)", name)
     return int(match[1]) if match else 0

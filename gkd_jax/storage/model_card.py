@@ -1,4 +1,4 @@
-"""The README.md that goes with an exported model: what it came from, and how it does."""
+"""Writes the README.md of an exported model: its origin, its training and its last evaluation."""
 
 import json
 import pathlib
@@ -6,7 +6,11 @@ from typing import Any
 
 
 def of_run(folder: pathlib.Path) -> str | None:
-    """The card of the model of a MODEL_DIR; None where there is no run.json."""
+    """Returns the model card of a run as Markdown; None if there is no readable run.json.
+
+    Args:
+        folder: the run's MODEL_DIR.
+    """
     try:
         run = json.loads((folder / "run.json").read_text("utf-8"))
     except (OSError, ValueError):
@@ -45,14 +49,14 @@ def _method(method: dict[str, Any]) -> str:
 
 
 def _last_evaluation(path: pathlib.Path) -> dict[str, float]:
-    """The numbers of the last line that has an evaluation."""
+    """Returns the metrics of the last line of a metrics.jsonl that has an evaluation."""
     found: dict[str, float] = {}
     if not path.is_file():
         return found
     for line in path.read_text("utf-8").splitlines():
         try:
             fields = json.loads(line)
-        except ValueError:  # cut off while it was written
+        except ValueError:  # A run that is writing, or was killed, leaves an incomplete last line.
             continue
         numbers = {
             name: float(value)

@@ -1,4 +1,8 @@
-"""Where a model comes from: random weights of some size, or a checkpoint of any format."""
+"""Creates a run's models: from a checkpoint of any format, or of some size with random weights.
+
+`ModelConfig` states which model is wanted, `initial_params` loads or initialises its parameters,
+and `load_model` loads a checkpoint outside a run.
+"""
 
 from collections.abc import Callable
 import dataclasses
@@ -18,7 +22,8 @@ from gkd_jax.text import settings
 
 _HOST = "pinned_host"
 _PUBLIC_SIZES = ("small", "base", "large", "xl", "xxl")
-_PUBLIC = {  # the step of each size
+# The step of each published checkpoint of a family, in the order of `_PUBLIC_SIZES`.
+_PUBLIC = {
     "t5_1_1_lm100k": (1_100_000,) * 5,
     "flan_t5": (1_198_000, 1_184_000, 1_164_000, 1_138_000, 1_114_000),
 }
@@ -26,21 +31,25 @@ _PUBLIC = {  # the step of each size
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """One of the two models.
+    """States which model a run uses as its student or as its teacher.
 
     Attributes:
-        architecture: a function size -> sizes, such as `t5.t5_1_1`.
-        size: tiny, small, base, large, xl or xxl; None takes the checkpoint's.
-        checkpoint: a MODEL_DIR, a Hugging Face folder or a T5X checkpoint; None is random weights.
-        dropout_rate: while training (a teacher has none).
-        dtype: of compute, "float32" or "bfloat16".
-        param_dtype: of the parameters in memory; a frozen teacher's may be "bfloat16" or "int8"
-            (kernels; one scale a column).
-        memory: where the layers' kernels lie, "device" or "host"; a teacher's on the host are
-            copied to the device one layer at a time (where the backend has pinned host memory).
-        remat: recompute activations in the backward pass.
-        scan_unroll: layers per iteration of the scan; None is all on CPU, one elsewhere.
-        attention_by_row: of long inputs, so that scores stay in cache; None is yes on CPU only.
+        architecture: a function from a size's name to the model's sizes, such as `t5.t5_1_1`.
+        size: "tiny", "small", "base", "large", "xl" or "xxl"; None takes the checkpoint's sizes.
+        checkpoint: a MODEL_DIR, a Hugging Face folder or a T5X checkpoint; None means random
+            weights.
+        dropout_rate: the dropout rate while this model is trained.
+        dtype: the dtype of computations, "float32" or "bfloat16".
+        param_dtype: the dtype of the parameters in memory. A frozen teacher may have "bfloat16" or
+            "int8" (quantized kernels with one scale per column).
+        memory: where the kernels of the layers are kept, "device" or "host". Kernels of a teacher
+            on the host are copied to the device one layer at a time. This needs a backend with
+            pinned host memory.
+        remat: whether the backward pass recomputes activations instead of keeping them in memory.
+        scan_unroll: the number of layers per iteration of the scan over layers; None unrolls up to
+            64 layers on CPU and none elsewhere.
+        attention_by_row: whether attention over long inputs computes one batch row at a time, so
+            that the scores stay in the CPU's cache; None means yes on CPU and no elsewhere.
     """
 
     architecture: Callable[..., lm.Config] = lm.DEFAULT_ARCHITECTURE
@@ -70,11 +79,17 @@ class ModelConfig:
             raise ValueError(f"memory must be 'device' or 'host', got {self.memory!r}")
 
     def config(self, num_pieces: int, *, pending: bool = False) -> lm.Config:
-        """The model's sizes, from its checkpoint where there is one.
+        """Returns the model's sizes, which come from the checkpoint if there is one.
 
         Args:
-            num_pieces: of the vocabulary; a new model's embedding is rounded up to 128.
-            pending: the checkpoint will be made by another run: trust `size`.
+            num_pieces: the number of ids of the vocabulary. The embedding of a new model has this
+                many rows, rounded up to a multiple of 128.
+            pending: whether the checkpoint does not exist yet because another run will write it.
+                The sizes then come from `size`.
+
+        Raises:
+            FileNotFoundError: if there is no such checkpoint.
+            ValueError: if the checkpoint has other sizes than `size`, or is no checkpoint.
         """
         chosen = None
         if self.size is not None:
@@ -102,10 +117,11 @@ class ModelConfig:
 
 
 def remote_checkpoints(*models: ModelConfig | None) -> frozenset[str]:
-    """Those that a dry run does not open: it stays off the network.
+    """Returns the remote checkpoints of `models`, which a dry run does not open.
 
     Raises:
-        ValueError: for one without a size, whose shapes are then unknown.
+        ValueError: if a model with a remote checkpoint states no size, because its shapes are then
+            unknown without the network.
     """
     remote = set()
     for model in models:
@@ -119,15 +135,15 @@ def remote_checkpoints(*models: ModelConfig | None) -> frozenset[str]:
 
 
 def public_checkpoint(*, family: str, size: str) -> str:
-    """Google's published T5X checkpoint of a family and size.
+    """Returns the path of Google's published T5X checkpoint of a family and size.
 
     Args:
-        family: "t5_1_1_lm100k" (LM-adapted: the paper's XSum and WMT models) or "flan_t5" (GSM8K,
-            instruction tuning).
-        size: small, base, large, xl or xxl.
+        family: "t5_1_1_lm100k" (LM-adapted T5 1.1, the paper's models for XSum and WMT) or
+            "flan_t5" (the paper's models for GSM8K and instruction tuning).
+        size: "small", "base", "large", "xl" or "xxl".
 
     Raises:
-        ValueError: for another family or size.
+        ValueError: for any other family or size.
     """
     if family not in _PUBLIC or size not in _PUBLIC_SIZES:
         raise ValueError(
@@ -168,16 +184,16 @@ def _check_sizes(path: str, size: str | None, stored: lm.Config, chosen: lm.Conf
 
 
 def place_params(model: ModelConfig, config: lm.Config, mesh: Mesh) -> lm.Params:
-    """`initial_params` of a model that only decodes or scores, spread over a mesh."""
+    """Returns the parameters, sharded over a mesh, of a model that only decodes or scores."""
     target = frozen_shapes(model, config, mesh)
     return initial_params(model, config, target, jax.random.key(0), "model")
 
 
 def frozen_shapes(model: ModelConfig, config: lm.Config, mesh: Mesh) -> lm.Params:
-    """The abstract parameters, with shardings, of a model that is not trained.
+    """Returns the shapes, dtypes and shardings of the parameters of a model that is not trained.
 
     Raises:
-        ValueError: for `memory="host"` where the backend has no pinned host memory.
+        ValueError: if `model.memory` is "host" and the backend has no pinned host memory.
     """
     shapes = lm.abstract_params(config, model.param_dtype)
     placed = sharding.tree_shardings(shapes, lm.logical_axes(shapes), mesh)
@@ -193,7 +209,10 @@ def frozen_shapes(model: ModelConfig, config: lm.Config, mesh: Mesh) -> lm.Param
 
 
 def _goes_to_host(path: tuple[Any, ...]) -> bool:
-    """The layers' kernels: what else a layer has is small, and a TPU cannot slice it there."""
+    """Returns whether a parameter is a kernel of a layer, which `memory="host"` keeps on the host.
+
+    The other parameters of a layer are small, and a TPU cannot slice them in host memory.
+    """
     name = jax.tree_util.keystr(path, simple=True, separator="/")
     return "/layers/" in name and name.endswith(("/kernel", "/values"))
 
@@ -201,9 +220,18 @@ def _goes_to_host(path: tuple[Any, ...]) -> bool:
 def initial_params(
     model: ModelConfig, config: lm.Config, target: lm.Params, key: jax.Array, name: str
 ) -> lm.Params:
-    """Parameters from the checkpoint, or random ones, laid out as `target`."""
+    """Returns parameters from the model's checkpoint, or random ones if there is no checkpoint.
+
+    Args:
+        model: states the checkpoint, the dtype of the parameters and where they are kept.
+        config: the model's sizes.
+        target: the shapes, dtypes and shardings of the result.
+        key: the random key of random parameters.
+        name: what messages call the model; random weights of a "teacher" cause a warning.
+    """
     where = jax.tree.map(lambda x: x.sharding, target)
-    if model.memory == "host":  # by way of the devices, which compute what checks and casts
+    # Load to the devices first, where parameters are checked and cast, then move them to the host.
+    if model.memory == "host":
         there = dataclasses.replace(model, memory="device")
         mesh = jax.tree.leaves(where)[0].mesh
         params = initial_params(there, config, frozen_shapes(there, config, mesh), key, name)
@@ -215,7 +243,7 @@ def initial_params(
         return jax.jit(quantized.quantize, out_shardings=where, donate_argnums=0)(params)
     if model.checkpoint is not None:
         params = load_params(model.checkpoint, target, config)
-        # Linux counts in KiB.
+        # Linux reports ru_maxrss in KiB.
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         print(
             f"loaded the {name} from {model.checkpoint}; peak host memory so far "
@@ -238,15 +266,16 @@ def initial_params(
 
 
 def load_config(path: str) -> lm.Config:
-    """Sizes of a model on disk: our own checkpoint, a Hugging Face folder or a T5X checkpoint.
+    """Returns the sizes of the model in a checkpoint of any format.
 
     Args:
-        path: a MODEL_DIR (its newest step is meant), one of its `checkpoints/<step>`, a folder with
-            `config.json` and safetensors, or a T5X `checkpoint_<step>`; local or gs://.
+        path: a MODEL_DIR (which refers to its newest step), one of its folders
+            `checkpoints/<step>`, a Hugging Face folder (local only) or a T5X `checkpoint_<step>`;
+            local or gs://.
 
     Raises:
-        FileNotFoundError: where there is nothing.
-        ValueError: where no format fits, saying what was looked for.
+        FileNotFoundError: if there is no such file or folder.
+        ValueError: if the folder has none of the formats; the message says what was looked for.
     """
     if not epath.Path(path).exists():
         raise FileNotFoundError(f"no checkpoint at {path!r}: there is no such file or folder")
@@ -257,15 +286,16 @@ def load_config(path: str) -> lm.Config:
 
 
 def load_params(path: str, target: lm.Params, config: lm.Config) -> lm.Params:
-    """Parameters on disk, straight into the dtypes and shardings of `target`.
+    """Returns the parameters in a checkpoint of any format.
 
     Args:
-        path: as for `load_config`.
-        target: `ShapeDtypeStruct`s, with shardings where the arrays are to be spread.
-        config: `load_config`'s result.
+        path: the checkpoint; see `load_config`.
+        target: `ShapeDtypeStruct`s with the wanted dtypes and, for sharded arrays, shardings.
+        config: the result of `load_config`.
 
     Raises:
-        ValueError: naming the arrays that hold a NaN or an infinity.
+        ValueError: if arrays are damaged or do not fit the model, or if an array has a NaN or an
+            infinity; the message names the arrays.
     """
     step_folder = checkpoints.find_step(path)
     if step_folder is not None:
@@ -279,6 +309,9 @@ def load_params(path: str, target: lm.Params, config: lm.Config) -> lm.Params:
 
 
 def load_model(path: str) -> tuple[lm.Config, lm.Params]:
-    """A model on disk as (config, float32 parameters): `load_config` and `load_params`."""
+    """Returns the sizes and the float32 parameters of the model in a checkpoint of any format.
+
+    See `load_config` for the formats, and `load_config` and `load_params` for the errors.
+    """
     config = load_config(path)
     return config, load_params(path, lm.abstract_params(config), config)

@@ -1,4 +1,4 @@
-"""Whether a model and a vocabulary belong together."""
+"""Checks that a run's models and its vocabulary fit each other."""
 
 import seqio
 
@@ -11,21 +11,22 @@ from gkd_jax.text import comparison, vocabularies
 def check_vocabularies(
     vocabulary: seqio.Vocabulary, chosen: dict[str, ModelConfig | None], pending: frozenset[str]
 ) -> int | None:
-    """Compares a run's vocabulary with what its models were trained with, as far as that is known.
+    """Compares a run's vocabulary with the vocabularies that its models were trained with.
 
-    Our own checkpoints know the hash of their vocabulary, Hugging Face folders hold their
-    tokenizer, and T5X's checkpoints hold nothing to compare.
+    A checkpoint of gkd_jax stores a hash of its vocabulary, and a Hugging Face folder holds its
+    tokenizer. A T5X checkpoint holds nothing to compare and is not checked.
 
     Args:
-        vocabulary: of the run.
-        chosen: the models by the name that messages give them.
-        pending: checkpoints that are not looked at.
+        vocabulary: the run's vocabulary.
+        chosen: the models, by the names that error messages use.
+        pending: the checkpoints that must not be opened.
 
     Returns:
-        How many ids mean the same to all, where some model has fewer than another; else None.
+        The number of ids that mean the same token to the run's vocabulary and to the tokenizers of
+        all Hugging Face folders; None if no model comes from such a folder.
 
     Raises:
-        ValueError: naming the model whose vocabulary is another.
+        ValueError: if a model has another vocabulary; the message names the model.
     """
     shared = None
     for name, model in chosen.items():
@@ -57,17 +58,18 @@ def check_vocabularies(
 def check_special_ids(
     config: lm.Config, vocabulary: seqio.Vocabulary, *, check_remote: bool = True
 ) -> None:
-    """A family with special ids of its own needs a vocabulary that has them too.
+    """Checks that the vocabulary has the special ids that are built into the model's family.
 
-    A T5 masks id 0, starts a target with it and ends one with id 1. Others have none of their own.
+    A T5 masks id 0, starts a target with id 0 and ends a target with id 1. The other families have
+    no special ids built in and accept every vocabulary.
 
     Args:
-        config: of a model of any family.
-        vocabulary: of the run.
-        check_remote: False leaves remote vocabularies untouched.
+        config: the sizes of a model of any family.
+        vocabulary: the run's vocabulary.
+        check_remote: whether a vocabulary in a remote file may be read.
 
     Raises:
-        ValueError: naming the ids of a vocabulary that differs.
+        ValueError: if the vocabulary has other special ids; the message names them.
     """
     remote = "://" in getattr(vocabulary, "sentencepiece_model_file", "")
     if not config.family.EOS_IDS or (remote and not check_remote):
