@@ -1,18 +1,20 @@
-"""How long each phase of a step takes on this machine.
+"""Times each phase of a training step on this machine.
 
     gkd-jax bench --gin_file=gin/bench/config1.gin --json
 
-The very functions that `train` jits, on random weights and random ids: full inputs without
-padding, and samples without EOS, so that every run does the same work. One JSON object:
+The functions that `train` jits run on random weights and random ids. Inputs have no padding and
+samples never end with EOS, so that every run does the same work. The result is one JSON object:
 
-    sample_ms    the student draws its sequences
-    score_ms     the teacher's logits of them, alone; a run has this inside the update
-    update_ms    teacher, divergence, gradient and optimizer
-    step_ms      sample and update, one after the other
-                 (of a method that never samples the update is the step: no sample_ms, no step_ms)
-    compile_s    tracing and compiling all of them, without the persistent cache
-    gemm_gflops  a large matrix product of the compute dtype: this machine's peak
-    *_gflop      matrix products of each phase on one device; with them its share of the peak
+    sample_ms    time in which the student draws its samples
+    score_ms     time of the teacher's logits alone, which a training step computes in the update
+    update_ms    time of the update: teacher, divergence, gradient and optimizer
+    step_ms      time of sampling and update, one after the other
+                 (a method that never samples has neither sample_ms nor step_ms)
+    compile_s    time to trace and compile all phases, without the persistent cache
+    gemm_gflops  GFLOP/s of a large matrix product in the compute dtype, taken as this machine's
+                 peak
+    *_gflop      FLOPs of a phase's matrix products on one device, in 10^9
+    *_of_peak    rate of the phase (its FLOPs over its time) as a share of gemm_gflops
 """
 
 from collections.abc import Callable, Mapping
@@ -42,16 +44,19 @@ _WARMUP_RUNS = 2
 
 
 def bench(recipe: Recipe, *, runs: int = 20, as_json: bool = False, dry_run: bool = False) -> None:
-    """Times the phases of a step, on-policy where the method has such steps, and prints them.
+    """Times the phases of a step and prints the medians.
+
+    The step is an on-policy one where the method has such steps.
 
     Args:
-        recipe: of the run; of several shapes of batch, the largest is timed.
-        runs: of each phase, after two that do not count; medians are printed.
-        as_json: one line of JSON instead of the table.
-        dry_run: check everything, compile and time nothing.
+        recipe: the recipe of the run. If it has several batch shapes, the largest is timed.
+        runs: the number of timed runs of each phase, after two warm-up runs.
+        as_json: print one line of JSON instead of the table.
+        dry_run: check everything, but compile and time nothing.
 
     Raises:
-        ValueError: for a method with a reward or mixed batches, or what `program.build` refuses.
+        ValueError: for a method with a reward or with mixed batches, or a recipe that
+            `program.build` refuses.
     """
     method = recipe.method
     if method.rl is not None or method.mixing != "step":
@@ -88,7 +93,7 @@ def _measure(
     runs: int,
 ) -> dict[str, float]:
     functions = program.phases(built)
-    functions.pop("update_dataset", None)  # where there are on-policy steps, one is timed
+    functions.pop("update_dataset", None)  # where it exists, "update" is that of on-policy steps
     began = time.perf_counter()
     compiled = {
         name: function.lower(*arguments).compile()
@@ -111,7 +116,10 @@ def _time_phases(
     models: tuple[TrainState, lm.Params | None],
     runs: int,
 ) -> dict[str, list[float]]:
-    """Seconds of each run of each phase. All take turns: what slows the machine slows them all."""
+    """Returns the seconds of each run of each phase.
+
+    The phases take turns, so that other load on the machine slows all of them alike.
+    """
     state, teacher = models
     batch, key = _random_batch(built), jax.random.key(0)
     drawn = compiled["sample"](state.params, batch, key)[0] if "sample" in compiled else batch
@@ -148,6 +156,8 @@ def _time_phases(
 def _random_models(
     built: program.Program,
 ) -> tuple[TrainState, lm.Params | None]:
+    """Returns a student with its optimizer's state, and a teacher, both with random weights."""
+
     def random(model, config, target, seed):
         model = dataclasses.replace(model, checkpoint=None, size=model.size or "tiny")
         return initial_params(model, config, target, jax.random.key(seed), "bench")
@@ -162,6 +172,7 @@ def _random_models(
 
 
 def _random_batch(built: program.Program) -> Batch:
+    """Returns a batch of random ids without padding, placed on the mesh."""
     generator = np.random.Generator(np.random.Philox(0))
     shape = built.batch(built.recipe.data.batch_size, built.recipe.data.shapes()[-1])
 
@@ -175,7 +186,10 @@ def _random_batch(built: program.Program) -> Batch:
 
 
 def gemm_gflops(dtype: str, size: int = 2048, runs: int = 7) -> float:
-    """The best of some products of two square matrices with float32 results; GFLOP/s."""
+    """Returns the highest rate, in GFLOP/s, of `runs` products of two square matrices.
+
+    The operands have the given dtype and the result is float32.
+    """
     x, y = (jnp.full((size, size), 1.0 / size, dtype) for _ in range(2))
     product = jax.jit(lambda x, y: jnp.dot(x, y, preferred_element_type=jnp.float32))
     product(x, y).block_until_ready()

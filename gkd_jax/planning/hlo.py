@@ -1,10 +1,11 @@
-"""What a compiled program will do, read off its HLO text: FLOPs, memory traffic, collectives.
+"""Counts the FLOPs, memory traffic and collectives of a compiled program from its HLO text.
 
-XLA's own cost analysis counts the body of a loop once. Here every instruction counts as often as
-the loops around it turn, and is filed under the loop it is in. Everything is for one device.
+`parse` reads the text, and `summary` returns the counts by loop. XLA's own cost analysis counts the
+body of a loop once. Here an instruction inside loops counts once for each of their iterations. All
+numbers are for one device.
 
-HLO is not a stable interface: what is not understood counts as nothing, and the tests compare with
-formulas worked out by hand.
+HLO is not a stable interface. An instruction that is not recognised costs no FLOPs, and the tests
+compare the counts with formulas worked out by hand.
 """
 
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ _OP_NAME = re.compile(r'op_name="([^"]*)"')
 
 
 class Shape(NamedTuple):
-    """One array; `on_chip` arrays lie in vector memory and cost no HBM traffic."""
+    """The shape of one array; `on_chip` arrays are in vector memory and cause no HBM traffic."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -50,20 +51,21 @@ class Instruction(NamedTuple):
     """One line of HLO."""
 
     name: str
-    shapes: tuple[Shape, ...]  # several for a tuple
+    shapes: tuple[Shape, ...]  # of the result; several for a tuple
     opcode: str
     operands: tuple[str, ...]
-    inner: str  # what stands between the parentheses: a constant's value, a parameter's number
+    inner: str  # the text between the parentheses, e.g. a constant's value, a parameter's number
     attributes: str
     is_root: bool
 
     def called(self, key: str) -> str | None:
-        """The computation that an attribute such as `body=%name` names."""
+        """Returns the computation that the attribute `key` names, as in `body=%name`, or None."""
         found = re.search(rf"\b{key}=%([\w.\-]+)", self.attributes)
         return found[1] if found else None
 
     @property
     def op_name(self) -> str:
+        """The operation in the traced program that this instruction comes from, if noted."""
         found = _OP_NAME.search(self.attributes)
         return found[1].replace("\\'", "'") if found else self.name
 
@@ -80,16 +82,16 @@ class Module(NamedTuple):
 
 
 class Collective(NamedTuple):
-    """Collectives of one kind, over groups of one size, in one loop."""
+    """All collectives of one kind over groups of one size in one loop."""
 
     kind: str
     group_size: int
-    count: float  # how often one device takes part
-    nbytes: float  # per device: of the whole array for all-gather, of the input for the others
+    count: float  # the number of collectives that one device takes part in
+    nbytes: float  # on one device: the outputs of an all-gather, the inputs of all other kinds
 
     @property
     def wire_bytes(self) -> float:
-        """What one device sends in ring algorithms."""
+        """The bytes that one device sends if the collectives are ring algorithms."""
         if self.kind == "collective-permute":
             return self.nbytes
         share = (self.group_size - 1) / self.group_size
@@ -98,12 +100,12 @@ class Collective(NamedTuple):
 
 @dataclasses.dataclass
 class Cost:
-    """Of everything directly inside one loop, over all of its turns.
+    """The cost of the instructions directly inside one loop, summed over all of its iterations.
 
     Attributes:
-        flops: of matrix products and convolutions.
-        traffic: bytes to and from HBM.
-        collectives: by kind and group size.
+        flops: the FLOPs of matrix products and convolutions.
+        traffic: the bytes read from and written to HBM.
+        collectives: the collectives by kind and group size.
     """
 
     flops: float = 0.0
@@ -121,7 +123,7 @@ class Cost:
 
 
 def parse(text: str) -> Module:
-    """Parses the text of an optimized module, as `compiled.as_text()` gives it."""
+    """Parses the text of an optimized module, which `compiled.as_text()` returns."""
     partitions = re.search(r"num_partitions=(\d+)", text.split("\n", 1)[0])
     computations: dict[str, Computation] = {}
     entry, current = "", {}
@@ -138,6 +140,7 @@ def parse(text: str) -> Module:
 
 
 def _instruction(line: str) -> Instruction | None:
+    """Parses one line; returns None for a line that is no instruction."""
     is_root = line.startswith("ROOT ")
     name, _, rest = line.removeprefix("ROOT ").partition(" = ")
     end = _closing(rest, 0) if rest.startswith("(") else rest.find(" ")
@@ -162,7 +165,7 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def _closing(text: str, start: int) -> int:
-    """One past the parenthesis that closes the one at `start`."""
+    """Returns the index after the parenthesis that closes the one at `start`."""
     depth = 0
     for match in re.compile(r"[()]").finditer(text, start):
         depth += 1 if match[0] == "(" else -1
@@ -175,14 +178,18 @@ def _closing(text: str, start: int) -> int:
 
 
 def costs(module: Module) -> dict[str, Cost]:
-    """Costs by loop: "" is outside of all; "64 > 24" turns 24 times within one that turns 64."""
+    """Returns the costs by loop.
+
+    The key of a loop is its number of iterations behind those of the loops around it: "64 > 24" is
+    a loop of 24 iterations inside one of 64. The key "" is for instructions outside all loops.
+    """
     found: dict[str, Cost] = {}
     _walk(module, module.entry, 1.0, "", found)
     return found
 
 
 def summary(module: Module) -> dict[str, Any]:
-    """`costs` as plain values, with totals."""
+    """Returns `costs` as plain values for JSON, with the totals over all loops."""
     loops, collectives = {}, []
     for loop, cost in costs(module).items():
         wire = sum(found.wire_bytes for found in cost.collectives.values())
@@ -196,6 +203,7 @@ def summary(module: Module) -> dict[str, Any]:
 
 
 def _walk(module: Module, name: str, times: float, loop: str, found: dict[str, Cost]) -> None:
+    """Adds the costs of a computation that runs `times` times within `loop` to `found`."""
     computation = module.computations[name]
     cost = found.setdefault(loop, Cost())
     for instruction in computation.values():
@@ -220,7 +228,7 @@ def _walk(module: Module, name: str, times: float, loop: str, found: dict[str, C
 
 
 def _called(instruction: Instruction) -> list[str]:
-    """The computations of a call, or of all branches of a conditional."""
+    """Returns the names of the computations of a call, or of all branches of a conditional."""
     branches = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
     if branches:
         return _NAME.findall(branches[1])
@@ -229,10 +237,10 @@ def _called(instruction: Instruction) -> list[str]:
 
 
 def trip_count(module: Module, loop: Instruction) -> int:
-    """How often a loop turns: at most, where it may stop early (a decode loop).
+    """Returns the iterations of a loop; the most, where a loop may stop early (a decode loop).
 
-    XLA notes it on some backends. Elsewhere it is the constant that the condition compares with:
-    the counters of JAX's scans start at 0 and go up by one.
+    On some backends XLA notes the number. Elsewhere it is the constant that the loop's condition
+    compares with, because the counters of JAX's scans start at 0 and go up by one.
     """
     noted = re.search(r'known_trip_count[^\d}]*"?n"?[^\d}]*(\d+)', loop.attributes)
     if noted:
@@ -282,10 +290,11 @@ def _cublas_flops(computation: Computation, call: Instruction) -> int:
 def _convolution_flops(
     left: tuple[int, ...], right: tuple[int, ...], out: tuple[int, ...], attributes: str
 ) -> int:
-    """2 x batch x features in x features out x the pairs of positions that meet.
+    """Returns the FLOPs of a convolution, without products by padding.
 
-    XLA writes a batched matrix product as a convolution whose window meets one position of the
-    batch at a time and zeros elsewhere (dilation and padding): zeros do not count.
+    They are 2 x batch x input features x output features x the pairs of an output position and a
+    kernel position that read an element. XLA writes a batched matrix product as a convolution whose
+    window reads one position of the batch and otherwise zeros, from dilation and padding.
     """
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes)
     if labels is None:
@@ -317,8 +326,8 @@ def _convolution_flops(
 def _meeting(
     *, size: int, kernel: int, out: int, stride: int, pad: int, dilations: tuple[int, int]
 ) -> int:
-    """Pairs of an output position and a kernel position that read an element, not padding."""
-    if out * kernel > 1 << 20:  # a real convolution over a long axis: T5 has none
+    """Counts the pairs of an output position and a kernel position that read no padding."""
+    if out * kernel > 1 << 20:  # too many to count: as if there were no padding
         return out * kernel
     of_input, of_kernel = dilations
     return sum(
@@ -333,7 +342,10 @@ def _meeting(
 
 
 def _traffic(module: Module, computation: Computation, instruction: Instruction) -> int:
-    """Bytes that one instruction reads and writes; of a large array, the slice that it touches."""
+    """Returns the bytes of HBM that an instruction reads and writes.
+
+    An instruction that reads or writes a slice of an array counts the slice only.
+    """
     opcode = instruction.opcode
     if NO_TRAFFIC.fullmatch(opcode):
         return 0
@@ -341,7 +353,7 @@ def _traffic(module: Module, computation: Computation, instruction: Instruction)
     if opcode == "fusion":
         return _fusion_traffic(module, operands, instruction)
     written = instruction.shapes[0].traffic
-    if opcode.endswith("-start"):  # the result is a tuple with the operand in it
+    if opcode.endswith("-start"):  # the result is a tuple that repeats the operand
         return operands[0].shapes[0].traffic + instruction.shapes[0].traffic
     if opcode in ("dynamic-slice", "slice", "gather"):
         return 2 * written
@@ -368,7 +380,7 @@ def _fusion_traffic(module: Module, operands: list[Instruction], fusion: Instruc
 
 
 def _read(module: Module, fused: Computation, number: int, full: int) -> int:
-    """Bytes of a parameter that a fused computation, or one fused into it, looks at."""
+    """Returns the bytes that a fused computation, or a fusion inside it, reads of a parameter."""
     names = {
         name
         for name, part in fused.items()
@@ -402,7 +414,7 @@ def _collectives(
         inner = module.computations[called]
         for part in inner.values():
             for collective in _collectives(module, inner, part):
-                # TPUs: a fusion of an all-reduce and the slice that a device keeps.
+                # On TPUs, a reduce-scatter may be a fusion of an all-reduce and a slice.
                 scatter = called.startswith("all-reduce-scatter")
                 yield collective._replace(kind="reduce-scatter") if scatter else collective
         return
@@ -422,7 +434,7 @@ def _collectives(
 
 
 def _group_size(module: Module, instruction: Instruction) -> int:
-    """Of how many devices one group of a collective is."""
+    """Returns the number of devices in one group of a collective."""
     text = instruction.attributes
     mesh = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", text)
     if mesh:

@@ -1,12 +1,14 @@
-"""What a run will need and cost on a machine that is not there: memory, FLOPs, traffic, time.
+"""Reports the memory, FLOPs, traffic and time of a run on accelerators that need not exist here.
 
-    gkd-jax precompile --topology=v5e:8x8 --gin_file=gin/gkd.gin --gin.MODEL_DIR=...
+    gkd-jax precompile --topology=v5e:8x8 --gin_file=gin/gkd.gin
 
-The very functions that `train` jits are lowered from abstract shapes for the devices of a TPU
-topology, which libtpu describes and compiles for without any TPU, for GPUs in the same way through
-the cuda plugin, or for this machine's CPU devices (`cpu`). Times are rooflines, lower bounds: what
-the chip's peak rates allow, everything overlapped within a loop. Decode loops count as if every row
-ran to its last token.
+The functions that `train` jits are compiled from abstract shapes for the devices of a topology. For
+TPUs, libtpu describes the devices and compiles, for GPUs the cuda plugin; neither needs such a
+device. The topology `cpu` is this machine's CPU devices.
+
+Times are roofline estimates, which are lower bounds: every chip works at its peak rates, and within
+a loop computation, HBM and interconnect overlap. Decode loops count as if every row ran to its last
+token.
 """
 
 from collections.abc import Callable, Mapping
@@ -51,24 +53,25 @@ def precompile(
     as_json: bool = False,
     dry_run: bool = False,
 ) -> None:
-    """Compiles the phases of a step for a topology and prints what they need.
+    """Compiles the phases of a step for a topology and prints a report of what they need.
 
     Args:
-        recipe: of the run; of several shapes of batch, the largest counts.
-        topology: "cpu", a generation and a shape of chips such as "v5e:8x8", or GPUs such as
-            "h100:1x1x8": slices x hosts x GPUs a host.
-        num_slices: slices of this shape, joined by the data-centre network.
-        full: compile for a TPU with all of XLA's effort: minutes, and the memory that a real run
-            has.
-        as_json: one line of JSON instead of the table.
-        dry_run: check everything, compile nothing.
+        recipe: the recipe of the run. If it has several batch shapes, the largest is compiled.
+        topology: "cpu", a generation and a shape of TPUs such as "v5e:8x8", or "h100:" and slices x
+            hosts x GPUs a host, such as "h100:1x1x8".
+        num_slices: the number of TPU slices of this shape, joined by the data-centre network.
+        full: compile for a TPU with all of XLA's effort. This takes minutes and gives the memory of
+            a real run.
+        as_json: print one line of JSON instead of the table.
+        dry_run: check everything, but compile nothing.
 
     Raises:
-        DoesNotFitError: naming the largest arrays, once everything is printed.
-        ValueError: for an unknown topology, or what `program.build` refuses.
+        DoesNotFitError: after the report is printed, if a phase needs more memory than a device
+            has; names the largest arrays.
+        ValueError: for an unknown topology, or a recipe that `program.build` refuses.
     """
     chip, devices = describe_topology(topology, num_slices)
-    if topology != "cpu":  # as there: `ModelConfig` asks the backend, here the CPU's
+    if topology != "cpu":
         teacher = None if recipe.teacher is None else _as_on_tpu(recipe.teacher)
         recipe = dataclasses.replace(recipe, student=_as_on_tpu(recipe.student), teacher=teacher)
     built = program.build(
@@ -105,6 +108,7 @@ def precompile(
 
 
 def _as_on_tpu(model: ModelConfig) -> ModelConfig:
+    """Sets the defaults that `ModelConfig` has on accelerators; it sees the CPU backend here."""
     return dataclasses.replace(
         model,
         scan_unroll=model.scan_unroll or 1,
@@ -113,17 +117,23 @@ def _as_on_tpu(model: ModelConfig) -> ModelConfig:
 
 
 def _absent_checkpoints(*models: ModelConfig | None) -> frozenset[str]:
-    """Those that are remote, or not there yet but of known size: only shapes matter here."""
+    """Returns the checkpoints that need not be opened, because the size of their model is known.
+
+    They are remote, or do not exist yet. Compiling needs only the shapes of their arrays.
+    """
     known = {model.checkpoint for model in models if model is not None and model.size is not None}
     absent = {path for path in known if path is not None and not pathlib.Path(path).exists()}
     return pretrained.remote_checkpoints(*models) | absent
 
 
-# What would run -----------------------------------------------------------------------------------
+# Compilation --------------------------------------------------------------------------------------
 
 
 def _resident_bytes(built: program.Program, phase: str) -> int:
-    """What else a device holds while a phase runs: the teacher and the optimizer's state."""
+    """Returns the bytes that a device holds beside the arrays of a phase.
+
+    While the student samples, these are the teacher and the optimizer's state.
+    """
     if phase != "sample":
         return 0
     held = jax.tree.leaves((built.state.opt_state, built.teacher))
@@ -134,9 +144,10 @@ def _resident_bytes(built: program.Program, phase: str) -> int:
 def analyse(
     function: Any, arguments: tuple[Any, ...], topology: str = "cpu", *, full: bool = False
 ) -> dict[str, Any]:
-    """Compiles one phase and reads off what it needs; per device, bytes; from the cache if known.
+    """Compiles one phase and returns what it needs on one device: bytes, and `hlo.summary`.
 
-    Where the compiler finds that it does not fit, only `peak_bytes` and `largest` are known.
+    The result of an earlier call for the same program is read from the cache. Where the compiler
+    refuses a program that does not fit, the result has only `peak_bytes` and `largest`.
     """
     traced = function.trace(*arguments)
     lowered = traced.lower()
@@ -148,10 +159,11 @@ def analyse(
     seconds = jax.config.values[threshold]
     options: dict[str, Any] = {}
     if platform == "gpu":
-        options = {"xla_gpu_autotune_level": 0}  # which would try kernels out, on a GPU
+        options = {"xla_gpu_autotune_level": 0}  # autotuning would run kernels on a GPU
     elif platform == "tpu" and not full:
         options = {"exec_time_optimization_effort": -1.0}
-    # An executable for a device that is not there could be stored but never loaded again.
+    # JAX's persistent cache is off for devices that do not exist: an executable could be stored,
+    # but never loaded again.
     jax.config.update(threshold, seconds if platform == "cpu" else math.inf)
     try:
         compiled = lowered.compile(compiler_options=options)
@@ -165,8 +177,8 @@ def analyse(
         jax.config.update(threshold, seconds)
     memory, module = compiled.memory_analysis(), hlo.parse(compiled.as_text())
     used = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    used += memory.temp_size_in_bytes  # the CPU's own peak leaves temporaries out
-    on_host = memory.host_argument_size_in_bytes  # which a TPU's peak counts too
+    used += memory.temp_size_in_bytes  # XLA's peak on CPU leaves out temporaries
+    on_host = memory.host_argument_size_in_bytes  # XLA's peak on TPUs includes host memory
     found = {
         "argument_bytes": memory.argument_size_in_bytes,
         "output_bytes": memory.output_size_in_bytes,
@@ -183,7 +195,11 @@ def analyse(
 
 
 def _cache_path(text: str, topology: str, full: bool) -> pathlib.Path | None:
-    """Where the analysis of a program is kept, by its text and all that reads it."""
+    """Returns the cache file of a program's analysis, or None where the cache is turned off.
+
+    Its name is a hash of the program's text and of everything that changes the analysis: topology,
+    effort, versions of the compilers, and the source of this module and of `hlo`.
+    """
     folder = os.environ.get("GKD_JAX_COMPILATION_CACHE")
     if folder == "":
         return None
@@ -197,7 +213,7 @@ def _cache_path(text: str, topology: str, full: bool) -> pathlib.Path | None:
 
 
 def largest_arrays(module: hlo.Module, count: int = 8) -> list[tuple[str, int]]:
-    """(where it comes from, bytes) of the largest arrays of a program, arguments included."""
+    """Returns (origin and shape, bytes) of the largest arrays of a program and its arguments."""
     sizes: dict[str, int] = {}
     fused = {
         instruction.called("calls")
@@ -218,9 +234,10 @@ def largest_arrays(module: hlo.Module, count: int = 8) -> list[tuple[str, int]]:
 
 
 def largest_values(jaxpr: Any, count: int = 8) -> list[tuple[str, int]]:
-    """(what makes it, bytes over all devices) of the largest values of a program not compiled.
+    """Returns (operation and shape, bytes over all devices) of a traced program's largest values.
 
-    The compiler keeps some of them in pieces, or never makes them.
+    It stands in for `largest_arrays` where a program could not be compiled. Some of the values
+    might never exist as whole arrays, because the compiler fuses or shards them.
     """
     sizes: dict[str, int] = {}
 
@@ -242,14 +259,19 @@ def largest_values(jaxpr: Any, count: int = 8) -> list[tuple[str, int]]:
     return sorted(sizes.items(), key=lambda item: -item[1])[:count]
 
 
-# What it costs ------------------------------------------------------------------------------------
+# Cost ---------------------------------------------------------------------------------------------
 
 
 def roofline(phase: Mapping[str, Any], chip: Chip) -> dict[str, Any] | None:
-    """Seconds of a phase at the chip's peak rates, and what most of them wait for.
+    """Estimates the time of a phase at the chip's peak rates, which is a lower bound.
 
-    Within a loop everything overlaps, so that the slowest of the three counts; loops follow each
-    other. None where the chip's rates are not known or the phase was not compiled.
+    Within a loop, computation, HBM and interconnect overlap, so that the slowest of the three
+    counts. Loops run one after the other.
+
+    Returns:
+        The seconds of each resource alone, `roofline`, the seconds of the phase, and `bound_by`,
+        the resource that most of the time waits for. None if the chip's rates are unknown or the
+        phase was not compiled.
     """
     if "loops" not in phase or math.isinf(chip.flops):
         return None
@@ -270,9 +292,9 @@ def roofline(phase: Mapping[str, Any], chip: Chip) -> dict[str, Any] | None:
 
 
 def sampled_share(method: gkd.GKDConfig, train_steps: int) -> float:
-    """The share of a run's steps that sample."""
+    """Returns the share of a run's steps in which the student samples."""
     fraction = method.on_policy_fraction
-    if method.mixing == "example":
+    if method.mixing == "example":  # a step samples for the on-policy rows of its batch
         return float(fraction != 0)
     if not callable(fraction):
         return float(fraction)
@@ -281,6 +303,7 @@ def sampled_share(method: gkd.GKDConfig, train_steps: int) -> float:
 
 
 def _cost_of_run(phases: Mapping[str, Any], recipe: Recipe, num_chips: float) -> dict[str, Any]:
+    """Returns the mean time of a step and the chip-hours of a run, None where not known."""
     train_steps = recipe.train.train_steps
     share = sampled_share(recipe.method, train_steps)
     found = {"train_steps": train_steps, "sampled_share": share, "num_chips": num_chips}
@@ -294,7 +317,10 @@ def _cost_of_run(phases: Mapping[str, Any], recipe: Recipe, num_chips: float) ->
 
 
 def too_large(phases: Mapping[str, Any], chip: Chip) -> list[str]:
-    """The phases that need more than a device has; "score" is no program of a run."""
+    """Returns the phases that need more memory than a device has.
+
+    "score" does not count, because a run does not execute it as a program of its own.
+    """
     return [
         name
         for name, phase in phases.items()
@@ -303,6 +329,7 @@ def too_large(phases: Mapping[str, Any], chip: Chip) -> list[str]:
 
 
 def _largest(phases: Mapping[str, Any], chip: Chip) -> str:
+    """Returns the message of `DoesNotFitError`, with the largest arrays of each phase."""
     parts = []
     for name in too_large(phases, chip):
         phase = phases[name]
@@ -313,11 +340,11 @@ def _largest(phases: Mapping[str, Any], chip: Chip) -> str:
     return f"a device has {chip.hbm_bytes / GIB:.2f} GiB; {'; '.join(parts)}"
 
 
-# On paper -----------------------------------------------------------------------------------------
+# Printing -----------------------------------------------------------------------------------------
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """A report as text, one column a phase."""
+    """Returns a report as text, with one column for each phase."""
     phases = report["phases"]
 
     def row(label: str, value: Callable[[Mapping[str, Any]], Any]) -> str:
@@ -325,7 +352,7 @@ def table(report: Mapping[str, Any]) -> str:
         for phase in phases.values():
             try:
                 found = value(phase)
-            except (KeyError, TypeError):  # not compiled, or no rates known
+            except (KeyError, TypeError):  # the phase was not compiled, or no rates are known
                 found = "-"
             cells.append(found if isinstance(found, str) else f"{found:.4g}")
         return f"{label:<22}" + "".join(f"{cell:>15}" for cell in cells)

@@ -1,4 +1,8 @@
-"""Machines that need not be here: their devices, as XLA describes them, and their rates."""
+"""Devices of machines to compile for that need not exist here, with their memory and peak rates.
+
+`describe_topology` returns the devices of a TPU or GPU topology as XLA's compilers describe them,
+and a `Chip` with the rates from the vendors' data sheets.
+"""
 
 from collections.abc import Mapping, Sequence
 import importlib.util
@@ -14,16 +18,16 @@ GIB = 2**30
 
 
 class Chip(NamedTuple):
-    """One device of a generation of TPUs or GPUs.
+    """The memory and peak rates of one device; a rate that is not known is infinite.
 
     Attributes:
-        hbm_gib: what its compiler lets a program use.
-        flops: matrix FLOP/s in bfloat16; infinite where nothing is known.
-        hbm: bytes/s of HBM.
-        interconnect: bytes/s that a device sends: along one axis of the torus, both ways together,
-            or over NVLink.
-        per_chip: devices a chip.
-        options: of the topology.
+        hbm_gib: the HBM that the compiler lets a program use, in GiB.
+        flops: the rate of bfloat16 matrix products, in FLOP/s.
+        hbm: the bandwidth of HBM, in bytes/s.
+        interconnect: the bytes/s that a device sends: on TPUs along one axis of the torus, in both
+            directions together, and on GPUs over NVLink.
+        per_chip: the devices of one chip.
+        options: the options of XLA's description of the topology.
     """
 
     hbm_gib: float
@@ -38,8 +42,9 @@ class Chip(NamedTuple):
         return int(self.hbm_gib * GIB)
 
 
-# Rates: the system architecture pages of cloud.google.com/tpu/docs; a chip's interconnect there is
-# over 4 links (v5e, v6e) or 6, both ways. HBM: the limit that the compiler names in its errors.
+# The rates are from the system architecture pages of cloud.google.com/tpu/docs. The interconnect
+# there is that of all links of a chip, 4 (v5e, v6e) or 6, in both directions. The size of HBM is
+# the limit that the compiler names in its errors.
 CHIPS = {
     "v4": Chip(30.75, 275e12, 1228e9, 100e9, options={"chip_config_name": "megacore"}),
     "v5e": Chip(15.75, 197e12, 819e9, 100e9),
@@ -47,8 +52,9 @@ CHIPS = {
     "v6e": Chip(31.25, 918e12, 1638e9, 200e9),
     "tpu7x": Chip(94.75, 2307e12 / 2, 7380e9 / 2, 200e9 / 2, per_chip=2),
 }
-# NVIDIA's H100 SXM data sheet: dense bfloat16, HBM3, half of NVLink's two-way rate. What else the
-# compiler asks of a device is in NVIDIA's CUDA programming guide, compute capability 9.0.
+# The rates are from NVIDIA's H100 SXM data sheet: dense bfloat16, HBM3, and half of NVLink's
+# two-way rate. The other numbers that the compiler needs are from NVIDIA's CUDA programming guide,
+# compute capability 9.0.
 GPUS = {"h100": Chip(79.1, 989e12, 3352e9, 450e9)}
 _H100 = """
 gpu_device_info {
@@ -78,7 +84,7 @@ platform_name: "CUDA"
 dnn_version_info { major: 9 minor: 10 }
 device_description_str: "H100"
 """
-# Without these, libtpu asks a metadata server which TPU it is on, and locks it.
+# Without these variables, libtpu asks a metadata server which TPU it runs on, and takes a lock.
 _LIBTPU = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -89,17 +95,24 @@ _LIBTPU = {
 
 
 def platform_of(topology: str) -> str:
-    """ "cpu", "gpu" or "tpu", of a topology that `describe_topology` knows."""
+    """Returns the platform of a topology of `describe_topology`: "cpu", "gpu" or "tpu"."""
     kind = topology.partition(":")[0]
     return "cpu" if kind == "cpu" else "gpu" if kind in GPUS else "tpu"
 
 
 def describe_topology(topology: str, num_slices: int = 1) -> tuple[Chip, Sequence[Any]]:
-    """What a topology is made of, and its devices; none of them needs to exist.
+    """Returns the kind of chip of a topology, and its devices, which need not exist.
+
+    For TPUs and GPUs, this function switches JAX to its CPU backend.
+
+    Args:
+        topology: "cpu", a generation and a shape of TPUs such as "v5e:8x8", or "h100:" and slices x
+            hosts x GPUs a host, such as "h100:1x1x8".
+        num_slices: the number of TPU slices of this shape.
 
     Raises:
         ValueError: for an unknown name or shape.
-        ModuleNotFoundError: without libtpu, or for GPUs the cuda plugin.
+        ModuleNotFoundError: if libtpu or, for GPUs, the cuda plugin is not installed.
     """
     if topology == "cpu":
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -120,7 +133,7 @@ def describe_topology(topology: str, num_slices: int = 1) -> tuple[Chip, Sequenc
     from jax.experimental import topologies
 
     options = dict(CHIPS[kind].options)
-    if not set(shape) - set("1x"):
+    if not set(shape) - set("1x"):  # a single chip; a host has more by default
         options["chips_per_host_bounds"] = (1, 1, 1)
     if num_slices > 1:
         options["num_slices"] = num_slices
