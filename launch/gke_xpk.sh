@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# gkd-jax on a GKE cluster of TPUs by XPK (pip install xpk), one slice or several.
+# Runs gkd-jax on one or several TPU slices of a GKE cluster, through XPK (pip install xpk).
 #
 #   launch/gke_xpk.sh --cluster=C --workload=gkd-1 --tpu_type=v5litepod-64 \
 #     --base_docker_image=IMAGE [--num_slices=2] [--zone=Z] [--project=P] [--priority=medium] \
 #     [--max_restarts=10] -- gkd-jax train --gin_file=gin/gkd.gin --gin.MODEL_DIR="'/runs/gkd'" ...
 #
-# XPK adds this checkout to the base image, in which gkd_jax[tpu]'s dependencies are installed; with
-# --docker_image=IMAGE the image is taken as it is. Every worker runs the same command with
-# GKD_JAX_DISTRIBUTED=1; a preempted workload is restarted and goes on. --dry_run prints.
+# XPK adds this checkout to the base image, which must hold the dependencies of gkd_jax[tpu]. With
+# --docker_image=IMAGE the image is used as it is. Every worker runs the same command with
+# GKD_JAX_DISTRIBUTED=1. A preempted workload is restarted and resumes the run. --dry_run prints the
+# XPK command and starts nothing.
 set -euo pipefail
 
 usage() {
@@ -48,7 +49,7 @@ done
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 [[ "${image[0]}" != --base-* ]] || image+=("--script-dir=${root}")
-# Five minutes, so that a run that gets SIGTERM can save.
+# A run that gets SIGTERM has five minutes to save a checkpoint.
 xpk=(xpk workload create "--cluster=${cluster}" "--workload=${workload}"
   "--tpu-type=${tpu_type}" "--num-slices=${num_slices}" "${image[@]}"
   ${extra[@]+"${extra[@]}"}

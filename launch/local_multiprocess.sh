@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# gkd-jax as several CPU processes of this machine, to try what a pod would do.
+# Runs gkd-jax as several CPU processes on this machine, to try what a pod would do.
 #
 #   launch/local_multiprocess.sh --num_processes=2 [--devices_per_process=2] [--port=12345] \
 #     [--log_dir=DIR] -- \
 #     gkd-jax train --gin_file=gin/gkd.gin --gin.MODEL_DIR="'/tmp/gkd'" ...
 #
 # Every process runs the same command with GKD_JAX_COORDINATOR, GKD_JAX_NUM_PROCESSES and
-# GKD_JAX_PROCESS_ID. Process 0 writes to the terminal, the others to LOG_DIR/process_N.txt (the
-# default is a new folder, which is named). The first that fails ends all; its status is the
-# script's. SIGTERM goes to all. --dry_run prints.
+# GKD_JAX_PROCESS_ID. Process 0 writes to the terminal, and process N to LOG_DIR/process_N.txt. The
+# default LOG_DIR is a new temporary folder, whose path is printed. When a process fails, the script
+# ends the others and exits with the status of the first failure. SIGTERM is passed on to every
+# process. --dry_run prints the commands and starts nothing.
 set -euo pipefail
 
 usage() {
@@ -42,7 +43,7 @@ done
 [[ "${port}" =~ ^[1-9][0-9]*$ ]] || fail "--port must be a number, got '${port}'"
 [[ "${#command[@]}" -gt 0 ]] || fail "-- COMMAND is missing"
 
-settings() { # of process $1
+settings() { # Prints the environment variables of process $1.
   echo JAX_PLATFORMS=cpu
   echo "XLA_FLAGS=${XLA_FLAGS:+${XLA_FLAGS} }--xla_force_host_platform_device_count=${devices}"
   echo "GKD_JAX_COORDINATOR=127.0.0.1:${port}"
@@ -81,7 +82,8 @@ left="${num_processes}"
 while [[ "${left}" -gt 0 ]]; do
   one=0
   wait -n -p ended "${pids[@]}" || one=$?
-  # A signal ends `wait` too: the processes are still there, told by the trap, and saving.
+  # A signal to this script also ends `wait`. The trap has passed the signal on, and the processes are
+  # still running in order to save: wait again.
   [[ -n "${ended:-}" ]] || continue
   left=$((left - 1))
   remaining=()

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# gkd-jax on GPUs by SLURM: one process a GPU (the default) or one a node.
+# Runs gkd-jax on GPUs through SLURM, with one process per GPU (the default) or one per node.
 #
 #   launch/slurm.sh --nodes=2 --gpus_per_node=8 [--per=gpu|node] [--partition=P] [--account=A] \
 #     [--time=24:00:00] [--cpus_per_gpu=8] [--job_name=gkd] [--log=%x-%j.txt] -- \
 #     gkd-jax train --gin_file=gin/gkd.gin --gin.MODEL_DIR="'/shared/runs/gkd'" ...
 #
-# Every process runs the same command with GKD_JAX_DISTRIBUTED=1 and finds the others through
-# SLURM's own variables. Two minutes before the time limit it gets SIGTERM, and saves; a job that
-# is preempted or loses a node is queued again, and goes on; after the time limit, submit it again.
-# --dry_run prints.
+# Every process runs the same command with GKD_JAX_DISTRIBUTED=1 and finds the others through the
+# variables of SLURM. Two minutes before the time limit the processes get SIGTERM and save a
+# checkpoint; submit the job again to continue. A job that is preempted or loses a node is queued
+# again and resumes by itself. --dry_run prints the sbatch command and submits nothing.
 set -euo pipefail
 
 usage() {
@@ -51,13 +51,13 @@ variables="ALL,GKD_JAX_DISTRIBUTED=1"
 case "${per}" in
   gpu) tasks="${gpus_per_node}" cpus="${cpus_per_gpu}" setting="" ;;
   node)
-    # Under SLURM, JAX takes one GPU a process unless it is told of all.
+    # Under SLURM, JAX uses one GPU per process unless JAX_LOCAL_DEVICE_IDS lists more.
     tasks=1 cpus=$((cpus_per_gpu * gpus_per_node))
     setting="JAX_LOCAL_DEVICE_IDS=$(seq -s, 0 $((gpus_per_node - 1))) "
     ;;
   *) fail "--per must be gpu or node, got '${per}'" ;;
 esac
-# --kill-on-bad-exit: the job ends when one process does, and the others do not wait for it.
+# --kill-on-bad-exit ends the job when one process fails; the others would wait for it in vain.
 sbatch=(sbatch "--nodes=${nodes}" "--ntasks-per-node=${tasks}" "--gpus-per-node=${gpus_per_node}"
   "--cpus-per-task=${cpus}" "--job-name=${job_name}" "--output=${log}" --open-mode=append
   --requeue --signal=TERM@120 "--export=${variables}" "${extra[@]}"

@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# gkd-jax on Cloud TPU VMs by queued resources, one slice or several.
+# Runs gkd-jax on one or several slices of Cloud TPU VMs, through queued resources.
 #
 #   launch/tpu_vm.sh create --name=gkd --zone=us-west4-a --accelerator_type=v5litepod-64 \
 #     --runtime_version=v2-alpha-tpuv5-lite [--num_slices=2] [--spot] [--reserved] [--project=P]
-#   launch/tpu_vm.sh status --name=gkd --zone=us-west4-a     # until it says ACTIVE
+#   launch/tpu_vm.sh status --name=gkd --zone=us-west4-a     # repeat until it prints ACTIVE
 #   launch/tpu_vm.sh install --name=gkd --zone=us-west4-a [--python=3.11]
 #   launch/tpu_vm.sh run --name=gkd --zone=us-west4-a -- \
 #     gkd-jax train --gin_file=gin/gkd.gin --gin.MODEL_DIR="'/mnt/runs/gkd'" ...
 #   launch/tpu_vm.sh delete --name=gkd --zone=us-west4-a
 #
-# `install` copies this checkout to every worker, into an environment made by uv: the images' own
-# Python may be too old. `run` starts the same command on all workers of all slices, in the
-# checkout's folder, with GKD_JAX_DISTRIBUTED=1. MODEL_DIR must lie where every worker can reach it.
-# --dry_run prints.
+# `install` copies this checkout to every worker and installs it into an environment made by uv,
+# because the Python of the images may be too old. `run` starts the same command on all workers of all
+# slices, in the folder of the checkout, with GKD_JAX_DISTRIBUTED=1. MODEL_DIR must be a folder that
+# every worker can reach. --dry_run prints the gcloud commands and runs nothing.
 set -euo pipefail
 
 usage() {
@@ -69,7 +69,7 @@ esac
 where=("--zone=${zone}")
 [[ -z "${project}" ]] || where+=("--project=${project}")
 resources=(gcloud compute tpus queued-resources)
-# All workers at once, however many: they wait for each other.
+# --batch-size=all starts all workers at once, because they wait for each other.
 everywhere=(--node=all --worker=all --batch-size=all)
 
 case "${action}" in
