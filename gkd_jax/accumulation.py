@@ -1,7 +1,8 @@
-"""Doing a batch's work in parts, so that less of it is in memory at once. The sums stay the same.
+"""Computes a batch in parts, one after the other, so that less of it is in memory at once.
 
-Two kinds of parts: of the target length (the logits of a part exist, those of the others do not),
-and of the rows (microbatches, whose gradients are added up).
+There are two kinds of parts. `map_length_parts` splits the target length, so that the logits of
+only one part exist at a time. `sum_gradients` splits the rows into microbatches and adds up their
+gradients. The results are those of the whole batch.
 
 Axes: N target rows, T target length.
 """
@@ -22,14 +23,14 @@ _LOGITS_BYTES = 2**28
 def num_length_parts(
     num_rows: int, length: int, vocab_size: int, requested: int | None = None
 ) -> int:
-    """In how many parts of the target length the logits are made.
+    """Returns the number of parts into which the target length is split for the logits.
 
     Args:
-        num_rows: of the whole batch.
-        length: T.
-        vocab_size: V.
-        requested: the number of parts; None takes the fewest with which one device's float32
-            logits of a part fit 256 MiB.
+        num_rows: the target rows of the whole batch.
+        length: the target length T.
+        vocab_size: the size of the vocabulary.
+        requested: the number of parts. None takes the fewest parts with which the float32 logits of
+            one part fit into 256 MiB on each device.
 
     Raises:
         ValueError: if the requested number does not divide the length.
@@ -45,16 +46,16 @@ def num_length_parts(
 
 
 def map_length_parts(function: Callable[..., Any], inputs: tuple[Any, ...], parts: int) -> Any:
-    """`function(*inputs)` for arrays [N, T, ...], made for one part of T at a time.
+    """Returns `function(*inputs)` for arrays [N, T, ...], computed for one part of T at a time.
 
-    What a part computes is not kept for the backward pass but computed again: of a part only its
-    inputs are. The parts follow the length and not the rows, so that rows stay on their devices.
+    The backward pass keeps only the inputs of a part and computes the rest again. The length is
+    split rather than the rows, so that rows stay on their devices.
     """
     if parts == 1:
         return function(*inputs)
 
     def split(x: jax.Array) -> jax.Array:
-        """[N, T, ...] to [parts, N, T / parts, ...]."""
+        """Returns [N, T, ...] as [parts, N, T / parts, ...]."""
         return x.reshape(x.shape[0], parts, x.shape[1] // parts, *x.shape[2:]).swapaxes(0, 1)
 
     def join(x: jax.Array) -> jax.Array:
@@ -72,18 +73,20 @@ def sum_gradients(
     num_prompts: int,
     dropout_key: Key[Array, ""] | None,
 ) -> tuple[Any, Any]:
-    """The gradient of a sum over rows, and the other sums that come with it.
+    """Returns the gradient of a sum over rows, and further sums over the same rows.
 
     Args:
-        numerator: (params, rows, dropout_key) -> (sum to differentiate, pytree of sums).
-        num_microbatches: groups of rows that are done one after the other.
-        params: what the gradient is taken of.
-        rows: a pytree of arrays, all with the batch's rows first: one or several a prompt.
-        num_prompts: of the batch.
-        dropout_key: of the step; each microbatch folds its number in. None for no dropout.
+        numerator: (params, rows, dropout_key) -> (sum to differentiate, pytree of further sums).
+        num_microbatches: the number of microbatches, which are computed one after the other.
+        params: the parameters with respect to which the sum is differentiated.
+        rows: a pytree of arrays whose first axis is the rows of the batch. Arrays of prompts have
+            one row for each prompt, and arrays of targets may have several neighbouring ones.
+        num_prompts: the number of prompts in the batch.
+        dropout_key: the key of the step, into which the number of each microbatch is folded. None
+            turns dropout off.
 
     Returns:
-        The gradient, and the sums, over all rows.
+        The gradient and the further sums, both over all rows.
     """
     gradient = jax.grad(numerator, has_aux=True)
     if num_microbatches == 1:
@@ -104,9 +107,10 @@ def sum_gradients(
 
 
 def _split_rows(x: jax.Array, num_prompts: int, num: int) -> jax.Array:
-    """[N, ...] to [num, N / num, ...].
+    """Returns [N, ...] as [num, N / num, ...].
 
-    Prompt i goes to microbatch i % num, so that every device keeps rows of its own in each.
+    Prompt i goes to microbatch i % num, so that each microbatch has rows of every device, and no
+    row moves to another device.
     """
     groups = x.reshape(num_prompts // num, num, x.shape[0] // num_prompts, *x.shape[1:])
     return groups.swapaxes(0, 1).reshape(num, x.shape[0] // num, *x.shape[1:])

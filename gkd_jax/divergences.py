@@ -1,11 +1,12 @@
 """Per-token divergences between a teacher's and a student's next-token distributions.
 
-Every function maps `(student_logits, teacher_logits)` to one non-negative number per token, in
-nats. `P` is the teacher and `Q` the student throughout, as in Agarwal et al. (2024), section 2.
-They compute in float32, or in float64 where the logits are, and take logits of -inf (ids that
-cannot occur): what has probability 0 under the weighting distribution contributes nothing, an id
-that only the other distribution excludes costs 1e4 nats times its probability where the KL itself
-would be infinite, and gradients are always finite.
+Every divergence maps `(student_logits, teacher_logits)` to one non-negative number per token, in
+nats. `P` is the teacher and `Q` the student throughout, as in Agarwal et al. (2024), section 2. The
+computation is in float32, or in float64 for float64 logits.
+
+Logits may be -inf, for ids that cannot occur. In KL(A || B), an id with A = 0 contributes nothing.
+An id with B = 0 and A > 0 contributes 1e4 nats times A, where the KL itself would be infinite.
+Gradients are always finite.
 
 Axes: B any leading axes, V vocabulary.
 """
@@ -22,35 +23,35 @@ from jaxtyping import Array, Float
 
 Logits = Float[Array, "*B V"]
 PerToken = Float[Array, "*B"]
-_IMPOSSIBLE = (
-    -1e4
-)  # stands for log 0 where a KL would be infinite: a large penalty, finite gradient
+# Replaces log 0 where a KL would be infinite: a large penalty with a finite gradient.
+_IMPOSSIBLE = -1e4
 _LARGEST_EXPONENT = 80.0  # exp(80) is finite in float32, exp(-80) a normal number
 
 
 def forward_kl(student_logits: Logits, teacher_logits: Logits) -> PerToken:
-    """KL(P || Q), teacher first and mode-covering: the classic distillation loss."""
+    """Returns KL(P || Q) of each token, in nats: mode-covering, the classic distillation loss."""
     log_q, log_p = _log_softmax(student_logits), _log_softmax(teacher_logits)
     return _kl(log_p, log_q)
 
 
 def reverse_kl(student_logits: Logits, teacher_logits: Logits) -> PerToken:
-    """KL(Q || P), student first and mode-seeking."""
+    """Returns KL(Q || P) of each token, in nats: mode-seeking."""
     log_q, log_p = _log_softmax(student_logits), _log_softmax(teacher_logits)
     return _kl(log_q, log_p)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class JSD:
-    """Generalized Jensen-Shannon divergence, the paper's Eq. 1, as a value that can be called.
+    """Generalized Jensen-Shannon divergence (the paper's Eq. 1) as a callable value.
 
-    beta KL(P || M) + (1 - beta) KL(Q || M), with M = beta P + (1 - beta) Q. As beta -> 0 it tends
-    to beta KL(P || Q), as beta -> 1 to (1 - beta) KL(Q || P): its gradients at 0.1 and 0.9 are 10
-    to 20 times smaller than those of the KLs.
+    The divergence is beta KL(P || M) + (1 - beta) KL(Q || M), with M = beta P + (1 - beta) Q. It
+    tends to beta KL(P || Q) as beta -> 0, and to (1 - beta) KL(Q || P) as beta -> 1. So its
+    gradients at beta = 0.1 and 0.9 are 10 to 20 times smaller than those of the KLs.
 
     Attributes:
         beta: the weight of the teacher, strictly between 0 and 1.
-        scale: "paper", or "unit", which divides by beta (1 - beta) so that both limits are the KLs.
+        scale: "paper" for Eq. 1 as it stands, or "unit" for Eq. 1 divided by beta (1 - beta), whose
+            limits at beta = 0 and 1 are the two KLs.
     """
 
     beta: float = 0.5
@@ -77,16 +78,16 @@ def jsd(
     beta: float = 0.5,
     scale: str = "paper",
 ) -> Any:
-    """Generalized Jensen-Shannon divergence of each token; see `JSD` for beta and scale.
+    """Returns the generalized Jensen-Shannon divergence of each token, or the divergence itself.
 
     Args:
-        student_logits: Q's.
-        teacher_logits: P's.
-        beta: the weight of the teacher, strictly between 0 and 1.
-        scale: "paper" or "unit".
+        student_logits: the logits of Q.
+        teacher_logits: the logits of P.
+        beta: the weight of the teacher, strictly between 0 and 1; see `JSD`.
+        scale: "paper" or "unit"; see `JSD`.
 
     Returns:
-        One number a token, in nats. Without logits, the divergence itself: `JSD(beta, scale)`.
+        One number per token, in nats. Without logits, the callable `JSD(beta=beta, scale=scale)`.
 
     Raises:
         ValueError: for beta outside (0, 1) or another scale.
@@ -98,9 +99,9 @@ def jsd(
 
 
 def as_value(divergence: Any) -> Any:
-    """`jsd` with the settings that gin or `functools.partial` gives it, as a `JSD` that shows them.
+    """Returns `jsd`, configured by gin or `functools.partial`, as a `JSD` with these settings.
 
-    Any other divergence is returned as it is.
+    A `JSD` shows its settings when it is printed. Any other divergence is returned as it is.
     """
     function = inspect.unwrap(getattr(divergence, "func", divergence))
     return divergence() if function is inspect.unwrap(jsd) else divergence
@@ -122,8 +123,11 @@ def _jsd_forward(student_logits, teacher_logits, beta):
 
 
 def _jsd_backward(beta, kept, cotangent):
-    """d/dlogit of Q = (1 - beta) Q (log(Q / M) - KL(Q || M)), and alike for P: what comes through M
-    itself cancels. One pass over the logits, where differentiating the forward pass takes several.
+    """Returns the gradients of both logits in one pass over the vocabulary.
+
+    The gradient of Q's logits is (1 - beta) Q (log(Q / M) - KL(Q || M)), and that of P's is
+    analogous; the terms that come from M cancel. JAX's own gradient of the forward pass would take
+    several passes.
     """
     logits, normalizers, (kl_q, kl_p) = kept
     log_q, log_p = map(_normalized, logits, normalizers)
@@ -143,14 +147,19 @@ _jsd.defvjp(_jsd_forward, _jsd_backward)
 
 
 def _log_ratios_to_mixture(log_q: Logits, log_p: Logits, beta: float) -> tuple[Logits, Logits]:
-    """(log(P / M), log(Q / M)), by log1p and expm1: exact where P and Q are close, 0 where equal.
+    """Returns (log(P / M), log(Q / M)).
 
-    Without a select: XLA does not vectorise a sum over one on CPU. Not expm1(-log(Q / P)) in the
-    second: XLA of jaxlib 0.10.2 miscompiles that there.
+    The formulas use log1p and expm1, which makes them accurate where P and Q are close, and 0 where
+    P and Q are equal. They contain no `jnp.where`, because XLA on CPU does not vectorise a sum over
+    one. The second ratio is not computed as expm1(-log(Q / P)), because the XLA of jaxlib 0.10.2
+    miscompiles this.
     """
 
     def log_ratio(log_a, log_b):
-        """log(A / B), within what float32 can exponentiate: beyond it, A or B is 0 anyway."""
+        """Returns log(A / B), clipped to exponents that float32 can represent.
+
+        Where the clipping changes the ratio, A or B is practically 0.
+        """
         ratio = jnp.maximum(log_a, _IMPOSSIBLE) - jnp.maximum(log_b, _IMPOSSIBLE)
         return jnp.clip(ratio, -_LARGEST_EXPONENT, _LARGEST_EXPONENT)
 
@@ -161,10 +170,14 @@ def _log_ratios_to_mixture(log_q: Logits, log_p: Logits, beta: float) -> tuple[L
 
 
 def total_variation(student_logits: Logits, teacher_logits: Logits) -> PerToken:
-    """Half the L1 distance of P and Q, in [0, 1]: f-distill's divergence (Wen et al., 2023)."""
+    """Returns the total variation distance of each token: half the L1 distance of P and Q.
+
+    The distance lies in [0, 1]. It is f-distill's divergence (Wen et al., 2023).
+    """
     q, p = (jnp.exp(_log_softmax(x)) for x in (student_logits, teacher_logits))
     difference = p - q
-    # Rounding noise has a sign too, and the gradient is made of signs: equal means no difference.
+    # The gradient takes the sign of each difference, and rounding noise has a sign too. So a
+    # difference no larger than rounding noise counts as 0.
     noise = jnp.abs(difference) <= 4 * jnp.finfo(p.dtype).eps * (p + q)
     return 0.5 * jnp.sum(jnp.where(noise, 0.0, jnp.abs(difference)), axis=-1)
 
@@ -174,7 +187,7 @@ def _log_softmax(logits: Logits) -> Logits:
 
 
 def _normalizer(logits: Logits) -> tuple[Float[Array, "*B 1"], Float[Array, "*B 1"]]:
-    """The two numbers a row that `jax.nn.log_softmax` subtracts, the largest logit first."""
+    """Returns what `jax.nn.log_softmax` subtracts: the largest logit, then the log of the sum."""
     logits = _at_least_float32(logits)
     largest = jnp.max(logits, axis=-1, keepdims=True)
     return largest, jnp.log(jnp.sum(jnp.exp(logits - largest), axis=-1, keepdims=True))
@@ -189,13 +202,13 @@ def _at_least_float32(logits: Logits) -> Logits:
 
 
 def _kl(log_p: Logits, log_q: Logits) -> PerToken:
-    """KL(P || Q). Where P = 0 the term is 0, and so is its gradient, even for log_p = -inf."""
-    possible = log_p != -jnp.inf  # true of NaN, which must not be lost
+    """Returns KL(P || Q). Where log P = -inf, the term is 0 and so is its gradient."""
+    possible = log_p != -jnp.inf  # this is true for NaN, so that NaN reaches the sum
     safe_p = jnp.where(possible, log_p, 0.0)
     safe_q = jnp.where(possible, _floor(log_q), 0.0)
     return jnp.sum(jnp.where(possible, jnp.exp(safe_p) * (safe_p - safe_q), 0.0), axis=-1)
 
 
 def _floor(log_p: Logits) -> Logits:
-    """Log-probabilities with -inf replaced by a finite number, through which no gradient flows."""
+    """Replaces log-probabilities of -inf by `_IMPOSSIBLE`, through which no gradient flows."""
     return jnp.where(log_p != -jnp.inf, log_p, _IMPOSSIBLE)

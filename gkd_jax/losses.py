@@ -1,8 +1,8 @@
-"""From numbers per token to one loss.
+"""Cross-entropy per token, and the reductions of numbers per token to one loss.
 
-A reduction returns `(sum, count)`, not their quotient: sums and counts of microbatches and devices
-add up to those of the batch, so that dividing once at the end gives the same loss and gradient for
-any number of them.
+A reduction returns `(sum, count)` rather than the quotient. Sums and counts of microbatches add up
+to those of the batch, so that one division at the end gives the same loss and gradient for any
+number of microbatches.
 
 Axes: B batch, T target, V vocabulary.
 """
@@ -16,11 +16,13 @@ SumAndCount = tuple[Float[Array, ""], Float[Array, ""]]
 
 
 def sequence_mean(values: Float[Array, "B T"], weights: Float[Array, "B T"]) -> SumAndCount:
-    """The paper's Eq. 2 and Algorithm 1: the mean over each sequence's tokens, then over sequences.
+    """Reduces values to the mean over sequences of their means over tokens.
+
+    This is the reduction of the paper's Eq. 2 and Algorithm 1.
 
     Returns:
-        The sum over sequences of their means, and the number of sequences that have any weight: one
-        without (padding of a last batch) is not counted.
+        The sum over sequences of their means, and the number of sequences with a weight above 0. A
+        sequence without weight (a row that pads the last batch) is not counted.
     """
     lengths = jnp.sum(weights, axis=1)
     sums = jnp.sum(_masked(values, weights), axis=1)
@@ -28,25 +30,27 @@ def sequence_mean(values: Float[Array, "B T"], weights: Float[Array, "B T"]) -> 
 
 
 def token_mean(values: Float[Array, "B T"], weights: Float[Array, "B T"]) -> SumAndCount:
-    """The mean over all tokens of the batch: longer sequences count more.
+    """Reduces values to the mean over all tokens of the batch; longer sequences count more.
 
     Returns:
-        The sum over tokens and the number of tokens.
+        The weighted sum over tokens, and the sum of the weights.
     """
     return jnp.sum(_masked(values, weights)), jnp.sum(weights)
 
 
 def _masked(values: Float[Array, "B T"], weights: Float[Array, "B T"]) -> Float[Array, "B T"]:
-    # Not only a product: a NaN or inf under weight 0 must not reach the sum or its gradient.
+    # The select keeps a NaN or inf with weight 0 out of the sum and its gradient, which a product
+    # alone would not.
     return jnp.where(weights > 0, values, 0.0) * weights
 
 
 def cross_entropy(
     logits: Float[Array, "B T V"], targets: Int[Array, "B T"], *, label_smoothing: float = 0.0
 ) -> Float[Array, "B T"]:
-    """-log Q(target), nats; with smoothing, -(1 - s) log Q(target) - s mean over ids of log Q.
+    """Returns the cross-entropy of each target, in nats: -log Q(target).
 
-    Ids whose logit is -inf cannot occur and take no part in the smoothing.
+    With label smoothing s, it is -(1 - s) log Q(target) - s mean over ids of log Q. Ids whose logit
+    is -inf cannot occur, and the mean leaves them out.
     """
     log_q = jax.nn.log_softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
     picked = jnp.take_along_axis(log_q, targets[..., None], axis=-1)[..., 0]

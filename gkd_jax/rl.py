@@ -1,17 +1,19 @@
-"""Reinforcement learning beside distillation: the first term of Agarwal et al. (2024), Eq. 5.
+"""Reinforcement learning combined with distillation: the reward term of Agarwal et al. (2024).
+
+This module has the settings, the advantages and the policy loss of the paper's Eq. 5:
 
     maximise  (1 - alpha) E_{y ~ Q}[r(y)] - alpha E_{y ~ Q}[D(P || Q)(y | x)]
 
-The reward's gradient is REINFORCE: the sum over a sequence's tokens of log Q(token), times the
-advantage, which is the reward minus a baseline that does not depend on the sequence itself. The
-divergence is that of GKD, and no gradient flows through its samples. alpha = 1 is pure
-distillation. With the initial student as the teacher and the reverse KL this is RLEF* (Roit et al.,
-2023).
+The gradient of the reward is estimated by REINFORCE: it is the gradient of log Q(sequence) times
+the advantage, which is the reward minus a baseline that does not depend on the sequence itself. The
+divergence is that of GKD, and no gradient flows through the sampling. alpha = 1 is pure
+distillation. With the initial student as the teacher and the reverse KL, the objective is RLEF*
+(Roit et al., 2023).
 
-Scale: the policy term sums log-probabilities over tokens, whereas D is a mean over tokens (Eq. 2),
-and JSD(0.9) is about ten times smaller than a KL. alpha weighs the two as they are.
+alpha weighs two terms of different scale: the policy term sums log-probabilities over tokens,
+whereas D is a mean over tokens (Eq. 2), and JSD(0.9) is about ten times smaller than a KL.
 
-Axes: B prompts, N = B x samples a prompt (those of one prompt are neighbours), T target.
+Axes: N sampled sequences (those of one prompt are neighbours), T target.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,9 +35,9 @@ class RLConfig:
     """The reward and its weight.
 
     Attributes:
-        reward: scores the student's samples (see `rewards`).
-        alpha: weight of the divergence; 1 - alpha is that of the reward. The paper's XSum runs:
-            0.05, 0.1, 0.25 and 0.5.
+        reward: the function that scores the student's samples (see `rewards`).
+        alpha: the weight of the divergence; the reward has the weight 1 - alpha. The paper's XSum
+            runs use 0.05, 0.1, 0.25 and 0.5.
     """
 
     reward: Reward
@@ -43,7 +45,7 @@ class RLConfig:
 
     def __post_init__(self):
         settings.check_types(self)
-        if isinstance(self.reward, type):  # from the command line: @rewards.brevity
+        if isinstance(self.reward, type):  # gin gives the class of `@rewards.brevity`
             object.__setattr__(self, "reward", self.reward())
         if not callable(self.reward):
             raise ValueError(
@@ -54,15 +56,18 @@ class RLConfig:
 
 
 def advantages(rewards: Float[np.ndarray, " N"], num_samples: int = 1) -> Float[np.ndarray, " N"]:
-    """Rewards minus the mean reward of the other samples: unbiased, since it ignores its own.
+    """Returns the advantage of each sample: its reward minus the mean reward of other samples.
+
+    This baseline leaves out the sample's own reward, so that the gradient stays unbiased. A sample
+    without others keeps its reward.
 
     Args:
-        rewards: of every sample.
-        num_samples: of a prompt. With several, the others are those of the same prompt (REINFORCE
-            leave-one-out); with one, those of the rest of the batch.
+        rewards: the reward of each sample.
+        num_samples: the number of samples of each prompt. If there are several, the others are
+            those of the same prompt (REINFORCE leave-one-out), else the rest of the batch.
 
     Raises:
-        ValueError: for a reward that is not a number.
+        ValueError: for a reward that is not a finite number.
     """
     rewards = np.asarray(rewards, np.float64)
     if not np.all(np.isfinite(rewards)):
@@ -80,12 +85,13 @@ def policy_loss(
     weights: Float[Array, "N T"],
     advantages: Float[Array, " N"],
 ) -> Float[Array, ""]:
-    """REINFORCE: the sum over sequences of -advantage x log Q(sequence).
+    """Returns the REINFORCE loss: the sum over sequences of -advantage x log Q(sequence).
 
     Args:
-        log_probs: log Q of each sampled token, under the distribution it was drawn from; nats.
-        weights: 1.0 on tokens up to and including EOS.
-        advantages: constants: no gradient flows into them.
+        log_probs: log Q of each sampled token under the distribution that it was drawn from, in
+            nats.
+        weights: 1.0 on tokens up to and including EOS, 0.0 elsewhere.
+        advantages: the advantage of each sequence, a constant of the gradient.
     """
     log_q = jnp.sum(jnp.where(weights > 0, log_probs, 0.0) * weights, axis=1)
     return -jnp.sum(advantages * log_q)

@@ -1,8 +1,8 @@
-"""One table from logical axes to mesh axes, and the shardings that follow from it.
+"""The device mesh, and the shardings that follow from the logical axes of an array.
 
-Arrays name their logical axes (`("layers", "embed", "mlp")`); a rule says over which mesh axes each
-is split. Mesh axes: `data` (batch only), `fsdp` (batch and parameters), `tensor` (heads, mlp and
-vocabulary).
+Every array has a tuple of logical axis names, such as `("layers", "embed", "mlp")`. `RULES` maps
+each logical axis to the mesh axes over which it is sharded. The mesh axes are `data` (batch only),
+`fsdp` (batch and parameters) and `tensor` (heads, mlp and vocabulary).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,7 +40,7 @@ RULES: Rules = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Sizes of the mesh axes; one of them may be -1, which takes the devices that are left."""
+    """The sizes of the mesh axes; one size may be -1, which takes all remaining devices."""
 
     data: int = -1
     fsdp: int = 1
@@ -56,7 +56,11 @@ class MeshConfig:
             )
 
     def sizes(self, num_devices: int) -> tuple[int, int, int]:
-        """The concrete (data, fsdp, tensor) for so many devices."""
+        """Returns (data, fsdp, tensor) without -1 for a number of devices.
+
+        Raises:
+            ValueError: if the axes do not multiply to `num_devices`.
+        """
         fixed = math.prod(size for size in dataclasses.astuple(self) if size != -1)
         data, fsdp, tensor = (
             num_devices // fixed if size == -1 else size for size in dataclasses.astuple(self)
@@ -70,10 +74,20 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh over all devices (or those given), laid out for the interconnect where it matters."""
+    """Returns a mesh of devices, which are placed to suit their interconnect.
+
+    Over several TPU slices, only the axis `data` crosses from slice to slice.
+
+    Args:
+        config: the sizes of the mesh axes.
+        devices: the devices of the mesh; None is all devices.
+
+    Raises:
+        ValueError: if the axes do not fit the number of devices or slices.
+    """
     devices = jax.devices() if devices is None else devices
     sizes = config.sizes(len(devices))
-    # GSPMD propagates from annotations: Auto axes, where jax.make_mesh defaults to Explicit.
+    # Auto axes let GSPMD propagate shardings from annotations; jax.make_mesh's default is Explicit.
     types = (AxisType.Auto,) * len(MESH_AXES)
     num_slices = len({getattr(device, "slice_index", 0) for device in devices})
     if num_slices == 1:
@@ -83,16 +97,16 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         raise ValueError(
             f"data={data} does not divide over {num_slices} slices: only it crosses them"
         )
-    # Between slices only gradients travel, once a step: the data axis goes over their network.
+    # The network between slices is slow. Along the data axis only gradients are sent, once a step.
     grid = _place((data // num_slices, fsdp, tensor), devices, num_slices)
     return Mesh(grid, MESH_AXES, axis_types=types)
 
 
 def _place(sizes: tuple[int, int, int], devices: Sequence[Any], num_slices: int = 1) -> np.ndarray:
-    """The devices in the mesh's shape, those beside each other in it close to each other.
+    """Returns the devices in the shape of the mesh; neighbours in the mesh are close to each other.
 
-    A mesh axis takes whole axes of a TPU's torus where that is possible. Where it is not (an axis
-    of 2 on a torus of 4 x 4), axes of the torus are split, and a warning says what that costs.
+    A mesh axis takes whole axes of a TPU's torus where that is possible. Otherwise (as for an axis
+    of 2 on a torus of 4 x 4) axes of the torus are split, and a warning tells the cost.
     """
 
     def arrange(split: bool) -> np.ndarray:
@@ -116,10 +130,10 @@ def _place(sizes: tuple[int, int, int], devices: Sequence[Any], num_slices: int 
 
 
 def spec(axes: Sequence[str | None], rules: Rules = RULES) -> PartitionSpec:
-    """The mesh axes of an array with these logical axes.
+    """Returns the mesh axes over which an array with these logical axes is sharded.
 
     Raises:
-        ValueError: for an unknown logical axis, or two that claim one mesh axis.
+        ValueError: for an unknown logical axis, or for two axes that claim the same mesh axis.
     """
     entries, used = [], []
     for axis in axes:
@@ -134,16 +148,16 @@ def spec(axes: Sequence[str | None], rules: Rules = RULES) -> PartitionSpec:
 
 
 def tree_shardings(shapes: Any, axes: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
-    """NamedShardings for a tree of arrays, checked against its shapes.
+    """Returns the `NamedSharding` of each array in a tree.
 
     Args:
         shapes: a tree of arrays or `ShapeDtypeStruct`s.
         axes: the same tree with a tuple of logical axes at each leaf.
         mesh: the mesh.
-        rules: logical to mesh axes.
+        rules: the map from logical axes to mesh axes.
 
     Raises:
-        ValueError: naming every array whose dimension the mesh does not divide.
+        ValueError: if the mesh does not divide the dimensions of some arrays; names all of these.
     """
     errors = []
 
@@ -167,17 +181,21 @@ def tree_shardings(shapes: Any, axes: Any, mesh: Mesh, rules: Rules = RULES) -> 
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Every device holds the whole array."""
+    """Returns the sharding with which every device holds the whole array."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh, rules: Rules = RULES) -> NamedSharding:
-    """Rows of a batch over the mesh axes of `batch`; further dimensions whole."""
+    """Returns the sharding of a batch's arrays: the rows are sharded, the other axes are not."""
     return NamedSharding(mesh, spec(("batch",), rules))
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, rules: Rules = RULES) -> None:
-    """Raises ValueError unless the mesh divides the rows of a batch."""
+    """Checks that the mesh divides the rows of a batch evenly.
+
+    Raises:
+        ValueError: if it does not.
+    """
     parts = math.prod(mesh.shape[axis] for axis in _as_tuple(rules["batch"]))
     if batch_size % parts:
         raise ValueError(
@@ -196,7 +214,10 @@ _active: contextvars.ContextVar[tuple[Mesh, Rules] | None] = contextvars.Context
 
 @contextlib.contextmanager
 def use(mesh: Mesh, rules: Rules = RULES) -> Iterator[None]:
-    """While tracing under it, `constrain` lays activations out by these rules."""
+    """Sets the mesh and rules by which `constrain` shards the activations traced in this context.
+
+    `num_shards`, `num_batch_shards` and `num_devices` report the same mesh.
+    """
     token = _active.set((mesh, rules))
     try:
         yield
@@ -205,7 +226,11 @@ def use(mesh: Mesh, rules: Rules = RULES) -> Iterator[None]:
 
 
 def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
-    """Fixes the layout of an activation; the identity outside `use` and on one device."""
+    """Constrains the sharding of an activation to that of its logical axes.
+
+    Outside `use`, on one device, and where the mesh does not divide the dimensions, x is returned
+    as it is.
+    """
     active = _active.get()
     if active is None or active[0].size == 1:
         return x
@@ -213,19 +238,24 @@ def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     partition = spec(axes, rules)
     for size, entry in zip(x.shape, partition, strict=True):
         if size % math.prod(mesh.shape[a] for a in _as_tuple(entry)):
-            return x  # a dimension too small to split (one token, say): leave it to the compiler
+            return x  # the compiler chooses for a dimension that cannot be split, such as one token
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, partition))
 
 
 def with_shardings(shapes: Any, shardings: Any) -> Any:
-    """`ShapeDtypeStruct`s of a tree's shapes and dtypes that lie as a tree of shardings says."""
+    """Returns `ShapeDtypeStruct`s with the shapes and dtypes of one tree, the shardings of another.
+
+    Args:
+        shapes: a tree of arrays or `ShapeDtypeStruct`s.
+        shardings: the same tree with a sharding at each leaf.
+    """
     return jax.tree.map(
         lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, shardings
     )
 
 
 def num_shards(axis: str) -> int:
-    """Over how many devices `use` spreads a logical axis; 1 outside it."""
+    """Returns the number of shards of a logical axis over the mesh of `use`; 1 outside `use`."""
     active = _active.get()
     if active is None:
         return 1
@@ -234,16 +264,16 @@ def num_shards(axis: str) -> int:
 
 
 def num_batch_shards() -> int:
-    """Over how many devices `use` spreads the rows of a batch; 1 outside it."""
+    """Returns the number of shards of a batch's rows over the mesh of `use`; 1 outside `use`."""
     return num_shards("batch")
 
 
 def num_devices() -> int:
-    """Of the mesh of `use`; 1 outside it."""
+    """Returns the number of devices in the mesh of `use`; 1 outside `use`."""
     active = _active.get()
     return 1 if active is None else active[0].size
 
 
 def bytes_per_device(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> int:
-    """Bytes of one array that one device holds."""
+    """Returns the bytes of one array that each device holds."""
     return int(np.prod(sharding.shard_shape(shape.shape))) * shape.dtype.itemsize
