@@ -56,8 +56,8 @@ import tempfile
 import time
 from typing import Any, NoReturn
 
-import sweep_rows
-from sweep_rows import Row, Run, UsageError
+from gkd_jax.sweeps import rows as sweep_rows
+from gkd_jax.sweeps.rows import Row, Run, UsageError
 
 
 STARTED, DONE, LOG = "sweep_started", "sweep_done", "log.txt"
