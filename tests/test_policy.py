@@ -23,7 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("evaluation",),
     ("training",),
     ("__init__",),
-    ("planning", "conformance", "integrations", "report"),
+    ("planning", "conformance", "integrations", "report", "sweeps"),
     ("command_line",),
     ("main",),
     ("__main__",),

@@ -12,12 +12,15 @@ from gkd_jax.command_line.flags import UsageError
 
 def run(command: str, values: Any, bindings: list[tuple[str, str]], positional: list[str]) -> None:
     """Runs a command: sets the process up, reads its gin files, and starts it."""
-    if command in ("convert", "report"):
-        if command == "convert":
-            process.set_up(reads_data=False)
-            _convert(values)
-        else:
-            _report(values, positional)
+    if command == "convert":
+        process.set_up(reads_data=False)
+        _convert(values)
+        return
+    if command == "report":
+        _report(values, positional)
+        return
+    if command == "sweep":
+        _sweep(values, dict(bindings), positional)
         return
     if not values.gin_file:
         raise UsageError(f"{command} needs --gin_file=FILE")
@@ -154,6 +157,28 @@ def _report(values: Any, run_dirs: list[str]) -> None:
     if values.archive is not None:
         archive.write(run_dirs, values.archive)
     print(f"wrote {os.path.join(values.output, 'report.html')}", file=sys.stderr)
+
+
+def _sweep(values: Any, macros: dict[str, str], extra: list[str]) -> None:
+    from gkd_jax.sweeps import sweep
+
+    if values.output is None:
+        raise UsageError("sweep needs --output: the folder of all runs")
+    options = sweep.Options(
+        output=values.output,
+        gin_files=tuple(values.gin_file),
+        sweep_file=values.sweep_file,
+        grids=tuple(values.grid),
+        macros=macros,
+        chosen=tuple(values.rows),
+        extra=tuple(extra),
+        program=values.command,
+        num_parallel=values.num_parallel,
+        only_print=values.print,
+        redo_changed=values.redo_changed,
+        dry_run=values.dry_run,
+    )
+    sys.exit(sweep.sweep(options))
 
 
 _COMMANDS: dict[str, tuple[Callable[[Any], None], bool]] = {

@@ -81,6 +81,13 @@ COMMANDS = {
         example="gkd-jax bench --gin_file=gin/bench/config1.gin --json",
         required=_TRAIN,
     ),
+    "sweep": Command(
+        does="many runs from a grid of macros, or from a file of rows; what is done is skipped",
+        example="gkd-jax sweep --gin_file=gin/gkd.gin --output=/tmp/study "
+        "--grid RANDOM_SEED=0,1,2 --grid divergence=forward_kl,jsd_0.1 "
+        "--gin.MIXTURE_OR_TASK_NAME=\"'arithmetic'\" -- --tfds_data_dir=/data/tfds",
+        reads_gin=False,
+    ),
     "report": Command(
         does="tables and figures of run directories: report RUN_DIR... --output=DIR",
         example="gkd-jax report /tmp/runs/* --output=/tmp/report",
@@ -125,6 +132,16 @@ def define(command: str) -> flags.FlagValues:
         add(flags.DEFINE_bool, "full", False, "with all of XLA's effort")
     if command == "bench":
         add(flags.DEFINE_integer, "runs", 20, "of each phase")
+    if command == "sweep":
+        add(flags.DEFINE_multi_string, "gin_file", [], "of every run; later ones win")
+        add(flags.DEFINE_string, "sweep_file", None, "a TOML file of rows")
+        add(flags.DEFINE_string, "output", None, "the folder of all runs")
+        add(flags.DEFINE_multi_string, "grid", [], "an axis: MACRO=A,B")
+        add(flags.DEFINE_list, "rows", [], "of the sweep file: only these, and what they need")
+        add(flags.DEFINE_bool, "print", False, "print the commands that are not done, run none")
+        add(flags.DEFINE_integer, "num_parallel", 1, "most runs at once")
+        add(flags.DEFINE_bool, "redo_changed", False, "put folders of other commands aside")
+        add(flags.DEFINE_string, "command", "gkd-jax", "the program that every run starts")
     if command == "report":
         add(flags.DEFINE_string, "output", None, "a folder for the report")
         add(flags.DEFINE_string, "archive", None, "a .jsonl file for small copies of the runs")
@@ -151,13 +168,17 @@ def describe(command: str) -> str:
 def parse(command: str, arguments: Iterable[str]) -> tuple[Any, list[tuple[str, str]], list[str]]:
     """Flags, gin bindings as (name, value) in their order, and what is neither.
 
+    What is neither: the folders of `report`, and what stands after `--` for `sweep`.
+
     Raises:
         UsageError: for an unknown flag, or a binding without a value.
     """
     values = define(command)
     bindings: list[tuple[str, str]] = []
-    others = []
-    for argument in arguments:
+    others: list[str] = []
+    arguments = list(arguments)
+    end = arguments.index("--") if command == "sweep" and "--" in arguments else len(arguments)
+    for argument in arguments[:end]:
         if argument == "-h":
             argument = "--help"
         if argument.startswith("--gin."):
@@ -170,10 +191,10 @@ def parse(command: str, arguments: Iterable[str]) -> tuple[Any, list[tuple[str, 
         raise UsageError(f"{command}: {error}") from None
     if extra and command != "report":
         raise UsageError(f"{command} takes flags only, got {extra[0]!r}")
-    if bindings and not COMMANDS[command].reads_gin:
+    if bindings and not COMMANDS[command].reads_gin and command != "sweep":
         raise UsageError(f"{command} reads no gin files, got --gin.{bindings[0][0]}")
     given = [_binding(text, text) for text in getattr(values, "gin_bindings", [])]
-    return values, [*given, *bindings], extra
+    return values, [*given, *bindings], [*extra, *arguments[end + 1 :]]
 
 
 def _binding(text: str, argument: str) -> tuple[str, str]:

@@ -1,1 +1,1 @@
-"""Studies of many runs: the rows of a TOML file made into commands, and these run in their order."""
+"""Studies of many runs: a TOML file of rows becomes commands, which run in their order."""

@@ -21,10 +21,6 @@ _NAME = re.compile(r"[A-Za-z_][\w.]*")
 _DIVERGENCE = re.compile(r"(forward_kl|reverse_kl|total_variation)|jsd_(0?\.\d+)")
 
 
-class UsageError(Exception):
-    """Something on the command line or in a sweep file is wrong."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Point:
     """One value of an axis: its name in folders, and the macros it sets."""
@@ -75,19 +71,19 @@ def read_sweep_file(path: str) -> dict[str, Row]:
     """The rows of a TOML file, in its order.
 
     Raises:
-        UsageError: naming the row and what is wrong with it.
+        ValueError: naming the row and what is wrong with it.
     """
     try:
         content = tomllib.loads(pathlib.Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--sweep_file: cannot read {path!r}: {error}") from None
+        raise ValueError(f"--sweep_file: cannot read {path!r}: {error}") from None
     except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"{path}: not TOML: {error}") from None
+        raise ValueError(f"{path}: not TOML: {error}") from None
     _check_keys(content, ("gin_file", "axes", "rows"), path)
     shared = _axes(content.get("axes", {}), path)
     rows = content.get("rows", {})
     if not isinstance(rows, dict) or not rows:
-        raise UsageError(f"{path}: expected [rows.NAME] tables, got none")
+        raise ValueError(f"{path}: expected [rows.NAME] tables, got none")
     return {
         name: _row(name, row, content.get("gin_file", ()), shared, path)
         for name, row in rows.items()
@@ -97,17 +93,17 @@ def read_sweep_file(path: str) -> dict[str, Row]:
 def _row(name: str, row: Any, gin_file: Any, shared: Mapping, path: str) -> Row:
     where = f"{path}: row {name!r}"
     if not _NAME.fullmatch(name):
-        raise UsageError(f"{where}: expected a name of letters, digits, '_' and '.'")
+        raise ValueError(f"{where}: expected a name of letters, digits, '_' and '.'")
     _check_keys(row, ("command", "gin_file", "macros", "axes"), where)
     command = row.get("command", "train")
     if command not in OUTPUT_MACROS:
-        raise UsageError(
+        raise ValueError(
             f"{where}: command must be one of {', '.join(OUTPUT_MACROS)}, got {command!r}"
         )
     files = row.get("gin_file", gin_file)
     files = [files] if isinstance(files, str) else list(files)
     if not files or not all(isinstance(file, str) for file in files):
-        raise UsageError(f"{where}: gin_file must be a file or a list of files, got {files!r}")
+        raise ValueError(f"{where}: gin_file must be a file or a list of files, got {files!r}")
     own = _axes(row.get("axes", {}), where, trains=command == "train")
     axes = {**own, **{axis: points for axis, points in shared.items() if axis not in own}}
     return Row(
@@ -121,15 +117,15 @@ def _row(name: str, row: Any, gin_file: Any, shared: Mapping, path: str) -> Row:
 
 def _check_keys(table: Any, known: Sequence[str], where: str) -> None:
     if not isinstance(table, dict):
-        raise UsageError(f"{where}: expected a table, got {table!r}")
+        raise ValueError(f"{where}: expected a table, got {table!r}")
     for key in table:
         if key not in known:
-            raise UsageError(f"{where}: unknown key {key!r}, expected one of {', '.join(known)}")
+            raise ValueError(f"{where}: unknown key {key!r}, expected one of {', '.join(known)}")
 
 
 def _macros(table: Any, where: str) -> dict[str, str]:
     if not isinstance(table, dict):
-        raise UsageError(f"{where}: macros must be a table, got {table!r}")
+        raise ValueError(f"{where}: macros must be a table, got {table!r}")
     return {name: _gin_value(value, f"{where}: {name}") for name, value in table.items()}
 
 
@@ -139,12 +135,12 @@ def _gin_value(value: Any, where: str) -> str:
         return value
     if isinstance(value, bool | int | float | list | dict):
         return repr(value)
-    raise UsageError(f"{where}: expected a string, a number, a list or a table, got {value!r}")
+    raise ValueError(f"{where}: expected a string, a number, a list or a table, got {value!r}")
 
 
 def _axes(table: Any, where: str, *, trains: bool = True) -> dict[str, tuple[Point, ...]]:
     if not isinstance(table, dict):
-        raise UsageError(f"{where}: axes must be a table, got {table!r}")
+        raise ValueError(f"{where}: axes must be a table, got {table!r}")
     axes = {
         axis: _points(axis, values, f"{where}: axis {axis!r}") for axis, values in table.items()
     }
@@ -166,7 +162,7 @@ def divergence_point(name: str, where: str) -> Point:
     """A value of the axis `divergence`: the divergence with its beta, as `jsd_0.1`."""
     match = _DIVERGENCE.fullmatch(name)
     if match is None:
-        raise UsageError(
+        raise ValueError(
             f"{where}: expected forward_kl, reverse_kl, total_variation or jsd_BETA, got {name!r}"
         )
     if match[1]:
@@ -176,16 +172,16 @@ def divergence_point(name: str, where: str) -> Point:
 
 def _points(axis: str, values: Any, where: str) -> tuple[Point, ...]:
     if not isinstance(values, list):
-        raise UsageError(f"{where}: expected a list of values, got {values!r}")
+        raise ValueError(f"{where}: expected a list of values, got {values!r}")
     if not _NAME.fullmatch(axis):
-        raise UsageError(f"{where}: expected a name of letters, digits, '_' and '.'")
+        raise ValueError(f"{where}: expected a name of letters, digits, '_' and '.'")
     points = []
     for value in values:
         if isinstance(value, dict):
             table = dict(value)
             label = table.pop("name", None)
             if not isinstance(label, str) or _label(label) != label:
-                raise UsageError(f"{where}: a table needs a name fit for a folder, got {label!r}")
+                raise ValueError(f"{where}: a table needs a name fit for a folder, got {label!r}")
             points.append(Point(label, _macros(table, where)))
         elif axis == "divergence":
             points.append(divergence_point(_gin_value(value, where), where))
@@ -194,7 +190,7 @@ def _points(axis: str, values: Any, where: str) -> tuple[Point, ...]:
             points.append(Point(_label(text), {axis: text}))
     labels = [point.label for point in points]
     if len(set(labels)) < len(labels) or "" in labels:
-        raise UsageError(f"{where}: values need different names in folders, got {labels}")
+        raise ValueError(f"{where}: values need different names in folders, got {labels}")
     return tuple(points)
 
 
@@ -210,7 +206,7 @@ def parse_grid(text: str) -> tuple[str, tuple[Point, ...]]:
     axis, separator, values = text.partition("=")
     where = f"--grid {text!r}"
     if not separator or not axis.strip():
-        raise UsageError(f"{where}: expected MACRO=VALUE,VALUE")
+        raise ValueError(f"{where}: expected MACRO=VALUE,VALUE")
     parts, depth, quote = [""], 0, ""
     for character in values:
         if quote:
@@ -225,7 +221,7 @@ def parse_grid(text: str) -> tuple[str, tuple[Point, ...]]:
             parts[-1] += character
     stripped = [part.strip() for part in parts]
     if quote or depth or not all(stripped):
-        raise UsageError(
+        raise ValueError(
             f"{where}: expected values between commas, with quotes and brackets closed"
         )
     return axis.strip(), _points(axis.strip(), stripped, where)
@@ -248,7 +244,7 @@ def override(
     for axis in axes:
         if not any(axis in row.axes for row in rows.values()):
             known = sorted({name for row in rows.values() for name in row.axes})
-            raise UsageError(f"--grid {axis}: no row has this axis, expected one of {known}")
+            raise ValueError(f"--grid {axis}: no row has this axis, expected one of {known}")
     return {
         name: dataclasses.replace(
             row,
@@ -273,17 +269,17 @@ def in_order(rows: Mapping[str, Row], chosen: Iterable[str]) -> list[Row]:
     """The chosen rows and what they need, each after what it needs.
 
     Raises:
-        UsageError: for a row that there is not, or a circle.
+        ValueError: for a row that there is not, or a circle.
     """
     found: dict[str, Row] = {}
 
     def visit(name: str, path: tuple[str, ...]) -> None:
         if name in path:
             circle = " -> ".join([*path[path.index(name) :], name])
-            raise UsageError(f"rows need each other in a circle: {circle}")
+            raise ValueError(f"rows need each other in a circle: {circle}")
         if name not in rows:
             by = f"row {path[-1]!r} names {{{name}}}: " if path else ""
-            raise UsageError(f"{by}no row {name!r}, expected one of {', '.join(rows)}")
+            raise ValueError(f"{by}no row {name!r}, expected one of {', '.join(rows)}")
         if name not in found:
             for need in rows[name].needs():
                 visit(need, (*path, name))
@@ -307,7 +303,7 @@ def expand(rows: Sequence[Row], extra: Sequence[str] = ()) -> list[Run]:
         for place in places[row.name]:
             run = _run(row, place, places, extra)
             if run.name in runs:
-                raise UsageError(f"two runs would have the folder {run.name!r}: rename a row")
+                raise ValueError(f"two runs would have the folder {run.name!r}: rename a row")
             runs[run.name] = run
     return list(runs.values())
 
@@ -352,7 +348,7 @@ def _needed(row: Row, place: Place, need: str, candidates: list[Place]) -> str:
     here = {axis: point.label for axis, point in place.items()}
     for axis in candidates[0]:
         if axis not in here:
-            raise UsageError(
+            raise ValueError(
                 f"row {row.name!r} names {{{need}}}, which has a run for each {axis}: give "
                 f"{row.name!r} this axis too, or take it from {need!r}"
             )
@@ -360,4 +356,4 @@ def _needed(row: Row, place: Place, need: str, candidates: list[Place]) -> str:
         if all(here[axis] == point.label for axis, point in candidate.items()):
             return _run_name(need, candidate)
     wanted = ", ".join(f"{axis}={here[axis]}" for axis in candidates[0])
-    raise UsageError(f"row {row.name!r} names {{{need}}}, which has no run with {wanted}")
+    raise ValueError(f"row {row.name!r} names {{{need}}}, which has no run with {wanted}")

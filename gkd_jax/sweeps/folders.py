@@ -1,0 +1,91 @@
+"""What the folders of a study say: which runs are done, and which commands have changed since.
+
+A run's folder holds `sweep_started` and, after exit status 0, `sweep_done`. Both are JSON: the
+command that made the folder, and a digest of that command and of the commands it starts from.
+"""
+
+from collections.abc import Mapping, Sequence
+import hashlib
+import itertools
+import json
+import os
+import pathlib
+import shlex
+from typing import Any
+
+from gkd_jax.sweeps.rows import Run
+
+
+STARTED, DONE, LOG = "sweep_started", "sweep_done", "log.txt"
+
+
+def records(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
+    """What identifies each run: its command without OUTPUT, and that of the runs it starts from."""
+    found: dict[str, dict[str, Any]] = {}
+    for run in runs:
+        command = run.command("OUTPUT")
+        needs = {need: found[need]["digest"] for need in run.needs}
+        digest = hashlib.sha256(json.dumps([command, needs]).encode()).hexdigest()[:16]
+        found[run.name] = {"command": command, "needs": needs, "digest": digest}
+    return found
+
+
+def recorded(folder: pathlib.Path, marker: str) -> dict[str, Any] | None:
+    """What a marker holds; None without one. A damaged one records nothing."""
+    try:
+        record = json.loads((folder / marker).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (ValueError, OSError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """In words, what has changed since a marker was written; "" for nothing."""
+    if old.get("digest") == new["digest"]:
+        return ""
+    before, now = old.get("command", []), new["command"]
+    gone = shlex.join(text for text in before if text not in now)
+    come = shlex.join(text for text in now if text not in before)
+    if gone or come:
+        return f"its command had {gone or 'nothing'} where it now has {come or 'nothing'}"
+    if before != now:
+        return "its command had the same arguments in another order"
+    needs = old.get("needs", {})
+    changed = [name for name, value in new["needs"].items() if needs.get(name) != value]
+    return f"what it starts from has changed: {', '.join(changed)}"
+
+
+def write_marker(path: pathlib.Path, record: Mapping[str, Any]) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def survey(runs: Sequence[Run], root: pathlib.Path) -> tuple[set[str], dict[str, str]]:
+    """(names of runs that are done, run -> what has changed since its folder was written)."""
+    done, changed = set(), {}
+    for name, record in records(runs).items():
+        folder = root / name
+        finished = recorded(folder, DONE)
+        started = finished if finished is not None else recorded(folder, STARTED)
+        # A command that failed before it wrote anything may be mended.
+        if started is None or {path.name for path in folder.iterdir()} <= {STARTED, LOG}:
+            continue
+        text = difference(started, record)
+        if text:
+            changed[name] = text
+        elif finished is not None:
+            done.add(name)
+    return done, changed
+
+
+def put_aside(folder: pathlib.Path) -> pathlib.Path:
+    """Renames a folder to one that is free, and returns the new path."""
+    for number in itertools.count(1):
+        target = folder.with_name(f"{folder.name}.replaced_{number}")
+        if not target.exists():
+            folder.rename(target)
+            return target
+    raise AssertionError

@@ -1,0 +1,177 @@
+"""`gkd-jax sweep`: many runs from one gin file and a grid, or from a file of rows.
+
+    gkd-jax sweep --gin_file=gin/gkd.gin --output=/runs/study \\
+      --grid divergence=forward_kl,jsd_0.1,jsd_0.9 --grid RANDOM_SEED=0,1,2 \\
+      --gin.MIXTURE_OR_TASK_NAME="'arithmetic'" --gin.STUDENT_SIZE="'tiny'" \\
+      --gin.TEACHER_SIZE="'tiny'"
+    gkd-jax sweep --sweep_file=gin/sweeps/arithmetic.toml --output=/runs/arithmetic
+
+A sweep file is TOML:
+
+    gin_file = "gin/gkd.gin"              # of rows that name none; of a list, later ones win
+    [axes]                                # of every row
+    RANDOM_SEED = [0, 1, 2]
+    [rows.teacher]                        # a row is one run for each combination of its axes
+    command = "train"                     # or "infer", "eval"; the default is "train"
+    gin_file = "gin/sft.gin"
+    macros = { TRAIN_STEPS = 900, STUDENT_SIZE = "'small'" }
+    axes = { RANDOM_SEED = [] }           # added to those above; an empty one is dropped
+    [rows.gkd]
+    macros = { TEACHER_CHECKPOINT = "'{teacher}'" }
+    axes.divergence = ["forward_kl", "jsd_0.1"]
+
+Strings are gin expressions, as on the command line: a string of gin's has quotes within.
+`{teacher}` is the folder of that row's run, which then runs first. Where both rows have an axis,
+the run with the same value is meant. An axis is a macro with its values, or any name with tables of
+macros (`[{ name = "short", TRAIN_STEPS = 400 }]`), or `divergence`, whose values `forward_kl`,
+`reverse_kl`, `total_variation` and `jsd_0.1` set DIVERGENCE and BETA together. `--grid` replaces
+the axes of that name. `--gin.MACRO` is for the rows of `train` and for rows that set the macro; an
+axis wins over it.
+
+Every run has the folder OUTPUT/<row>-<axis>=<value>-..., which is its MODEL_DIR. For `infer`, the
+macro OUTPUT is `outputs.jsonl` in that folder; for `eval`, OUTPUT_DIR is the folder. It also holds
+`log.txt` and the records of `folders.py`. What gin files hold is not compared.
+"""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import fcntl
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import sys
+
+from gkd_jax.sweeps import folders, rows
+from gkd_jax.sweeps.execution import Execution
+from gkd_jax.sweeps.rows import Row, Run
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the command line asks of a sweep.
+
+    Attributes:
+        output: the folder of all runs.
+        gin_files: of every run, later ones win; empty with a sweep file.
+        sweep_file: a TOML file of rows; None with gin files.
+        grids: axes as `MACRO=A,B`.
+        macros: gin macros for the rows of `train`.
+        chosen: rows of the sweep file to run, with what they need; empty is all of them.
+        extra: flags added to every command.
+        program: in place of `gkd-jax`, as words of a shell.
+        num_parallel: most runs at once.
+        only_print: prints the commands that are not done, and runs none.
+        redo_changed: puts folders of other commands aside instead of refusing them.
+        dry_run: checks, with `--dry_run`, each command that needs no other run.
+    """
+
+    output: str
+    gin_files: tuple[str, ...] = ()
+    sweep_file: str | None = None
+    grids: tuple[str, ...] = ()
+    macros: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    chosen: tuple[str, ...] = ()
+    extra: tuple[str, ...] = ()
+    program: str = "gkd-jax"
+    num_parallel: int = 1
+    only_print: bool = False
+    redo_changed: bool = False
+    dry_run: bool = False
+
+
+def sweep(options: Options) -> int:
+    """Runs what is not done yet.
+
+    Returns:
+        The exit status: 0 all done, 1 some run failed (the others still ran), 130 Ctrl-C, 143
+        preempted, which means that a run or the sweep itself got SIGTERM. Runs are then told to
+        save, and the same command goes on.
+
+    Raises:
+        ValueError: for wrong options or sweep files, for a study that another sweep works on, and
+            for folders that other commands made.
+    """
+    program = shlex.split(options.program)
+    root = pathlib.Path(os.path.abspath(options.output))
+    _check(options, program, root)
+    runs = rows.expand(_rows(options), options.extra)
+    writes = not options.only_print and not options.dry_run
+    lock = _lock(root) if writes else None
+    done, changed = folders.survey(runs, root)
+    if changed and not options.redo_changed:
+        name, text = next(iter(changed.items()))
+        raise ValueError(
+            f"{root / name} was made otherwise: {text} ({len(changed)} such); take another "
+            "--output, or --redo_changed to put them aside and run them again"
+        )
+    if writes:
+        for name in changed:
+            aside = folders.put_aside(root / name)
+            print(f"{name}: {changed[name]}; put aside as {aside}", file=sys.stderr)
+    if options.only_print:
+        _print_commands(runs, done, program, root)
+        return 0
+    if done:
+        print(f"skipped, done before: {', '.join(sorted(done))}", file=sys.stderr)
+    return Execution(
+        runs,
+        done,
+        root=root,
+        program=program,
+        num_parallel=options.num_parallel,
+        dry_run=options.dry_run,
+        lock=lock,
+    ).run()
+
+
+def _check(options: Options, program: Sequence[str], root: pathlib.Path) -> None:
+    if options.num_parallel < 1:
+        raise ValueError(f"--num_parallel must be at least 1, got {options.num_parallel}")
+    if not program or not (options.only_print or shutil.which(program[0])):
+        raise ValueError(f"--command: no program {options.program!r}")
+    if re.search(r"['\"\\{}\n]", str(root)):
+        raise ValueError(f"--output must not hold quotes, backslashes or braces, got {str(root)!r}")
+
+
+def _rows(options: Options) -> list[Row]:
+    grids = [rows.parse_grid(text) for text in options.grids]
+    axes = dict(grids)
+    if len(axes) < len(grids):
+        raise ValueError(f"--grid: an axis is given twice: {', '.join(axis for axis, _ in grids)}")
+    if bool(options.sweep_file) == bool(options.gin_files):
+        raise ValueError("give either --gin_file (with --grid) or --sweep_file")
+    if options.sweep_file:
+        known = rows.override(rows.read_sweep_file(options.sweep_file), options.macros, axes)
+        return rows.in_order(known, options.chosen or known)
+    if options.chosen:
+        raise ValueError("--rows chooses from a --sweep_file, and there is none")
+    for macro in options.macros:
+        if macro in axes:
+            raise ValueError(f"{macro} is given by --grid and by --gin.{macro}")
+    name = re.sub(r"[^\w.]+", "_", pathlib.PurePath(options.gin_files[-1]).stem)
+    row = Row(name, "train", options.gin_files, options.macros, axes)
+    return rows.in_order({name: row}, [name])
+
+
+def _lock(root: pathlib.Path) -> int:
+    """A descriptor whose lock no other sweep of the folder can have."""
+    root.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(root / ".sweep_lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ValueError(
+            f"another sweep, or a run of one that was killed, works on {root}"
+        ) from None
+    return descriptor
+
+
+def _print_commands(
+    runs: Sequence[Run], done: set[str], program: Sequence[str], root: pathlib.Path
+) -> None:
+    for run in runs:
+        if run.name not in done:
+            print(shlex.join([*program, *run.command(str(root))]))
