@@ -1,8 +1,8 @@
-"""`Recipe`: everything that a run is, as one frozen value; and its description for run.json.
+"""`Recipe`: the whole configuration of a run as one frozen value, and how two recipes differ.
 
-Whatever identifies a run reads `describe(recipe)`: the record of the run, the refusal to go on with
-another one, and the report's grouping. A field that is added to any of the configurations is
-described, compared and grouped by without further code.
+`describe(recipe)` identifies a run. It is recorded in run.json, it is compared when a MODEL_DIR is
+resumed, and the report groups runs by it. A field that is added to any configuration is therefore
+recorded, compared and grouped by without further code.
 """
 
 from collections.abc import Iterator
@@ -22,25 +22,28 @@ from gkd_jax.training.optimizers import Linear, Optimizer
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How long a run is and what it leaves behind.
+    """The length of a run, its periods, and which checkpoints it keeps.
 
     Attributes:
-        train_steps: updates, counted from 0.
-        seed: of initialisation, coins, samples and dropout.
-        eval_period: evaluate every so many steps, and at the end; None evaluates at the end.
-        save_period: save every so many steps, at every evaluation and at the end.
-        keep: newest checkpoints kept, two so that a damaged one has one before it; None keeps all.
-        keep_period: checkpoints of steps that it divides are kept besides.
-        best_metric: a number of the evaluation, such as "accuracy": the checkpoint with the best
-            is kept besides.
-        best_mode: whether the best is the "max" or the "min".
-        num_microbatches: accumulate gradients over so many parts of the batch.
-        log_period: steps between lines where there is no terminal.
-        skip_nonfinite: where a step's loss or gradient is not finite, leave the student as it is
-            and count; False ends the run there.
-        sample_ahead: draw the samples of a step before the update of the step before it, so that
-            neither host nor device waits between the two: they are one update old ("staleness" in
-            the metrics), which Algorithm 1's are not. The step after a checkpoint draws its own.
+        train_steps: the number of updates.
+        seed: the seed of initialisation, coins, samples and dropout.
+        eval_period: steps between evaluations. The run also evaluates before the first step and
+            after the last; None evaluates only then.
+        save_period: steps between checkpoints. The run also saves before every evaluation but the
+            first, and at the end.
+        keep: the number of newest checkpoints to keep; None keeps all. With two, a damaged
+            checkpoint has a predecessor.
+        keep_period: checkpoints whose step is a multiple of this number are kept as well.
+        best_metric: a metric of the evaluation, such as "accuracy". The checkpoint with its best
+            value is kept as well.
+        best_mode: "max" or "min", whichever value of `best_metric` is the best.
+        num_microbatches: the parts of the batch over which gradients are accumulated.
+        log_period: steps between lines of progress where standard error is not a terminal.
+        skip_nonfinite: True leaves the student unchanged at a step whose loss or gradient is not
+            finite, and goes on; False ends the run there.
+        sample_ahead: draw the samples of a step before the update of the previous step, so that
+            host and device do not wait for each other. Unlike in Algorithm 1, such samples are one
+            update old ("staleness" in the metrics). The step after a checkpoint draws its own.
     """
 
     train_steps: int
@@ -78,18 +81,22 @@ def _check_positive(name: str, value: Any, alternative: str = "") -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What a run trains, on what, how, and for how long.
+    """What a run trains, on which data, with which loss, and for how long.
 
     Attributes:
-        student: what is trained.
-        data: what it is trained on.
-        method: the loss: GKD and its special cases.
-        optimizer: `optimizers.Adafactor()` or `optimizers.AdamW()`, or the class alone.
-        schedule: the learning rate.
+        student: the model that is trained.
+        data: the training data.
+        method: the loss, which is GKD or one of its special cases.
+        optimizer: `optimizers.Adafactor()` or `optimizers.AdamW()`; a class is instantiated.
+        schedule: the learning-rate schedule.
         train: steps, seed and periods.
-        teacher: None for SFT; left out where the method has no divergence.
-        evaluation: None evaluates nothing.
-        mesh: how devices are arranged.
+        teacher: the frozen teacher. It is set to None if the method has no divergence.
+        evaluation: what is evaluated and how; None evaluates nothing.
+        mesh: the sizes of the mesh axes.
+
+    Raises:
+        ValueError: for a field of the wrong type, a schedule longer than the run, or a value that
+            cannot be described for the record.
     """
 
     student: ModelConfig
@@ -118,16 +125,16 @@ class Recipe:
         describe(self)
 
     def learning_rate(self) -> Schedule:
-        """The learning rate of each update."""
+        """The learning rate as a function of the step."""
         return self.schedule.over(self.train.train_steps)
 
 
 def phase_dir(model_dir: str, phase: str) -> str:
-    """The MODEL_DIR of one run of a study; for gin files, which cannot join strings."""
+    """The MODEL_DIR of one phase of a study, for gin files, which cannot join strings."""
     return os.path.join(model_dir, phase)
 
 
-# What another run of the same MODEL_DIR may have changed: it does not change what a step computes.
+# Fields that a resumed run may change: they do not affect what a training step computes.
 MAY_CHANGE = (
     "train.train_steps",
     "train.eval_period",
@@ -141,7 +148,8 @@ MAY_CHANGE = (
     "mesh",
 )
 
-# Paths: what they lead to is compared, so that a folder may move and may not be replaced.
+# Fields that hold paths. Their contents are compared instead, so that a folder may move but not be
+# replaced by another.
 PATHS = (
     "student.checkpoint",
     "teacher.checkpoint",
@@ -153,7 +161,7 @@ PATHS = (
 
 
 def differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(dotted name of the field, old value, new value) wherever two descriptions differ."""
+    """Yields (dotted field name, old value, new value) for each difference of two descriptions."""
     if isinstance(old, dict) and isinstance(new, dict) and old.get("type") == new.get("type"):
         for key in [*old, *(key for key in new if key not in old)]:
             inner = f"{name}.{key}" if name else key
@@ -163,5 +171,5 @@ def differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, 
 
 
 def is_below(name: str, fields: tuple[str, ...]) -> bool:
-    """Whether a dotted name is one of some fields or lies inside one."""
+    """Whether a dotted name equals one of the fields or is nested inside one."""
     return any(name == field or name.startswith(f"{field}.") for field in fields)

@@ -1,4 +1,8 @@
-"""What each step trains on: the dataset's targets, or what the student has just written."""
+"""`Rollouts`: draws the batch that each step trains on.
+
+Its targets are those of the data set or sequences that the student has just sampled, as the coin of
+Algorithm 1 decides.
+"""
 
 from collections.abc import Callable
 import concurrent.futures
@@ -23,16 +27,17 @@ from gkd_jax.training.source import Source
 
 
 class Rollout(NamedTuple):
-    """What one step trains on.
+    """The batch of one step, with everything that its update needs.
 
     Attributes:
-        rows: the batch as the dataset has it, on the host.
-        batch: on the devices; its targets are the dataset's or the student's.
-        keys: the randomness of the step.
+        rows: the batch of the data set, on the host.
+        batch: the batch to train on, on the devices; its targets are the data set's or the
+            student's.
+        keys: the random keys of the step.
         update: the compiled update for a batch of this kind and shape.
-        sample: what the student drew; None where the targets are the dataset's.
-        sample_seconds: how long drawing keeps the device, once it has ended.
-        is_early: drawn before the update of the step before it.
+        sample: the student's samples; None if the targets are the data set's.
+        sample_seconds: a future of the seconds for which sampling occupies the device.
+        is_early: whether the samples were drawn before the update of the previous step.
     """
 
     rows: Batch
@@ -45,11 +50,11 @@ class Rollout(NamedTuple):
 
 
 class Rewards(NamedTuple):
-    """What the reward said of the samples of a step, by prompt, then sample.
+    """The rewards of the samples of a step. Samples of one prompt are neighbours.
 
     Attributes:
-        rewards: one number a sample.
-        advantages: the same minus a baseline (`rl.advantages`).
+        rewards: one number per sample.
+        advantages: the rewards minus a baseline (`rl.advantages`).
     """
 
     rewards: np.ndarray
@@ -57,7 +62,10 @@ class Rewards(NamedTuple):
 
 
 class Rollouts:
-    """Owns the training stream, the coin, the teacher's cached scores and samples drawn ahead."""
+    """Draws the batches of a run, one after the other.
+
+    It holds the training stream, the teacher's stored scores, and samples that were drawn ahead.
+    """
 
     def __init__(
         self,
@@ -67,7 +75,15 @@ class Rollouts:
         stream: streams.TrainIterator,
         clock: DeviceClock,
     ):
-        """Takes over a stream that stands at the first step to come."""
+        """Prepares to draw batches; reads none yet.
+
+        Args:
+            program: the run's shapes and jitted functions.
+            source: the opened task, whose vocabulary turns samples into texts for the reward.
+            steps: the compiled functions.
+            stream: the training stream, positioned at the first step to come.
+            clock: measures how long sampling occupies the device.
+        """
         self._program, self._source, self._steps = program, source, steps
         self._stream, self._clock = stream, clock
         config = program.recipe.data
@@ -78,11 +94,17 @@ class Rollouts:
 
     @property
     def is_ahead(self) -> bool:
-        """Whether the next step's batch is drawn, and so taken from the stream, already."""
+        """Whether the batch of the next step has already been taken from the stream."""
         return self._ahead is not None
 
     def draw(self, step: int, student_params: lm.Params, *, draw_next: bool = False) -> Rollout:
-        """What a step trains on; `draw_next` also draws for the step after it, with old weights."""
+        """Returns the batch that a step trains on.
+
+        Args:
+            step: the step, counted from 0.
+            student_params: the student's parameters before this step's update.
+            draw_next: also draw the batch of the next step now, with these parameters.
+        """
         now = self._ahead or self._draw(step, student_params)
         self._ahead = None
         if draw_next:
@@ -90,7 +112,7 @@ class Rollouts:
         return now
 
     def _draw(self, step: int, student_params: lm.Params) -> Rollout:
-        """Algorithm 1: a batch of (x, y), whose y the student writes where the coin says so."""
+        """Draws a batch (x, y) of Algorithm 1; on an on-policy step the student samples y."""
         program, seed = self._program, self._program.recipe.train.seed
         rows = next(self._stream)
         keys = gkd.step_keys(seed, step)
@@ -99,7 +121,8 @@ class Rollouts:
             scored = self._with_scores(rows)
             return Rollout(rows, self._place(scored), keys, self._steps.update_dataset[shape])
         batch = self._place(rows)
-        if program.method.rl is not None and self._is_sharded:  # the reward reads all rows
+        if program.method.rl is not None and self._is_sharded:
+            # Each process read only its own rows, and the reward needs the rows of all processes.
             rows = multihost_utils.process_allgather(batch, tiled=True)
         began = time.monotonic()
         batch, drawn = self._steps.sample[shape](student_params, batch, keys.sampling)
@@ -107,10 +130,11 @@ class Rollouts:
         return Rollout(rows, batch, keys, self._steps.update_samples[shape], drawn, seconds)
 
     def _with_scores(self, rows: Batch) -> Batch:
-        """The rows with the teacher's cached scores, where there is a cache.
+        """Returns the rows with the teacher's stored scores, or unchanged without a cache.
 
-        Where processes read parts of their own, one may lack a row that the others do not need:
-        all end with an error then, and none waits for the one that has.
+        Raises:
+            ValueError: if the cache lacks one of the rows. If the processes read different rows,
+                every process raises, so that none waits for a process that has ended.
         """
         if self._cache is None:
             return rows
@@ -127,10 +151,11 @@ class Rollouts:
         return rows
 
     def reward(self, rollout: Rollout) -> Rewards | None:
-        """The reward of each sample, from texts, on the host; all processes compute the same.
+        """Returns the rewards of a step's samples; None without samples or without a reward.
 
-        Prompt and reference are the texts of the batch's ids: what the student saw, cut as it was.
-        None where the step has no samples or the method no reward.
+        The reward function gets texts and runs on the host; every process computes the same
+        rewards. Prompts and references are decoded from the ids of the batch, so that a text that
+        was cut for the student is cut for the reward, too.
         """
         method = self._program.method
         if method.rl is None or rollout.sample is None:

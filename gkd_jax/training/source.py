@@ -1,4 +1,7 @@
-"""What a run reads, opened and checked before any array exists: its task and its vocabulary."""
+"""`open_source`: opens the task and the vocabulary of a run, and checks them against its recipe.
+
+This happens before any array exists, so that a mistake is reported at once.
+"""
 
 from typing import Any, NamedTuple
 
@@ -9,14 +12,15 @@ from gkd_jax.training.recipe import Recipe, describe
 
 
 class Source(NamedTuple):
-    """An opened task.
+    """An opened task with its vocabulary.
 
     Attributes:
         task: the seqio task or mixture.
-        vocabulary: of its inputs and targets.
-        num_pieces: ids of the vocabulary, extra ids included.
-        eos_ids: of the vocabulary; None where it has none, or is remote and was not looked at.
-        cached_k: how many ids a position the teacher's cached scores have; 0 without a cache.
+        vocabulary: the vocabulary that its inputs and targets share.
+        num_pieces: the number of ids that all models and the vocabulary share, extra ids included.
+        cached_k: the number of ids per position in the teacher's stored scores; 0 without a cache.
+        eos_ids: the ids that end a text; None if the vocabulary has none, or is remote and was not
+            read.
     """
 
     task: Any
@@ -32,12 +36,13 @@ def open_source(
     """Opens the task that a recipe trains on.
 
     Args:
-        recipe: the run.
-        pending: checkpoints that are not looked at (see `program.build`).
-        check_remote: False leaves remote vocabularies untouched.
+        recipe: the configuration of the run.
+        pending: checkpoints that are not opened (see `program.build`).
+        check_remote: whether remote vocabularies are read; False keeps a dry run off the network.
 
     Raises:
-        ValueError: for a split, cache or checkpoint that does not fit the task and its vocabulary.
+        ValueError: if a split, a teacher cache or a checkpoint does not fit the task and its
+            vocabulary, or if a row without a target would be trained on.
     """
     checkpoint = recipe.student.checkpoint
     task, vocabulary = streams.open_task(
@@ -58,7 +63,12 @@ def open_source(
 
 
 def _check_cache(recipe: Recipe, vocabulary: Any, pending: frozenset[str]) -> int:
-    """The k of a teacher cache that fits the recipe; 0 where there is none."""
+    """Returns the k of the recipe's teacher cache, 0 without one, after checking that it fits.
+
+    Raises:
+        ValueError: if the method, the temperature, the vocabulary or the teacher is not that of the
+            cache.
+    """
     path, method = recipe.data.teacher_cache, recipe.method
     if path is None:
         return 0
