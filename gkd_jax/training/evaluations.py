@@ -1,4 +1,4 @@
-"""The evaluations of a run: its student decodes a split, now and then and at the end."""
+"""`Evaluations`: decodes and scores the tasks on which a run evaluates its student."""
 
 from collections.abc import Iterator
 import dataclasses
@@ -22,7 +22,7 @@ from gkd_jax.training.source import Source
 
 
 class Evaluations:
-    """Decodes and scores every task that a recipe evaluates on; a mixture task by task."""
+    """Decodes and scores every task that a recipe evaluates on. A mixture is done task by task."""
 
     def __init__(
         self, program: Program, source: Source, model_dir: pathlib.Path, *, check_remote: bool
@@ -30,14 +30,15 @@ class Evaluations:
         """Opens the tasks and checks them against the model; decodes nothing yet.
 
         Args:
-            program: of the run, whose recipe has an `evaluation`.
-            source: of the run.
-            model_dir: decoded rows go to `eval/<task>/<step>.jsonl` below it.
-            check_remote: False leaves remote vocabularies untouched.
+            program: the run's shapes; its recipe has an `evaluation`.
+            source: the run's opened task.
+            model_dir: the folder that receives decoded rows, in `eval/<task>/<step>.jsonl`.
+            check_remote: whether remote vocabularies are read; False keeps a dry run off the
+                network.
 
         Raises:
-            ValueError: for a task of another vocabulary, a split that the task lacks, or a batch
-                size that the mesh does not divide.
+            ValueError: if a task has another vocabulary than the training task, if it lacks the
+                split, or if the mesh does not divide the batch size.
         """
         recipe = program.recipe
         assert recipe.evaluation is not None
@@ -53,7 +54,7 @@ class Evaluations:
 
     @functools.cached_property
     def _decoder(self) -> evaluate.Decoder:
-        """Made when it is first asked for: a dry run reads no remote vocabulary."""
+        """The decoder, made at first use, because a dry run must not read a remote vocabulary."""
         program = self._program
         divergence = None
         if program.teacher is not None:
@@ -69,7 +70,7 @@ class Evaluations:
         )
 
     def _open(self, source: Source, check_remote: bool) -> Iterator[tuple[str, Any]]:
-        """(name, task) of everything that is evaluated."""
+        """Yields (name, task) for everything that is evaluated."""
         name, task = self._config.task or self._data.task, source.task
         if name != self._data.task:
             chosen = dataclasses.replace(self._data, task=name)
@@ -90,10 +91,11 @@ class Evaluations:
             yield part.name, part
 
     def check_first_examples(self) -> None:
-        """Reads a batch of each task, so that data that cannot be read are found at once.
+        """Reads a batch of each task, so that unreadable data stop the run before it trains.
 
         Raises:
-            ValueError: naming the task and the split that have no example or cannot be read.
+            ValueError: if a split has no example or cannot be read; the message names it and its
+                task.
         """
         for name, task in self._tasks.items():
             where = f"the evaluation's task {name!r}, split {self._config.split!r}"
@@ -118,7 +120,16 @@ class Evaluations:
     def __call__(
         self, params: lm.Params, teacher_params: lm.Params | None, step: int
     ) -> dict[str, float]:
-        """Decodes and scores every task with these parameters; metrics named `eval/<task>/...`."""
+        """Decodes and scores every task with these parameters; also writes the decoded rows.
+
+        Args:
+            params: the student's parameters.
+            teacher_params: the teacher's parameters, for the divergence; None without a teacher.
+            step: the number of updates so far.
+
+        Returns:
+            The metrics, named `eval/<task>/<metric>`.
+        """
         found: dict[str, float] = {}
         for name, task in self._tasks.items():
             batches = self._batches(task, num_examples=self._config.num_examples)

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: the run saves after the step it is at, says how to go on, and ends."""
+"""SIGTERM and Ctrl-C: the run finishes its current step, saves a checkpoint and exits."""
 
 from collections.abc import Callable, Iterator
 import contextlib
@@ -12,32 +12,40 @@ SIGNALS = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
 
 
 class Interruption:
-    """Which signal has asked the run to stop; None until one has."""
+    """The signal that asked the run to stop.
+
+    Attributes:
+        signal: the first signal that was received; None before.
+    """
 
     def __init__(self):
         self.signal: signal.Signals | None = None
 
     @property
     def status(self) -> int:
-        """The exit status of a process that ends by the signal: 143 or 130."""
+        """The exit status that stands for the signal: 143 for SIGTERM, 130 for Ctrl-C."""
         assert self.signal is not None
         return 128 + self.signal
 
     @property
     def name(self) -> str:
-        """What the user did or the cluster sent."""
+        """The name of the signal for messages: "SIGTERM" or "Ctrl-C"."""
         assert self.signal is not None
         return SIGNALS[self.signal]
 
 
 @contextlib.contextmanager
 def watch() -> Iterator[tuple[Interruption, Callable[[int], bool]]]:
-    """What was received, and a function of the steps done: whether to save and end after this one.
+    """Watches for signals while the context lasts.
 
-    The first signal is noted; a second Ctrl-C ends the run at once. Of several processes each may
-    get SIGTERM at another step, or only one may get it: JAX's preemption service then chooses a
-    step that all have still to reach. Ctrl-C reaches all processes of a terminal alike and is left
-    to Python there.
+    In a single process the first signal is noted, and a second Ctrl-C ends the run at once. In a
+    job of several processes, each may get SIGTERM at another step, or only one may get it, so JAX's
+    preemption service chooses a step that all of them have still to reach. Ctrl-C, which reaches
+    all processes of a terminal, is left to Python there.
+
+    Yields:
+        The interruption, and a function of the number of steps done that returns whether the run
+        must save and stop now.
     """
     received = Interruption()
     if jax.process_count() > 1:

@@ -1,4 +1,10 @@
-"""What is known of a run before any array exists: shapes, shardings and jitted functions."""
+"""`build`: checks a recipe and makes the shapes, shardings and jitted functions of a run.
+
+No array exists yet. `train` compiles and runs these functions (`compile_steps`); `precompile` and
+`bench` take the same ones (`phases`). `plan` and `model_info` describe a run as text.
+
+Axes: S source, T target.
+"""
 
 from collections.abc import Callable, Sequence
 import dataclasses
@@ -24,14 +30,17 @@ class Program:
     """Everything about a run that is known before any array exists.
 
     Attributes:
-        recipe: what the run is.
-        mesh: of all devices.
-        learner: the method with its banned ids, both models' sizes, and the optimizer.
-        state: the student's arrays as shapes with shardings.
-        teacher: the teacher's, or None.
-        sample: jitted (student parameters, batch, key) -> (batch of samples, what was drawn).
-        update: jitted (state, teacher parameters, batch, key, advantages) -> (state, numbers).
-        cached_k: ids a position of the teacher's cached scores, which batches of the dataset have.
+        recipe: the configuration of the run.
+        mesh: the mesh over all devices.
+        learner: the method with its banned ids, the sizes of both models, and the optimizer.
+        state: the student's training state as shapes with shardings.
+        teacher: the teacher's parameters as shapes with shardings; None without a teacher.
+        sample: the jitted function (student parameters, batch, key) -> (batch with the samples as
+            targets, `Sample`).
+        update: the jitted function (state, teacher parameters, batch, key, advantages) -> (state,
+            metrics). It donates the state.
+        cached_k: the number of ids per position in the teacher's stored scores, which batches of
+            the data set then carry; 0 without a cache.
     """
 
     recipe: Recipe
@@ -50,11 +59,18 @@ class Program:
 
     @property
     def method(self) -> gkd.GKDConfig:
-        """The recipe's method; its samples never hold pad or an id that no piece has."""
+        """The recipe's method, whose samples exclude T5's pad and ids without a piece."""
         return self.learner.config
 
     def batch(self, rows: int, shape: tuple[int, int], num_samples: int = 1, k: int = 0) -> Batch:
-        """An abstract batch of `rows` prompts, `num_samples` targets each, of lengths (S, T)."""
+        """An abstract batch as shapes with shardings.
+
+        Args:
+            rows: the number of prompts.
+            shape: the lengths (S, T).
+            num_samples: the number of targets for each prompt.
+            k: the number of the teacher's stored ids per position; 0 without stored scores.
+        """
         where = sharding.batch_sharding(self.mesh)
         source, target = shape
 
@@ -89,17 +105,18 @@ def build(
     """Checks a recipe and makes its jitted functions, from shapes alone.
 
     Args:
-        recipe: the run.
-        num_pieces: ids of the vocabulary, extra ids included.
-        eos_ids: of the vocabulary; where the recipe names none, they end the student's samples.
-            None takes the family's.
-        cached_k: ids a position of the teacher's cached scores; 0 without a cache.
-        pending: checkpoints that are not looked at: another run will make them, or they are remote
-            and this is a dry run.
-        devices: of the mesh; None takes all there are.
+        recipe: the configuration of the run.
+        num_pieces: the number of ids in the vocabulary, extra ids included.
+        eos_ids: the ids that end the student's samples, unless the recipe names others; None takes
+            those of the model family.
+        cached_k: the number of ids per position in the teacher's stored scores; 0 without a cache.
+        pending: checkpoints that are not opened, because another run will make them, or because
+            they are remote and this is a dry run.
+        devices: the devices of the mesh; None takes all.
 
     Raises:
-        ValueError: for whatever does not fit together, naming the value and what was expected.
+        ValueError: if settings do not fit together; the message names the value and what was
+            expected.
     """
     _check_student(recipe.student, recipe.method)
     teacher, method = recipe.teacher, recipe.method
@@ -162,7 +179,7 @@ def _check_student(student: ModelConfig, method: gkd.GKDConfig) -> None:
 def _jit(
     learner: gkd.Learner, mesh: Mesh, state: TrainState, skip_nonfinite: bool
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The two jitted functions of a step, sample and update."""
+    """Returns the two jitted functions of a step: `Program.sample` and `Program.update`."""
 
     def sample_batch(params, batch, key):
         with sharding.use(mesh):
@@ -177,7 +194,7 @@ def _jit(
         kept = jax.tree.map(lambda x, old: jnp.where(finite, x, old), new, state)
         return kept._replace(step=new.step), {**metrics, "skipped": 1.0 - finite}
 
-    # What was drawn is replicated: every process reads all of it, for logs and rewards.
+    # The samples are replicated, because every process reads all of them for logs and rewards.
     rows, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
     return (
         jax.jit(sample_batch, out_shardings=(rows, everywhere)),
@@ -208,12 +225,12 @@ def _check_batch(batch_size: int, num_microbatches: int, mesh: Mesh) -> None:
 
 
 def shardings_of(shapes: Any) -> Any:
-    """The shardings of placed arrays or `ShapeDtypeStruct`s."""
+    """The tree of the shardings of arrays or `ShapeDtypeStruct`s."""
     return jax.tree.map(lambda x: x.sharding, shapes)
 
 
 def plan(program: Program) -> str:
-    """What a run will do, in a few lines."""
+    """A summary of the run in a few lines, printed when it starts."""
     recipe, models, method = program.recipe, program.models, program.method
     config = recipe.data
     mesh = " x ".join(f"{name}={size}" for name, size in program.mesh.shape.items())
@@ -237,7 +254,7 @@ def plan(program: Program) -> str:
 
 
 def _text(value: Any) -> str:
-    """A value of a recipe on one line: `JSD(beta=0.1, scale=paper)`."""
+    """A value of a recipe on one line, such as `JSD(beta=0.1, scale=paper)`."""
     found = describe(value)
     if not isinstance(found, dict):
         return str(found)
@@ -246,12 +263,12 @@ def _text(value: Any) -> str:
 
 
 class Steps(NamedTuple):
-    """Compiled functions by (S, T).
+    """The compiled functions of a run, each as a dict by the batch's shape (S, T).
 
     Attributes:
-        sample: of on-policy steps.
-        update_samples: of a batch that `sample` made.
-        update_dataset: of a batch as the dataset has it.
+        sample: sampling, for on-policy steps.
+        update_samples: the update on a batch that `sample` made.
+        update_dataset: the update on a batch of the data set.
     """
 
     sample: dict[tuple[int, int], Any]
@@ -260,8 +277,7 @@ class Steps(NamedTuple):
 
 
 class StepArguments(NamedTuple):
-    """Abstract arguments of `Program.sample` and `Program.update`, of the step kinds that lambda
-    can reach; None for the others."""
+    """The abstract arguments of the functions in `Steps`; None for steps that lambda excludes."""
 
     sample: tuple[Any, ...] | None
     update_samples: tuple[Any, ...] | None
@@ -269,7 +285,7 @@ class StepArguments(NamedTuple):
 
 
 def step_arguments(program: Program, rows: int, shape: tuple[int, int]) -> StepArguments:
-    """Those of a batch of `rows` prompts of lengths (S, T)."""
+    """The arguments of the step functions for a batch of `rows` prompts of lengths (S, T)."""
     method = program.method
     key = jax.eval_shape(lambda: jax.random.key(0))
     batch = program.batch(rows, shape)
@@ -288,7 +304,7 @@ def step_arguments(program: Program, rows: int, shape: tuple[int, int]) -> StepA
 
 
 def compile_steps(program: Program) -> Steps:
-    """The step kinds that lambda can reach, compiled for each shape of batch."""
+    """Compiles the functions of every step kind that lambda allows, for each shape of a batch."""
     steps = Steps({}, {}, {})
     for shape in program.recipe.data.shapes():
         arguments = step_arguments(program, program.recipe.data.batch_size, shape)
@@ -307,10 +323,12 @@ def compile_steps(program: Program) -> Steps:
 
 
 def phases(program: Program) -> dict[str, tuple[Any, tuple[Any, ...]]]:
-    """The jitted functions of a step with their abstract arguments, as `compile_steps` has them.
+    """The jitted functions of a step with their abstract arguments, for `precompile` and `bench`.
 
-    "score" is the teacher alone, which a run has inside "update". "update_dataset" is there where
-    batches of the dataset have another shape than sampled ones.
+    Returns:
+        "sample" and "update", the functions that `compile_steps` compiles, for the largest shape of
+        a batch. "score" is the teacher's forward pass alone, which a run has inside "update".
+        "update_dataset" is present if batches of the data set have another form than sampled ones.
     """
     batches, config = program.recipe.data, program.models.teacher
     arguments = step_arguments(program, batches.batch_size, batches.shapes()[-1])
@@ -334,7 +352,7 @@ def phases(program: Program) -> dict[str, tuple[Any, tuple[Any, ...]]]:
 
 
 def model_info(program: Program) -> str:
-    """Every array of both models; goes to model_info.txt."""
+    """The text of model_info.txt, which describes every array of both models."""
     student = program.state.params
     text = "student\n" + train_state.describe(student, shardings_of(student))
     if program.teacher is not None:

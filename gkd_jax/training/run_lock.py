@@ -1,4 +1,8 @@
-"""A lock on MODEL_DIR, so that the same command started twice does not write one run twice."""
+"""A lock on MODEL_DIR, so that two starts of one command never write to the same run.
+
+The lock is a file that its owner touches every RENEW_SECONDS. If the owner was killed, the file
+grows older than STALE_SECONDS, and the next start takes the lock over.
+"""
 
 from collections.abc import Iterator
 import contextlib
@@ -23,13 +27,14 @@ STALE_SECONDS = 60.0
 
 @contextlib.contextmanager
 def hold(folder: pathlib.Path) -> Iterator[None]:
-    """Holds the lock of a folder, one for all processes of a job; the first process keeps it.
+    """Holds the lock of a folder while the context lasts, on behalf of all processes of a job.
 
-    A lock that is being renewed is waited for, for a minute. One that nobody has renewed for a
-    minute, or whose process on this machine has ended, is taken over.
+    The first process of the job owns the file. If another job renews the lock, wait for it for a
+    minute. Take the lock over if it was not renewed for a minute, or if its owner was a process of
+    this machine that has ended.
 
     Raises:
-        ValueError: naming who holds the lock, if it is still being renewed after the wait.
+        ValueError: if the lock is still renewed after the wait; the message names its owner.
     """
     existed, refusal = folder.exists(), ""
     if jax.process_index() == 0:
@@ -53,7 +58,7 @@ def hold(folder: pathlib.Path) -> Iterator[None]:
 
 
 def _take(folder: pathlib.Path) -> str:
-    """Makes the lock's file; returns why it cannot, or ""."""
+    """Creates the lock file; returns "", or the reason why another job keeps the lock."""
     folder.mkdir(parents=True, exist_ok=True)
     path, waited_since, said = folder / FILE, time.monotonic(), False
     while True:
@@ -62,7 +67,7 @@ def _take(folder: pathlib.Path) -> str:
         except FileExistsError:
             owner, age = _owner(path)
             if age is None:
-                continue  # it was released in between
+                continue  # the owner has just released it
             who = f"process {owner.get('pid')} on {owner.get('host')}"
             if age > STALE_SECONDS or _has_ended(owner):
                 print(
@@ -84,7 +89,7 @@ def _take(folder: pathlib.Path) -> str:
 
 
 def _owner(path: pathlib.Path) -> tuple[dict[str, Any], float | None]:
-    """Who holds a lock, and the seconds since it was renewed; None where there is no lock."""
+    """Returns (owner, seconds since the lock was renewed); ({}, None) if there is no lock."""
     try:
         age = time.time() - path.stat().st_mtime
         content = path.read_text(encoding="utf-8")
@@ -92,13 +97,13 @@ def _owner(path: pathlib.Path) -> tuple[dict[str, Any], float | None]:
         return {}, None
     try:
         owner = json.loads(content)
-    except ValueError:  # being written
+    except ValueError:  # the owner is still writing it
         owner = {}
     return owner if isinstance(owner, dict) else {}, age
 
 
 def _has_ended(owner: dict[str, Any]) -> bool:
-    """Whether the owner was a process of this machine that is no more."""
+    """Whether the owner was a process of this machine that has ended."""
     if owner.get("host") != socket.gethostname() or not isinstance(owner.get("pid"), int):
         return False
     started = _start_time(owner["pid"])
@@ -106,7 +111,10 @@ def _has_ended(owner: dict[str, Any]) -> bool:
 
 
 def _start_time(pid: int | None = None) -> str | None:
-    """When a process began, in the kernel's ticks; None if there is none of this number."""
+    """The start time of a process in kernel ticks; None if there is no such process.
+
+    Together with the process id, it tells a process from a later one with the same id.
+    """
     try:
         stat = pathlib.Path(f"/proc/{pid or os.getpid()}/stat").read_text()
     except OSError:

@@ -1,4 +1,8 @@
-"""`run.json`: what a run was, to tell it from others, to refuse to mix them, and to repeat it."""
+"""`run.json`: the record of a run, which identifies it and lets it be repeated.
+
+`describe_run` makes the record. `changes` compares it with the record that a MODEL_DIR holds and
+refuses to mix two runs.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 import hashlib
@@ -25,13 +29,13 @@ from gkd_jax.training.source import Source
 def describe_run(
     program: Program, source: Source, *, name: str, macros: Mapping[str, str]
 ) -> dict[str, Any]:
-    """What run.json holds of a run: enough to tell it from others, and to run it again.
+    """The contents of run.json, which suffice to tell the run from others and to repeat it.
 
     Args:
-        program: of the run.
-        source: of the run.
-        name: of the run within a study, or its folder's.
-        macros: the gin macros, as they are written.
+        program: the run's shapes and recipe.
+        source: the run's opened task.
+        name: the name of the run within a study, or of its folder.
+        macros: the gin macros as they are written.
     """
     recipe = program.recipe
     task_file = pathlib.Path(recipe.data.task).is_file()
@@ -57,7 +61,7 @@ def describe_run(
 
 
 def _contents(recipe: Recipe, source: Source) -> dict[str, str]:
-    """A hash of what each path of the recipe leads to, by the name of its field."""
+    """Field name -> hash of the content behind that field's path."""
     found = {"data.vocabulary": vocabularies.content_hash(source.vocabulary)}
     for name, model in (("student", recipe.student), ("teacher", recipe.teacher)):
         if model is not None and model.checkpoint is not None:
@@ -73,7 +77,7 @@ def _contents(recipe: Recipe, source: Source) -> dict[str, str]:
 
 
 def batch_hash(batch: Batch) -> str:
-    """SHA-256 of the ids that a process reads: runs with the same see the same data in order."""
+    """SHA-256 of a batch's ids and weights, by which two streams of data are compared."""
     digest = hashlib.sha256()
     for array in (batch.inputs, batch.targets, batch.weights):
         digest.update(np.ascontiguousarray(array).tobytes())
@@ -81,12 +85,13 @@ def batch_hash(batch: Batch) -> str:
 
 
 def read(folder: pathlib.Path) -> dict[str, Any] | None:
-    """The run.json of a MODEL_DIR that holds a saved step; None for one that is free to take.
+    """Reads the run.json of a MODEL_DIR that holds a checkpoint; None if there is no checkpoint.
 
-    A start that failed before its first checkpoint does not claim its folder.
+    A MODEL_DIR without a checkpoint is free to use, so a start that failed before its first
+    checkpoint does not block the folder.
 
     Raises:
-        ValueError: where all that is left of a run is damaged, or its run.json cannot be read.
+        ValueError: if all checkpoints of the run are damaged, or its run.json cannot be read.
     """
     path = folder / "run.json"
     if not checkpoints.saved_steps(folder):
@@ -112,19 +117,19 @@ def changes(
     about: dict[str, Any],
     allowed: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
-    """What this start changes in the run that a MODEL_DIR holds.
+    """The changes that this start makes to the run in a MODEL_DIR.
 
     Args:
         folder: the MODEL_DIR.
         before: its run.json.
-        about: what this start would write.
-        allowed: names of recipe fields that may change besides those of `recipe.MAY_CHANGE`.
+        about: the run.json that this start would write.
+        allowed: recipe fields that may change, besides those of `recipe.MAY_CHANGE`.
 
     Returns:
-        `{"field", "old", "new"}` of each field that differs and may.
+        `{"field", "old", "new"}` for each field that differs and may.
 
     Raises:
-        ValueError: naming every value that is not as it was and must be, old and new.
+        ValueError: if other fields differ; the message lists them all with old and new values.
     """
     found, refused = [], []
     for name, old, new in _all_differences(before, about):
@@ -151,7 +156,7 @@ def _all_differences(
     before: dict[str, Any], about: dict[str, Any]
 ) -> Iterator[tuple[str, Any, Any]]:
     for name, old, new in differences(before.get("recipe"), about["recipe"]):
-        # Of two paths it is compared below what they lead to.
+        # Where both runs have a path, the contents behind the paths are compared below.
         if name not in PATHS or old is None or new is None:
             yield name, old, new
     was, now = before.get("contents", {}), about["contents"]
@@ -170,13 +175,15 @@ def _field(description: Any, name: str) -> Any:
 
 
 def fields_named(about: dict[str, Any], name: str) -> list[str]:
-    """The recipe's fields that a name means: one of them, or "[scope/]Type.field" of gin.
+    """The recipe fields that a name of ALLOW_CHANGES stands for.
 
-    "Linear.learning_rate" is `schedule.learning_rate`; "student/ModelConfig.checkpoint" is
-    `student.checkpoint`.
+    Args:
+        about: the contents of run.json.
+        name: a dotted field, or gin's "[scope/]Type.field". "Linear.learning_rate" stands for
+            `schedule.learning_rate`, "student/ModelConfig.checkpoint" for `student.checkpoint`.
 
     Raises:
-        ValueError: where the recipe has no such field.
+        ValueError: if the recipe has no such field.
     """
     scope, _, selector = name.rpartition("/")
     found = [
@@ -197,7 +204,7 @@ def fields_named(about: dict[str, Any], name: str) -> list[str]:
 
 
 def _fields(description: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted name, type of the dataclass that has it) of every field."""
+    """Yields (dotted name, type of the dataclass that holds it) for every field."""
     for key, value in description.items():
         if key == "type":
             continue
@@ -212,7 +219,7 @@ def write(folder: pathlib.Path, about: dict[str, Any]) -> None:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that this package runs from; None for an installed one."""
+    """The commit of the checkout that this package runs from; None for an installed package."""
     folder = pathlib.Path(__file__).resolve().parent
     command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
     try:

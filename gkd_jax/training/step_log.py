@@ -1,4 +1,7 @@
-"""The numbers of each step, written one step late so that the host never waits for the device."""
+"""`StepLog`: writes the metrics of each step, one step late.
+
+The host logs a step while the device already works on the next one, so the device never idles.
+"""
 
 from collections.abc import Mapping
 import concurrent.futures
@@ -13,7 +16,7 @@ from gkd_jax.training.rollouts import Rewards, Rollout
 
 
 class _Step(NamedTuple):
-    """A step that was dispatched but not waited for."""
+    """A step that was dispatched to the device, and whose results nobody has waited for."""
 
     number: int
     rollout: Rollout
@@ -23,7 +26,7 @@ class _Step(NamedTuple):
 
 
 class StepLog:
-    """Holds one step back: `add` writes the step before, `flush` whatever is held."""
+    """Holds the latest step back: `add` writes the previous step, and `flush` the one held."""
 
     def __init__(self, writer: metrics.Writer, progress: metrics.Progress, schedule: Schedule):
         self._writer, self._progress, self._schedule = writer, progress, schedule
@@ -37,15 +40,23 @@ class StepLog:
         values: Mapping[str, jax.Array | float],
         update_seconds: concurrent.futures.Future[float],
     ) -> None:
-        """Takes a step that was dispatched, and waits for the one before it."""
+        """Writes the previous step and holds this one, which was just dispatched.
+
+        Args:
+            step: the step, counted from 0.
+            rollout: the batch that the step trains on.
+            rewards: the rewards of its samples; None without a reward.
+            values: the metrics that the update returns.
+            update_seconds: a future of the seconds for which the update occupies the device.
+        """
         self.flush()
         self._held = _Step(step, rollout, rewards, values, update_seconds)
 
     def flush(self) -> None:
-        """Waits for the held step's results and writes its line.
+        """Waits for the results of the held step and writes its line.
 
         Raises:
-            FloatingPointError: for a loss or gradient that is not finite; the batch is dumped.
+            FloatingPointError: if the loss or the gradient is not finite; dumps the batch first.
         """
         step, self._held = self._held, None
         if step is None:
@@ -80,7 +91,7 @@ class StepLog:
 
 
 def _sample_numbers(step: _Step) -> dict[str, float]:
-    """What is logged of the student's samples and of their rewards, where there are any."""
+    """The metrics of a step's samples and rewards; {} if the step has none."""
     numbers: dict[str, float] = {}
     sample = step.rollout.sample
     if sample is not None:

@@ -1,4 +1,4 @@
-"""The life of a run, from a recipe to a trained student: `train`, from top to bottom."""
+"""`train`: a whole run, from a recipe to a trained student. Read it from top to bottom."""
 
 from collections.abc import Callable, Mapping, Sequence
 import contextlib
@@ -45,19 +45,25 @@ def train(
     config_text: Callable[[], str] = str,
     macros: Mapping[str, str] = {},
 ) -> None:
-    """Trains a student, or goes on with what MODEL_DIR holds.
+    """Trains a student, or resumes the run that MODEL_DIR holds.
 
     Args:
-        recipe: what the run is.
-        model_dir: where everything goes (see the README's table).
-        dry_run: build and check everything, print the plan, train nothing.
-        pending: checkpoints that another run of a study will have made by then.
-        name: of this run within a study, for the terminal.
-        allow_changes: fields of the recipe that a resumed run may have changed.
-        config_text: called once everything is built; written to config.gin.
+        recipe: the configuration of the run.
+        model_dir: the folder that receives checkpoints, metrics and records (see the README).
+        dry_run: build and check everything and print the plan, but train nothing.
+        pending: checkpoints that an earlier phase of a study will make; a dry run does not open
+            them.
+        name: the name of this run within a study.
+        allow_changes: recipe fields that a resumed run may change.
+        config_text: returns the text of config.gin; called after everything is built, when gin
+            knows which values were used.
         macros: the gin macros of the run, for run.json.
+
+    Raises:
+        ValueError: if anything is wrong with the recipe, the data or MODEL_DIR.
+        SystemExit: after a signal, once a checkpoint is saved.
     """
-    #### Everything that can be wrong, before anything is written ##################################
+    #### Checks, before anything is written ########################################################
     if dry_run:
         pending |= pretrained.remote_checkpoints(recipe.student, recipe.teacher)
     source = open_source(recipe, pending=pending, check_remote=not dry_run)
@@ -99,7 +105,7 @@ def train(
         clock = metrics.DeviceClock()
         closing.callback(clock.close)
 
-        #### Both kinds of step, compiled before the first #########################################
+        #### Compilation of every kind of step #####################################################
         rollouts = Rollouts(program, source, compile_steps(program), stream, clock)
         log = StepLog(writer, _progress(recipe, start, name), recipe.learning_rate())
 
@@ -118,7 +124,7 @@ def train(
             done = step + 1
             evaluates = evaluate is not None and _is_due(done, recipe.train.eval_period, recipe)
             saves = evaluates or _is_due(done, recipe.train.save_period, recipe)
-            # Not across a checkpoint, which knows the stream's position and no samples.
+            # Never draw ahead across a checkpoint: it stores the stream's position, but no samples.
             ahead = recipe.train.sample_ahead and not stopping and not saves
 
             rollout = rollouts.draw(step, state.params, draw_next=ahead)
@@ -128,7 +134,7 @@ def train(
             state, values = rollout.update(
                 state, teacher_params, rollout.batch, rollout.keys.dropout, *extra
             )
-            # The device works on this step; the host waits for the one before and logs it.
+            # While the device works on this step, the host waits for the previous step and logs it.
             if recipe.train.sample_ahead and rollout.sample is not None:
                 values = {**values, "staleness": float(rollout.is_early)}
             log.add(step, rollout, rewards, values, clock.seconds(began, values["loss"]))
@@ -139,7 +145,7 @@ def train(
                 log.flush()
                 saved.save(done, state, stream, run.description)
             if evaluates:
-                saved.wait()  # a failing evaluation must not cost the weights
+                saved.wait()  # if the evaluation fails, the weights are safe
                 evaluate_at(done)
             if stops and done < recipe.train.train_steps:
                 advice = "run the same command to go on"
@@ -150,7 +156,7 @@ def train(
 
 
 def _is_due(done: int, period: int | None, recipe: Recipe) -> bool:
-    """Whether something happens after so many steps: every period, and at the end."""
+    """Whether something periodic is due after `done` steps; it also is at the end of the run."""
     return done == recipe.train.train_steps or (period is not None and done % period == 0)
 
 
@@ -176,7 +182,7 @@ def _check_dry(
     pending: frozenset[str],
     allow_changes: Sequence[str],
 ) -> None:
-    """A dry run's last check, of MODEL_DIR, and its list of what could not be checked."""
+    """Compares a dry run with what MODEL_DIR holds, and lists the checkpoints it did not check."""
     models = (program.recipe.student, program.recipe.teacher)
     unknown = {model.checkpoint for model in models if model is not None} & pending
     before = run_record.read(folder)
@@ -194,7 +200,17 @@ def _allowed(about: dict[str, Any], names: Sequence[str]) -> list[str]:
 
 @dataclasses.dataclass(kw_only=True)
 class _Run:
-    """A MODEL_DIR: what it holds, and what this start makes of it."""
+    """The MODEL_DIR of a run, with what it holds and what this start changes.
+
+    Attributes:
+        program: the run's shapes and jitted functions.
+        source: the opened task.
+        folder: the MODEL_DIR.
+        about: the contents of run.json, as this start will write them.
+        changes: the differences to the run that the folder holds (`run_record.changes`).
+        is_new: whether the folder holds no checkpoint yet.
+        description: the model's description, saved with every checkpoint.
+    """
 
     program: Program
     source: Source
@@ -217,7 +233,7 @@ class _Run:
         """Compares a recipe with what MODEL_DIR holds; writes nothing.
 
         Raises:
-            ValueError: where the folder holds another configuration's run.
+            ValueError: if the folder holds a run with another configuration.
         """
         about = run_record.describe_run(program, source, name=name or folder.name, macros=macros)
         before, changed = run_record.read(folder), []
@@ -242,13 +258,13 @@ class _Run:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the newest checkpoint is of the last step or beyond."""
+        """Whether the newest checkpoint is of the run's last step or a later one."""
         steps = checkpoints.saved_steps(self.folder)
         return bool(steps) and max(steps) >= self.program.recipe.train.train_steps
 
     @functools.cached_property
     def checkpoints(self) -> checkpoints.Checkpoints:
-        """The folder's checkpoints; makes the folder."""
+        """Opens the checkpoints of the folder, which is made if it does not exist."""
         config, evaluation = self.program.recipe.train, self.program.recipe.evaluation
         best_metric = None
         if config.best_metric is not None and evaluation is not None:
@@ -267,7 +283,7 @@ class _Run:
         )
 
     def begin(self) -> tuple[int, TrainState, streams.TrainIterator]:
-        """The steps done, the state after them, and the stream of batches at that position."""
+        """Returns the number of steps done, the state after them, and the stream at that step."""
         program, recipe = self.program, self.program.recipe
         shard = data.process_shard(recipe.data, program.mesh)
         stream = streams.TrainIterator(self.source.task, recipe.data, shard)
@@ -300,7 +316,12 @@ class _Run:
         return step, state, stream
 
     def _check_first_batch(self, found: str, shard: data.Shard) -> None:
-        """The data may lie elsewhere than they did, and must be the same."""
+        """Checks that a resumed run reads the same data, wherever the files are now.
+
+        Raises:
+            ValueError: if the first batch differs from the recorded one, although no field of the
+                data was changed on purpose.
+        """
         recorded = self.about.get("first_batch")
         self.about["first_batch"] = found
         changed = any(change["field"].startswith("data.") for change in self.changes)
@@ -313,7 +334,7 @@ class _Run:
             )
 
     def write(self, config_text: str) -> None:
-        """Takes the folder: config.gin, model_info.txt and run.json."""
+        """Writes config.gin, model_info.txt and run.json to the folder."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
             files.write_whole(self.folder / "config.gin", config_text)

@@ -1,4 +1,4 @@
-"""The student's state before the first update: its arrays, its shapes, and where they lie."""
+"""The student's training state before the first update: arrays, shapes, and shardings."""
 
 from typing import Any
 
@@ -13,20 +13,21 @@ from gkd_jax.models import lm
 
 
 def create(params: lm.Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first update."""
+    """The state before the first update: step 0, the parameters, a new optimizer state."""
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
 def abstract(config: lm.Config, optimizer: optax.GradientTransformation) -> TrainState:
-    """The shapes of `create`, as `jax.ShapeDtypeStruct`s."""
+    """The state of `create` as `jax.ShapeDtypeStruct`s, without any array."""
     return jax.eval_shape(lambda params: create(params, optimizer), lm.abstract_params(config))
 
 
 def shardings(state: TrainState, mesh: Mesh, rules: sharding.Rules = sharding.RULES) -> Any:
-    """Where each array of an abstract state lives.
+    """The shardings of every array of an abstract state.
 
-    An optimizer's array whose path ends in a parameter's path lies as that parameter does; where it
-    is a mean over one of the parameter's dimensions (Adafactor), without that dimension's axis.
+    An array of the optimizer is sharded like the parameter that has the same dict keys in its path.
+    If the array is a mean over one of the parameter's dimensions (Adafactor), that dimension's axis
+    is left out. Any other array is replicated.
     """
     axes = lm.logical_axes(state.params)
     by_path = {
@@ -58,7 +59,7 @@ def shardings(state: TrainState, mesh: Mesh, rules: sharding.Rules = sharding.RU
 
 
 def describe(params: lm.Params, placed: lm.Params, indent: str = "") -> str:
-    """One line an array: path, shape, dtype, logical axes, mesh axes, bytes per device."""
+    """One line per array: path, shape, dtype, logical axes, mesh axes and bytes per device."""
     lines, total = [], 0
     axes = jax.tree.leaves(lm.logical_axes(params), is_leaf=lambda x: type(x) is tuple)
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
