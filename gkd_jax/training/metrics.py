@@ -1,4 +1,9 @@
-"""Where numbers go: metrics.jsonl and TensorBoard in MODEL_DIR, and lines on the terminal."""
+"""Writes, reads and prints the numbers of a run.
+
+`Writer` writes metrics.jsonl and TensorBoard files in MODEL_DIR, `Progress` prints to the terminal,
+and `SampleWatch` warns of samples that go wrong. `read`, `values_by_step` and `study_table` read
+metrics.jsonl, and `DeviceClock` measures device time.
+"""
 
 import collections
 from collections.abc import Mapping, Sequence
@@ -18,10 +23,11 @@ from gkd_jax.text import files
 
 
 class Writer:
-    """Appends to MODEL_DIR/metrics.jsonl and MODEL_DIR/tensorboard; every step once.
+    """Appends the numbers of each step to MODEL_DIR/metrics.jsonl and MODEL_DIR/tensorboard.
 
-    After a resume the lines beyond the restored step are dropped: they will be written again. All
-    processes of a job but the first are silent.
+    When a run resumes, lines of metrics.jsonl after the restored step are dropped, because their
+    steps are run again. In a job of several processes, only the first one writes; the others are
+    `silent`.
     """
 
     def __init__(self, model_dir: str, *, resume_step: int, silent: bool = False):
@@ -41,7 +47,7 @@ class Writer:
         self._tensorboard = tf.summary.create_file_writer(str(self._folder / "tensorboard"))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """One line: `{"step": step, **values}`."""
+        """Writes one line `{"step": step, **values}`, and warns of samples that go wrong."""
         if self._file is None:
             return
         for warning in self._samples.see(values):
@@ -53,7 +59,11 @@ class Writer:
                 tf.summary.scalar(name, value)
 
     def dump(self, step: int, arrays: Mapping[str, Any]) -> pathlib.Path:
-        """Writes MODEL_DIR/nonfinite_<step>.npz, as far as this process holds the arrays."""
+        """Writes the arrays that this process holds whole to MODEL_DIR/nonfinite_<step>.npz.
+
+        Returns:
+            The path of the file.
+        """
         path = self._folder / f"nonfinite_{step}.npz"
         held = {
             name: np.asarray(value)
@@ -70,15 +80,15 @@ class Writer:
 
 
 def sample_statistics(tokens: np.ndarray, weights: np.ndarray) -> dict[str, float]:
-    """What tells samples that go wrong.
+    """Returns statistics that show whether samples go wrong.
 
     Args:
-        tokens: [N, T], EOS = 1.
-        weights: [N, T], 1 where a token counts.
+        tokens: sampled ids [N, T], where EOS has the id 1.
+        weights: an array [N, T] that is 1 where a token counts, 0 elsewhere.
 
     Returns:
-        `length`, the mean number of tokens; `truncated_fraction` of samples without EOS;
-        `distinct_2`, see below.
+        `length`, the mean number of tokens of a sample; `truncated_fraction`, the share of samples
+        without EOS; and `distinct_2`, the share of distinct bigrams.
     """
     return {
         "length": float(weights.sum(1).mean()),
@@ -88,9 +98,9 @@ def sample_statistics(tokens: np.ndarray, weights: np.ndarray) -> dict[str, floa
 
 
 def _distinct_bigrams(tokens: np.ndarray, weights: np.ndarray) -> float:
-    """Different pairs of neighbouring tokens over all pairs, within samples; 1 if there are none.
+    """Returns the share of distinct bigrams within a sample, averaged over samples.
 
-    It falls when samples repeat themselves.
+    The share falls when samples repeat themselves. It is 1 if no sample has a bigram.
     """
     shares = []
     for row, length in zip(tokens, weights.sum(1).astype(int), strict=True):
@@ -101,9 +111,10 @@ def _distinct_bigrams(tokens: np.ndarray, weights: np.ndarray) -> float:
 
 
 class SampleWatch:
-    """Says, once each, when the student's samples go the ways that on-policy training goes wrong.
+    """Warns when the student's samples grow, are truncated, repeat themselves or lose entropy.
 
-    The mean over the latest `window` sampled steps is compared with that over the first.
+    These are the ways in which on-policy training goes wrong. The means over the latest `window`
+    sampled steps are compared with those over the first. Each kind of warning is given once.
     """
 
     def __init__(self, window: int = 50):
@@ -113,7 +124,7 @@ class SampleWatch:
         self._said: set[str] = set()
 
     def see(self, values: Mapping[str, Any]) -> list[str]:
-        """The warnings that the numbers of one more step give rise to."""
+        """Takes the numbers of one more step and returns the new warnings."""
         if "train/sample_length" not in values:
             return []
         self._latest.append(values)
@@ -154,7 +165,7 @@ class SampleWatch:
 
 
 def read(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line cut short by a crash is left out."""
+    """Returns the lines of a metrics.jsonl, without those that a crash has cut short."""
     lines = []
     for line in path.read_text().splitlines():
         try:
@@ -165,13 +176,17 @@ def read(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def values_by_step(path: pathlib.Path, name: str) -> dict[int, float]:
-    """One number of a metrics.jsonl at each step that has it; empty where there is no file."""
+    """Returns one number of a metrics.jsonl by step; empty if the file does not exist."""
     lines = read(path) if path.exists() else []
     return {line["step"]: line[name] for line in lines if name in line}
 
 
 class DeviceClock:
-    """How long each result keeps the device: from the end of the one before it, or its dispatch."""
+    """Measures how long the device works on each result, without making the caller wait.
+
+    The time of a result begins when the result before it is ready or, if that is later, when the
+    result is dispatched. It ends when the result is ready.
+    """
 
     def __init__(self):
         self._waiter = concurrent.futures.ThreadPoolExecutor(1)
@@ -181,7 +196,12 @@ class DeviceClock:
         self._waiter.shutdown()
 
     def seconds(self, began: float, result: jax.Array) -> concurrent.futures.Future[float]:
-        """To be called in the order of dispatch, with the time of it."""
+        """Returns the seconds of a result as a future. Call this in the order of dispatch.
+
+        Args:
+            began: the `time.monotonic()` of the dispatch.
+            result: an array of the dispatched computation.
+        """
 
         def wait() -> float:
             jax.block_until_ready(result)
@@ -192,7 +212,11 @@ class DeviceClock:
 
 
 class Progress:
-    """A bar that is redrawn in a terminal, plain lines elsewhere."""
+    """Prints the progress of a run.
+
+    In a terminal, a bar is redrawn after each step. Elsewhere, a line is printed every `every`
+    steps and at the end.
+    """
 
     def __init__(self, total: int, *, start: int, every: int, name: str = "", silent: bool = False):
         self._silent = silent
@@ -202,7 +226,12 @@ class Progress:
         self._sample_s = self._update_s = 0.0
 
     def step(self, done: int, values: Mapping[str, float]) -> None:
-        """Called after each step, with the number of steps done so far."""
+        """Records one more step and prints where it is due.
+
+        Args:
+            done: the number of steps done so far.
+            values: the numbers of the step.
+        """
         self._sample_s += values.get("time/sample_s", 0.0)
         self._update_s += values.get("time/update_s", 0.0)
         last = done == self._total
@@ -236,7 +265,12 @@ def _clock(seconds: float) -> str:
 
 
 def study_table(root: pathlib.Path, phases: Sequence[str]) -> str:
-    """The last evaluation of each run of a study, one row a run, as Markdown."""
+    """Returns a Markdown table with the last evaluation of each run of a study, one run a row.
+
+    Args:
+        root: the folder of the study.
+        phases: the names of the runs, which are folders in `root`.
+    """
     rows: dict[str, dict[str, Any]] = {}
     for phase in phases:
         path = pathlib.Path(root) / phase / "metrics.jsonl"
@@ -259,5 +293,5 @@ def study_table(root: pathlib.Path, phases: Sequence[str]) -> str:
 
 
 def _cell(name: str, value: float) -> str:
-    """Nats are small numbers, scores go up to 100."""
+    """Formats a value: three digits for divergences in nats, one for scores of up to 100."""
     return f"{value:.3f}" if name.endswith("divergence") else f"{value:.1f}"

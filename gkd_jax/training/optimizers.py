@@ -1,7 +1,7 @@
-"""Adafactor with T5X's numbers, AdamW, and the paper's learning-rate schedule.
+"""The optimizers (Adafactor as in T5X, AdamW) and the paper's learning-rate schedule.
 
-Parameters under a path component `layers` are stacked on axis 0. Adafactor treats each layer as a
-parameter of its own: its factors, its scale and its clipping, as T5X does.
+Parameters under a path component `layers` are stacked on axis 0. Like T5X, Adafactor treats each
+layer of a stack as a parameter of its own, with its own factors, scale and clipping.
 """
 
 import dataclasses
@@ -19,12 +19,14 @@ from gkd_jax.text import settings
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Linear:
-    """The paper's learning-rate schedule: linear from 0, constant, linear to 0 at the run's end.
+    """The paper's learning-rate schedule: a rise from 0, a constant part, and a fall to 0.
+
+    Rise and fall are linear, and the fall ends with the run.
 
     Attributes:
-        learning_rate: of the constant part.
-        warmup_steps: updates of the rise; the paper's XSum: 2,000 of 40,000.
-        cooldown_steps: updates of the fall; the paper's XSum: the last 10,000.
+        learning_rate: the learning rate of the constant part.
+        warmup_steps: the updates of the rise (the paper's XSum runs: 2,000 of 40,000).
+        cooldown_steps: the updates of the fall (the paper's XSum runs: the last 10,000).
     """
 
     learning_rate: float
@@ -41,10 +43,13 @@ class Linear:
                 raise ValueError(f"{name} must be an integer of at least 0, got {value!r}")
 
     def over(self, total_steps: int) -> Schedule:
-        """The learning rate of each update of a run of `total_steps` updates.
+        """Returns the learning rate as a function of the number of updates done before.
+
+        Args:
+            total_steps: the number of updates of the run.
 
         Raises:
-            ValueError: where the rise and the fall together are longer than the run.
+            ValueError: if the rise and the fall together are longer than the run.
         """
         if self.warmup_steps + self.cooldown_steps > total_steps:
             raise ValueError(
@@ -67,13 +72,13 @@ class AdamW:
     """AdamW (Loshchilov & Hutter, 2019).
 
     Attributes:
-        b1, b2: decay of the means of gradients and of squared gradients.
-        eps: added to the root of the mean of squared gradients.
-        weight_decay: times the learning rate, subtracted as a share of each kernel and embedding.
-            Norms and biases, those of positions included, are left alone, as in T5X and big_vision:
-            they set a scale or an offset, and a share of it less is another function.
-        max_grad_norm: the global norm of the gradients is clipped to this first; None clips
-            nothing.
+        b1, b2: the decay rates of the means of gradients and of squared gradients.
+        eps: a number added to the root of the mean of squared gradients.
+        weight_decay: the rate of weight decay. Each update subtracts this share, times the learning
+            rate, of every kernel and embedding. As in T5X and big_vision, the scales of norms, the
+            biases and the position biases do not decay: they set a scale or an offset, and a
+            smaller one is another function.
+        max_grad_norm: the global norm to which gradients are clipped first; None does not clip.
     """
 
     b1: float = 0.9
@@ -87,7 +92,7 @@ class AdamW:
         _check_max_grad_norm(self.max_grad_norm)
 
     def __call__(self, schedule: Schedule) -> optax.GradientTransformation:
-        """The optimizer whose learning rate follows `schedule`."""
+        """Returns the optimizer whose learning rate follows `schedule`."""
         adam = optax.adamw(
             schedule,
             b1=self.b1,
@@ -103,20 +108,23 @@ _NEVER_DECAYED = ("scale", "bias", "rel_embedding")
 
 
 def _decays(params: Any) -> Any:
-    """A tree of flags: which parameters AdamW decays."""
+    """Returns a tree of flags that are true for the parameters to which weight decay applies."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: _place(path)[1] not in _NEVER_DECAYED, params
     )
 
 
 class AdafactorState(NamedTuple):
-    """Second moments of the gradients; each tree has the structure of the parameters.
+    """Adafactor's count and running means of squared gradients.
+
+    Each of the three trees has the structure of the parameters. A parameter that has no entry in a
+    tree has zeros there, of shape (1,) or, for stacked layers, [L, 1].
 
     Attributes:
-        count: updates done.
-        v_row, v_col: means of squared gradients over the last and the second-to-last dimension of a
-            factored parameter; zeros of shape (1,), per layer [L, 1], elsewhere.
-        v: squared gradients of an unfactored parameter; zeros (1,) or [L, 1] elsewhere.
+        count: the number of updates done.
+        v_row: for factored parameters, squared gradients averaged over the last dimension.
+        v_col: for factored parameters, squared gradients averaged over the dimension before.
+        v: for unfactored parameters, the squared gradients.
     """
 
     count: Int[Array, ""]
@@ -127,20 +135,22 @@ class AdafactorState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Adafactor:
-    """Adafactor (Shazeer & Stern, 2018) as T5X runs it: parameter-scaled, no momentum.
+    """Adafactor (Shazeer & Stern, 2018) as T5X runs it: scaled by the parameters, no momentum.
 
-    The learning rate is a relative step size: an update is scaled by the parameter's RMS.
+    The learning rate is a relative step size, because an update is multiplied by the RMS of its
+    parameter.
 
     Attributes:
-        decay_rate: the second moments decay by 1 - (count + 1)^-decay_rate.
-        clipping_threshold: of the RMS of one parameter's (one layer's) update.
-        min_parameter_scale: the least RMS that a parameter is given.
-        epsilon: added to squared gradients.
-        min_dim_size_to_factor: unstacked matrices are factored from this size of both dimensions.
-        stacked_min_dim_size_to_factor: the same for matrices of stacked layers. T5X factors those
-            of its scanned network at any size (0) and of its plain network from 128.
-        max_grad_norm: the global norm of the gradients is clipped to this first; None clips
-            nothing.
+        decay_rate: d in 1 - (count + 1)^-d, the decay of the second moments.
+        clipping_threshold: the largest RMS of the update of one parameter (or one layer of a stack)
+            before the learning rate.
+        min_parameter_scale: the least RMS by which an update is multiplied.
+        epsilon: a number added to squared gradients.
+        min_dim_size_to_factor: the second moments of an unstacked matrix are factored if both of
+            its dimensions have at least this size.
+        stacked_min_dim_size_to_factor: the same size for the matrices of stacked layers. T5X
+            factors those of its scanned network at any size (0), of its plain network from 128.
+        max_grad_norm: the global norm to which gradients are clipped first; None does not clip.
     """
 
     decay_rate: float = 0.8
@@ -156,7 +166,7 @@ class Adafactor:
         _check_max_grad_norm(self.max_grad_norm)
 
     def __call__(self, schedule: Schedule) -> optax.GradientTransformation:
-        """The optimizer whose relative step size follows `schedule`."""
+        """Returns the optimizer whose relative step size follows `schedule`."""
         optimizer = optax.GradientTransformation(
             self._init, functools.partial(self._update, schedule)
         )
@@ -174,7 +184,7 @@ class Adafactor:
                 sizes = [(shape[0],), (shape[1],), (1,)]
             else:
                 sizes = [(1,), (1,), shape]
-            # Three arrays, also where shapes agree: a donated buffer must not be shared.
+            # The state is donated, so each of the three must be an array of its own.
             return tuple(jnp.zeros((*lead, *size)) for size in sizes)
 
         rows, cols, full = _transpose(jax.tree_util.tree_map_with_path(leaf, params), params, 3)
@@ -209,14 +219,14 @@ class Adafactor:
         return steps, AdafactorState(state.count + 1, rows, cols, full)
 
 
-# gin files and command lines name them so: `OPTIMIZER = @optimizers.adamw`.
+# The names in gin files and on command lines, as in `OPTIMIZER = @optimizers.adamw`.
 adafactor = Adafactor
 adamw = AdamW
 Optimizer = Adafactor | AdamW
 
 
 def _adafactor_step(grad, v_row, v_col, v, *, decay, clipping_threshold, epsilon, factored):
-    """The clipped step of one parameter, or of one layer of a stacked one, and its new moments."""
+    """Returns the clipped step and the new moments of one parameter, or one layer of a stack."""
     grad = grad.astype(jnp.float32)
     squared = jnp.square(grad) + epsilon
     if factored:
@@ -238,13 +248,14 @@ def _check_max_grad_norm(max_grad_norm: float | None) -> None:
 def _clipped(
     optimizer: optax.GradientTransformation, max_grad_norm: float | None
 ) -> optax.GradientTransformation:
+    """Returns the optimizer with its gradients clipped to a global norm first."""
     if max_grad_norm is None:
         return optimizer
     return optax.chain(optax.clip_by_global_norm(max_grad_norm), optimizer)
 
 
 def _place(path) -> tuple[bool, str]:
-    """Whether a parameter is stacked over layers, and its name."""
+    """Returns whether the parameter at a tree path is stacked over layers, and its name."""
     names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
     return "layers" in names, names[-1] if names else ""
 
@@ -254,6 +265,6 @@ def _rms(x: Float[Array, "..."]) -> Float[Array, ""]:
 
 
 def _transpose(tree_of_tuples, like, num: int):
-    """A tree of tuples to a tuple of trees."""
+    """Turns a tree of tuples of length `num` into a tuple of trees with the structure of `like`."""
     outer = jax.tree.structure(like)
     return jax.tree.transpose(outer, jax.tree.structure((0,) * num), tree_of_tuples)

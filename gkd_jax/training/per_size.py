@@ -1,18 +1,25 @@
-"""Settings that follow a model's size, for gin files: the paper's learning rates and steps do."""
+"""Functions for gin files that choose a setting by model size, such as the paper's learning rates.
+
+In a gin file:
+
+    TRAIN_STEPS = @per_size.by_size()
+    per_size.by_size.size = %STUDENT_SIZE
+    per_size.by_size.values = {'small': 250000, 'large': 110000}
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
 
 def by_size(size: str, values: Mapping[str, Any]) -> Any:
-    """The value for a size.
+    """Returns the value of a setting for a model size.
 
     Args:
-        size: as STUDENT_SIZE has it.
-        values: of each size.
+        size: the size of the student (STUDENT_SIZE).
+        values: the value for each size.
 
     Raises:
-        ValueError: naming the size and those that there are.
+        ValueError: if there is no value for this size; names the known sizes.
     """
     if size not in values:
         raise ValueError(
@@ -28,17 +35,17 @@ def learning_rate(
     divergence: Callable | None = None,
     reverse_kl: float | None = None,
 ) -> float:
-    """The learning rate for a size and a divergence.
+    """Returns the learning rate for a model size and a divergence.
 
     Args:
-        size: as STUDENT_SIZE has it.
-        values: of each size.
-        divergence: of the method; None for SFT.
-        reverse_kl: in place of the size's with the reverse KL, which is more sensitive to high
-            rates (Agarwal et al., 2024, App. A.4); None is the size's.
+        size: the size of the student (STUDENT_SIZE).
+        values: the learning rate for each size.
+        divergence: the method's divergence; None for SFT.
+        reverse_kl: the learning rate for the reverse KL at any size. This divergence is more
+            sensitive to high rates (Agarwal et al., 2024, App. A.4). None makes no exception.
 
     Raises:
-        ValueError: naming the size and those that there are.
+        ValueError: if there is no learning rate for this size; names the known sizes.
     """
     if reverse_kl is not None and getattr(divergence, "__name__", "") == "reverse_kl":
         return reverse_kl
