@@ -1,1 +1,1 @@
-"""What a run does with text: vocabularies, files, metrics of texts, and the calculator."""
+"""Text: vocabularies and chat templates, text files, metrics of decoded texts, the calculator."""

@@ -1,12 +1,13 @@
-"""The calculator that GSM8K is evaluated with (Cobbe et al., 2021): `48/2 =` becomes `48/2 = 24`.
+"""The calculator with which GSM8K is evaluated (Cobbe et al., 2021): `48/2 =` becomes `48/2 = 24`.
 
-Plain arithmetic in text, without `<<...>>` marks, since T5's vocabulary has no `<`. A
-recursive-descent parser over `+ - * /`, parentheses, decimals and thousands commas; text that a
-model wrote is never handed to `eval`. Values are exact fractions.
+The calculator finds arithmetic in plain text. It needs no `<<...>>` marks around an expression,
+because T5's vocabulary has no `<`. A recursive-descent parser reads `+ - * /`, parentheses,
+decimals and thousands commas; text that a model wrote is never passed to `eval`. Values are exact
+fractions.
 
-Signs are read as GSM8K writes them, which uses an en dash for minus in 178 equations. Where a sign
-that is not read touches an expression (`5^2 + 3 =`), what is left of the expression is not what was
-meant, and there is no result.
+The accepted signs are those that occur in GSM8K, which for example uses an en dash as minus in 178
+equations. An expression next to an unknown sign (`5^2 + 3 =`) has no result, because the readable
+part of such an expression is not what the author meant.
 """
 
 from collections.abc import Sequence
@@ -20,9 +21,10 @@ Number = Fraction
 _MAX_DIGITS = 18
 _MAX_LEXEMES = 64
 _MAX_DEPTH = 16
-# At most six groups, and no look-ahead over many: the time must stay linear in any text.
+# The pattern allows at most six groups of thousands and has no look-ahead over many characters, so
+# that matching takes linear time in any text.
 _NUMBER = r"\d{1,3}(?:,\d{3}){1,6}(?:\.\d+)?(?!,?\d)|\d+(?:\.\d+)?|\.\d+"
-_MINUS = "-\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d"  # hyphens, figure and en dash, minus signs
+_MINUS = "-\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d"  # Hyphens, figure and en dash, minus signs.
 _TIMES = "*\u00b7\u00d7\u2217\u22c5\u2715"
 _DIVIDE = "/\u00f7\u2044\u2215"
 _OPERATORS = {
@@ -30,22 +32,27 @@ _OPERATORS = {
     **dict.fromkeys(f"{_TIMES}xX", "*"),
     **dict.fromkeys(_DIVIDE, "/"),
 }
-# A letter x is a times sign only before a number: not in "box" or "2x + 3".
+# The letter x is a times sign only before a number, and so neither in "box" nor in "2x + 3".
 _LEXEME = re.compile(
     rf"(?P<number>[$€£]?(?:{_NUMBER})%?)"
     rf"|(?P<operator>[+(){re.escape(_MINUS + _TIMES + _DIVIDE)}]"
     rf"|(?<![A-Za-z])[xX](?=[\s\u200b]*[$€£\d(.]))"
     r"|(?P<equals>=)|(?P<space>[\s\u200b]+)|(?P<other>[^\s=])"
 )
-# Signs, besides Unicode's mathematical symbols, that no expression may follow: dashes that are not
-# read as minus, fractions and powers in one character, a percent sign on its own.
+# Characters after which an expression has no result. `_UNREAD_KINDS` are Unicode categories:
+# mathematical symbols, dashes that are not read as minus, underscores, and numbers in one character
+# such as fractions and powers. `_BEFORE_SIGNED` has what may stand before an expression that begins
+# with a minus; "" is the start of the text.
 _UNREAD_KINDS = ("Sm", "Pd", "Pc", "No")
 _UNREAD = "^%\\"
 _BEFORE_SIGNED = ("", *"=.,:;!?")
 
 
 def number(text: str) -> Number | None:
-    """Value of a decimal such as `1,200.50`, `$3` or `20%`; None if it is none or is too long."""
+    """Returns the exact value of a decimal such as `1,200.50`, `$3` or `20%` (which is 1/5).
+
+    The result is None if the text is no decimal or has more than 18 digits.
+    """
     match = re.fullmatch(rf"[$€£]?({_NUMBER})(%?)", text)
     if match is None or sum(c.isdigit() for c in text) > _MAX_DIGITS:
         return None
@@ -54,7 +61,10 @@ def number(text: str) -> Number | None:
 
 
 def evaluate(expression: str) -> Number | None:
-    """Exact value of an arithmetic expression; None where it is none, or divides by zero."""
+    """Returns the exact value of an arithmetic expression.
+
+    The result is None if the text is no arithmetic expression or divides by zero.
+    """
     lexemes = [match for match in _LEXEME.finditer(expression) if match.lastgroup != "space"]
     if any(match.lastgroup not in ("number", "operator") for match in lexemes):
         return None
@@ -62,9 +72,9 @@ def evaluate(expression: str) -> Number | None:
 
 
 def pending_result(text: str) -> str | None:
-    """What a calculator writes after text that ends in `expression =`; None where it does not.
+    """Returns the result to write after a text that ends in `expression =`, or else None.
 
-    For decoding: the result's pieces are forced when this is not None.
+    While a model decodes, the tokens of a result that is not None replace the model's own tokens.
     """
     lexemes = [(str(match.lastgroup), match[0]) for match in _LEXEME.finditer(text[-2048:])]
     while lexemes and lexemes[-1][0] == "space":
@@ -76,12 +86,13 @@ def pending_result(text: str) -> str | None:
 
 
 def correct(text: str) -> str:
-    """Text with the result of every `expression = number` made right.
+    """Returns the text with the result of every `expression = number` corrected.
 
-    A corrected result replaces the wrong number in what follows too, so that later steps and the
-    answer use it: the propagation by string matching of Wei et al. (2022). A result that is right
-    once rounded to the two or more decimals it is written with stays as it is, and so does one that
-    an expression follows (`4 + 4 / 2 = 4 + 2 = 6`: only the 6 is a result).
+    The corrected number also replaces the wrong number in the text that follows, so that later
+    steps and the answer use the corrected number. This is the propagation by string matching of Wei
+    et al. (2022). Two kinds of numbers after an equals sign are not changed: a number with two or
+    more decimals that equals the value rounded to as many decimals, and a number that begins
+    another expression (in `4 + 4 / 2 = 4 + 2 = 6` only the 6 is a result).
     """
     lexemes = [(str(match.lastgroup), match[0]) for match in _LEXEME.finditer(text)]
     for index, (kind, _) in enumerate(lexemes):
@@ -91,7 +102,7 @@ def correct(text: str) -> str:
 
 
 def to_text(value: Number) -> str:
-    """A number as people write it: whole, or with up to six decimals, without trailing zeros."""
+    """Returns a number as people write it, with at most six decimals and no trailing zeros."""
     if value.denominator == 1:
         return str(value.numerator)
     millionths = round(value * 10**6)
@@ -101,6 +112,12 @@ def to_text(value: Number) -> str:
 
 
 def _correct_result(lexemes: list[tuple[str, str]], equals: int) -> None:
+    """Corrects in place the number after one equals sign, and that number in later lexemes.
+
+    Args:
+        lexemes: (kind, text) of each lexeme.
+        equals: the index of the equals sign.
+    """
     position = equals + 1
     while position < len(lexemes) and lexemes[position][0] == "space":
         position += 1
@@ -115,7 +132,7 @@ def _correct_result(lexemes: list[tuple[str, str]], equals: int) -> None:
         return
     decimals = len(lexemes[result][1].rstrip("%").partition(".")[2])
     signed = -written if negative else written
-    # "100 - 5 = 95%" is right, as is "1 - 0.05 = 95%".
+    # Both "100 - 5 = 95%" and "1 - 0.05 = 95%" are accepted as correct.
     if signed == value or (lexemes[result][1].endswith("%") and signed * 100 == value):
         return
     if decimals >= 2 and round(value, decimals) == signed:
@@ -125,7 +142,7 @@ def _correct_result(lexemes: list[tuple[str, str]], equals: int) -> None:
         lexemes[position] = ("other", "")
     lexemes[result] = ("number", _written_like(wrong, value))
     if negative or value < 0:
-        return  # a sign of its own: what follows cannot be matched number by number
+        return  # The lexeme of a number has no sign, so later numbers cannot be compared.
     for later in range(result + 1, len(lexemes)):
         kind, text = lexemes[later]
         if kind == "number" and number(text) == written:
@@ -133,7 +150,7 @@ def _correct_result(lexemes: list[tuple[str, str]], equals: int) -> None:
 
 
 def _goes_on(lexemes: Sequence[tuple[str, str]], at: int) -> bool:
-    """Whether a number before `at` only starts an expression (`= 4 + 2`, `= 1 1/2`)."""
+    """Returns whether the number before index `at` begins an expression (`= 4 + 2`, `= 1 1/2`)."""
     rest = [lexeme for lexeme in lexemes[at : at + 6] if lexeme[0] != "space"]
     kinds = [kind for kind, _ in rest]
     if kinds[:2] == ["operator", "number"]:
@@ -144,7 +161,7 @@ def _goes_on(lexemes: Sequence[tuple[str, str]], at: int) -> bool:
 
 
 def _written_like(pattern: str, value: Number) -> str:
-    """The value with the currency or percent sign that the wrong number had."""
+    """Returns the value as text, with the currency or percent sign that `pattern` has."""
     currency = pattern[0] if pattern[0] in "$€£" else ""
     if pattern.endswith("%"):
         return f"{currency}{to_text(value * 100)}%"
@@ -152,32 +169,46 @@ def _written_like(pattern: str, value: Number) -> str:
 
 
 def _value_before(lexemes: Sequence[tuple[str, str]], equals: int) -> Number | None:
-    """Value of the expression, with an operator in it, that ends at an equals sign."""
+    """Returns the value of the expression before an equals sign; None if there is no expression.
+
+    An expression must contain an operator.
+
+    Args:
+        lexemes: (kind, text) of each lexeme.
+        equals: the index of the equals sign.
+    """
     start = equals
     while start and lexemes[start - 1][0] in ("number", "operator", "space"):
         start -= 1
         if equals - start > 2 * _MAX_LEXEMES:
             return None
         if lexemes[start][0] == lexemes[start + 1][0] == "number":
-            return None  # 1.2.3
+            return None  # Numbers without a space between them, as in 1.2.3, are no expression.
     if not _starts_freely(lexemes, start, equals):
         return None
     run = [text for kind, text in lexemes[start:equals] if kind != "space"]
     for i in reversed(range(len(run) - 1)):
         if number(run[i]) is not None and number(run[i + 1]) is not None:
             if run[i + 2 : i + 3] and run[i + 2] in _DIVIDE:
-                return None  # a mixed fraction, 1 1/2
-            run = run[i + 1 :]  # a number of the sentence before
+                return None  # Mixed fractions such as 1 1/2 are not supported.
+            run = run[i + 1 :]  # The first number belongs to the sentence before the expression.
             break
     value = _parse(run) if len(run) > 2 else None
-    while value is None and len(run) > 3 and run[0] == "(":  # "(3 + 4 = 7)"
+    # In "(3 + 4 = 7)" the opening parenthesis does not belong to the expression.
+    while value is None and len(run) > 3 and run[0] == "(":
         run = run[1:]
         value = _parse(run)
     return value
 
 
 def _starts_freely(lexemes: Sequence[tuple[str, str]], start: int, equals: int) -> bool:
-    """Whether what stands before `start` leaves the expression between the two as it is."""
+    """Returns whether the text before an expression leaves the expression's meaning unchanged.
+
+    Args:
+        lexemes: (kind, text) of each lexeme.
+        start: the index of the expression's first lexeme.
+        equals: the index of the equals sign after the expression.
+    """
     before = lexemes[start - 1][1] if start else ""
     touches = start < equals and lexemes[start][0] != "space"
     first = start
@@ -187,8 +218,10 @@ def _starts_freely(lexemes: Sequence[tuple[str, str]], start: int, equals: int) 
         return False
     sign = _OPERATORS.get(lexemes[first][1], lexemes[first][1])
     if sign in ("+", "*", "/"):
-        return False  # "2y + 3 + 4 =" is no arithmetic, though "+ 3 + 4" alone would be
-    if sign == "-":  # of the number, or else a bullet, or a minus after what is not read
+        return False  # The readable "+ 3 + 4" of "2y + 3 + 4 =" is not the whole expression.
+    # A minus must be the sign of the first number. Otherwise it may be a bullet, or may subtract
+    # from something that the calculator cannot read.
+    if sign == "-":
         is_its_own = lexemes[first + 1][0] == "number" or lexemes[first + 1][1] == "("
         return is_its_own and before in _BEFORE_SIGNED
     if before not in _BEFORE_SIGNED and (
@@ -197,11 +230,13 @@ def _starts_freely(lexemes: Sequence[tuple[str, str]], start: int, equals: int) 
         return False
     digit = lexemes[first][1][0] in ".0123456789"
     if touches and digit and before.isalpha():
-        return False  # x2, 5e3
-    return not (touches and start > 1 and lexemes[start - 2][0] == "number")  # 3:30, 1,23
+        return False  # The digits of x2 and 5e3 are no numbers of their own.
+    # The same holds for the second number of 3:30 and of 1,23.
+    return not (touches and start > 1 and lexemes[start - 2][0] == "number")
 
 
 def _parse(lexemes: list[str]) -> Number | None:
+    """Returns the value of an expression given as texts of lexemes; None if it has no value."""
     lexemes = [_OPERATORS.get(lexeme, lexeme) for lexeme in lexemes]
     if not lexemes or len(lexemes) > _MAX_LEXEMES:
         return None
@@ -213,7 +248,11 @@ def _parse(lexemes: list[str]) -> Number | None:
 
 
 class _NoExpression(Exception):
-    """The lexemes are no arithmetic expression."""
+    """Raised when the lexemes are no arithmetic expression."""
+
+
+# The grammar's rules. Each function parses from index `at` and returns the value with the index of
+# the first lexeme after it; `depth` counts nested parentheses and signs.
 
 
 def _sum(lexemes: list[str], at: int, depth: int) -> tuple[Number, int]:
@@ -229,7 +268,7 @@ def _product(lexemes: list[str], at: int, depth: int) -> tuple[Number, int]:
     value, at = _factor(lexemes, at, depth)
     while at < len(lexemes) and lexemes[at] in "*/(":
         divides = lexemes[at] == "/"
-        # 8(26) is a product too.
+        # 8(26) is a product without a times sign.
         factor, at = _factor(lexemes, at if lexemes[at] == "(" else at + 1, depth)
         value = value / factor if divides else value * factor
     return value, at

@@ -1,9 +1,10 @@
-"""Chat templates: messages become the text that a model was trained to read, as transformers does.
+"""Renders chat messages with a model's chat template, with the same result as transformers.
 
-A template is a Jinja program that comes with a model, so it runs in Jinja's sandbox, which lets it
-read what it is given and change or call nothing else. The names that a template finds are those of
-transformers 5: `raise_exception`, `strftime_now`, a `tojson` that does not escape HTML, loop
-controls, and `{% generation %}` blocks, which mark what the assistant wrote and print as they are.
+A chat template turns messages into the text format that a model was trained on. The template is a
+Jinja program that comes with the model's files, so it is untrusted and runs in Jinja's immutable
+sandbox. A template has the same names as in transformers 5: `raise_exception`, `strftime_now`, a
+`tojson` that does not escape HTML, loop controls, and `{% generation %}` blocks, which mark the
+assistant's text for other tools and print their content unchanged.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,19 +23,21 @@ import jinja2.sandbox
 
 Message = Mapping[str, Any]
 
-# What a model wrote before its answer has several names; templates read one of them.
+# Messages store the reasoning before an answer under one of these keys. A template reads one of the
+# first two.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 @dataclasses.dataclass(frozen=True)
 class ChatTemplate:
-    """The templates of a tokenizer.
+    """The chat templates of a tokenizer.
 
     Attributes:
-        templates: Jinja text by name; a single one is "default", and "tool_use" is taken where
-            tools are given.
-        special_tokens: texts by name, such as `bos_token`, which a template prints.
-        source: the file they come from, for messages.
+        templates: the Jinja text of each template by name. A template without a name is "default";
+            "tool_use" is preferred if tools are given.
+        special_tokens: the texts of special tokens by name, such as `bos_token`. Templates print
+            them.
+        source: the file of the templates, for error messages.
     """
 
     templates: Mapping[str, str]
@@ -50,17 +53,19 @@ class ChatTemplate:
         now: datetime.datetime | None = None,
         **variables: Any,
     ) -> str:
-        """The text of messages, as `apply_chat_template(..., tokenize=False)` renders it.
+        """Returns the text of messages, as transformers' `apply_chat_template` renders it.
 
         Args:
-            messages: objects with `role` and `content`, of JSON values.
-            tools: JSON schemas of functions that the model may call.
-            add_generation_prompt: end with what precedes an answer of the assistant.
-            now: what `strftime_now` prints; None is the current time.
-            **variables: further names that the template reads, such as `enable_thinking`.
+            messages: the messages, objects of JSON values with the keys `role` and `content`.
+            tools: JSON schemas of the functions that the model may call.
+            add_generation_prompt: whether the text ends with what precedes an answer of the
+                assistant.
+            now: the time that `strftime_now` prints; None is the current time.
+            **variables: further variables of the template, such as `enable_thinking`.
 
         Raises:
-            ValueError: if there are no messages, no template fits, or the template raises.
+            ValueError: if there are no messages, if there is no suitable template, or if the
+                template raises an error.
         """
         if not messages:
             raise ValueError("messages must hold at least one message, got none")
@@ -74,7 +79,7 @@ class ChatTemplate:
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
             )
-        # A template is a program of its own: whatever it raises is a fault of it and the messages.
+        # The template is an arbitrary program, so any exception may come from it.
         except Exception as error:
             raise ValueError(
                 f"the chat template of {self.source!r} refuses these messages: "
@@ -92,14 +97,18 @@ class ChatTemplate:
 
 
 def _as_templates_read(message: Message) -> dict[str, Any]:
-    """Without nulls (templates test for a missing key), and reasoning under the name they read."""
+    """Returns a message in the form that templates expect.
+
+    Keys with the value null are removed, because templates test whether a key is missing. Reasoning
+    is stored under the keys that templates read.
+    """
     kept = {key: value for key, value in message.items() if value is not None}
     reasoning = next((kept[key] for key in _REASONING if key in kept), None)
     return kept if reasoning is None else {"thinking": reasoning, **kept, _REASONING[0]: reasoning}
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}` ... `{% endgeneration %}` prints what is inside."""
+    """A Jinja extension that prints the content of `{% generation %}` blocks unchanged."""
 
     tags = {"generation"}  # noqa: RUF012 (Jinja's own annotation)
 
@@ -110,9 +119,10 @@ class _Generation(jinja2.ext.Extension):
 
 
 class _Namespace(jinja2.utils.Namespace):
-    """Jinja's `namespace` without names that begin with an underscore."""
+    """Jinja's `namespace`, which refuses attributes whose names begin with an underscore."""
 
-    def __init__(*args: Any, **attributes: Any):  # so that `namespace(self=...)` works, as in Jinja
+    # As in Jinja, there is no parameter `self`, so that a template can call `namespace(self=...)`.
+    def __init__(*args: Any, **attributes: Any):
         for name in dict(*args[1:], **attributes):
             _refuse_private(name)
         jinja2.utils.Namespace.__init__(*args, **attributes)

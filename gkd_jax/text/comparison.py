@@ -1,4 +1,8 @@
-"""Whether two models' tokenizers agree, so that one can learn from the other's probabilities."""
+"""Compares the tokenizers of a student and a teacher.
+
+The divergence compares the probabilities of both models id by id, so an id must mean the same token
+to both.
+"""
 
 import seqio
 
@@ -9,21 +13,23 @@ from gkd_jax.text.tokenizer_folder import TokenizerVocabulary
 def shared_pieces(
     student: seqio.Vocabulary, teacher: seqio.Vocabulary, *, student_name: str, teacher_name: str
 ) -> int:
-    """How many ids, from 0, mean the same to both: over these a student learns from a teacher.
+    """Returns how many ids, counted from 0, mean the same token to a student and a teacher.
 
-    Two tokenizers agree if all that decides ids is equal, or if one has further tokens after all
-    of the other's. The rows of an embedding say nothing: 151,936 and 152,064 rows of two sizes of
-    one family go with the same 151,665 tokens.
+    The divergence is computed over these ids. Two tokenizers agree if they make ids in the same way
+    and have the same tokens, where one of them may have further tokens at the end. The number of
+    embedding rows is not compared: two sizes of one model family may have 151,936 and 152,064 rows
+    for the same 151,665 tokens.
 
     Args:
-        student, teacher: vocabularies.
-        student_name, teacher_name: of the models, for the message.
+        student, teacher: the vocabularies.
+        student_name, teacher_name: the names of the models, for error messages.
 
     Returns:
-        The number of pieces of the smaller one.
+        The number of pieces of the smaller vocabulary.
 
     Raises:
-        ValueError: if the two differ, naming the first id that does and what works instead.
+        ValueError: if the tokenizers do not agree. The message names the first id that differs and
+            suggests SeqKD, which works with different tokenizers.
     """
     if vocabularies.content_hash(student) == vocabularies.content_hash(teacher):
         return len(vocabularies.pieces(student))
@@ -46,11 +52,12 @@ def shared_pieces(
 
 
 def _comparable(vocabulary: seqio.Vocabulary) -> list[str]:
+    """Returns the pieces of a vocabulary, with T5's extra ids written without a word mark."""
     return [piece.replace("▁<extra_id_", "<extra_id_") for piece in vocabularies.pieces(vocabulary)]
 
 
 def _same_rules(one: seqio.Vocabulary, other: seqio.Vocabulary) -> bool:
-    """Whether tokens apart, two tokenizers make ids in the same way."""
+    """Returns whether two tokenizers make ids in the same way, apart from their tokens."""
     rules = [
         vocabulary.rules if isinstance(vocabulary, TokenizerVocabulary) else "unigram"
         for vocabulary in (one, other)

@@ -1,10 +1,10 @@
-"""Files: text that is read by one set of rules, and files that are written whole or not at all.
+"""Reads text files by one set of rules, and writes files atomically.
 
-What counts as text is the same for every file that people bring (JSONL, TSV, CSV, plain, each also
-as `.gz`): UTF-8, whose byte order mark is dropped. A line ends at a newline and nowhere else: form
-feeds and Unicode's own separators (U+2028, U+0085) stay inside it. In a file whose lines all end in
-`\\r\\n`, as Windows writes them, the `\\r` belongs to the line's end; elsewhere it is text. What
-breaks these rules is one ValueError that names the file, the line and what was expected.
+The rules hold for every file that a user provides (JSONL, TSV, CSV, plain text, each also as
+`.gz`). Text is UTF-8, and a byte order mark is dropped. Only a newline ends a line: form feeds and
+Unicode's line separators (U+2028, U+0085) are part of the line. If all lines of a file end in
+`\\r\\n`, as on Windows, the `\\r` belongs to the end of the line; in any other file it is text. A
+file that breaks these rules causes a ValueError that names the file, the line and the fault.
 """
 
 import codecs
@@ -26,32 +26,37 @@ _CHUNK = 1 << 20
 
 
 def write_whole(path: pathlib.Path, content: str | bytes) -> None:
-    """Writes a file under another name beside it, then gives it its own; text is UTF-8."""
+    """Writes a file atomically: to a temporary file in the same folder, which is then renamed.
+
+    Args:
+        path: the file, which is replaced if it exists.
+        content: the bytes, or the text, which is written as UTF-8.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(temporary, path)
 
 
 def fault(path: str | os.PathLike, line: int | None, message: str) -> NoReturn:
-    """Raises the ValueError of a fault in a file.
+    """Raises a ValueError about a fault in a file.
 
     Args:
-        path: of the file.
-        line: from 1; None where the fault is in no line.
+        path: the file.
+        line: the number of the line, counted from 1; None if the fault is not in one line.
         message: what was expected and what was found.
     """
     place = os.fspath(path) if line is None else f"{os.fspath(path)}, line {line}"
-    # One line, whatever the file holds: the message is the whole of what a command prints.
+    # Commands print the message as one line, so newlines from the file's content are removed.
     raise ValueError(f"{place}: {message}".replace("\n", " ")) from None
 
 
 def read_bytes(path: str | os.PathLike) -> bytes:
-    """A file's content, local or remote (`gs://`), unpacked where its name ends in `.gz`.
+    """Returns the content of a local or remote (`gs://`) file; a `.gz` file is decompressed.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: for a folder, a Git LFS pointer, an archive that is cut off or none at all, and
-            a file that the system does not let us read.
+        ValueError: if the path is a folder, if the file is a Git LFS pointer, if a `.gz` file is no
+            gzip archive or a damaged one, or if the file cannot be read.
     """
     name = os.fspath(path)
     content = _content(name)
@@ -61,11 +66,12 @@ def read_bytes(path: str | os.PathLike) -> bytes:
 
 
 def read_text(path: str | os.PathLike) -> str:
-    """A file's text, by the rules of this module, with newlines as the only line ends.
+    """Returns the text of a file, read by the rules of this module; lines end in newlines only.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: naming the file, the line (from 1) and what was expected.
+        ValueError: if the file is not UTF-8 text or cannot be read; the message names the file, the
+            line and what was expected.
     """
     content = read_bytes(path)
     for mark, encoding in _WIDE_MARKS.items():
@@ -90,11 +96,10 @@ def read_text(path: str | os.PathLike) -> str:
 
 
 def read_lines(path: str | os.PathLike) -> list[str]:
-    """The lines of a text file without their ends, by the rules of this module.
+    """Returns the lines of a text file without line ends, read by the rules of this module.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: naming the file, the line (from 1) and what was expected.
+        FileNotFoundError, ValueError: see `read_text`.
     """
     lines = read_text(path).split("\n")
     if not lines[-1]:
@@ -103,18 +108,23 @@ def read_lines(path: str | os.PathLike) -> list[str]:
 
 
 def parse_json(text: str, path: str | os.PathLike, line: int | None) -> Any:
-    """The JSON value of a line, or of a whole file where line is None.
+    """Returns the JSON value in a text.
+
+    Args:
+        text: the text of one line, or of a whole file.
+        path: the file, for error messages.
+        line: the number of the line, counted from 1; None if `text` is a whole file.
 
     Raises:
-        ValueError: naming the file, the line and what is wrong, lone surrogates included: a string
-            with one is no text and could not be written again.
+        ValueError: if the text is not JSON, or if a string has half of a surrogate pair, which
+            UTF-8 cannot encode; the message names the file and the line.
     """
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
         at = line if line is not None else error.lineno
         fault(path, at, f"not JSON: {error.msg} (character {error.colno})")
-    except (RecursionError, ValueError) as error:  # thousands of brackets, or of digits
+    except (RecursionError, ValueError) as error:  # The text has thousands of brackets or digits.
         fault(path, line, f"not JSON that can be read: {error}")
     if "\\" in text and (found := _lone_surrogate(value)) is not None:
         fault(path, line, f"expected text, got half of a surrogate pair in {found[:60]!a}")
@@ -124,10 +134,16 @@ def parse_json(text: str, path: str | os.PathLike, line: int | None) -> Any:
 def parse_objects(
     lines: Sequence[str], path: str | os.PathLike, keys: Sequence[str] = ()
 ) -> list[dict[str, Any]]:
-    """The JSON objects of lines, each with all of the keys.
+    """Returns the JSON object in each line.
+
+    Args:
+        lines: the lines of a JSONL file.
+        path: the file, for error messages.
+        keys: the keys that every object must have.
 
     Raises:
-        ValueError: naming the file, the line (from 1) and what is wrong with it.
+        ValueError: if there are no lines, or if a line is empty, is no JSON object or lacks a key;
+            the message names the file and the line.
     """
     rows = []
     for number, line in enumerate(lines, start=1):
@@ -146,7 +162,16 @@ def parse_objects(
 
 
 def string(row: dict[str, Any], key: str, path: str | os.PathLike, line: int) -> str:
-    """The text under a key of a JSON object; numbers, nulls and all else are refused."""
+    """Returns the string under a key of a JSON object.
+
+    Args:
+        row: the object.
+        key: the key.
+        path, line: the file and the number of the line, for error messages.
+
+    Raises:
+        ValueError: if the key is missing, or if its value is no string.
+    """
     if key not in row:
         fault(path, line, f"key {key!r} is missing")
     value = row[key]
@@ -164,12 +189,12 @@ def _content(name: str) -> bytes:
         raise FileNotFoundError(f"there is no file {name!r}") from None
     except IsADirectoryError:
         fault(name, None, "expected a file, got a folder")
-    except (OSError, ValueError) as error:  # a ValueError: a name with a zero byte
+    except (OSError, ValueError) as error:  # A name with a zero byte raises ValueError.
         fault(name.replace("\0", "\\0"), None, f"cannot be read: {error}")
 
 
 def _remote_content(name: str) -> bytes:
-    import tensorflow as tf  # Slow to import, and needed for remote files only.
+    import tensorflow as tf  # TensorFlow is slow to import; only remote files need it.
 
     try:
         with tf.io.gfile.GFile(name, "rb") as file:
@@ -183,7 +208,7 @@ def _remote_content(name: str) -> bytes:
 def _unpack(content: bytes, name: str) -> bytes:
     if not content.startswith(_GZIP):
         fault(name, 1, f"expected a gzip archive, got a file that begins with {content[:16]!r}")
-    # Read piece by piece, so that a fault can be placed: whoever made the file counts its lines.
+    # Decompress in pieces, so that the error message can name the line where the damage begins.
     parts: list[bytes] = []
     try:
         with gzip.GzipFile(fileobj=io.BytesIO(content)) as file:
@@ -196,8 +221,10 @@ def _unpack(content: bytes, name: str) -> bytes:
 
 
 def _lone_surrogate(value: Any) -> str | None:
-    """The first string in a JSON value that UTF-8 cannot express."""
-    pending = [value]  # a list and no recursion: JSON may be nested deeper than Python calls
+    """Returns a string in a JSON value that has half of a surrogate pair; None if none has."""
+    # A list of pending values replaces recursion, because JSON may be nested deeper than Python's
+    # calls can be.
+    pending = [value]
     while pending:
         item = pending.pop()
         if isinstance(item, str) and any("\ud800" <= char <= "\udfff" for char in item):
@@ -210,7 +237,7 @@ def _lone_surrogate(value: Any) -> str | None:
 
 
 def _shown(value: Any) -> str:
-    """A JSON value as a message shows it."""
+    """Returns a short description of a JSON value for an error message."""
     if isinstance(value, dict | list):
         return "an object" if isinstance(value, dict) else "a list"
     return json.dumps(value)[:60]

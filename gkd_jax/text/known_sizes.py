@@ -1,4 +1,8 @@
-"""How many ids the vocabularies have that are known by name: shapes need no more of them."""
+"""The sizes of vocabularies that are known by name.
+
+Code that only needs the shapes of a model finds the size of the vocabulary here, without importing
+TensorFlow and without the files of the vocabulary.
+"""
 
 import pathlib
 from typing import Any
@@ -15,18 +19,19 @@ ARITHMETIC_WORDS: tuple[str, ...] = (
     *_WORDS.split(),
     *map(str, range(ARITHMETIC_LARGEST + 1)),
 )
-_SPECIAL = 3  # pad, end of text, unknown
+_SPECIAL = 3  # The ids for padding, the end of a text and unknown words.
 _BYTES = 256
 _T5 = 32_100
 
 
 def num_pieces(vocabulary: str | None, extra_ids: int, task: str) -> int | None:
-    """The size of a vocabulary that a gin file names; None where only TensorFlow could tell.
+    """Returns the number of ids of a vocabulary; None if it is not known without TensorFlow.
 
     Args:
-        vocabulary: as `vocabularies.load` takes it; None is the task's own.
-        extra_ids: sentinels after the pieces.
-        task: whose own vocabulary is meant.
+        vocabulary: a name or path that `vocabularies.load` accepts; None is the vocabulary of the
+            task.
+        extra_ids: the number of sentinel ids after the pieces.
+        task: the name of the task.
     """
     if vocabulary is None and task == "arithmetic":
         vocabulary = "arithmetic"

@@ -1,4 +1,4 @@
-"""Settings that people write: checked by the types of their fields, and described for records."""
+"""Checks the types of settings that users write, and describes settings as JSON for records."""
 
 from collections.abc import Callable, Mapping
 import dataclasses
@@ -13,10 +13,11 @@ import numpy as np
 
 
 class SettingError(ValueError):
-    """A setting has another type than its field.
+    """Raised when the value of a setting does not have the type of its field.
 
     Attributes:
-        setting: "Type.field", by which the macro that sets it is found.
+        setting: the setting as "Type.field". The command line finds with it the gin macro that sets
+            the value.
     """
 
     def __init__(self, message: str, setting: str):
@@ -25,10 +26,10 @@ class SettingError(ValueError):
 
 
 def check_types(config: Any) -> None:
-    """Raises SettingError unless every field of a dataclass has the type that it declares.
+    """Raises SettingError if the value of a dataclass's field does not have the declared type.
 
-    Numbers, texts, truth values, tuples and mappings of them, and None are checked; what a
-    function or another configuration must be is for the dataclass to say.
+    Numbers, strings, booleans, None, tuples, mappings and functions are told apart. The elements of
+    tuples and mappings and any other types are not checked.
     """
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -49,6 +50,7 @@ _NAMES = {
 
 
 def _fits(value: Any, kind: Any) -> bool:
+    """Returns whether a value has the type `kind`, as far as `check_types` checks it."""
     origin = typing.get_origin(kind)
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, part) for part in typing.get_args(kind))
@@ -78,13 +80,15 @@ def _type_name(kind: Any) -> str:
 
 
 def describe(value: Any) -> Any:
-    """A value as JSON that holds everything that tells it from another.
+    """Returns a JSON value that describes a setting completely.
 
-    A dataclass becomes `{"type": its class, **its fields}`. A function becomes its name; where it
-    closes over values or has keyword-only parameters, `{"function": its name, **those}`.
+    Two settings with the same description do the same. A dataclass becomes {"type": its class,
+    **its fields}. A function becomes its name, or {"function": its name, **values} if it has values
+    of its own: those it closes over, and the defaults of its keyword-only parameters.
 
     Raises:
-        ValueError: for a value whose settings cannot be read off it.
+        ValueError: if a value is neither plain nor a function or a dataclass, or if gin holds
+            settings of a function.
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value
@@ -112,6 +116,11 @@ def describe(value: Any) -> Any:
 
 
 def _describe_function(function: Any) -> Any:
+    """Returns the description of a function; see `describe`.
+
+    gin wraps a configurable function and keeps the values of its parameters to itself. A function
+    that gin wrapped must therefore have no keyword-only parameters.
+    """
     original = inspect.unwrap(function)
     parameters = inspect.signature(original).parameters.values()
     settings = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
@@ -130,7 +139,7 @@ def _describe_function(function: Any) -> Any:
 
 
 def _name(function: Any) -> str:
-    """A name of ours alone; another's with its module."""
+    """Returns a function's or class's name, preceded by its module if that is not of gkd_jax."""
     name, module = function.__qualname__, function.__module__
     return name if module.startswith("gkd_jax.") else f"{module}.{name}"
 

@@ -1,8 +1,8 @@
-"""Metrics of decoded text: BLEU, ROUGE, exact match, stated answers, Self-BLEU.
+"""Metrics of decoded text: BLEU, ROUGE, exact match, accuracy of stated answers, Self-BLEU.
 
-Every function of targets and predictions is a seqio `metric_fn`: lists of strings in, a dict of
-Python floats out. All values are percentages. An empty prediction is a wrong prediction, not an
-error; an empty list is an error.
+Every function of targets and predictions is a seqio `metric_fn`: it takes lists of strings and
+returns a dict of Python floats. All values are percentages. An empty prediction counts as a wrong
+prediction; an empty list is an error.
 """
 
 from collections.abc import Sequence
@@ -23,22 +23,22 @@ _ANSWER = re.compile(r"the answer is:?\s*(-?)\s*[$€£]?\s*(-?)(\d[\d,]*(?:\.\d
 def bleu(
     targets: References, predictions: Sequence[str], *, tokenize: str = "intl"
 ) -> dict[str, float]:
-    """Corpus BLEU as T5 computes it: sacreBLEU, case kept, exponential smoothing.
+    """Returns corpus BLEU as T5 computes it: sacreBLEU with case and with exponential smoothing.
 
     Args:
-        targets: one reference an example, or a list of references an example.
-        predictions: decoded texts.
-        tokenize: sacreBLEU's tokenizer; T5 uses "intl", the WMT tables "13a".
+        targets: one reference or a list of references for each example.
+        predictions: the decoded text of each example.
+        tokenize: the tokenizer of sacreBLEU. T5 uses "intl", tables of WMT use "13a".
 
     Returns:
-        `bleu`, 0 to 100.
+        {"bleu": a number from 0 to 100}.
 
     Raises:
         ValueError: if the lists are empty or differ in length.
     """
     references = _references(targets, predictions)
     most = max(len(row) for row in references)
-    # sacreBLEU wants one list a reference position; None marks a reference that is not there.
+    # sacreBLEU takes one list per position of a reference; None stands for a missing reference.
     columns = [[row[i] if i < len(row) else None for row in references] for i in range(most)]
     score = sacrebleu.corpus_bleu(
         list(predictions),
@@ -51,26 +51,25 @@ def bleu(
 
 
 def rouge(targets: References, predictions: Sequence[str]) -> dict[str, float]:
-    """ROUGE-1, ROUGE-2 and ROUGE-Lsum: mean F1 over the examples, without stemming.
+    """Returns the mean F1 over examples of ROUGE-1, ROUGE-2 and ROUGE-Lsum, without stemming.
 
-    As T5 does, " . " ends a sentence for ROUGE-Lsum. T5 reports the middle of a bootstrap
-    resampling, which is this mean up to the resampling's noise.
-
-    Of several references, the one with the largest ROUGE-1 counts for all three values, as in the
-    evaluation of SciTLDR (Cachola et al., 2020).
+    As in T5, " . " ends a sentence for ROUGE-Lsum. T5 reports the middle of a bootstrap resampling,
+    which equals this mean up to the noise of the resampling. If an example has several references,
+    the reference with the largest ROUGE-1 counts for all three values, as in the evaluation of
+    SciTLDR (Cachola et al., 2020).
 
     Args:
-        targets: one reference an example, or a list of references an example.
-        predictions: decoded texts.
+        targets: one reference or a list of references for each example.
+        predictions: the decoded text of each example.
 
     Returns:
-        `rouge1`, `rouge2` and `rougeLsum`, 0 to 100.
+        The values "rouge1", "rouge2" and "rougeLsum", numbers from 0 to 100.
 
     Raises:
         ValueError: if the lists are empty or differ in length.
     """
     references = _references(targets, predictions)
-    from rouge_score import rouge_scorer  # 0.6 s, for nltk: only those who ask for it wait
+    from rouge_score import rouge_scorer  # Imported here because importing nltk takes 0.6 s.
 
     scorer = rouge_scorer.RougeScorer(list(_ROUGE_TYPES))
     totals = dict.fromkeys(_ROUGE_TYPES, 0.0)
@@ -85,7 +84,13 @@ def rouge(targets: References, predictions: Sequence[str]) -> dict[str, float]:
 
 
 def exact_match(targets: References, predictions: Sequence[str]) -> dict[str, float]:
-    """Share of predictions that equal a reference, white space at the ends aside."""
+    """Returns {"exact_match": the percentage of predictions that equal a reference}.
+
+    White space at the ends of predictions and references does not count.
+
+    Raises:
+        ValueError: if the lists are empty or differ in length.
+    """
     references = _references(targets, predictions)
     hits = sum(
         prediction.strip() in [reference.strip() for reference in row]
@@ -97,16 +102,17 @@ def exact_match(targets: References, predictions: Sequence[str]) -> dict[str, fl
 def grouped_exact_match(
     targets: Sequence[tuple[str, str]], predictions: Sequence[str]
 ) -> dict[str, float]:
-    """Exact match within each group, averaged over the groups, each with the same weight.
+    """Returns the exact match within each group, averaged over groups of equal weight.
 
-    So MMLU is averaged over subjects and BIG-Bench Hard over tasks.
+    MMLU is averaged over its subjects in this way, and BIG-Bench Hard over its tasks.
 
     Args:
-        targets: (group, right text) of each example.
-        predictions: decoded texts; white space at their ends does not count.
+        targets: the group and the correct text of each example.
+        predictions: the decoded text of each example. White space at the ends of texts does not
+            count.
 
     Returns:
-        `accuracy`, 0 to 100.
+        {"accuracy": a number from 0 to 100}.
 
     Raises:
         ValueError: if the lists are empty or differ in length.
@@ -120,21 +126,21 @@ def grouped_exact_match(
 
 
 def answer_accuracy(targets: Sequence[str], predictions: Sequence[str]) -> dict[str, float]:
-    """Share of chains of thought that end in the right number, as GSM8K is graded.
+    """Returns the percentage of chains of thought with the correct answer, as GSM8K is graded.
 
-    The answer is the number after the last `The answer is`. Numbers are compared exactly, so
-    `$1,200.00` equals `1200`. `accuracy_with_calculator` corrects the equations of the prediction
-    first (see `calculator.correct`).
+    The answer is the number after the last `The answer is`. Numbers are compared by their exact
+    values, so `$1,200.00` equals `1200`. For `accuracy_with_calculator`, the equations of the
+    prediction are corrected first (see `calculator.correct`).
 
     Args:
-        targets: texts that hold the right answer in the same form.
-        predictions: decoded texts.
+        targets: texts that state the correct answer in the same form.
+        predictions: the decoded text of each example.
 
     Returns:
-        `accuracy` and `accuracy_with_calculator`, 0 to 100.
+        The values "accuracy" and "accuracy_with_calculator", numbers from 0 to 100.
 
     Raises:
-        ValueError: if a target has no answer, or if the lists are empty or differ in length.
+        ValueError: if a target states no answer, or if the lists are empty or differ in length.
     """
     _check_lengths(targets, predictions)
     hits = hits_calculator = 0
@@ -152,7 +158,7 @@ def answer_accuracy(targets: Sequence[str], predictions: Sequence[str]) -> dict[
 
 
 def answer(text: str) -> calculator.Number | None:
-    """The number after the last `The answer is`; None where there is none."""
+    """Returns the number after the last `The answer is`; None if there is no such number."""
     found = _ANSWER.findall(text)
     if not found:
         return None
@@ -162,29 +168,31 @@ def answer(text: str) -> calculator.Number | None:
 
 
 def stated_answer(text: str) -> str | None:
-    """What follows the last `the answer is`, without a period at the end; None where nothing does.
+    """Returns the text after the last `the answer is`, without a period at the end.
 
-    Of `So the answer is (B).` it is `(B)`.
+    For example, the stated answer of `So the answer is (B).` is `(B)`. The result is None if the
+    text states no answer.
     """
     parts = _STATED.split(text)
     return (parts[-1].strip().removesuffix(".").strip() or None) if len(parts) > 1 else None
 
 
 def self_bleu(samples: Sequence[Sequence[str]], *, tokenize: str = "intl") -> dict[str, float]:
-    """Self-BLEU (Zhu et al., 2018): how alike several samples for the same input are.
+    """Returns Self-BLEU (Zhu et al., 2018), which measures how similar samples for one input are.
 
-    Each sample is scored against the other samples of its input by sentence BLEU-4; the mean over
-    samples, then inputs. 100 means that all are the same, 0 that they share nothing.
+    Each sample is scored by sentence BLEU-4, with the other samples of its input as references. The
+    scores are averaged over the samples of an input, then over inputs. The value is 100 if all
+    samples of an input are the same, and 0 if they have nothing in common.
 
     Args:
-        samples: for each input, at least two sampled texts.
-        tokenize: sacreBLEU's tokenizer.
+        samples: at least two sampled texts for each input.
+        tokenize: the tokenizer of sacreBLEU.
 
     Returns:
-        `self_bleu`, 0 to 100.
+        {"self_bleu": a number from 0 to 100}.
 
     Raises:
-        ValueError: if there are no inputs, or one has fewer than two samples.
+        ValueError: if there are no inputs, or if an input has fewer than two samples.
     """
     if not samples:
         raise ValueError("self_bleu needs samples of at least one input, got none")
@@ -198,7 +206,7 @@ def self_bleu(samples: Sequence[Sequence[str]], *, tokenize: str = "intl") -> di
         scores = [
             metric.sentence_score(text, [*row[:i], *row[i + 1 :]]).score
             if text.strip()
-            # Nothing against nothing is a perfect match, which BLEU does not define.
+            # BLEU does not define the score of an empty text. Two empty texts are a perfect match.
             else 100.0 * any(not other.strip() for j, other in enumerate(row) if j != i)
             for i, text in enumerate(row)
         ]
@@ -207,10 +215,12 @@ def self_bleu(samples: Sequence[Sequence[str]], *, tokenize: str = "intl") -> di
 
 
 def _one_sentence_a_line(text: str) -> str:
+    """Returns a text in the form that ROUGE-Lsum expects, with a newline after each sentence."""
     return text.replace(" . ", " .\n")
 
 
 def _references(targets: References, predictions: Sequence[str]) -> list[list[str]]:
+    """Returns the list of references of each example; checks the lengths of both lists."""
     _check_lengths(targets, predictions)
     rows = [[target] if isinstance(target, str) else list(target) for target in targets]
     if not all(rows):

@@ -1,9 +1,10 @@
 """The tokenizer of a Hugging Face folder as a seqio vocabulary.
 
-`tokenizer.json` holds all that decides ids, and the library `tokenizers` reads it. The files beside
-it say the rest: `tokenizer_config.json` the names of special tokens and the chat template,
-`generation_config.json` (else `config.json`) the ids that end a text, of which there may be
-several. Ids, texts and rendered chats are those of transformers 5. Id 0 is an ordinary token here.
+The library `tokenizers` reads `tokenizer.json`, which decides how texts become ids. The other files
+of the folder complete it: `tokenizer_config.json` names special tokens and holds the chat template,
+and `generation_config.json` (or else `config.json`) states the ids that end a text, of which there
+may be several. Ids, texts and rendered chats equal those of transformers 5. Unlike in T5's
+vocabularies, id 0 is an ordinary token.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,30 +30,32 @@ CONFIG_FILE = "tokenizer_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
 MORE_TEMPLATES = "additional_chat_templates"
 
-# Settings that change offsets, never ids; libraries write them differently.
+# Settings of a tokenizer that change character offsets but no ids. Versions of the libraries write
+# them differently, so comparisons leave them out.
 _WITHOUT_EFFECT = ("trim_offsets",)
 
 
 class TokenizerVocabulary(seqio.Vocabulary):
-    """The tokenizer of a folder with `tokenizer.json`.
+    """The tokenizer of a folder with `tokenizer.json`, as a seqio vocabulary.
 
-    `encode` adds nothing, as seqio asks. What the tokenizer itself puts around a text (BOS for
-    Llama and Gemma, nothing for Qwen, EOS at the end for T5) is added by `encode_prompt`, and by
-    `encode` of the vocabulary that `for_prompts` returns. Special tokens written in a text are read
-    as such, as in transformers. `decode` stops at the first of `eos_ids` and skips special tokens.
+    seqio expects that `encode` adds no special tokens to a text. The tokens that the tokenizer
+    itself puts around a text (BOS for Llama and Gemma, none for Qwen, EOS at the end for T5) are
+    added by `encode_prompt`, and by `encode` of the vocabulary that `for_prompts` returns. The name
+    of a special token inside a text is read as that token, as in transformers. `decode` stops at
+    the first of `eos_ids` and skips special tokens.
 
     Attributes:
-        folder: where it was read from.
-        eos_ids: the ids that end a text, `eos_id` first.
-        chat_template: renders messages; None where the folder has no template.
+        folder: the folder from which the tokenizer was read.
+        eos_ids: the ids that end a text; the first of them is `eos_id`.
+        chat_template: the template that renders messages; None if the folder has no template.
     """
 
     def __init__(self, folder: str | os.PathLike):
-        """Reads the folder.
+        """Reads the tokenizer.
 
         Raises:
-            FileNotFoundError: if it has no `tokenizer.json`.
-            ValueError: naming the file that is not as expected.
+            FileNotFoundError: if the folder has no `tokenizer.json`.
+            ValueError: if a file is not as expected; the message names the file.
         """
         super().__init__(extra_ids=0)
         self.folder = os.fspath(folder)
@@ -79,9 +82,10 @@ class TokenizerVocabulary(seqio.Vocabulary):
 
     @property
     def pad_id(self) -> int:
-        """The id that fills rows up: the folder's, else the first end id, as in `generate`.
+        """The id that pads rows: the folder's pad id, or else the first of `eos_ids`.
 
-        It may end texts as well (Qwen): what counts is said by lengths and weights, never by it.
+        The same id may also end texts (Qwen). Which tokens of a row count is therefore decided by
+        lengths and weights, never by this id.
         """
         return self._pad_id if self._pad_id is not None else (self.eos_id or 0)
 
@@ -95,7 +99,7 @@ class TokenizerVocabulary(seqio.Vocabulary):
 
     @functools.cached_property
     def pieces(self) -> tuple[str, ...]:
-        """The token of each id; "" where an id has none."""
+        """The token of each id; "" for an id without a token."""
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
         tokens = [""] * (max(ids.values(), default=-1) + 1)
         for token, index in ids.items():
@@ -109,18 +113,19 @@ class TokenizerVocabulary(seqio.Vocabulary):
 
     @functools.cached_property
     def ends_prompts(self) -> bool:
-        """Whether the tokenizer puts EOS after a text, as T5's does."""
+        """Whether the tokenizer puts EOS after a text, as the tokenizer of T5 does."""
         whole, bare = (
             self._tokenizer.encode("a", add_special_tokens=adds).ids for adds in (True, False)
         )
-        # A tokenizer whose BOS is its EOS (GPT-2's) may put it in front.
+        # EOS must be at the end: a tokenizer whose BOS equals its EOS (GPT-2) may put it in front.
         return whole[-1:] != bare[-1:] and whole[-1] in self.eos_ids
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Ids of a text with what the tokenizer puts around it: transformers' `tokenizer(text)`.
+        """Returns the ids of a text with the special tokens that the tokenizer puts around it.
 
-        Where the text begins with that already (a rendered chat that begins with BOS), it is not
-        put there twice.
+        The ids equal those of transformers' `tokenizer(text)`, with one exception: if the text
+        itself begins with the special tokens (a rendered chat that begins with BOS), they are not
+        added again.
         """
         ids = self._tokenizer.encode(text, add_special_tokens=True).ids
         count = len(self._around) - self.ends_prompts
@@ -128,13 +133,19 @@ class TokenizerVocabulary(seqio.Vocabulary):
         return ids[count:] if before and ids[count : 2 * count] == before else ids
 
     def for_prompts(self) -> "TokenizerVocabulary":
-        """A copy whose `encode` adds what comes before a text, but no EOS, which seqio adds."""
+        """Returns a copy whose `encode` adds the special tokens before a text.
+
+        EOS after the text is not added, because seqio adds it.
+        """
         prompts = copy.copy(self)
         prompts._adds_specials = True
         return prompts
 
     def piece(self, token: int) -> str:
-        """A token as people read it: a space is "▁", and a part of a character stays as stored."""
+        """Returns a readable form of a token, with "▁" for a space.
+
+        A token that is only a part of a character is returned as the tokenizer stores it.
+        """
         if token >= len(self.pieces):
             return f"<{token}>"
         text = self._tokenizer.decode([token], skip_special_tokens=False).replace(" ", "▁")
@@ -142,9 +153,10 @@ class TokenizerVocabulary(seqio.Vocabulary):
 
     @functools.cached_property
     def rules(self) -> str:
-        """A hash of how tokens become ids: the kind of model, merges, normalizer, pre-tokenizer.
+        """A hash of the rules by which texts become ids.
 
-        "unigram" for all of that kind (T5), which are compared by their pieces alone, as
+        The hash covers the kind of the model, its merges, the normalizer and the pre-tokenizer. For
+        unigram models (T5) the value is "unigram": they are compared by their pieces alone, as
         SentencePiece files are.
         """
         model = read_json(self.folder, TOKENIZER_FILE)["model"]
@@ -160,13 +172,16 @@ class TokenizerVocabulary(seqio.Vocabulary):
 
     @functools.cached_property
     def content_hash(self) -> str:
-        """SHA-256 of all that decides ids: every token, and `rules`."""
+        """A SHA-256 of everything that decides ids: all tokens and `rules`."""
         if self.rules == "unigram":
             return hash_pieces(self.pieces)
         return hash_pieces([*self.pieces, self.rules])
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text up to the first of `eos_ids`; special tokens and ids of no token are left out."""
+        """Returns the text of ids up to the first of `eos_ids`.
+
+        Special tokens, and ids that have no token, are left out.
+        """
         kept: list[int] = []
         for token in map(int, ids):
             if token in self.eos_ids:
@@ -188,7 +203,8 @@ class TokenizerVocabulary(seqio.Vocabulary):
         def encode(text):
             return np.array(self._encode(np.asarray(text).item()), np.int32)
 
-        # Stateless as far as its result goes, so that an iterator with it can be saved.
+        # The result depends on the text only. TensorFlow saves the position of an iterator only if
+        # its functions are declared stateless.
         ids = tf.numpy_function(encode, [s], tf.int32, stateful=False)
         return tf.ensure_shape(ids, [None])
 
@@ -202,6 +218,7 @@ class TokenizerVocabulary(seqio.Vocabulary):
         return tf.numpy_function(decode, [ids], tf.string, stateful=False)
 
     def _named_pad(self) -> int | None:
+        """Returns the pad id that the model's configuration states; None if it states none."""
         for name in ("generation_config.json", "config.json"):
             found = _text_config(read_json(self.folder, name)).get("pad_token_id")
             if isinstance(found, int):
@@ -223,10 +240,10 @@ class TokenizerVocabulary(seqio.Vocabulary):
 
 
 def read_json(folder: str, name: str) -> dict[str, Any]:
-    """An object in a folder's file; {} where the folder has no such file.
+    """Returns the JSON object in a file of a folder; {} if the folder has no such file.
 
     Raises:
-        ValueError: naming the file, if it holds something else.
+        ValueError: if the file holds no JSON object; the message names the file.
     """
     path = os.path.join(folder, name)
     try:
@@ -239,7 +256,10 @@ def read_json(folder: str, name: str) -> dict[str, Any]:
 
 
 def hash_pieces(pieces: Iterable[str]) -> str:
-    """SHA-256 of pieces in the order of ids; T5's extra ids with and without word mark are one."""
+    """Returns a SHA-256 of pieces in the order of ids.
+
+    T5's extra ids have the same hash with and without a word mark, because libraries differ in it.
+    """
     digest = hashlib.sha256()
     for piece in pieces:
         encoded = piece.replace("▁<extra_id_", "<extra_id_").encode()
@@ -248,6 +268,7 @@ def hash_pieces(pieces: Iterable[str]) -> str:
 
 
 def _again(folder: str, for_prompts: bool) -> TokenizerVocabulary:
+    """Reads a vocabulary again from its folder when a pickled one is loaded."""
     vocabulary = TokenizerVocabulary(folder)
     return vocabulary.for_prompts() if for_prompts else vocabulary
 
@@ -255,13 +276,20 @@ def _again(folder: str, for_prompts: bool) -> TokenizerVocabulary:
 def _read_tokenizer(
     folder: str, config: Mapping[str, Any], names: Mapping[str, str]
 ) -> tokenizers.Tokenizer:
+    """Returns the tokenizer in `tokenizer.json`, with the added and special tokens of the folder.
+
+    Args:
+        folder: the folder.
+        config: the content of `tokenizer_config.json`.
+        names: the texts of special tokens by name.
+    """
     path = os.path.join(folder, TOKENIZER_FILE)
     text = files.read_text(path)
     try:
         tokenizer = tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # the library raises nothing more precise
+    except Exception as error:  # The library raises no more precise exception.
         files.fault(path, None, f"expected a tokenizer of the library tokenizers: {error}")
-    # A file that was saved after a call with padding would pad every text.
+    # Padding and truncation are stored in the file if it was saved after a call that used them.
     tokenizer.no_padding()
     tokenizer.no_truncation()
     known = tokenizer.get_vocab(with_added_tokens=True)
@@ -278,7 +306,10 @@ def _read_tokenizer(
 
 
 def _special_tokens(folder: str, config: Mapping[str, Any]) -> dict[str, str]:
-    """Texts by name (`eos_token`), of the configuration, else of the older map beside it."""
+    """Returns the texts of special tokens by name, such as `eos_token`.
+
+    `tokenizer_config.json` overrides the older file `special_tokens_map.json`.
+    """
     found: dict[str, str] = {}
     extra = config.get("extra_special_tokens")
     extra = extra if isinstance(extra, dict) else {}
@@ -293,13 +324,17 @@ def _special_tokens(folder: str, config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _text_config(config: dict[str, Any]) -> dict[str, Any]:
-    """A model's configuration, or the part of a composite one that its text follows."""
+    """Returns a model's configuration; the keys of a composite model's `text_config` are added."""
     inner = config.get("text_config")
     return {**inner, **config} if isinstance(inner, dict) else config
 
 
 def _end_ids(folder: str, named: int | None) -> tuple[int, ...]:
-    """The ids that end a text, the tokenizer's own first: all that `generate` stops at, and it."""
+    """Returns the ids that end a text.
+
+    The first is the tokenizer's own EOS (`named`), if it has one. The others are those at which
+    transformers' `generate` stops.
+    """
     listed: Any = None
     for name in ("generation_config.json", "config.json"):
         listed = _text_config(read_json(folder, name)).get("eos_token_id")
@@ -313,7 +348,10 @@ def _end_ids(folder: str, named: int | None) -> tuple[int, ...]:
 def _read_template(
     folder: str, config: Mapping[str, Any], names: Mapping[str, str]
 ) -> ChatTemplate | None:
-    """Files of templates win over the configuration, as in transformers."""
+    """Returns the chat templates of a folder; None if there are none.
+
+    As in transformers, template files override the templates in `tokenizer_config.json`.
+    """
     source = os.path.join(folder, CONFIG_FILE)
     templates: dict[str, str] = {}
     match config.get("chat_template"):
@@ -337,7 +375,7 @@ def _read_template(
 
 
 def _merges(model: Mapping[str, Any]) -> list[list[str]]:
-    """Pairs of tokens; older files have them as one string each."""
+    """Returns the pairs of tokens that are merged; older files store a pair as one string."""
     return [
         merge.split(" ", 1) if isinstance(merge, str) else merge
         for merge in model.get("merges") or []
@@ -345,6 +383,7 @@ def _merges(model: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _without(value: Any, keys: Sequence[str]) -> Any:
+    """Returns a JSON value without the given keys at any depth."""
     if isinstance(value, dict):
         return {k: _without(v, keys) for k, v in value.items() if k not in keys}
     return [_without(item, keys) for item in value] if isinstance(value, list) else value

@@ -1,4 +1,8 @@
-"""Vocabularies of tasks and models: folders and SentencePiece files, bytes, the words of a task."""
+"""Loads the vocabularies of tasks and models, and answers questions about them.
+
+A vocabulary is a Hugging Face folder, a SentencePiece file, ByT5's bytes, or the words of the task
+`arithmetic`. All of them are `seqio.Vocabulary` objects.
+"""
 
 from collections.abc import Iterable, Sequence
 import io
@@ -23,19 +27,19 @@ PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
 
 
 def load(spec: str, *, extra_ids: int = 0, check_remote: bool = True) -> seqio.Vocabulary:
-    """The vocabulary that a gin file or flag names.
+    """Returns the vocabulary that a gin file or a flag names.
 
     Args:
         spec: "bytes" (ByT5's 256 bytes), "arithmetic" (the words of that task), "t5" (T5's public
-            32,000 pieces with 100 extra ids), the path of a SentencePiece `.model` file, also
-            `gs://`, or that of a Hugging Face folder (or of its `tokenizer.json`).
-        extra_ids: sentinels after the pieces: 100 for T5's file. Not for "arithmetic", "t5" and
-            folders, which say how many they have.
-        check_remote: False leaves `gs://` and other remote paths untouched.
+            32,000 pieces with 100 extra ids), the path of a local or remote SentencePiece `.model`
+            file, or the path of a Hugging Face folder or of its `tokenizer.json`.
+        extra_ids: the number of sentinel ids after the pieces, 100 for T5's file. The vocabularies
+            "arithmetic" and "t5" and folders have a fixed number of sentinel ids.
+        check_remote: whether remote files may be read.
 
     Raises:
-        ValueError: if extra_ids do not fit the spec; if the file is no SentencePiece model.
-        FileNotFoundError: naming the path, if it does not exist or cannot be reached.
+        ValueError: if `extra_ids` does not fit the vocabulary, or if a file is not valid.
+        FileNotFoundError: if a file does not exist or cannot be reached; the message names it.
     """
     if not isinstance(extra_ids, int) or extra_ids < 0:
         raise ValueError(f"extra_ids must be 0 or a positive integer, got {extra_ids!r}")
@@ -60,26 +64,31 @@ def load(spec: str, *, extra_ids: int = 0, check_remote: bool = True) -> seqio.V
 
 
 def t5_default() -> seqio.SentencePieceVocabulary:
-    """T5's public vocabulary: 32,000 pieces and 100 extra ids. Read when first used, not here."""
+    """Returns T5's public vocabulary of 32,000 pieces and 100 extra ids.
+
+    The remote file is read when the vocabulary is first used.
+    """
     return seqio.SentencePieceVocabulary(T5_PATH, extra_ids=T5_EXTRA_IDS)
 
 
 def of_folder(path: str | os.PathLike) -> seqio.Vocabulary:
-    """The vocabulary of a Hugging Face folder.
+    """Returns the vocabulary of a Hugging Face folder.
 
-    A T5's `spiece.model` is read by SentencePiece, with as many extra ids as the folder names; any
-    other `tokenizer.json` by the library tokenizers; a ByT5, which has neither, has bytes.
+    If the folder has a `spiece.model` (T5), SentencePiece reads this file, and the folder's
+    configuration states the number of extra ids. Otherwise the library tokenizers reads the
+    folder's `tokenizer.json`. A ByT5 has neither file; its vocabulary is bytes.
 
     Args:
-        path: the folder, as `save_pretrained` or the Hub leaves it.
+        path: a folder that `save_pretrained` wrote or that was downloaded from the Hub.
 
     Raises:
-        FileNotFoundError: if there is no tokenizer in it, naming what was looked for.
-        ValueError: naming the file that is not as expected.
+        FileNotFoundError: if the folder has no tokenizer; the message names the expected files.
+        ValueError: if a file is not as expected; the message names the file.
     """
     folder = os.fspath(path)
     config = tokenizer_folder.read_json(folder, tokenizer_folder.CONFIG_FILE)
-    # Other families' SentencePiece files lack the tokens that their tokenizer.json adds.
+    # T5, mT5 and umT5 use this file name. The SentencePiece files of other families are not read,
+    # because they lack the tokens that tokenizer.json adds.
     if _exists(folder, SENTENCEPIECE_FILES[0]):
         vocabulary = seqio.SentencePieceVocabulary(
             os.path.join(folder, SENTENCEPIECE_FILES[0]), extra_ids=_extra_ids(folder, config)
@@ -104,7 +113,7 @@ def of_folder(path: str | os.PathLike) -> seqio.Vocabulary:
 
 
 def has_tokenizer(path: str | os.PathLike) -> bool:
-    """Whether a folder holds a tokenizer for `of_folder`."""
+    """Returns whether a folder has a tokenizer that `of_folder` reads."""
     folder = os.fspath(path)
     names = (SENTENCEPIECE_FILES[0], tokenizer_folder.TOKENIZER_FILE)
     if any(_exists(folder, name) for name in names):
@@ -114,7 +123,7 @@ def has_tokenizer(path: str | os.PathLike) -> bool:
 
 
 def _as_folder(spec: str) -> str | None:
-    """The folder that a spec names, itself or through its tokenizer.json; None if it names none."""
+    """Returns the folder that `spec` names, directly or by its tokenizer.json; None if neither."""
     if os.path.basename(spec) == tokenizer_folder.TOKENIZER_FILE:
         return os.path.dirname(spec) or "."
     if "://" not in spec and os.path.isdir(spec):
@@ -127,7 +136,7 @@ def _exists(folder: str, name: str) -> bool:
 
 
 def _extra_ids(folder: str, config: dict) -> int:
-    """How many sentinels a T5 folder's tokenizer has after its SentencePiece pieces."""
+    """Returns the number of sentinel ids after the SentencePiece pieces of a T5's folder."""
     if isinstance(config.get("extra_ids"), int):
         return config["extra_ids"]
     added = [
@@ -135,7 +144,8 @@ def _extra_ids(folder: str, config: dict) -> int:
     ]
     if config:
         return sum(text.startswith("<extra_id_") for text in added)
-    # Without its configuration: T5 has them, and mT5, whose rows leave no room, does not.
+    # The folder lacks tokenizer_config.json. T5 has sentinel ids and mT5 has none, and only the
+    # embedding of T5 has more rows than the pieces need.
     model = tokenizer_folder.read_json(folder, "config.json")
     file = os.path.join(folder, SENTENCEPIECE_FILES[0])
     rows = model.get("vocab_size")
@@ -144,14 +154,14 @@ def _extra_ids(folder: str, config: dict) -> int:
 
 
 def end_ids(vocabulary: seqio.Vocabulary) -> tuple[int, ...]:
-    """The ids that end a text, the one that ends targets first."""
+    """Returns the ids that end a text; the first of them is the one that ends targets."""
     if isinstance(vocabulary, TokenizerVocabulary):
         return vocabulary.eos_ids
     return () if vocabulary.eos_id is None else (vocabulary.eos_id,)
 
 
 def decode(vocabulary: seqio.Vocabulary, ids: Sequence[int]) -> str:
-    """Text of decoded ids, up to the first that ends a text, without what fills rows up."""
+    """Returns the text of decoded ids up to the first id that ends a text, without padding."""
     if isinstance(vocabulary, TokenizerVocabulary):
         return vocabulary.decode(ids)
     kept = list(ids)
@@ -161,7 +171,7 @@ def decode(vocabulary: seqio.Vocabulary, ids: Sequence[int]) -> str:
 
 
 def piece(vocabulary: seqio.Vocabulary, token: int) -> str:
-    """One token as people read it: "</s>" for an end, "▁" where it begins with a space."""
+    """Returns a readable form of one token: "</s>" for an end of text, and "▁" for a space."""
     if token in end_ids(vocabulary):
         return "</s>"
     if isinstance(vocabulary, TokenizerVocabulary):
@@ -172,15 +182,15 @@ def piece(vocabulary: seqio.Vocabulary, token: int) -> str:
 
 
 def check_readable(vocabulary: seqio.Vocabulary, *, check_remote: bool = True) -> None:
-    """Checks the file of a SentencePiece vocabulary, which seqio opens only when first used.
+    """Checks the file of a SentencePiece vocabulary, which seqio opens only on first use.
 
     Args:
-        vocabulary: any vocabulary; those without a file pass.
-        check_remote: False leaves `gs://` and other remote paths untouched.
+        vocabulary: any vocabulary; a vocabulary without a SentencePiece file is not checked.
+        check_remote: whether remote files may be read.
 
     Raises:
-        FileNotFoundError: naming the path, if it does not exist or cannot be reached.
-        ValueError: naming the path, if it is no SentencePiece model (a Git LFS pointer, say).
+        FileNotFoundError: if the file does not exist or cannot be reached; the message names it.
+        ValueError: if the file is no SentencePiece model; the message names it.
     """
     if not isinstance(vocabulary, seqio.SentencePieceVocabulary):
         return
@@ -204,14 +214,15 @@ def check_readable(vocabulary: seqio.Vocabulary, *, check_remote: bool = True) -
 
 
 def num_pieces(vocabulary: seqio.Vocabulary, *, check_remote: bool = True) -> int:
-    """How many ids a vocabulary has, extra ids included.
+    """Returns the number of ids of a vocabulary, including extra ids.
 
     Args:
-        vocabulary: any.
-        check_remote: False leaves remote files untouched: of those only T5's size is known.
+        vocabulary: any vocabulary.
+        check_remote: whether remote files may be read. The size of T5's remote file is known
+            without reading the file.
 
     Raises:
-        ValueError: naming a remote file that may not be read.
+        ValueError: if a remote file would have to be read and may not be; the message names it.
     """
     path = getattr(vocabulary, "sentencepiece_model_file", "")
     if check_remote or "://" not in path:
@@ -224,10 +235,10 @@ def num_pieces(vocabulary: seqio.Vocabulary, *, check_remote: bool = True) -> in
 
 
 def pieces(vocabulary: seqio.Vocabulary) -> list[str]:
-    """What each id means, in the order of ids.
+    """Returns the piece of each id, in the order of ids.
 
     Raises:
-        ValueError: for a kind of vocabulary that is not known here.
+        ValueError: if this function does not know the class of the vocabulary.
     """
     if isinstance(vocabulary, seqio.SentencePieceVocabulary):
         model = vocabulary.tokenizer
@@ -244,9 +255,10 @@ def pieces(vocabulary: seqio.Vocabulary) -> list[str]:
 
 
 def content_hash(vocabulary: seqio.Vocabulary) -> str:
-    """SHA-256 of what decides ids: equal where every text gets the same ids, whatever the file.
+    """Returns a SHA-256 that is equal for vocabularies that turn every text into the same ids.
 
-    Of the pieces, and of a folder's `tokenizer.json` also of merges, normalizer and pre-tokenizer.
+    The hash covers the pieces and, for a folder's `tokenizer.json`, also the merges, the normalizer
+    and the pre-tokenizer. It does not depend on the path or the format of the files.
     """
     if isinstance(vocabulary, TokenizerVocabulary):
         return vocabulary.content_hash
@@ -254,7 +266,11 @@ def content_hash(vocabulary: seqio.Vocabulary) -> str:
 
 
 def same(one: seqio.Vocabulary, other: seqio.Vocabulary) -> bool:
-    """Whether every text gets the same ids. One file with as many sentinels is not read for it."""
+    """Returns whether two vocabularies turn every text into the same ids.
+
+    If both are the same SentencePiece file with the same number of sentinel ids, the file is not
+    read.
+    """
     if isinstance(one, seqio.SentencePieceVocabulary) and isinstance(
         other, seqio.SentencePieceVocabulary
     ):
@@ -265,10 +281,10 @@ def same(one: seqio.Vocabulary, other: seqio.Vocabulary) -> bool:
 
 
 class WordVocabulary(seqio.Vocabulary):
-    """Whole words and numbers separated by spaces; `.`, `?` and `,` are words of their own.
+    """A vocabulary of whole words and numbers; `.`, `?` and `,` are words of their own.
 
-    Ids: pad 0, EOS 1, unknown 2, then the words in their order. Decoding joins by spaces and puts
-    punctuation back against the word before it; pad and EOS are left out.
+    The id of pad is 0, of EOS 1 and of unknown words 2; the words follow in their order. Decoding
+    leaves out pad and EOS, joins the words by spaces and removes the space before punctuation.
     """
 
     def __init__(self, words: Sequence[str]):
@@ -317,7 +333,8 @@ class WordVocabulary(seqio.Vocabulary):
 
     def _lookup(self) -> tf.lookup.StaticHashTable:
         if self._table is None:
-            # Outside the graph of a dataset's map, where this is first called.
+            # The first call comes from a dataset's map function. The table must not be part of that
+            # function's graph, because other graphs use the table too.
             with tf.init_scope():
                 self._table = tf.lookup.StaticHashTable(
                     tf.lookup.KeyValueTensorInitializer(
@@ -338,7 +355,7 @@ class WordVocabulary(seqio.Vocabulary):
 
 
 def arithmetic() -> WordVocabulary:
-    """The words of the task `arithmetic`, with every number as one token."""
+    """Returns the vocabulary of the task `arithmetic`, in which every number is one token."""
     return WordVocabulary(known_sizes.ARITHMETIC_WORDS)
 
 
@@ -349,18 +366,19 @@ def train_sentencepiece(
     vocab_size: int,
     character_coverage: float = 1.0,
 ) -> None:
-    """Trains a SentencePiece unigram vocabulary and writes it.
+    """Trains a SentencePiece unigram vocabulary and writes it to a file.
 
-    Ids as T5's: pad 0, EOS 1, unknown 2, no BOS. The same texts give the same file.
+    Special ids are those of T5: pad 0, EOS 1, unknown 2 and no BOS. The same texts give the same
+    file.
 
     Args:
-        texts: one sentence each.
-        path: the local `.model` file; written whole or not at all. Its folder is made.
-        vocab_size: pieces, special ones included.
-        character_coverage: share of the text's characters that get a piece.
+        texts: the sentences to train on.
+        path: the local `.model` file, which is written atomically. Its folder is created.
+        vocab_size: the number of pieces, including special ones.
+        character_coverage: the share of the characters in the texts that get a piece.
 
     Raises:
-        ValueError: if the texts cannot give that many pieces, there are none, or path is remote.
+        ValueError: if the texts do not suffice for this many pieces, or if the path is remote.
     """
     if "://" in os.fspath(path):
         raise ValueError(f"path must be local, to be renamed into place; got {os.fspath(path)!r}")
