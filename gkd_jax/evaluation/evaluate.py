@@ -1,4 +1,8 @@
-"""Decoding a task's split and scoring it with the task's own metric functions."""
+"""Decodes the split of a task and scores the result with the task's own metric functions.
+
+`make_decoder` makes a function that decodes batches to `Row`s, `score` computes their metrics, and
+`write_rows` writes them to a file. `EvalConfig` holds the settings.
+"""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
@@ -22,13 +26,13 @@ from gkd_jax.text import settings, text_metrics
 
 
 class Row(NamedTuple):
-    """What was decoded for an example.
+    """One decoded text.
 
     Attributes:
-        example: with the task's `*_pretokenized` texts.
+        example: the example of the task, with its `*_pretokenized` texts.
         prediction: the decoded text.
-        tokens: the ids it was decoded from, EOS included.
-        divergence: KL(teacher || student) at each of the tokens, nats; None without a teacher.
+        tokens: the decoded ids, EOS included.
+        divergence: KL(teacher || student) at each token, in nats; None without a teacher.
     """
 
     example: dict[str, Any]
@@ -43,27 +47,28 @@ TokenDivergence = Callable[[lm.Params, lm.Params, Batch], jax.Array]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """How a split is decoded and how much of it.
+    """Which examples are decoded, and how.
 
     Attributes:
-        task: what is decoded; None is the task that is trained on.
-        split: of the task.
-        decoding: "greedy", "sample" (temperature sampling), "beam", or "likeliest": the one of
-            `choices` whose first token is the most probable, as the authors of MMLU score it
-            (`evaluate.py` of https://github.com/hendrycks/test). Greedy decoding with exact match,
-            which the paper has, may write something else than a letter.
-        temperature: of "sample".
-        num_samples: of "sample", for each input; two or more add `self_bleu`.
-        calculator: of "greedy": after `expression =` the result is forced into the text, as in the
+        task: the name of the task; None takes the training task.
+        split: the split of the task.
+        decoding: "greedy", "sample" (temperature sampling), "beam" or "likeliest". The last one
+            picks the most probable of `choices`, as the authors of MMLU do (`evaluate.py` of
+            https://github.com/hendrycks/test). The paper decodes greedily and scores exact match,
+            where a model may write something other than a letter.
+        temperature: the temperature of "sample".
+        num_samples: samples of each input, for "sample"; two or more add `self_bleu`.
+        calculator: for "greedy": write the correct result after each `expression =`, as in the
             paper's GSM8K evaluation.
-        num_beams, alpha: of "beam"; the defaults are the paper's for WMT.
-        choices: of "likeliest": texts whose first tokens differ.
-        batch_size: rows decoded at once; None takes the training batch's.
-        num_examples: the first so many; None is all, 0 evaluates nothing.
-        target_length: most tokens to decode; None takes the training feature length.
-        seed: of "sample".
-        rewards: functions of `gkd_jax.evaluation.rewards` whose mean over the split is reported
-            under their names.
+        num_beams, alpha: the number of beams and the length penalty of "beam"; the defaults are
+            the paper's for WMT.
+        choices: texts of one token each, all different, for "likeliest".
+        batch_size: rows that are decoded at once; None takes the training batch size.
+        num_examples: decode this many examples, the first ones; None decodes all, 0 none.
+        target_length: the largest number of decoded tokens; None takes the training length.
+        seed: the seed of "sample".
+        rewards: functions of `gkd_jax.evaluation.rewards`. The mean of each over the split is
+            reported under its name.
     """
 
     task: str | None = None
@@ -114,7 +119,7 @@ class EvalConfig:
 
 
 def _vocabularies() -> Any:
-    """The module, which brings seqio: timing and planning need this one without."""
+    """Imports `vocabularies` late: it needs seqio, but `bench` and `precompile` do not."""
     from gkd_jax.text import vocabularies
 
     return vocabularies
@@ -130,18 +135,20 @@ def make_decoder(
     length: int,
     divergence: TokenDivergence | None = None,
 ) -> Decoder:
-    """A function (params, batches, first=0, teacher_params=None) -> rows, one a decoded text.
+    """Makes a function (params, batches, first=0, teacher_params=None) -> one `Row` per text.
 
-    Batches before `first` are skipped; those after it are decoded as if they had not been.
+    The function skips batches before `first`, and decodes the later ones as if it had not skipped
+    any, so that an interrupted run can continue.
 
     Args:
         config: the model's sizes.
         evaluation: how to decode.
-        vocabulary: of the tokens.
-        num_pieces: of the vocabulary; ids beyond it are not decoded.
-        mesh: where it runs.
-        length: most tokens to decode.
-        divergence: at each decoded token (see `teacher_divergence`); needs `teacher_params`.
+        vocabulary: turns ids into text.
+        num_pieces: the number of ids in the vocabulary; larger ids are never decoded.
+        mesh: the mesh on which the model runs.
+        length: the largest number of tokens to decode.
+        divergence: computes the divergence at each decoded token (see `teacher_divergence`), for
+            which the function needs `teacher_params`; None computes none.
     """
     banned = banned_tail(config, num_pieces)
     ends = _vocabularies().end_ids(vocabulary) or config.family.EOS_IDS
@@ -164,7 +171,7 @@ def make_decoder(
                     rows = rows._replace(input_lengths=np.repeat(lengths, repeats))
                 rows = data.place(rows, mesh)
                 values = np.asarray(divergence(params, teacher_params, rows))
-            # Rows beyond the examples fill the last batch up: they do not count.
+            # The last batch is padded with rows that have no example: leave them out.
             for i in range(len(examples) * repeats):
                 size = int(weights[i].sum())
                 yield Row(
@@ -185,7 +192,10 @@ def _decode_fn(
     mesh: Mesh,
     length: int,
 ):
-    """(params, inputs, lengths, key) -> tokens, replicated: every process can read all rows."""
+    """Makes the jitted function (params, inputs, lengths, key) -> tokens.
+
+    The tokens are replicated, so that every process can read all rows.
+    """
     ends = _vocabularies().end_ids(vocabulary) or None
     if evaluation.calculator:
         decode = calculator_decoding.make_decode(
@@ -229,10 +239,10 @@ def _decode_fn(
 
 
 def _single_tokens(vocabulary: Any, choices: Sequence[str]) -> set[int]:
-    """The tokens of choices, each one token that no other has.
+    """The ids of the choices.
 
     Raises:
-        ValueError: naming the choices, if that is not so.
+        ValueError: if a choice is not exactly one token, or two choices are the same token.
     """
     ids = [vocabulary.encode(choice) for choice in choices]
     if not ids or any(len(tokens) != 1 for tokens in ids) or len({*map(tuple, ids)}) != len(ids):
@@ -244,9 +254,9 @@ def _single_tokens(vocabulary: Any, choices: Sequence[str]) -> set[int]:
 
 
 def teacher_divergence(models: gkd.ModelPair, mesh: Mesh) -> TokenDivergence:
-    """A function (student params, teacher params, batch) -> KL(teacher || student) at each token.
+    """Makes a function (student params, teacher params, batch) -> KL(teacher || student) per token.
 
-    Both at temperature 1, whatever the training minimises: so that runs can be compared.
+    Both models have temperature 1, whatever the training minimises, so that runs are comparable.
     """
     method = gkd.GKDConfig(divergence=divergences.forward_kl)
 
@@ -258,19 +268,23 @@ def teacher_divergence(models: gkd.ModelPair, mesh: Mesh) -> TokenDivergence:
 
 
 def to_text(vocabulary: Any, tokens: np.ndarray) -> str:
-    """Text of decoded ids, up to the first that ends a text."""
+    """The text of decoded ids, up to the first id that ends a text."""
     return _vocabularies().decode(vocabulary, tokens.tolist())
 
 
 def score(
     task: Any, rows: Sequence[Row], evaluation: EvalConfig = EvalConfig()
 ) -> dict[str, float]:
-    """The task's metrics of rows, postprocessed as the task says, and what `evaluation` adds.
+    """Computes the metrics of decoded rows, after the task's own postprocessing.
 
     Returns:
-        The task's own metrics; `teacher_divergence` (nats; the mean over each sequence's tokens,
-        then over sequences: Eq. 2) where rows have it; `self_bleu` of several samples an input; the
-        mean of each reward under its function's name, or what its `report` says of its scores.
+        The metrics of the task. If the rows have divergences, also `teacher_divergence` in nats:
+        the mean over each sequence's tokens, then over sequences (Eq. 2). For several samples of
+        each input, also `self_bleu`. For each reward of `evaluation`, its mean under the name of
+        the function, or the numbers that its method `report` returns.
+
+    Raises:
+        ValueError: if there are no rows.
     """
     if not rows:
         raise ValueError(f"task {task.name!r} has no examples to evaluate")
@@ -307,7 +321,7 @@ def score(
 
 
 def write_rows(path: pathlib.Path, rows: Sequence[Row], vocabulary: Any) -> None:
-    """JSONL of inputs, targets, predictions and, with a teacher, each token and its divergence."""
+    """Writes rows as JSONL; with a teacher, each row has its tokens and their divergences."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
         for row in rows:
@@ -323,6 +337,6 @@ def write_rows(path: pathlib.Path, rows: Sequence[Row], vocabulary: Any) -> None
 
 
 def text(example: Mapping[str, Any], feature: str) -> str:
-    """A feature's text before tokenization."""
+    """The text of a feature before tokenization."""
     value = example[f"{feature}_pretokenized"]
     return value.decode() if isinstance(value, bytes) else str(value)

@@ -1,7 +1,7 @@
-"""Decoding with a checkpoint: predictions as JSONL (`infer`), or scored as well (`eval`).
+"""Decoding with a checkpoint: `run` is `gkd-jax infer`, `evaluate_checkpoint` is `gkd-jax eval`.
 
-`infer` is also how SeqKD's data are made: the teacher decodes the training split, and
-`gkd_jax.tasks.jsonl` reads the result as a task.
+`infer` writes predictions as JSONL; `eval` also scores them. `infer` makes the data of SeqKD, too:
+the teacher decodes the training split, and `gkd_jax.tasks.jsonl` reads the result as a task.
 """
 
 from collections.abc import Callable, Iterator
@@ -39,7 +39,16 @@ _OF_DECODING = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Decoding:
-    """A model ready to decode a task."""
+    """A model that is ready to decode a task.
+
+    Attributes:
+        task: the opened task.
+        vocabulary: the vocabulary of the task.
+        decoder: the function of `evaluate.make_decoder`; None in a dry run.
+        params: the model's parameters; None in a dry run.
+        batch_size: rows that are decoded at once.
+        lengths: the feature lengths; "targets" is the largest number of decoded tokens.
+    """
 
     task: Any
     vocabulary: Any
@@ -112,7 +121,16 @@ def evaluate_checkpoint(
     mesh_config: sharding.MeshConfig = sharding.MeshConfig(),
     dry_run: bool = False,
 ) -> None:
-    """Writes OUTPUT_DIR/metrics.json and OUTPUT_DIR/predictions.jsonl, and prints the metrics."""
+    """Writes metrics.json and predictions.jsonl to OUTPUT_DIR, and prints the metrics.
+
+    Args:
+        model: the model that decodes.
+        data_config: the task, the vocabulary, the lengths and the batch size.
+        evaluation: the split and the decoding.
+        output_dir: the folder OUTPUT_DIR.
+        mesh_config: the sizes of the mesh axes.
+        dry_run: check everything, but decode nothing.
+    """
     ready = _prepare(model, data_config, evaluation, mesh_config, dry_run)
     if dry_run:
         print("dry run: all is well", file=sys.stderr)
@@ -145,24 +163,24 @@ def run(
     mesh_config: sharding.MeshConfig = sharding.MeshConfig(),
     dry_run: bool = False,
 ) -> None:
-    """Writes one JSON object a line: `inputs`, `targets` (the prediction) and `reference`.
+    """Decodes a split to a JSONL file of `inputs`, `targets` (the prediction) and `reference`.
 
-    A run that was stopped goes on after the lines it has, if it is the same: what makes the file is
-    recorded beside it (`made_by`), and a file that something else made is left as it is. The file
-    is itself a task: see `gkd_jax.tasks.jsonl`.
+    The same call continues a run that was stopped, after the lines that the file holds. A record
+    beside the file (`made_by`) says what made it, and a file with another origin is never touched.
+    The file is itself a task (`gkd_jax.tasks.jsonl`).
 
     Args:
-        model: what decodes.
-        data_config: whose inputs, and with which vocabulary and lengths.
-        evaluation: split and decoding.
+        model: the model that decodes.
+        data_config: the task, the vocabulary, the lengths and the batch size.
+        evaluation: the split and the decoding.
         output: the JSONL file.
-        text_file: decode the lines of this file in place of the task's split.
-        mesh_config: how devices are arranged.
-        dry_run: check everything, decode nothing.
+        text_file: decode the lines of this file instead of the task's split.
+        mesh_config: the sizes of the mesh axes.
+        dry_run: check everything, but decode nothing.
 
     Raises:
-        ValueError: where the output was made by another checkpoint or with other settings, or is a
-            file of somebody else's.
+        ValueError: if another checkpoint or other settings made the file, or if `infer` did not
+            make it at all.
     """
     about = _about(model, data_config, evaluation, text_file)
     if not dry_run or not _is_remote(model.checkpoint):  # a dry run stays off the network
@@ -182,7 +200,7 @@ def run(
     if writes:
         path.parent.mkdir(parents=True, exist_ok=True)
         made_by.write(path, about)
-    # Only whole batches are skipped, so that a sampled row keeps its key.
+    # Skip whole batches only, because the key of a sampled row depends on its batch.
     skipped = _skip(path, ready.batch_size * evaluation.num_samples)
     decoded = ready.decoder(ready.params, batches, first=skipped)
     with path.open("a", encoding="utf-8") if writes else contextlib.nullcontext() as file:
@@ -197,7 +215,7 @@ def run(
 
 
 def _line(row: evaluate.Row) -> dict[str, Any]:
-    """A prediction as a row of training data, in the form that its prompt has."""
+    """A prediction as a row of training data: `messages` of a chat, or `inputs` and `targets`."""
     reference = {"reference": evaluate.text(row.example, "targets")}
     chat = row.example.get("chat")
     if not chat:
@@ -211,7 +229,7 @@ def _line(row: evaluate.Row) -> dict[str, Any]:
 def _about(
     model: ModelConfig, data_config: data.DataConfig, evaluation: EvalConfig, text_file: str | None
 ) -> dict[str, Any]:
-    """All that the lines of an output follow from, but for the checkpoint's content."""
+    """Everything that determines the lines of an output, except the content of the checkpoint."""
     about: dict[str, Any] = {"checkpoint": model.checkpoint, "content": None}
     about |= {name: getattr(model, name) for name in ("size", "dtype", "param_dtype")}
     about |= {name: getattr(data_config, name) for name in _OF_DATA}
@@ -220,7 +238,7 @@ def _about(
         about |= {"eval_fraction": data_config.eval_fraction, "data_seed": data_config.seed}
     if text_file is None:
         about["split"] = evaluation.split
-    else:  # read here, so that a fault in it is found before the model is loaded
+    else:  # read the file now, so that a fault in it is reported before the model is loaded
         lines = "\n".join(files.read_lines(text_file))
         about |= {
             "text_file": text_file,
@@ -237,7 +255,7 @@ def _is_remote(path: str | None) -> bool:
 
 
 def _on_first_process(check: Callable[..., None], *arguments: Any) -> None:
-    """Looks at a file that only the first process writes; all fail where it does."""
+    """Runs a check on the first process, which alone writes the file; if it fails, all raise."""
     error = None
     if jax.process_index() == 0:
         try:
@@ -249,7 +267,7 @@ def _on_first_process(check: Callable[..., None], *arguments: Any) -> None:
 
 
 def _text_batches(text_file: str, ready: _Decoding) -> Iterator[eval_batches.EvalBatch]:
-    """The lines of a file, each a prompt; all are looked at before the first is decoded."""
+    """Batches of the lines of a file, each a prompt; checks all lines before the first batch."""
     size, lengths = ready.batch_size, ready.lengths
     prompts = rows.read_prompts(text_file, ready.vocabulary, lengths["inputs"])
     starts = range(0, len(prompts), size)
@@ -259,7 +277,7 @@ def _text_batches(text_file: str, ready: _Decoding) -> Iterator[eval_batches.Eva
 
 
 def _skip(path: pathlib.Path, lines_a_batch: int) -> int:
-    """Whole batches that the file has; the first process cuts off what is beyond them."""
+    """Returns the number of whole batches in the file; the first process cuts the rest off."""
     batches = 0
     if jax.process_index() == 0:
         done = path.read_bytes().count(b"\n") if path.exists() else 0

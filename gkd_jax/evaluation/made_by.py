@@ -1,7 +1,8 @@
-"""What made a file of predictions, recorded beside it as `<file>.made_by.json`.
+"""The record of what made a file of predictions, kept beside it as `<file>.made_by.json`.
 
-A run that was stopped goes on after the lines it has. So whoever writes must be the one who wrote:
-lines of two models in one file could not be told apart later, and SeqKD trains on such files.
+`gkd-jax infer` continues a run that was stopped after the lines it has written. `check` refuses to
+continue with another model or other settings: lines of two models in one file could not be told
+apart later, and SeqKD trains on such files.
 """
 
 import json
@@ -17,19 +18,19 @@ _DONE = "num_lines"
 
 
 def path_of(output: str | os.PathLike[str]) -> pathlib.Path:
-    """Where the record of a file lies."""
+    """The path of a file's record."""
     return pathlib.Path(f"{os.fspath(output)}.made_by.json")
 
 
 def read_made_by(output: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """What made a file; None where nothing is recorded.
+    """Reads the record of a file; None if there is none.
 
     Returns:
         `checkpoint`, `content` (see `storage.content.content_id`), `task` and `split` (or
         `text_file`), the settings of decoding, and `num_lines` once the file is complete.
 
     Raises:
-        ValueError: where the record is damaged.
+        ValueError: if the record is damaged.
     """
     path = path_of(output)
     if not path.is_file():
@@ -44,14 +45,16 @@ def read_made_by(output: str | os.PathLike[str]) -> dict[str, Any] | None:
 
 
 def check(output: str | os.PathLike[str], about: dict[str, Any]) -> None:
-    """Refuses a file that something else made, or somebody.
+    """Refuses a file that was not made by the same model and settings.
 
     Args:
-        output: the file to write or to go on with.
-        about: what would make it now. The paths in it may have changed: contents count.
+        output: the file to write or to continue.
+        about: the record of what would make the file now. Paths in it may differ from the earlier
+            record if the contents behind them are equal.
 
     Raises:
-        ValueError: naming what differs.
+        ValueError: if the file has another origin or was changed after it was complete; the message
+            names what differs.
     """
     path = pathlib.Path(output)
     if path.is_dir():
@@ -83,13 +86,13 @@ def check(output: str | os.PathLike[str], about: dict[str, Any]) -> None:
 
 
 def _lies_elsewhere(name: str, before: dict[str, Any], about: dict[str, Any]) -> bool:
-    """Whether a field is the place of something whose content, another field, is the same."""
+    """Whether a field is a path whose content, recorded in another field, is unchanged."""
     content = {"checkpoint": "content", "text_file": "text_content"}.get(name, "")
     return about.get(content) is not None and about[content] == before.get(content)
 
 
 def _short(value: Any) -> str:
-    """A value in a message; of a hash the first characters."""
+    """A value for a message; a hash is shortened to its first characters."""
     is_hash = isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value)
     return f"{value[:12]}..." if is_hash else repr(value)
 
@@ -97,6 +100,6 @@ def _short(value: Any) -> str:
 def write(
     output: str | os.PathLike[str], about: dict[str, Any], *, num_lines: int | None = None
 ) -> None:
-    """Records what makes a file; with `num_lines` once it is complete."""
+    """Writes the record of a file; pass `num_lines` once the file is complete."""
     record = about if num_lines is None else {**about, _DONE: num_lines}
     files.write_whole(path_of(output), json.dumps(record, indent=1, ensure_ascii=False) + "\n")

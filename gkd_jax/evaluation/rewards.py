@@ -1,6 +1,7 @@
-"""Rewards for RL + GKD (`rl.Reward`): texts in, one number each out, higher is better.
+"""Rewards for RL + GKD (`rl.Reward`): functions from texts to one number each; higher is better.
 
-Each is a function of (prompts, outputs, references), called on the host between the jitted steps.
+A reward takes (prompts, outputs, references) and is called on the host between the jitted steps.
+`exact_answer`, `rouge2` and `Brevity` compare texts; `Entailment` asks a T5 classifier.
 """
 
 import bisect
@@ -23,7 +24,7 @@ Texts = Sequence[str]
 
 
 def exact_answer(prompts: Texts, outputs: Texts, references: Texts) -> np.ndarray:
-    """1 where the number after `The answer is` equals the reference's, 0 elsewhere."""
+    """1 if the number after `The answer is` equals that of the reference, else 0."""
     del prompts
     wanted = [text_metrics.answer(reference) for reference in references]
     return np.array(
@@ -35,7 +36,7 @@ def exact_answer(prompts: Texts, outputs: Texts, references: Texts) -> np.ndarra
 
 
 def rouge2(prompts: Texts, outputs: Texts, references: Texts) -> np.ndarray:
-    """ROUGE-2 F1 of each output, 0 to 1."""
+    """The ROUGE-2 F1 of each output with its reference, from 0 to 1."""
     del prompts
     return np.array(
         [
@@ -47,7 +48,7 @@ def rouge2(prompts: Texts, outputs: Texts, references: Texts) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Brevity:
-    """Minus the number of words of an output beyond `limit`."""
+    """Minus the number of words by which an output exceeds `limit`."""
 
     limit: int = 30
 
@@ -61,23 +62,26 @@ brevity = Brevity  # as gin files and command lines name it: `REWARD = @rewards.
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Entailment:
-    """log-probability that a T5 classifier calls the output entailed by the prompt; nats, <= 0.
+    """The log-probability, in nats, that a T5 classifier finds the output entailed by the prompt.
 
-    The reward of Roit et al. (2023), which the paper's Figure 5 uses: premise = the prompt (the
-    document), hypothesis = the output, and the score is the log-probability of the label's tokens.
-    The classifier is any T5 checkpoint that was trained to write the label. It is loaded at the
-    first call. The defaults are those of the public TRUE classifier (google/t5_xxl_true_nli_mixture
-    of Honovich et al., 2022), which writes "1" for entailment and "0" for all else.
+    This is the reward of Roit et al. (2023), which the paper's Figure 5 uses. The premise is the
+    prompt (the document), the hypothesis is the output, and the score is the log-probability of the
+    label's tokens. Any T5 checkpoint that was trained to write the label can be the classifier. It
+    is loaded at the first call. The defaults fit the public TRUE classifier
+    (google/t5_xxl_true_nli_mixture of Honovich et al., 2022), which writes "1" for entailment and
+    "0" otherwise.
 
     Attributes:
         model: the classifier (`pretrained.ModelConfig` with a checkpoint).
-        vocabulary: its vocabulary, as `vocabularies.load` names it.
-        extra_ids: sentinels after a SentencePiece file's pieces.
-        template: of its inputs, with {premise} and {hypothesis}.
-        label: what it writes for entailment ("1" for TRUE, "entailment" for the task `rte`).
-        prefix: removed from the prompt's beginning ("summarize: ").
-        length: most input tokens; the premise is cut from its end, the hypothesis is kept.
-        batch_size: rows scored at once.
+        vocabulary: the classifier's vocabulary, as `vocabularies.load` names it.
+        extra_ids: the number of sentinels after the pieces of a SentencePiece file.
+        template: the classifier's input, with the fields {premise} and {hypothesis}.
+        label: the text that the classifier writes for entailment: "1" for TRUE, "entailment" for
+            the task `rte`.
+        prefix: a text that is removed from the beginning of the prompt ("summarize: ").
+        length: the largest number of input tokens. A longer premise loses its end; the hypothesis
+            is kept.
+        batch_size: rows that are scored at once.
     """
 
     model: pretrained.ModelConfig
@@ -114,18 +118,18 @@ class Entailment:
         return np.array(scores)
 
     def report(self, scores: np.ndarray) -> dict[str, float]:
-        """What an evaluation says of scores.
+        """The metrics that an evaluation reports of scores.
 
         Returns:
-            `entailment`, their mean in nats; `entailed`, the percentage of outputs that are called
-            entailed: the label is more probable than all other answers together. The paper's
-            Figure 5 is in points of it.
+            `entailment`, the mean score in nats; `entailed`, the percentage of outputs for which
+            the label is more probable than all other answers together. The changes of the paper's
+            Figure 5 are in points of that percentage.
         """
         called = np.asarray(scores) > np.log(0.5)
         return {"entailment": float(np.mean(scores)), "entailed": 100 * float(np.mean(called))}
 
     def _encode(self, premise: str, hypothesis: str) -> list[int]:
-        """Ids of the filled template, with as many of the premise's words as fit."""
+        """The ids of the filled template, with as many words of the premise as fit."""
         words = premise.split(" ")
 
         def filled(count: int) -> list[int]:
@@ -142,10 +146,10 @@ class Entailment:
 
     @functools.cached_property
     def _log_probs(self):
-        """Batch -> log-probability of its targets."""
+        """The function from a batch to the log-probability of each row's targets."""
         num_pieces = self._vocabulary.vocab_size
         config = self.model.config(num_pieces)
-        # Every process scores all rows by itself, its devices sharing the weights.
+        # Every process scores all rows by itself; the weights are sharded over its own devices.
         mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=-1), jax.local_devices())
         sharding.check_batch_size(self.batch_size, mesh)
         params = pretrained.place_params(self.model, config, mesh)

@@ -1,4 +1,7 @@
-"""`gkd-jax score`: a teacher's top-k probabilities of a task's targets, to train without it."""
+"""`gkd-jax score`: stores a teacher's top-k probabilities at every target position of a split.
+
+A run can then distil on the data set's targets without the teacher (`input.teacher_cache`).
+"""
 
 from collections.abc import Callable, Iterator
 import json
@@ -30,21 +33,21 @@ def run(
     mesh_config: sharding.MeshConfig = sharding.MeshConfig(),
     dry_run: bool = False,
 ) -> None:
-    """Writes a `teacher_cache` of a task's split; a run that was stopped goes on.
+    """Writes the teacher cache of a task's split; the same call continues a run that was stopped.
 
     Args:
         model: the teacher.
-        data_config: whose targets; task, split, lengths, `num_examples` and seed as training will
-            have them.
-        output: the cache's folder.
-        k: most probable ids kept at each position; all there are where it is larger.
-        temperature: divides the teacher's logits, as `GKDConfig.teacher_temperature` will.
-        mesh_config: how devices are arranged.
-        dry_run: check everything, score nothing.
+        data_config: the task, split, lengths, `num_examples` and seed of the training run.
+        output: the folder of the cache, on a local disk.
+        k: the number of most probable ids to keep at each position, at most the vocabulary's.
+        temperature: divides the teacher's logits; the training run's `teacher_temperature` must be
+            the same.
+        mesh_config: the sizes of the mesh axes.
+        dry_run: check everything, but score nothing.
 
     Raises:
-        ValueError: for a temperature or a k that is not positive, a mixture, or a folder of
-            something else.
+        ValueError: if k or the temperature is not positive, if the task is a mixture, if the folder
+            is remote, or if it holds the scores of another teacher or of other data.
     """
     _check(k, temperature, output)
     task, vocabulary = streams.open_task(data_config, checkpoint=model.checkpoint)
@@ -90,7 +93,7 @@ def _about(
     k: int,
     temperature: float,
 ) -> dict[str, Any]:
-    """What the cache's about.json says: enough to refuse another teacher or other data."""
+    """The contents of about.json, which tell another teacher and other data apart."""
     return {
         "task": data_config.task,
         "split": data_config.split,
@@ -128,7 +131,7 @@ def _write(
     batches: Iterator[eval_batches.EvalBatch],
     score: Callable[[Batch], TopK],
 ) -> None:
-    """Scores the batches that the cache lacks; the first process writes."""
+    """Scores the batches that the cache does not hold yet; only the first process writes."""
     writer = teacher_cache.Writer(output, about) if jax.process_index() == 0 else None
     skipped = writer.num_rows if writer else 0
     skipped = int(multihost_utils.broadcast_one_to_all(np.asarray(skipped)))
