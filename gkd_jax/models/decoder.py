@@ -1,11 +1,12 @@
-"""Decoder-only models, Llama, Qwen, Gemma and their like, as plain functions of (config, params).
+"""The family of decoder-only models (Llama, Qwen, Gemma), as plain functions of (config, params).
 
-They are one network with the switches of `DecoderConfig`. Parameters are a nested dict with T5X's
-names, the layers stacked on axis 0 and run by `lax.scan`; windows and kinds of rotary embeddings
-are arrays over layers, so that patterns of local and global layers need no unrolling.
+The module implements the functions of `gkd_jax.models.lm`. All models are one network with the
+switches of `DecoderConfig`. Parameters are a nested dict with T5X's names. The layers are stacked
+on axis 0 and run by `lax.scan`; windows and kinds of rotary embeddings are arrays over the layers,
+so that patterns of local and global layers need no unrolling.
 
-A prompt is padded on the right; the first target of a row has position `input_lengths[row]`. A
-prompt's keys and values are its `Context`, shared by all that continues it.
+Prompts are padded on the right, and the first target of a row has position `input_lengths[row]`.
+The `Context` of a prompt is its KV cache, which all continuations of the prompt share.
 
 Axes: B prompts, N rows (N = B x samples a prompt), S prompt, T target, V vocabulary, D model, H
 heads, G key heads, K head dim, L layers.
@@ -30,24 +31,25 @@ from gkd_jax.sharding import constrain, num_shards
 __all__ = ["DecoderConfig", "Params", "Rope", "from_fields", "logical_axes", "num_params"]
 
 _INIT_STD = 0.02
-# What sampling takes where nothing else is said: every tokenizer has its own.
+# Sampling has no default ids here, because every tokenizer has its own.
 BANNED_IDS: tuple[int, ...] = ()
 EOS_IDS: tuple[int, ...] = ()
 
 
 class Context(NamedTuple):
-    """A prompt that has been read: all tokens but the last, which decoding feeds first."""
+    """The KV cache of a prompt without its last token, which decoding feeds first."""
 
     keys: Float[Array, "L B G S K"]
     values: Float[Array, "L B G S K"]
-    lengths: Int[Array, " B"]  # tokens held, which is the position of `first`
-    first: Int[Array, " B"]
+    lengths: Int[Array, " B"]  # tokens in the cache; also the position of `first`
+    first: Int[Array, " B"]  # the last token of the prompt
 
 
 class Cache(NamedTuple):
-    """The state of decoding. Position t of `keys` and `values` is written at step t.
+    """The state of decoding; step t writes position t of `keys` and `values`.
 
-    Stacked as the layers are, or tuples where those are.
+    Keys and values of all layers are stacked on axis 0, or tuples with one array for each layer
+    where the layers are a tuple too (see `parameters.unstack`).
     """
 
     prompt_keys: Float[Array, "L N G S K"] | tuple[Float[Array, "N G S K"], ...]
@@ -62,7 +64,10 @@ class Cache(NamedTuple):
 
 
 def init(config: DecoderConfig, key: Key[Array, ""]) -> Params:
-    """Random float32 parameters: kernels by their fan-in, embeddings with a deviation of 0.02."""
+    """Returns random, normally distributed float32 parameters.
+
+    The variance of kernels is 1 / fan-in, and the standard deviation of embeddings 0.02.
+    """
     keys = iter(jax.random.split(key, 9))
     width, inner = config.d_model, config.num_heads * config.head_dim
     inner_kv = config.num_kv_heads * config.head_dim
@@ -77,7 +82,8 @@ def init(config: DecoderConfig, key: Key[Array, ""]) -> Params:
     def norm(*shape: int) -> Params:
         return {"scale": (jnp.zeros if config.unit_offset else jnp.ones)(shape)}
 
-    # What each layer adds is small, so that the sum over layers does not grow with their number.
+    # The two maps that add to the residual stream are scaled down, so that the variance of the
+    # stream does not grow with the number of layers.
     shrink = 1 / math.sqrt(2 * depth)
     attention = {
         "query": linear(width, inner, config.qkv_bias),
@@ -112,7 +118,7 @@ def init(config: DecoderConfig, key: Key[Array, ""]) -> Params:
 
 
 def abstract_params(config: DecoderConfig, dtype: str = "float32") -> Params:
-    """The shapes of `init`, as `jax.ShapeDtypeStruct`s of `dtype`; allocates nothing."""
+    """Returns the shapes of `init`'s parameters, as `jax.ShapeDtypeStruct`s of `dtype`."""
     shapes = jax.eval_shape(lambda key: init(config, key), jax.random.key(0))
     return parameters.as_shapes(shapes, dtype)
 
@@ -128,14 +134,17 @@ def encode(
     *,
     dropout_key: Key[Array, ""] | None = None,
 ) -> Context:
-    """Reads prompts in one pass.
+    """Reads prompts in one pass and returns their KV cache as a `Context`.
 
     Args:
-        config: the model's sizes.
-        params: its parameters.
+        config: the model's config.
+        params: the model's parameters.
         inputs: prompts, padded on the right with any id.
-        input_lengths: tokens of each prompt, at least 1; needed, since id 0 is an ordinary token.
-        dropout_key: turns dropout on.
+        input_lengths: the number of tokens of each prompt, at least 1.
+        dropout_key: the key of dropout; None turns dropout off.
+
+    Raises:
+        ValueError: without lengths, because id 0 is an ordinary token and does not mark padding.
     """
     lengths = _lengths(input_lengths)
     positions = jnp.arange(inputs.shape[1])[None]
@@ -146,7 +155,7 @@ def encode(
 
 
 def repeat(context: Context, num: int) -> Context:
-    """Each row `num` times, as neighbours: the work on a prompt is shared between them."""
+    """Returns the context with each row repeated `num` times; the copies are neighbours."""
     if num == 1:
         return context
     return Context(
@@ -163,18 +172,20 @@ def hidden(
     context: Context | None = None,
     dropout_key: Key[Array, ""] | None = None,
 ) -> Float[Array, "N T D"]:
-    """The last hidden states that predict each target, ready for the head.
+    """Returns the last hidden states that predict each target, for `apply_head`.
 
     Args:
-        config: the model's sizes.
-        params: its parameters.
-        batch: position t sees the prompt and targets < t. There may be n rows of targets for each
-            of inputs, as neighbours: the prompts are read once.
-        context: `encode`'s result where the caller has it already.
-        dropout_key: turns dropout on.
+        config: the model's config.
+        params: the model's parameters.
+        batch: prompts and targets. Position t sees the prompt and the targets before t. Each row of
+            inputs may have n neighbouring rows of targets; the prompt is read once.
+        context: `encode`'s result, where the caller has it already.
+        dropout_key: the key of dropout; None turns dropout off.
     """
     rows, length = batch.targets.shape
-    if context is None and rows == batch.inputs.shape[0]:  # one pass over prompt and target
+    # With one target for each prompt, a single pass reads both. Otherwise the prompts are read
+    # first, and their targets continue from the context.
+    if context is None and rows == batch.inputs.shape[0]:
         lengths = _lengths(batch.input_lengths)
         tokens = _joined(batch.inputs, lengths, batch.targets)
         positions = jnp.arange(tokens.shape[1])[None]
@@ -201,7 +212,7 @@ def logits(
     context: Context | None = None,
     dropout_key: Key[Array, ""] | None = None,
 ) -> Float[Array, "N T V"]:
-    """Teacher-forced logits, float32: those at t predict `batch.targets[:, t]`."""
+    """Returns teacher-forced float32 logits; those at position t predict `batch.targets[:, t]`."""
     states = hidden(config, params, batch, context=context, dropout_key=dropout_key)
     return apply_head(config, params, states)
 
@@ -209,7 +220,7 @@ def logits(
 def apply_head(
     config: DecoderConfig, params: Params, states: Float[Array, "*B D"]
 ) -> Float[Array, "*B V"]:
-    """Hidden states to float32 logits."""
+    """Returns the float32 logits of hidden states."""
     if config.tie_embeddings:
         embedding = params["token_embedder"]["embedding"]
         out = layers.project(states, embedding, config.dtype, transposed=True)
@@ -233,7 +244,10 @@ def _lengths(input_lengths: Int[Array, " B"] | None) -> Int[Array, " B"]:
 def _joined(
     inputs: Int[Array, "B S"], lengths: Int[Array, " B"], targets: Int[Array, "B T"]
 ) -> Int[Array, "B S+T"]:
-    """Prompts followed by their targets without a gap: plain texts, padded on the right."""
+    """Returns each prompt with its targets right after the prompt's last token.
+
+    The positions after the targets repeat the last target; no earlier position sees them.
+    """
     place = jnp.arange(inputs.shape[1] + targets.shape[1])[None]
     after = jnp.clip(place - lengths[:, None], 0, targets.shape[1] - 1)
     padded = jnp.pad(inputs, ((0, 0), (0, targets.shape[1])))
@@ -246,7 +260,7 @@ def _joined(
 
 
 def decode_params(config: DecoderConfig, params: Params) -> Params:
-    """What decoding reads, laid out once for all tokens (see `parameters.for_decoding`)."""
+    """Returns the parameters prepared for decoding by `parameters.for_decoding`."""
     params = parameters.for_decoding(params, config.dtype)
     return {
         **params,
@@ -255,13 +269,13 @@ def decode_params(config: DecoderConfig, params: Params) -> Params:
 
 
 def init_cache(config: DecoderConfig, params: Params, context: Context, length: int) -> Cache:
-    """An empty cache behind a context.
+    """Returns a cache with the keys and values of a context and space for `length` tokens.
 
     Args:
-        config: the model's sizes.
-        params: its parameters, `decode_params`'s where decoding runs on those.
-        context: what is continued.
-        length: the most tokens that will be decoded, T.
+        config: the model's config.
+        params: the parameters that `decode_step` will be given, usually from `decode_params`.
+        context: the prompts to continue.
+        length: the largest number of tokens to decode, T.
     """
     unstacked = isinstance(_unstack(config, params["decoder"]["layers"]), tuple)
     rows = context.first.shape[0]
@@ -278,7 +292,7 @@ def init_cache(config: DecoderConfig, params: Params, context: Context, length: 
 
 
 def take_rows(cache: Cache, rows: Int[Array, " N"]) -> Cache:
-    """The cache in which row i goes on with the past of row `rows[i]`, which has its prompt."""
+    """Returns the cache in which row i continues the tokens of row `rows[i]` of the same prompt."""
     keys, values = jax.tree.map(
         lambda x: jnp.take(x, rows, axis=x.ndim - 4), (cache.keys, cache.values)
     )
@@ -288,7 +302,10 @@ def take_rows(cache: Cache, rows: Int[Array, " N"]) -> Cache:
 def decode_step(
     config: DecoderConfig, params: Params, tokens: Int[Array, " N"], cache: Cache
 ) -> tuple[Float[Array, "N V"], Cache]:
-    """Logits after one more token of each row (first the context's), and the new cache."""
+    """Feeds one token of each row; returns the logits of the next token, and the new cache.
+
+    The first tokens to feed are `Context.first`.
+    """
     position = cache.position
     rotation = decoder_block.rotations(config, (cache.lengths + position)[:, None])
     windows, kinds = decoder_block.per_layer(config)
@@ -349,12 +366,13 @@ def decode_step(
 
 
 def _prompt_seen(cache: Cache, size: int, window: Int[Array, ""]):
-    """Which of the prompt's keys the token at this step sees."""
+    """Returns a mask of the prompt's keys that the token of this step sees."""
     place, lengths = jnp.arange(size)[None], cache.lengths[:, None]
     return (place < lengths) & (place > lengths + cache.position - window)
 
 
 def _own_seen(position: Int[Array, ""], size: int, window: Int[Array, ""]):
+    """Returns a mask of the decoded tokens' keys that the token of this step sees."""
     place = jnp.arange(size)[None]
     return (place <= position) & (place > position - window)
 
@@ -371,7 +389,12 @@ def _run(
     context: Context | None,
     dropout_key: Key[Array, ""] | None,
 ) -> tuple[Float[Array, "N T D"], tuple[jax.Array, jax.Array]]:
-    """All layers over some tokens: states before the last norm; keys and values of each layer."""
+    """Runs all layers over tokens that may continue a context.
+
+    Returns:
+        The hidden states before the last norm, and the keys and values of these tokens in each
+        layer, stacked.
+    """
     rotation = decoder_block.rotations(config, positions)
     windows, kinds = decoder_block.per_layer(config)
     seen = positions
@@ -379,6 +402,7 @@ def _run(
     if context is not None:
         past = (context.keys, context.values)
         place = jnp.arange(context.keys.shape[3])[None]
+        # Entries of the cache after the tokens of a prompt are padding, which no query may see.
         held = jnp.where(place < context.lengths[:, None], place, NOWHERE)
         seen = jnp.concatenate([held, positions], axis=1)
     keys = [None] * 2 if dropout_key is None else list(jax.random.split(dropout_key))

@@ -1,9 +1,12 @@
-"""Causal attention with fewer key heads than query heads, over texts of any length.
+"""Causal attention of decoder-only models: grouped query heads, sliding windows, long texts.
 
-A query sees the keys at its own position and before, back to its layer's window. Longer texts go
-block by block with a running maximum and sum, as FlashAttention (Dao et al., 2022), and again in
-the backward pass: memory grows with the length, not with its square. Pairs of blocks in which no
-query sees a key are skipped, so that a window costs what it reaches.
+A query sees the keys at its own position and before, as far back as the layer's window. Each key
+head serves G query heads.
+
+Texts longer than a block are computed as in FlashAttention (Dao et al., 2022): block by block, with
+a running maximum and sum, and the scores again in the backward pass. So memory grows with the
+length rather than with its square. Pairs of blocks in which no query sees a key are skipped, so
+that the work of a layer with a window grows with the window.
 
 Axes: B batch, H query heads, N key heads, G = H / N, T queries, S keys, K head dim.
 """
@@ -19,14 +22,17 @@ from jaxtyping import Array, Bool, Float, Int
 from gkd_jax.models.products import product, product_of_transpose, product_with_transpose
 
 
-BLOCK = 512  # queries or keys that are visited at once in texts longer than this
-NOWHERE = 2**30  # the position of what is no key: no query sees it
-NO_WINDOW = 2**30
+BLOCK = 512  # the queries, and the keys, of a block in texts longer than this
+NOWHERE = 2**30  # the position of padding among the keys; it is after all queries
+NO_WINDOW = 2**30  # a window that is longer than any text
 _MASKED = -1e10  # as a score: exp(_MASKED - max) is exactly 0 in float32
 
 
 class Sight(NamedTuple):
-    """Who sees whom: a key at position p is seen from q where q - window < p <= q."""
+    """The positions and the window that decide which keys a query sees.
+
+    A query at position q sees a key at position p if q - window < p <= q.
+    """
 
     queries: Int[Array, "#B T"]
     keys: Int[Array, "#B S"]
@@ -34,7 +40,7 @@ class Sight(NamedTuple):
 
 
 class Past(NamedTuple):
-    """A stretch of the past, and which of its keys one query a row sees."""
+    """One part of a KV cache, and a mask of the keys that the row's single query sees."""
 
     keys: Float[Array, "B N S K"]
     values: Float[Array, "B N S K"]
@@ -42,7 +48,7 @@ class Past(NamedTuple):
 
 
 class _Scoring(NamedTuple):
-    """What makes scores of products; static."""
+    """The static settings of attention: how products become scores, and the block size."""
 
     scale: float
     softcap: float | None
@@ -60,15 +66,17 @@ def attend(
     by_row: bool = False,
     block: int = BLOCK,
 ) -> Float[Array, "B H T K"]:
-    """softmax(softcap(scale x queries keys^T)) values, of the values' dtype.
+    """Returns softmax(softcap(scale x queries keys^T)) values, in the dtype of the values.
 
     Args:
-        queries, keys, values: of the compute dtype; query head h reads key head h // (H / N).
-        sight: positions of queries and keys, and the layer's window.
-        scale: multiplies the products.
-        softcap: c of c tanh(x / c); None is off.
-        by_row: one row of the batch at a time, so that its scores stay in a CPU's cache.
-        block: queries and keys that are visited at once where there are more.
+        queries, keys, values: arrays of the compute dtype. Query head h reads key head
+            h // (H / N).
+        sight: the positions of queries and keys, and the layer's window.
+        scale: a factor of the products of queries and keys.
+        softcap: c in c tanh(x / c), which is applied to the scaled products; None is off.
+        by_row: attend for one row of the batch at a time, whose scores stay in a CPU's cache.
+        block: the number of queries, and of keys, in a block. Texts of at most this length are
+            computed at once.
     """
     scoring = _Scoring(scale, softcap, block)
     grouped = queries.reshape(*keys.shape[:2], -1, *queries.shape[2:])
@@ -94,7 +102,15 @@ def attend_to_cache(
     scale: float,
     softcap: float | None,
 ) -> Float[Array, "B H 1 K"]:
-    """One query a row over several stretches of the past."""
+    """Returns the attention of one query per row over several parts of a KV cache.
+
+    The softmax goes over the keys of all parts, which are not concatenated.
+
+    Args:
+        queries: the queries, in the compute dtype.
+        pasts: the parts of the cache.
+        scale, softcap: as in `attend`.
+    """
     keys = pasts[0].keys
     dtype = keys.dtype.name
     grouped = queries.reshape(*keys.shape[:2], -1, queries.shape[-1])
@@ -117,6 +133,7 @@ def attend_to_cache(
 
 
 def _cap(scoring: _Scoring, products: jax.Array) -> jax.Array:
+    """Returns the scaled and softcapped scores of products of queries and keys."""
     scores = products * scoring.scale
     if scoring.softcap is not None:
         scores = scoring.softcap * jnp.tanh(scores / scoring.softcap)
@@ -124,16 +141,16 @@ def _cap(scoring: _Scoring, products: jax.Array) -> jax.Array:
 
 
 class _Running(NamedTuple):
-    """Of each query over the keys visited so far: the top score, sums of exponentials."""
+    """The running softmax of each query over the keys visited so far."""
 
-    top: Float[Array, "B N G T 1"]
-    total: Float[Array, "B N G T 1"]
-    mixed: Float[Array, "B N G T K"]  # float32, not yet divided by the total
+    top: Float[Array, "B N G T 1"]  # the largest score
+    total: Float[Array, "B N G T 1"]  # the sum of exp(score - top)
+    mixed: Float[Array, "B N G T K"]  # the sum of exp(score - top) x value, float32
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(scoring: _Scoring, queries, keys, values, sight: Sight):
-    """Queries [B N G T K]; the result has their shape."""
+    """`attend` for queries [B N G T K]; the result has their shape."""
     return _forward(scoring, queries, keys, values, sight)[0]
 
 
@@ -149,7 +166,10 @@ def _forward(scoring: _Scoring, queries, keys, values, sight: Sight):
 
 
 def _visit(scoring: _Scoring, queries, keys, values, sight: Sight, running: _Running | None):
-    """Some queries see some more keys."""
+    """Returns the running softmax of some queries after they have visited some more keys.
+
+    Without a `running` softmax, these are the first keys.
+    """
     scores = _scores(scoring, queries, keys, sight)[0]
     top = jnp.max(scores, axis=-1, keepdims=True)
     if running is not None:
@@ -164,7 +184,11 @@ def _visit(scoring: _Scoring, queries, keys, values, sight: Sight, running: _Run
 
 
 def _scores(scoring: _Scoring, queries, keys, sight: Sight):
-    """Float32 scores [B N G T S] with unseen keys masked, and d score / d product."""
+    """Returns float32 scores [B N G T S], with unseen keys masked, and the slope of the softcap.
+
+    The slope is the derivative of the score with respect to the scaled product, or None without
+    softcap.
+    """
     products = product_with_transpose(_fold(queries), keys, keys.dtype.name)
     products = _unfold(products, queries.shape)
     scores = products * scoring.scale
@@ -177,21 +201,24 @@ def _scores(scoring: _Scoring, queries, keys, sight: Sight):
 
 
 def _seen(sight: Sight) -> Bool[Array, "B T S"]:
+    """Returns a mask of the keys that each query sees."""
     queries, keys = sight.queries[:, :, None], sight.keys[:, None, :]
     return (keys <= queries) & (keys > queries - sight.window)
 
 
 def _fold(x: jax.Array) -> jax.Array:
-    """[B N G T X] to [B N G*T X]: all queries of a key head in one matrix."""
+    """Returns [B N G T X] as [B N G*T X], so that one matrix has all queries of a key head."""
     return x.reshape(*x.shape[:2], -1, x.shape[-1])
 
 
 def _unfold(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The inverse of `_fold`, for queries of the given shape."""
     return x.reshape(*shape[:-1], x.shape[-1])
 
 
 def _backward(scoring: _Scoring, residuals, gradient):
     queries, keys, values, sight, mixed, top, total = residuals
+    # delta is the sum over keys of weights x the weights' gradients, as in FlashAttention.
     delta = jnp.sum(gradient.astype(jnp.float32) * mixed, axis=-1, keepdims=True)
     around = (gradient, delta, top, total)
     length = queries.shape[3]
@@ -207,7 +234,11 @@ _attend.defvjp(_forward, _backward)
 
 
 def _visit_back(scoring: _Scoring, queries, keys, values, sight: Sight, around):
-    """What some queries and some keys give to each other's gradients, float32."""
+    """Returns what some queries and some keys contribute to the gradients, in float32.
+
+    These are the gradients of the queries, the keys and the values. `around` has the gradient of
+    the output, delta (as in `_backward`), and the softmax's maximum and sum, all for these queries.
+    """
     gradient, delta, top, total = around
     dtype = values.dtype.name
     scores, slope = _scores(scoring, queries, keys, sight)
@@ -228,7 +259,10 @@ def _visit_back(scoring: _Scoring, queries, keys, values, sight: Sight, around):
 
 
 class _Blocks(NamedTuple):
-    """Blocks on axis 0 of queries and of keys, padded, and which pairs of them meet."""
+    """Padded queries and keys with their blocks on axis 0: Q blocks of T queries, P of S keys.
+
+    `meet` is true for the pairs of blocks in which a query may see a key.
+    """
 
     queries: Float[Array, "Q B N G T K"]
     query_positions: Int[Array, "Q B T"]
@@ -239,7 +273,7 @@ class _Blocks(NamedTuple):
 
 
 def _split(x: jax.Array, axis: int, block: int, fill: int | float = 0) -> jax.Array:
-    """Pads an axis to whole blocks and puts the blocks on axis 0."""
+    """Pads an axis to whole blocks and moves the blocks to axis 0."""
     length = x.shape[axis]
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, -length % block)
@@ -249,7 +283,7 @@ def _split(x: jax.Array, axis: int, block: int, fill: int | float = 0) -> jax.Ar
 
 
 def _join(x: jax.Array, axis: int, length: int) -> jax.Array:
-    """The inverse of `_split`."""
+    """The inverse of `_split`, for an axis of the given length."""
     x = jnp.moveaxis(x, 0, axis)
     x = x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
     return lax.slice_in_dim(x, 0, length, axis=axis)
@@ -257,7 +291,8 @@ def _join(x: jax.Array, axis: int, length: int) -> jax.Array:
 
 def _blocks(scoring: _Scoring, queries, keys, values, sight: Sight) -> _Blocks:
     block = scoring.block
-    # A padded query sits before all keys, a padded key after all queries.
+    # The position of padding is before all keys among the queries, after all queries among the
+    # keys. The bounds of a block leave padding out.
     q_positions = _split(sight.queries, 1, block, -1)
     k_positions = _split(sight.keys, 1, block, NOWHERE)
     axes = (1, 2)
@@ -279,6 +314,7 @@ def _blocks(scoring: _Scoring, queries, keys, values, sight: Sight) -> _Blocks:
 
 
 def _forward_in_blocks(scoring: _Scoring, queries, keys, values, sight: Sight):
+    """Returns the output, and the running softmax of all keys, for texts longer than a block."""
     blocks = _blocks(scoring, queries, keys, values, sight)
 
     def of_queries(block):
@@ -296,7 +332,7 @@ def _forward_in_blocks(scoring: _Scoring, queries, keys, values, sight: Sight):
         running, _ = lax.scan(
             of_keys, start, (blocks.keys, blocks.values, blocks.key_positions, meet)
         )
-        # A query that saw nothing, of padding, has a total of 0.
+        # A query of padding may visit no keys. Its total is then 0, which must not be a divisor.
         total = jnp.where(running.total == 0, 1.0, running.total)
         return running.mixed / total, running.top, total
 
@@ -306,9 +342,10 @@ def _forward_in_blocks(scoring: _Scoring, queries, keys, values, sight: Sight):
 
 
 def _backward_in_blocks(scoring: _Scoring, queries, keys, values, sight: Sight, around):
+    """Returns the gradients of queries, keys and values for texts longer than a block."""
     blocks = _blocks(scoring, queries, keys, values, sight)
     of_queries = tuple(_split(x, 3, scoring.block) for x in around)
-    # The total of padding must not be 0.
+    # `_split` has padded the totals with 0, by which `_visit_back` would divide.
     of_queries = (*of_queries[:3], jnp.where(of_queries[3] == 0, 1.0, of_queries[3]))
     zeros = jnp.zeros(blocks.keys.shape, jnp.float32)
 

@@ -1,11 +1,12 @@
-"""T5 1.0 and 1.1 as plain functions of (config, parameters, arrays).
+"""The model family T5 1.0 and 1.1, as plain functions of (config, parameters, arrays).
 
-Parameters are a nested dict with T5X's names, the layers of each stack stacked on axis 0 and run by
-`lax.scan`, so that compile time does not grow with depth. Decoding keeps its state in an explicit
-`Cache` that goes in and comes out.
+The module implements the functions of `gkd_jax.models.lm`. Parameters are a nested dict with T5X's
+names. The layers of each stack are stacked on axis 0 and run by `lax.scan`, so that compile time
+does not grow with depth. The state of decoding is an explicit `Cache`, which `decode_step` takes
+and returns.
 
-Raffel et al. (2020), "Exploring the Limits of Transfer Learning"; T5 1.1: Shazeer (2020), "GLU
-Variants Improve Transformer".
+T5 is from Raffel et al. (2020), "Exploring the Limits of Transfer Learning", and the MLP of T5 1.1
+from Shazeer (2020), "GLU Variants Improve Transformer".
 
 Axes: B batch, S source, T target, V vocabulary, D model, H heads, K head dim, F mlp, L layers.
 """
@@ -39,13 +40,13 @@ __all__ = [
 
 PAD_ID = 0
 START_ID = 0  # the decoder's first input
-# What sampling takes where nothing else is said.
+# The defaults of sampling.
 BANNED_IDS = (PAD_ID,)
 EOS_IDS = (1,)
 
 
 class Context(NamedTuple):
-    """What the decoder attends to, and its first input."""
+    """The encoder's states and padding mask, and the decoder's first input."""
 
     states: Float[Array, "B S D"]
     mask: Bool[Array, "B S"]
@@ -53,10 +54,10 @@ class Context(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """The state of decoding. Position t of the self-attention arrays is written at step t.
+    """The state of decoding; step t writes position t of the self-attention keys and values.
 
-    Keys and values are stacked as the layers are, or tuples where those are
-    (see `parameters.unstack`).
+    Keys and values of all layers are stacked on axis 0, or tuples with one array for each layer
+    where the layers are a tuple too (see `parameters.unstack`).
     """
 
     self_keys: Float[Array, "L B H T K"] | tuple[Float[Array, "B H T K"], ...]
@@ -72,7 +73,7 @@ class Cache(NamedTuple):
 
 
 def init(config: T5Config, key: Key[Array, ""]) -> Params:
-    """Random float32 parameters, distributed as T5X initialises them."""
+    """Returns random float32 parameters with the distributions of T5X's initialisation."""
     keys = iter(jax.random.split(key, 6))
     embedding = jax.random.normal(next(keys), (config.vocab_size, config.d_model))
     params: Params = {
@@ -89,7 +90,8 @@ def init(config: T5Config, key: Key[Array, ""]) -> Params:
 def _init_stack(config: T5Config, key: Key[Array, ""], layer: nn.Module, name: str) -> Params:
     num_layers = config.num_encoder_layers if name == "encoder" else config.num_decoder_layers
     x = jnp.zeros((1, 1, config.d_model))
-    # The stack's shared bias is an input of the layer here; only its shape matters.
+    # A bias that the layers share is an input of each layer. Its values do not affect the
+    # parameters.
     bias = None if config.per_layer_relpos else jnp.zeros((1, config.num_heads, 1, 1))
     mask = jnp.zeros((1, 1, 1, 1))
     args = (x, bias, mask) if name == "encoder" else (x, x, bias, mask)
@@ -107,7 +109,7 @@ def _init_stack(config: T5Config, key: Key[Array, ""], layer: nn.Module, name: s
 
 
 def abstract_params(config: T5Config, dtype: str = "float32") -> Params:
-    """The shapes of `init`, as `jax.ShapeDtypeStruct`s of `dtype`; allocates nothing."""
+    """Returns the shapes of `init`'s parameters, as `jax.ShapeDtypeStruct`s of `dtype`."""
     shapes = jax.eval_shape(lambda key: init(config, key), jax.random.key(0))
     return parameters.as_shapes(shapes, dtype)
 
@@ -123,7 +125,15 @@ def encode(
     *,
     dropout_key: Key[Array, ""] | None = None,
 ) -> Context:
-    """Runs the encoder. Without lengths, input id 0 is padding. Dropout where a key is given."""
+    """Runs the encoder and returns the decoder's context.
+
+    Args:
+        config: the model's config.
+        params: the model's parameters.
+        inputs: prompts, padded on the right.
+        input_lengths: the number of tokens of each prompt; without lengths, id 0 is padding.
+        dropout_key: the key of dropout; None turns dropout off.
+    """
     stack, layer = params["encoder"], blocks.encoder_layer(config)
     if input_lengths is None:
         mask = inputs != PAD_ID
@@ -155,7 +165,7 @@ def encode(
 
 
 def repeat(context: Context, num: int) -> Context:
-    """Each row `num` times, as neighbours; the encoder's work is shared between them."""
+    """Returns the context with each row repeated `num` times; the copies are neighbours."""
     return context if num == 1 else Context(*(jnp.repeat(x, num, axis=0) for x in context))
 
 
@@ -167,15 +177,15 @@ def hidden(
     context: Context | None = None,
     dropout_key: Key[Array, ""] | None = None,
 ) -> Float[Array, "B T D"]:
-    """The decoder's last hidden states for teacher-forced targets, ready for the head.
+    """Returns the decoder's last hidden states for teacher-forced targets, for `apply_head`.
 
     Args:
-        config: the model's sizes.
-        params: its parameters.
-        batch: position t sees targets < t; the first sees the start token, id 0. There may be n
-            rows of targets for each of inputs, as neighbours: the encoder runs once.
-        context: `encode`'s result where the caller has it already.
-        dropout_key: turns dropout on.
+        config: the model's config.
+        params: the model's parameters.
+        batch: prompts and targets. Position t sees the start token (id 0) and the targets before t.
+            Each row of inputs may have n neighbouring rows of targets; the encoder reads it once.
+        context: `encode`'s result, where the caller has it already.
+        dropout_key: the key of dropout; None turns dropout off.
     """
     keys = _split(dropout_key, 4)
     if context is None:
@@ -216,7 +226,7 @@ def logits(
     context: Context | None = None,
     dropout_key: Key[Array, ""] | None = None,
 ) -> Float[Array, "B T V"]:
-    """Teacher-forced logits, float32: those at t predict `batch.targets[:, t]`."""
+    """Returns teacher-forced float32 logits; those at position t predict `batch.targets[:, t]`."""
     states = hidden(config, params, batch, context=context, dropout_key=dropout_key)
     return apply_head(config, params, states)
 
@@ -224,7 +234,7 @@ def logits(
 def apply_head(
     config: T5Config, params: Params, states: Float[Array, "*B D"]
 ) -> Float[Array, "*B V"]:
-    """Hidden states to float32 logits."""
+    """Returns the float32 logits of hidden states."""
     if config.scale_logits:
         states = states * config.d_model**-0.5
     if config.tie_embeddings:
@@ -239,7 +249,7 @@ def apply_head(
 
 
 def shift_right(targets: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """Decoder inputs: the start token, then all targets but the last."""
+    """Returns the decoder's inputs: the start token, then all targets but the last."""
     return jnp.pad(targets, ((0, 0), (1, 0)), constant_values=START_ID)[:, :-1]
 
 
@@ -247,7 +257,7 @@ def shift_right(targets: Int[Array, "B T"]) -> Int[Array, "B T"]:
 
 
 def decode_params(config: T5Config, params: Params) -> Params:
-    """What decoding reads, laid out once for all tokens (see `parameters.for_decoding`)."""
+    """Returns the decoder's parameters, prepared for decoding by `parameters.for_decoding`."""
     read = {name: params[name] for name in ("token_embedder", "decoder")}
     read = parameters.for_decoding(read, config.dtype)
     stack = read["decoder"]
@@ -259,13 +269,15 @@ def _unstack(config: T5Config, stacked: Any) -> Any:
 
 
 def init_cache(config: T5Config, params: Params, context: Context, length: int) -> Cache:
-    """Everything that does not depend on the tokens to come, computed once a sequence.
+    """Returns a cache before the first token, with all that the tokens do not change.
+
+    These are the cross-attention's keys and values and the biases of all positions.
 
     Args:
-        config: the model's sizes.
-        params: its parameters.
-        context: what to attend to; its keys and values are projected here for all layers.
-        length: the most tokens that will be decoded, T.
+        config: the model's config.
+        params: the model's parameters, usually from `decode_params`.
+        context: the encoder's states.
+        length: the largest number of tokens to decode, T.
     """
     stack, layer = params["decoder"], blocks.decoder_layer(config)
 
@@ -295,12 +307,13 @@ def init_cache(config: T5Config, params: Params, context: Context, length: int) 
 
 
 def _empty(config: T5Config, shape: tuple[int, ...], axes: tuple[str, ...]) -> jax.Array:
+    """Returns zeros for keys or values; `axes` names the axes before [B H T K]."""
     empty = jnp.zeros(shape, config.dtype)
     return constrain(empty, (*axes, "batch", "heads", "length", "kv"))
 
 
 def take_rows(cache: Cache, rows: Int[Array, " B"]) -> Cache:
-    """The cache in which row i goes on with the past of row `rows[i]`, which has its prompt."""
+    """Returns the cache in which row i continues the tokens of row `rows[i]` of the same prompt."""
     keys, values = jax.tree.map(
         lambda x: jnp.take(x, rows, axis=x.ndim - 4), (cache.self_keys, cache.self_values)
     )
@@ -310,7 +323,10 @@ def take_rows(cache: Cache, rows: Int[Array, " B"]) -> Cache:
 def decode_step(
     config: T5Config, params: Params, tokens: Int[Array, " B"], cache: Cache
 ) -> tuple[Float[Array, "B V"], Cache]:
-    """Logits after one more token of each row (first the context's), and the new cache."""
+    """Feeds one token of each row; returns the logits of the next token, and the new cache.
+
+    The first tokens to feed are `Context.first`.
+    """
     layer = blocks.decoder_layer(config)
     cross_bias = layers.padding_bias(cache.mask)
     position = cache.position
@@ -377,6 +393,7 @@ def _run_stack(
     stacked: Params,
     key: Key[Array, ""] | None,
 ) -> Float[Array, "B T D"]:
+    """Runs x through stacked layers by `lax.scan`; a dropout key is split between the layers."""
     num_layers = jax.tree.leaves(stacked)[0].shape[0]
     if config.remat:
         run_layer = jax.checkpoint(run_layer, prevent_cse=False)
@@ -395,13 +412,16 @@ def _run_stack(
 def _position_bias(
     config: T5Config, stack: Params, name: str, length: int, num_rows: int
 ) -> Float[Array, "G H T T"]:
-    """The one that all layers of a stack share."""
+    """Returns the position bias that all layers of a stack share."""
     copies = layers.bias_copies(num_rows)
     return _apply(blocks.relpos(config, name), stack["relpos_bias"], length, length, copies)
 
 
 def _apply(module: nn.Module, params: Params, *args: Any, **options: Any) -> Any:
-    """`module.apply`, whose result Flax types as anything with or without mutated variables."""
+    """Calls `module.apply` on restored parameters.
+
+    The result has the type Any, because Flax's own type allows for mutated variables in it.
+    """
     return module.apply({"params": quantized.restore(params)}, *args, **options)
 
 
@@ -420,4 +440,5 @@ def _dropout(
 
 
 def _split(key: Key[Array, ""] | None, num: int) -> list[Any]:
+    """Splits a key; without a key, returns `num` times None."""
     return [None] * num if key is None else list(jax.random.split(key, num))
