@@ -1,1 +1,1 @@
-"""Models behind plain functions; the only place where Flax is imported."""
+"""The model families, as plain functions (`lm`); only this package imports Flax."""

@@ -1,1 +1,1 @@
-"""What a run costs: timed on this machine, or compiled for one that is not there."""
+"""Measures a run on this machine, or estimates its cost on accelerators that are not here."""
