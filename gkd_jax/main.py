@@ -1,9 +1,9 @@
-"""The command line, from its words to an exit status.
+"""The program `gkd-jax`: from the arguments of the command line to an exit status.
 
     gkd-jax train --gin_file=gin/gkd.gin --gin.MODEL_DIR=/tmp/run --gin.TRAIN_STEPS=100
 
-Exit status: 0 done, 1 the run failed, 2 wrong usage or configuration, 143 saved after SIGTERM, 130
-saved after Ctrl-C.
+Exit status: 0 if the command is done, 1 if the run failed, 2 for wrong usage or a wrong
+configuration, 143 after SIGTERM, 130 after Ctrl-C. `train` saves a checkpoint at the first signal.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,11 @@ _HELP = ("-h", "--help", "--helpfull", "help")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs one command and exits with its status."""
+    """Runs one command; an error becomes one line on standard error and an exit status.
+
+    Args:
+        argv: the arguments without the program's name; None takes those of the process.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         _main(arguments)
@@ -70,7 +74,7 @@ def _main(arguments: list[str]) -> None:
 
 
 def _message(error: BaseException) -> str:
-    """One line, with the macro that set what is wrong where that is known."""
+    """The error as one line, with the macro that set the wrong value if that is known."""
     if isinstance(error, RecursionError):
         return "a binding of the gin files or of the command line refers to itself"
     if "gkd_jax.command_line.gin_files" not in sys.modules:

@@ -1,1 +1,1 @@
-"""What a person types: flags, gin files with their macros, and the process that they start."""
+"""The command line: flags, gin files with their macros, and the set-up of the process."""

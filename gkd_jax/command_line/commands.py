@@ -1,4 +1,4 @@
-"""What each command does with its flags and gin files."""
+"""`run`: starts the function of a command with its flags and gin files."""
 
 from collections.abc import Callable
 import os
@@ -11,7 +11,17 @@ from gkd_jax.command_line.flags import UsageError
 
 
 def run(command: str, values: Any, bindings: list[tuple[str, str]], positional: list[str]) -> None:
-    """Runs a command: sets the process up, reads its gin files, and starts it."""
+    """Sets the process up, reads the gin files and runs a command.
+
+    Args:
+        command: one of `flags.COMMANDS`.
+        values: the flags, as `flags.parse` returns them.
+        bindings: the gin bindings of the command line, as (name, value).
+        positional: the arguments that are neither.
+
+    Raises:
+        UsageError: if a flag or macro that the command needs is missing.
+    """
     if command == "convert":
         process.set_up(reads_data=False)
         _convert(values)
@@ -113,7 +123,7 @@ def _bench(values: Any) -> None:
 
 
 def _recipe(phase: str | None) -> Any:
-    """The recipe that `train` would be given."""
+    """The recipe of `train`, or of one phase of a study, without its evaluation."""
     from gkd_jax.training.recipe import Recipe
 
     phases = gin_files.macro("PHASES", ())

@@ -1,4 +1,7 @@
-"""The commands and their flags. Nothing here is slow to import: `--help` answers at once."""
+"""The commands, their flags and their help texts.
+
+This module imports nothing slow, so that `--help` answers at once.
+"""
 
 from collections.abc import Iterable
 import dataclasses
@@ -10,18 +13,18 @@ from absl import flags
 
 
 class UsageError(Exception):
-    """Something on the command line or in a gin file is wrong."""
+    """A mistake on the command line or in a gin file; the message is for the user."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Command:
-    """What the command line says of a command.
+    """The help text of a command.
 
     Attributes:
-        does: on one line.
+        does: what the command does, on one line.
         example: a whole command line.
-        required: macros that have no default, with what they are.
-        reads_gin: whether it takes gin files.
+        required: the macros without a default, each with its meaning.
+        reads_gin: whether the command reads gin files.
     """
 
     does: str
@@ -103,7 +106,7 @@ USAGE = (
 
 
 def define(command: str) -> flags.FlagValues:
-    """The flags of a command, with their defaults."""
+    """Defines the flags of a command, with their defaults."""
     values = flags.FlagValues()
 
     def add(kind: Any, name: str, default: Any, *rest: Any) -> None:
@@ -150,7 +153,7 @@ def define(command: str) -> flags.FlagValues:
 
 
 def describe(command: str) -> str:
-    """What `gkd-jax COMMAND --help` prints."""
+    """The text that `gkd-jax COMMAND --help` prints."""
     about, values = COMMANDS[command], define(command)
     lines = [f"gkd-jax {command}: {about.does}", "", "example:", f"  {about.example}"]
     if about.required:
@@ -166,12 +169,15 @@ def describe(command: str) -> str:
 
 
 def parse(command: str, arguments: Iterable[str]) -> tuple[Any, list[tuple[str, str]], list[str]]:
-    """Flags, gin bindings as (name, value) in their order, and what is neither.
+    """Splits the arguments of a command.
 
-    What is neither: the folders of `report`, and what stands after `--` for `sweep`.
+    Returns:
+        The flags; the gin bindings as (name, value) in their order; and the other arguments, which
+        are the folders of `report`, and for `sweep` the arguments after `--`.
 
     Raises:
-        UsageError: for an unknown flag, or a binding without a value.
+        UsageError: for an unknown flag, a binding without a value, or an argument that the command
+            does not take.
     """
     values = define(command)
     bindings: list[tuple[str, str]] = []
@@ -207,6 +213,6 @@ def _binding(text: str, argument: str) -> tuple[str, str]:
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """ " (did you mean 'x'?)", or nothing where no name is close."""
+    """The text " (did you mean 'x'?)" with the closest known name; "" if none is close."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,4 +1,7 @@
-"""gin files and the macros they define. Nothing outside this room imports gin."""
+"""Reads gin files and the bindings of the command line, and answers questions about macros.
+
+No package outside `command_line/` imports gin.
+"""
 
 from collections.abc import Callable, Iterable
 import contextlib
@@ -14,7 +17,7 @@ from gkd_jax.command_line.flags import UsageError, suggestion
 
 
 REQUIRED = "%gin.REQUIRED"
-# A path or a word that gin would not take, and that can only be meant as a string.
+# A path or a word. Gin rejects it without quotes, and it can only be meant as a string.
 _BARE = re.compile(r"[\w./~:$+-]*[A-Za-z/~][\w./~:$+-]*")
 
 
@@ -25,17 +28,17 @@ def parse(
     *,
     unused: Iterable[str] = (),
 ) -> None:
-    """Reads files, then bindings, which can name whatever the files import.
+    """Reads gin files, then bindings, which may name everything that the files import.
 
     Args:
-        files: gin files; later ones win.
+        files: gin files; a later file overrides an earlier one.
         bindings: names and values as they were typed.
-        search_paths: where gin files lie.
-        unused: macros that the command does without, though the files require them.
+        search_paths: folders in which gin files are searched.
+        unused: macros that the files require and the command does not need.
 
     Raises:
-        UsageError: for a file or a binding that gin does not take, a macro that no file defines,
-            or macros without a value (all of them at once).
+        UsageError: if gin rejects a file or a binding, if no file defines a macro, or if macros
+            have no value (the message lists them all).
     """
     package = pathlib.Path(gkd_jax.__file__).parent
     for path in [*search_paths, str(package.parent), str(package)]:
@@ -67,7 +70,7 @@ def parse(
 
 
 def _recipe(name: str, package: pathlib.Path) -> str:
-    """A file's path; a bare word such as `quickstart` is a recipe of ours."""
+    """The path of a gin file; a bare word such as `quickstart` stands for gin/quickstart.gin."""
     if os.path.exists(name) or not re.fullmatch(r"[\w/]+", name):
         return name
     for root in (pathlib.Path(), package.parent, package):
@@ -78,7 +81,10 @@ def _recipe(name: str, package: pathlib.Path) -> str:
 
 @contextlib.contextmanager
 def _quiet():
-    """gin logs an error for each search path that lacks a file, also where another has it."""
+    """Silences gin's log while the context lasts.
+
+    Gin logs an error for each search path that lacks a file, even if another path has the file.
+    """
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
@@ -88,7 +94,7 @@ def _quiet():
 
 
 def _imports() -> str:
-    """The imports of the files that were read, as gin text."""
+    """The import statements of all files that were read, as gin text."""
     lines = (
         line for line in gin.config_str().splitlines() if line.startswith(("import ", "from "))
     )
@@ -97,7 +103,7 @@ def _imports() -> str:
 
 
 def _as_gin(value: str) -> str:
-    """A value as gin reads it; a bare path or word becomes a string."""
+    """The value in gin's syntax: a bare path or word is quoted."""
     if value in ("None", "True", "False") or not _BARE.fullmatch(value):
         return value
     try:
@@ -108,7 +114,7 @@ def _as_gin(value: str) -> str:
 
 
 def _check_references() -> None:
-    """Raises UsageError where a value refers to a macro that no file defines."""
+    """Raises UsageError if a value refers to a macro that no file defines."""
     known = macros()
     for name, value in _lines():
         without_texts = re.sub(r"'[^']*'|\"[^\"]*\"", "", value)
@@ -118,10 +124,10 @@ def _check_references() -> None:
 
 
 def _expand_paths() -> None:
-    """`~` and `$NAME` in macros that are strings.
+    """Expands `~` and `$NAME` in all macros that are strings.
 
     Raises:
-        UsageError: naming the macro whose variable is not set.
+        UsageError: if a variable is not set or a user is unknown; the message names the macro.
     """
     for name in macros():
         value = macro(name, None)
@@ -134,7 +140,7 @@ def _expand_paths() -> None:
 
 
 def _check_macro(name: str) -> None:
-    """gin accepts any macro; one that no file defines is a slip of the pen."""
+    """Raises UsageError for a macro that no file defines, which gin itself would accept."""
     known = macros()
     if name not in known:
         raise UsageError(
@@ -149,14 +155,14 @@ def macros() -> dict[str, str]:
 
 
 def _lines() -> list[tuple[str, str]]:
-    """(left, right) of every binding."""
+    """The (left, right) sides of every binding."""
     joined = re.sub(r"\\\n\s*", "", gin.config_str(max_line_length=10_000))
     pairs = (re.match(r"([\w./]+) = (.*)", line) for line in joined.splitlines())
     return [(pair[1], pair[2]) for pair in pairs if pair]
 
 
 def macro(name: str, default: Any) -> Any:
-    """The value of a macro, or a default where no file defines it."""
+    """The value of a macro, or `default` if no file defines it."""
     try:
         return gin.query_parameter(f"%{name}")
     except ValueError:
@@ -164,7 +170,7 @@ def macro(name: str, default: Any) -> Any:
 
 
 def fields_of(name: str) -> list[str]:
-    """The parameters that a macro sets, as "[scope/]Type.field"; the name itself if none."""
+    """The parameters that a macro sets, as "[scope/]Type.field"; [name] if it sets none."""
     set_by = [left for left, right in _lines() if right == f"%{name}"]
     found = []
     for left in set_by:
@@ -174,7 +180,7 @@ def fields_of(name: str) -> list[str]:
 
 
 def macros_that_set(field: str) -> list[str]:
-    """The macros that set a parameter "Type.field", in any scope."""
+    """The macros that set a parameter "Type.field" in any scope."""
     ends = f".{field}"
     return sorted(
         {
@@ -187,22 +193,22 @@ def macros_that_set(field: str) -> list[str]:
 
 
 def configured(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function whose parameters the gin files bind."""
+    """The function or class with those parameters bound that the gin files bind."""
     return gin.get_configurable(function)
 
 
 def scope(name: str | None) -> Any:
-    """The context in which bindings of a scope hold."""
+    """A context in which the bindings of a gin scope hold; None is the root scope."""
     return gin.config_scope(name)
 
 
 def operative() -> str:
-    """What was used of the configuration so far, as gin text."""
+    """The part of the configuration that was used so far, as gin text."""
     return gin.operative_config_str()
 
 
 def one_message(error: BaseException) -> str:
-    """The message without gin's account of the call it happened in."""
+    """The message of an error on one line, without the lines that gin adds about its calls."""
     lines = [
         line
         for line in str(error).splitlines()

@@ -1,4 +1,4 @@
-"""Settings of the whole process, made before a device is touched."""
+"""`set_up`: the settings of the whole process, made before JAX touches a device."""
 
 import contextlib
 import ctypes
@@ -11,14 +11,15 @@ from gkd_jax.command_line.flags import UsageError
 
 
 def set_up(*, reads_data: bool, tfds_data_dir: str | None = None) -> None:
-    """Memory, compilation cache, processes; and TensorFlow, where the command reads data.
+    """Sets up memory, compilation cache and processes, and TensorFlow if the command reads data.
 
     Args:
-        reads_data: whether TensorFlow and seqio are needed; the core runs without them.
-        tfds_data_dir: where TFDS data sets lie; None is TFDS's own place.
+        reads_data: whether the command needs TensorFlow and seqio; the core runs without them.
+        tfds_data_dir: the folder of TFDS's data sets; None takes TFDS's default.
 
     Raises:
-        UsageError: for a folder that does not exist, or half a setting of several processes.
+        UsageError: if the folder does not exist, or the variables for several processes are
+            incomplete.
     """
     _keep_freed_memory()
     if tfds_data_dir and "://" not in tfds_data_dir and not os.path.isdir(tfds_data_dir):
@@ -45,9 +46,10 @@ def _set_compilation_cache() -> None:
 
 
 def _import_tensorflow() -> None:
-    """Imports TensorFlow without its log, and keeps accelerators to JAX: it only reads data here.
+    """Imports TensorFlow without its log, and hides the accelerators from it.
 
-    What it writes before its log has a level goes to the file descriptor of standard error.
+    TensorFlow only reads data here. While it is imported, before its log level applies, it writes
+    directly to the file descriptor of standard error.
     """
     from absl import logging
 
@@ -62,7 +64,7 @@ def _import_tensorflow() -> None:
 
 @contextlib.contextmanager
 def _quiet_stderr():
-    """Swallows what is written to file descriptor 2, unless an exception leaves the block."""
+    """Discards what is written to file descriptor 2; an exception prints it after all."""
     sys.stderr.flush()
     before = os.dup(2)
     with tempfile.TemporaryFile() as written:
@@ -80,13 +82,14 @@ def _quiet_stderr():
 
 
 def _keep_freed_memory() -> None:
-    """Has glibc keep what programs free, where they run on the CPU; before JAX starts its threads.
+    """Makes glibc keep freed memory if JAX runs on the CPU. Call this before JAX starts threads.
 
-    XLA's CPU programs allocate their temporaries at every call. glibc maps large blocks and hands
-    them back, and the kernel clears each page anew: a tenth to a fifth of a step. A thread whose
-    arena is not the main one maps them whatever M_MMAP_MAX says, hence one arena, which an
-    accelerator's host with its many threads is spared. The process stays as large as it was at its
-    largest. Who sets MALLOC_* or glibc.malloc's GLIBC_TUNABLES has the last word.
+    XLA's CPU programs allocate their temporaries at every call. By default glibc maps large blocks
+    and unmaps them when they are freed, and the kernel clears each page again: a tenth to a fifth
+    of a step. Threads with an arena other than the main one map large blocks whatever M_MMAP_MAX
+    says, so there is only one arena. The process then keeps its largest size. Hosts of accelerators
+    keep glibc's defaults, because their many threads need several arenas. Settings of the user
+    (MALLOC_*, or glibc.malloc in GLIBC_TUNABLES) win.
     """
     devices = ("accel*", "vfio/[0-9]*", "nvidia[0-9]*", "kfd")
     platforms = os.environ.get("JAX_PLATFORMS")
@@ -105,10 +108,13 @@ def _keep_freed_memory() -> None:
 
 
 def _join_processes() -> None:
-    """Several processes make one job where the environment says so.
+    """Joins the processes of a job, if environment variables ask for it.
 
-    GKD_JAX_DISTRIBUTED=1: TPU pods, SLURM and others that JAX detects by itself. Otherwise
-    GKD_JAX_COORDINATOR=host:port with GKD_JAX_NUM_PROCESSES and GKD_JAX_PROCESS_ID.
+    GKD_JAX_DISTRIBUTED=1 serves TPU pods, SLURM and other clusters that JAX detects by itself.
+    Elsewhere GKD_JAX_COORDINATOR=host:port, GKD_JAX_NUM_PROCESSES and GKD_JAX_PROCESS_ID are set.
+
+    Raises:
+        UsageError: if only some of these variables are set, or a number is none.
     """
     import jax
 
