@@ -1,11 +1,12 @@
-"""Which known traps of on-policy distillation an implementation falls into.
+"""Checks which known traps of on-policy distillation an implementation falls into.
 
     python -m gkd_jax.conformance                    # this package
     python -m gkd_jax.conformance module:attribute   # any object with some of the functions below
 
-Arrays are NumPy's, in and out; logits at t predict `targets[:, t]`; ids 0 and 1 are pad (also the
-decoder's start) and EOS; beta is the paper's, with 0 for KL(P || Q) and 1 for KL(Q || P), which may
-be refused with a ValueError. A function that is not there leaves its traps "not checked".
+Arguments and results are NumPy arrays. Logits at t predict `targets[:, t]`. Id 0 is pad and the
+decoder's start token, id 1 is EOS. beta is the paper's; 0 stands for KL(P || Q) and 1 for
+KL(Q || P), and a function may refuse these two values with a ValueError. The traps of a missing
+function are reported as "not checked".
 
     divergence(student_logits, teacher_logits, beta) -> per token
     divergence_and_gradient(student_logits, teacher_logits, beta) -> per token, d sum / d student
@@ -20,13 +21,15 @@ be refused with a ValueError. A function that is not there leaves its traps "not
     reduction = "sequence_mean" (Eq. 2, the default) or "token_mean"
     target_weights(tokens, eos_id, pad_id) -> weights
     decoder_inputs(targets) -> tokens
-    teacher_forced_logits(inputs, targets) -> logits      of its own student, 16 ids at least
-    cached_logits(inputs, targets) -> the same, one token at a time
-    sample(inputs, seed, step) -> tokens, weights         of that student
+    teacher_forced_logits(inputs, targets) -> logits of the implementation's own student, 16 ids
+        or more
+    cached_logits(inputs, targets) -> the same logits, decoded one token at a time
+    sample(inputs, seed, step) -> tokens, weights drawn from that student
     is_on_policy(seed, step, on_policy_fraction) -> bool
     policy_gradient(student_log_probs, teacher_log_probs, weights) -> d / d student_log_probs
-    configure_sft(on_policy_fraction) -> raises where it must
-    check_vocabularies(student_pieces, teacher_pieces) -> raises where it must
+    configure_sft(on_policy_fraction) -> nothing; raises if cross-entropy would be trained on the
+        student's own samples
+    check_vocabularies(student_pieces, teacher_pieces) -> nothing; raises if the vocabularies differ
     sample_statistics(tokens, weights) -> {"length", "truncated_fraction", "distinct_2"}
 
 Axes: B batch, S source, T target, V vocabulary, D model.
@@ -39,7 +42,14 @@ from gkd_jax.conformance.references import Measurement
 
 
 class Verdict(NamedTuple):
-    """What is known of one trap: "pass", "falls into it" or "not checked"."""
+    """The result for one trap.
+
+    Attributes:
+        trap: the trap's key in `TITLES`.
+        status: "pass", "falls into it" or "not checked".
+        measurements: the comparisons that were made.
+        missing: the names of functions that checks of this trap need and that are missing.
+    """
 
     trap: str
     status: str
@@ -48,7 +58,11 @@ class Verdict(NamedTuple):
 
 
 def run(implementation: Any) -> list[Verdict]:
-    """Checks every trap that the implementation's functions let one see."""
+    """Checks every trap for which the implementation has the functions.
+
+    Args:
+        implementation: an object with some of the functions in this module's docstring.
+    """
     target = Target(implementation)
     verdicts = []
     for trap in TITLES:
@@ -70,7 +84,11 @@ def run(implementation: Any) -> list[Verdict]:
 
 
 def render(verdicts: list[Verdict]) -> str:
-    """A line for each trap; for those fallen into, every comparison that does not hold."""
+    """Returns a report as text.
+
+    The report has a line for each trap. Below this line follow every comparison that does not hold
+    (or, if all hold, the first comparison) and the names of missing functions.
+    """
     lines = []
     for verdict in verdicts:
         lines.append(f"{verdict.trap:4}{verdict.status:15}{TITLES[verdict.trap]}")

@@ -1,4 +1,8 @@
-"""`python -m gkd_jax.conformance [module:attribute]`; the exit status is 1 if a trap was found."""
+"""Implements `python -m gkd_jax.conformance [module:attribute]`.
+
+The exit status is 0 if the implementation falls into no trap, 1 if it falls into a trap, and 2 if
+there is nothing to check.
+"""
 
 import argparse
 from collections.abc import Sequence
@@ -9,7 +13,14 @@ from gkd_jax import conformance
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Checks what the command line names and prints the verdicts."""
+    """Checks the implementation that the command line names, and prints the verdicts.
+
+    Returns:
+        The exit status: 1 if the implementation falls into a trap, else 0.
+
+    Raises:
+        SystemExit: with status 2 if there is no such implementation, or nothing to check.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m gkd_jax.conformance",
         description="Says which known traps of on-policy distillation an implementation falls into",

@@ -1,4 +1,7 @@
-"""One small experiment or more for each trap, through an implementation's functions alone.
+"""The checks of the suite: one or more small experiments for each trap.
+
+A check calls only the functions of the implementation. Some checks compare results with references,
+others test properties that results must have.
 
 Axes: B batch, S source, T target, V vocabulary, D model.
 """
@@ -47,10 +50,12 @@ EXAMPLE_P, EXAMPLE_Q = np.log([[0.7, 0.2, 0.1]]), np.log([[0.4, 0.4, 0.2]])
 
 
 class NotGivenError(Exception):
-    """The implementation has no such function."""
+    """Raised when a check needs a function that the implementation does not have."""
 
 
 class Target:
+    """The implementation under test; using a function that it lacks raises `NotGivenError`."""
+
     def __init__(self, implementation: Any):
         self.implementation = implementation
 
@@ -63,11 +68,15 @@ class Target:
         raise NotGivenError(name)
 
     def or_reference(self) -> Callable[..., Any]:
-        """Its own divergence, so that a wrong one is reported once, else the right one."""
+        """Returns the implementation's divergence, or the reference if there is none.
+
+        Expected losses are computed from the implementation's divergence, so that an error in the
+        divergence is reported only for the traps of the divergence.
+        """
         return getattr(self.implementation, "divergence", None) or divergence
 
     def reduce(self, values: np.ndarray, weights: np.ndarray) -> float:
-        """By the reduction that the implementation declares."""
+        """Returns the mean of per-token values by the implementation's declared reduction."""
         reduction = getattr(self.implementation, "reduction", "sequence_mean")
         return mean(values, weights, reduction)
 
@@ -77,6 +86,8 @@ CHECKS: list[tuple[str, Check]] = []
 
 
 def _checks(trap: str) -> Callable[[Check], Check]:
+    """Returns a decorator that adds a check of a trap to `CHECKS`."""
+
     def register(check: Check) -> Check:
         CHECKS.append((trap, check))
         return check
@@ -92,7 +103,11 @@ class _Data(NamedTuple):
 
 
 def _data() -> _Data:
-    """Four rows of 5 tokens and 7 ids: whole, all padding, one token, a prompt of two and three."""
+    """Returns four rows of 5 tokens with logits over 7 ids.
+
+    The first row has 5 tokens that count, the second only padding, the third one token that counts,
+    and the fourth a prompt of two tokens before three that count.
+    """
     rng = np.random.default_rng(0)
     student, teacher = rng.normal(0, 1.5, (2, 4, 5, 7)).astype(np.float32)
     weights = np.array([[1, 1, 1, 1, 1], [0] * 5, [1, 0, 0, 0, 0], [0, 0, 1, 1, 1]], np.float32)
@@ -129,7 +144,8 @@ def _scale(target: Target) -> Iterator[Measurement]:
 @_checks("T3")
 def _microbatches(target: Target) -> Iterator[Measurement]:
     whole, gradient, _ = target.loss_and_gradients(*_data(), BETA, 1)
-    found, found_gradient, _ = target.loss_and_gradients(*_data(), BETA, 4)  # one is only padding
+    # The second of the four microbatches has only padding.
+    found, found_gradient, _ = target.loss_and_gradients(*_data(), BETA, 4)
     yield close("loss in 4 microbatches, as in one", found, whole)
     yield close("gradient in 4 microbatches, as in one", found_gradient, gradient)
 
@@ -139,6 +155,7 @@ def _normalisation(target: Target) -> Iterator[Measurement]:
     data = _data()
     values = np.asarray(target.or_reference()(data.student, data.teacher, BETA))
     found = float(target.loss(*data, BETA))
+    # If the loss is wrong, the message says whether it is the most common mistake.
     other = mean(values, data.weights, "token_mean")
     name = ", is the mean over all tokens" if np.isclose(found, other, rtol=1e-3) else ""
     expected = target.reduce(values, data.weights)
@@ -169,7 +186,7 @@ def _weights_rule(target: Target) -> Iterator[Measurement]:
     data = _data()
     loss = float(target.loss(*data, BETA))
     targets = data.targets.copy()
-    targets[(0, 3), -1] = 0, 1  # pad's id and EOS where the weights say that they count
+    targets[(0, 3), -1] = 0, 1  # The ids of pad and EOS, at positions whose weights are 1.
     changed = target.loss(*data[:2], targets, data.weights, BETA)
     yield close("loss where a last target is id 0 or EOS and counts", changed, loss)
 
@@ -237,7 +254,7 @@ def _sampling_distribution(target: Target) -> Iterator[Measurement]:
     tokens, _ = target.sample(_inputs(NUM_SAMPLES, identical=True), 0, 0)
     first = np.asarray(tokens)[:, 0]
     logits = np.asarray(target.teacher_forced_logits(_inputs(1), np.array([[2, 2, 2, 2]])))[0, 0]
-    p = softmax(logits[1:])  # pad may be banned
+    p = softmax(logits[1:])  # An implementation may exclude pad from sampling.
     log_p = np.log(p)
     found, expected = log_p[first[first > 0] - 1].mean(), (p * log_p).sum()
     error = float(5 * np.sqrt((p * (log_p - expected) ** 2).sum() / NUM_SAMPLES))
@@ -356,7 +373,7 @@ def _estimate(target: Target) -> Iterator[Measurement]:
     weights = np.array([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]], np.float32)
     found = np.asarray(target.policy_gradient(student, teacher, weights), np.float64)
     expected = (student - teacher) * weights
-    expected = expected / np.abs(expected).max() * np.abs(found).max()  # the scale is free
+    expected = expected / np.abs(expected).max() * np.abs(found).max()  # Any factor is allowed.
     yield close("gradient over log-probabilities, as their log-ratio", found, expected, atol=1e-4)
 
 
@@ -405,7 +422,10 @@ def _statistics(target: Target) -> Iterator[Measurement]:
 
 
 def _inputs(rows: int, *, identical: bool = False) -> np.ndarray:
-    """Prompts of ids 2 to 15, ending in EOS, two places of padding in every second."""
+    """Returns prompts of 6 places with ids from 2 to 15 and EOS at the end.
+
+    Every second prompt has two places of padding. With `identical`, all prompts are the same.
+    """
     inputs = np.random.default_rng(5).integers(2, 16, (rows, 6))
     inputs[:, -1] = 1
     inputs[1::2, -3:] = 1, 0, 0

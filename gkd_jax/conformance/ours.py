@@ -1,8 +1,8 @@
-"""This package's own functions, as the suite asks for them.
+"""The implementation that the suite checks by default: gkd_jax itself.
 
-The loss is the one that training minimises, `gkd.update` on T5s. To give it the suite's logits, the
-T5s are tables: embeddings are one-hot, all layers are zero, and so the logits at t are row
-`targets[t - 1]` of the head.
+The loss under test is the one that training minimises, computed by `gkd.update` on T5 models. The
+suite prescribes logits, so these T5s are lookup tables: embeddings are one-hot and all layers are
+zero, and therefore the logits at t are row `targets[t - 1]` of the output head.
 """
 
 import functools
@@ -34,16 +34,19 @@ STUDENT = t5.T5Config(
     relpos_buckets=8,
     relpos_max_distance=20,
 )
-PIECES = 32  # the other 8 ids of the embedding have no piece
+PIECES = 32  # The other 8 ids of the embedding have no piece.
 LENGTH = 6
-UNUSED_LOGIT = 20.0  # of ids without a piece: would be most of a softmax that kept them
+# The logit of ids without a piece. It is so large that a softmax that wrongly includes these ids
+# gives a clearly different loss.
+UNUSED_LOGIT = 20.0
 
 
 def _keep_gradient(updates, state, params=None):
     return jax.tree.map(jnp.zeros_like, updates), updates
 
 
-# An optimizer that changes nothing and whose state is the gradient.
+# An optimizer that leaves the parameters as they are and stores the gradient as its state, from
+# which the suite reads the gradient of `gkd.update`.
 _KEEP_GRADIENT = optax.GradientTransformation(lambda params: params, _keep_gradient)
 _update = jax.jit(gkd.update, static_argnums=0)
 _per_token = jax.jit(gkd.per_token_loss, static_argnums=(0, 1))
@@ -62,7 +65,7 @@ def _teacher_gradient(config, models, student_params, teacher_params, batch):
 
 
 class GKDJax:
-    """What the suite asks for, but a fused loss and a sampled estimate."""
+    """All functions that the suite checks, except a fused loss and a sampled estimate."""
 
     def divergence(self, student_logits, teacher_logits, beta):
         return np.asarray(
@@ -93,7 +96,11 @@ class GKDJax:
     def loss_and_gradients(
         self, student_logits, teacher_logits, targets, weights, beta, num_microbatches
     ):
-        """Of the targets, all but the last of a row are the tables' row numbers."""
+        """Returns the loss and its gradients with respect to both models' logits.
+
+        Of `targets`, only the last target of each row is used. The models are lookup tables, whose
+        batch has the tables' row numbers in place of the other targets.
+        """
         tables = _Tables(student_logits, teacher_logits)
         batch = tables.batch(weights, targets)
         state = train_state.create(tables.student, _KEEP_GRADIENT)
@@ -150,7 +157,7 @@ class GKDJax:
         gkd.GKDConfig(divergence=None, on_policy_fraction=on_policy_fraction)
 
     def check_vocabularies(self, student_pieces, teacher_pieces):
-        """Writes a student of its vocabulary and uses it for a task of the teacher's."""
+        """Checks a checkpoint with the student's vocabulary against the teacher's vocabulary."""
         student, teacher = (
             vocabularies.WordVocabulary(pieces[3:]) for pieces in (student_pieces, teacher_pieces)
         )
@@ -201,9 +208,12 @@ def _batch(inputs, targets, weights) -> Batch:
 
 
 class _Tables:
-    """A student and a teacher whose logits at [b, t] are given.
+    """T5 models of a student and a teacher whose logits at [b, t] are given.
 
-    Targets get one place more, in front: it feeds row b's first position and does not count.
+    Position [b, t] has its own id, and the row of the output head at this id has the logits of the
+    position. A batch therefore has one target more than the logits have positions: target t is the
+    id of position t, which the decoder reads one step later. The first position of a batch has
+    weight 0.
     """
 
     def __init__(self, student_logits: np.ndarray, teacher_logits: np.ndarray):
@@ -227,7 +237,8 @@ class _Tables:
     def _params(self, config: t5.T5Config, logits: np.ndarray) -> t5.Params:
         shapes: Any = t5.abstract_params(config)
         params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        scale = np.sqrt(config.d_model)  # the decoder's norm gives a one-hot row this length
+        # The RMS norm of the decoder scales a one-hot vector to this length.
+        scale = np.sqrt(config.d_model)
         embedding = scale * np.eye(config.vocab_size, config.d_model, dtype=np.float32)
         kernel = np.full((config.d_model, config.vocab_size), UNUSED_LOGIT / scale, np.float32)
         kernel[:, : self._pieces] = 0
@@ -239,11 +250,17 @@ class _Tables:
         return params
 
     def batch(self, weights: np.ndarray, targets: np.ndarray | None = None) -> Batch:
+        """Returns the batch with which the models give the logits of the tables.
+
+        Args:
+            weights: the weight of each position.
+            targets: targets whose last column becomes the last target; None means id 1.
+        """
         last = np.ones((len(weights), 1)) if targets is None else targets[:, -1:]
         inputs = np.ones((len(weights), 1))
         return _batch(inputs, np.hstack([self._ids, last]), np.pad(weights, ((0, 0), (1, 0))))
 
     def of_logits(self, gradient: t5.Params) -> np.ndarray:
-        """The gradient over the logits, from that over the parameters."""
+        """Returns the gradient with respect to the logits, from that of the parameters."""
         kernel = np.asarray(gradient["decoder"]["logits_dense"]["kernel"])
         return kernel[self._ids, : self._pieces] / np.sqrt(kernel.shape[0])

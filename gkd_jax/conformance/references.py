@@ -1,4 +1,4 @@
-"""What is right, in float64, and how what was found is compared with it."""
+"""Reference values in float64, and the comparisons of an implementation's results with them."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -7,7 +7,14 @@ import numpy as np
 
 
 class Measurement(NamedTuple):
-    """One comparison, at its worst entry."""
+    """One comparison of a result with the expected value.
+
+    Attributes:
+        what: what was compared.
+        found: the result. For an array this is the entry with the largest error.
+        expected: the expected value of the same entry.
+        holds: whether the comparison holds for all entries.
+    """
 
     what: str
     found: str
@@ -16,7 +23,7 @@ class Measurement(NamedTuple):
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
-    """exp(logits), normalised over the last axis."""
+    """Returns the probabilities over the last axis."""
     exps = np.exp(np.asarray(logits, np.float64) - np.max(logits, axis=-1, keepdims=True))
     return exps / exps.sum(-1, keepdims=True)
 
@@ -27,7 +34,10 @@ def _kl(p: np.ndarray, q: np.ndarray) -> np.ndarray:
 
 
 def divergence(student_logits: np.ndarray, teacher_logits: np.ndarray, beta: float) -> np.ndarray:
-    """Eq. 1 of Agarwal et al. (2024), and KL(P || Q), KL(Q || P) at beta 0, 1; nats."""
+    """Returns JSD(beta) per token in nats: Eq. 1 of Agarwal et al. (2024).
+
+    For beta 0 and 1 the result is KL(P || Q) and KL(Q || P), where P is the teacher.
+    """
     p, q = softmax(teacher_logits), softmax(student_logits)
     if beta in (0, 1):
         return _kl(q, p) if beta else _kl(p, q)
@@ -36,7 +46,17 @@ def divergence(student_logits: np.ndarray, teacher_logits: np.ndarray, beta: flo
 
 
 def mean(values: np.ndarray, weights: np.ndarray, reduction: str) -> float:
-    """Eq. 2 and Algorithm 1's 1/B over sequences with any weight, or the mean over all tokens."""
+    """Returns the mean of per-token values by one of two reductions; 0 if no token counts.
+
+    "sequence_mean" is Eq. 2 and Algorithm 1 of Agarwal et al. (2024): the mean over sequences of
+    each sequence's mean over its tokens, without sequences in which no token counts. "token_mean"
+    is the mean over all tokens of the batch.
+
+    Args:
+        values: a value per token, [B T].
+        weights: 1 where a token counts, else 0, [B T].
+        reduction: the name of the reduction.
+    """
     if not weights.any():
         return 0.0
     if reduction == "token_mean":
@@ -50,7 +70,10 @@ def mean(values: np.ndarray, weights: np.ndarray, reduction: str) -> float:
 def close(
     what: str, found: Any, expected: Any, *, rtol: float = 1e-3, atol: float = 1e-5
 ) -> Measurement:
-    """Holds where every entry is within atol + rtol |expected|; NaN and inf never are."""
+    """Returns a measurement that holds if every entry is within atol + rtol |expected|.
+
+    NaN and infinite results never hold.
+    """
     found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
     if found.shape != expected.shape:
         return Measurement(what, f"shape {found.shape}", f"shape {expected.shape}", False)
@@ -63,7 +86,7 @@ def close(
 
 
 def raises(what: str, call: Callable[[], Any], expected: bool) -> Measurement:
-    """Holds where the call raises if and only if that is expected."""
+    """Returns a measurement that holds if the call raises exactly when this is expected."""
     words = ("accepted", "refused")
     try:
         call()

@@ -1,1 +1,1 @@
-"""What a step reads: batches of a seqio task, and a teacher's cached scores."""
+"""The data that a step reads: batches of a seqio task, and a teacher's cached scores."""

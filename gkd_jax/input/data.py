@@ -1,6 +1,7 @@
-"""What a run trains on, and how a batch of it is spread over the devices.
+"""The configuration of a run's training data, and the sharding of batches over devices.
 
-Neither TensorFlow nor seqio is needed here: `gkd_jax.input.streams` reads the examples.
+This module needs neither TensorFlow nor seqio. The module `gkd_jax.input.streams` reads the
+examples.
 """
 
 from collections.abc import Mapping
@@ -18,34 +19,37 @@ from gkd_jax.text import settings
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What a run trains on.
+    """States the training data of a run.
 
     Attributes:
-        task: name of a seqio task or mixture, or the path of a JSONL file or of a folder with
-            train.jsonl (`gkd_jax.tasks.jsonl`).
-        feature_lengths: {"inputs": S, "targets": T}: longer sequences are cut, shorter ones padded.
-        batch_size: rows of the global batch.
-        seed: of the order of examples.
-        data_dir: where tasks made from a folder of files find it.
-        vocabulary: "bytes", "arithmetic", a SentencePiece file, or a Hugging Face folder; None
-            keeps the task's own.
-        extra_ids: sentinel ids added to a SentencePiece file's pieces (T5: 100).
-        split: of the task.
-        num_examples: train on the first so many only (data fractions); None is all.
-        use_cached: read the task from seqio's cache.
-        length_buckets: batches are made of examples of similar length and padded to the smallest of
-            these lengths that holds them, then to `feature_lengths`; () pads all alike.
-        teacher_cache: folder of the teacher's scores of the targets, made by `gkd-jax score`; steps
-            on them need no teacher then.
-        shard_by_process: each process reads its own part of the examples (a share of the source's
-            files where there are enough, else of its examples) and makes its own rows of every
-            batch. Batches then depend on the number of processes, which a resumed run must keep.
-        eval_fraction: of a JSONL file: this share of its rows, chosen by `seed`, is the split
+        task: the name of a seqio task or mixture, or the path of a JSONL file or of a folder with
+            train.jsonl (see `gkd_jax.tasks.jsonl`).
+        feature_lengths: {"inputs": S, "targets": T}. Longer sequences are cut, shorter ones padded.
+        batch_size: the number of rows of the global batch.
+        seed: the seed of the order of examples.
+        data_dir: the folder from which tasks made of plain files read.
+        vocabulary: "bytes", "arithmetic", "t5", a SentencePiece file or a Hugging Face folder; None
+            means the tokenizer in the student's Hugging Face folder if there is one, or else the
+            vocabulary of the task.
+        extra_ids: the number of sentinel ids after the pieces of a SentencePiece file (T5: 100).
+        split: the split of the task.
+        num_examples: how many of the first examples are trained on; None means all.
+        use_cached: whether the task is read from seqio's cache.
+        length_buckets: increasing lengths. A batch has examples of similar length, padded to the
+            smallest of these lengths that holds all of them, or else to `feature_lengths`. () pads
+            every batch to `feature_lengths`.
+        teacher_cache: a folder with the teacher's scores of the targets, which `gkd-jax score`
+            wrote. Steps on the data set's targets then need no teacher.
+        shard_by_process: whether each process reads only a part of the examples, from which it
+            makes its own rows of every batch. The part is a share of the source's files if there
+            are enough files, or else a share of the examples. Batches then depend on the number of
+            processes, which a resumed run must keep.
+        eval_fraction: the share of a JSONL file's rows that, chosen by `seed`, becomes the split
             "validation" and is not trained on.
-        long_prompts: of a JSONL file: prompts of more tokens than `feature_lengths` has are left
-            out ("skip") or keep their last tokens ("cut").
-        template_variables: of a JSONL file with messages: further names that the chat template
-            reads, such as {"enable_thinking": False}.
+        long_prompts: whether prompts of a JSONL file with more tokens than `feature_lengths` allows
+            are left out ("skip") or keep only their last tokens ("cut").
+        template_variables: further variables of the chat template for a JSONL file with messages,
+            such as {"enable_thinking": False}.
     """
 
     task: str
@@ -93,7 +97,7 @@ class DataConfig:
             )
 
     def shapes(self) -> list[tuple[int, int]]:
-        """The (S, T) that batches can have, largest last."""
+        """Returns the shapes (S, T) that batches can have, with the largest shape last."""
         limits = self.feature_lengths["inputs"], self.feature_lengths["targets"]
         buckets = [
             (min(length, limits[0]), min(length, limits[1])) for length in self.length_buckets
@@ -102,22 +106,30 @@ class DataConfig:
 
 
 class Shard(NamedTuple):
-    """The part of a stream's examples that a process reads."""
+    """The part of a stream's examples that a process reads.
+
+    Attributes:
+        index: the index of this shard.
+        num_shards: the number of shards of the stream.
+        first_process: the lowest index of the processes that read this shard.
+    """
 
     index: int = 0
     num_shards: int = 1
-    first_process: int = 0  # of those that read it
+    first_process: int = 0
 
 
 WHOLE = Shard()
 
 
 def process_shard(config: DataConfig, mesh: Mesh, rules: sharding.Rules = sharding.RULES) -> Shard:
-    """The part of the examples that this process reads; processes with the same rows read the same.
+    """Returns the part of the examples that this process reads.
+
+    Processes whose devices hold the same rows of a batch read the same part.
 
     Raises:
-        ValueError: if two processes share some of their rows and not all, or have not as many; if
-            there are more shards than examples.
+        ValueError: if two processes share only some of their rows, if processes have different
+            numbers of rows, or if there are more shards than examples.
     """
     if not config.shard_by_process:
         return WHOLE
@@ -144,13 +156,14 @@ def process_shard(config: DataConfig, mesh: Mesh, rules: sharding.Rules = shardi
 def place(
     batch: Batch, mesh: Mesh, rules: sharding.Rules = sharding.RULES, *, num_rows: int | None = None
 ) -> Batch:
-    """Hands every local device its rows of a global batch.
+    """Returns a global batch of JAX arrays whose rows are sharded over the devices.
 
     Args:
-        batch: the whole of it, or this process' rows (of a `TrainIterator` of a shard).
-        mesh: the mesh.
-        rules: logical to mesh axes.
-        num_rows: of the global batch; None if `batch` is the whole of it.
+        batch: NumPy arrays with the whole global batch, or with the rows of this process (from the
+            `TrainIterator` of a shard).
+        mesh: the device mesh.
+        rules: the mapping from logical axes to mesh axes.
+        num_rows: the number of rows of the global batch; None if `batch` is the whole batch.
     """
     return jax.tree.map(lambda x: place_array(x, mesh, rules, num_rows=num_rows), batch)
 
@@ -162,7 +175,7 @@ def place_array(
     *,
     num_rows: int | None = None,
 ) -> jax.Array:
-    """`place` for one array, whose first axis is the rows."""
+    """Returns one array, whose first axis is the batch rows, sharded over devices; see `place`."""
     where = sharding.batch_sharding(mesh, rules)
     shape = (num_rows or len(values), *values.shape[1:])
     return jax.make_array_from_process_local_data(where, values, shape)

@@ -1,4 +1,4 @@
-"""A split in its own order, once, in batches of one shape."""
+"""Reads a split once, in its own order, in batches of one shape."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -10,10 +10,16 @@ from gkd_jax.input import fit
 
 
 class EvalBatch(NamedTuple):
-    """Some examples of a split; the last batch is filled up with rows that do not count."""
+    """Consecutive examples of a split.
+
+    Attributes:
+        batch: the token ids. The last batch of a split is filled up with empty rows.
+        examples: the task's example for each row that is not empty, including the texts in
+            `*_pretokenized`.
+    """
 
     batch: Batch
-    examples: list[dict[str, Any]]  # one a real row, with the task's `*_pretokenized` texts
+    examples: list[dict[str, Any]]
 
 
 def eval_batches(
@@ -26,9 +32,16 @@ def eval_batches(
     use_cached: bool = False,
     seed: int | None = None,
 ) -> Iterator[EvalBatch]:
-    """A split in its own order, once, in batches of one shape.
+    """Yields the examples of a split once, in their own order, in batches of one shape.
 
-    The seed is for tasks whose examples depend on it: training gives them `DataConfig.seed`.
+    Args:
+        task: a seqio task or mixture.
+        feature_lengths: {"inputs": S, "targets": T}. Longer sequences are cut, shorter ones padded.
+        split: the split of the task.
+        batch_size: the number of rows of every batch.
+        num_examples: how many of the first examples are read; None means all.
+        use_cached: whether the task is read from seqio's cache.
+        seed: the seed of tasks whose examples depend on a seed. Training passes `DataConfig.seed`.
     """
     fit.warn_once(
         task, split, feature_lengths, num_examples=num_examples, use_cached=use_cached, seed=seed
@@ -57,13 +70,19 @@ def eval_batches(
 def fill_batch(
     rows: list[dict[str, Any]], feature_lengths: Mapping[str, int], batch_size: int
 ) -> EvalBatch:
-    """Cut and padded rows; the batch is filled up with empty ones."""
+    """Returns a batch of cut and padded examples, filled up with empty rows to `batch_size`.
+
+    Args:
+        rows: examples with the token ids `inputs` and `targets`.
+        feature_lengths: {"inputs": S, "targets": T}.
+        batch_size: the number of rows of the batch.
+    """
     source, target = feature_lengths["inputs"], feature_lengths["targets"]
     batch = Batch(
         np.zeros((batch_size, source), np.int32),
         np.zeros((batch_size, target), np.int32),
         np.zeros((batch_size, target), np.float32),
-        # A row that fills the batch up has one token: a decoder-only model goes on from the last.
+        # An empty row has one token, because a decoder-only model generates from the last token.
         input_lengths=np.ones(batch_size, np.int32),
     )
     assert batch.input_lengths is not None

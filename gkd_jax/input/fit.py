@@ -1,4 +1,4 @@
-"""What of a split does not fit its feature lengths: counted, and said once."""
+"""Counts the examples of a split that do not fit the feature lengths, and warns about them once."""
 
 from collections.abc import Iterable, Mapping
 import sys
@@ -14,13 +14,13 @@ _warned: set[tuple] = set()
 
 
 class Fit(NamedTuple):
-    """How many of some examples lost something to the feature lengths.
+    """Counts of examples that do not fit the feature lengths.
 
     Attributes:
-        examples: all that were counted.
-        cut: of each feature, those whose end was cut off.
-        fewer_shots: those with fewer worked examples in the prompt than there are.
-        no_shots: of these, those without any.
+        examples: the number of examined examples.
+        cut: for each feature, the number of examples in which the end of the feature was cut off.
+        fewer_shots: the number of examples whose prompt lacks some of its worked examples.
+        no_shots: the number of examples whose prompt lacks all of its worked examples.
     """
 
     examples: int
@@ -29,7 +29,7 @@ class Fit(NamedTuple):
     no_shots: int
 
     def sentence(self, lengths: Mapping[str, int]) -> str:
-        """What does not fit, with shares; empty if all does."""
+        """Returns a sentence about what does not fit, with percentages; "" if everything fits."""
 
         def share(count: int) -> str:
             return f"{count} of {self.examples} examples ({100 * count / self.examples:.1f} %)"
@@ -49,13 +49,15 @@ class Fit(NamedTuple):
 
 
 def count(examples: Iterable[Mapping[str, Any]], lengths: Mapping[str, int]) -> Fit:
-    """Counts what does not fit.
+    """Counts the examples that do not fit the feature lengths.
+
+    The tasks of gkd_jax record in their examples what was there before cutting (`inputs_tokens`,
+    `targets_tokens`, `kept_shots`, `all_shots`). For other tasks, a feature that has the largest
+    length allowed counts as cut.
 
     Args:
-        examples: of a seqio task, cut to the lengths. Our tasks say what was there before
-            (`inputs_tokens`, `targets_tokens`, `kept_shots`, `all_shots`). Of others a feature
-            that fills its length counts as cut.
-        lengths: most tokens of each feature, EOS included.
+        examples: examples of a seqio task, cut to the lengths.
+        lengths: the largest number of tokens of each feature, including EOS.
     """
     total, fewer, none = 0, 0, 0
     cut = dict.fromkeys(lengths, 0)
@@ -79,15 +81,18 @@ def warn_once(
     use_cached: bool = False,
     seed: int | None = None,
 ) -> None:
-    """Says on standard error what of a split does not fit: once a process, looking at its first.
+    """Prints a warning to standard error if examples of a split do not fit the feature lengths.
+
+    Only the first examples of the split are examined (at most `LOOKED_AT`), by process 0 only, and
+    only once for a task, split and lengths.
 
     Args:
-        task: seqio's.
-        split: of the task.
-        lengths: most tokens of each feature.
-        num_examples: of the split that are used, the first ones; None is all.
-        use_cached: whether seqio's cache is read.
-        seed: of tasks whose examples depend on it.
+        task: a seqio task or mixture.
+        split: the split of the task.
+        lengths: the largest number of tokens of each feature.
+        num_examples: how many of the first examples of the split are used; None means all.
+        use_cached: whether the task is read from seqio's cache.
+        seed: the seed of tasks whose examples depend on a seed.
     """
     about = (task.name, split, tuple(sorted(lengths.items())))
     if about in _warned or jax.process_index() != 0:

@@ -1,9 +1,9 @@
-"""A small source, read once and shuffled whole.
+"""Reads a small data source into memory and shuffles all of its examples in every pass.
 
-seqio shuffles within a window of about a thousand examples, so that a run's first steps see the
-first examples only. A source of up to `LARGEST` examples is read into memory here, and every pass
-takes its examples in an order of its own, which follows from the seed and the pass. So all that a
-checkpoint saves of it is one number, how many examples were taken.
+seqio shuffles within a window of about a thousand examples, so the first steps of a run would see
+only the first examples. A source of up to `LARGEST` examples is therefore read into memory. The
+order of the examples in a pass is a function of the seed and the number of the pass, so that a
+checkpoint only needs to save one number: how many examples have been taken.
 """
 
 from collections.abc import Mapping
@@ -19,20 +19,22 @@ LARGEST = 100_000
 
 _READ_AT_ONCE = 1024
 _FEATURES = ("inputs", "targets")
-# A pseudorandom permutation of 0 to its last argument. pyright sees no `experimental`.
+# `_shuffled(index, seed, max_index)` is the place of `index` in a pseudorandom permutation of 0 to
+# `max_index`. pyright does not see `tf.random.experimental`.
 _shuffled = tf.random.experimental.index_shuffle  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def number_of_examples(
     task: seqio.Task | seqio.Mixture, split: str, limit: int | None, *, use_cached: bool = False
 ) -> int | None:
-    """How many examples a pass over a split has, at most; None where that is not known.
+    """Returns the largest number of examples that a pass over a split has; None if unknown.
 
     Args:
-        task: a mixture, whose parts are repeated at rates, has no passes: None.
-        split: of the task.
-        limit: only the first so many count; None is no limit.
-        use_cached: whether seqio's cache is read.
+        task: a task or a mixture. A mixture repeats its tasks at rates and has no passes; the
+            result for a mixture is `limit`.
+        split: the split of the task.
+        limit: how many of the first examples are used; None means all.
+        use_cached: whether the task is read from seqio's cache.
     """
     if isinstance(task, seqio.Mixture):
         return limit
@@ -40,32 +42,32 @@ def number_of_examples(
         size = int(task.get_cached_stats(split)["examples"])
     else:
         size = task.source.num_input_examples(split)
-    if size is None:  # a table in memory knows its size
+    if size is None:  # The dataset of a table in memory knows its size.
         found = int(task.source.get_dataset(split=split, shuffle=False).cardinality().numpy())
         size = found if found >= 0 else None
     return min((count for count in (size, limit) if count is not None), default=None)
 
 
 class _Shuffled:
-    """Examples by number, which come in an order of their own on every pass.
+    """Examples in memory, which every pass takes in another order.
 
     Attributes:
-        size: how many there are.
+        size: the number of examples.
     """
 
     size: int
 
     def example(self, number: tf.Tensor) -> Mapping[str, tf.Tensor]:
-        """The example of a number, as a scalar tensor."""
+        """Returns the example at an index, which is a scalar tensor."""
         raise NotImplementedError
 
     def endless(self, seed: int, *, num_shards: int = 1, index: int = 0) -> tf.data.Dataset:
-        """All of a shard's examples, pass after pass, each pass in an order of its own.
+        """Returns an endless dataset of passes over a shard, each pass in another order.
 
         Args:
-            seed: of the orders.
-            num_shards: shard i has the examples i, i + num_shards, ...
-            index: of the shard.
+            seed: the seed of the orders.
+            num_shards: the number of shards. Shard i has the examples i, i + num_shards, ...
+            index: the index of the shard.
         """
         size = (self.size - index + num_shards - 1) // num_shards
         if size < 1:
@@ -80,13 +82,14 @@ class _Shuffled:
 
 
 class Texts(_Shuffled):
-    """Texts of some examples as their source has them: one string a feature.
+    """Examples of a source before tokenization, with one scalar (a string) per feature.
 
-    Tokenizing all of a source takes seconds; of these, each example is tokenized when it is taken.
+    Tokenizing a whole source at the start of a run takes seconds. These examples are tokenized one
+    by one when they are taken.
     """
 
     def __init__(self, dataset: tf.data.Dataset):
-        """Reads a finite dataset of scalar features whole, in its order."""
+        """Reads all examples of a finite dataset, whose features are scalars."""
         batches: Any = dataset.batch(_READ_AT_ONCE)
         rows = list(batches)
         spec: Any = dataset.element_spec
@@ -101,10 +104,10 @@ class Texts(_Shuffled):
 
 
 class Examples(_Shuffled):
-    """Ids of some examples: `inputs` and `targets` of any lengths."""
+    """Tokenized examples, whose `inputs` and `targets` have any lengths."""
 
     def __init__(self, dataset: tf.data.Dataset):
-        """Reads a finite dataset whole, in its order."""
+        """Reads all examples of a finite dataset."""
         ids: dict[str, list[np.ndarray]] = {name: [] for name in _FEATURES}
         lengths: dict[str, list[np.ndarray]] = {name: [] for name in _FEATURES}
         chosen = dataset.map(lambda x: {name: tf.cast(x[name], tf.int32) for name in _FEATURES})

@@ -1,10 +1,11 @@
-"""From a seqio task to batches of token ids.
+"""Opens a seqio task and makes batches of token ids from its examples.
 
-The training stream belongs to the job: row k of global batch n is the same example for any number
-of processes. Each process makes the whole (cheap) stream and hands its devices their rows; where
-that is not cheap, `DataConfig.shard_by_process` lets each read its own part of the examples. The
-stream's position is part of every checkpoint, so that a resumed run sees the next batch. A source
-of up to `in_memory.LARGEST` examples is shuffled whole, a larger one within seqio's window.
+Row k of global batch n is the same example for any number of processes. For this, each process
+makes the global batches and gives its devices their rows. If making global batches in every process
+is too expensive, each process reads its own part of the examples (`DataConfig.shard_by_process`).
+The position in the stream is part of every checkpoint, so that a resumed run continues with the
+next batch. All examples of a source of up to `in_memory.LARGEST` examples are shuffled; a larger
+source is shuffled within seqio's window.
 """
 
 from collections.abc import Iterator, Mapping
@@ -27,10 +28,15 @@ from gkd_jax.text import vocabularies
 
 
 def find_task(name: str, vocabulary: seqio.Vocabulary | None) -> seqio.Task | seqio.Mixture:
-    """A registered task or mixture, with another vocabulary where one is given.
+    """Returns a registered task or mixture.
+
+    Args:
+        name: the registered name.
+        vocabulary: a vocabulary that replaces the task's own; None keeps the task's own.
 
     Raises:
-        ValueError: naming the tasks there are, or what the task lacks.
+        ValueError: if no task has this name, if the task lacks a feature, or if a vocabulary is
+            given for a mixture.
     """
     tasks.register()
     known = set(seqio.TaskRegistry.names()) | set(seqio.MixtureRegistry.names())
@@ -53,7 +59,8 @@ def find_task(name: str, vocabulary: seqio.Vocabulary | None) -> seqio.Task | se
     source: Any = task.source
     if isinstance(source, jsonl.JsonlSource):
         return jsonl.make_task(source.path, vocabulary=vocabulary)
-    # A copy of the task, not of its registration: preprocessors read the features they are given.
+    # The copy needs no registration: preprocessors receive the output features of the task that
+    # calls them.
     return task.replace(
         name=f"{name}__{vocabularies.content_hash(vocabulary)[:12]}",
         output_features=features.with_vocabulary(task.output_features, vocabulary),
@@ -63,13 +70,17 @@ def find_task(name: str, vocabulary: seqio.Vocabulary | None) -> seqio.Task | se
 def open_task(
     config: DataConfig, *, checkpoint: str | None = None, check_remote: bool = True
 ) -> tuple[Any, seqio.Vocabulary]:
-    """The task with its vocabulary, both features sharing one.
+    """Returns the task of a configuration, and the vocabulary that inputs and targets share.
 
     Args:
-        config: names the task, and perhaps the vocabulary.
-        checkpoint: of the model that reads the task: where no vocabulary is named and this is a
-            Hugging Face folder with a tokenizer, it is that one.
-        check_remote: False leaves remote files untouched, for a dry run.
+        config: the configuration of the data.
+        checkpoint: the checkpoint of the model that reads the task. If `config` names no vocabulary
+            and the checkpoint is a Hugging Face folder with a tokenizer, that tokenizer is used.
+        check_remote: whether remote files may be read; False in a dry run.
+
+    Raises:
+        FileNotFoundError, ValueError: if a file is missing or not as expected, or if settings
+            contradict each other.
     """
     folder.set_data_dir(config.data_dir)
     vocabulary = None
@@ -100,7 +111,7 @@ def open_task(
 
 
 def _jsonl_options(config: DataConfig) -> jsonl.Options:
-    """How a JSONL file is read."""
+    """Returns the settings with which a JSONL file is read."""
     return jsonl.Options(
         eval_fraction=config.eval_fraction,
         seed=config.seed,
@@ -111,13 +122,14 @@ def _jsonl_options(config: DataConfig) -> jsonl.Options:
 
 
 def check_split(task: seqio.Task | seqio.Mixture, split: str) -> None:
-    """Raises ValueError, naming the splits there are, unless the task has this one.
+    """Raises ValueError if a task has no such split.
 
-    A TFDS data set that is not prepared names no splits: reading it will say what is missing.
+    The splits of a TFDS data set that has not been prepared are unknown. They are not checked here:
+    the error when the data set is read says what is missing.
     """
     try:
         known = list(task.splits or ())
-    except ValueError:  # seqio's word for none
+    except ValueError:  # seqio raises this if the splits are unknown.
         return
     if known and split.split("[")[0] not in known:
         source: Any = getattr(task, "source", None)
@@ -133,12 +145,12 @@ def check_split(task: seqio.Task | seqio.Mixture, split: str) -> None:
 
 
 def check_targets(task: seqio.Task | seqio.Mixture, split: str, why: str) -> None:
-    """Raises ValueError, naming file and line, if a row of the split is only a prompt.
+    """Raises ValueError, naming the file and the line, if a row of a split has no target.
 
     Args:
-        task: any; only JSONL files can have rows without targets.
-        split: of the task.
-        why: what targets are needed for, for the message.
+        task: a task or mixture. Only JSONL files can have rows without targets.
+        split: the split of the task.
+        why: the reason why targets are needed, for the error message.
     """
     parts: Any = task.tasks if isinstance(task, seqio.Mixture) else [task]
     for source in (part.source for part in parts):
@@ -152,10 +164,10 @@ def check_targets(task: seqio.Task | seqio.Mixture, split: str, why: str) -> Non
 
 
 class TrainIterator:
-    """An endless stream of batches, whose position can be saved and restored.
+    """An endless stream of training batches, whose position can be saved and restored.
 
-    Of the whole stream batches are global ones, the same on every process; of a shard they are this
-    process' rows, and each shard's position is saved.
+    Without sharding, the batches are global batches and are the same in every process. With a
+    shard, the batches are this process's rows, and the position of each shard is saved.
     """
 
     def __init__(self, task: Any, config: DataConfig, shard: Shard = WHOLE):
@@ -185,7 +197,7 @@ class TrainIterator:
         return self
 
     def peek(self) -> Batch:
-        """The batch that `next` will return; the stream stays before it."""
+        """Returns the batch that `next` will return, without advancing the stream."""
         if self._peeked is None:
             self._peeked = next(self)
         return self._peeked
@@ -204,19 +216,26 @@ class TrainIterator:
         )
 
     def save(self, directory: pathlib.Path) -> None:
-        """Writes the position after the last batch taken: every process calls it."""
+        """Writes the position after the last batch taken; every process must call this.
+
+        Only the first of the processes that read the same shard writes a file.
+        """
         assert self._peeked is None
         if self._writes:
             self._checkpoint.write(str(directory / self._file))
 
     def restore(self, directory: pathlib.Path) -> None:
-        """Goes on where `save` was called."""
+        """Sets the stream to the position that `save` wrote."""
         self._peeked = None
         self._checkpoint.read(str(directory / self._file)).assert_consumed()
 
 
 def _examples(task: Any, config: DataConfig, shard: Shard) -> tf.data.Dataset:
-    """A shard's examples without end: small sources shuffled whole, others as seqio does."""
+    """Returns an endless shuffled dataset of a shard's tokenized examples.
+
+    All examples of a small source are shuffled in memory. The first `num_examples` of a large
+    source are shuffled in a buffer of 50,000, and a whole large source is shuffled by seqio.
+    """
 
     def read(**settings) -> tf.data.Dataset:
         return task.get_dataset(
@@ -249,7 +268,7 @@ def _examples(task: Any, config: DataConfig, shard: Shard) -> tf.data.Dataset:
 
 
 def _texts_in_memory(task: seqio.Task, config: DataConfig, shard: Shard) -> tf.data.Dataset:
-    """The examples of a task without preprocessors, shuffled as texts and then tokenized."""
+    """Returns the examples of a task that only tokenizes; texts are shuffled, then tokenized."""
     source = task.source.get_dataset(split=config.split, shuffle=False)
     texts = in_memory.Texts(source.take(config.num_examples or -1))
 
@@ -268,7 +287,10 @@ def _texts_in_memory(task: seqio.Task, config: DataConfig, shard: Shard) -> tf.d
 
 
 def _with_weights(example: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-    """Weights and lengths mark real tokens before any padding: ids cannot tell (see `Batch`)."""
+    """Adds the weights of the targets and the length of the inputs to an example.
+
+    This happens before padding, because ids alone do not tell padding from tokens (see `Batch`).
+    """
     return {
         "input_lengths": tf.size(example["inputs"]),
         "inputs": tf.cast(example["inputs"], tf.int32),
@@ -278,6 +300,7 @@ def _with_weights(example: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
 
 
 def _batched(dataset: tf.data.Dataset, config: DataConfig, batch_size: int) -> tf.data.Dataset:
+    """Returns padded batches; with length buckets, each batch has the shape of one bucket."""
     shapes = config.shapes()
 
     def padded(shape):
@@ -297,9 +320,11 @@ def _batched(dataset: tf.data.Dataset, config: DataConfig, batch_size: int) -> t
     def reduce(key, window):
         def branch(shape):
             batch = window.padded_batch(batch_size, padded(shape), drop_remainder=True)
-            # One element type for all buckets: the sizes differ, so they are left open here.
+            # All buckets must have one element type, so the static shapes leave the sizes open.
             return batch.map(_any_shape)
 
+        # A graph cannot choose a shape by the tensor `key`. The branches of all shapes are joined
+        # instead, and the filter empties every branch except that of `key`.
         def chosen(index):
             is_it = tf.data.Dataset.from_tensors(0).filter(lambda _: key == index)
             return is_it.flat_map(lambda _: branch(shapes[index]))
@@ -310,6 +335,7 @@ def _batched(dataset: tf.data.Dataset, config: DataConfig, batch_size: int) -> t
 
 
 def _any_shape(example: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+    """Removes the sizes from the static shapes of an example's tensors."""
     return {
         name: tf.ensure_shape(value, [None] * value.shape.rank) for name, value in example.items()
     }

@@ -1,21 +1,23 @@
-"""A teacher's most probable tokens at every target position of a data set, on disk.
+"""Stores on disk a teacher's top-k probabilities at every target position of a data set.
 
-`gkd-jax score` writes it once; steps on the dataset's targets (lambda < 1) then need no teacher. At
-each position there are the k most probable ids, their log-probabilities, and the log of the mass of
-all others, the tail. The divergence is taken over these k + 1 outcomes: at least 0, at most that
-of the whole distributions (it cannot grow when outcomes are merged), and equal to it for k = V.
+`gkd-jax score` writes the cache once; training steps on the data set's targets (lambda < 1) then
+need no teacher. For each position the cache has the k most probable ids, their log-probabilities,
+and the tail, which is the log of the probability mass of all other ids. The divergence is computed
+over these k + 1 outcomes. It is at least 0 and at most the divergence of the whole distributions,
+because merging outcomes cannot increase a divergence; for k = V both are equal.
 
-A folder holds `about.json` and, row after row of the split, flat arrays in native byte order:
+The folder of a cache holds `about.json` and these files. A file is a flat array in native byte
+order, with one entry for each row of the split or for each target token of each row:
 
-| file | per | holds |
+| file | one entry per | entry |
 |---|---|---|
-| `keys` | row | uint64: `row_key` |
-| `lengths` | row | int32: its number of target tokens |
-| `ids` | target token | k x uint16, or int32 where the vocabulary is larger; most probable first |
-| `log_probs` | target token | k x float32, nats |
-| `tails` | target token | float32: log of the other ids' mass, nats; -inf for k = V |
+| `keys` | row | uint64: the `row_key` |
+| `lengths` | row | int32: the number of target tokens |
+| `ids` | target token | k x uint16, or int32 for a larger vocabulary; most probable first |
+| `log_probs` | target token | k x float32, in nats |
+| `tails` | target token | float32: log of the mass of all other ids, in nats; -inf for k = V |
 
-Axes: B batch, T target, V vocabulary, k.
+Axes: B batch, T target, V vocabulary, k most probable ids, K outcomes.
 """
 
 import hashlib
@@ -37,7 +39,7 @@ _PER_TOKEN = TopK._fields
 
 
 def top_k(logits: Float[Array, "B T V"], k: int) -> TopK:
-    """The k largest of each position's distribution, and the mass of the others."""
+    """Returns the k most probable ids at each position and the log mass of all other ids."""
     log_probs = jax.nn.log_softmax(logits)
     values, ids = jax.lax.top_k(log_probs, k)
     return TopK(ids, values, _log_mass_without(log_probs, ids))
@@ -46,9 +48,10 @@ def top_k(logits: Float[Array, "B T V"], k: int) -> TopK:
 def outcomes(
     student_logits: Float[Array, "B T V"], teacher: TopK
 ) -> tuple[Float[Array, "B T K"], Float[Array, "B T K"]]:
-    """(student, teacher) log-probabilities of the teacher's k ids and, unless k = V, of the rest.
+    """Returns the student's and the teacher's log-probabilities of the same K outcomes.
 
-    As logits they make distributions over k + 1 outcomes, which any divergence takes.
+    The outcomes are the teacher's k ids and, unless k = V, one outcome for all other ids. Any
+    divergence accepts the results as logits.
     """
     log_q = jax.nn.log_softmax(student_logits)
     picked = jnp.take_along_axis(log_q, teacher.ids, axis=-1)
@@ -62,14 +65,23 @@ def outcomes(
 
 
 def _log_mass_without(log_probs: jax.Array, ids: jax.Array) -> jax.Array:
-    """Not log(1 - mass of ids), which is noise where that mass is nearly 1."""
-    # Position by position: one scatter over all would have its indices gathered on every device.
+    """Returns the log of the total probability of the ids that are not in `ids`.
+
+    The probabilities of the other ids are summed directly, because log(1 - mass of `ids`) has a
+    large rounding error if that mass is close to 1.
+    """
+    # `vmap` scatters within each position. For one scatter over all positions, the compiler would
+    # gather the indices on every device.
     without = jax.vmap(jax.vmap(lambda row, picked: row.at[picked].set(-jnp.inf)))
     return jax.nn.logsumexp(without(log_probs, ids), axis=-1)
 
 
 def row_key(inputs: np.ndarray, targets: np.ndarray) -> int:
-    """64 bits of a hash of a row's ids, without padding: equal rows have one distribution."""
+    """Returns a 64-bit hash of the ids of a row, from which the row's scores are looked up.
+
+    Args:
+        inputs, targets: the ids without padding.
+    """
     digest = hashlib.blake2b(digest_size=8)
     for ids in (inputs, targets):
         digest.update(np.asarray(ids, np.int32).tobytes() + b"|")
@@ -77,6 +89,7 @@ def row_key(inputs: np.ndarray, targets: np.ndarray) -> int:
 
 
 def _real_ids(batch: Batch, row: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the input ids and the target ids of a row without padding."""
     target = int(batch.weights[row].sum())
     if batch.input_lengths is not None:
         source = int(batch.input_lengths[row])
@@ -86,17 +99,17 @@ def _real_ids(batch: Batch, row: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Writer:
-    """Appends batches to a cache; one that was cut off goes on after its whole batches.
+    """Appends batches to a cache, and continues an interrupted cache after its last whole batch.
 
     Args:
-        folder: of the cache.
-        about: what it is made from; see `score.run`.
+        folder: the folder of the cache.
+        about: what the cache is made from; see `score.run`.
 
     Attributes:
-        num_rows: rows that are there already.
+        num_rows: the number of rows in the cache.
 
     Raises:
-        ValueError: where the folder holds a cache of something else.
+        ValueError: if the folder holds a cache that was made from something else.
     """
 
     def __init__(self, folder: str, about: dict[str, Any]):
@@ -119,7 +132,10 @@ class Writer:
         self.num_rows = self._keep_whole_batches()
 
     def _keep_whole_batches(self) -> int:
-        """What a batch wrote before its keys, which come last, is cut off."""
+        """Truncates the files to whole batches and returns the number of rows that remain.
+
+        `append` writes the keys last, so the number of keys tells how many batches are whole.
+        """
         keys, lengths = (self._folder / name for name in _PER_ROW)
         if not keys.exists():
             rows = tokens = 0
@@ -139,7 +155,7 @@ class Writer:
         return rows
 
     def append(self, batch: Batch, scores: TopK, num_rows: int) -> None:
-        """The first `num_rows` rows of a batch; fewer than its size only at the very end."""
+        """Appends the first `num_rows` rows of a batch; only the last batch may have fewer rows."""
         real = [_real_ids(batch, row) for row in range(num_rows)]
         arrays = {
             **{
@@ -155,7 +171,7 @@ class Writer:
         self.num_rows += num_rows
 
     def finish(self) -> float:
-        """Marks the cache as whole; returns the mean mass of its tails."""
+        """Marks the cache as complete and returns the mean probability mass of the tails."""
         tails = self._folder / "tails"
         mass = np.exp(np.fromfile(tails, np.float32)) if tails.exists() else np.zeros(0)
         about = {**self._about, "num_rows": self.num_rows}
@@ -164,7 +180,7 @@ class Writer:
 
 
 def _layout(name: str, about: dict[str, Any]) -> tuple[np.dtype, int]:
-    """(dtype, numbers an entry) of a file."""
+    """Returns the dtype of a file and how many numbers one entry has."""
     if name in _PER_ROW:
         return np.dtype(_PER_ROW[name]), 1
     if name == "ids":
@@ -173,11 +189,11 @@ def _layout(name: str, about: dict[str, Any]) -> tuple[np.dtype, int]:
 
 
 def read_about(folder: str) -> dict[str, Any]:
-    """What a whole cache was made from.
+    """Returns what a cache was made from: the content of its `about.json`.
 
     Raises:
-        FileNotFoundError: where there is none.
-        ValueError: where it is not whole.
+        FileNotFoundError: if the folder holds no cache.
+        ValueError: if the cache is not complete.
     """
     path = pathlib.Path(folder) / "about.json"
     if not path.exists():
@@ -191,10 +207,11 @@ def read_about(folder: str) -> dict[str, Any]:
 
 
 class TeacherCache:
-    """Looks rows of batches up. Arrays stay on disk, mapped into memory.
+    """Looks up the scores of a batch's rows. The files stay on disk, mapped into memory.
 
     Raises:
-        FileNotFoundError, ValueError: as `read_about`, or for a file of another size than it says.
+        FileNotFoundError: if the folder holds no cache.
+        ValueError: if the cache is not complete or a file has the wrong size.
     """
 
     def __init__(self, folder: str):
@@ -221,14 +238,15 @@ class TeacherCache:
         return np.memmap(path, dtype, "r", shape=(entries, width))
 
     def attach(self, batch: Batch) -> Batch:
-        """A batch of the dataset (NumPy arrays) with the teacher's scores of its targets.
+        """Returns a batch of the data set (NumPy arrays) with the teacher's scores of its targets.
 
         Raises:
-            ValueError: for a row that the cache does not have.
+            ValueError: if the cache lacks a row of the batch.
         """
         k, shape = self.about["k"], batch.targets.shape
         ids = np.broadcast_to(np.arange(k, dtype=np.int32), (*shape, k)).copy()
-        log_probs = np.full((*shape, k), -np.log(k + 1.0), np.float32)  # of padding: anything
+        # Padding has weight 0, so any finite scores will do; these are a uniform distribution.
+        log_probs = np.full((*shape, k), -np.log(k + 1.0), np.float32)
         tails = np.full(shape, -np.log(k + 1.0), np.float32)
         for row in range(shape[0]):
             found = self._find(*_real_ids(batch, row))
@@ -240,6 +258,7 @@ class TeacherCache:
         return batch._replace(teacher=TopK(ids, log_probs, tails))
 
     def _find(self, inputs: np.ndarray, targets: np.ndarray) -> int:
+        """Returns the index in the cache of a row, whose ids are given without padding."""
         key = np.uint64(row_key(inputs, targets))
         place = int(np.searchsorted(self._keys, key))
         if place < len(self._keys) and self._keys[place] == key:

@@ -1,1 +1,1 @@
-"""Adapters to other frameworks. Nothing in gkd_jax imports them: import the one you want."""
+"""Adapters to other frameworks. gkd_jax itself imports none of them; import the one you need."""

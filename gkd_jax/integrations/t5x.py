@@ -1,18 +1,19 @@
-"""GKD for those who stay on T5X: a T5X model whose loss is ours, and the trainer that feeds it.
+"""GKD inside T5X: a T5X model with gkd_jax's loss, and the T5X trainer that this model needs.
 
-A T5X pretrain or finetune gin file becomes a GKD run when its model is a `GKDModel` and its
-`trainer_cls` a `GKDTrainer`; data, optimizer, partitioning, checkpoints, eval and infer stay T5X's.
-How to install T5X beside gkd_jax, and an example: docs/checkpoints.md, "Staying on T5X".
+A T5X pretrain or finetune gin file becomes a GKD run if its model is a `GKDModel` and its
+`trainer_cls` is `GKDTrainer`. T5X still does everything else: data, optimizer, partitioning,
+checkpoints, evaluation and inference. docs/checkpoints.md, "Staying on T5X", explains how to
+install T5X beside gkd_jax, with an example.
 
-The teacher's parameters are an argument of the compiled step, sharded as T5X shards any model's,
-and inside it the `teacher` collection of the train state's `flax_mutables`. They are no constants
-of the program, are not donated, and are not saved: a checkpoint of the run is one of the student
-alone, which the student's ordinary T5X gin file evaluates and decodes.
+The teacher's parameters are an argument of the compiled step, sharded like those of any T5X model.
+Inside the step they are the collection `teacher` in the train state's `flax_mutables`. They are not
+constants of the program, are not donated and are not saved: a checkpoint of the run holds only the
+student, so the student's ordinary T5X gin file can evaluate it and decode with it.
 
 Axes: B batch, V vocabulary.
 """
 
-# Where T5X is not installed, pyright takes `t5x` for this very file.
+# If T5X is not installed, pyright resolves `t5x` to this file.
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 from collections.abc import Callable, Mapping
@@ -32,31 +33,36 @@ from gkd_jax.models import lm, t5
 
 Divergence = Callable[[jax.Array, jax.Array], jax.Array]
 Reduction = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
-Batch = Mapping[str, jax.Array]  # T5X's features, each [B, ...]
+Batch = Mapping[str, jax.Array]  # The features of T5X by name, each of shape [B, ...].
 
-_COUNT = "loss_count"  # [B]: what the whole batch's loss is divided by, in every row
+# A feature [B] that repeats in every row the number by which the loss of the whole batch is
+# divided. T5X splits a batch into microbatches, which would otherwise divide by their own numbers.
+_COUNT = "loss_count"
 
 
 class GKDModel(models.EncoderDecoderModel):
     """A student whose loss is the divergence from a frozen teacher (Algorithm 1).
 
     Args:
-        module: the student, such as `@network.Transformer()`.
-        teacher_module: the teacher, such as `@teacher/network.Transformer()`.
-        teacher_checkpoint: a T5X checkpoint of the teacher, of any format that T5X restores.
-        input_vocabulary: of the inputs.
-        output_vocabulary: of the targets, shared by both models. Ids beyond its pieces exist only
-            to round the embedding up: they are left out of every softmax and never drawn.
-        optimizer_def: of the student.
+        module: the student's network, such as `@network.Transformer()`.
+        teacher_module: the teacher's network, such as `@teacher/network.Transformer()`.
+        teacher_checkpoint: a T5X checkpoint of the teacher, in any format that T5X restores.
+        input_vocabulary: the vocabulary of the inputs.
+        output_vocabulary: the vocabulary of the targets, which both models share. Ids beyond its
+            pieces only round the size of the embedding up: the divergence leaves them out, and
+            they are never sampled.
+        optimizer_def: the student's optimizer.
         on_policy_fraction: the paper's lambda, the probability that a step trains on the student's
             own samples.
-        divergence: D(student_logits, teacher_logits) -> per token.
+        divergence: a function (student_logits, teacher_logits) -> divergence per token.
         teacher_temperature: divides the teacher's logits inside the divergence.
-        sampling_temperature: of the student's samples; nothing is cut (no top-k, no top-p).
+        sampling_temperature: the temperature of the student's samples, which are drawn without
+            top-k and top-p.
         reduction: `losses.sequence_mean` (Eq. 2) or `losses.token_mean`.
-        teacher_dtype: of the teacher in memory, "float32" or "bfloat16"; None is as stored.
-        decode_fn: of evaluation.
-        default_decoder_params: of evaluation.
+        teacher_dtype: the dtype of the teacher in memory, "float32" or "bfloat16"; None keeps the
+            stored dtype.
+        decode_fn: the decoding function of evaluation.
+        default_decoder_params: the parameters of `decode_fn`.
     """
 
     def __init__(
@@ -92,7 +98,7 @@ class GKDModel(models.EncoderDecoderModel):
         sample = functools.partial(
             decoding.temperature_sample,
             temperature=sampling_temperature,
-            topk=0,  # T5X's default of 1 is greedy at every temperature
+            topk=0,  # T5X's default of 1 decodes greedily at every temperature.
             logit_callback_fn=self._ban,
         )
         self.teacher = models.EncoderDecoderModel(teacher_module, *vocabularies, None)
@@ -108,16 +114,21 @@ class GKDModel(models.EncoderDecoderModel):
         dropout_rng: jax.Array | None,
         flax_mutables: Mapping[str, Any] | None = None,
     ) -> tuple[Float[Array, ""], tuple[dict[str, Any], Mapping[str, Any]]]:
-        """D(P || Q) of the batch's targets; T5X differentiates it with respect to `params` only.
+        """Returns the divergence on the batch's targets, reduced to one number, and the metrics.
+
+        T5X differentiates the divergence with respect to `params` only.
 
         Args:
-            params: the student's.
-            batch: T5X's features, one sequence a row.
-            dropout_rng: of the student; None turns dropout off.
-            flax_mutables: the teacher's parameters, as `teacher`.
+            params: the student's parameters.
+            batch: the features of T5X, with one sequence per row.
+            dropout_rng: the key of the student's dropout; None turns dropout off.
+            flax_mutables: a mapping with the teacher's parameters under "teacher".
+
+        Returns:
+            The loss, and (metrics, `flax_mutables`).
 
         Raises:
-            ValueError: without a teacher, and for packed rows.
+            ValueError: if `flax_mutables` has no teacher, or if rows are packed.
         """
         if not flax_mutables or "teacher" not in flax_mutables:
             raise ValueError(
@@ -145,21 +156,30 @@ class GKDModel(models.EncoderDecoderModel):
             mask=weights,
             loss=loss,
         )
-        # `loss` is a mean already; T5X divides its own, a sum, by the tokens once more.
+        # T5X's own loss is a sum, which these metrics divide by numbers such as that of tokens.
+        # The loss here is a mean already, so such metrics are dropped.
         computed = {k: v for k, v in computed.items() if not k.startswith("loss_per_")}
         return loss, (computed, flax_mutables)
 
     def eval_fn(
         self, params: Any, batch: Batch, flax_mutables: Mapping[str, Any] | None = None
     ) -> tuple[Float[Array, ""], dict[str, Any]]:
-        """`loss_fn` on the dataset's targets, without dropout."""
+        """Returns the loss on the data set's targets without dropout, and the metrics."""
         loss, (computed, _) = self.loss_fn(params, batch, None, flax_mutables)
         return loss, computed
 
     def training_batch(
         self, params: Any, batch: Batch, key: jax.Array
     ) -> tuple[dict[str, jax.Array], Bool[Array, ""]]:
-        """The batch that a step trains on, by one coin for all rows, and how the coin fell."""
+        """Returns the batch that a step trains on, and whether its targets are student samples.
+
+        One random coin per step decides for all rows of the batch.
+
+        Args:
+            params: the student's parameters.
+            batch: the features of T5X with the data set's targets.
+            key: the key of the coin and of the samples.
+        """
         weights = batch["decoder_loss_weights"].astype(jnp.float32)
         chosen = {**batch, "decoder_loss_weights": weights}
         coin, sampling_key = jax.random.split(key)
@@ -175,7 +195,7 @@ class GKDModel(models.EncoderDecoderModel):
         return {**chosen, _COUNT: jnp.full(weights.shape[:1], count)}, on_policy
 
     def sample_targets(self, params: Any, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
-        """Replaces the targets by the student's own sequences, up to and including EOS."""
+        """Returns the batch with targets sampled from the student, up to and including EOS."""
         policy = models.EncoderDecoderModel(
             self.module, self.input_vocabulary, self.output_vocabulary, None, self.sample_fn
         )
@@ -190,17 +210,22 @@ class GKDModel(models.EncoderDecoderModel):
         }
 
     def _ban(self, logits: Float[Array, "B V"], state: Any) -> Float[Array, "B V"]:
+        """Returns logits that exclude pad and the ids without a piece from sampling."""
         size = logits.shape[-1]
         tail = range(self.output_vocabulary.vocab_size, size)
         allowed = sampling.allowed_ids(size, (self.output_vocabulary.pad_id, *tail))
         return jnp.where(allowed[None], logits, -jnp.inf)
 
     def load_teacher(self, partitioner: Any) -> tuple[Any, Any]:
-        """The teacher's parameters, each shard read where it is needed, and their mesh axes.
+        """Reads the teacher's parameters; each process reads the shards of its own devices.
+
+        Returns:
+            The parameters and their mesh axes.
 
         Raises:
-            FileNotFoundError: where there is no checkpoint.
-            ValueError: where it is none of a T5, or of another size than `teacher_module`.
+            FileNotFoundError: if there is no such checkpoint.
+            ValueError: if the checkpoint is not one of a T5, or has another number of parameters
+                than `teacher_module`.
         """
         tokens = ("encoder_input_tokens", "decoder_input_tokens")
         initializer = utils.TrainStateInitializer(
@@ -210,7 +235,7 @@ class GKDModel(models.EncoderDecoderModel):
             input_types=dict.fromkeys(tokens, jnp.int32),
             partitioner=partitioner,
         )
-        # T5X itself would read the first layers of a deeper teacher without a word.
+        # T5X itself would silently read only the first layers of a checkpoint with more layers.
         stored = lm.abstract_params(convert.read_config(self.teacher_checkpoint))
         sizes = [
             sum(x.size for x in jax.tree.leaves(params))
@@ -232,7 +257,7 @@ class GKDModel(models.EncoderDecoderModel):
 
 
 class GKDTrainer(trainer.Trainer):
-    """T5X's trainer, whose steps take a `GKDModel`'s teacher and, by the coin, its samples."""
+    """T5X's trainer with steps that use the teacher and the student's samples of a `GKDModel`."""
 
     @functools.cached_property
     def _teacher(self) -> tuple[Any, Any]:
@@ -269,6 +294,7 @@ class GKDTrainer(trainer.Trainer):
         return self._partition(eval_step, None)
 
     def _partition(self, step, out_axes, **options) -> "_WithTeacher":
+        """Partitions a function of (train state, batch, teacher) and binds the teacher."""
         teacher, teacher_axes = self._teacher
         axes = (self._train_state_axes, self._partitioner.data_partition_spec, teacher_axes)
         return _WithTeacher(self._partitioner.partition(step, axes, out_axes, **options), teacher)
@@ -276,7 +302,7 @@ class GKDTrainer(trainer.Trainer):
 
 @dataclasses.dataclass(frozen=True)
 class _WithTeacher:
-    """A step as T5X compiles and calls it, (train state, batch), with the teacher added."""
+    """A step that T5X compiles and calls with (train state, batch); the teacher is added."""
 
     step: Any
     teacher: Any
