@@ -1,18 +1,18 @@
-"""`gkd-jax report`: the paper's tables and figures from runs, and a page for each run.
+"""`gkd-jax report`: makes the paper's tables and figures from runs, and a page for each run.
 
     from gkd_jax import report
     report.write(["/runs/study"], "/runs/report")
 
-OUTPUT holds `report.html` (one file, to send), `report.md`, `figures/*.png` and `runs/*.html`.
+OUTPUT receives `report.html` (a single file), `report.md`, `figures/*.png` and `runs/*.html`.
 
 | module | holds |
 |---|---|
-| `record` | what is known of a run, and what makes it another configuration |
-| `reading`, `archive` | runs from folders, and from JSONL files that are kept |
-| `study`, `answer` | seeds of one configuration as one group; which method is best |
-| `paper` | the paper's numbers (`paper.json`), and which of them a run compares with |
-| `figures`, `plots` | which runs make which figure; drawing it |
-| `samples`, `pages` | decoded texts; HTML and Markdown (`templates/`) |
+| `record` | one run: recipe, curves, evaluations, and what identifies its configuration |
+| `reading`, `archive` | reading runs from folders and from archives; writing archives |
+| `study`, `answer` | groups of runs that differ only in the seed; which method is best |
+| `paper` | the paper's numbers (`paper.json`), and which of them compare with a run |
+| `figures`, `plots` | which runs make which figure; drawing the figures |
+| `samples`, `pages` | tables of decoded texts; HTML and Markdown (`templates/`) |
 """
 
 from collections.abc import Sequence
@@ -31,14 +31,18 @@ except ModuleNotFoundError as error:
 
 
 def write(run_dirs: Sequence[str], output: str) -> None:
-    """Reads every run below `run_dirs`, or of archives among them, and writes the report.
+    """Reads every run below `run_dirs` and writes the report to the folder `output`.
 
-    A run that is missing is an empty cell. A run that has not reached its last step, or repeats
-    another's configuration and seed, has its page but is no part of a mean; the list of runs says
-    so.
+    A missing run leaves a cell empty. A run that has not reached its last step, or that repeats the
+    configuration and the seed of another run, gets a page but is left out of all means; the list of
+    runs says so.
+
+    Args:
+        run_dirs: folders with runs, or archives (`archive.write`).
+        output: the folder of the report.
 
     Raises:
-        FileNotFoundError: a run folder does not exist, or none holds a metrics.jsonl.
+        FileNotFoundError: if a run folder does not exist, or none holds a metrics.jsonl.
     """
     study = Study(reading.find(run_dirs))
     folder = pathlib.Path(output)

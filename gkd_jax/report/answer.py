@@ -1,4 +1,4 @@
-"""What a study says: the best method by size and decoding, and whether its margin is noise."""
+"""The answer of a study: the best method for each size, and whether its lead exceeds the noise."""
 
 from collections.abc import Iterator
 import math
@@ -13,14 +13,14 @@ _SIGNIFICANT = 0.05
 
 
 class Answer(NamedTuple):
-    """The best method of one student size, decoded in one way.
+    """The best method of one student size under one way of decoding.
 
     Attributes:
-        size: of the student.
-        best: its row of `Study.table`.
-        margins: (over what, its row, the lead, whether that is noise, in words); first the student
-            before, then SFT that was trained for as long, then the runner-up.
-        missing: which of these have no number.
+        size: the student's size.
+        best: the row of the best method in `Study.table`.
+        margins: (name of the rival, row of the rival, lead over it, `noise` of the lead). The
+            rivals are the student before training, SFT of equal length, and the runner-up.
+        missing: the rivals that have no number.
     """
 
     size: str
@@ -38,9 +38,10 @@ class Answer(NamedTuple):
 
 
 def answers(study: Study, rows: Table) -> Iterator[Answer]:
-    """For each size that has two methods to compare, the smallest first.
+    """Yields an `Answer` for each size that has at least two methods, the smallest size first.
 
-    Where the best mean is that of one seed, a second answer is about methods of several seeds.
+    If the best mean comes from a single seed, a second answer compares the methods that have
+    several seeds.
     """
     for size in sizes(rows["group"]):
         methods = rows[(rows["size"] == size) & ~rows["role"].isin(["start", "teacher", "unknown"])]
@@ -78,7 +79,7 @@ def _is_sft_as_long(group: Group, best: Group) -> bool:
 
 
 def noise(left: Any, right: Any) -> str:
-    """Whether two means (`mean`, `error`, `n`) differ by Welch's t-test at 5 %, in words."""
+    """Says in words whether two means (`mean`, `error`, `n`) differ by Welch's t-test at 5 %."""
     if math.isnan(left["error"]) or math.isnan(right["error"]):
         return "one seed, so the noise is not known"
     numbers = [(one["mean"], one["error"] * math.sqrt(one["n"]), one["n"]) for one in (left, right)]

@@ -1,6 +1,6 @@
-"""What a report needs of its runs, small enough to be kept under version control.
+"""Archives: what a report needs of its runs, small enough for version control.
 
-An archive is a JSONL file, one run a line: {"name", "run": run.json, "metrics": [lines of
+An archive is a JSONL file with one run per line: {"name", "run": run.json, "metrics": [lines of
 metrics.jsonl], "evaluations": [each metrics.json of `gkd-jax eval`]}.
 """
 
@@ -17,15 +17,16 @@ _EVERY = 50  # steps between kept lines of training
 
 
 def write(run_dirs: Sequence[str], output: str) -> None:
-    """Writes the finished runs below `run_dirs` into the file `output`.
+    """Writes the finished runs below `run_dirs` to the archive `output`.
 
-    `report.write` makes the same tables and figures of it. Of metrics.jsonl stay evaluations, every
-    50th step and the last, numbers to 6 digits; of run.json all but the macros. A path below one of
-    the run directories becomes the part after it, any other path its last part.
+    `report.write` makes the same tables and figures from the archive. Of metrics.jsonl the archive
+    keeps evaluations, every 50th step and the last step, with numbers to 6 digits; of run.json
+    everything except the macros. Absolute paths are shortened: below a run directory to the part
+    after it, elsewhere to their last part.
 
     Raises:
-        ValueError: `output` does not end in .jsonl.
-        FileNotFoundError: as `report.write`.
+        ValueError: if `output` does not end in .jsonl.
+        FileNotFoundError: as for `report.write`.
     """
     if not output.endswith(".jsonl"):
         raise ValueError(f"the archive must be a file that ends in .jsonl, got {output!r}")
@@ -66,6 +67,6 @@ def _small(value: Any, roots: Sequence[pathlib.Path]) -> Any:
 
 
 def _task_of(name: str) -> str:
-    """A metric of a task that is a file: eval//data/x.jsonl/bleu is eval/x.jsonl/bleu."""
+    """Shortens a metric of a task that is a path: eval//data/x.jsonl/bleu to eval/x.jsonl/bleu."""
     first, _, rest = name.partition("/")
     return "/".join([first, *rest.split("/")[-2:]]) if rest.startswith("/") else name

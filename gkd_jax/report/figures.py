@@ -1,4 +1,8 @@
-"""Which runs make which figure of the paper; a figure is drawn where they give it two points."""
+"""Chooses which runs make which figure of the paper. A figure needs at least two points.
+
+Each generator `_bars`, `_maps`, `_lambda`, `_data`, `_rl` and `_diversity` yields the sketches of
+one kind of figure, and `draw` renders them.
+"""
 
 from collections.abc import Iterator, Sequence
 import math
@@ -16,7 +20,7 @@ from gkd_jax.text import files
 
 
 _REWARDS = ("entailed", "entailment", "exact_answer", "brevity", "reward")
-_LEAST_CELLS = 6  # of a map; fewer are said by the bars
+_LEAST_CELLS = 6  # cells of a map; the bars show fewer of them better
 _SERIES = ("accent", "warm", "jsd_0_5", "total_variation", "jsd_0_1", "grey")
 _MAPS = ("Fig. 6", "Fig. 7", "Fig. A.12", "Fig. A.13", "Fig. A.14")
 
@@ -26,7 +30,15 @@ Figure = dict[str, str]
 
 
 class _Sketch(NamedTuple):
-    """A figure that is not drawn yet, and the names of its axes."""
+    """A figure that is not drawn yet.
+
+    Attributes:
+        name: the stem of its file, after the task's name.
+        title, caption: the texts around it.
+        draw: the function of `plots` that draws a panel.
+        panels: the parts of the figure.
+        x, y: the names of the axes.
+    """
 
     name: str
     title: str
@@ -38,7 +50,7 @@ class _Sketch(NamedTuple):
 
 
 class _View(NamedTuple):
-    """One task, decoded in one way, and its `Study.table`."""
+    """One task under one way of decoding, with the rows of its `Study.table`."""
 
     study: Study
     task: str
@@ -47,13 +59,13 @@ class _View(NamedTuple):
     rows: Table
 
     def of_parent(self, rows: Table, role: str) -> float | None:
-        """The number of the one start ("student") or teacher of all of these rows."""
+        """The value of the start ("student") or teacher that all rows share, else None."""
         made = {self.study.parent(group, role) for group in rows["group"]} - {None}
         found = self.rows[self.rows["group"].isin(list(made))]
         return float(found["mean"].iloc[0]) if len(made) == len(found) == 1 else None
 
     def panel(self, rows: Table, drawn: Table, **options: Any) -> Panel:
-        """Titled with the size, what all labels have in common, and what the student was before."""
+        """A panel titled with the size, the common parts of all labels and the student's start."""
         before = self.of_parent(rows, "student")
         parts = [label.split(" · ")[1:] for label in rows["label"]]
         shared = [part for part in parts[0] if all(part in other for other in parts)]
@@ -62,7 +74,11 @@ class _View(NamedTuple):
 
 
 def draw(study: Study, folder: pathlib.Path) -> dict[str, list[Figure]]:
-    """Draws all that the study can show; task -> its figures in the paper's order."""
+    """Draws every figure that the study can show.
+
+    Returns:
+        Task -> its figures, in the paper's order.
+    """
     drawn: dict[str, list[Figure]] = {}
     used: list[str] = []
     with plots.style():
@@ -92,7 +108,7 @@ def _sketches(study: Study) -> Iterator[tuple[str, _Sketch]]:
 
 
 def _lines(rows: Table, line: Any, x: Any, colour: Any) -> Table:
-    """Rows of `plots.curves`, with the paper's points where it has two of a line."""
+    """Rows for `plots.curves`, with the paper's points if it has at least two of a line."""
     ours = rows.assign(line=line, x=x, y=rows["mean"], colour=colour, dashed=False, note="")
     known = ours.dropna(subset="paper_value")
     known = known[known.groupby("line")["line"].transform("size") > 1]
@@ -100,7 +116,7 @@ def _lines(rows: Table, line: Any, x: Any, colour: Any) -> Table:
 
 
 def _bars(view: _View) -> Iterator[_Sketch]:
-    """Figs. 1, 2, 9, A.10, A.11 and A.15: every method, none left out."""
+    """Figs. 1, 2, 9, A.10, A.11 and A.15: bars of every method."""
     methods = view.rows[~view.rows["role"].isin(["start", "teacher"])]
     caption = (
         "Every method: mean over seeds, in brackets the improvement over the student before, "
@@ -117,13 +133,13 @@ def _bars(view: _View) -> Iterator[_Sketch]:
 
 
 def _shade(role: str, fraction: float) -> str:
-    """The darker, the more of the student's own samples."""
+    """The colour of a bar: the darker, the more a method trains on the student's own samples."""
     mix = ("pale", "middle", "accent")[(fraction > 0) + (fraction >= 1)]
     return COLOURS[{"distillation": mix, "seqkd": "grey", "rl": "warm"}.get(role, "light")]
 
 
 def _grids(view: _View) -> Iterator[Table]:
-    """The paper's grids of divergence and lambda: rows that differ in nothing else."""
+    """Yields grids of divergence and lambda: sets of rows that differ in nothing else."""
     scheduled = view.rows["group"].map(lambda group: isinstance(group.method.fraction, str))
     rows = view.rows[(view.rows["role"] == "distillation") & ~scheduled]
     free = ("method.divergence", "method.on_policy_fraction")
@@ -133,7 +149,7 @@ def _grids(view: _View) -> Iterator[Table]:
 
 
 def _maps(view: _View) -> Iterator[_Sketch]:
-    """Figs. 6, 7 and A.12 to A.14, the paper's beside ours."""
+    """Figs. 6, 7 and A.12 to A.14: maps over divergence and lambda, beside those of the paper."""
     caption = (
         "Rows: the share λ of steps on the student's own samples; the best is bold; a row "
         "or column that would be half empty is in the figure of methods only; as in Figs. 6, 7, "
@@ -155,7 +171,7 @@ def _maps(view: _View) -> Iterator[_Sketch]:
 
 
 def _cells(rows: Table, signed: bool) -> Table:
-    """Rows of `plots.heat_map`, in their order."""
+    """Rows for `plots.heat_map`, in the order of its rows and columns."""
     rows = rows.sort_values("divergence", key=lambda some: some.map(divergence_order))
     rows = rows.assign(column=rows["divergence"].map(divergence_name), signed=signed)
     rows = rows.sort_values("fraction", ascending=False, kind="stable")
@@ -183,12 +199,12 @@ def _paper_map(view: _View, rows: Table, signed: bool) -> Iterator[Panel]:
 
 
 def _lambda(view: _View) -> Iterator[_Sketch]:
-    """Fig. 8."""
+    """Fig. 8: curves over lambda."""
     panels, ticks = [], [(x, f"{x}%") for x in (0, 25, 50, 75, 100)]
     for rows in _grids(view):
         points: Table = rows.groupby("divergence")["divergence"].transform("size")
         rows = rows[points > 1].sort_values("fraction", kind="stable")
-        if points.max() > 2:  # two say no more than the bars
+        if points.max() > 2:  # a line of two points shows no more than the bars
             of = rows["divergence"]
             x, colours = 100 * rows["fraction"], of.map(plots.colour)
             drawn = _lines(rows, of.map(divergence_name), x, colours)
@@ -200,7 +216,7 @@ def _lambda(view: _View) -> Iterator[_Sketch]:
 
 
 def _data(view: _View) -> Iterator[_Sketch]:
-    """Fig. 3."""
+    """Fig. 3: curves over the number of training examples."""
     rows = view.rows[view.rows["role"].isin(["distillation", "seqkd", "sft"])]
     alike: Table = rows["group"].map(
         lambda group: hash(group.identity_without("data.num_examples"))
@@ -223,7 +239,7 @@ def _data(view: _View) -> Iterator[_Sketch]:
 
 
 def _rl(view: _View) -> Iterator[_Sketch]:
-    """Fig. 5."""
+    """Fig. 5: RL + GKD, the reward over the task's metric for each alpha."""
     reward = next((name for name in _REWARDS if name in view.study.metrics(view.task)), None)
     rows = view.rows[view.rows["role"] == "rl"]
     if reward is None or len(rows) < 2:
@@ -249,7 +265,7 @@ def _rl(view: _View) -> Iterator[_Sketch]:
 
 
 def _diversity(study: Study, task: str) -> Iterator[_Sketch]:
-    """Fig. 4: every group that was sampled at two temperatures with Self-BLEU."""
+    """Fig. 4: quality over Self-BLEU for every group sampled at two temperatures or more."""
     found, metric = [], next(iter(study.metrics(task)), "")
     for setting in (one for one in study.settings(task) if one.decoding == "sample"):
         rows, across = (study.table(task, setting, name) for name in (metric, "self_bleu"))

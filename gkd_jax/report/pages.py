@@ -1,4 +1,4 @@
-"""The pages: HTML and Markdown from the templates. Everything a run holds is escaped."""
+"""Renders the pages of a report as HTML and Markdown. Every text of a run is escaped."""
 
 import base64
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ from gkd_jax.report.record import Run, finite, said, short_count
 from gkd_jax.report.study import Study, Table, sizes
 
 
-# Title of a chart of training -> metrics of metrics.jsonl and the names of their curves.
+# Title of a training chart -> {metric in metrics.jsonl: name of its curve}.
 _CURVES = {
     "gradient norm": {"train/grad_norm": ""},
     "learning rate": {"train/learning_rate": ""},
@@ -34,7 +34,7 @@ _WIDTH, _HEIGHT, _POINTS = 320, 120, 200
 
 @functools.cache
 def environment() -> jinja2.Environment:
-    """Templates whose .html escape every value."""
+    """The templates; those that end in .html escape every value."""
     env = jinja2.Environment(
         loader=jinja2.PackageLoader("gkd_jax.report"),
         autoescape=jinja2.select_autoescape(["html"]),
@@ -52,7 +52,7 @@ def environment() -> jinja2.Environment:
 def report(study: Study, drawn: dict[str, list[Figure]]) -> tuple[str, str]:
     """The whole report as one HTML file, and as Markdown with links to figures/ and runs/."""
     tasks = [_task(study, task, drawn.get(task, [])) for task in study.tasks()]
-    # A run's number in the list of runs is that of the task's most used decoding.
+    # The list of runs shows each run's primary metric under the task's most used decoding.
     usual = {(task, *study.settings(task)[:1]): study.metrics(task)[:1] for task in study.tasks()}
     runs = [
         (
@@ -72,7 +72,7 @@ def report(study: Study, drawn: dict[str, list[Figure]]) -> tuple[str, str]:
 
 
 def run_page(run: Run) -> str:
-    """Recipe, curves, evaluations and samples of one run."""
+    """The HTML page of one run, with its recipe, curves, evaluations and samples."""
     evaluations: Table = pd.DataFrame(
         {
             "step": "not recorded" if one.step is None else f"{one.step:,}",
@@ -89,7 +89,7 @@ def run_page(run: Run) -> str:
 
 
 def markdown(text: Any) -> str:
-    """Text that Markdown shows as it is, on one line."""
+    """The text on one line, escaped so that Markdown shows it unchanged."""
     shown_text = html.escape(" ".join(str(text).split()), quote=False)
     shown_text = re.sub(r"([\\`*\[\]|~])", r"\\\1", shown_text)
     # An underscore inside a word is safe, and most names have them.
@@ -102,7 +102,7 @@ def _task(study: Study, task: str, figures: Sequence[Figure]) -> dict[str, Any]:
         tables = {name: study.table(task, setting, name) for name in metrics}
         rows = tables[metrics[0]]
         if len(rows):
-            # Bold: the best method of each size.
+            # The best method of each size is printed in bold.
             methods = rows[~rows["role"].isin(["start", "teacher"])].groupby("size")["mean"]
             best = methods.transform("max").where(methods.transform("size") > 1)
             rows = rows.assign(best=rows["mean"] == best.reindex(rows.index))
@@ -132,7 +132,7 @@ def _task(study: Study, task: str, figures: Sequence[Figure]) -> dict[str, Any]:
 
 
 def _recipe(study: Study, task: str) -> Iterator[tuple[str, str, str]]:
-    """Tables A.1 to A.4: (field, the values of our distillations, the paper's)."""
+    """Tables A.1 to A.4: yields (field, the values of the distillations, the paper's value)."""
     known, tables = paper.task_of(task), paper.content()["hyperparameters"]
     theirs = tables.get("flan" if known in ("mmlu", "bbh") else known, {})
     groups = [one for one in study.of_task(task) if one.role == "distillation"]
@@ -144,7 +144,10 @@ def _recipe(study: Study, task: str) -> Iterator[tuple[str, str, str]]:
 
 
 def _costs(study: Study, task: str) -> Iterator[tuple[str, ...]]:
-    """Table A.16, what sampling costs: medians of own steps, since the first steps compile."""
+    """Table A.16, the cost of sampling. Yields the cells of a row for each group.
+
+    The times are medians over on-policy steps, so that slow first steps do not count.
+    """
     theirs, names = paper.content()["cost_of_sampling"], ("time/sample_s", "time/update_s")
     known = theirs["slowdown_by_ratio"] if paper.task_of(task) == theirs["task"] else {}
     for group in study.of_task(task):
@@ -181,18 +184,18 @@ def _charts(run: Run) -> Iterator[dict[str, Any] | None]:
 def _chart(
     title: str, curves: Sequence[tuple[str, Sequence[tuple[float, float]]]]
 ) -> dict[str, Any] | None:
-    """A small chart as paths within (320, 120); None where no curve has two points."""
+    """A small chart as SVG paths of (_WIDTH, _HEIGHT) pixels; None if no curve has two points."""
     found = [(name, np.array(points)) for name, points in curves if len(points) > 1]
     if not found:
         return None
     every = np.concatenate([points for _, points in found])
-    spikes = 0.005 if len(every) > 100 else 0.0  # a few must not flatten the rest
+    spikes = 0.005 if len(every) > 100 else 0.0  # a few outliers must not flatten the rest
     low, high = np.quantile(every[:, 1], [spikes, 1 - spikes])
     ticks = MaxNLocator(4).tick_values(low, high if high > low else low + (abs(low) or 1.0))
     left, right = every[:, 0].min(), every[:, 0].max()
     paths = []
     for name, points in found:
-        # So many points are all that can be told apart: each is the mean of a stretch.
+        # More than _POINTS cannot be told apart: draw the mean of each stretch of the curve.
         parts = np.array_split(points, min(len(points), _POINTS))
         means = np.array([part.mean(axis=0) for part in parts])
         xs = (means[:, 0] - left) / (right - left) * _WIDTH

@@ -1,4 +1,8 @@
-"""The numbers of Agarwal et al. (2024), ICLR camera-ready, as `paper.json` holds them."""
+"""The numbers of Agarwal et al. (2024), ICLR camera-ready, and which of them compare with a run.
+
+`paper.json` holds the numbers. A number compares with a run if both have the same `Cell` and were
+decoded alike.
+"""
 
 from collections.abc import Iterator
 import functools
@@ -14,18 +18,18 @@ DIVERGENCES = ("forward_kl", "jsd(0.1)", "jsd(0.5)", "jsd(0.9)", "reverse_kl")
 
 
 class Cell(NamedTuple):
-    """What must be equal for two numbers to be comparable, beside how they were decoded.
+    """The settings that must be equal for two numbers to be comparable, besides the decoding.
 
     Attributes:
-        task: the paper's: "xsum", "wmt", "gsm8k", "mmlu" or "bbh".
-        size: of the student: "small", "base", "large" or "xl".
-        teacher: its size; None for SFT and SeqKD.
+        task: the paper's task: "xsum", "wmt", "gsm8k", "mmlu" or "bbh".
+        size: the student's size: "small", "base", "large" or "xl".
+        teacher: the teacher's size; None for SFT and SeqKD.
         method: "SFT" or "SeqKD", else "".
-        divergence: such as "jsd(0.1)"; None for SFT and SeqKD.
+        divergence: the divergence, such as "jsd(0.1)"; None for SFT and SeqKD.
         fraction: the paper's lambda.
-        teacher_temperature: in the divergence; None without one.
-        sampling_temperature: of the student while it trains; None where it draws nothing.
-        examples: of training; None is all.
+        teacher_temperature: the teacher's temperature in the divergence; None without one.
+        sampling_temperature: the student's temperature in training; None if it samples nothing.
+        examples: the number of training examples; None is all.
     """
 
     task: str
@@ -40,7 +44,16 @@ class Cell(NamedTuple):
 
 
 class Number(NamedTuple):
-    """One number of the paper: where it stands, the metric in percent, and what else it prints."""
+    """One number of the paper.
+
+    Attributes:
+        figure: the figure that shows it.
+        cell: the settings of the run behind it.
+        setting: how it was decoded.
+        value: the metric, in percent.
+        gain: the printed gain over the student before, if there is one.
+        self_bleu: the printed Self-BLEU, if there is one.
+    """
 
     figure: str
     cell: Cell
@@ -58,22 +71,22 @@ def content() -> dict[str, Any]:
 
 @functools.cache
 def numbers() -> tuple[Number, ...]:
-    """All of them; of several that are comparable with one run, the first is shown."""
+    """All numbers of the paper. If several compare with one run, the report shows the first."""
     return tuple(map(_number, content()["numbers"]))
 
 
 def task_of(name: str) -> str | None:
-    """The paper's task behind a task's name, such as "wmt" for "wmt_t2t_ende_v003"."""
+    """The paper's name of a task, such as "wmt" for "wmt_t2t_ende_v003"; None if it has none."""
     return next((task for task, one in content()["tasks"].items() if re.fullmatch(one, name)), None)
 
 
 def metric_of(task: str) -> str | None:
-    """The metric of the paper's numbers of a task here."""
+    """The metric that the paper reports for a task; None if the paper does not have the task."""
     return content()["metrics"].get(task_of(task))
 
 
 def cell(run: Run, task: str) -> Cell | None:
-    """Where a recipe stands in the paper; None where the paper has nothing like it."""
+    """The cell of a run's recipe; None if the paper has no comparable run."""
     fields, method, known = run.fields, run.method, task_of(task)
     size = _size(run, "student")
     if method.kind not in ("sft", "seqkd", "distillation") or known is None or size is None:
@@ -98,15 +111,21 @@ def cell(run: Run, task: str) -> Cell | None:
 
 
 def matching(cell: Cell, setting: Setting) -> Iterator[Number]:
-    """The numbers of the same cell, decoding, split and number of evaluated examples (all)."""
+    """Yields the numbers with this cell, decoding and split, if all examples were evaluated."""
     decoding = setting._replace(num_samples=None, target_length=None)
     return (one for one in numbers() if one.cell == cell and one.setting == decoding)
 
 
 def beside(run: Run, task: str, setting: Setting, metric: str, *, started: bool) -> Number | None:
-    """The number of the same recipe, decoding and split; None where the paper has none.
+    """The paper's number for a run, decoding and split; None if there is none.
 
-    An SFT run that started from another run of the study has none: the paper's did not.
+    Args:
+        run: the run.
+        task: the task it was evaluated on.
+        setting: how it was decoded.
+        metric: the metric.
+        started: whether the run started from another run of the study. For an SFT run there is then
+            no number, because the paper's SFT starts from public checkpoints.
     """
     where = cell(run, task)
     if where is None or metric != metric_of(task) or (started and where.method == "SFT"):
@@ -115,7 +134,7 @@ def beside(run: Run, task: str, setting: Setting, metric: str, *, started: bool)
 
 
 def _size(run: Run, role: str) -> str | None:
-    """A model's size by its name, else by its number of parameters."""
+    """The name of a model's size; without a recorded name, the size of about as many parameters."""
     name, count = run.fields.get(f"{role}.size"), run.parameters(role)
     close = [
         size for size, n in content()["parameters"].items() if count and abs(count - n) < 0.05 * n

@@ -1,6 +1,7 @@
-"""Drawing with matplotlib: bars, maps and curves, once for a wide page and once for a phone.
+"""Draws bars, maps and curves with matplotlib, for a wide page and for a phone.
 
-pyplot is not used: no window, no global state.
+`render` makes a figure of panels, each drawn by `bars`, `heat_map` or `curves`. pyplot is not used,
+so there is no window and no global state.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,24 +22,25 @@ from gkd_jax.report.study import Table
 
 
 TEMPLATES = importlib.resources.files("gkd_jax.report") / "templates"
-# The colours of a light page, by the names that its style gives them.
+# The colours of the light page, by the names of their variables in style.css.
 _STYLE = (TEMPLATES / "style.css").read_text(encoding="utf-8")
 COLOURS = dict(re.findall(r"--(\w+): (#\w{6})", _STYLE.partition("@media")[0]))
 INK, MUTED, PAGE = COLOURS["ink"], COLOURS["muted"], COLOURS["page"]
-_WIDE, _NARROW = 11.8, 3.6  # inches; a page has 100 pixels an inch
-# Where all values lie this close together, bars from zero would look alike: dots are drawn.
+_WIDE, _NARROW = 11.8, 3.6  # widths in inches, at 100 pixels per inch
+# If the values differ by less than this share of the largest, bars from zero would look alike, and
+# dots are drawn instead.
 _CLOSE = 0.35
 _DASHED: Any = (0, (4, 3))
 
 
 class Panel(NamedTuple):
-    """One part of a figure, mostly a student size.
+    """One part of a figure, mostly for one student size.
 
     Attributes:
-        title: above it.
-        rows: what is drawn; each function below says which columns it needs.
-        reference: a named value, drawn as a vertical line.
-        ticks: (position, label) along x, from end to end.
+        title: the title above the panel.
+        rows: the data; each function below names the columns that it needs.
+        reference: a (name, value) that is drawn as a vertical line.
+        ticks: (position, label) of each tick on the x axis, whose ends are the first and the last.
     """
 
     title: str
@@ -52,13 +54,13 @@ Draw = Callable[[Any, Panel, bool], float]
 
 
 def colour(divergence: str) -> str:
-    """One a divergence, from mean-seeking to mode-seeking."""
+    """The colour of a divergence."""
     return COLOURS.get(re.sub(r"\W+", "_", divergence).strip("_"), COLOURS["grey"])
 
 
 @contextlib.contextmanager
 def style() -> Iterator[None]:
-    """The look of every figure; labels are text, never TeX."""
+    """Applies the style of the report's figures while the context lasts."""
     with matplotlib.rc_context(fname=str(TEMPLATES / "report.mplstyle")), warnings.catch_warnings():
         # A label in a script that the font lacks is drawn as boxes in the PNG.
         warnings.filterwarnings("ignore", message=".*[Gg]lyph.*")
@@ -66,7 +68,16 @@ def style() -> Iterator[None]:
 
 
 def render(draw: Draw, panels: Sequence[Panel], x: str, y: str = "") -> tuple[bytes, str, str]:
-    """A figure as PNG, as SVG for a wide page and as SVG for a phone; equal in every call."""
+    """Draws a figure.
+
+    Args:
+        draw: the function that draws a panel.
+        panels: the parts of the figure.
+        x, y: the names of the axes.
+
+    Returns:
+        A PNG, an SVG for a wide page and an SVG for a phone; equal arguments give equal results.
+    """
     wide, narrow = (_figure(draw, panels, x, y, on_phone) for on_phone in (False, True))
     png = io.BytesIO()
     wide.savefig(png, dpi=100, facecolor="white", metadata={"Software": None})
@@ -101,7 +112,7 @@ def _figure(draw: Draw, panels: Sequence[Panel], x: str, y: str, narrow: bool) -
 
 
 def _svg(figure: Any) -> str:
-    """Inline SVG, its colours as the page's variables and its texts as text."""
+    """A figure as inline SVG, whose colours are the CSS variables of the page."""
     file = io.StringIO()
     figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = file.getvalue()
@@ -115,9 +126,10 @@ def _svg(figure: Any) -> str:
 
 
 def bars(ax: Any, panel: Panel, narrow: bool) -> float:
-    """Bars, or dots where all are close: `label`, `mean`, `error`, `colour`, `gain`, `paper_value`.
+    """Draws a bar for each row, or a dot if all values are close to each other.
 
-    On a phone the labels stand above the bars.
+    Columns: `label`, `mean`, `error`, `colour`, `gain`, `paper_value`. On a phone the labels stand
+    above the bars.
     """
     rows = panel.rows
     errors, reference = rows["error"].fillna(0), panel.reference[1] if panel.reference else None
@@ -153,9 +165,10 @@ def bars(ax: Any, panel: Panel, narrow: bool) -> float:
 
 
 def heat_map(ax: Any, panel: Panel, narrow: bool) -> float:
-    """`row`, `column`, `mean`, `error`, `signed` (gains have their colours around zero).
+    """Draws a map of values over rows and columns.
 
-    Each map has its own scale: what matters is where it is darkest.
+    Columns: `row`, `column`, `mean`, `error`, `signed` (whether the values are gains, whose colours
+    are centred on zero). Each map has its own colour scale: a reader looks for its best cell.
     """
     rows, columns = panel.rows["row"].unique(), panel.rows["column"].unique()
     table = panel.rows.pivot(index="row", columns="column", values="mean")
@@ -188,7 +201,11 @@ def heat_map(ax: Any, panel: Panel, narrow: bool) -> float:
 
 
 def curves(ax: Any, panel: Panel, narrow: bool) -> float:
-    """`line`, `x`, `y`, `error`, `colour`, `dashed` (the paper's), `note` beside a point."""
+    """Draws lines of points.
+
+    Columns: `line`, `x`, `y`, `error`, `colour`, `dashed` (true for the paper's points), `note` (a
+    text beside the point).
+    """
     for (label, dashed), line in panel.rows.groupby(["line", "dashed"], sort=False):
         colour = line["colour"].iloc[0]
         marks = {"linestyle": (0, (2, 2)), "marker": "D", "markersize": 3.5, "linewidth": 1.0}

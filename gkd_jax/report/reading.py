@@ -1,7 +1,7 @@
 """Reads runs from their folders and from archives (see `archive`).
 
-Nothing here raises for what a file holds. A run that crashed still belongs in the report: what
-cannot be read is left out and named in `Run.problems`.
+No content of a file raises an error, because a run that crashed still belongs in the report.
+Unreadable parts are left out and listed in `Run.problems`.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,7 +14,7 @@ from typing import Any
 from gkd_jax.report.record import Evaluation, Run, Setting, as_object, finite, whole
 
 
-# These hold many files and no runs.
+# These folders hold many files and no runs.
 _NOT_SEARCHED = frozenset({"checkpoints", "damaged", "tensorboard", "eval", "evals"})
 _NUMBERED = re.compile(r"(\D*)(\d*)")
 _Found = dict[pathlib.Path, dict[str, Any]]
@@ -22,10 +22,10 @@ _Found = dict[pathlib.Path, dict[str, Any]]
 
 
 def find(run_dirs: Sequence[str]) -> list[Run]:
-    """Every run below `run_dirs`, or of an archive among them, in the order of their paths.
+    """Reads every run below the folders or in the archives of `run_dirs`, ordered by path.
 
     Raises:
-        FileNotFoundError: one of them is neither a folder nor a .jsonl file, or they hold no run.
+        FileNotFoundError: if one is neither a folder nor a .jsonl file, or none holds a run.
     """
     found: _Found = {}
     elsewhere: dict[pathlib.Path, None] = {}
@@ -52,7 +52,7 @@ def find(run_dirs: Sequence[str]) -> list[Run]:
 
 
 def read_jsonl(path: pathlib.Path) -> tuple[list[dict[str, Any]], int]:
-    """The objects of a JSONL file, and how many lines were damaged."""
+    """Returns the objects of a JSONL file and the number of damaged lines."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     except OSError:
@@ -79,7 +79,7 @@ def _read_object(path: pathlib.Path) -> dict[str, Any] | None:
 
 def _folders(root: pathlib.Path) -> Iterator[tuple[pathlib.Path, list[str]]]:
     for folder, inside, files in os.walk(root):
-        # run2 before run10.
+        # Sort numbers in names by value: run2 before run10.
         inside[:] = sorted(
             set(inside) - _NOT_SEARCHED,
             key=lambda name: [(text, int(number or 0)) for text, number in _NUMBERED.findall(name)],
@@ -92,7 +92,7 @@ def _damaged(name: str, count: int) -> list[str]:
 
 
 def _content(folder: pathlib.Path, name: str) -> dict[str, Any]:
-    """A run's folder as a line of an archive, with its files of samples and its problems."""
+    """A run's folder in the form of an archive's line, with its files of samples and problems."""
     lines, damaged = read_jsonl(folder / "metrics.jsonl")
     kept = [line for line in lines if whole(line.get("step")) is not None]
     problems = _damaged("metrics.jsonl", damaged + len(lines) - len(kept))
@@ -116,7 +116,7 @@ def _content(folder: pathlib.Path, name: str) -> dict[str, Any]:
 
 
 def _add_evaluations(found: _Found, paths: Iterable[pathlib.Path]) -> None:
-    """Adds evaluations that lie elsewhere to the run whose checkpoint they name."""
+    """Adds evaluations from other folders to the run whose checkpoint they name."""
     for path in paths:
         content = _read_object(path) or {}
         checkpoint = as_object(content.get("evaluation")).get("checkpoint")
@@ -127,7 +127,10 @@ def _add_evaluations(found: _Found, paths: Iterable[pathlib.Path]) -> None:
 
 
 def _named(found: _Found) -> Iterator[tuple[str, str, pathlib.Path, dict[str, Any]]]:
-    """Names and file names that are unique; a name that two RUN_DIRs share becomes longer."""
+    """Yields (name, file name, folder, content) of each run, with unique names.
+
+    A name that two RUN_DIRs share is extended by the folder above it.
+    """
     short = [str(read.get("name")) for read in found.values()]
     longer = [
         "/".join(folder.parts[-name.count("/") - 2 :])
@@ -176,7 +179,7 @@ def _objects(value: Any) -> list[dict[str, Any]]:
 
 
 def _of_line(line: dict[str, Any], setting: Setting) -> Iterator[Evaluation]:
-    """The evaluations of a line of training: its numbers are named eval/TASK/METRIC."""
+    """Yields the evaluations in a line of metrics.jsonl, whose names are eval/TASK/METRIC."""
     tasks: dict[str, dict[str, float]] = {}
     for name, value in line.items():
         prefix, _, rest = name.partition("/")

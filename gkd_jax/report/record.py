@@ -1,4 +1,8 @@
-"""What is known of one run: its recipe, its curves and its evaluations."""
+"""`Run`: one run with its recipe, its curves and its evaluations.
+
+`Run.identity` tells configurations apart, `Method` names what a run minimises, and `Setting` says
+how an evaluation decoded.
+"""
 
 from collections.abc import Iterator, Mapping
 import dataclasses
@@ -10,7 +14,7 @@ from typing import Any, NamedTuple
 
 
 # Parts of a recipe that cannot change a result: where and how often a run saves and evaluates,
-# where arrays lie, and what is computed again rather than kept.
+# where its arrays are stored, and which arrays are recomputed instead of kept.
 # fmt: off
 UNCHANGING = frozenset({
     "model_dir", "mesh", "num_microbatches", "eval_period", "save_period", "log_period",
@@ -25,7 +29,7 @@ _OF_DECODING = {
     "greedy": ("calculator",),
     "likeliest": ("choices",),
 }
-# Of an evaluation: what says nothing of how it decoded.
+# Fields of an evaluation that say nothing about how it decoded.
 _NOT_DECODING = {"type", "task", "batch_size", "seed", "rewards", "checkpoint", "step", "content"}
 _NAMES: dict[Any, str] = {
     ("forward_kl", 0.0): "Supervised KD",
@@ -37,7 +41,10 @@ _SHORT = {"forward_kl": "FKL", "reverse_kl": "RKL", "total_variation": "TV"}
 
 
 class Setting(NamedTuple):
-    """How an evaluation decoded, and what; None where the run did not record it."""
+    """How an evaluation decoded, and which examples. A field is None if the run did not record it.
+
+    The fields are those of `EvalConfig`; `others` holds further settings as text.
+    """
 
     decoding: Any = None
     temperature: Any = None
@@ -52,7 +59,7 @@ class Setting(NamedTuple):
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Setting":
-        """From the description of an `EvalConfig`; what its decoding does not use is left out."""
+        """Makes a setting from the description of an `EvalConfig`, without the unused fields."""
         used = _OF_DECODING.get(str(config.get("decoding")), ())
         unused = {one for names in _OF_DECODING.values() for one in names}.difference(used)
         known = {key: v for key, v in config.items() if key not in unused | _NOT_DECODING and v}
@@ -63,11 +70,11 @@ class Setting(NamedTuple):
 
     @property
     def is_main(self) -> bool:
-        """False for samples at other temperatures than 1: those are points of a curve."""
+        """False for samples at temperatures other than 1, which are points of Fig. 4 only."""
         return self.decoding != "sample" or self.temperature in (None, 1)
 
     def __str__(self) -> str:
-        """Such as "greedy with the calculator, test, first 512 examples"."""
+        """The setting in words, such as "greedy with the calculator, test, first 512 examples"."""
         text = self.decoding or "decoding not recorded"
         if self.decoding == "sample":
             text = f"sampled at temperature {said(self.temperature)}"
@@ -81,7 +88,7 @@ class Setting(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """The metrics of one task at one step; `step` is None where it was not recorded."""
+    """The metrics of one task at one step; `step` is None if it was not recorded."""
 
     task: str
     setting: Setting
@@ -90,13 +97,13 @@ class Evaluation(NamedTuple):
 
 
 class Method(NamedTuple):
-    """What is minimised.
+    """The loss that a run minimises.
 
     Attributes:
         kind: "sft", "seqkd", "distillation", "rl" or "unknown" (without a readable run.json).
-        divergence: such as "jsd(0.1)" and "forward_kl"; "" for a cross-entropy.
-        fraction: the paper's lambda; a schedule is its description.
-        alpha: of RL, else None.
+        divergence: the divergence, such as "jsd(0.1)" or "forward_kl"; "" for a cross-entropy.
+        fraction: the paper's lambda; for a schedule, its description.
+        alpha: the weight of the divergence in RL + GKD, else None.
     """
 
     kind: str
@@ -106,7 +113,7 @@ class Method(NamedTuple):
 
     @property
     def title(self) -> str:
-        """The paper's name of such a method."""
+        """The paper's name of the method."""
         name, which = divergence_name(self.divergence), (self.divergence, self.fraction)
         if self.kind == "rl":
             return "RL" if self.alpha == 0 or not self.divergence else f"RL + GKD, {name}"
@@ -126,15 +133,15 @@ class Run:
     """One run, from its folder or from a line of an archive.
 
     Attributes:
-        name: its path below the RUN_DIR that it was found in.
-        slug: the same as a file name, unique within a report.
-        folder: its folder; for a line of an archive, the archive followed by the name.
-        about: run.json, {} where it cannot be read.
-        lines: of metrics.jsonl, in the order of their steps.
-        evaluations: those of training in order, then those of `gkd-jax eval`.
-        decoded: the contents of each metrics.json that `gkd-jax eval` wrote of its checkpoints.
-        samples: task -> (step, file of decoded rows), by step.
-        problems: what could not be read.
+        name: the path of the run below its RUN_DIR.
+        slug: the name as a file name, unique within a report.
+        folder: the folder of the run; for a line of an archive, the archive followed by the name.
+        about: the contents of run.json; {} if it cannot be read.
+        lines: the lines of metrics.jsonl, in the order of their steps.
+        evaluations: the evaluations of training in order, then those of `gkd-jax eval`.
+        decoded: the contents of each metrics.json that `gkd-jax eval` wrote for its checkpoints.
+        samples: task -> (step, file of decoded rows), in the order of the steps.
+        problems: descriptions of everything that could not be read.
     """
 
     name: str
@@ -149,7 +156,7 @@ class Run:
 
     @functools.cached_property
     def fields(self) -> dict[str, Any]:
-        """All that was recorded of what the run is, by dotted names ("method.divergence.beta")."""
+        """The recorded configuration, by dotted names such as "method.divergence.beta"."""
         names = ("contents", "parameters", "process_shards")
         beside = {name: self.about.get(name) for name in names}
         found = self.about.get("changes")
@@ -161,9 +168,9 @@ class Run:
 
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
-        """The fields that make it another configuration; runs that share them differ in seeds."""
+        """The fields that identify the configuration; runs that share them differ in the seed."""
         fields = {k: v for k, v in self.fields.items() if k not in SEEDS}
-        # A path says nothing once the hash of what it led to is recorded.
+        # Where the hash of a path's content is recorded, the path itself does not matter.
         kept = {k: v for k, v in fields.items() if f"contents.{k}" not in fields}
         kept = {k: v for k, v in kept.items() if UNCHANGING.isdisjoint(k.split("."))}
         return kept or {"name": self.name}
@@ -190,7 +197,7 @@ class Run:
 
     @property
     def task(self) -> str | None:
-        """What it is evaluated on, whether or not an evaluation is there yet."""
+        """The task on which the recipe evaluates, even if there is no evaluation yet."""
         task = self.fields.get("evaluation.task") or self.fields.get("data.task")
         return task if isinstance(task, str) else None
 
@@ -210,21 +217,27 @@ class Run:
         return whole(self.fields.get(f"parameters.{role}"))
 
     def size(self, role: str) -> str:
-        """Such as "small (77M)", since people reuse a size's name; "" without such a model."""
+        """The size with the number of parameters, such as "small (77M)"; "" without such a model.
+
+        The number is part of the text because architectures share the names of sizes.
+        """
         name, count = self.fields.get(f"{role}.size"), self.parameters(role)
         shown = "" if count is None else short_count(count)
-        if not isinstance(name, str) or (name == "tiny" and shown):  # tiny is of any size
+        if not isinstance(name, str) or (name == "tiny" and shown):  # "tiny" may be any size
             return shown
         return f"{name} ({shown})" if shown else name
 
     def curve(self, metric: str) -> list[tuple[float, float]]:
-        """(step, value) of every line that has a finite `metric`."""
+        """The points (step, value) of every line that has a finite `metric`."""
         values = ((line["step"], finite(line.get(metric))) for line in self.lines)
         return [(float(step), value) for step, value in values if value is not None]
 
     @functools.cached_property
     def finals(self) -> dict[tuple[str, Setting], dict[str, float]]:
-        """The metrics of the final checkpoint, by task and setting; training's own come first."""
+        """The metrics of the final checkpoint, by (task, setting).
+
+        Where training and `gkd-jax eval` report the same metric, the number of training counts.
+        """
         found: dict[tuple[str, Setting], dict[str, float]] = {}
         for task, setting, step, values in self.evaluations:
             if self.finished and step == self.last_step:
@@ -233,7 +246,7 @@ class Run:
 
 
 def divergence_name(divergence: str) -> str:
-    """Short, as in the paper: "jsd(0.1)" -> "JSD(0.1)", "forward_kl" -> "FKL"."""
+    """The paper's short name: "jsd(0.1)" -> "JSD(0.1)", "forward_kl" -> "FKL"."""
     return _SHORT.get(divergence, divergence.replace("jsd(", "JSD("))
 
 
@@ -257,7 +270,7 @@ def short_count(count: int) -> str:
 
 
 def finite(value: Any) -> float | None:
-    """A JSON value as a number; None for what is none, and for NaN and infinities."""
+    """A JSON value as a number; None if it is not a number, or is NaN or infinite."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(value)
@@ -273,12 +286,12 @@ def as_object(value: Any) -> dict[str, Any]:
 
 
 def _is_harmless(name: str) -> bool:
-    """Of a change on the way: a run that was evaluated or saved otherwise is the same run."""
+    """Whether a run is the same run if this field, such as a saving period, changed on the way."""
     return not UNCHANGING.isdisjoint(name.split(".")) or name.startswith("evaluation")
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Lists become their JSON text, so that every value can be compared and hashed."""
+    """Yields (dotted name, value) of nested fields. Lists become JSON text, which can be hashed."""
     for name, inner in value.items():
         if isinstance(inner, Mapping) and inner:
             yield from _flat(inner, f"{prefix}{name}.")

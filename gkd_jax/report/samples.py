@@ -1,4 +1,7 @@
-"""Decoded rows of a run's page: prompt, reference, the student before and after, token by token."""
+"""The tables of decoded texts on a run's page: prompt, reference, and the student before and after.
+
+Each token is shaded by its divergence from the teacher, where it was recorded.
+"""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -13,7 +16,13 @@ _ROWS, _LONGEST = 20, 6000
 
 
 class Token(NamedTuple):
-    """Text as it stands in the prediction; `depth` in [0, 1] is its shade, if it has a number."""
+    """One token of a prediction.
+
+    Attributes:
+        text: the token's text as it stands in the prediction.
+        depth: its shade in [0, 1]; None without a divergence.
+        divergence: KL(teacher || student) at the token, in nats; None if it was not recorded.
+    """
 
     text: str
     depth: float | None
@@ -21,25 +30,26 @@ class Token(NamedTuple):
 
 
 def tables(run: Run) -> Iterator[dict[str, Any]]:
-    """One a task, from its first and its last evaluation.
+    """Yields one table for each task, from its first and its last evaluation.
 
     Yields:
-        `task`, `first_step` (None for one evaluation), `last_step`, `rows` of (prompt, reference,
-        tokens before, tokens after), `total` and `damaged` lines, `scale` (what is darkest).
+        `task`, `first_step` (None if there is only one evaluation), `last_step`, `rows` of (prompt,
+        reference, tokens before, tokens after), the numbers `total` and `damaged` of lines, and
+        `scale`, the divergence that has the darkest shade.
     """
     for task, found in run.samples.items():
         (first_step, first), (last_step, last) = found[0], found[-1]
         after, damaged = read_jsonl(last)
         before, more = read_jsonl(first) if first != last else ([], 0)
         earlier = {_text(row, "inputs"): row for row in before}
-        # Several samples of one prompt follow each other: the same place is the same sample.
+        # With several samples of a prompt, rows are matched by position, else by their prompt.
         same = [_text(row, "inputs") for row in before] == [_text(row, "inputs") for row in after]
         chosen = [
             (before[index] if same else earlier.get(_text(row, "inputs"), {}), row)
             for index, row in enumerate(after[:_ROWS])
         ]
         values = [v for pair in chosen for row in pair for _, v in _tokens(row) if v is not None]
-        # The 95th percentile is darkest, so that one outlier does not fade the rest.
+        # The 95th percentile gets the darkest shade, so that an outlier does not fade the rest.
         scale = (
             max(float(np.quantile(values, 0.95, method="inverted_cdf")), 1e-6) if values else 0.0
         )
@@ -58,7 +68,7 @@ def tables(run: Run) -> Iterator[dict[str, Any]]:
 
 
 def _tokens(row: Mapping[str, Any]) -> list[tuple[str, float | None]]:
-    """(token, divergence), [] for rows without them."""
+    """The (token, divergence) pairs of a row; [] if it has none."""
     tokens, values = row.get("tokens"), row.get("token_divergence")
     if not isinstance(tokens, list) or not isinstance(values, list) or len(tokens) != len(values):
         return []
@@ -66,7 +76,7 @@ def _tokens(row: Mapping[str, Any]) -> list[tuple[str, float | None]]:
 
 
 def _decoded(row: Mapping[str, Any], scale: float) -> list[Token]:
-    """The tokens with the spaces of the prediction, which pieces of some vocabularies lack."""
+    """The tokens of a row, with the prediction's spaces, which some vocabularies' pieces lack."""
     rest, found = _text(row, "prediction"), []
     for piece, value in _tokens(row):
         text = piece.replace("▁", " ").replace("<0x0A>", "\n").replace("</s>", " ■")

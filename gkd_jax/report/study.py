@@ -1,4 +1,4 @@
-"""From runs to numbers: runs that differ in the seed alone are one group."""
+"""`Study`: groups runs that differ only in the seed, and makes tables of their means."""
 
 from collections.abc import Iterable, Sequence
 import dataclasses
@@ -12,15 +12,15 @@ from gkd_jax.report import paper
 from gkd_jax.report.record import Method, Run, Setting, finite, said
 
 
-# Which metric of a task its tables show: the paper's, else the first of these that it has.
+# The primary metric of a task is the paper's, or else the first of these that the task has.
 _PRIMARY = ("rouge2", "bleu", "accuracy", "exact_match", "accuracy_with_calculator")
-# Said of a student, but not how good it is.
+# Metrics that describe a student, but do not say how good it is.
 _NOT_QUALITY = ("teacher_divergence", "self_bleu", "entailment", "entailed", "brevity")
 _DIVERGENCES = (*paper.DIVERGENCES, "total_variation", "")
 _ROLES = ("teacher", "start", "sft", "seqkd", "distillation", "rl", "unknown")
 _TITLES = {"start": "Student before", "teacher": "Teacher"}
 _IN_TITLE = tuple(f"method.divergence{field}" for field in ("", ".type", ".beta"))
-# Sections of a recipe whose fields are clear without them.
+# Sections of a recipe that labels omit, because their fields are clear without them.
 _PLAIN = ("method", "schedule", "train", "data", "optimizer", "rl", "contents")
 
 Table = Any  # a pandas.DataFrame, whose columns no type checker knows
@@ -31,10 +31,10 @@ class Group:
     """Runs that differ in nothing but the seed.
 
     Attributes:
-        runs: at least one, of different seeds.
-        role: "start" or "teacher" where other runs start from it or are taught by it, else the
-            method's kind.
-        label: of the method, and the fields that tell it from others of that name.
+        runs: the runs, at least one, with different seeds.
+        role: "start" or "teacher" for SFT from which other runs start or by which they are taught,
+            else the kind of the method.
+        label: the name of the method, and the fields that tell it from others of that name.
     """
 
     runs: tuple[Run, ...]
@@ -55,16 +55,16 @@ class Group:
 
     @property
     def fraction(self) -> float:
-        """lambda; half where it follows a schedule."""
+        """The paper's lambda; 0.5 if it follows a schedule."""
         return 0.5 if isinstance(self.method.fraction, str) else self.method.fraction
 
     @property
     def amount(self) -> float:
-        """Training examples; infinite where nothing limits them."""
+        """The number of training examples; infinite without a limit."""
         return finite(self.first.fields.get("data.num_examples")) or math.inf
 
     def identity_without(self, *names: str) -> frozenset[tuple[str, Any]]:
-        """Equal for groups that differ in fields that begin with these names only."""
+        """A value that is equal for groups which differ only in fields that begin with `names`."""
         items = self.first.identity.items()
         return frozenset((name, value) for name, value in items if not name.startswith(names))
 
@@ -73,16 +73,16 @@ class Study:
     """All runs of a report, grouped.
 
     Attributes:
-        runs: all of them.
-        groups: what tables and figures show, in the order of their rows.
-        left_out: slugs of runs that no group has, and why.
+        runs: all runs.
+        groups: the groups that tables and figures show, in the order of their rows.
+        left_out: slug -> reason, for each run that is in no group.
     """
 
     def __init__(self, runs: Sequence[Run]):
         self.runs = tuple(runs)
         self.left_out: dict[str, str] = {}
         grouped: dict[Any, dict[Any, Run]] = {}
-        # Of repeated runs the one that was decoded in the most ways is kept.
+        # Of runs with the same configuration and seed, keep the one decoded in the most ways.
         for run in sorted(runs, key=lambda run: -len(run.finals)):
             if not run.finished:
                 reason = f"unfinished: step {run.last_step:,} of {run.train_steps:,}"
@@ -95,7 +95,7 @@ class Study:
         members = [tuple(seeds.values()) for seeds in grouped.values()]
         finished = [run for some in members for run in some]
         roles = ("student", "teacher")
-        self._made = {  # the run that made a group's start or teacher
+        self._made = {  # (group's first run, role) -> the run that made its start or teacher
             (one[0].slug, role): _maker(finished, one[0], role) for one in members for role in roles
         }
         self.groups = _labelled([Group(runs=some, role=self._role(some)) for some in members])
@@ -120,18 +120,18 @@ class Study:
         return role
 
     def tasks(self) -> list[str]:
-        """Every task that is evaluated, or should have been."""
+        """Every task that is evaluated, or that a recipe evaluates."""
         found = {evaluation.task for run in self.runs for evaluation in run.evaluations}
         return sorted(found | {run.task for run in self.runs if run.task})
 
     def settings(self, task: str) -> list[Setting]:
-        """How final checkpoints were decoded, the most used first."""
+        """The ways in which final checkpoints were decoded, the most used first."""
         runs = [run for group in self.groups for run in group.runs]
         found = [setting for run in runs for of, setting in run.finals if of == task]
         return sorted(set(found), key=lambda one: (not one.is_main, -found.count(one), str(one)))
 
     def metrics(self, task: str) -> list[str]:
-        """The task's primary metric first."""
+        """The metrics of a task, its primary metric first."""
         evaluations = [one for run in self.runs for one in run.evaluations if one.task == task]
         names = dict.fromkeys(name for one in evaluations for name in one.values)
         quality = [name for name in names if name not in _NOT_QUALITY]
@@ -139,7 +139,7 @@ class Study:
         return list(dict.fromkeys([*first[:1], *names]))
 
     def of_task(self, task: str) -> list[Group]:
-        """Groups that were evaluated on a task, or whose recipe says so."""
+        """The groups that were evaluated on a task, or whose recipe evaluates it."""
         return [
             group
             for group in self.groups
@@ -152,13 +152,14 @@ class Study:
         return None if made is None else self._group_of[made.slug]
 
     def table(self, task: str, setting: Setting, metric: str) -> Table:
-        """The groups that have a final number, in order, one a row.
+        """A table with one row for each group that has a final value, in the order of the groups.
 
         Returns:
-            `group`, `label`, `size`, `role`, `divergence`, `fraction` (lambda), `amount` (training
-            examples, infinite for all), `mean`, `error` (NaN for one seed), `n`, `text` ("1.20 ±
-            0.10"), `gain` over the student before and `gain_error` (NaN where unknown), `paper` (a
-            `paper.Number` or None) and `paper_value` (or NaN).
+            Columns `group`, `label`, `size`, `role`, `divergence`, `fraction` (lambda), `amount`
+            (training examples, infinite for all), `mean`, `error` (the standard error; NaN for one
+            seed), `n` (seeds), `text` ("1.20 ± 0.10"), `gain` over the student before and
+            `gain_error` (NaN if unknown), `paper` (a `paper.Number` or None), and `paper_value` (or
+            NaN).
         """
         rows = []
         for group in self.of_task(task):
@@ -197,25 +198,25 @@ def shown(mean: float, error: float = math.nan) -> str:
 
 
 def sizes(groups: Iterable[Group]) -> list[str]:
-    """Student sizes, the smallest first, those that are not recorded last."""
+    """The student sizes of the groups, the smallest first and the unrecorded ones last."""
     counts = {group.size: group.first.parameters("student") or math.inf for group in groups}
     return sorted(counts, key=lambda size: (counts[size], size))
 
 
 def divergence_order(divergence: str) -> tuple[int, str]:
-    """The paper's, from mean-seeking to mode-seeking."""
+    """A sort key in the paper's order of divergences, from mean-seeking to mode-seeking."""
     return ([*_DIVERGENCES, divergence].index(divergence), divergence)
 
 
 def _maker(runs: Sequence[Run], run: Run, role: str) -> Run | None:
-    """The run whose checkpoint was this one's start or teacher."""
+    """Finds the run whose checkpoint is the start ("student") or the teacher of another run."""
     checkpoint = run.fields.get(f"{role}.checkpoint")
     if not isinstance(checkpoint, str):
         return None
     path = pathlib.PurePath(checkpoint.split("/checkpoints/")[0])
     others = [one for one in runs if one is not run]
     exact = [one for one in others if one.folder == path]
-    # A study that was moved, or an archive: the end of the path is the run's name.
+    # If the study was moved or archived, the path still ends in the name of the run.
     named = [one for one in others if f"/{path}".endswith(f"/{one.name}")]
     sized = [one for one in named if one.parameters("student") == run.parameters(role)]
     sized.sort(key=lambda one: one.folder.parent != run.folder.parent)
@@ -223,7 +224,10 @@ def _maker(runs: Sequence[Run], run: Run, role: str) -> Run | None:
 
 
 def _labelled(groups: list[Group]) -> list[Group]:
-    """In order, each labelled with its title and the fields that differ within title and size."""
+    """Sorts the groups and labels each with its title and the fields that tell it from others.
+
+    The fields are those that differ among groups of the same title, task and size.
+    """
     alike: dict[Any, list[Group]] = {}
     for group in groups:
         title = _TITLES.get(group.role, group.method.title)
@@ -231,7 +235,7 @@ def _labelled(groups: list[Group]) -> list[Group]:
     labelled = []
     for (title, _), members in alike.items():
         labels: list[str] = []
-        for everything in (False, True):  # all that differs, only where less leaves two alike
+        for everything in (False, True):  # name every difference only if two labels are equal
             names = dict.fromkeys(
                 name for size in sizes(members) for name in _differing(members, size, everything)
             )
@@ -248,9 +252,10 @@ def _labelled(groups: list[Group]) -> list[Group]:
 
 
 def _differing(groups: Sequence[Group], size: str, everything: bool) -> list[str]:
-    """The fields that differ within a size, among the groups that have them.
+    """The names of the fields that differ among groups of one size.
 
-    Without `everything` the divergence is left out, which the title names.
+    Without `everything` only groups that have a field are compared in it, and the divergence is
+    left out, because the title names it.
     """
     members = [group.first.identity for group in groups if group.size == size]
     every = dict.fromkeys(name for fields in members for name in fields)
@@ -263,7 +268,7 @@ def _differing(groups: Sequence[Group], size: str, everything: bool) -> list[str
 
 
 def _said(name: str, group: Group) -> str:
-    """One field of a legend, such as "learning rate 0.001"."""
+    """One field of a label, such as "learning rate 0.001"."""
     value = group.first.identity.get(name)
     section, _, field = name.rpartition(".")
     if name == "data.num_examples":
