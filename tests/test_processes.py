@@ -20,6 +20,7 @@ import gin
 from gkd_jax import main, sharding
 from gkd_jax.batch import Batch
 from gkd_jax.input import data, streams
+from gkd_jax.storage import checkpoints
 
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -89,8 +90,9 @@ def test_two_processes_equal_one_and_resume_each_other_s_checkpoints(tmp_path, c
     """Six steps in one process; four in two processes, then two more in one."""
     alone, together = tmp_path / "alone", tmp_path / "together"
     run_here(alone, "--gin.TRAIN_STEPS=6")
-    codes, texts = statuses(start(together, "--gin.TRAIN_STEPS=4"))
+    codes, texts = statuses(start(together, "--gin.TRAIN_STEPS=4", "--gin.SAVE_PERIOD=0.01 s"))
     assert codes == [0, 0], texts
+    assert len(checkpoints.saved_steps(together)) == 2  # by the clock of process 0, and at the end
     capfd.readouterr()
     run_here(together, "--gin.TRAIN_STEPS=6")
     assert "resumed from step 4" in capfd.readouterr().err

@@ -55,9 +55,11 @@ def on_policy(teacher_dir, **more):
 
 
 def test_a_stopped_run_goes_on_exactly_as_one_never_stopped(teacher_dir, tmp_path):
-    """Same coins, samples, batches, losses and parameters, bit for bit."""
+    """Same coins, samples, batches, losses and parameters, bit for bit, whenever it was saved."""
     train.train(**options(tmp_path / "whole", steps=8, **on_policy(teacher_dir)))
-    train.train(**options(tmp_path / "parts", steps=5, **on_policy(teacher_dir)))
+    often = train.TrainConfig(train_steps=5, save_period="0.000000001 s", keep=None)
+    train.train(**options(tmp_path / "parts", steps=5, train=often, **on_policy(teacher_dir)))
+    assert checkpoints.saved_steps(tmp_path / "parts") == [1, 2, 3, 4, 5]
     train.train(**options(tmp_path / "parts", steps=8, **on_policy(teacher_dir)))
     whole, parts = lines(tmp_path / "whole"), lines(tmp_path / "parts")
     assert [line["step"] for line in parts] == list(range(1, 9))

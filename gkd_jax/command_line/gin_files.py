@@ -17,8 +17,8 @@ from gkd_jax.command_line.flags import UsageError, suggestion
 
 
 REQUIRED = "%gin.REQUIRED"
-# A path or a word. Gin rejects it without quotes, and it can only be meant as a string.
-_BARE = re.compile(r"[\w./~:$+-]*[A-Za-z/~][\w./~:$+-]*")
+# A path or a few words. Gin rejects them without quotes, and they can only be meant as a string.
+_BARE = re.compile(r"[\w./~:$+ -]*[A-Za-z/~][\w./~:$+ -]*")
 
 
 def parse(

@@ -17,6 +17,7 @@ from gkd_jax.sharding import MeshConfig
 from gkd_jax.storage.pretrained import ModelConfig
 from gkd_jax.text import settings
 from gkd_jax.text.settings import describe
+from gkd_jax.training import save_times
 from gkd_jax.training.optimizers import Linear, Optimizer
 
 
@@ -29,8 +30,9 @@ class TrainConfig:
         seed: the seed of initialisation, coins, samples and dropout.
         eval_period: steps between evaluations. The run also evaluates before the first step and
             after the last; None evaluates only then.
-        save_period: steps between checkpoints. The run also saves before every evaluation but the
-            first, and at the end.
+        save_period: the time between checkpoints, such as "10 minutes", "90 seconds" or "2h", or
+            the number of steps. The run also saves before every evaluation but the first, and at
+            the end.
         keep: the number of newest checkpoints to keep; None keeps all. With two, a damaged
             checkpoint has a predecessor.
         keep_period: checkpoints whose step is a multiple of this number are kept as well.
@@ -49,7 +51,7 @@ class TrainConfig:
     train_steps: int
     seed: int = 0
     eval_period: int | None = None
-    save_period: int = 1000
+    save_period: int | str = "10 minutes"
     keep: int | None = 2
     keep_period: int | None = None
     best_metric: str | None = None
@@ -61,8 +63,18 @@ class TrainConfig:
 
     def __post_init__(self):
         settings.check_types(self)
-        for name in ("train_steps", "save_period", "num_microbatches", "log_period"):
+        for name in ("train_steps", "num_microbatches", "log_period"):
             _check_positive(name, getattr(self, name))
+        if isinstance(self.save_period, str):
+            save_times.seconds(self.save_period)
+        else:
+            _check_positive("save_period", self.save_period, " or a time such as '10 minutes'")
+        if self.sample_ahead and isinstance(self.save_period, str):
+            raise ValueError(
+                "with sample_ahead a save decides which weights draw the samples of the next step, "
+                "so that saving by the clock would make a run that cannot be repeated: give "
+                f"SAVE_PERIOD as a number of steps, such as 1000, got {self.save_period!r}"
+            )
         for name in ("eval_period", "keep", "keep_period"):
             if getattr(self, name) is not None:
                 _check_positive(name, getattr(self, name), " or None")

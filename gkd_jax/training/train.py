@@ -21,6 +21,7 @@ from gkd_jax.training import (
     metrics,
     run_lock,
     run_record,
+    save_times,
     train_state,
 )
 from gkd_jax.training.evaluations import Evaluations
@@ -120,10 +121,11 @@ def train(
         stopping = False
         if evaluate is not None and start == 0:
             evaluate_at(0)
+        times = save_times.SaveTimes(recipe.train.save_period)
         for step in range(start, recipe.train.train_steps):
             done = step + 1
             evaluates = evaluate is not None and _is_due(done, recipe.train.eval_period, recipe)
-            saves = evaluates or _is_due(done, recipe.train.save_period, recipe)
+            saves = times.is_due(done) or evaluates or done == recipe.train.train_steps
             # Never draw ahead across a checkpoint: it stores the stream's position, but no samples.
             ahead = recipe.train.sample_ahead and not stopping and not saves
 
@@ -147,6 +149,8 @@ def train(
             if evaluates:
                 saved.wait()  # if the evaluation fails, the weights are safe
                 evaluate_at(done)
+            if saves:
+                times.saved()
             if stops and done < recipe.train.train_steps:
                 advice = "run the same command to go on"
                 print(f"{interruption.name}: saved step {done}; {advice}", file=sys.stderr)
