@@ -1,6 +1,7 @@
-"""seqio tasks, one module a family: importing `gkd_jax.tasks.x` registers it.
+"""The seqio tasks of gkd_jax, with one module per family of tasks.
 
-A new task is one new module in this folder; `register` finds it.
+Importing a module registers its tasks. To add a task, add a module to this folder; `register` finds
+the module.
 """
 
 import functools
@@ -10,6 +11,6 @@ import pkgutil
 
 @functools.cache
 def register() -> None:
-    """Registers every task of this folder; those of other packages are imported by gin files."""
+    """Registers every task of this folder. Gin files import the tasks of other packages."""
     for module in pkgutil.iter_modules(__path__, f"{__name__}."):
         importlib.import_module(module.name)

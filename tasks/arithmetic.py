@@ -1,13 +1,14 @@
-"""`arithmetic`: generated word problems, answered step by step; nothing to download.
+"""The task `arithmetic`: generated word problems with step-by-step answers; nothing to download.
 
     inputs:  Ada has 7 eggs. Ada buys 5 more eggs. Ada doubles the number of eggs. How many ...?
     targets: 7 + 5 = 12. 12 * 2 = 24. The answer is 24.
 
-Problems have two or three steps, and are graded as GSM8K is: by the number at the end of a chain of
-thought that a model has to get right step by step. With the vocabulary "arithmetic" (the default
-here), a T5 of 0.8 M parameters trained from scratch for 900 steps of 64 (gin/quickstart.gin)
-answered 96 % of the validation split right, in one run; one of 0.15 M, after 400 steps, 9 %.
-The longest input has 34 tokens and the longest target 24, EOS included.
+Problems have two or three steps. They are graded like GSM8K, by the number at the end of a chain of
+thought, so a model has to get every step right. The default vocabulary is "arithmetic". With it, in
+one run, a T5 of 0.8 M parameters that was trained from scratch for 900 steps with batches of 64
+problems (gin/quickstart.gin) answered 96 % of the validation split correctly; a T5 of 0.15 M
+parameters answered 9 % correctly after 400 steps. The longest input has 34 tokens and the longest
+target 24, including EOS.
 """
 
 from collections.abc import Callable
@@ -27,7 +28,9 @@ SEED = 0
 
 _MAX_START = 20
 _MAX_OPERAND = 9
-_MAX_PRODUCT = 30  # numbers stay below 50: each sum of two is an own fact to learn
+# The bound on products keeps all numbers below 50. A model has to learn each sum of two numbers
+# separately, because every number is a token of its own.
+_MAX_PRODUCT = 30
 _NAMES = ("Ada", "Ben", "Cleo", "Dan", "Eve", "Finn", "Gus", "Ivy")
 _THINGS = ("apples", "books", "coins", "eggs", "pens", "shells", "stamps", "stones")
 _GAINS = ("gets", "finds", "buys", "wins")
@@ -37,12 +40,14 @@ _FACTORS = {2: "doubles", 3: "triples"}
 
 @functools.cache
 def problems(seed: int = SEED) -> dict[str, list[tuple[str, str]]]:
-    """(question, chain of thought) pairs of each split; no question occurs twice in all splits.
+    """Returns pairs of a question and a chain of thought for each split.
+
+    All questions in all splits are different.
 
     Args:
-        seed: the same seed gives the same problems on every machine.
+        seed: the seed of the problems. The same seed gives the same problems on every machine.
     """
-    # Only `random()`, the one draw that Python promises to keep the same between versions.
+    # `random()` is the only method whose results Python promises to keep the same in new versions.
     draw = random.Random(seed).random
     below = lambda limit: int(draw() * limit)  # noqa: E731
     seen: dict[str, str] = {}
@@ -55,6 +60,7 @@ def problems(seed: int = SEED) -> dict[str, list[tuple[str, str]]]:
 
 
 def _problem(below: Callable[[int], int]) -> tuple[str, str]:
+    """Returns a random question and its chain of thought; `below(n)` draws a number below n."""
     name, thing = _NAMES[below(len(_NAMES))], _THINGS[below(len(_THINGS))]
     value = 1 + below(_MAX_START)
     sentences, steps = [f"{name} has {value} {thing}."], []
@@ -77,9 +83,9 @@ def _problem(below: Callable[[int], int]) -> tuple[str, str]:
 
 
 def _dataset(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
-    del shuffle_files, seed  # the problems are fixed; seqio shuffles them
+    del shuffle_files, seed  # The problems are fixed, and the training stream shuffles them.
     questions, chains = zip(*problems()[split], strict=True)
-    # From tensors: a Python generator's position could not be saved with the iterator.
+    # The dataset is made from tensors, because the position of a Python generator cannot be saved.
     return tf.data.Dataset.from_tensor_slices({"inputs": list(questions), "targets": list(chains)})
 
 

@@ -1,25 +1,28 @@
-"""BIG-Bench Hard (Suzgun et al., 2022): `bbh_direct` and `bbh_cot`, and one task each file.
+"""The tasks `bbh_direct` and `bbh_cot` of BIG-Bench Hard (Suzgun et al., 2022).
 
-DATA_DIR, or its folder `bbh`, holds bbh/<name>.json and cot-prompts/<name>.txt of
-https://github.com/suzgunmirac/BIG-Bench-Hard: 27 files, 6,511 examples, split `test`. 3-shot:
+There is also a task for each file: `bbh_direct_<name>` and `bbh_cot_<name>`. The folder DATA_DIR,
+or its folder `bbh`, must hold bbh/<name>.json and cot-prompts/<name>.txt of
+https://github.com/suzgunmirac/BIG-Bench-Hard: 27 files with 6,511 examples, which are the split
+`test`. A prompt has three worked examples:
 
     bbh_direct  <instruction> Q: <question> A: False <two more> Q: <question> A:
     bbh_cot     <instruction> Q: <question> A: Let's think step by step. <...> So the answer is
                 False. <two more> Q: <question> A: Let's think step by step.
     targets     True
 
-The direct prompts are the chain-of-thought prompts with only the final answers left. Of the three
-worked examples the first are kept, as many as fit (`few_shot.join_prompt`): at 2048 tokens of T5
-all; at 1024 all in 96 % of the direct prompts and in 74 % of the others. Where the files have
-newlines there are spaces, since T5's vocabulary has no newline; nor has it `<`, `{` and `}`, which
-`dyck_languages` needs.
+The direct prompts are the chain-of-thought prompts reduced to the final answers. If a prompt is too
+long, only its first worked examples are kept (`few_shot.join_prompt`). With T5's vocabulary, all
+three examples fit into 2048 tokens in every prompt; into 1024 tokens they fit in 96 % of the direct
+prompts and in 74 % of the chain-of-thought prompts. Newlines in the files become spaces, because
+T5's vocabulary has no newline. T5's vocabulary also lacks `<`, `{` and `}`, which `dyck_languages`
+needs.
 
-A prediction is right if it equals the target exactly: all of it up to a further `Q:`, and for
-`bbh_cot` what follows `the answer is`, without the period at the end. `accuracy` is the mean over
-the 27 files. BBH counts as 23 tasks (the GKD paper averages over those), since the three files of
-logical_deduction are one task and so are the three of tracking_shuffled_objects:
-`accuracy_23_tasks` is the mean over them. The files take turns in the stream, so that the first N
-examples are of all of them.
+For `bbh_direct`, the predicted answer is the text before a further `Q:`. For `bbh_cot` it is the
+part of that text after `the answer is`, without the period at the end. An answer is correct if it
+equals the target exactly. `accuracy` is the mean over the 27 files. The GKD paper averages over 23
+tasks, where the three files of logical_deduction count as one task, as do the three files of
+tracking_shuffled_objects; `accuracy_23_tasks` is this mean. The examples of the files alternate in
+the dataset, so that the first N examples come from all files.
 """
 
 from collections.abc import Mapping, Sequence
@@ -51,16 +54,17 @@ FILES = tuple(_FILES.split())
 
 
 def read_file(data_dir: str, name: str, *, cot: bool) -> few_shot.Group:
-    """The prompt and the questions of one file.
+    """Returns the prompt and the questions of one file.
 
     Args:
-        data_dir: with bbh/ and cot-prompts/.
-        name: one of FILES.
-        cot: whether the prompt shows chains of thought.
+        data_dir: the folder with bbh/ and cot-prompts/.
+        name: one of `FILES`.
+        cot: whether the prompt has chains of thought.
 
     Raises:
-        FileNotFoundError: naming file and folder.
-        ValueError: naming the file, the line or example (from 1), and what is wrong with it.
+        FileNotFoundError: if a file is missing; the message names the file and the folder.
+        ValueError: if a file is not as expected; the message names the file, and the line or the
+            number of the example.
     """
     header, shots = _read_prompt(os.path.join(data_dir, "cot-prompts"), f"{name}.txt", cot)
     lead = f"A: {STEP_BY_STEP}" if cot else "A:"
@@ -70,10 +74,11 @@ def read_file(data_dir: str, name: str, *, cot: bool) -> few_shot.Group:
 
 
 def _read_prompt(where: str, name: str, cot: bool) -> tuple[str, list[str]]:
+    """Returns the header of a prompt file and the texts of its worked examples."""
     path = os.path.join(where, name)
     lines = folder.read_lines(where, name)
-    # What is above the rule is a note to those who collect training data. Its lines are blanked,
-    # not removed, so that messages count lines as an editor does.
+    # The lines above "-----" are a note to people who collect training data and no part of the
+    # prompt. They are replaced by empty lines, so that error messages have the file's line numbers.
     above = lines.index("-----") + 1 if "-----" in lines else 0
     header, shots = few_shot.parse_shots([""] * above + lines[above:], path)
     if len(shots) != NUM_SHOTS:
@@ -91,6 +96,7 @@ def _read_prompt(where: str, name: str, cot: bool) -> tuple[str, list[str]]:
 
 
 def _read_examples(where: str, name: str) -> list[tuple[str, str]]:
+    """Returns the question and the target of each example in a JSON file."""
     path = os.path.join(where, name)
     content = files.parse_json("\n".join(folder.read_lines(where, name)), path, None)
     examples = content.get("examples") if isinstance(content, dict) else None
@@ -112,7 +118,7 @@ def _read_examples(where: str, name: str) -> list[tuple[str, str]]:
 def direct_answer(
     text: str, *, example: Mapping[str, Any], is_target: bool = False
 ) -> str | tuple[str, str]:
-    """seqio's postprocess_fn of `bbh_direct`."""
+    """Returns the answer in a prediction, or (file, target): the postprocess_fn of `bbh_direct`."""
     if is_target:
         return few_shot.with_group(text, example=example, is_target=True)
     return few_shot.until_next_question(text)
@@ -121,7 +127,10 @@ def direct_answer(
 def cot_answer(
     text: str, *, example: Mapping[str, Any], is_target: bool = False
 ) -> str | tuple[str, str]:
-    """seqio's postprocess_fn of `bbh_cot`: a prediction without a stated answer becomes empty."""
+    """Returns the answer in a prediction, or (file, target): the postprocess_fn of `bbh_cot`.
+
+    The answer is "" if the prediction states none.
+    """
     if is_target:
         return few_shot.with_group(text, example=example, is_target=True)
     return text_metrics.stated_answer(few_shot.until_next_question(text)) or ""
@@ -130,7 +139,14 @@ def cot_answer(
 def mean_over_tasks(
     targets: Sequence[tuple[str, str]], predictions: Sequence[str]
 ) -> dict[str, float]:
-    """`accuracy_23_tasks`: the files of different sizes of a problem count as one task."""
+    """Returns {"accuracy_23_tasks": the mean accuracy over tasks, in percent}.
+
+    Files that differ only in the number of objects count as one task.
+
+    Args:
+        targets: (file, correct answer) of each example.
+        predictions: the predicted answers.
+    """
     merged = [(re.sub(r"_(three|five|seven)_objects$", "", name), text) for name, text in targets]
     value = text_metrics.grouped_exact_match(merged, predictions)["accuracy"]
     return {"accuracy_23_tasks": value}
@@ -144,12 +160,13 @@ def _dataset(
     names: Sequence[str] = FILES,
     cot: bool = False,
 ) -> tf.data.Dataset:
-    del split, shuffle_files, seed  # one table in memory: seqio shuffles it
+    del split, shuffle_files, seed  # The dataset is a table in memory, which its reader shuffles.
     data_dir = few_shot.family_folder("bbh", "bbh", "cot-prompts")
     return few_shot.group_dataset([read_file(data_dir, name, cot=cot) for name in names])
 
 
 def _register(kind: str, name: str, names: Sequence[str]) -> None:
+    """Registers a task of the kind "direct" or "cot" that is made of some of the files."""
     whole = len(names) == len(FILES)
     few_shot.register(
         name,

@@ -1,4 +1,4 @@
-"""What the tasks share: their two features and how they are registered."""
+"""The features `inputs` and `targets` that all tasks have, and the registration of tasks."""
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
@@ -12,7 +12,7 @@ from gkd_jax.text.tokenizer_folder import TokenizerVocabulary
 
 
 def count_tokens(dataset: tf.data.Dataset, output_features: Mapping[str, Any]) -> tf.data.Dataset:
-    """Adds `<feature>_tokens`: how many there are before they are cut, EOS included."""
+    """Adds `<feature>_tokens`, the number of a feature's tokens before it is cut, including EOS."""
 
     def counted(example: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         counts = {
@@ -35,12 +35,18 @@ there were before the cut stays too."""
 
 
 def only_tokenizes(task: Any) -> bool:
-    """Whether a task makes one example of each of its source's, from texts alone."""
+    """Returns whether a task has no preprocessors apart from those in `TOKENIZE`.
+
+    Such a task makes one example from each example of its source.
+    """
     return isinstance(task, seqio.Task) and tuple(task.preprocessors) == TOKENIZE
 
 
 def output_features(vocabulary: seqio.Vocabulary | None = None) -> dict[str, seqio.Feature]:
-    """`inputs` and `targets` with one vocabulary (default T5's), as `with_vocabulary` has them."""
+    """Returns the features `inputs` and `targets` with one vocabulary; None means T5's.
+
+    See `with_vocabulary` for which of the features end in EOS.
+    """
     chosen = vocabularies.t5_default() if vocabulary is None else vocabulary
     feature = seqio.Feature(vocabulary=chosen, add_eos=True)
     return with_vocabulary({"inputs": feature, "targets": feature}, chosen)
@@ -49,10 +55,11 @@ def output_features(vocabulary: seqio.Vocabulary | None = None) -> dict[str, seq
 def with_vocabulary(
     features: Mapping[str, seqio.Feature], vocabulary: seqio.Vocabulary
 ) -> dict[str, seqio.Feature]:
-    """Features with another vocabulary: EOS ends targets, and inputs where its model expects that.
+    """Returns features with another vocabulary.
 
-    A decoder-only model goes on from its inputs, so they must not end; a folder's tokenizer says
-    what it puts around a text (`TokenizerVocabulary.for_prompts`).
+    Targets end in EOS. Inputs end in EOS only if the model expects this: a decoder-only model
+    continues its inputs, so they must not end. The tokenizer of a Hugging Face folder decides which
+    special tokens surround a prompt (see `TokenizerVocabulary.for_prompts`).
     """
     changed = {
         name: dataclasses.replace(feature, vocabulary=vocabulary)
@@ -76,9 +83,18 @@ def register(
     postprocess_fn: Callable | None = None,
     vocabulary: seqio.Vocabulary | None = None,
 ) -> seqio.Task:
-    """Registers a task that `TOKENIZE` ends, or returns the one of that name.
+    """Registers a task and returns it; if a task has this name already, that task is returned.
 
-    So a module can be imported again, and T5's own registrations of the same task are kept.
+    A module can therefore be imported again, and a task that T5's own code has registered under the
+    same name is kept.
+
+    Args:
+        name: the task's name.
+        source: the source of the examples.
+        preprocessors: preprocessors that run before those in `TOKENIZE`.
+        metric_fns: seqio metric functions.
+        postprocess_fn: seqio's postprocessor of targets and predictions.
+        vocabulary: the vocabulary of both features; None means T5's.
     """
     if name in seqio.TaskRegistry.names():
         return seqio.TaskRegistry.get(name)

@@ -1,7 +1,7 @@
-"""Prompts of worked examples before the question: what `gsm8k_cot`, `mmlu` and `bbh_*` share.
+"""Few-shot prompts, which have worked examples before the question: `gsm8k_cot`, `mmlu`, `bbh_*`.
 
-A task makes examples with a `header`, `shots` and a `question`; `join_prompt` turns them into
-`inputs` with as many shots as fit the feature length, the first ones.
+A task makes examples with a `header`, `shots` (worked examples) and a `question`. `join_prompt`
+joins them to `inputs`, with as many of the first shots as fit into the feature length.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,26 +17,36 @@ from gkd_jax.tasks import features, folder
 
 
 class Shot(NamedTuple):
-    """A worked example of a prompt."""
+    """A worked example of a prompt.
+
+    Attributes:
+        question: the question without `Q:`.
+        answer: the answer without `A:`.
+        line: the number of the question's line in the prompt's file, counted from 1.
+    """
 
     question: str
     answer: str
-    line: int  # of the file it comes from, from 1
+    line: int
 
     def text(self) -> str:
+        """Returns the example in the form that it has in a prompt."""
         return f"Q: {self.question} A: {self.answer}"
 
 
 def parse_shots(lines: Sequence[str], path: str) -> tuple[str, list[Shot]]:
-    """The text before the first question, and the worked examples of a prompt file.
+    """Returns the header of a prompt file (the text before the first question) and its examples.
+
+    A line that begins with `Q:` begins an example, and the next line that begins with `A:` begins
+    the answer. White space, including newlines, becomes one space.
 
     Args:
-        lines: of the file. A line that begins with `Q:` begins an example, the next that begins
-            with `A:` its answer. White space, newlines included, becomes one space.
-        path: for messages.
+        lines: the lines of the file.
+        path: the file, for error messages.
 
     Raises:
-        ValueError: naming file and line, if a question has not one answer; or if there is none.
+        ValueError: if there are no questions, or if a question does not have exactly one answer;
+            the message names the file and the line.
     """
     starts = [index for index, line in enumerate(lines) if line.startswith("Q:")]
     if not starts:
@@ -56,14 +66,20 @@ def parse_shots(lines: Sequence[str], path: str) -> tuple[str, list[Shot]]:
 
 
 def one_line(text: str) -> str:
-    """Every stretch of white space becomes one space, as T5's vocabulary has it anyway."""
+    """Returns a text in which every sequence of white space is one space, as T5 tokenizes it."""
     return " ".join(text.split())
 
 
 def family_folder(task: str, family: str, entry: str) -> str:
-    """DATA_DIR, or its folder `family` where that has the entry (a file or folder).
+    """Returns the folder DATA_DIR/`family` if it has `entry`, or else DATA_DIR.
 
-    So that one DATA_DIR can serve the task that is trained on and the one that is evaluated.
+    Folders of their own let the files of several tasks, such as those for training and evaluation,
+    share one DATA_DIR.
+
+    Args:
+        task: the task's name, for error messages.
+        family: the name of the folder.
+        entry: the name of a file or folder.
 
     Raises:
         ValueError: if DATA_DIR is not set.
@@ -78,21 +94,22 @@ def join_prompt(
     output_features: Mapping[str, Any],
     sequence_length: Mapping[str, int] | None = None,
 ) -> tf.data.Dataset:
-    """`inputs` = `header`, `shots` and `question`, with as many shots as fit.
+    """Joins `header`, `shots` and `question` to `inputs`, with as many shots as fit.
 
-    The first k shots are kept, k as large as the prompt has at most `sequence_length["inputs"]`
-    tokens, EOS included: so does `evaluate.py` of https://github.com/hendrycks/test. A question
-    that does not fit without any shot is cut at its end, as every input is.
+    The first k shots are kept, where k is the largest number for which the prompt has at most
+    `sequence_length["inputs"]` tokens, including EOS. `evaluate.py` of
+    https://github.com/hendrycks/test does the same. A question that does not fit even without shots
+    is cut at its end like every input.
 
     Args:
-        dataset: examples with `header` (a string, may be empty), `shots` (strings) and `question`;
-            other features are kept.
-        output_features: seqio's; the vocabulary of `inputs` counts the tokens.
-        sequence_length: seqio's; None keeps all shots.
+        dataset: examples with `header` (a string, which may be empty), `shots` (strings) and
+            `question`; other features are kept.
+        output_features: seqio's output features; the vocabulary of `inputs` counts the tokens.
+        sequence_length: seqio's feature lengths; None keeps all shots.
 
     Returns:
-        Examples with `inputs`, and in `kept_shots` and `all_shots` how many shots they have and how
-        many there are.
+        Examples with `inputs`, `kept_shots` (the number of shots in the prompt) and `all_shots`
+        (the number of shots before the prompt was shortened).
     """
     feature = output_features["inputs"]
     limit = None if sequence_length is None else sequence_length.get("inputs")
@@ -124,9 +141,10 @@ def register(
     metric_fns: Sequence[Callable],
     postprocess_fn: Callable,
 ) -> seqio.Task:
-    """Registers a task whose examples `join_prompt` completes, or returns the one of that name.
+    """Registers a task with few-shot prompts, or returns the task that has this name already.
 
-    It cannot be cached by seqio: its prompts depend on the feature lengths.
+    The preprocessors must produce the examples that `join_prompt` needs. seqio cannot cache the
+    task, because its prompts depend on the feature lengths.
     """
     if name in seqio.TaskRegistry.names():
         return seqio.TaskRegistry.get(name)
@@ -147,23 +165,32 @@ def register(
 
 
 def until_next_question(text: str) -> str:
-    """A prediction without the further `Q: ... A: ...` that a model may go on to write."""
+    """Returns a prediction without further `Q: ... A: ...`, which a model may write after it."""
     return re.split(r"\bQ:", text, maxsplit=1)[0].strip()
 
 
 class Group(NamedTuple):
-    """What is averaged with the same weight as its like: a subject of MMLU, a file of BBH."""
+    """A group of questions with one prompt: a subject of MMLU or a file of BBH.
+
+    Metrics are averaged over groups of equal weight.
+
+    Attributes:
+        name: the group's name.
+        header: the text at the beginning of the prompt.
+        shots: the texts of the worked examples.
+        questions: (question, answer) of each example.
+    """
 
     name: str
     header: str
     shots: list[str]
-    questions: list[tuple[str, str]]  # with their answers
+    questions: list[tuple[str, str]]
 
 
 def group_dataset(groups: Sequence[Group]) -> tf.data.Dataset:
-    """Examples for `join_prompt`, with `group`; the groups take turns.
+    """Returns a dataset of examples for `join_prompt`, which also have the name of their `group`.
 
-    All groups must have the same number of shots.
+    The examples of the groups alternate. All groups must have the same number of shots.
     """
     turns = itertools.zip_longest(
         *([(i, *row) for row in g.questions] for i, g in enumerate(groups))
@@ -182,7 +209,7 @@ def group_dataset(groups: Sequence[Group]) -> tf.data.Dataset:
             "targets": answer,
         }
 
-    # The prompts of a group are stored once, not with each of its questions.
+    # The prompt of a group is stored once instead of with each of the group's questions.
     indices, questions, answers = map(list, zip(*rows, strict=True))
     return tf.data.Dataset.from_tensor_slices((indices, questions, answers)).map(example)
 
@@ -190,5 +217,8 @@ def group_dataset(groups: Sequence[Group]) -> tf.data.Dataset:
 def with_group(
     text: str, *, example: Mapping[str, Any], is_target: bool = False
 ) -> str | tuple[str, str]:
-    """seqio's postprocess_fn: a target becomes (group, target), for `grouped_exact_match`."""
+    """Returns (group, target) for a target, and a prediction unchanged.
+
+    This is the seqio postprocess_fn that `text_metrics.grouped_exact_match` needs.
+    """
     return (example["group"].decode(), text) if is_target else text

@@ -1,19 +1,23 @@
-"""`flan`: a mixture of instruction files, each in proportion to its size up to a maximum.
+"""The tasks `flan` and `flan_all`: mixtures of instruction data in proportion to size.
 
-DATA_DIR, or its folder `flan`, holds files of instructions, also in folders within, plain or `.gz`:
+DATA_DIR, or its folder `flan`, must hold the files, plain or as `.gz`; subfolders are read too:
 
-    *.jsonl  an object a line with `inputs` and `targets`, maybe `task_name`, as in the published
-             Flan 2021 submixture (huggingface.co/datasets/conceptofmind/flan2021_submix_original)
-    *.tsv    inputs TAB targets; or, as FLAN's chain-of-thought data
-             (https://github.com/google-research/FLAN), question TAB answer TAB explanation,
-             whose targets are `<explanation> So the answer is <answer>.`; `\\n` is a newline
+    *.jsonl  one object per line with `inputs`, `targets` and optionally `task_name`, as in the
+             published Flan 2021 submixture
+             (huggingface.co/datasets/conceptofmind/flan2021_submix_original)
+    *.tsv    inputs TAB targets; or question TAB answer TAB explanation, as in FLAN's
+             chain-of-thought data (https://github.com/google-research/FLAN), whose targets become
+             `<explanation> So the answer is <answer>.`; `\\n` stands for a newline
 
-The examples of one `task_name` are one data set, in whichever files they are; so are those of a
-file that gives none. The Flan 2021 submixture, on which the GKD paper trains, mixes in proportion
-to size with a maximum of 30,000 a task (Longpre et al., 2023; Wei et al., 2022, had 3,000): `flan`
-does. `flan_all` has no maximum: every example once a pass. Both are one seqio task of one stream
-and no Mixture, whose parts would have to be known before DATA_DIR is. Other folders and maxima:
-`mixture_task`. Split `train`; all files are held in memory.
+All examples with the same `task_name` are one data set, even in several files. The examples of a
+file without `task_name` are one data set too. `flan` mixes the data sets in proportion to their
+sizes, where no size counts as more than 30,000. The Flan 2021 submixture, on which the GKD paper
+trains, has this maximum (Longpre et al., 2023; Wei et al., 2022, used 3,000). `flan_all` has no
+maximum, so that a pass has every example once. `mixture_task` registers mixtures of other folders
+and with other maxima.
+
+A mixture is one seqio task rather than a seqio Mixture, because the parts of a Mixture would have
+to be known before DATA_DIR is known. The only split is `train`. All files are held in memory.
 """
 
 from collections.abc import Sequence
@@ -36,15 +40,15 @@ ENDINGS = (".jsonl", ".tsv")
 def mixture_task(
     name: str, *, folder: str | os.PathLike | None = None, maximum: int | None = MAXIMUM
 ) -> seqio.Task:
-    """Registers a mixture under a name, or returns the task of that name.
+    """Registers a mixture as a task and returns the task, or the task that has this name already.
 
     Args:
-        name: of the task.
-        folder: of the files, local or `gs://`; None is DATA_DIR.
-        maximum: a data set of more examples is drawn from as one of so many; None is no maximum.
+        name: the task's name.
+        folder: the folder of the files, local or `gs://`; None means DATA_DIR.
+        maximum: the size that counts for a data set with more examples; None means no maximum.
 
     Raises:
-        ValueError: if maximum is not positive.
+        ValueError: if `maximum` is not positive.
     """
     if maximum is not None and maximum < 1:
         raise ValueError(f"maximum must be positive or None, got {maximum}")
@@ -60,19 +64,21 @@ def mixture_task(
 
 
 def mixed_order(sizes: Sequence[int], maximum: int | None, seed: int) -> np.ndarray:
-    """Which example comes when, in one pass over files that lie one behind the other.
+    """Returns the order of examples in one pass over several data sets.
 
-    A pass has as many rounds as the largest file needs to be seen whole. In a round a file gives
-    `min(size, maximum)` examples, those of all files shuffled: a small file all it has, a larger
-    one the next of its own order, which starts again at its end.
+    A pass consists of rounds. In each round, every data set contributes `min(size, maximum)`
+    examples, and the examples of the round are shuffled. A small data set contributes all of its
+    examples; a larger one contributes the next examples of its own random order, which starts again
+    at its end. A pass has as many rounds as the largest data set needs to contribute all of its
+    examples.
 
     Args:
-        sizes: examples of each file, positive.
-        maximum: at most so many of a file in a round; None is no maximum.
-        seed: of all orders.
+        sizes: the number of examples of each data set, at least 1.
+        maximum: the largest number of examples of a data set in a round; None means no maximum.
+        seed: the seed of all random orders.
 
     Returns:
-        Indices into the files' examples, `rounds * sum(min(size, maximum))` of them.
+        Indices into the concatenated data sets, `rounds * sum(min(size, maximum))` of them.
     """
     rng = np.random.default_rng(seed)
     shares = [size if maximum is None else min(size, maximum) for size in sizes]
@@ -90,10 +96,10 @@ def mixed_order(sizes: Sequence[int], maximum: int | None, seed: int) -> np.ndar
 
 
 def find_files(folder: str) -> list[str]:
-    """Paths of the instruction files in a folder and the folders within, in order.
+    """Returns the sorted paths of the instruction files in a folder and its subfolders.
 
     Raises:
-        FileNotFoundError: naming the folder, if there are none.
+        FileNotFoundError: if there are no such files; the message names the folder.
     """
     paths = sorted(
         os.path.join(where, name)
@@ -107,10 +113,13 @@ def find_files(folder: str) -> list[str]:
 
 
 def read_file(path: str) -> list[dict[str, str]]:
-    """`inputs` and `targets` of every line of a JSONL or TSV file, and `task_name` where it is.
+    """Returns `inputs`, `targets` and, if stated, `task_name` of every line of a file.
+
+    Args:
+        path: a JSONL or TSV file.
 
     Raises:
-        ValueError: naming the file, the line (from 1), and what is wrong with it.
+        ValueError: if a line is not as expected; the message names the file and the line.
     """
     if ".jsonl" not in os.path.basename(path):
         return _read_tsv(path)
@@ -125,7 +134,10 @@ def read_file(path: str) -> list[dict[str, str]]:
 
 
 def group_by_task(paths: Sequence[str]) -> list[list[dict[str, str]]]:
-    """The examples of each data set: those of one `task_name`, else those of one file."""
+    """Returns the examples of each data set.
+
+    A data set has the examples with the same `task_name`, or the examples of one file without it.
+    """
     groups: dict[tuple[str, str], list[dict[str, str]]] = {}
     for path in paths:
         for row in read_file(path):
@@ -159,7 +171,8 @@ def _dataset(
     folder: str | None,
     maximum: int | None,
 ) -> tf.data.Dataset:
-    # Mixed here whether or not the stream is shuffled: the first N examples are of all data sets.
+    # The data sets are mixed even if the stream is not shuffled, so that the first N examples come
+    # from all data sets.
     del split, shuffle_files
     where = few_shot.family_folder(name, "flan", "") if folder is None else folder
     groups = group_by_task(find_files(where))

@@ -1,7 +1,7 @@
-"""DATA_DIR: the folder that the tasks made of plain files (multi30k_ende, scitldr) read.
+"""The folder DATA_DIR, from which tasks made of plain files (such as multi30k_ende) read.
 
-The trainer calls `set_data_dir` once, before a dataset is built; the tasks read it when they are
-asked for a dataset, so that they can be registered without it.
+`set_data_dir` is called once, before a dataset is built. A task looks the folder up only when a
+dataset is requested, so that tasks can be registered before DATA_DIR is known.
 """
 
 import os
@@ -15,10 +15,10 @@ _data_dir: str | None = None
 
 
 def set_data_dir(path: str | os.PathLike | None) -> None:
-    """Sets the folder for this process. None unsets it.
+    """Sets DATA_DIR for this process; None removes the setting.
 
     Raises:
-        NotADirectoryError: if a local folder does not exist.
+        NotADirectoryError: if `path` is local and no such folder exists.
     """
     global _data_dir
     chosen = None if path is None else os.fspath(path)
@@ -28,10 +28,10 @@ def set_data_dir(path: str | os.PathLike | None) -> None:
 
 
 def data_dir(task: str) -> str:
-    """The folder, for a task that needs it.
+    """Returns DATA_DIR for a task that needs it.
 
     Raises:
-        ValueError: naming the task, if none is set.
+        ValueError: if DATA_DIR is not set; the message names the task.
     """
     if _data_dir is None:
         raise ValueError(f"task {task!r} reads its files from DATA_DIR, which is not set")
@@ -39,11 +39,11 @@ def data_dir(task: str) -> str:
 
 
 def read_lines(folder: str, name: str) -> list[str]:
-    """Lines of a text file (`files.read_lines`), `name` or `name.gz`.
+    """Returns the lines of the text file `name` or `name`.gz in a folder; see `files.read_lines`.
 
     Raises:
-        FileNotFoundError: naming file and folder.
-        ValueError: naming file and line, where it is no text.
+        FileNotFoundError: if there is no such file; the message names the file and the folder.
+        ValueError: if the file is not UTF-8 text; the message names the file and the line.
     """
     for candidate in (name, f"{name}.gz"):
         path = os.path.join(folder, candidate)

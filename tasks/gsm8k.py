@@ -1,24 +1,26 @@
-"""GSM8K (Cobbe et al., 2021): `gsm8k` and, with a few-shot prompt, `gsm8k_cot`.
+"""The tasks `gsm8k` and, with a few-shot prompt, `gsm8k_cot` of GSM8K (Cobbe et al., 2021).
 
-TFDS `gsm8k:1.0.0`, splits `train` and `test`. In the targets the calculator's `<<...>>` marks are
-removed (T5's vocabulary has no `<`), lines are joined by spaces (T5's has no newline either), and
-`#### N` becomes `The answer is N.`
+The data set is `gsm8k:1.0.0` of TFDS with the splits `train` and `test`. The targets are changed in
+three ways: the calculator's `<<...>>` marks are removed, because T5's vocabulary has no `<`; lines
+are joined by spaces, because T5's vocabulary has no newline; and `#### N` becomes
+`The answer is N.`
 
-`train.jsonl` in the folder `gsm8k` of DATA_DIR, with `inputs` (the question) and `targets` (a chain
-of thought that ends in `The answer is N.`), takes the place of the training split for both tasks:
-so the chains of a larger model train with the few-shot prompt that evaluation uses, and the test
-split stays the original (`gkd_jax.tasks.tfds_or_files`).
+A file `train.jsonl` in the folder `gsm8k` of DATA_DIR, with `inputs` (a question) and `targets` (a
+chain of thought that ends in `The answer is N.`), replaces the training split of both tasks, while
+the test split stays the original one (`gkd_jax.tasks.tfds_or_files`). In this way a model can be
+trained on the chains of thought of a larger model, with the few-shot prompt of the evaluation.
 
-`gsm8k_cot` puts worked problems before every question, in the form of Wei et al. (2022); in the
-GKD paper they are four:
+`gsm8k_cot` puts worked problems before every question, in the form of Wei et al. (2022). The GKD
+paper uses four worked problems:
 
     inputs:  Q: ... A: ... The answer is 22. Q: ... A: ... The answer is 45. Q: <the question> A:
-    targets: those of `gsm8k`
+    targets: the targets of `gsm8k`
 
-The worked problems are those of `cot_prompt.txt` in DATA_DIR, or in its folder `gsm8k`: blocks of
-a `Q:` line and an `A:` line, each of which may go on over further lines. Without that file they are
-the four of `COT_PROMPT`, which are this project's own and not the paper's: 285 tokens of T5. The
-paper's, the first four of Wei et al. (2022), have 284: both fit 512 with every question.
+The worked problems are read from `cot_prompt.txt` in DATA_DIR or in its folder `gsm8k`. The file
+has a `Q:` line and an `A:` line for each problem, which may continue on further lines. Without this
+file, the four problems of `COT_PROMPT` are used. These were written for gkd_jax and have 285 tokens
+of T5. The paper uses the first four problems of Wei et al. (2022), which have 284 tokens. Both
+prompts fit into 512 tokens with every question.
 """
 
 from collections.abc import Mapping
@@ -55,7 +57,7 @@ A: A quarter of the tank is 120 / 4 = 30 litres. 120 - 30 = 90 litres are missin
 
 @seqio.map_over_dataset
 def question_to_answer(example: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-    """`inputs` and `targets` of a TFDS example with `question` and `answer`."""
+    """Returns `inputs` and `targets` of a TFDS example with `question` and `answer`."""
     answer = tf.strings.regex_replace(example["answer"], r"<<[^>]*>>", "")
     answer = tf.strings.regex_replace(answer, r"\s*####\s*(\S+)\s*$", r" The answer is \1.")
     return {
@@ -65,16 +67,19 @@ def question_to_answer(example: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]
 
 
 def cot_prompt() -> tuple[str, list[few_shot.Shot]]:
-    """Header and worked problems of `gsm8k_cot`: DATA_DIR's, else those of `COT_PROMPT`.
+    """Returns the header and the worked problems of `gsm8k_cot`.
+
+    They come from `cot_prompt.txt` in DATA_DIR, or else from `COT_PROMPT`.
 
     Raises:
-        ValueError: naming file and line, if an answer does not say `The answer is <number>`.
+        ValueError: if an answer does not state `The answer is <number>`; the message names the file
+            and the line.
     """
     lines, path = COT_PROMPT.splitlines(), "COT_PROMPT"
     try:
         where = few_shot.family_folder("gsm8k_cot", "gsm8k", COT_FILE)
     except ValueError:
-        where = ""  # this task needs no DATA_DIR
+        where = ""  # DATA_DIR is not set, and this task can do without it.
     if where and tf.io.gfile.exists(os.path.join(where, COT_FILE)):
         lines, path = folder.read_lines(where, COT_FILE), os.path.join(where, COT_FILE)
     header, shots = few_shot.parse_shots(lines, path)
@@ -88,7 +93,7 @@ def cot_prompt() -> tuple[str, list[few_shot.Shot]]:
 
 
 def add_cot_prompt(dataset: tf.data.Dataset) -> tf.data.Dataset:
-    """`header`, `shots` and `question` in place of `inputs`, for `few_shot.join_prompt`."""
+    """Replaces `inputs` by `header`, `shots` and `question`, which `few_shot.join_prompt` needs."""
     header, shots = cot_prompt()
     texts = [shot.text() for shot in shots]
 
@@ -104,7 +109,7 @@ def add_cot_prompt(dataset: tf.data.Dataset) -> tf.data.Dataset:
 
 
 def first_answer(text: str, *, example: Any = None, is_target: bool = False) -> str:
-    """seqio's postprocess_fn: what follows a prediction's own answer does not count."""
+    """Returns a prediction without what follows its first answer: a seqio postprocess_fn."""
     del example
     return text if is_target else few_shot.until_next_question(text)
 

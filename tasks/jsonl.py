@@ -1,13 +1,13 @@
-"""Tasks of JSONL files, which need no registration: MIXTURE_OR_TASK_NAME may be a path.
+"""Makes tasks from JSONL files; MIXTURE_OR_TASK_NAME may be a path instead of a registered name.
 
-    data.jsonl, data.jsonl.gz     split `train`; `validation` if there is a file for it beside
-    a folder                      train.jsonl, validation.jsonl and test.jsonl, those that are there
+    data.jsonl, data.jsonl.gz     the split `train`, and `validation` if a validation file exists
+    a folder                      train.jsonl, validation.jsonl and test.jsonl, as far as they exist
 
-What rows may look like is in `rows`. The validation file of `data.jsonl` is the first that exists
-of `data.validation.jsonl` and `validation.jsonl`, and that of `x_train.jsonl` also
-`x_validation.jsonl`, each plain or `.gz`. Without one, `eval_fraction` holds a share of the rows
-out, which are never trained on. Files are read when a dataset is asked for, so that a task can be
-named before another run has written its file.
+The module `rows` describes the forms of rows. The validation file of `data.jsonl` is the first of
+`data.validation.jsonl` and `validation.jsonl` that exists, plain or as `.gz`; for `x_train.jsonl`,
+`x_validation.jsonl` is looked for first. If there is no validation file, `eval_fraction` holds out
+a share of the rows, which are never trained on. Files are read only when a dataset is requested, so
+that a configuration can name a file that another run will write.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -36,15 +36,16 @@ _said: set[tuple] = set()
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """How the rows of a file become examples.
+    """Settings for turning the rows of a file into examples.
 
     Attributes:
-        eval_fraction: the share of the training rows that is the split `validation` instead.
-        seed: of the choice of these rows, with the row's number.
-        long_prompts: what happens to a prompt of more tokens than `limit`: "skip" leaves the row
-            out, "cut" keeps the prompt's last tokens.
-        limit: most tokens of a prompt; None is no limit.
-        template_variables: further names that the chat template reads.
+        eval_fraction: the share of the training rows that is held out as the split `validation`;
+            None holds out no rows.
+        seed: the seed of the choice of held-out rows.
+        long_prompts: what happens to a prompt with more tokens than `limit`: "skip" leaves the row
+            out, "cut" keeps the last tokens of the prompt.
+        limit: the largest number of tokens of a prompt; None means no limit.
+        template_variables: further variables of the chat template.
     """
 
     eval_fraction: float | None = None
@@ -61,12 +62,12 @@ class Options:
 
 
 def is_path(name: str) -> bool:
-    """Whether a task's name is a path: of a JSONL file, or of a folder."""
+    """Returns whether a task's name is the path of a JSONL file or of a folder."""
     return name.endswith(ENDINGS) or "/" in name
 
 
 def display_name(name: str) -> str:
-    """What metrics and pages call a task: a path's last part, any other name itself."""
+    """Returns the name of a task in metrics and reports: the last part of a path, or the name."""
     return os.path.basename(name.rstrip("/")) if is_path(name) else name
 
 
@@ -77,18 +78,19 @@ def make_task(
     options: Options = Options(),
     metric_fns: Sequence[Callable] = (text_metrics.exact_match,),
 ) -> seqio.Task:
-    """The task of a JSONL file or of a folder of them, not registered.
+    """Returns the task of a JSONL file or of a folder of JSONL files, without registering it.
 
     Args:
-        path: local or `gs://`.
-        vocabulary: the model's.
-        options: how rows become examples.
-        metric_fns: seqio metric functions of `targets` and `predictions`; rows without a target
-            do not count.
+        path: the file or folder, local or `gs://`.
+        vocabulary: the vocabulary of the model.
+        options: settings for turning rows into examples.
+        metric_fns: seqio metric functions of `targets` and `predictions`. Rows without a target are
+            left out of the metrics.
 
     Raises:
-        FileNotFoundError: if there is no such file, or no split in the folder.
-        ValueError: if a share is to be held out and there is a file of the split as well.
+        FileNotFoundError: if the folder has no file of any split.
+        ValueError: if rows are to be held out although there is a validation file, or no training
+            file.
     """
     source = JsonlSource(_absolute(path), vocabulary, options)
     return seqio.Task(
@@ -107,15 +109,16 @@ def jsonl_task(
     metric_fns: Sequence[Callable] = (text_metrics.exact_match,),
     vocabulary: seqio.Vocabulary | None = None,
 ) -> seqio.Task:
-    """`make_task`, registered under a name made from the path: for mixtures.
+    """Registers the task of a JSONL file or folder, so that mixtures can contain the task.
 
     Args:
-        path: a file or folder; local or `gs://`.
+        path: the file or folder, local or `gs://`.
         metric_fns: seqio metric functions of `targets` and `predictions`.
-        vocabulary: T5's if None.
+        vocabulary: the vocabulary of the model; None means T5's.
 
     Returns:
-        The task; the same one for the same path (its first metrics and vocabulary stay).
+        The task, whose name is `task_name(path)`. A second call for a path returns the task of the
+        first call, with the metrics and the vocabulary of the first call.
     """
     name = task_name(path)
     if name not in seqio.TaskRegistry.names():
@@ -126,18 +129,18 @@ def jsonl_task(
 
 
 def task_name(path: str | os.PathLike) -> str:
-    """The name of a file's task: `jsonl_<stem>_<hash of the absolute path>`."""
+    """Returns the name of the task of a path: `jsonl_<stem>_<hash of the absolute path>`."""
     absolute = _absolute(path)
     stem = re.sub(r"\W+", "_", os.path.basename(absolute).split(".")[0])
     return f"jsonl_{stem}_{hashlib.sha256(absolute.encode()).hexdigest()[:8]}"
 
 
 def read_rows(path: str | os.PathLike) -> list[dict[str, str]]:
-    """`inputs` and `targets` of every line, of a file in which each line has both.
+    """Returns `inputs` and `targets` of every line of a file in which each line has both.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: naming the file, the line (from 1), and what is wrong with it.
+        ValueError: if a line is not as expected; the message names the file and the line.
     """
     objects = files.parse_objects(files.read_lines(path), path, ("inputs", "targets"))
     return [
@@ -147,7 +150,14 @@ def read_rows(path: str | os.PathLike) -> list[dict[str, str]]:
 
 
 def is_held_out(index: int, options: Options) -> bool:
-    """Whether a training row, counted from 0, is of the share that is held out."""
+    """Returns whether a training row is held out for validation.
+
+    The decision depends only on the seed and the row, so it is the same in every run and process.
+
+    Args:
+        index: the index of the row, counted from 0.
+        options: the settings `eval_fraction` and `seed`.
+    """
     if options.eval_fraction is None:
         return False
     digest = hashlib.sha256(f"{options.seed}:{index}".encode()).digest()
@@ -155,10 +165,13 @@ def is_held_out(index: int, options: Options) -> bool:
 
 
 def find_splits(path: str) -> dict[str, str]:
-    """The file of each split of a task's path.
+    """Returns the file of each split, by the name of the split.
+
+    Args:
+        path: the path of a JSONL file or of a folder.
 
     Raises:
-        FileNotFoundError: if the path is a folder without any of the files.
+        FileNotFoundError: if the path is a folder without a file of any split.
     """
     if path.endswith(ENDINGS):
         validation = _validation_file(path)
@@ -177,11 +190,11 @@ def find_splits(path: str) -> dict[str, str]:
 
 
 class JsonlSource(seqio.FunctionDataSource):
-    """Where a task's examples come from: files, as ids of one vocabulary, in memory.
+    """A seqio source that tokenizes the rows of JSONL files and keeps the examples in memory.
 
     Attributes:
-        path: of the task.
-        files: of each split.
+        path: the path of the file or folder.
+        files: the file of each split.
     """
 
     def __init__(self, path: str, vocabulary: seqio.Vocabulary, options: Options):
@@ -199,22 +212,27 @@ class JsonlSource(seqio.FunctionDataSource):
         super().__init__(self._dataset, splits=list(self.files), caching_permitted=False)
 
     def examples(self, split: str) -> list[rows.Example]:
-        """The rows of a split as ids, without those whose prompts are too long.
+        """Returns the tokenized rows of a split; long prompts are cut or left out.
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: naming the file, the line and what was expected.
+            ValueError: if a row is not as expected (the message names the file and the line), or if
+                no rows remain.
         """
         if split not in self._tables:
             self._tables[split] = self._read(split)
         return self._tables[split]
 
     def first_without_target(self, split: str) -> int | None:
-        """The first line of a split (from 1) that is only a prompt; None if all have targets."""
+        """Returns the number of the first line without a target; None if all lines have targets.
+
+        Lines are counted from 1.
+        """
         return next((row.line for row in self.examples(split) if row.target is None), None)
 
     def _dataset(self, split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
-        del shuffle_files, seed  # the stream shuffles what is in memory
+        # The dataset is a table in memory, which its reader shuffles.
+        del shuffle_files, seed
         examples = self.examples(split)
         ends = {}
         for name in ("inputs", "targets"):
@@ -239,10 +257,12 @@ class JsonlSource(seqio.FunctionDataSource):
 
         return tf.data.Dataset.range(len(examples)).map(example)
 
+    # A pickled source reads its files again instead of carrying the examples.
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_tables": {}}
 
     def _read(self, split: str) -> list[rows.Example]:
+        """Reads and tokenizes the rows of a split; held-out rows belong to `validation` only."""
         path, options = self.files[split], self._options
         read = rows.read(path)
         if options.eval_fraction is not None:
@@ -258,7 +278,13 @@ class JsonlSource(seqio.FunctionDataSource):
         return self._fitting(examples, split)
 
     def _fitting(self, examples: list[rows.Example], split: str) -> list[rows.Example]:
-        """Without the prompts that are longer than the limit, or with their last tokens only."""
+        """Applies `long_prompts` to the prompts that are longer than the limit.
+
+        A warning tells once how many prompts are too long.
+
+        Raises:
+            ValueError: if every prompt would be left out.
+        """
         path, limit = self.files[split], self._options.limit
         if limit is None:
             return examples
@@ -286,6 +312,7 @@ class JsonlSource(seqio.FunctionDataSource):
 
 
 def _validation_file(path: str) -> str | None:
+    """Returns the validation file of a training file; None if there is none."""
     where, name = os.path.split(path)
     stem = name.removesuffix(".gz").removesuffix(".jsonl")
     candidates = [f"{stem}.validation.jsonl", "validation.jsonl"]
@@ -296,12 +323,15 @@ def _validation_file(path: str) -> str | None:
 
 
 def _existing(path: str) -> str | None:
-    """The path itself, or with `.gz`, whichever exists."""
+    """Returns `path` or `path`.gz, whichever exists; None if neither exists."""
     return next((p for p in (path, f"{path}.gz") if tf.io.gfile.exists(p)), None)
 
 
 def _postprocess(text: str, *, example: Mapping[str, Any], is_target: bool = False) -> str | None:
-    """seqio's postprocess_fn: a row without a target has None in its place."""
+    """Returns None for the target of a row without a target, and any other text unchanged.
+
+    This is a seqio postprocess_fn.
+    """
     return None if is_target and not example["has_target"] else text
 
 
@@ -311,7 +341,10 @@ def _same_vocabulary(
     *,
     vocabulary: seqio.Vocabulary,
 ) -> tf.data.Dataset:
-    """Refuses a task that was copied with another vocabulary: its examples are ids already."""
+    """Raises ValueError if the task was copied with another vocabulary.
+
+    The source tokenizes the examples with its own vocabulary, so the copy would have wrong ids.
+    """
     if output_features["targets"].vocabulary is not vocabulary:
         raise ValueError(
             "the task of a JSONL file has the vocabulary it was made with; make it again with "
@@ -321,7 +354,10 @@ def _same_vocabulary(
 
 
 def _of_rows_with_targets(metric_fn: Callable) -> Callable:
-    """A metric function that leaves out rows whose target is None; of none there is no number."""
+    """Returns a metric function that leaves out rows whose target is None.
+
+    If no row has a target, the result of the returned function is {}.
+    """
 
     @functools.wraps(metric_fn)
     def of_those(targets, predictions):

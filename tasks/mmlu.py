@@ -1,21 +1,24 @@
-"""MMLU (Hendrycks et al., 2021): `mmlu`, 57 subjects of multiple choice, and `mmlu_<subject>`.
+"""The tasks `mmlu` and `mmlu_<subject>` of MMLU (Hendrycks et al., 2021), 57 subjects.
 
-DATA_DIR, or its folder `mmlu`, holds dev/, val/ and test/ with <subject>_{dev,val,test}.csv, plain
-or `.gz`, as https://github.com/hendrycks/test has them: question, four options, letter; no header.
+DATA_DIR, or its folder `mmlu`, must hold the folders dev/, val/ and test/ of
+https://github.com/hendrycks/test with the files <subject>_{dev,val,test}.csv, plain or as `.gz`.
+A file has the columns question, four options and letter, and no header.
 
     inputs:  The following are multiple choice questions (with answers) about abstract algebra.
              <question> A. <option> B. <option> C. <option> D. <option> Answer: B <...> Answer:
     targets: C
 
-5-shot: the five questions of dev come first. Where not all fit the feature length, the first k do,
-as in the authors' `evaluate.py` (`few_shot.join_prompt`). At 1024 tokens of T5 81 % of the test
-prompts keep all, at 2048 97 % (all but 404); alone, the longest question has 1092. Where the
-authors have newlines there are spaces, since T5's vocabulary has no newline.
+A prompt begins with the five questions of dev. If they do not all fit into the feature length, the
+first k that fit are kept, as in the authors' `evaluate.py` (`few_shot.join_prompt`). With T5's
+vocabulary, 81 % of the test prompts keep all five questions at 1024 tokens, and 97 % (all but 404)
+at 2048 tokens. The longest question has 1092 tokens without any worked examples. The newlines in
+the authors' prompts become spaces, because T5's vocabulary has no newline.
 
-`accuracy` is the share of exactly right letters in each subject, averaged over the subjects, each
-with the same weight. Greedy decoding may write no letter at all; the authors compare A to D alone,
-which `EvalConfig.decoding = "likeliest"` does. Splits `test` (14,042 questions) and `validation`
-(1,531). The subjects take turns in the stream, so that the first N examples are of all of them.
+`accuracy` is the percentage of exactly correct letters in each subject, averaged over subjects of
+equal weight. Greedy decoding may write something else than a letter. The authors compare only the
+probabilities of A to D, as `EvalConfig.decoding = "likeliest"` does. The splits are `test` (14,042
+questions) and `validation` (1,531 questions). The questions of the subjects alternate in the
+dataset, so that the first N examples come from all subjects.
 """
 
 from collections.abc import Sequence
@@ -51,16 +54,16 @@ SUBJECTS = tuple(_SUBJECTS.split())
 
 
 def read_subject(data_dir: str, subject: str, split: str) -> few_shot.Group:
-    """The prompt and the questions of a subject.
+    """Returns the prompt and the questions of a subject.
 
     Args:
-        data_dir: with dev/ and the split's folder.
-        subject: one of SUBJECTS.
-        split: one of SPLITS.
+        data_dir: the folder with dev/ and the split's folder.
+        subject: one of `SUBJECTS`.
+        split: one of `SPLITS`.
 
     Raises:
-        FileNotFoundError: naming file and folder.
-        ValueError: naming file and line, and what is wrong with it.
+        FileNotFoundError: if a file is missing; the message names the file and the folder.
+        ValueError: if a file is not as expected; the message names the file and the line.
     """
     solved = _read_csv(data_dir, "dev", subject)
     if len(solved) < NUM_SHOTS:
@@ -78,6 +81,7 @@ def read_subject(data_dir: str, subject: str, split: str) -> few_shot.Group:
 
 
 def _read_csv(data_dir: str, part: str, subject: str) -> list[tuple[str, str]]:
+    """Returns the text of each question with its options, and the letter of the answer."""
     where, name = os.path.join(data_dir, part), f"{subject}_{part}.csv"
     lines = folder.read_lines(where, name)
     reader = csv.reader((f"{line}\n" for line in lines), strict=True)
@@ -100,12 +104,13 @@ def _read_csv(data_dir: str, part: str, subject: str) -> list[tuple[str, str]]:
 def _dataset(
     split: str, shuffle_files: bool, seed: int | None = None, *, subjects: Sequence[str] = SUBJECTS
 ) -> tf.data.Dataset:
-    del shuffle_files, seed  # one table in memory: seqio shuffles it
+    del shuffle_files, seed  # The dataset is a table in memory, which its reader shuffles.
     data_dir = few_shot.family_folder("mmlu", "mmlu", "dev")
     return few_shot.group_dataset([read_subject(data_dir, subject, split) for subject in subjects])
 
 
 def _register(name: str, subjects: Sequence[str]) -> None:
+    """Registers a task that is made of some of the subjects."""
     few_shot.register(
         name,
         source=seqio.FunctionDataSource(

@@ -1,7 +1,8 @@
-"""Multi30k, English to German (Elliott et al., 2016): `multi30k_ende`, image captions.
+"""The task `multi30k_ende`: image captions, English to German (Multi30k, Elliott et al., 2016).
 
-DATA_DIR holds {train,val,test_2016_flickr}.{en,de}, plain or `.gz`: the raw task 1 files of
-https://github.com/multi30k/dataset. A joint vocabulary is made from the training files:
+DATA_DIR must hold {train,val,test_2016_flickr}.{en,de}, plain or as `.gz`: the raw files of task 1
+from https://github.com/multi30k/dataset. This command makes a joint vocabulary from the training
+files:
 
     python -m gkd_jax.tasks.multi30k --data_dir=DIR --output=multi30k.model --vocab_size=4000
 """
@@ -21,11 +22,11 @@ FILES = {"train": "train", "validation": "val", "test": "test_2016_flickr"}
 
 
 def read_pairs(data_dir: str, split: str) -> tuple[list[str], list[str]]:
-    """English and German sentences of a split.
+    """Returns the English and the German sentences of a split.
 
     Raises:
-        FileNotFoundError: naming file and folder.
-        ValueError: if the two files have different numbers of lines.
+        FileNotFoundError: if a file is missing; the message names the file and the folder.
+        ValueError: if the English and the German file have different numbers of lines.
     """
     stem = FILES[split]
     english, german = (folder.read_lines(data_dir, f"{stem}.{code}") for code in ("en", "de"))
@@ -38,7 +39,7 @@ def read_pairs(data_dir: str, split: str) -> tuple[list[str], list[str]]:
 
 
 def _dataset(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
-    del shuffle_files, seed  # one table in memory: seqio shuffles it
+    del shuffle_files, seed  # The dataset is a table in memory, which its reader shuffles.
     english, german = read_pairs(folder.data_dir(TASK), split)
     return tf.data.Dataset.from_tensor_slices({"inputs": english, "targets": german})
 
@@ -52,7 +53,7 @@ features.register(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Trains the joint vocabulary."""
+    """Trains a joint vocabulary on the training files, as the command line states."""
     parser = argparse.ArgumentParser(prog="python -m gkd_jax.tasks.multi30k", description=__doc__)
     parser.add_argument("--data_dir", required=True, help="folder of train.en and train.de")
     parser.add_argument("--output", required=True, help="the SentencePiece file to write")

@@ -1,12 +1,15 @@
-"""Rows of a JSONL file: prompts and targets in the forms that people have them, and their ids.
+"""Reads the rows of JSONL files, and turns their prompts and targets into token ids.
+
+A row may have one of these forms:
 
     {"inputs": "...", "targets": "..."}       a prompt and its target
-    {"prompt": "...", "completion": "..."}    the same
+    {"prompt": "...", "completion": "..."}    the same with other names
     {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
 
-The last turn of `messages` is the target if it is the assistant's; otherwise all of them are a
-prompt. `prompt` and `completion` may be lists of messages too. `tools` beside messages holds JSON
-schemas for the chat template. A row without a target is a prompt: none is invented for it.
+If the last message is the assistant's, it is the target and the messages before it are the prompt;
+otherwise all messages are the prompt. `prompt` and `completion` may be lists of messages too.
+`tools` beside messages holds JSON schemas for the chat template. A row without a target is only a
+prompt.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,20 +26,21 @@ from gkd_jax.text import files
 from gkd_jax.text.tokenizer_folder import TokenizerVocabulary
 
 
-# A template that prints the date would give other ids each day, and a resumed run another stream.
+# The date that chat templates print. It is fixed, because the current date would change the ids
+# from day to day, and a resumed run would then train on other ids.
 DATE = datetime.datetime(2024, 7, 26)
 
 _TARGET_OF = {"inputs": "targets", "prompt": "completion"}
 
 
 class Row(NamedTuple):
-    """A line of a file.
+    """One line of a JSONL file.
 
     Attributes:
-        prompt: a text, or messages.
-        target: a text, or the assistant's message; None where the row is only a prompt.
-        tools: of messages.
-        line: of the file, from 1.
+        prompt: a text or a list of messages.
+        target: a text or a message of the assistant; None if the row is only a prompt.
+        tools: JSON schemas of tools for the chat template; None if there are none.
+        line: the number of the line, counted from 1.
     """
 
     prompt: str | list[dict[str, Any]]
@@ -46,15 +50,15 @@ class Row(NamedTuple):
 
 
 class Example(NamedTuple):
-    """A row as ids, of any length.
+    """A tokenized row, without a limit on its length.
 
     Attributes:
-        inputs: of the prompt, with what a model expects around it.
-        targets: of the target, with an end; empty where there is none.
-        prompt: the prompt's text, a chat's as rendered.
-        target: the target's text as the vocabulary decodes it; None where there is none.
-        chat: the prompt's messages and tools as JSON; "" where the prompt is a text.
-        line: of the file, from 1.
+        inputs: the ids of the prompt, including the special tokens that the model expects.
+        targets: the ids of the target, ending in an id that ends a text; empty without a target.
+        prompt: the text of the prompt; for messages, the rendered chat.
+        target: the text of the target; for messages, the decoded `targets`; None without a target.
+        chat: the messages and tools of the prompt as JSON; "" if the prompt is a text.
+        line: the number of the line in the file, counted from 1.
     """
 
     inputs: np.ndarray
@@ -66,11 +70,11 @@ class Example(NamedTuple):
 
 
 def read(path: str | os.PathLike) -> list[Row]:
-    """The rows of a JSONL file.
+    """Returns the rows of a JSONL file.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: naming the file, the line (from 1) and what was expected.
+        ValueError: if a row is not as expected; the message names the file and the line.
     """
     objects = files.parse_objects(files.read_lines(path), path)
     return [_row(row, path, number) for number, row in enumerate(objects, start=1)]
@@ -82,21 +86,22 @@ def tokenize(
     path: str | os.PathLike,
     variables: Mapping[str, Any] | None = None,
 ) -> list[Example]:
-    """Rows as ids.
+    """Returns rows as token ids.
 
-    A text becomes what its vocabulary makes of a prompt: T5's ends in EOS, Llama's begins with BOS.
-    Messages become the ids of the rendered chat with its generation prompt, and their target those
-    that the whole chat has after it, up to and with the first id that ends a text.
+    A prompt that is a text gets the special tokens of its vocabulary: with T5 it ends in EOS, with
+    Llama it begins with BOS. Messages become the ids of the rendered chat with its generation
+    prompt. The target of messages becomes the ids that the whole rendered chat has after the
+    prompt, up to and including the first id that ends a text.
 
     Args:
-        rows: of `read`.
-        vocabulary: the model's.
-        path: of the file, for messages.
-        variables: further names that the chat template reads, such as `enable_thinking`.
+        rows: the result of `read`.
+        vocabulary: the vocabulary of the model.
+        path: the file of the rows, for error messages.
+        variables: further variables of the chat template, such as `enable_thinking`.
 
     Raises:
-        ValueError: naming the file, the line and what was expected: a chat template where there are
-            messages, one that takes them, and a prompt that is not empty.
+        ValueError: if a prompt is empty, if there is no chat template for messages, or if the
+            template refuses the messages; the message names the file and the line.
     """
     examples = []
     for row in rows:
@@ -114,14 +119,14 @@ def tokenize(
 
 
 def prompt_ids(vocabulary: seqio.Vocabulary, text: str) -> list[int]:
-    """Ids of a text that a model is to answer, with what the model expects around it."""
+    """Returns the ids of a prompt, including the special tokens that the model expects."""
     if isinstance(vocabulary, TokenizerVocabulary):
         return vocabulary.encode_prompt(text)
     return [*vocabulary.encode(text), *_end(vocabulary)]
 
 
 def cut(ids: np.ndarray, limit: int, vocabulary: seqio.Vocabulary) -> np.ndarray:
-    """The last ids of a prompt that is too long, after its BOS where it begins with one."""
+    """Returns the last `limit` ids of a prompt; a BOS at the start of the prompt is kept."""
     if len(ids) <= limit:
         return ids
     begins = isinstance(vocabulary, TokenizerVocabulary) and ids[0] == vocabulary.bos_id
@@ -133,13 +138,15 @@ def cut(ids: np.ndarray, limit: int, vocabulary: seqio.Vocabulary) -> np.ndarray
 def read_prompts(
     path: str | os.PathLike, vocabulary: seqio.Vocabulary, limit: int
 ) -> list[dict[str, Any]]:
-    """The lines of a plain text file, a prompt each, as examples without targets.
+    """Returns the lines of a plain text file as examples without targets; each line is a prompt.
 
-    A prompt of more than `limit` tokens keeps the last, and how many do is said.
+    A prompt of more than `limit` tokens is cut to its last tokens, and a warning tells how many
+    prompts were cut.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: naming the file, the line and what was expected.
+        ValueError: if the file is not text, or has no lines or an empty line; the message names the
+            file and the line.
     """
     lines = files.read_lines(path)
     if not lines:
@@ -166,6 +173,7 @@ def read_prompts(
 
 
 def _row(row: dict[str, Any], path: str | os.PathLike, line: int) -> Row:
+    """Returns the row of a JSON object in any of the forms of this module's docstring."""
     if "messages" in row:
         return _chat_row(row, row["messages"], path, line)
     key = next((key for key in _TARGET_OF if key in row), None)
@@ -183,6 +191,7 @@ def _row(row: dict[str, Any], path: str | os.PathLike, line: int) -> Row:
 
 
 def _chat_row(row: dict[str, Any], messages: Any, path: str | os.PathLike, line: int) -> Row:
+    """Returns the row of a JSON object with messages; splits off a target at their end."""
     if not isinstance(messages, list) or not messages:
         files.fault(path, line, "'messages' must be a list of messages that is not empty")
     for number, message in enumerate(messages, start=1):
@@ -251,14 +260,22 @@ def _chat_example(row: Row, vocabulary: seqio.Vocabulary, variables: dict[str, A
 def _answer_ids(
     vocabulary: TokenizerVocabulary, prompt: str, whole: str, content: Any
 ) -> list[int]:
-    """What a whole chat has after its prompt, up to and with the first id that ends a text.
+    """Returns the ids of the answer in a chat, up to and including the first id that ends a text.
 
-    Some templates do not print the prompt again as it was (they drop the reasoning of turns that
-    are past, say): then the answer is its own text and an end.
+    The answer is the part of the whole rendered chat after its prompt. Some templates render the
+    prompt differently when an answer follows; for example, they drop the reasoning of past turns.
+    In this case the answer is the text in `content`, with an id that ends a text added.
+
+    Args:
+        vocabulary: the vocabulary of the model.
+        prompt: the rendered messages before the answer, with the generation prompt.
+        whole: all messages as rendered.
+        content: the content of the answer's message.
     """
     if whole.startswith(prompt):
         before, ids = list(vocabulary.encode(prompt)), list(vocabulary.encode(whole))
-        # Tokens across the seam: the model goes on from the prompt's own ids.
+        # A token may contain both the end of the prompt and the start of the answer. The answer is
+        # then tokenized alone, because the model generates from the ids of the prompt alone.
         follows = ids[: len(before)] == before
         ids = ids[len(before) :] if follows else list(vocabulary.encode(whole[len(prompt) :]))
         end = next((i for i, token in enumerate(ids) if token in vocabulary.eos_ids), None)
@@ -272,6 +289,7 @@ def _answer_ids(
 
 
 def _end(vocabulary: seqio.Vocabulary) -> list[int]:
+    """Returns the id that ends a text, as a list of one id."""
     if vocabulary.eos_id is None:
         raise ValueError("the vocabulary names no token that ends a text (eos_token)")
     return [vocabulary.eos_id]

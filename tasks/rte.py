@@ -1,13 +1,13 @@
-"""RTE (Dagan et al., 2006; GLUE's files): `rte`, does a premise entail a hypothesis?
+"""The task `rte`: whether a premise entails a hypothesis (RTE, Dagan et al., 2006; files of GLUE).
 
-DATA_DIR, or its folder `rte`, holds train.tsv and dev.tsv (split `validation`), plain or `.gz`,
-with a header line: index TAB sentence1 TAB sentence2 TAB label.
+DATA_DIR, or its folder `rte`, must hold train.tsv and dev.tsv (the split `validation`), plain or as
+`.gz`. A file has a header line and the columns index, sentence1, sentence2 and label.
 
     inputs:  premise: <sentence1> hypothesis: <sentence2>
     targets: entailment  or  not_entailment
 
-The form is that of `rewards.Entailment`: a T5 trained on this task can be its classifier, with
-`label = 'entailment'`.
+`rewards.Entailment` uses the same form of inputs: a T5 that was trained on this task can be its
+classifier, with `label = 'entailment'`.
 """
 
 import seqio
@@ -22,11 +22,11 @@ LABELS = ("entailment", "not_entailment")
 
 
 def read_rows(where: str, name: str) -> list[tuple[str, str]]:
-    """(inputs, targets) of a file.
+    """Returns (inputs, targets) of each row of a file.
 
     Raises:
-        FileNotFoundError: naming file and folder.
-        ValueError: naming the file, the line (from 1), and what is wrong with it.
+        FileNotFoundError: if the file is missing; the message names the file and the folder.
+        ValueError: if a row is not as expected; the message names the file and the line.
     """
     rows = []
     for number, line in enumerate(folder.read_lines(where, name)[1:], start=2):
@@ -44,7 +44,7 @@ def read_rows(where: str, name: str) -> list[tuple[str, str]]:
 
 
 def _dataset(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
-    del shuffle_files, seed  # one table in memory: seqio shuffles it
+    del shuffle_files, seed  # The dataset is a table in memory, which its reader shuffles.
     where = few_shot.family_folder("rte", "rte", "dev.tsv")
     inputs, targets = zip(*read_rows(where, SPLITS[split]), strict=True)
     return tf.data.Dataset.from_tensor_slices({"inputs": list(inputs), "targets": list(targets)})

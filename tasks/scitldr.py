@@ -1,9 +1,9 @@
-"""SciTLDR (Cachola et al., 2020): `scitldr`, a paper's abstract in one sentence.
+"""The task `scitldr`: summarize a paper's abstract in one sentence (SciTLDR, Cachola et al., 2020).
 
-DATA_DIR holds {train,dev,test}.jsonl of SciTLDR-A (https://github.com/allenai/scitldr), plain or
-`.gz`. The training target is the first of a paper's summaries, its authors' (in `train` the only
-one). Predictions are scored against all of them, the best by ROUGE-1 counting, as the data set's
-authors do.
+DATA_DIR must hold {train,dev,test}.jsonl of SciTLDR-A (https://github.com/allenai/scitldr), plain
+or as `.gz`. The target is the first summary of a paper, which the paper's authors wrote; the split
+`train` has only this summary. Predictions are scored against all summaries of a paper, of which the
+one with the best ROUGE-1 counts, as in the evaluation of the data set's authors.
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ FILES = {"train": "train.jsonl", "validation": "dev.jsonl", "test": "test.jsonl"
 
 
 def _dataset(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
-    del shuffle_files, seed  # one table in memory: seqio shuffles it
+    del shuffle_files, seed  # The dataset is a table in memory, which its reader shuffles.
     data_dir = folder.data_dir(TASK)
     path = os.path.join(data_dir, FILES[split])
     rows = []
@@ -36,13 +36,14 @@ def _dataset(split: str, shuffle_files: bool, seed: int | None = None) -> tf.dat
         {
             "inputs": [inputs for inputs, _ in rows],
             "targets": [references[0] for _, references in rows],
-            # One string: examples have different numbers of references.
+            # JSON in one string, because examples have different numbers of references.
             "references": [json.dumps(references) for _, references in rows],
         }
     )
 
 
 def _texts(row: dict[str, Any], key: str, path: str, line: int) -> list[str]:
+    """Returns the list of strings under a key; raises ValueError for any other value."""
     texts = row.get(key)
     if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
         files.fault(path, line, f"{key!r} must be a list of strings, got {str(texts)[:60]!r}")
@@ -50,13 +51,17 @@ def _texts(row: dict[str, Any], key: str, path: str, line: int) -> list[str]:
 
 
 def _clean(text: str) -> str:
+    """Returns a text in which every sequence of white space is one space."""
     return " ".join(text.split())
 
 
 def all_references(
     text: str, *, example: Mapping[str, Any], is_target: bool = False
 ) -> str | list[str]:
-    """seqio's postprocess_fn: a target becomes the list of its example's references."""
+    """Returns all references of an example for a target, and a prediction unchanged.
+
+    This is a seqio postprocess_fn.
+    """
     return json.loads(example["references"]) if is_target else text
 
 

@@ -1,11 +1,14 @@
-"""The source of tasks that TFDS has, for which files of one's own can stand in.
+"""A source of examples that reads a split from TFDS, or from a JSONL file if there is one.
 
-Where DATA_DIR, or its folder of the task's family (`xsum`, `wmt`, `gsm8k`), holds `<split>.jsonl`,
-plain or `.gz`, that split is read from there; any other comes from TFDS. A line is an object with
-`inputs` and `targets`, or with TFDS's names (`document` and `summary` for XSum): texts as the data
-set has them, to which the task adds its prefix or prompt. So a split can be replaced, as GSM8K's
-training answers by the chains of thought of a larger model, while the others stay; and a data set
-that TFDS cannot download by itself can be used without it.
+If DATA_DIR, or the folder of the task's family in DATA_DIR (`xsum`, `wmt`, `gsm8k`), has a file
+`<split>.jsonl`, plain or as `.gz`, the split is read from this file. Any other split comes from
+TFDS. Each line of a file is an object with `inputs` and `targets`, or with the names that TFDS uses
+(`document` and `summary` for XSum). The texts are those of the data set; the task adds its prefix
+or prompt.
+
+Files have two uses. One split can be replaced while the other splits remain; for example, chains of
+thought of a larger model can replace the training answers of GSM8K. And a data set that TFDS cannot
+download automatically can be used without TFDS.
 """
 
 from collections.abc import Iterable, Mapping
@@ -22,17 +25,18 @@ SPLITS = ("train", "validation", "test")
 
 
 class TfdsOrFiles(seqio.TfdsDataSource):
-    """A TFDS data set, or the JSONL files that stand in for its splits."""
+    """A TFDS data set, of which JSONL files may replace some or all splits."""
 
     def __init__(self, tfds_name: str, *, family: str, fields: Mapping[str, str], hint: str = ""):
-        """Reads nothing yet.
+        """Describes the data set; files and TFDS are not accessed yet.
 
         Args:
-            tfds_name: name, configuration and version.
-            family: the folder of DATA_DIR in which files are looked for first.
-            fields: TFDS's names of `inputs` and `targets`.
-            hint: how a data set that TFDS cannot download by itself is prepared, for messages; TFDS
-                does not try then. Empty where it can.
+            tfds_name: the name, configuration and version of the data set in TFDS.
+            family: the folder in DATA_DIR in which files are looked for first.
+            fields: the names in TFDS of `inputs` and `targets`.
+            hint: for a data set that TFDS cannot download automatically, how to prepare the data
+                set. The hint is part of an error message, and TFDS does not try to download. "" if
+                TFDS can download the data set.
         """
         super().__init__(tfds_name=tfds_name, read_only=bool(hint))
         self._name = tfds_name
@@ -42,9 +46,9 @@ class TfdsOrFiles(seqio.TfdsDataSource):
 
     @property
     def splits(self) -> Iterable[str]:
-        """Those of the files and those of TFDS."""
+        """The splits that have files, and the splits of TFDS."""
         found = [split for split in SPLITS if self._file(split) is not None]
-        # TFDS is asked only where something is missing: it may not have the data set.
+        # TFDS is asked only if a file is missing, because TFDS may not have the data set.
         if len(found) == len(SPLITS):
             return found
         return [*found, *(split for split in super().splits if split not in found)]
@@ -57,11 +61,13 @@ class TfdsOrFiles(seqio.TfdsDataSource):
         shard_info: seqio.ShardInfo | None = None,
         **settings,
     ) -> tf.data.Dataset:
-        """Examples with TFDS's names.
+        """Returns the examples of a split, with the names of features in TFDS.
 
         Raises:
-            FileNotFoundError: saying what to do, where neither files nor TFDS have the split.
-            ValueError: naming the file, the line and what is wrong with it.
+            FileNotFoundError: if neither DATA_DIR nor TFDS has the split; the message says what to
+                do.
+            ValueError: if a line of a file is not as expected; the message names the file and the
+                line.
         """
         chosen = split or "train"
         path = self._file(chosen)
@@ -77,21 +83,28 @@ class TfdsOrFiles(seqio.TfdsDataSource):
             ) from None
 
     def num_input_examples(self, split: str) -> int | None:
-        """TFDS's number; None for a file, which knows it when it is read."""
+        """Returns the number of examples in TFDS; None if a file replaces the split.
+
+        The number of examples in a file is known only after the file has been read.
+        """
         return None if self._file(split) is not None else super().num_input_examples(split)
 
     def list_shards(self, split: str) -> list[str]:
-        """One for a file."""
+        """Returns the shards of a split; a JSONL file is one shard."""
         path = self._file(split)
         return list(super().list_shards(split)) if path is None else [path]
 
     def _file(self, split: str) -> str | None:
-        """The file of a split, if there is one."""
+        """Returns the file that replaces a split; None if there is none.
+
+        Raises:
+            ValueError: if there is a file and `split` is only a part of it, such as "train[:10%]".
+        """
         base = split.split("[")[0]
         for name in (f"{base}.jsonl", f"{base}.jsonl.gz"):
             try:
                 where = few_shot.family_folder(self._name, self._family, name)
-            except ValueError:  # no DATA_DIR
+            except ValueError:  # DATA_DIR is not set.
                 return None
             path = os.path.join(where, name)
             if tf.io.gfile.exists(path):
@@ -103,6 +116,7 @@ class TfdsOrFiles(seqio.TfdsDataSource):
         return None
 
     def _table(self, path: str) -> tf.data.Dataset:
+        """Reads a JSONL file; the first row decides by which names the features are read."""
         rows = files.parse_objects(folder.read_lines(*os.path.split(path)), path)
         own = "inputs" not in rows[0] and self._fields["inputs"] in rows[0]
         columns = {

@@ -1,7 +1,8 @@
-"""WMT14 English to German as T5 has it: `wmt_t2t_ende_v003` (Raffel et al., 2020).
+"""The task `wmt_t2t_ende_v003`: WMT14 English to German as in T5 (Raffel et al., 2020).
 
-TFDS `wmt_t2t_translate/de-en:1.0.0`, or `{train,validation,test}.jsonl` with `en` and `de` in the
-folder `wmt` of DATA_DIR (`gkd_jax.tasks.tfds_or_files`).
+The data set is `wmt_t2t_translate/de-en:1.0.0` of TFDS, or the files
+`{train,validation,test}.jsonl` with `en` and `de` in the folder `wmt` of DATA_DIR
+(`gkd_jax.tasks.tfds_or_files`).
 """
 
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ PREFIX = "translate English to German: "
 
 @seqio.map_over_dataset
 def english_to_german(example: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-    """`inputs` and `targets` of a TFDS example with `en` and `de`."""
+    """Returns `inputs` and `targets` of a TFDS example with `en` and `de`."""
     return {"inputs": tf.strings.join([PREFIX, example["en"]]), "targets": example["de"]}
 
 

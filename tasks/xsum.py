@@ -1,13 +1,13 @@
-"""XSum (Narayan et al., 2018): `xsum`, one sentence that says what an article is about.
+"""The task `xsum`: summarize an article in one sentence (XSum, Narayan et al., 2018).
 
-TFDS `xsum:1.1.0`, which cannot download the articles by itself. Make
-`xsum-extracts-from-downloads.tar.gz` as https://github.com/EdinburghNLP/XSum says, put it into a
-folder and prepare the data set once:
+The data set is `xsum:1.1.0` of TFDS, which cannot download the articles automatically. Create
+`xsum-extracts-from-downloads.tar.gz` as https://github.com/EdinburghNLP/XSum describes, put the
+file into a folder, and prepare the data set once:
 
     tfds build xsum --manual_dir=FOLDER --data_dir=TFDS_DATA_DIR
 
-Or put `{train,validation,test}.jsonl` with `document` and `summary` into the folder `xsum` of
-DATA_DIR (`gkd_jax.tasks.tfds_or_files`).
+Alternatively, put `{train,validation,test}.jsonl` with `document` and `summary` into the folder
+`xsum` of DATA_DIR (`gkd_jax.tasks.tfds_or_files`).
 """
 
 from collections.abc import Mapping
@@ -19,12 +19,12 @@ from gkd_jax.tasks import features, tfds_or_files
 from gkd_jax.text import text_metrics
 
 
-PREFIX = "summarize: "  # T5's, for its summarization tasks
+PREFIX = "summarize: "  # The prefix of T5's summarization tasks.
 
 
 @seqio.map_over_dataset
 def document_to_summary(example: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-    """`inputs` and `targets` of a TFDS example with `document` and `summary`."""
+    """Returns `inputs` and `targets` of a TFDS example with `document` and `summary`."""
     return {
         "inputs": tf.strings.join([PREFIX, example["document"]]),
         "targets": example["summary"],
