@@ -1,4 +1,4 @@
-"""Eight CPU devices, strict shapes and the shared data, for every test."""
+"""Gives every test eight CPU devices, checked array shapes and the shared data."""
 
 import getpass
 import importlib.metadata
@@ -41,7 +41,7 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 @pytest.fixture(scope="session")
 def shared() -> pathlib.Path:
-    """The folder with shared data: GKD_JAX_SHARED, else ../shared beside the repository."""
+    """The folder with shared data: GKD_JAX_SHARED, or ../shared beside the repository."""
     default = ROOT.parent / "shared"
     path = pathlib.Path(os.environ.get("GKD_JAX_SHARED") or default).resolve()
     if not path.is_dir():
@@ -51,7 +51,7 @@ def shared() -> pathlib.Path:
 
 @pytest.fixture
 def t5x_checkpoint(request):
-    """A function (network, kind) -> path of a checkpoint that T5X wrote: ours, else the shared."""
+    """A function (network, kind) -> path of a checkpoint that T5X wrote, ours or shared."""
 
     def path(network: str, kind: str) -> str:
         folder = GOLDEN / f"{network}_{kind}"
@@ -63,6 +63,6 @@ def t5x_checkpoint(request):
 
 
 def golden(network: str) -> dict[str, np.ndarray]:
-    """What T5X computed with its checkpoint of a network."""
+    """The numbers that T5X computed with its checkpoint of a network."""
     with np.load(GOLDEN / f"{network}_golden.npz") as arrays:
         return dict(arrays)

@@ -1,4 +1,4 @@
-"""Random decoder-only models of every family as Hugging Face folders, and what they compute."""
+"""Random decoder-only models of every family as Hugging Face folders, and their outputs."""
 
 import numpy as np
 import torch
@@ -63,7 +63,10 @@ MODELS = {
 
 
 def theirs(name, **more):
-    """A model of random weights; those of norms and biases too, which would hide an order."""
+    """A transformers model with random weights.
+
+    Norms and biases are random, too: at their initial values, an exchange of two would not show.
+    """
     class_name, changes = MODELS[name]
     config = getattr(transformers, class_name)(**{**COMMON, **changes, **more})
     config._attn_implementation = "eager"
@@ -89,14 +92,14 @@ def save(model, folder, **options):
 
 
 def prompts_and_targets(rng, lengths=(11, 4, 1), target_length=26):
-    """Ids of everything, 0 too; what pads is a token like any other."""
+    """Random ids of the whole vocabulary, with 0, because the padding id is an ordinary token."""
     inputs = rng.integers(0, VOCAB, (len(lengths), max(lengths))).astype(np.int32)
     targets = rng.integers(0, VOCAB, (len(lengths), target_length)).astype(np.int32)
     return inputs, np.asarray(lengths, np.int32), targets
 
 
 def their_logits(model, inputs, lengths, targets):
-    """Row by row, without padding: those that predict each target."""
+    """The logits of transformers that predict each target, row by row and without padding."""
     found = []
     for row, length in enumerate(lengths):
         text = np.concatenate([inputs[row, :length], targets[row]])[None]
@@ -107,7 +110,7 @@ def their_logits(model, inputs, lengths, targets):
 
 
 def their_tokens(model, inputs, lengths, num_tokens, eos_ids):
-    """Greedy tokens of each row; 0 after the end."""
+    """The greedy tokens of transformers for each row, with 0 after the end."""
     found = np.zeros((len(lengths), num_tokens), np.int32)
     for row, length in enumerate(lengths):
         prompt = torch.tensor(inputs[row : row + 1, :length], dtype=torch.long)

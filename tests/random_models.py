@@ -1,4 +1,4 @@
-"""Parameters that are not at their initial values, and comparisons of whole trees."""
+"""Random parameters that differ from the initial values, and comparisons of whole trees."""
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +9,10 @@ from gkd_jax.models import t5
 
 
 def random_params(config: t5.T5Config, seed: int = 0, *, norm_spread: float = 0.2) -> t5.Params:
-    """Random parameters drawn by NumPy.
+    """Parameters drawn at random by NumPy.
 
     Fan-in scaling keeps activations near 1, and embeddings are large enough for logits that differ.
-    Norms lie around 1, so that they matter too; with `norm_spread` 0 they are 1.
+    Norms vary around 1, so that they affect the result; with `norm_spread` 0 they are 1.
     """
     rng = np.random.default_rng(seed)
 

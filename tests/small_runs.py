@@ -1,4 +1,4 @@
-"""The runs that the tests of whole runs start: `arithmetic` with a T5 of a few thousand numbers."""
+"""Options of small whole runs: the task `arithmetic` with a T5 of a few thousand parameters."""
 
 from gkd_jax import gkd, sharding
 from gkd_jax.input.data import DataConfig
@@ -26,7 +26,7 @@ def small(size, vocab_size):
 
 
 def options(model_dir, *, steps, fraction=0.0, divergence=None, student=None, **more):
-    """What `train.train` takes for a short run; `more` replaces fields of the recipe."""
+    """The arguments of `train.train` for a short run; `more` replaces fields of the recipe."""
     fields = {
         "student": student or pretrained.ModelConfig(architecture=small, size="tiny"),
         "data": DataConfig(task="arithmetic", feature_lengths=LENGTHS, batch_size=8),

@@ -1,4 +1,4 @@
-"""Hugging Face folders of small tokenizers, made here: of the kinds of Qwen, Llama and Gemma."""
+"""Makes Hugging Face folders with small tokenizers of the kinds of Qwen, Llama and Gemma."""
 
 import json
 import pathlib
@@ -64,7 +64,7 @@ STOPS = {
 
 
 def train(kind: str, vocab_size: int = 400) -> tokenizers.Tokenizer:
-    """A BPE tokenizer; Qwen's and Llama's special tokens come after the others, Gemma's before."""
+    """Trains a BPE tokenizer. Special tokens come last for Qwen and Llama, and first for Gemma."""
     if kind == "gemma":
         tokenizer = tokenizers.Tokenizer(
             models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True)
@@ -102,7 +102,7 @@ def train(kind: str, vocab_size: int = 400) -> tokenizers.Tokenizer:
 
 
 def write(folder: pathlib.Path, kind: str, tokenizer: tokenizers.Tokenizer | None = None):
-    """A folder with the tokenizer's files, as the Hub has them; gives back the folder."""
+    """Writes a folder with the files of the tokenizer, as on the Hub, and returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = tokenizer or train(kind)
     tokenizer.save(str(folder / "tokenizer.json"))

@@ -1,4 +1,4 @@
-"""Products and attention beside NumPy in float64 and beside each other, gradients included."""
+"""Products and attention equal NumPy in float64, and their variants each other, with gradients."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Beam search against T5X's golden beams, and against exhaustive search where that is possible."""
+"""Beam search gives T5X's golden beams, and the best of all sequences where these can be listed."""
 
 import dataclasses
 import itertools
@@ -53,7 +53,7 @@ def test_tokens_and_scores_are_those_of_t5x(t5x_checkpoint, name):
 
 
 def all_scores(config, params, row, length, alpha):
-    """Score of every sequence that ends within `length`, by teacher forcing."""
+    """The score of every sequence that ends within `length`, by teacher forcing."""
     ids = range(2, config.vocab_size)
     sequences = [(*body, 1) for n in range(length) for body in itertools.product(ids, repeat=n)]
     targets = np.zeros((len(sequences), length), np.int32)

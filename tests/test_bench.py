@@ -1,4 +1,4 @@
-"""What `bench` prints and refuses."""
+"""`bench` prints the documented numbers and refuses wrong arguments."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The calculator against Python's own arithmetic, and the signs that GSM8K writes."""
+"""The calculator equals Python's arithmetic and reads the signs that occur in GSM8K."""
 
 from fractions import Fraction
 import math
@@ -120,7 +120,7 @@ def test_what_stands_before_an_expression(text, result):
 
 @st.composite
 def expressions(draw, depth=3):
-    """Text of an expression, and its value by Python's own fractions."""
+    """Yields the text of an expression and its value by Python's fractions."""
     if depth == 0 or draw(st.booleans()):
         cents = draw(st.integers(0, 99_999_999))
         whole, rest = divmod(cents, 100)

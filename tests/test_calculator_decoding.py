@@ -1,4 +1,4 @@
-"""Decoding with the calculator: a model that cannot add writes right sums."""
+"""Decoding with the calculator makes a model that cannot add write the right sums."""
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ LENGTH = 16
 
 
 def scripted(monkeypatch, *texts):
-    """A model that writes the given texts whatever it is fed, and notes what it is fed."""
+    """A model that writes the given texts whatever it reads, and records what it reads."""
     scripts = [[*VOCABULARY.encode(text), 1] for text in texts]
     fed = []
 

@@ -1,4 +1,4 @@
-"""Whatever is typed: a recipe, or one line that names what was typed."""
+"""Every command line gives a recipe, or one line of error that names the wrong argument."""
 
 import pathlib
 import subprocess

@@ -1,7 +1,7 @@
-"""The conformance suite: ours passes, every planted fault is found by its trap, what others do.
+"""The conformance suite passes gkd_jax, and finds every planted fault by the trap that names it.
 
-What others' functions do is measured, not judged; docs/conformance.md has the table. TRL's rows
-need trl, transformers' need torch and transformers:
+It also measures TRL and transformers, without judging them; docs/conformance.md has the table.
+TRL's rows need trl, and those of transformers need torch and transformers:
 
     python -m gkd_jax.conformance tests.test_conformance:TRL
     python -m gkd_jax.conformance tests.test_conformance:Transformers
@@ -38,7 +38,7 @@ def _log_ratio(a, b):
 
 
 class Right:
-    """Everything the suite asks for, in NumPy, with gradients in closed form."""
+    """A right implementation of everything the suite asks for: NumPy and closed-form gradients."""
 
     reduction = "sequence_mean"
 
@@ -78,7 +78,7 @@ class Right:
         return self.divergence(np.log(q), np.log(p), beta)
 
     def coefficients(self, targets, weights):
-        """Of each token in the loss."""
+        """The weight of each token in the loss."""
         counted = weights.sum(1) > 0
         each = np.maximum(weights.sum(1, keepdims=True), 1) * max(counted.sum(), 1)
         return weights / each
@@ -180,7 +180,7 @@ class MeanOfMicrobatchMeans(Right):
 
 
 class TokenMean(Right):
-    """Per-token normalisation under the name of the paper's."""
+    """A fault: the mean over all tokens under the name of the paper's reduction."""
 
     def coefficients(self, targets, weights):
         return weights / max(weights.sum(), 1)
@@ -265,7 +265,7 @@ class GradientThroughTeacher(Right):
 
 
 class HeldMixture(Right):
-    """A gradient that misses the factor 1 - beta."""
+    """A fault: the gradient of the JSD misses the factor 1 - beta."""
 
     def divergence_and_gradient(self, student_logits, teacher_logits, beta):
         values, gradient = super().divergence_and_gradient(student_logits, teacher_logits, beta)
@@ -478,9 +478,9 @@ def _random_weights(model):
 class TRL:
     """TRL's GKDTrainer and, for T9, the fused divergence of its DistillationTrainer.
 
-    The trainer is made by its own constructor, without that of its parent, which asks for data and
-    a tokenizer. A causal model has logits one place before ours: the adapter adds that place, and
-    `compute_loss` takes it away.
+    The trainer's own constructor runs, but not its parent's, which needs data and a tokenizer. The
+    logits of a causal model stand one position before the suite's, so the adapter adds a position,
+    which `compute_loss` removes again.
     """
 
     def __init__(self):
@@ -531,7 +531,7 @@ class TRL:
             )
 
     def _jsd(self, student, teacher, beta):
-        """The static method: summed over the vocabulary, it is the divergence per token."""
+        """TRL's static method; summed over the vocabulary, it is the divergence per token."""
         values = self.class_.generalized_jsd_loss(student, teacher, beta=beta, reduction="none")
         return values.sum(-1)
 
@@ -633,13 +633,13 @@ class TRL:
 
 
 class TRLTokenMean(TRL):
-    """The same, measured against the reduction that it has."""
+    """TRL, measured against the reduction that it uses."""
 
     reduction = "token_mean"
 
 
 class Transformers:
-    """T5ForConditionalGeneration: shifting, the cache, and `generate` with do_sample alone."""
+    """transformers' T5: its shifting, its cache, and `generate` with do_sample alone."""
 
     def __init__(self):
         import torch

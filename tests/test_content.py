@@ -1,4 +1,4 @@
-"""Identity of checkpoints by content, and parameters that are not finite."""
+"""Checkpoints are identified by content, and parameters that are not finite are refused."""
 
 import json
 import shutil
@@ -119,7 +119,7 @@ def test_no_format_is_loaded_with_a_nan(form, params, tmp_path):
 
 
 def test_a_half_precision_file_that_overflowed_is_refused(params, tmp_path):
-    """As people get it: cast to float16 by hand, where T5's large weights become infinite."""
+    """Casting to float16 by hand makes T5's large weights infinite; such files exist."""
     write(str(tmp_path / "hf"), "hf", changed(params, "token_embedder/embedding", 1e6))
     file = tmp_path / "hf" / "model.safetensors"
     with np.errstate(over="ignore"):

@@ -1,4 +1,4 @@
-"""`convert`: what it refuses, what a dry run sees, and what an exported model may generate."""
+"""`convert` refuses wrong input, checks in dry runs, and exports models that ban spare ids."""
 
 import json
 import shutil

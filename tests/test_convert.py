@@ -132,10 +132,10 @@ def adafactor(config):
 
 
 def adafactor_state(path, config):
-    """T5X's Adafactor state, laid out as ours: layers first, v_row a mean over the last dimension.
+    """T5X's Adafactor state in our layout: layers first, v_row a mean over the last dimension.
 
-    T5X's scanned network keeps for `v_row` the mean that goes along the model dimension, which is
-    our `v_col` where the model dimension comes last.
+    T5X's scanned network stores as `v_row` the mean that runs along the model dimension. That is
+    `v_col` here where the model dimension comes last.
     """
     arrays = {name: array for name, (array, _) in read_native(path).items()}
     moments = {"v_row": {}, "v_col": {}, "v": {}}
@@ -289,7 +289,7 @@ def test_arrays_are_found_wherever_they_were_written(tmp_path, kind):
 
 
 def test_uneven_chunks_and_arrays_in_the_index(tmp_path):
-    """Chunks at the edge are stored in full; small arrays may lie in the msgpack file itself."""
+    """Chunks at the edge are stored in full, and small arrays may be in the msgpack file itself."""
     params = random_params(TIED)
     folder = tmp_path / "checkpoint_9"
     convert.write_t5x(str(tmp_path), TIED, params, step=9)
@@ -345,7 +345,7 @@ def test_bfloat16_on_disk(tmp_path, config):
 
 
 def test_without_an_optimizer_the_state_is_the_step_alone(tmp_path):
-    """T5X's loader takes an empty map of states for an array and fails."""
+    """T5X's loader would take an empty map of states for an array and fail."""
     convert.write_t5x(str(tmp_path), TIED, random_params(TIED), step=4)
     index = msgpack.unpackb((tmp_path / "checkpoint_4" / "checkpoint").read_bytes())
     assert index["optimizer"]["state"].keys() == {"step"}
@@ -440,7 +440,7 @@ def test_an_independent_reader_reads_what_is_written(tmp_path, monkeypatch, dtyp
 
 
 def test_orbax_with_a_msgpack_index(t5x_checkpoint, tmp_path):
-    """The layout of 2023: T5X's arrays under `state`, with placeholders for leaves."""
+    """In the layout of 2023, T5X's arrays are under `state`, with placeholders for leaves."""
     path = t5x_checkpoint("t5", "native_f32")
     root = tmp_path / "checkpoint_3" / "state"
     root.mkdir(parents=True)

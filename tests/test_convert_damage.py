@@ -1,4 +1,4 @@
-"""Damaged checkpoints: each a clear error that names the thing; none is read silently."""
+"""Every damage to a checkpoint gives a clear error that names the file or array."""
 
 import dataclasses
 import json
@@ -234,7 +234,7 @@ def test_a_flipped_bit_in_a_chunk_is_never_read(native):
 
 
 def test_absurd_sizes_are_refused(tmp_path):
-    """A tied model has no other array whose size would tell."""
+    """In a tied model no other array would show that the size is wrong."""
     config = dataclasses.replace(CONFIG, tie_embeddings=True, scale_logits=True)
     folder = convert.write_t5x(str(tmp_path), config, t5.init(config, jax.random.key(0)), step=1)
     file = tmp_path / "checkpoint_1" / "target.token_embedder.embedding" / ".zarray"

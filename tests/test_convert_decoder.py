@@ -1,4 +1,4 @@
-"""Hugging Face folders of decoder-only models: read, written, refused."""
+"""Hugging Face folders of decoder-only models are read, written and refused as documented."""
 
 import dataclasses
 import json
@@ -56,7 +56,7 @@ CLASSES = {
 
 @pytest.mark.parametrize("kind", CLASSES)
 def test_absent_keys_have_the_defaults_of_their_class(kind):
-    """What transformers writes of an empty configuration says the same as an empty file."""
+    """An empty configuration file means what transformers writes for a default configuration."""
     spelled_out = json.loads(CLASSES[kind]().to_json_string(use_diff=False))
     assert spelled_out["hidden_size"] > 0
     assert decoder_fields.read({"model_type": kind}) == decoder_fields.read(spelled_out)
@@ -186,7 +186,7 @@ def test_several_files_are_read_into_their_shardings(tmp_path):
 
 
 def test_composite_folder_of_gemma3(tmp_path):
-    """The text model inside the folder of one that also sees images."""
+    """The text model is read from the folder of a model that also reads images."""
     text = decoder_models.theirs("gemma3")
     fields = json.loads(text.config.to_json_string(use_diff=False))
     tensors = {name: value.numpy() for name, value in text.state_dict().items()}

@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints against transformers itself: logits and greedy tokens."""
+"""Converted checkpoints give the logits and greedy tokens of transformers."""
 
 import json
 
@@ -40,7 +40,7 @@ OWN_HEAD = ("t5_1_1", "mt5", "umt5")
 
 
 def make_folder(folder, name):
-    """Random weights by transformers' names, and a config.json like the public ones."""
+    """A folder of random weights with transformers' names and a config.json like public ones."""
     kind, prefix, activation, extra = MODELS[name]
     config_class = getattr(transformers, f"{prefix}Config")
     model_class = getattr(transformers, f"{prefix}ForConditionalGeneration")
@@ -138,7 +138,7 @@ def test_transformers_reads_what_is_written(tmp_path, name):
 
 
 def test_saved_again_and_in_shards(tmp_path):
-    """What transformers' own save_pretrained writes, several files and an index."""
+    """Folders that transformers saves, with several files and an index, are read."""
     folder, model = make_folder(tmp_path / "theirs", "t5_1_1")
     saved = tmp_path / "saved"
     model.save_pretrained(saved, max_shard_size="20KB")

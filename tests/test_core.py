@@ -1,4 +1,4 @@
-"""The core without TensorFlow and seqio, which a GPU image or a notebook may lack."""
+"""The core runs without TensorFlow and seqio, which a GPU image or a notebook may lack."""
 
 import pathlib
 import subprocess

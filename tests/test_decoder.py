@@ -1,4 +1,4 @@
-"""Decoder-only models against transformers on torch, and against themselves on a mesh."""
+"""Decoder-only models equal transformers on torch, and themselves on any mesh."""
 
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ LENGTHS = (11, 4, 1)
 
 @functools.cache
 def model(name):
-    """(config, params, transformers' model)"""
+    """Returns (config, params, the transformers model)."""
     import tempfile
 
     found = decoder_models.theirs(name)
@@ -39,7 +39,7 @@ def batch_of(inputs, lengths, targets):
 
 @functools.partial(jax.jit, static_argnums=0)
 def all_logits(config, params, batch):
-    """Teacher-forced in one pass; behind a context; token by token through the cache."""
+    """The logits computed in three ways: in one pass, behind a context, and token by token."""
     context = decoder.encode(config, params, batch.inputs, batch.input_lengths)
     read = decoder.decode_params(config, params)
     length = batch.targets.shape[1]
@@ -119,7 +119,7 @@ MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (1, 1, 2), "tensor 6":
 
 @pytest.mark.parametrize("mesh", MESHES)
 def test_one_device_equals_a_mesh(mesh):
-    """With 6 tensor shards the 2 key heads do not divide: they are whole on each device."""
+    """With 6 tensor shards, which the 2 key heads do not fill, each device holds all key heads."""
     data, fsdp, tensor = MESHES[mesh]
     config = DecoderConfig(
         vocab_size=96,
@@ -241,7 +241,7 @@ def test_dropout_needs_a_key_and_keeps_the_mean():
 
 
 def plain_attention(queries, keys, values, sight, scale, softcap):
-    """In float64 and one piece, by the definition."""
+    """Attention by its definition, in float64 and without blocks."""
     group = queries.shape[1] // keys.shape[1]
     keys, values = (np.repeat(np.asarray(x, np.float64), group, axis=1) for x in (keys, values))
     scores = np.einsum("bhtk,bhsk->bhts", np.asarray(queries, np.float64), keys) * scale

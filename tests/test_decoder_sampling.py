@@ -1,4 +1,4 @@
-"""Decoding and distilling decoder-only models through what knows no family."""
+"""Sampling, beam search and distillation work for decoder-only models."""
 
 import functools
 import json
@@ -82,7 +82,7 @@ def small_batch(length=5, rows=3):
 
 
 def test_log_probs_of_samples_are_those_of_teacher_forcing():
-    """Of several samples a prompt, id 0 among them, which is a token like any other."""
+    """The samples include several of each prompt, and id 0, which is an ordinary token."""
     params = decoder.init(SMALL, jax.random.key(0))
     batch = small_batch()
     drawn = sample(
@@ -104,7 +104,7 @@ def test_log_probs_of_samples_are_those_of_teacher_forcing():
 
 
 def test_beams_are_the_best_of_all_sequences():
-    """Two ids end a sequence of at most 3; every one of them is scored by teacher forcing."""
+    """Every sequence of at most 3 tokens, with two end ids, is scored by teacher forcing."""
     params = jax.tree.map(lambda x: 2 * x, decoder.init(SMALL, jax.random.key(0)))
     batch, ends = small_batch(), (2, 5)
     body = [token for token in range(7) if token not in ends]
@@ -143,7 +143,7 @@ def test_beams_are_the_best_of_all_sequences():
 
 
 def torch_logits(theirs, batch):
-    """In float64, one row at a time without padding."""
+    """The logits of transformers in float64, one row at a time without padding."""
     found = []
     for row, length in enumerate(np.asarray(batch.input_lengths)):
         ids = np.concatenate([batch.inputs[row, :length], batch.targets[row]])[None]

@@ -1,4 +1,4 @@
-"""Named sizes against published numbers of parameters and transformers' own models."""
+"""Named sizes have the published numbers of parameters and those of transformers' models."""
 
 import pytest
 import torch

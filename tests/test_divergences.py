@@ -1,4 +1,4 @@
-"""Divergences against hand-computed values, float64 NumPy formulas and their limits."""
+"""Divergences equal hand-computed values, float64 NumPy formulas and their limits."""
 
 from functools import partial
 
@@ -44,7 +44,7 @@ JITTED = {name: jax.jit(function) for name, function in FUNCTIONS.items()}
 
 @jax.jit
 def _gradients(student, teacher):
-    """Gradients of all divergences with respect to the student's logits."""
+    """The gradients of all divergences with respect to the student's logits."""
     return {
         name: jax.grad(lambda z, f=function: f(z, teacher).sum())(student)
         for name, function in FUNCTIONS.items()
@@ -132,7 +132,7 @@ def test_float32_agrees_with_numpy(name, spread):
 
 @pytest.mark.parametrize("name", ["jsd_0.1", "jsd_0.5", "jsd_0.9"])
 def test_jsd_of_close_distributions_keeps_its_digits(name):
-    """P and Q differ by 1e-3: the divergence is 1e-7, below float32's resolution of log M."""
+    """P and Q differ by 1e-3: the divergence of 1e-7 is below float32's resolution of log M."""
     rng = np.random.default_rng(2)
     teacher = rng.normal(0, 1, (4, 50)).astype(np.float32)
     student = teacher + rng.normal(0, 1e-3, (4, 50)).astype(np.float32)
@@ -144,7 +144,7 @@ def test_jsd_of_close_distributions_keeps_its_digits(name):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("shape", [(64, 259), (2, 3, 32128)])
 def test_compiled_values_of_real_vocabularies(name, shape):
-    """A compiler once fused jsd, at 256 ids or more and without its gradient, into wrong values."""
+    """XLA once fused the JSD without its gradient into wrong values from 256 ids on."""
     rng = np.random.default_rng(3)
     student, teacher = rng.normal(0, 2, (2, *shape)).astype(np.float32)
     got = JITTED[name](student, teacher)
@@ -154,14 +154,14 @@ def test_compiled_values_of_real_vocabularies(name, shape):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("whose", ["student", "teacher"])
 def test_nan_is_not_lost(name, whose):
-    """A model gone wrong must stop the run, not count as nothing to learn."""
+    """A NaN in the logits must stop the run, and must not count as nothing to learn."""
     good, bad = np.zeros((2, 5), np.float32), np.full((2, 5), np.nan, np.float32)
     values = JITTED[name](*((bad, good) if whose == "student" else (good, bad)))
     assert np.isnan(values).all()
 
 
 def test_the_teacher_weights_forward_kl():
-    """Teacher first: a student that gives no mass to a teacher's mode pays for it."""
+    """Forward KL punishes a student that gives no mass to one of the teacher's modes."""
     teacher, student = np.log([0.5, 0.5]), np.log([1 - 1e-6, 1e-6])
     covering = divergences.forward_kl(jnp.asarray(student), jnp.asarray(teacher))
     seeking = divergences.reverse_kl(jnp.asarray(student), jnp.asarray(teacher))
@@ -170,7 +170,7 @@ def test_the_teacher_weights_forward_kl():
 
 
 def test_jsd_limits():
-    """JSD(b) / b -> KL(P || Q), JSD(b) / (1 - b) -> KL(Q || P), values and gradients."""
+    """JSD(b) / b -> KL(P || Q) and JSD(b) / (1 - b) -> KL(Q || P), in values and gradients."""
     rng = np.random.default_rng(3)
     student, teacher = rng.normal(0, 0.5, (2, 4, 9))
     with jax.enable_x64(True):

@@ -1,4 +1,4 @@
-"""Decoding by likeliest choice, against the model's own logits of the first token."""
+"""Decoding by likeliest choice picks what the model's logits of the first token say."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""What breaks in a run, injected: damaged checkpoints, NaN, a failing source, other settings."""
+"""A run survives or reports injected faults, such as damaged checkpoints, NaN and a full disk."""
 
 import json
 import pathlib
@@ -31,7 +31,7 @@ def options(model_dir, **more):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run of six steps with checkpoints 4 and 6."""
+    """A finished run of six steps with checkpoints 4 and 6."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     train.train(**options(folder))
     return folder
@@ -117,7 +117,7 @@ def test_fingerprints_see_every_flipped_bit_and_every_swap():
 
 
 def test_a_half_written_checkpoint_is_not_taken(run_dir, capfd):
-    """As a kill leaves it: under a temporary name."""
+    """A killed save leaves a folder under a temporary name."""
     shutil.copytree(
         run_dir / "checkpoints" / "6", run_dir / "checkpoints" / "8.orbax-checkpoint-tmp-1"
     )
@@ -163,7 +163,7 @@ def test_lengths_periods_and_meshes_may_change(run_dir):
 
 @pytest.fixture
 def broken_teacher(finished, tmp_path, monkeypatch):
-    """A teacher whose logits are NaN where one word occurs in the targets; loaded all the same."""
+    """A teacher that loads, but whose logits are NaN if one word occurs in the targets."""
     monkeypatch.setattr(content, "check_finite", lambda params, path: None)
     config, params = load_model(str(finished))
     table = np.array(params["token_embedder"]["embedding"])
@@ -250,7 +250,7 @@ def kept_steps(folder):
 
 
 def test_the_newest_every_fourth_and_the_best_checkpoint_stay(tmp_path, monkeypatch, capfd):
-    """Also over a resume: the best before it is still known."""
+    """A resumed run still knows the best checkpoint from before."""
     scores = iter([0.05, 0.1, 0.9, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8])  # the first is of step 0
 
     def scored(*_):
@@ -307,7 +307,7 @@ def test_a_metric_that_the_evaluation_lacks_is_said_and_nothing_is_lost(tmp_path
 def test_a_disk_that_fills_up_while_saving_ends_the_run_and_the_next_goes_on(
     finished, run_dir, tmp_path, monkeypatch, capfd
 ):
-    """A limit on the size of files stands for the full disk: the write itself fails."""
+    """A limit on the size of files stands for the full disk, so that the write itself fails."""
     script = FULL_DISK.format(tests=str(pathlib.Path(__file__).parent), folder=str(run_dir))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode not in (0, -signal.SIGKILL), done.stderr[-2000:]

@@ -1,4 +1,4 @@
-"""Every reader of text answers any file with rows, or with one ValueError of file and line."""
+"""Every reader of text returns rows or raises one ValueError that names file and line."""
 
 from collections.abc import Callable
 import gzip
@@ -178,7 +178,7 @@ FILES = st.one_of(
 
 
 def readers(folder: pathlib.Path, content: bytes):
-    """(path, reader) of every kind of file, each written with this content."""
+    """(path, reader) for every kind of file, each written with this content."""
     for name in ("x.jsonl", "x.jsonl.gz", "x.tsv", "x.txt", "dev.tsv", "val.en", "val.de"):
         write(folder / name, content)
     yield "x.jsonl", lambda: jsonl.read_rows(folder / "x.jsonl")
@@ -211,7 +211,7 @@ def test_any_file_gives_rows_or_one_error_of_its_name(tmp_path, content, pack, c
 
 
 def fault_of(read: Callable[[], Any]) -> str | None:
-    """The message of the ValueError that a reader ends in; any other error goes through."""
+    """The message of the ValueError that a reader raises, else None; other errors propagate."""
     try:
         read()
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Algorithm 1 against plain NumPy: the coin, the samples, the loss and the update."""
+"""Algorithm 1 equals plain NumPy: the coin, the samples, the loss and the update."""
 
 import dataclasses
 from functools import partial
@@ -83,7 +83,7 @@ def batch():
 
 @pytest.fixture(scope="module")
 def step(student, teacher, batch):
-    """(state, metrics) of one plain SGD update of each configuration, computed once."""
+    """(state, metrics) after one plain SGD update of each configuration, computed once."""
     done = {}
 
     def run(name, num_microbatches=1):
@@ -154,7 +154,7 @@ def test_step_keys_are_a_function_of_seed_and_step():
 
 
 def _numpy_loss(name, student, teacher, batch):
-    """Eq. 2 from teacher-forced logits, float64, token by token; both means."""
+    """Eq. 2 and the token mean, from teacher-forced logits in float64, token by token."""
     config = CONFIGS[name]
     q_logits = np.asarray(logits(STUDENT, student, batch), np.float64)[..., :PIECES]
     p_logits = np.asarray(logits(TEACHER, teacher, batch), np.float64)[..., :PIECES]
@@ -200,7 +200,7 @@ def test_the_loss_equals_numpy(name, student, teacher, batch, step):
 
 @pytest.mark.parametrize("name", ["gkd", "gkd_token_mean", "sft"])
 def test_the_update_descends_the_gradient_of_the_reported_loss(name, student, teacher, batch, step):
-    """SGD's step is -0.5 g: the loss falls by 0.5 |g|^2 to first order, at any small step."""
+    """With SGD's step -0.5 g, the loss falls by 0.5 |g|^2 to first order."""
     state, metrics = step(name)
     grads = jax.tree.map(lambda new, old: (old - new) / 0.5, state.params, student)
     norm = float(metrics["grad_norm"])
@@ -227,7 +227,7 @@ def test_microbatches_change_nothing(name, num_microbatches, step):
 
 
 def test_a_microbatch_of_padding_alone_and_a_batch_of_it(student, teacher, batch):
-    """Rows 1 and 5 are microbatch 1 of 4: without targets, they add nothing."""
+    """Rows 1 and 5 are microbatch 1 of 4; they have no targets and must add nothing."""
     config, state = CONFIGS["gkd"], train_state.create(student, SGD)
     weights = batch.weights.at[jnp.asarray([1, 5])].set(0.0)
     some = batch._replace(weights=weights)
@@ -278,7 +278,7 @@ def test_no_gradient_flows_into_the_teacher(student, teacher, batch):
 
 
 def test_ids_without_a_piece_have_no_influence(student, teacher, batch):
-    """The heads' columns beyond the vocabulary change neither loss nor update."""
+    """Columns of the heads beyond the vocabulary change neither loss nor update."""
 
     def total(params, teacher_params):
         values = gkd.per_token_loss(CONFIGS["gkd"], MODELS, params, teacher_params, batch, None)
@@ -415,7 +415,7 @@ def test_no_gradient_flows_through_the_samples(student, batch):
 
 
 def test_several_samples_a_prompt_are_rows_of_a_longer_batch(student, teacher, batch):
-    """Neighbours in the result; the loss is that of a batch with each prompt twice."""
+    """Samples of a prompt are neighbours; the loss is that of a batch with each prompt twice."""
     config = GKDConfig(num_samples=2, divergence=divergences.reverse_kl)
     got, drawn = jax.jit(partial(gkd.sample_targets, config, MODELS))(student, batch, KEY)
     assert got.inputs.shape == (B, S)
@@ -494,7 +494,7 @@ def test_schedules_of_lambda_and_of_the_teacher_s_temperature(student, teacher, 
     ("sizes", "num_microbatches"), [((8, 1, 1), 1), ((2, 2, 2), 2), ((1, 4, 2), 1)]
 )
 def test_eight_devices_equal_one(sizes, num_microbatches, student, teacher, batch):
-    """Adafactor, with its factored moments sharded as their parameters are."""
+    """Adafactor's factored moments are sharded like their parameters."""
     data, fsdp, tensor = sizes
     mesh = sharding.make_mesh(sharding.MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
     optimizer = optimizers.Adafactor()(lambda _: 0.01)

@@ -1,4 +1,4 @@
-"""Small sources are shuffled whole: every pass is a permutation, and a stream goes on."""
+"""Small sources are shuffled whole: a pass is a permutation, and a restored stream continues."""
 
 import numpy as np
 import pytest
@@ -37,7 +37,7 @@ def stream(task, shard=data.WHOLE, **changes):
 
 
 def numbers(batches, count) -> list[int]:
-    """The texts of so many batches as the numbers that they are."""
+    """The texts of a number of batches, converted to the numbers that they spell."""
     decode = seqio.ByteVocabulary().decode
     rows = np.concatenate([next(batches).inputs for _ in range(count)])
     return [int(decode([token for token in row if token > 1])) for row in rows.tolist()]
@@ -58,7 +58,7 @@ def test_each_pass_has_all_examples_in_an_order_of_its_own(task, limit):
 
 
 def test_orders_are_uniform(task):
-    """Where an example stands in a pass, over many passes: a chi-square test of ten parts."""
+    """A chi-square test of the position of one example over many passes, in ten parts."""
     examples = in_memory.Examples(task.get_dataset(None, split="train", shuffle=False))
     order = examples.endless(3).map(
         lambda x: tf.strings.reduce_join(tf.strings.as_string(x["inputs"]))

@@ -1,6 +1,6 @@
-"""GKD inside T5X, by T5X's own trainer; skipped where T5X is not installed.
+"""GKD inside T5X, run by T5X's own trainer; skipped if T5X is not installed.
 
-docs/checkpoints.md, "Staying on T5X", has the set-up.
+docs/checkpoints.md, "Staying on T5X", says how to install it.
 """
 
 import dataclasses
@@ -66,7 +66,7 @@ def transformer(config: t5.T5Config, dropout_rate: float = 0.0) -> network.Trans
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory):
-    """Both models as we have them, the files T5X reads, and the student as T5X read it."""
+    """Both models as gkd_jax has them, the files that T5X reads, and the student as T5X read it."""
     folder = tmp_path_factory.mktemp("t5x")
     ours = {"student": random_params(STUDENT, 1), "teacher": random_params(TEACHER, 2)}
     configs = {"student": STUDENT, "teacher": TEACHER}
@@ -119,7 +119,7 @@ def random_batch(seed: int = 0) -> Batch:
 
 
 def features(batch: Batch) -> dict[str, jax.Array]:
-    """As seqio's converter makes them for T5X."""
+    """A batch as seqio's converter makes it for T5X."""
     return {
         "encoder_input_tokens": batch.inputs,
         "decoder_target_tokens": batch.targets,
@@ -234,7 +234,7 @@ def test_training_approaches_the_teacher(stored, partitioner):
 
 
 def constants(step, *arguments) -> int:
-    """Numbers baked into a jitted function."""
+    """The numbers that are compiled into a jitted function as constants."""
     return sum(np.size(x) for x in step.trace(*arguments).jaxpr.consts)
 
 
@@ -296,7 +296,7 @@ def test_samples_are_whole_sequences_of_pieces(stored):
 
 
 def test_samples_follow_the_students_distribution(stored):
-    """Greedy, top-k or another temperature would not: T5X's sampler defaults to greedy."""
+    """T5X's sampler is greedy by default; greedy, top-k or another temperature would fail here."""
     temperature, rows = 2.0, 4096
     one = features(random_batch())
     many = {name: jnp.repeat(x[:1], rows, axis=0)[:, :8] for name, x in one.items()}

@@ -1,4 +1,4 @@
-"""JSONL files as people have them become prompts and targets, and what is wrong is named."""
+"""JSONL files of all documented forms become prompts and targets; errors name file and line."""
 
 import gzip
 import json
@@ -28,7 +28,7 @@ ANSWER = {"role": "assistant", "content": "The answer is 7."}
 
 
 def write(path, objects) -> str:
-    """Objects, or lines that are written as they are."""
+    """Writes objects as JSON lines; strings are written as they are."""
     lines = [
         row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in objects
     ]
@@ -43,7 +43,7 @@ def pairs(count: int, prefix: str = "in") -> list[dict]:
 
 
 def open_task(path, **settings):
-    """The task as a run opens it."""
+    """Opens the task as a run does."""
     settings = {"vocabulary": "bytes", "feature_lengths": LENGTHS, "batch_size": 2, **settings}
     task, _ = streams.open_task(data.DataConfig(task=str(path), **settings))
     return task
@@ -181,7 +181,7 @@ def test_chats_are_prompt_and_answer_of_transformers_rendering(vocabulary):
 
 
 def test_an_answer_across_a_seam_of_tokens_goes_on_from_the_prompt(folders):
-    """Where the whole chat merges the prompt's end with the answer, the prompt's own ids count."""
+    """If the whole chat merges the end of the prompt with the answer, the prompt's ids stay."""
     vocabulary = TokenizerVocabulary(folders["llama"])
     template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     object.__setattr__(vocabulary.chat_template, "templates", {"default": template})
@@ -218,7 +218,7 @@ def test_variables_and_tools_reach_the_template(folders):
 
 
 def test_a_rendered_chat_read_as_a_text_begins_once(folders):
-    """What a rendered prompt begins with is not put before it again."""
+    """A rendered chat already begins with BOS, which is not added again."""
     vocabulary = TokenizerVocabulary(folders["llama"])
     chat = example(vocabulary, {"messages": CHAT})
     text = example(vocabulary, {"inputs": chat.prompt, "targets": "7"})
@@ -402,7 +402,7 @@ def test_metrics_count_rows_with_targets_only(tmp_path):
 
 
 def test_the_stream_gives_lengths_and_can_be_saved(tmp_path, folders):
-    """Id 0 is a token in these prompts: only the lengths tell where they end."""
+    """Id 0 is a token in these prompts, so only the lengths show where they end."""
     path = write(
         tmp_path / "data.jsonl", [{"prompt": "!" * (i + 1), "completion": "!"} for i in range(6)]
     )

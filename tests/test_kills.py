@@ -1,6 +1,6 @@
-"""A run killed at a random moment, saving included, and started again ends as one never killed.
+"""A run that is killed at a random moment and started again ends as one that was never killed.
 
-pytest -m slow tests/test_kills.py       # 30 kills
+Moments inside a save are included. Run: pytest -m slow tests/test_kills.py       # 30 kills
 """
 
 import os
@@ -25,7 +25,7 @@ STEPS = 60
 
 
 def start(model_dir):
-    """On-policy GKD with two saves before its last."""
+    """Starts on-policy GKD with two saves before the last one."""
     options = {
         "MODEL_DIR": repr(str(model_dir)),
         "MIXTURE_OR_TASK_NAME": "'arithmetic'",
@@ -61,7 +61,7 @@ def uninterrupted(tmp_path_factory):
 
 
 def kill(model_dir, generator):
-    """Kills a new run while it saves, or a random while after a random step; says where."""
+    """Kills a new run during a save, or some time after a random step; returns where."""
     saving = generator.random() < 0.5
     step = generator.choice([20, 40, 60]) if saving else generator.randrange(1, STEPS)
     process = start(model_dir)

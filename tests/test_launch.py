@@ -1,4 +1,4 @@
-"""The scripts in launch/, with stand-ins for the cluster tools that they call."""
+"""The scripts in launch/ call the tools of the clusters, which stand-ins replace, as documented."""
 
 import os
 import pathlib
@@ -25,7 +25,7 @@ def wait_for(condition, seconds=30.0):
 
 @pytest.fixture
 def tools(tmp_path, monkeypatch):
-    """gcloud, xpk and sbatch that write their arguments, one a line, to calls.txt."""
+    """Stand-ins for gcloud, xpk and sbatch that write their arguments to calls.txt, one a line."""
     folder = tmp_path / "bin"
     folder.mkdir()
     for name in ("gcloud", "xpk", "sbatch"):

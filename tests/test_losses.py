@@ -1,4 +1,4 @@
-"""Reductions and cross-entropy against plain Python loops."""
+"""Reductions and cross-entropy equal plain Python loops."""
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ def _mean(reduction, values, weights):
 
 
 def _loop(reduction, values, lengths):
-    """Eq. 2 of the paper and the mean over tokens, written out."""
+    """The paper's Eq. 2 and the mean over tokens, written as loops."""
     rows = [list(map(float, row[:n])) for row, n in zip(values, lengths, strict=True) if n]
     if reduction is losses.token_mean:
         tokens = [value for row in rows for value in row]

@@ -1,4 +1,4 @@
-"""Files of predictions know what made them: the same command goes on, anything else is refused."""
+"""`infer` continues a file that the same command began, and refuses every other file."""
 
 import dataclasses
 import json

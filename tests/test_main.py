@@ -1,4 +1,4 @@
-"""The command line: what is right runs, what is wrong ends with status 2 and one clear line."""
+"""Right command lines run; wrong ones end with exit status 2 and one clear line."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def _fresh_gin():
 
 
 def run(*arguments):
-    """Exit status of a command; 0 where it returns."""
+    """The exit status of a command; 0 if it returns."""
     try:
         main.main(list(arguments))
     except SystemExit as error:

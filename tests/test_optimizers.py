@@ -1,4 +1,4 @@
-"""Adafactor and AdamW against optax, layer by layer, and the schedule against its definition."""
+"""Adafactor and AdamW equal optax layer by layer, and the schedule equals its definition."""
 
 import dataclasses
 from functools import partial
@@ -23,7 +23,7 @@ def _constant(_count):
 
 
 def _optax_adafactor(min_dim_size_to_factor, **changes):
-    """T5X's Adafactor in optax's words."""
+    """T5X's Adafactor built from optax."""
     settings = {
         "learning_rate": LEARNING_RATE,
         "min_dim_size_to_factor": min_dim_size_to_factor,
@@ -41,7 +41,7 @@ def _normal(shape, seed, scale=1.0):
 
 
 def _run(optimizer, params, steps=STEPS):
-    """Updates with gradients that grow, so that clipping acts; returns the last parameters."""
+    """Updates with growing gradients, so that clipping acts; returns the last parameters."""
 
     @jax.jit
     def step(params, state, grads):
@@ -64,7 +64,7 @@ def _layer(params, index):
 
 
 def _run_layers(optimizer, stacked, num_layers):
-    """The same gradients as `_run(stacked)`, each layer a tree of its own; stacked again."""
+    """The updates of `_run(stacked)` with each layer as a tree of its own; stacked again."""
     results = []
     for layer in range(num_layers):
 
@@ -117,7 +117,7 @@ def test_settings_equal_optax(changes):
 
 
 def _stacked(num_layers, sizes):
-    """Layers of very different scales, so that a scale or a clipping over all of them shows."""
+    """Layers of very different scales, so that scaling or clipping across layers would show."""
     scales = (10.0 ** -np.arange(num_layers, dtype=np.float32))[:, None]
     return {
         "kernel": _normal((num_layers, *sizes), 5) * scales[:, :, None],
@@ -136,7 +136,7 @@ def test_each_stacked_layer_is_a_parameter_of_its_own():
 
 @pytest.mark.parametrize("size", [100, 140])
 def test_stacked_min_dim_size_to_factor(size):
-    """128 is T5X's plain network: kernels of 100 stay unfactored, those of 140 do not."""
+    """With T5X's default of 128, kernels of 100 stay unfactored and kernels of 140 do not."""
     stacked = {"kernel": _stacked(2, (size, 150))["kernel"]}
     optimizer = optimizers.Adafactor(stacked_min_dim_size_to_factor=128)(_constant)
     got = _run(optimizer, {"layers": stacked})["layers"]
@@ -146,7 +146,7 @@ def test_stacked_min_dim_size_to_factor(size):
 
 
 def test_adafactor_follows_its_schedule():
-    """The update at count n is the one at a constant rate, times schedule(n)."""
+    """The update at step n is that of a constant rate, times schedule(n)."""
     params = {"w": _normal((6, 5), 0)}
     grads = {"w": _normal((6, 5), 1)}
     plain = optimizers.Adafactor()(_constant)
@@ -197,7 +197,7 @@ def test_adamw_equals_its_definition(weight_decay):
 
 @pytest.mark.parametrize("per_layer_relpos", [False, True])
 def test_adamw_decays_neither_norms_nor_biases(per_layer_relpos):
-    """By name: a stacked norm [L, D] has a matrix's shape."""
+    """Names decide, because a stacked norm [L, D] has the shape of a matrix."""
     config = t5.t5_1_1("32x2", vocab_size=16)
     params = t5.init(dataclasses.replace(config, per_layer_relpos=per_layer_relpos), KEY)
     params["decoder"]["layers"]["self_attention"]["query"]["bias"] = jnp.ones((2, 32))
@@ -243,7 +243,7 @@ def test_max_grad_norm_is_checked(make, value):
 
 
 def test_schedule_values():
-    """The paper's XSum shape at a hundredth: 20 of 400 up, the last 100 down."""
+    """The paper's XSum schedule at a hundredth: 20 of 400 steps up, the last 100 down."""
     schedule = optimizers.Linear(learning_rate=3e-4, warmup_steps=20, cooldown_steps=100).over(400)
     counts = [0, 1, 10, 20, 21, 299, 300, 301, 350, 399, 400, 500]
     shares = [0, 0.05, 0.5, 1, 1, 1, 1, 0.99, 0.5, 0.01, 0, 0]

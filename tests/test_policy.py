@@ -1,4 +1,4 @@
-"""The rules of the code base that no linter knows, read off the syntax trees."""
+"""Rules of the code base that no linter checks, read from the syntax trees."""
 
 import ast
 from collections.abc import Iterator
@@ -48,12 +48,12 @@ def parse(path: pathlib.Path) -> ast.Module:
 
 
 def entry(path: str) -> str:
-    """gkd_jax/models/t5.py -> models; gkd_jax/training/train.py -> train."""
+    """The entry of LAYERS for a file: gkd_jax/models/t5.py -> models, gkd_jax/gkd.py -> gkd."""
     return pathlib.PurePosixPath(path).parts[1].removesuffix(".py")
 
 
 def imports(tree: ast.AST, path: str) -> Iterator[tuple[int, str, str]]:
-    """(line, module, name or "") of every import, inside functions too, made absolute."""
+    """(line, absolute module, name or "") of every import, also inside functions."""
     package = pathlib.PurePosixPath(path).parts[:-1]
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -75,7 +75,7 @@ def imports_of(tree: ast.AST, path: str, package: str) -> list[str]:
 
 
 def gkd_jax_entry(module: str, name: str, modules: set[str]) -> str | None:
-    """The table's entry that an import reaches, or None outside gkd_jax."""
+    """The entry of LAYERS that an import reaches, or None outside gkd_jax."""
     first, *rest = module.split(".")
     if first != "gkd_jax":
         return None
@@ -113,7 +113,7 @@ def is_forbidden(name: str) -> bool:
 
 
 def code_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
-    """Lines of a function without its docstring, which says what it takes at any length."""
+    """The number of lines of a function without its docstring, which may have any length."""
     lines = (node.end_lineno or node.lineno) - node.lineno + 1
     if ast.get_docstring(node) is None:
         return lines
@@ -132,7 +132,7 @@ def long_functions(tree: ast.AST, path: str) -> list[str]:
 
 
 def executes_data(tree: ast.AST, path: str) -> list[str]:
-    """Calls of eval and exec, and what reads pickles (unpickling runs code of the file)."""
+    """Calls of eval and exec, and imports of pickle readers (unpickling runs code of the file)."""
     found = [
         f"{path}:{line} imports {module}"
         for line, module, _ in imports(tree, path)

@@ -1,4 +1,4 @@
-"""What `precompile` counts, against formulas by hand and against the program that `train` runs."""
+"""The counts of `precompile` equal formulas by hand and the program that `train` runs."""
 
 import ast
 import importlib.util
@@ -61,7 +61,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch, folder):
-    """One cache for all tests: the step is compiled once."""
+    """One cache for all tests, so that the step is compiled once."""
     monkeypatch.setenv("GKD_JAX_COMPILATION_CACHE", str(folder))
     gin.clear_config()
     yield
@@ -476,7 +476,7 @@ def command(*arguments, study=TINY):
 
 @pytest.fixture
 def analysed(monkeypatch):
-    """Every phase is a small product, so that a command takes no time to compile."""
+    """Replaces the analysis of every phase by that of a small product, which compiles at once."""
     found = precompile.analyse(jax.jit(lambda x: x @ x), (F32((8, 8), jnp.float32),))
     monkeypatch.setattr(precompile, "analyse", lambda *_, **__: dict(found))
 

@@ -1,4 +1,4 @@
-"""Models on disk: the special ids that a vocabulary must have for them."""
+"""Models on disk and their vocabularies: the special ids must agree."""
 
 import io
 
@@ -33,7 +33,7 @@ def sentencepiece_file(path, **ids):
     ],
 )
 def test_a_vocabulary_with_other_ids_than_t5_is_refused(ids, message, tmp_path):
-    """As Llama's, CodeT5's and one that was trained without a pad have them."""
+    """Llama's, CodeT5's and vocabularies trained without a pad have such ids."""
     vocabulary = sentencepiece_file(tmp_path / "spiece.model", **ids)
     with pytest.raises(ValueError, match=f"a T5 needs a vocabulary with pad 0.*{message}"):
         vocabulary_checks.check_special_ids(CONFIG, vocabulary)

@@ -1,4 +1,4 @@
-"""Two processes on one machine make the same run as one, and share its checkpoints."""
+"""Two processes on one machine make the same run as one process, and share its checkpoints."""
 
 import dataclasses
 import json
@@ -39,7 +39,7 @@ ARGUMENTS = [
 
 
 def start(model_dir, *more):
-    """Two processes of one job, four devices each."""
+    """Starts two processes of one job with four devices each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -69,7 +69,7 @@ def start(model_dir, *more):
 
 
 def run_here(model_dir, *more):
-    """The same command in this process, on its eight devices."""
+    """Runs the same command in this process, on its eight devices."""
     gin.clear_config()
     main.main(["train", *ARGUMENTS, *more, f"--gin.MODEL_DIR='{model_dir}'"])
     gin.clear_config()
@@ -87,7 +87,7 @@ def lines(model_dir, key):
 
 
 def test_two_processes_equal_one_and_resume_each_other_s_checkpoints(tmp_path, capfd):
-    """Six steps in one process; four in two processes, then two more in one."""
+    """Six steps in one process equal four in two processes and two more in one."""
     alone, together = tmp_path / "alone", tmp_path / "together"
     run_here(alone, "--gin.TRAIN_STEPS=6")
     codes, texts = statuses(start(together, "--gin.TRAIN_STEPS=4", "--gin.SAVE_PERIOD=0.01 s"))
@@ -123,7 +123,7 @@ SHARDED = "--gin.data.DataConfig.shard_by_process=True"
 
 
 class BothShards(streams.TrainIterator):
-    """What two processes read, in one: the rows of the first, then those of the second."""
+    """The streams of two processes in one: the rows of the first, then those of the second."""
 
     def __init__(self, task, config, _):
         shards = (data.Shard(index, 2, index) for index in range(2))
@@ -144,7 +144,7 @@ class BothShards(streams.TrainIterator):
 
 
 def replay(model_dir, steps, monkeypatch, *more):
-    """Losses of a run in this process that reads as two."""
+    """The losses of a run in this process that reads its rows as two processes do."""
     with monkeypatch.context() as patched:
         patched.setattr(streams, "TrainIterator", BothShards)
         run_here(model_dir, f"--gin.TRAIN_STEPS={steps}", *more)
@@ -152,7 +152,7 @@ def replay(model_dir, steps, monkeypatch, *more):
 
 
 def test_a_signal_to_one_process_saves_and_ends_both(tmp_path, monkeypatch, capfd):
-    """Each reads its own part of the data, and saves its place in it."""
+    """Each process reads its own part of the data, and saves its position there."""
     together = tmp_path / "together"
     processes = start(together, SHARDED, "--gin.TRAIN_STEPS=100000")
     wait_for_step(together, 2)
@@ -180,7 +180,7 @@ def test_a_signal_to_one_process_saves_and_ends_both(tmp_path, monkeypatch, capf
 def test_processes_that_read_their_own_parts_go_on_where_they_stopped(
     method, tmp_path, monkeypatch
 ):
-    """With a reward, which is of the texts of all rows, and after damage to one process' file."""
+    """With a reward, which needs the texts of all rows, and after damage to one process' file."""
     more = [f"--gin_file=gin/{method}.gin", "--gin.NUM_SAMPLES=2"]
     if method == "rl_gkd":
         more += ["--gin.REWARD=@rewards.brevity", "--gin.rewards.brevity.limit=2"]
@@ -204,7 +204,7 @@ def test_processes_that_read_their_own_parts_go_on_where_they_stopped(
 
 
 def read(shard, steps, **more):
-    """The rows that a process reads in so many steps of 8 rows, as bytes."""
+    """The rows that a process reads in a number of steps of 8 rows, as bytes."""
     config = data.DataConfig(
         task="arithmetic", feature_lengths=LENGTHS, batch_size=8, shard_by_process=True, **more
     )
@@ -273,7 +273,7 @@ def test_processes_with_the_same_rows_read_the_same(processes, rows, expected, m
 
 
 def test_a_row_that_one_process_finds_in_no_cache_ends_both_at_once(tmp_path):
-    """Example 40 of 41 is read by the first process alone; the cache has the first 40."""
+    """Only the first process reads example 40 of 41, and the cache has the first 40."""
     cache = tmp_path / "cache"
     gin.clear_config()
     score = ["score", "--gin_file=gin/score.gin", f"--gin.OUTPUT='{cache}'"]

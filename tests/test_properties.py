@@ -1,4 +1,4 @@
-"""Properties of masks, batching and keys for any input that hypothesis thinks of."""
+"""Properties of masks, batching and keys that hold for any input, checked by hypothesis."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,7 +18,7 @@ few = settings(max_examples=12, deadline=None)  # each shape is compiled
 
 @st.composite
 def masked(draw):
-    """Values, weights that hold a prefix of each row, and what lies under weight 0."""
+    """Values, weights that are 1 on a prefix of each row, and values with rubbish at weight 0."""
     rows, length = draw(st.sampled_from([(1, 1), (4, 5), (3, 8)]))
     floats = st.floats(-50, 50, width=32)
     values = draw(hnp.arrays(np.float32, (rows, length), elements=floats))
@@ -72,7 +72,7 @@ def test_parts_of_a_batch_add_up_to_it(case, name, data):
     lengths=st.tuples(st.integers(1, 9), st.integers(1, 9)),
 )
 def test_a_number_is_one_of_its_row_and_position_alone(seed, rows, lengths):
-    """Whatever else the batch holds, and however long it is."""
+    """A random number does not depend on the other rows or on the length of the batch."""
     key = jax.random.key(seed)
     first, second = (
         np.asarray(sampling.row_uniforms(key, n, t)) for n, t in zip(rows, lengths, strict=True)

@@ -1,4 +1,4 @@
-"""A teacher in 8 bits: its numbers against NumPy's, its logits, its place on a mesh."""
+"""A teacher in 8 bits: its numbers equal NumPy's, its logits are close, and it fits any mesh."""
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +67,7 @@ def test_logits_and_samples_are_those_of_the_restored_kernels(params):
 
 
 def test_a_run_with_a_teacher_in_8_bits_on_a_mesh(tmp_path):
-    """Scales are whole where values are split over rows; the teacher comes from its checkpoint."""
+    """Values are sharded by rows and scales replicated; the teacher is read from a checkpoint."""
     train.train(**small_runs.options(tmp_path / "teacher", steps=2))
     teacher = pretrained.ModelConfig(checkpoint=str(tmp_path / "teacher"), param_dtype="int8")
     given = {"steps": 2, "fraction": 1.0, "divergence": divergences.forward_kl, "teacher": teacher}

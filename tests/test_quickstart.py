@@ -1,4 +1,4 @@
-"""The README's first command, as a newcomer runs it: pytest -m slow tests/test_quickstart.py."""
+"""The README's first command gives its table. Run: pytest -m slow tests/test_quickstart.py."""
 
 import os
 import pathlib

@@ -1,4 +1,4 @@
-"""A recipe's description: every field of it identifies a run, now and when one is added."""
+"""Every field of a recipe, also one that is added later, is part of what identifies a run."""
 
 import copy
 import dataclasses
@@ -19,7 +19,7 @@ from gkd_jax.training.recipe import MAY_CHANGE, PATHS, is_below
 
 
 def recipe(**more):
-    """One in which no configuration is left out, so that every field is there to walk."""
+    """A recipe with every optional configuration, so that every field can be visited."""
     method = gkd.GKDConfig(
         divergence=divergences.JSD(beta=0.1),
         rl=rl.RLConfig(reward=rewards.Brevity(), alpha=0.5),
@@ -31,7 +31,7 @@ def recipe(**more):
 
 
 def leaves(description, prefix=""):
-    """(dotted name, value) of everything in a description that is not a dataclass itself."""
+    """(dotted name, value) of every field in a description that is not itself a dataclass."""
     for key, value in description.items():
         if isinstance(value, dict) and "type" in value:
             yield from leaves(value, f"{prefix}{key}.")

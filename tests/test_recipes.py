@@ -1,4 +1,4 @@
-"""Every recipe of gin/paper builds from the public checkpoints' shapes, without their files."""
+"""Every recipe of gin/paper builds from the shapes of public checkpoints, without their files."""
 
 import ast
 import copy
@@ -81,7 +81,7 @@ def test_headers_that_decode_name_the_task_s_lengths(name, tmp_path):
 
 
 def macro(name):
-    """A macro's value, computed where it is a reference such as `@per_size.by_size()`."""
+    """The value of a macro, computed if it is a reference such as `@per_size.by_size()`."""
     return copy.deepcopy(gin.query_parameter(f"%{name}"))
 
 

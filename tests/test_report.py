@@ -1,4 +1,4 @@
-"""The report of made-up runs: its numbers, its gaps, and that nothing in it is executed."""
+"""The report of made-up runs has the right numbers and gaps, and executes nothing of a run."""
 
 import copy
 import html.parser
@@ -54,7 +54,7 @@ def about(
     start=None,
     **changes,
 ):
-    """A run.json; `changes` are by dotted names of the recipe, "__" for a dot."""
+    """The contents of run.json; `changes` sets dotted names of the recipe, with "__" for a dot."""
     recipe = {
         "type": "Recipe",
         "student": model(size, start),
@@ -166,15 +166,15 @@ def seeded(run, seed):
 
 
 def write_run(folder: pathlib.Path, run: dict, final: dict, *, steps=20, rows=None, evals=()):
-    """A run folder as `gkd-jax train` and `eval` leave it.
+    """Writes a run folder as `gkd-jax train` and `eval` leave it.
 
     Args:
-        folder: to be made.
-        run: run.json.
-        final: metrics of the last step.
-        steps: done of run["recipe"]["train"]["train_steps"].
+        folder: the folder to make.
+        run: the contents of run.json.
+        final: the metrics of the last step.
+        steps: the steps that are done, of run["recipe"]["train"]["train_steps"].
         rows: step -> decoded rows.
-        evals: (how, metrics) of each `gkd-jax eval`; how may have a step.
+        evals: (settings, metrics) of each `gkd-jax eval`; the settings may have a step.
     """
     task = run["recipe"]["evaluation"]["task"] or run["recipe"]["data"]["task"]
     folder.mkdir(parents=True)
@@ -208,7 +208,7 @@ def write_run(folder: pathlib.Path, run: dict, final: dict, *, steps=20, rows=No
 
 
 def write_study(root: pathlib.Path) -> None:
-    """A student, and on-policy GKD from it with three seeds."""
+    """Writes a student, and on-policy GKD from it with three seeds."""
     write_run(root / "sft", about(), {"accuracy": 40.0})
     for seed, value in ACCURACY.items():
         run = about(divergence=JSD_01, fraction=1.0, start=str(root / "sft"))
@@ -220,7 +220,7 @@ def read_study(*roots) -> Study:
 
 
 def table(study, task="arithmetic", metric="accuracy", **how):
-    """label and size -> row."""
+    """The table of a task as {(label, size): row}."""
     rows = study.table(task, Setting.of({**GREEDY, **how}), metric)
     if not len(rows):
         return {}
@@ -230,7 +230,7 @@ def table(study, task="arithmetic", metric="accuracy", **how):
 
 
 class Page(html.parser.HTMLParser):
-    """Tags, attributes and text of a page."""
+    """The tags, attributes and text of an HTML page."""
 
     def __init__(self, path: pathlib.Path):
         super().__init__()
@@ -277,7 +277,7 @@ def another(value):
 
 
 def whole_recipe():
-    """The description of every field that a recipe has today, paths included."""
+    """The description of every field of a recipe, paths included."""
     from gkd_jax import divergences, rl
     from gkd_jax.evaluation.evaluate import EvalConfig
     from gkd_jax.gkd_config import GKDConfig
@@ -468,7 +468,7 @@ def test_labels_name_just_what_differs(tmp_path):
 
 
 def test_no_two_groups_have_one_label(tmp_path):
-    """Fields that one lacks, optimizers with settings, RL alone with two divergences."""
+    """Fields that one group lacks, optimizers with settings, and RL alone with two divergences."""
     adafactor = {"type": "Adafactor", "decay_rate": 0.8}
     runs = [
         about(),
@@ -643,7 +643,7 @@ def test_a_run_without_evaluations_is_named(tmp_path):
 
 
 def beside(tmp_path, metric, how, *, made_by=None, **recipe):
-    """The paper's number beside one run; its figure with it."""
+    """(value, figure) of the paper's number for a run; None if there is none."""
     run = {**about(**recipe), "targets_made_by": made_by}
     run["recipe"]["evaluation"].update(how)
     write_run(tmp_path / "run", run, {metric: 12.0})
@@ -781,7 +781,7 @@ def test_each_number_says_what_it_is_of():
 
 
 def test_relations_that_the_text_of_the_paper_states():
-    """Numbers of different figures that must agree, so that a slip in either shows."""
+    """Numbers of different figures that must agree, so that a slip in one of them shows."""
     by_cell: dict = {}
     for number in paper.numbers():
         by_cell.setdefault((number.cell, number.setting), []).append(number)
@@ -935,7 +935,7 @@ def png_size(path: pathlib.Path) -> tuple[int, int]:
 
 
 def write_everything(root: pathlib.Path, size="small", task="arithmetic"):
-    """Every experiment of the paper, small; a run is missing."""
+    """Writes small runs of every experiment of the paper; one run is missing."""
     count = itertools.count()
     start, teacher = str(root / "start"), str(root / "teacher")
 
@@ -972,7 +972,7 @@ def write_everything(root: pathlib.Path, size="small", task="arithmetic"):
 
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory):
-    """The folder of a study and its report, the panels of each kind of figure, and the figures."""
+    """The folder of a study, its report, the panels of each kind of figure, and the figures."""
     root = tmp_path_factory.mktemp("everything")
     write_everything(root / "runs")
     panels, made = {}, []
@@ -1042,7 +1042,7 @@ def test_the_papers_map_and_curves_stand_beside_the_same_recipes(tmp_path, monke
 
 
 def test_percentages_end_at_100_and_no_label_is_cut(everything):
-    """In every figure all texts lie inside the picture."""
+    """In every figure all texts are inside the picture."""
     _, _, made = everything
     assert len(made) >= 12
     for figure in made:

@@ -1,4 +1,4 @@
-"""Rewards: texts in, numbers out; the entailment classifier against the model's own logits."""
+"""Rewards give the documented numbers; the entailment score is the model's own logits."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Eq. 5 against enumeration: every sequence of a model with two tokens and two positions."""
+"""The gradient of Eq. 5 equals that by enumeration of all sequences of two tokens."""
 
 import dataclasses
 from functools import partial
@@ -77,7 +77,7 @@ def teacher():
 
 
 def log_q_of_sequences(params, temperature=1.0):
-    """log-probability of each of SEQUENCES, pad excluded, token by token."""
+    """The log-probability of each of SEQUENCES, pad excluded, token by token."""
     logits = t5.logits(STUDENT, params, ALL)[..., 1:] / temperature
     log_q = jax.nn.log_softmax(logits, axis=-1)
     picked = jnp.take_along_axis(log_q, jnp.maximum(SEQUENCES - 1, 0)[..., None], axis=-1)[..., 0]
@@ -85,7 +85,7 @@ def log_q_of_sequences(params, temperature=1.0):
 
 
 def exact_gradient(params, teacher, alpha, temperature=1.0):
-    """Of minus Eq. 5: the reward's expectation differentiated through the policy, D's not."""
+    """The gradient of minus Eq. 5: through the policy for the reward's expectation, not for D's."""
 
     def objective(params):
         q = jnp.exp(log_q_of_sequences(params, temperature))
@@ -99,7 +99,7 @@ def exact_gradient(params, teacher, alpha, temperature=1.0):
 
 
 def gradient(config, params, teacher, batch, advantages, num_microbatches=1):
-    """What `gkd.update` descends: SGD's step at learning rate 1."""
+    """The gradient that `gkd.update` descends, from SGD's step at learning rate 1."""
     state = train_state.create(params, SGD)
     new, _ = update(config, MODELS, SGD, num_microbatches, state, teacher, batch, KEY, advantages)
     return jax.tree.map(lambda before, after: before - after, params, new.params)
@@ -112,7 +112,7 @@ def flat(tree):
 @pytest.mark.parametrize("alpha", ALPHAS)
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
 def test_the_estimator_s_expectation_is_the_exact_gradient(alpha, temperature, student, teacher):
-    """The estimator at each sequence, weighted by the sequence's probability."""
+    """The estimator of each sequence, weighted by the sequence's probability."""
     sampling = dataclasses.replace(GKDConfig().sampling, temperature=temperature)
     config = method(alpha, sampling=sampling)
     q = np.exp(log_q_of_sequences(student, temperature))
@@ -129,7 +129,7 @@ def test_the_estimator_s_expectation_is_the_exact_gradient(alpha, temperature, s
 
 @pytest.mark.parametrize("num_samples", [1, 4])
 def test_the_gradient_of_samples_with_a_baseline_is_unbiased(num_samples, student, teacher):
-    """Sampling, leave-one-out baseline and update as a run does them, over many batches."""
+    """Sampling, leave-one-out baseline and update as in a run, over many batches."""
     config = method(0.25, num_samples=num_samples)
     prompts = 256 // num_samples
     batch = Batch(
@@ -160,7 +160,7 @@ def test_alpha_one_is_pure_distillation_bit_for_bit(student, teacher):
 
 @pytest.mark.parametrize("reduction", [losses.sequence_mean, losses.token_mean])
 def test_microbatches_change_nothing(reduction, student, teacher):
-    """Two prompts with two samples each; the policy's mean is over sequences either way."""
+    """With two prompts of two samples each, the policy term stays a mean over sequences."""
     config = method(0.25, num_samples=2, reduction=reduction)
     rows = np.array([0, 1, 2, 1])
     prompts = jnp.array([[2, 2, 1, 0], [2, 1, 0, 0]])
@@ -216,7 +216,7 @@ def test_bad_configurations_are_refused(make, message):
 
 @pytest.mark.parametrize("rate", [0.1, 0.5])
 def test_dropout_is_refused_under_a_reward(rate, tmp_path):
-    """Samples are drawn without dropout: with it, log Q of a sample is not that of the draw."""
+    """With dropout, log Q of a sample would not be the log-probability of its draw."""
     student = pretrained.ModelConfig(architecture=small_runs.small, size="tiny", dropout_rate=rate)
     models = {"student": student, "teacher": student}
     rewarded = method(0.5, on_policy_fraction=1.0)

@@ -1,4 +1,4 @@
-"""One run a MODEL_DIR: who holds the lock, who waits for it, and who takes it over."""
+"""One run at a time trains in a MODEL_DIR; others wait, give up, or take over a stale lock."""
 
 import json
 import os

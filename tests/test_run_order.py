@@ -1,4 +1,4 @@
-"""What a run looks at before it writes, what it saves before it evaluates, what a resume leaves."""
+"""A run checks before it writes and saves before it evaluates; a refused resume changes nothing."""
 
 import json
 import pathlib
@@ -25,7 +25,7 @@ def run(folder, steps=3, **more):
 
 
 def contents(folder):
-    """Every file of a folder with its bytes, but for TensorBoard's."""
+    """Every file of a folder with its bytes, except TensorBoard's."""
     return {
         path.relative_to(folder): path.read_bytes()
         for path in pathlib.Path(folder).rglob("*")
@@ -111,7 +111,7 @@ def test_an_evaluation_task_of_another_vocabulary_is_refused(tmp_path):
 )
 @pytest.mark.parametrize("steps", [3, 5])
 def test_a_refused_resume_changes_nothing(change, said, steps, run_dir):
-    """Also of a finished run (3 steps), whose files stay as they are."""
+    """This includes a finished run (3 steps), whose files stay as they are."""
     before = contents(run_dir)
     with pytest.raises(ValueError, match="another configuration") as error:
         run(run_dir, steps=steps, **change)
@@ -167,7 +167,7 @@ def test_where_all_is_damaged_nothing_starts_from_scratch(run_dir):
 
 
 def test_a_folder_that_was_copied_goes_on_and_one_that_was_trained_on_does_not(finished, tmp_path):
-    """What a student starts from is told by its content, not by its path."""
+    """The checkpoint that a student starts from is identified by content, not by path."""
     from gkd_jax.storage import pretrained
 
     start = shutil.copytree(finished, tmp_path / "start")

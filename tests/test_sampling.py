@@ -1,4 +1,4 @@
-"""Decoding against teacher forcing, and the draw against NumPy and the chi-square test."""
+"""Sampled tokens follow teacher-forced probabilities, by NumPy and by chi-square tests."""
 
 import dataclasses
 
@@ -46,7 +46,7 @@ def inputs():
 
 
 def _log_softmax(params, inputs, tokens, settings):
-    """Teacher-forced log-probabilities, float64, of the distribution that is drawn from."""
+    """Teacher-forced log-probabilities of the sampled distribution, in float64."""
     batch = Batch(inputs, tokens, jnp.ones(tokens.shape))
     scores = np.array(logits(CONFIG, params, batch), np.float64) / (settings.temperature or 1.0)
     scores[..., list(settings.banned_ids)] = -np.inf
@@ -80,7 +80,7 @@ def test_log_probs_are_those_of_the_distribution_drawn_from(temperature, params,
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 def test_tokens_follow_the_model(temperature, params, inputs):
-    """Chi-square over 8,192 first tokens of one input."""
+    """A chi-square test of 8,192 first tokens for one input."""
     settings = SamplingConfig(temperature=temperature, banned_ids=(0, 9))
     rows = jnp.broadcast_to(inputs[:1], (8192, S))
     drawn = decode(CONFIG, params, rows, jax.random.key(1), max_length=1, sampling=settings)
@@ -166,7 +166,7 @@ def test_the_loop_ends_with_the_last_row(settings, params, inputs, monkeypatch):
 
 
 def test_banned_ids_are_never_drawn(params, inputs):
-    """Seven of 32 ids banned, and none among 5,000 tokens of hot, almost uniform text."""
+    """None of seven banned ids (of 32) is among 5,000 tokens at a high temperature."""
     banned = sampling.banned_tail(CONFIG, 26)
     assert banned == (0, 26, 27, 28, 29, 30, 31)
     settings = SamplingConfig(temperature=8.0, banned_ids=banned)
@@ -178,7 +178,7 @@ def test_banned_ids_are_never_drawn(params, inputs):
 
 
 def _numpy_filter(row, top_k, top_p):
-    """The kept ids, likeliest first: the k first, then the shortest prefix of enough mass."""
+    """The kept ids, most probable first: the first k, then the shortest prefix of enough mass."""
     order = np.argsort(-row, kind="stable")
     if top_k:
         order = order[:top_k]
@@ -241,7 +241,7 @@ def test_filters_act_in_sampling(changes, params, inputs):
 
 
 def _assert_chi_square(tokens, probabilities):
-    """Bins of at least 10 expected draws; the rest is one bin."""
+    """Bins have at least 10 expected draws; all other ids share one bin."""
     counts = np.bincount(tokens, minlength=len(probabilities))
     assert not counts[probabilities == 0].any()
     expected = probabilities * len(tokens)
@@ -277,7 +277,7 @@ def test_draw_inverts_the_cumulative_softmax(vocab_size):
 
 @pytest.mark.parametrize("hole", [-np.inf, -500.0])
 def test_what_has_probability_zero_is_never_drawn(hole):
-    """Holes at both ends, in whole blocks, and around a single token, at extreme uniforms."""
+    """Zeros at both ends, in whole blocks and around a single token, with extreme uniforms."""
     rng = np.random.default_rng(5)
     rows = rng.normal(0, 1, (5, 600)).astype(np.float32)
     rows[0, :300] = hole
@@ -358,7 +358,7 @@ def test_tokens_are_the_same_on_any_mesh(sizes, params, inputs):
 
 
 def test_no_weight_is_gathered_inside_the_decode_loop(params, inputs):
-    """Where fsdp splits the weights, they are put together once, before the first token."""
+    """Weights that fsdp shards are gathered once, before the first token."""
     mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=4))
 
     def run(params, inputs, key):

@@ -1,4 +1,4 @@
-"""The mesh and the table of logical axes."""
+"""The mesh, and the table from logical axes to mesh axes."""
 
 import dataclasses
 import itertools
@@ -63,7 +63,7 @@ def test_make_mesh_takes_all_devices_or_those_given():
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """As much of a TPU's device as placing it takes."""
+    """The attributes of a TPU device that placing it on a mesh needs."""
 
     id: int
     coords: tuple[int, ...]
@@ -114,7 +114,7 @@ def test_every_mesh_that_fits_is_made(devices, whole_axes, capsys):
 
 
 def test_a_tensor_axis_of_two_is_made_with_a_warning(capsys):
-    """JAX's own `make_mesh` refuses this one, and advises an option that it does not take."""
+    """JAX's own `make_mesh` refuses this mesh and advises an option that it does not have."""
     made = sharding.make_mesh(MeshConfig(data=4, fsdp=2, tensor=2), torus(V6E, 4, 4))
     assert "data=4 x fsdp=2 x tensor=2 splits axes" in capsys.readouterr().err
     for left, right in made.devices.reshape(-1, 2):  # what talks most lies side by side

@@ -1,4 +1,4 @@
-"""`gkd-jax sweep`, with a stand-in for the commands that it starts."""
+"""`gkd-jax sweep` starts, skips and orders runs as documented; a stand-in replaces the runs."""
 
 import fcntl
 import json
@@ -67,7 +67,7 @@ CHAIN_RUNS = [
 
 
 class Sweep:
-    """`gkd-jax sweep` in a folder of its own."""
+    """Runs `gkd-jax sweep` in a folder of its own."""
 
     def __init__(self, folder: pathlib.Path):
         self.folder, self.output = folder, folder / "runs"
@@ -167,7 +167,7 @@ def test_a_divergence_and_its_beta_are_one_axis(sweep):
 
 
 def paper_sweep(sweep, task, *flags) -> dict[str, dict[str, str]]:
-    """Folder -> flags of the commands of a sweep of gin/paper."""
+    """Folder -> flags, for the commands of a sweep of gin/paper."""
     path = ROOT / "gin" / "paper" / "sweeps" / f"{task}.toml"
     result = sweep(f"--sweep_file={path}", "--print", *flags)
     assert result.returncode == 0, result.stderr

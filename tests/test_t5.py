@@ -1,4 +1,4 @@
-"""The model against properties, naive NumPy and Hugging Face's implementation."""
+"""T5 has the expected properties, and equals naive NumPy and Hugging Face's implementation."""
 
 import dataclasses
 import math
@@ -99,7 +99,7 @@ def test_shift_right():
 
 
 def _naive_bucket(distance, bidirectional, buckets, max_distance):
-    """T5's description: half of the buckets for exact distances, the rest logarithmic."""
+    """T5's description in words: half of the buckets for exact distances, the rest logarithmic."""
     offset = 0
     if bidirectional:
         buckets //= 2
@@ -337,7 +337,7 @@ def test_an_unknown_size_lists_the_known_ones(make):
 
 
 def _hugging_face(config):
-    """A random transformers model of these sizes, its head set apart where it has its own."""
+    """A random transformers model of these sizes, with a head of its own if it is untied."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     gated = len(config.mlp_activations) == 2
@@ -372,7 +372,7 @@ def _hugging_face(config):
 
 
 def _from_hugging_face(config, model):
-    """Our tree from its state dict: kernels transposed, layers stacked."""
+    """Our tree of parameters from its state dict: kernels transposed, layers stacked."""
     state = {name: jnp.asarray(value.numpy()) for name, value in model.state_dict().items()}
 
     def stack(name, num_layers):

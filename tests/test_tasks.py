@@ -33,7 +33,7 @@ LENGTHS = {"inputs": 64, "targets": 48}
 
 @pytest.fixture
 def data_dirs(shared, monkeypatch):
-    """Points TFDS at the shared data; gives the folder of each folder-based task."""
+    """Points TFDS at the shared data; returns the folder of each task that is made from files."""
     seqio.set_tfds_data_dir_override(str(shared / "tfds"))
     monkeypatch.setattr(folder, "_data_dir", None)
     data = shared / "data"
@@ -296,7 +296,7 @@ def prompts_of(name, data_dir, **settings) -> list[str]:
 
 
 def score(task: seqio.Task, rows) -> dict[str, float]:
-    """The task's metrics of (example, prediction) pairs, as seqio computes them."""
+    """The task's metrics of (example, prediction) pairs, computed as seqio does."""
     targets = [
         task.postprocess_fn(row["targets_pretokenized"].decode(), example=row, is_target=True)
         for row, _ in rows
@@ -362,7 +362,7 @@ def test_the_first_shots_are_kept_as_many_as_fit(kept, spare):
 
 @pytest.fixture
 def mmlu_folder(tmp_path, no_data_dir):
-    """All subjects: anatomy with three questions of test, the others with one."""
+    """A folder with all subjects: anatomy has three test questions, the others one."""
     for part in ("dev", "val", "test"):
         (tmp_path / part).mkdir()
         for subject in mmlu.SUBJECTS:
@@ -472,9 +472,9 @@ def test_mmlu_long_prompts_keep_the_first_shots_as_hendrycks_does(data_dirs, sha
 
 
 def dropped_by_hand(groups, vocabulary, length) -> tuple[int, int]:
-    """(prompts with fewer shots, of these without any), from the parts' own numbers of tokens.
+    """(prompts with fewer shots, those of them without any), from the parts' own token counts.
 
-    No piece of T5's vocabulary spans a space, so that numbers of tokens add up.
+    No piece of T5's vocabulary spans a space, so token counts of parts add up.
     """
 
     def tokens(text):
@@ -730,7 +730,7 @@ def test_a_mixture_of_another_folder_and_maximum(flan_folder):
 
 
 def test_flan_groups_by_task_name_across_files(tmp_path):
-    """As the published submixture has it: files that hold many tasks, and tasks in many files."""
+    """As in the published submixture, a file holds several tasks, and a task has several files."""
     for name, tasks in [("1.jsonl", "aab"), ("2.jsonl", "ba")]:
         rows = [
             {"inputs": f"{name}{i}", "targets": "t", "task_name": task, "task_source": "Flan2021"}

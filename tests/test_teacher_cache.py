@@ -1,4 +1,4 @@
-"""Cached scores of a teacher: their divergence, their files, and runs that have no teacher."""
+"""A teacher's stored scores: their divergence, their files, and runs without a teacher."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ def logits():
 
 
 def merged(log_probs, ids):
-    """Probabilities of the ids and of all others, in float64."""
+    """The probabilities of the ids and of all other ids together, in float64."""
     probs = np.exp(np.asarray(jax.nn.log_softmax(log_probs), np.float64))
     probs /= probs.sum(-1, keepdims=True)
     picked = np.take_along_axis(probs, np.asarray(ids), -1)
@@ -183,7 +183,7 @@ def teacher_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def scores(teacher_dir, tmp_path_factory):
-    """All ids of the teacher's distributions, of the first 40 problems."""
+    """The teacher's distributions over all ids, for the first 40 problems."""
     folder = tmp_path_factory.mktemp("scores") / "all"
     gin.clear_config()
     flags = {
@@ -246,7 +246,7 @@ def test_what_a_cache_cannot_serve_is_said(tmp_path, scores, changes, message):
 def test_a_cache_of_another_teacher_is_refused_and_a_copy_of_its_teacher_taken(
     tmp_path, teacher_dir, scores
 ):
-    """Teachers are compared by what their checkpoints hold, wherever they lie."""
+    """Teachers are compared by the content of their checkpoints, not by their paths."""
     other = tmp_path / "other"
     train.train(
         **options(

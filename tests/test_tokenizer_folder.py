@@ -1,4 +1,4 @@
-"""Tokenizers of Hugging Face folders: ids, texts and rendered chats are those of transformers."""
+"""Tokenizers of Hugging Face folders give the ids, texts and rendered chats of transformers."""
 
 import copy
 import datetime
@@ -42,7 +42,7 @@ def unicode_lines(count: int, seed: int = 0) -> list[str]:
 
 
 def chats(count: int, *, system: bool = True, seed: int = 0) -> list[dict]:
-    """`messages`, `add_generation_prompt` and, in some, `tools`: alternating turns."""
+    """Alternating turns with `add_generation_prompt` and, in some chats, `tools`."""
     draw = random.Random(seed)
     texts = [line or "x" for line in unicode_lines(400, seed)]
     tool = {

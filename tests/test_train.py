@@ -1,4 +1,4 @@
-"""Whole runs through `train.train`: learning, resuming, and what they leave behind."""
+"""Whole runs through `train.train` learn, resume, and leave the documented files."""
 
 import json
 import os
@@ -55,7 +55,7 @@ def on_policy(teacher_dir, **more):
 
 
 def test_a_stopped_run_goes_on_exactly_as_one_never_stopped(teacher_dir, tmp_path):
-    """Same coins, samples, batches, losses and parameters, bit for bit, whenever it was saved."""
+    """Coins, samples, batches, losses and parameters are equal bit for bit, whenever it saves."""
     train.train(**options(tmp_path / "whole", steps=8, **on_policy(teacher_dir)))
     often = train.TrainConfig(train_steps=5, save_period="0.000000001 s", keep=None)
     train.train(**options(tmp_path / "parts", steps=5, train=often, **on_policy(teacher_dir)))

@@ -70,7 +70,7 @@ class Setting(NamedTuple):
 
     @property
     def is_main(self) -> bool:
-        """False for samples at temperatures other than 1, which are points of Fig. 4 only."""
+        """False for samples at temperatures other than 1: of the figures only Fig. 4 shows them."""
         return self.decoding != "sample" or self.temperature in (None, 1)
 
     def __str__(self) -> str:

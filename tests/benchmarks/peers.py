@@ -1,16 +1,17 @@
-"""Times one on-policy step of GKD, ours and Hugging Face T5's on torch, in the same run.
+"""Times one on-policy step of GKD here and with Hugging Face's T5 on torch, in the same session.
 
     python tests/benchmarks/peers.py [--configs 1 2 3] [--dtypes float32 bfloat16] [--rounds 3]
-    python tests/benchmarks/peers.py --t5x PYTHON    # T5X in torch's place
+    python tests/benchmarks/peers.py --t5x PYTHON    # compare with T5X instead of torch
 
-Each measurement is a process of its own, the two in turn, `--rounds` times each; printed are the
-medians over rounds, and their ratio. On torch: `generate` with its cache, dense logits, the
-generalized JSD, AdamW; in bfloat16 under autocast, parameters in float32. Weights are random; the
-output heads are of their own and give logits of spread 1, as ours do. No sequence ends early.
+Each measurement is a process of its own. The two implementations take turns, `--rounds` times each,
+and the script prints the medians over rounds and their ratio. The torch step uses `generate` with
+its cache, dense logits, the generalized JSD and AdamW; in bfloat16 it runs under autocast with
+float32 parameters. Weights are random. The output heads are untied and give logits with standard
+deviation 1, as those of gkd_jax do. No sequence ends early.
 
-T5X distils nothing: of it the student's temperature sampling is timed, and a step of its trainer on
-cross-entropy, with dropout 0.1 and Adafactor, beside the same step of ours. PYTHON is that of an
-environment with T5X (docs/checkpoints.md, "Staying on T5X").
+T5X has no distillation. Its temperature sampling is timed, and a step of its trainer on
+cross-entropy with dropout 0.1 and Adafactor, beside the same step of gkd_jax. PYTHON is the
+interpreter of an environment with T5X (docs/checkpoints.md, "Staying on T5X").
 """
 
 import argparse
@@ -33,7 +34,7 @@ T5X_PHASES = ("sample_ms", "sft_ms")
 
 
 def torch_step(config: int, dtype: str, runs: int) -> dict[str, float]:
-    """Milliseconds of each phase on torch; `update_ms` has the teacher in it, as ours has."""
+    """Milliseconds of each phase on torch; `update_ms` includes the teacher, as for gkd_jax."""
     import torch
     from torch.nn.functional import log_softmax
     import transformers
@@ -173,7 +174,7 @@ def t5x_step(config: int, dtype: str, runs: int) -> dict[str, float]:
 
 
 def _medians(phases: dict[str, Callable[[], Any]], runs: int) -> dict[str, float]:
-    """Milliseconds of each, taking turns, after two turns that do not count."""
+    """The median milliseconds of each function, in turns; the first two rounds do not count."""
     times: dict[str, list[float]] = {name: [] for name in phases}
     for turn in range(runs + 2):
         for name, phase in phases.items():
@@ -185,14 +186,14 @@ def _medians(phases: dict[str, Callable[[], Any]], runs: int) -> dict[str, float
 
 
 def ours(config: int, dtype: str, runs: int, *more: str) -> dict[str, float]:
-    """What `gkd-jax bench` says."""
+    """The numbers that `gkd-jax bench` prints."""
     command = [sys.executable, "-m", "gkd_jax", "bench", "--json", f"--runs={runs}", *more]
     command += [f"--gin_file=gin/bench/config{config}.gin", f"--gin.DTYPE='{dtype}'"]
     return _last_json(command)
 
 
 def ours_beside_t5x(config: int, dtype: str, runs: int) -> dict[str, float]:
-    """Our sampling, and our step of cross-entropy with dropout and Adafactor."""
+    """Milliseconds of gkd_jax's sampling and cross-entropy step, with dropout and Adafactor."""
     sft = ("--gin.DIVERGENCE=None", "--gin.ON_POLICY_FRACTION=0.0", "--gin.train.run.teacher=None")
     like = ("--gin.DROPOUT_RATE=0.1", "--gin.OPTIMIZER=@optimizers.adafactor")
     found, trained = ours(config, dtype, runs), ours(config, dtype, runs, *sft, *like)
@@ -212,7 +213,7 @@ def _last_json(command: list[str]) -> dict[str, float]:
 
 
 def main() -> None:
-    """Prints one row a configuration, dtype and phase."""
+    """Prints one row for each configuration, dtype and phase."""
     parser = argparse.ArgumentParser(description="Times GKD's step beside torch's.")
     parser.add_argument("--configs", type=int, nargs="+", default=sorted(CONFIGS))
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])

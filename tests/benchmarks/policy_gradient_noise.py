@@ -1,12 +1,12 @@
-"""How much of RL's gradient is signal: exact answers on word problems, beside the divergences'.
+"""Measures how much of RL's gradient is signal, for exact answers on word problems.
 
     python tests/benchmarks/policy_gradient_noise.py STUDENT TEACHER --first=2500 --batches=24
 
-STUDENT and TEACHER are MODEL_DIRs of gin/quickstart.gin or gin/sweeps/arithmetic.toml. Every batch
-has the gradient g of each term from its own 64 problems x 8 samples. The signal is |E g|, from the
-products of different batches, whose noise is independent; the noise is sqrt(E|g - E g|^2). A batch
-would have to be noise^2 / signal^2 times as large for the two to be equal: far below that, a larger
-learning rate only walks further at random.
+STUDENT and TEACHER are MODEL_DIRs of gin/quickstart.gin or gin/sweeps/arithmetic.toml. For every
+batch of 64 problems x 8 samples, the gradient g of each term of the loss is computed by itself. The
+signal |E g| comes from products of different batches, whose noise is independent. The noise is
+sqrt(E|g - E g|^2). Signal and noise would be equal in a batch that is noise^2 / signal^2 times as
+large. In much smaller batches, a larger learning rate only makes longer random steps.
 """
 
 import argparse
@@ -32,7 +32,7 @@ EOS = 1
 
 
 def gradient_functions(student_config, teacher_config, teacher):
-    """(params, batch, advantages) -> flat gradient, of each term of Eq. 5 by itself."""
+    """Functions (params, batch, advantages) -> flat gradient, one for each term of Eq. 5."""
 
     def policy(params, batch, advantages):
         logits = lm.logits(student_config, params, batch).at[..., jnp.array(BANNED)].set(-jnp.inf)
@@ -64,7 +64,7 @@ def gradient_functions(student_config, teacher_config, teacher):
 
 
 def signal_and_noise(gradients: np.ndarray) -> tuple[float, float]:
-    """|E g| and sqrt(E|g - E g|^2) of rows of independent gradients."""
+    """|E g| and sqrt(E|g - E g|^2), estimated from rows of independent gradients."""
     count = len(gradients)
     squares = np.square(gradients).sum()
     products = (np.square(gradients.sum(0)).sum() - squares) / (count * (count - 1))
