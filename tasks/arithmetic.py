@@ -8,7 +8,7 @@ thought, so a model has to get every step right. The default vocabulary is "arit
 one run, a T5 of 0.8 M parameters that was trained from scratch for 900 steps with batches of 64
 problems (gin/quickstart.gin) answered 96 % of the validation split correctly; a T5 of 0.15 M
 parameters answered 9 % correctly after 400 steps. The longest input has 34 tokens and the longest
-target 24, including EOS.
+target has 24 tokens, including EOS.
 """
 
 from collections.abc import Callable
