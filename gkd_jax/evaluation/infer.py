@@ -22,7 +22,7 @@ from gkd_jax.evaluation import evaluate, made_by
 from gkd_jax.evaluation.evaluate import EvalConfig
 from gkd_jax.input import data, eval_batches, streams
 from gkd_jax.models import lm
-from gkd_jax.storage import checkpoints, content
+from gkd_jax.storage import checkpoints, content, tokenizer_files
 from gkd_jax.storage.pretrained import ModelConfig, place_params
 from gkd_jax.storage.vocabulary_checks import check_special_ids, check_vocabularies
 from gkd_jax.tasks import jsonl, rows  # pyright: ignore[reportMissingImports]
@@ -78,7 +78,9 @@ def _prepare(
     if model.memory != "device":
         raise ValueError(f"a model decodes in memory='device', got {model.memory!r}")
     task, vocabulary = streams.open_task(
-        data_config, checkpoint=model.checkpoint, check_remote=not dry_run
+        data_config,
+        tokenizer=tokenizer_files.find(model.checkpoint),
+        check_remote=not dry_run,
     )
     streams.check_split(task, evaluation.split)
     num_pieces = vocabularies.num_pieces(vocabulary, check_remote=not dry_run)

@@ -17,7 +17,7 @@ from gkd_jax import gkd, sharding
 from gkd_jax.batch import Batch, TopK
 from gkd_jax.input import data, eval_batches, streams, teacher_cache
 from gkd_jax.models import lm
-from gkd_jax.storage import checkpoints, content
+from gkd_jax.storage import checkpoints, content, tokenizer_files
 from gkd_jax.storage.pretrained import ModelConfig, place_params
 from gkd_jax.storage.vocabulary_checks import check_special_ids, check_vocabularies
 from gkd_jax.text import vocabularies
@@ -50,7 +50,9 @@ def run(
             is remote, or if it holds the scores of another teacher or of other data.
     """
     _check(k, temperature, output)
-    task, vocabulary = streams.open_task(data_config, checkpoint=model.checkpoint)
+    task, vocabulary = streams.open_task(
+        data_config, tokenizer=tokenizer_files.find(model.checkpoint)
+    )
     if isinstance(task, seqio.Mixture):
         raise ValueError(
             f"{data_config.task!r} is a mixture, which ends with its shortest task: score its tasks"

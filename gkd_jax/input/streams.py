@@ -11,7 +11,6 @@ source is shuffled within seqio's window.
 from collections.abc import Iterator, Mapping
 import difflib
 import functools
-import os
 import pathlib
 from typing import Any
 
@@ -68,14 +67,14 @@ def find_task(name: str, vocabulary: seqio.Vocabulary | None) -> seqio.Task | se
 
 
 def open_task(
-    config: DataConfig, *, checkpoint: str | None = None, check_remote: bool = True
+    config: DataConfig, *, tokenizer: str | None = None, check_remote: bool = True
 ) -> tuple[Any, seqio.Vocabulary]:
     """Returns the task of a configuration, and the vocabulary that inputs and targets share.
 
     Args:
         config: the configuration of the data.
-        checkpoint: the checkpoint of the model that reads the task. If `config` names no vocabulary
-            and the checkpoint is a Hugging Face folder with a tokenizer, that tokenizer is used.
+        tokenizer: the Hugging Face folder of the model that reads the task, or None. If `config`
+            names no vocabulary and the folder has a tokenizer, that tokenizer is used.
         check_remote: whether remote files may be read; False in a dry run.
 
     Raises:
@@ -84,9 +83,9 @@ def open_task(
     """
     folder.set_data_dir(config.data_dir)
     vocabulary = None
-    if config.vocabulary is None and checkpoint is not None and os.path.isdir(checkpoint):
-        if vocabularies.has_tokenizer(checkpoint):
-            vocabulary = vocabularies.of_folder(checkpoint)
+    if config.vocabulary is None and tokenizer is not None:
+        if vocabularies.has_tokenizer(tokenizer):
+            vocabulary = vocabularies.of_folder(tokenizer)
     elif config.vocabulary is not None:
         vocabulary = vocabularies.load(
             config.vocabulary, extra_ids=config.extra_ids, check_remote=check_remote

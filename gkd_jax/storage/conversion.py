@@ -1,6 +1,5 @@
 """Implements `gkd-jax convert`, which reads a checkpoint in any format and writes it in another."""
 
-import json
 import os
 import pathlib
 import re
@@ -14,15 +13,11 @@ from gkd_jax.convert import hf_folder
 from gkd_jax.convert.stored import as_dtype
 from gkd_jax.models import lm
 from gkd_jax.models.t5_config import T5Config
-from gkd_jax.storage import checkpoints, model_card, pretrained
-from gkd_jax.text import vocabularies
+from gkd_jax.storage import checkpoints, model_card, pretrained, tokenizer_files
 
 
 FORMATS = ("hf", "t5x", "gkd")
 STORED = "stored"  # Stands for the dtype of the source's weights.
-# A folder in a step folder, with the tokenizer's and other files of the Hugging Face folder from
-# which the checkpoint was converted.
-_HF_FILES = "hf"
 
 
 def convert_checkpoint(
@@ -86,7 +81,7 @@ def convert_checkpoint(
     narrow = dtype == stored == "bfloat16" and to != "gkd"
     shapes = lm.abstract_params(config, "bfloat16" if narrow else "float32")
     params = pretrained.load_params(source, shapes, config)
-    beside = _tokenizer_folder(source, about)
+    beside = tokenizer_files.find(source)
     if to == "hf":
         _write_hf(output, config, params, about, dtype, beside, step_folder)
     elif to == "t5x":
@@ -141,7 +136,9 @@ def _write_own(
     more = {"dtype": about["dtype"]}
     checkpoints.write_params(output, config, params, vocabulary, num_pieces, more)
     if beside is not None:
-        hf_folder.copy_companions(pathlib.Path(beside), pathlib.Path(output) / _HF_FILES)
+        hf_folder.copy_companions(
+            pathlib.Path(beside), pathlib.Path(output) / tokenizer_files.HF_FILES
+        )
 
 
 def _check_output(output: str) -> None:
@@ -154,46 +151,6 @@ def _check_output(output: str) -> None:
     parent = next(folder for folder in path.absolute().parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise ValueError(f"output {output!r} cannot be made: {parent} is no folder to write to")
-
-
-def _tokenizer_folder(source: str, about: dict[str, Any]) -> str | None:
-    """Returns a Hugging Face folder with the model's tokenizer; None if none is known.
-
-    For a run, the candidates are the folder that VOCABULARY names and the folder from which the
-    student was initialised. A candidate must have the vocabulary of the run.
-
-    Args:
-        source: the path of the checkpoint.
-        about: the JSON of the checkpoint's step folder; {} if there is none.
-    """
-    step_folder = checkpoints.find_step(source)
-    if step_folder is None:
-        return source if convert.detect(source) == "hf" else None
-    if (step_folder / _HF_FILES).is_dir():
-        return str(step_folder / _HF_FILES)
-    record = step_folder.parent.parent / "run.json"
-    if not record.is_file():
-        return None
-    recipe = json.loads(record.read_text()).get("recipe", {})
-    places = (recipe.get("data", {}).get("vocabulary"), recipe.get("student", {}).get("checkpoint"))
-    for place in places:
-        if not place or "://" in place or not pathlib.Path(place).is_dir():
-            continue
-        # If the student started from another run, look for that run's tokenizer.
-        if checkpoints.find_step(place) is not None:
-            found = _tokenizer_folder(place, about)
-            if found is not None:
-                return found
-        elif _has_vocabulary(place, about["vocabulary"]):
-            return place
-    return None
-
-
-def _has_vocabulary(folder: str, expected: str) -> bool:
-    try:
-        return vocabularies.content_hash(vocabularies.of_folder(folder)) == expected
-    except (ValueError, FileNotFoundError):
-        return False
 
 
 def _step_of(source: str) -> int:

@@ -15,6 +15,7 @@ from gkd_jax import sharding
 from gkd_jax.evaluation import evaluate
 from gkd_jax.input import eval_batches, streams
 from gkd_jax.models import lm
+from gkd_jax.storage import tokenizer_files
 from gkd_jax.tasks import jsonl  # pyright: ignore[reportMissingImports]
 from gkd_jax.text import vocabularies
 from gkd_jax.training.program import Program
@@ -44,7 +45,7 @@ class Evaluations:
         assert recipe.evaluation is not None
         self._config, self._data, self._folder = recipe.evaluation, recipe.data, model_dir
         self._vocabulary, self._mesh = source.vocabulary, program.mesh
-        self._checkpoint = recipe.student.checkpoint
+        self._tokenizer = tokenizer_files.find(recipe.student.checkpoint)
         self._lengths = dict(recipe.data.feature_lengths)
         self._lengths["targets"] = self._config.target_length or self._lengths["targets"]
         self._batch_size = self._config.batch_size or recipe.data.batch_size
@@ -75,7 +76,7 @@ class Evaluations:
         if name != self._data.task:
             chosen = dataclasses.replace(self._data, task=name)
             task, vocabulary = streams.open_task(
-                chosen, checkpoint=self._checkpoint, check_remote=check_remote
+                chosen, tokenizer=self._tokenizer, check_remote=check_remote
             )
             if not vocabularies.same(vocabulary, source.vocabulary):
                 raise ValueError(

@@ -6,7 +6,7 @@ This happens before any array exists, so that a mistake is reported at once.
 from typing import Any, NamedTuple
 
 from gkd_jax.input import streams, teacher_cache
-from gkd_jax.storage import content, vocabulary_checks
+from gkd_jax.storage import content, tokenizer_files, vocabulary_checks
 from gkd_jax.text import vocabularies
 from gkd_jax.training.recipe import Recipe, describe
 
@@ -44,9 +44,9 @@ def open_source(
         ValueError: if a split, a teacher cache or a checkpoint does not fit the task and its
             vocabulary, or if a row without a target would be trained on.
     """
-    checkpoint = recipe.student.checkpoint
+    tokenizer = tokenizer_files.find(recipe.student.checkpoint)
     task, vocabulary = streams.open_task(
-        recipe.data, checkpoint=checkpoint, check_remote=check_remote
+        recipe.data, tokenizer=tokenizer, check_remote=check_remote
     )
     streams.check_split(task, recipe.data.split)
     remote = "://" in getattr(vocabulary, "sentencepiece_model_file", "")

@@ -1,0 +1,66 @@
+"""Finds the tokenizer of a checkpoint: in its own folder, or where its run found it."""
+
+import json
+import os
+import pathlib
+
+from gkd_jax.storage import checkpoints
+from gkd_jax.text import vocabularies
+
+
+# A folder in a step folder, with the tokenizer's and other files of the Hugging Face folder from
+# which the checkpoint was converted.
+HF_FILES = "hf"
+
+
+def find(checkpoint: str | None) -> str | None:
+    """Returns a Hugging Face folder with the tokenizer of a checkpoint; None if none is known.
+
+    For a run, the candidates are the folder that VOCABULARY names and the folder from which the
+    student was initialised. A candidate must have the vocabulary of the run.
+
+    Args:
+        checkpoint: the path of a checkpoint in any format. For a remote or absent one the result is
+            None.
+    """
+    if checkpoint is None or "://" in checkpoint or not os.path.isdir(checkpoint):
+        return None
+    step_folder = checkpoints.find_step(checkpoint)
+    if step_folder is None:
+        return checkpoint if os.path.isfile(os.path.join(checkpoint, "config.json")) else None
+    return _of_run(step_folder, checkpoints.read_description(step_folder)["vocabulary"])
+
+
+def _of_run(step_folder: pathlib.Path, expected: str) -> str | None:
+    """Returns the folder for one of our step folders.
+
+    Args:
+        step_folder: the folder of the step.
+        expected: the content hash that the vocabulary must have.
+    """
+    if (step_folder / HF_FILES).is_dir():
+        return str(step_folder / HF_FILES)
+    record = step_folder.parent.parent / "run.json"
+    if not record.is_file():
+        return None
+    recipe = json.loads(record.read_text()).get("recipe", {})
+    places = (recipe.get("data", {}).get("vocabulary"), recipe.get("student", {}).get("checkpoint"))
+    for place in places:
+        if not place or "://" in place or not pathlib.Path(place).is_dir():
+            continue
+        # If the student started from another run, look for that run's tokenizer.
+        earlier = checkpoints.find_step(place)
+        if earlier is not None:
+            found = _of_run(earlier, expected)
+            if found is not None:
+                return found
+        elif _has_vocabulary(place, expected):
+            return place
+    return None
+
+
+def _has_vocabulary(folder: str, expected: str) -> bool:
+    try:
+        return vocabularies.content_hash(vocabularies.of_folder(folder)) == expected
+    except (ValueError, FileNotFoundError):
+        return False
