@@ -4,6 +4,8 @@ import json
 import os
 import pathlib
 
+from etils import epath
+
 from gkd_jax.storage import checkpoints
 from gkd_jax.text import vocabularies
 
@@ -31,7 +33,7 @@ def find(checkpoint: str | None) -> str | None:
     return _of_run(step_folder, checkpoints.read_description(step_folder)["vocabulary"])
 
 
-def _of_run(step_folder: pathlib.Path, expected: str) -> str | None:
+def _of_run(step_folder: epath.Path, expected: str) -> str | None:
     """Returns the folder for one of our step folders.
 
     Args:
