@@ -7,7 +7,7 @@ import jax
 import pytest
 from small_runs import LENGTHS, small
 
-from gkd_jax.evaluation import infer, made_by
+from gkd_jax.evaluation import decodings, infer, made_by
 from gkd_jax.evaluation.evaluate import EvalConfig
 from gkd_jax.input.data import DataConfig
 from gkd_jax.models import t5
@@ -62,6 +62,20 @@ def test_the_record_says_what_made_the_file(models, finished):
     assert (record["decoding"], record["num_examples"]) == ("greedy", 20)
     assert record["num_lines"] == len(finished.read_text().splitlines()) == 20
     assert made_by.read_made_by(finished.parent / "other.jsonl") is None
+
+
+@pytest.mark.parametrize("decoding", decodings.USED_BY)
+def test_the_record_has_the_settings_of_every_decoding(decoding, models, tmp_path):
+    evaluation = EvalConfig(
+        num_examples=2, target_length=2, decoding=decoding, choices=("7", "8"), num_beams=2
+    )
+    run(models, tmp_path / "out.jsonl", evaluation=evaluation)
+    record = record_of(tmp_path / "out.jsonl")
+    used = {name: getattr(evaluation, name) for name in decodings.USED_BY[decoding]}
+    assert {name: record[name] for name in used} == json.loads(json.dumps(used))
+    if decoding == "likeliest":
+        lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+        assert {line["targets"] for line in lines} <= {"7", "8"}
 
 
 @pytest.mark.parametrize("lines", [0, 5, 8, 19])

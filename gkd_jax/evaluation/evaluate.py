@@ -18,6 +18,7 @@ from gkd_jax import divergences, gkd, sharding
 from gkd_jax.batch import Batch
 from gkd_jax.decoding import calculator_decoding
 from gkd_jax.decoding.beam_search import beam_search
+from gkd_jax.evaluation import decodings
 from gkd_jax.input import data
 from gkd_jax.models import lm
 from gkd_jax.rl import Reward
@@ -90,7 +91,7 @@ class EvalConfig:
         settings.check_types(self)
         made = tuple(reward() if isinstance(reward, type) else reward for reward in self.rewards)
         object.__setattr__(self, "rewards", made)
-        if self.decoding not in ("greedy", "sample", "beam", "likeliest"):
+        if self.decoding not in decodings.USED_BY:
             raise ValueError(
                 f"decoding must be 'greedy', 'sample', 'beam' or 'likeliest', got {self.decoding!r}"
             )

@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 import numpy as np
 
 from gkd_jax import sharding
-from gkd_jax.evaluation import evaluate, made_by
+from gkd_jax.evaluation import decodings, evaluate, made_by
 from gkd_jax.evaluation.evaluate import EvalConfig
 from gkd_jax.input import data, eval_batches, streams
 from gkd_jax.models import lm
@@ -30,11 +30,6 @@ from gkd_jax.text import files, settings, vocabularies
 
 
 _OF_DATA = ("task", "data_dir", "vocabulary", "extra_ids", "long_prompts")
-_OF_DECODING = {
-    "greedy": ("calculator",),
-    "sample": ("temperature", "num_samples", "seed"),
-    "beam": ("num_beams", "alpha"),
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -248,7 +243,9 @@ def _about(
         }
     about["feature_lengths"] = dict(data_config.feature_lengths)
     about["batch_size"] = evaluation.batch_size or data_config.batch_size
-    names = ("decoding", "num_examples", "target_length", *_OF_DECODING[evaluation.decoding])
+    names = ["decoding", "num_examples", "target_length"]
+    names += decodings.USED_BY[evaluation.decoding]
+    names += ["seed"] if evaluation.decoding == "sample" else []
     return about | {name: getattr(evaluation, name) for name in names}
 
 

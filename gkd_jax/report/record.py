@@ -12,6 +12,8 @@ import math
 import pathlib
 from typing import Any, NamedTuple
 
+from gkd_jax.evaluation import decodings
+
 
 # Parts of a recipe that cannot change a result: where and how often a run saves and evaluates,
 # where its arrays are stored, and which arrays are recomputed instead of kept.
@@ -23,12 +25,6 @@ UNCHANGING = frozenset({
 })
 # fmt: on
 SEEDS = ("data.seed", "train.seed")
-_OF_DECODING = {
-    "sample": ("temperature", "num_samples"),
-    "beam": ("num_beams", "alpha"),
-    "greedy": ("calculator",),
-    "likeliest": ("choices",),
-}
 # Fields of an evaluation that say nothing about how it decoded.
 _NOT_DECODING = {"type", "task", "batch_size", "seed", "rewards", "checkpoint", "step", "content"}
 _NAMES: dict[Any, str] = {
@@ -60,8 +56,8 @@ class Setting(NamedTuple):
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Setting":
         """Makes a setting from the description of an `EvalConfig`, without the unused fields."""
-        used = _OF_DECODING.get(str(config.get("decoding")), ())
-        unused = {one for names in _OF_DECODING.values() for one in names}.difference(used)
+        used = decodings.USED_BY.get(str(config.get("decoding")), ())
+        unused = {one for names in decodings.USED_BY.values() for one in names}.difference(used)
         known = {key: v for key, v in config.items() if key not in unused | _NOT_DECODING and v}
         others = [f"{key} {said(v)}" for key, v in known.items() if key not in cls._fields]
         plain = {key: v for key, v in known.items() if key in cls._fields}
