@@ -193,7 +193,7 @@ def _check_dry(
     if before is not None and not unknown:
         about = run_record.describe_run(program, source, name=name, macros={})
         run_record.changes(folder, before, about, _allowed(about, allow_changes))
-    for path in sorted(pending):
+    for path in sorted(unknown):
         print(f"not checked: {path}", file=sys.stderr)
     print("dry run: all is well", file=sys.stderr)
 
