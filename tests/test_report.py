@@ -369,6 +369,28 @@ def test_evaluations_that_decode_otherwise_are_other_settings():
     assert Setting.of({**GREEDY, **unused}) == Setting.of(GREEDY)
 
 
+def test_seeds_that_each_trained_their_own_start_are_one_group(tmp_path):
+    """Starts are compared by the configurations that made them, and only within one study."""
+    for seed, value in ACCURACY.items():
+        for name, steps in (("start", 20), ("longer", 40)):
+            start = seeded(about(train__train_steps=steps), seed)
+            folder = write_run(tmp_path / f"s{seed}" / name, start, {"accuracy": 1.0}, steps=steps)
+            run = seeded(about(divergence=JSD_01, fraction=1.0, start=str(folder)), seed)
+            run["contents"]["student.checkpoint"] = f"hash of {name}, seed {seed}"
+            write_run(tmp_path / f"s{seed}" / f"gkd_{name}", run, {"accuracy": value})
+    elsewhere = seeded(about(divergence=JSD_01, fraction=1.0, start="/elsewhere/start"), 7)
+    elsewhere["contents"]["student.checkpoint"] = "hash of a start that is in no study"
+    write_run(tmp_path / "gkd", elsewhere, {"accuracy": 50.0})
+    archive.write([str(tmp_path)], str(tmp_path / "runs.jsonl"))
+    for source in (tmp_path, tmp_path / "runs.jsonl"):
+        found = Study(reading.find([str(source)])).groups
+        gkd = [group for group in found if group.role == "distillation"]
+        names = sorted(sorted(run.name for run in group.runs) for group in gkd)
+        seeds = sorted(ACCURACY)
+        expected = [[f"s{seed}/gkd_{name}" for seed in seeds] for name in ("longer", "start")]
+        assert names == [["gkd"], *expected]
+
+
 def test_paths_of_equal_contents_are_one_group(tmp_path):
     for seed in (0, 1):
         run = seeded(about(divergence="forward_kl", start=f"copy{seed}"), seed)

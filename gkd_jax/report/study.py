@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 import dataclasses
+import hashlib
 import math
 import pathlib
 from typing import Any
@@ -32,12 +33,14 @@ class Group:
 
     Attributes:
         runs: the runs, at least one, with different seeds.
+        identity: the configuration that all runs share (`_configuration`).
         role: "start" or "teacher" for SFT from which other runs start or by which they are taught,
             else the kind of the method.
         label: the name of the method, and the fields that tell it from others of that name.
     """
 
     runs: tuple[Run, ...]
+    identity: dict[str, Any]
     role: str
     label: str = ""
 
@@ -65,7 +68,7 @@ class Group:
 
     def identity_without(self, *names: str) -> frozenset[tuple[str, Any]]:
         """A value that is equal for groups which differ only in fields that begin with `names`."""
-        items = self.first.identity.items()
+        items = self.identity.items()
         return frozenset((name, value) for name, value in items if not name.startswith(names))
 
 
@@ -82,23 +85,34 @@ class Study:
         self.runs = tuple(runs)
         self.left_out: dict[str, str] = {}
         grouped: dict[Any, dict[Any, Run]] = {}
+        identities: dict[Any, dict[str, Any]] = {}
         # Of runs with the same configuration and seed, keep the one decoded in the most ways.
         for run in sorted(runs, key=lambda run: -len(run.finals)):
             if not run.finished:
                 reason = f"unfinished: step {run.last_step:,} of {run.train_steps:,}"
                 self.left_out[run.slug] = reason
                 continue
-            seeds = grouped.setdefault(frozenset(run.identity.items()), {})
-            held = seeds.setdefault(run.seed, run)
+            identity, seed = _configuration(runs, run)
+            key = frozenset(identity.items())
+            identities.setdefault(key, identity)
+            seeds = grouped.setdefault(key, {})
+            held = seeds.setdefault(seed, run)
             if held is not run:
                 self.left_out[run.slug] = f"same configuration and seed as {held.name}"
-        members = [tuple(seeds.values()) for seeds in grouped.values()]
-        finished = [run for some in members for run in some]
+        members = {key: tuple(seeds.values()) for key, seeds in grouped.items()}
+        finished = [run for some in members.values() for run in some]
         roles = ("student", "teacher")
         self._made = {  # (group's first run, role) -> the run that made its start or teacher
-            (one[0].slug, role): _maker(finished, one[0], role) for one in members for role in roles
+            (one[0].slug, role): _maker(finished, one[0], role)
+            for one in members.values()
+            for role in roles
         }
-        self.groups = _labelled([Group(runs=some, role=self._role(some)) for some in members])
+        self.groups = _labelled(
+            [
+                Group(runs=some, identity=identities[key], role=self._role(some))
+                for key, some in members.items()
+            ]
+        )
         self._group_of = {run.slug: group for group in self.groups for run in group.runs}
         keys = ["group", "task", "setting", "metric"]
         rows = [
@@ -223,6 +237,29 @@ def _maker(runs: Sequence[Run], run: Run, role: str) -> Run | None:
     return next(iter([*exact, *sized]), None)
 
 
+def _configuration(runs: Sequence[Run], run: Run) -> tuple[dict[str, Any], tuple[Any, ...]]:
+    """Returns what identifies a run's configuration, and its seeds.
+
+    A start or teacher that another run of the same study made is identified by the configuration of
+    that run, and its seed counts as a seed of this run. So runs are repeats of each other even if
+    each seed trained its own teacher and start. Other checkpoints are identified by their content.
+    """
+    identity, seeds = dict(run.identity), list(run.seed)
+    for role in ("student", "teacher"):
+        checkpoint = run.fields.get(f"{role}.checkpoint")
+        maker = _maker(runs, run, role)
+        if maker is None or maker.folder.parent != run.folder.parent:
+            continue
+        made_by, made_with = _configuration([one for one in runs if one is not run], maker)
+        step = str(checkpoint).partition("/checkpoints/")[2]
+        text = repr((sorted(made_by.items()), step))
+        identity.pop(f"{role}.checkpoint", None)
+        identity.pop(f"contents.{role}.checkpoint", None)
+        identity[f"{role}.made_by"] = hashlib.sha256(text.encode()).hexdigest()
+        seeds += made_with
+    return identity, tuple(seeds)
+
+
 def _labelled(groups: list[Group]) -> list[Group]:
     """Sorts the groups and labels each with its title and the fields that tell it from others.
 
@@ -257,7 +294,7 @@ def _differing(groups: Sequence[Group], size: str, everything: bool) -> list[str
     Without `everything` only groups that have a field are compared in it, and the divergence is
     left out, because the title names it.
     """
-    members = [group.first.identity for group in groups if group.size == size]
+    members = [group.identity for group in groups if group.size == size]
     every = dict.fromkeys(name for fields in members for name in fields)
     values = {
         name: {repr(fields.get(name)) for fields in members if everything or name in fields}
@@ -269,13 +306,13 @@ def _differing(groups: Sequence[Group], size: str, everything: bool) -> list[str
 
 def _said(name: str, group: Group) -> str:
     """One field of a label, such as "learning rate 0.001"."""
-    value = group.first.identity.get(name)
+    value = group.identity.get(name)
     section, _, field = name.rpartition(".")
     if name == "data.num_examples":
         return f"{'all' if value is None else said(value)} examples"
     if name == "train.train_steps":
         return f"{said(value)} steps"
-    if section.startswith("contents"):
+    if section.startswith("contents") or field == "made_by":
         value = str(value)[:8]  # a hash
     kept = [word for word in section.split(".") if word not in _PLAIN or field == "type"]
     words = [*kept, *([] if field == "type" else [field]), said(value)]
