@@ -1,6 +1,6 @@
 """The unit of work of every step: token ids of inputs and targets, and the loss weights of targets.
 
-Axes: B batch, S source length, T target length, k.
+Axes: B batch, S source length, T target length, R length of the teacher's own prompts, k.
 """
 
 from typing import Any, NamedTuple
@@ -36,6 +36,9 @@ class Batch(NamedTuple):
         weights: 1.0 where a target token counts (EOS included), 0.0 elsewhere.
         teacher: its scores of these targets where they come from a cache (`teacher_cache`).
         input_lengths: tokens of each prompt; an encoder-decoder may do without (ids != 0 count).
+        teacher_inputs: prompts that the teacher reads in place of `inputs`, of lengths of their
+            own; None where it reads what the student reads.
+        teacher_input_lengths: tokens of each of these, as `input_lengths` has them.
     """
 
     inputs: Int[Any, "B S"]
@@ -43,3 +46,16 @@ class Batch(NamedTuple):
     weights: Float[Any, "B T"]
     teacher: TopK | None = None
     input_lengths: Int[Any, " B"] | None = None
+    teacher_inputs: Int[Any, "B R"] | None = None
+    teacher_input_lengths: Int[Any, " B"] | None = None
+
+    def as_teacher_reads(self) -> "Batch":
+        """Returns the same targets behind the teacher's own prompts, where it has any."""
+        if self.teacher_inputs is None:
+            return self
+        return self._replace(
+            inputs=self.teacher_inputs,
+            input_lengths=self.teacher_input_lengths,
+            teacher_inputs=None,
+            teacher_input_lengths=None,
+        )

@@ -165,7 +165,7 @@ def _token_values(
     if config.divergence is not None and batch.teacher is None:
         assert models.teacher is not None
         assert teacher_params is not None
-        states.append(lm.hidden(models.teacher, teacher_params, batch))
+        states.append(lm.hidden(models.teacher, teacher_params, batch.as_teacher_reads()))
     temperature = config.teacher_temperature
     temperature = temperature(step) if callable(temperature) else temperature
 

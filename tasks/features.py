@@ -7,7 +7,7 @@ from typing import Any
 import seqio
 import tensorflow as tf
 
-from gkd_jax.text import vocabularies
+from gkd_jax.text import teacher_template, vocabularies
 from gkd_jax.text.tokenizer_folder import TokenizerVocabulary
 
 
@@ -42,14 +42,18 @@ def only_tokenizes(task: Any) -> bool:
     return isinstance(task, seqio.Task) and tuple(task.preprocessors) == TOKENIZE
 
 
-def output_features(vocabulary: seqio.Vocabulary | None = None) -> dict[str, seqio.Feature]:
+def output_features(
+    vocabulary: seqio.Vocabulary | None = None, *, with_teacher: bool = False
+) -> dict[str, seqio.Feature]:
     """Returns the features `inputs` and `targets` with one vocabulary; None means T5's.
 
+    `with_teacher` adds `teacher_inputs`, the prompts that the teacher reads instead of `inputs`.
     See `with_vocabulary` for which of the features end in EOS.
     """
     chosen = vocabularies.t5_default() if vocabulary is None else vocabulary
     feature = seqio.Feature(vocabulary=chosen, add_eos=True)
-    return with_vocabulary({"inputs": feature, "targets": feature}, chosen)
+    names = ("inputs", "targets", *(["teacher_inputs"] if with_teacher else []))
+    return with_vocabulary(dict.fromkeys(names, feature), chosen)
 
 
 def with_vocabulary(
@@ -66,12 +70,49 @@ def with_vocabulary(
         for name, feature in features.items()
     }
     if isinstance(vocabulary, TokenizerVocabulary):
-        changed["inputs"] = dataclasses.replace(
-            changed["inputs"],
-            vocabulary=vocabulary.for_prompts(),
-            add_eos=vocabulary.ends_prompts,
-        )
+        for name in changed.keys() - {"targets"}:  # the prompts, the teacher's own among them
+            changed[name] = dataclasses.replace(
+                changed[name],
+                vocabulary=vocabulary.for_prompts(),
+                add_eos=vocabulary.ends_prompts,
+            )
     return changed
+
+
+def with_teacher_inputs(task: seqio.Task | seqio.Mixture, template: str) -> seqio.Task:
+    """A copy of a task whose examples have the feature `teacher_inputs`, made by a template.
+
+    The template reads the texts `inputs` and `targets` as they are before they are tokenized.
+
+    Raises:
+        ValueError: for a mixture, or a task that does not tokenize as seqio does.
+    """
+    if isinstance(task, seqio.Mixture):
+        raise ValueError(
+            f"teacher_template makes prompts of one task, got the mixture {task.name!r}: register "
+            "its tasks with the feature 'teacher_inputs'"
+        )
+    steps = list(task.preprocessors)
+    if seqio.preprocessors.tokenize not in steps:
+        raise ValueError(
+            f"teacher_template reads texts before seqio.preprocessors.tokenize, which the task "
+            f"{task.name!r} lacks: give it the feature 'teacher_inputs'"
+        )
+    pieces = teacher_template.parts(template)
+
+    def add(example: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        texts = [example[x] if i % 2 else tf.constant(x) for i, x in enumerate(pieces)]
+        return {**example, "teacher_inputs": tf.strings.join(texts)}
+
+    def add_teacher_inputs(dataset: tf.data.Dataset) -> tf.data.Dataset:
+        return dataset.map(add, num_parallel_calls=tf.data.AUTOTUNE)
+
+    steps.insert(steps.index(seqio.preprocessors.tokenize), add_teacher_inputs)
+    return task.replace(
+        name=f"{task.name}__teacher",
+        preprocessors=steps,
+        output_features={**task.output_features, "teacher_inputs": task.output_features["inputs"]},
+    )
 
 
 def register(

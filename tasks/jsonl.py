@@ -46,6 +46,9 @@ class Options:
             out, "cut" keeps the last tokens of the prompt.
         limit: the largest number of tokens of a prompt; None means no limit.
         template_variables: further variables of the chat template.
+        teacher_limit: the largest number of tokens of a teacher's own prompt; None if examples have
+            no such prompts.
+        teacher_template: the template of these prompts (see `gkd_jax.text.teacher_template`).
     """
 
     eval_fraction: float | None = None
@@ -53,6 +56,8 @@ class Options:
     long_prompts: str = "skip"
     limit: int | None = None
     template_variables: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    teacher_limit: int | None = None
+    teacher_template: str | None = None
 
     def __post_init__(self):
         if self.eval_fraction is not None and not 0 < self.eval_fraction < 1:
@@ -96,7 +101,9 @@ def make_task(
     return seqio.Task(
         task_name(path),
         source=source,
-        output_features=features.output_features(vocabulary),
+        output_features=features.output_features(
+            vocabulary, with_teacher=options.teacher_limit is not None
+        ),
         preprocessors=[functools.partial(_same_vocabulary, vocabulary=vocabulary)],
         postprocess_fn=_postprocess,
         metric_fns=[_of_rows_with_targets(metric_fn) for metric_fn in metric_fns],
@@ -235,7 +242,8 @@ class JsonlSource(seqio.FunctionDataSource):
         del shuffle_files, seed
         examples = self.examples(split)
         ends = {}
-        for name in ("inputs", "targets"):
+        has_own = self._options.teacher_limit is not None
+        for name in ("inputs", "targets", *(["teacher_inputs"] if has_own else [])):
             ids = [getattr(example, name) for example in examples]
             splits = np.cumsum([0, *map(len, ids)])
             ends[name] = tf.constant(np.concatenate(ids), tf.int32), tf.constant(splits, tf.int64)
@@ -247,6 +255,13 @@ class JsonlSource(seqio.FunctionDataSource):
             "inputs_tokens": tf.constant([len(example.inputs) for example in examples]),
             "targets_tokens": tf.constant([len(example.targets) for example in examples]),
         }
+        if has_own:
+            prompts = tf.constant([example.teacher_prompt for example in examples])
+            lengths = tf.constant([_length(example, "teacher_inputs") for example in examples])
+            constant |= {
+                "teacher_inputs_pretokenized": prompts,
+                "teacher_inputs_tokens": lengths,
+            }
 
         def example(index: tf.Tensor) -> dict[str, tf.Tensor]:
             sliced = {
@@ -274,29 +289,56 @@ class JsonlSource(seqio.FunctionDataSource):
                     None,
                     f"eval_fraction={options.eval_fraction} of its rows leaves none for {split!r}",
                 )
-        examples = rows.tokenize(read, self._vocabulary, path, options.template_variables)
-        return self._fitting(examples, split)
+        has_own = any(row.teacher_prompt is not None for row in read)
+        asked = options.teacher_limit is not None
+        if asked and options.teacher_template is None and not has_own and split == "train":
+            files.fault(
+                path,
+                None,
+                "TASK_FEATURE_LENGTHS has 'teacher_inputs', and no line has 'teacher_inputs' or "
+                "'teacher_messages'",
+            )
+        if has_own and not asked and (path, "teacher_inputs") not in _said:
+            _said.add((path, "teacher_inputs"))
+            print(
+                f"WARNING: {path} has prompts for the teacher, which are left alone: "
+                "TASK_FEATURE_LENGTHS has no length for 'teacher_inputs'.",
+                file=sys.stderr,
+            )
+        examples = rows.tokenize(
+            read,
+            self._vocabulary,
+            path,
+            options.template_variables,
+            with_teacher=asked,
+            template=options.teacher_template,
+        )
+        examples = self._fitting(examples, split, "inputs", options.limit)
+        return self._fitting(examples, split, "teacher_inputs", options.teacher_limit)
 
-    def _fitting(self, examples: list[rows.Example], split: str) -> list[rows.Example]:
-        """Applies `long_prompts` to the prompts that are longer than the limit.
+    def _fitting(
+        self, examples: list[rows.Example], split: str, name: str, limit: int | None
+    ) -> list[rows.Example]:
+        """Applies `long_prompts` to the prompts of one feature that are longer than the limit.
 
         A warning tells once how many prompts are too long.
 
         Raises:
             ValueError: if every prompt would be left out.
         """
-        path, limit = self.files[split], self._options.limit
+        path = self.files[split]
         if limit is None:
             return examples
-        long = sum(len(example.inputs) > limit for example in examples)
+        long = sum(_length(example, name) > limit for example in examples)
         if not long:
             return examples
         skips = self._options.long_prompts == "skip"
-        share = f"{long} of {len(examples)} prompts ({100 * long / len(examples):.1f} %)"
+        whose = "of the teacher " if name == "teacher_inputs" else ""
+        share = f"{long} of {len(examples)} prompts {whose}({100 * long / len(examples):.1f} %)"
         if skips and long == len(examples):
-            files.fault(path, None, f"all {long} prompts are longer than {limit} tokens")
-        if (path, split, limit, skips) not in _said:
-            _said.add((path, split, limit, skips))
+            files.fault(path, None, f"all {long} prompts {whose}are longer than {limit} tokens")
+        if (path, split, name, limit, skips) not in _said:
+            _said.add((path, split, name, limit, skips))
             print(
                 f"WARNING: {path}, split {split!r}: {share} are longer than {limit} tokens and "
                 f"{'skipped' if skips else 'cut from the left'}. TASK_FEATURE_LENGTHS sets the "
@@ -304,11 +346,16 @@ class JsonlSource(seqio.FunctionDataSource):
                 file=sys.stderr,
             )
         if skips:
-            return [example for example in examples if len(example.inputs) <= limit]
+            return [example for example in examples if _length(example, name) <= limit]
         return [
-            example._replace(inputs=rows.cut(example.inputs, limit, self._vocabulary))
+            example._replace(**{name: rows.cut(getattr(example, name), limit, self._vocabulary)})
             for example in examples
         ]
+
+
+def _length(example: rows.Example, name: str) -> int:
+    """How many tokens a feature of an example has."""
+    return len(getattr(example, name))
 
 
 def _validation_file(path: str) -> str | None:

@@ -10,6 +10,9 @@ If the last message is the assistant's, it is the target and the messages before
 otherwise all messages are the prompt. `prompt` and `completion` may be lists of messages too.
 `tools` beside messages holds JSON schemas for the chat template. A row without a target is only a
 prompt.
+
+Besides, a row may have `teacher_inputs` (a text) or `teacher_messages` (messages that end before
+the answer), which the teacher reads instead of the prompt.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import seqio
 
-from gkd_jax.text import files
+from gkd_jax.text import files, teacher_template
 from gkd_jax.text.tokenizer_folder import TokenizerVocabulary
 
 
@@ -41,12 +44,15 @@ class Row(NamedTuple):
         target: a text or a message of the assistant; None if the row is only a prompt.
         tools: JSON schemas of tools for the chat template; None if there are none.
         line: the number of the line, counted from 1.
+        teacher_prompt: a text or a list of messages that the teacher reads instead of the prompt;
+            None if it reads the prompt.
     """
 
     prompt: str | list[dict[str, Any]]
     target: str | dict[str, Any] | None
     tools: list[dict[str, Any]] | None
     line: int
+    teacher_prompt: str | list[dict[str, Any]] | None = None
 
 
 class Example(NamedTuple):
@@ -59,6 +65,8 @@ class Example(NamedTuple):
         target: the text of the target; for messages, the decoded `targets`; None without a target.
         chat: the messages and tools of the prompt as JSON; "" if the prompt is a text.
         line: the number of the line in the file, counted from 1.
+        teacher_inputs: the ids of the prompt that the teacher reads; None if nothing reads them.
+        teacher_prompt: the text of the prompt that the teacher reads.
     """
 
     inputs: np.ndarray
@@ -67,6 +75,8 @@ class Example(NamedTuple):
     target: str | None
     chat: str
     line: int
+    teacher_inputs: np.ndarray | None = None
+    teacher_prompt: str = ""
 
 
 def read(path: str | os.PathLike) -> list[Row]:
@@ -85,6 +95,9 @@ def tokenize(
     vocabulary: seqio.Vocabulary,
     path: str | os.PathLike,
     variables: Mapping[str, Any] | None = None,
+    *,
+    with_teacher: bool = False,
+    template: str | None = None,
 ) -> list[Example]:
     """Returns rows as token ids.
 
@@ -98,6 +111,9 @@ def tokenize(
         vocabulary: the vocabulary of the model.
         path: the file of the rows, for error messages.
         variables: further variables of the chat template, such as `enable_thinking`.
+        with_teacher: whether the examples have the teacher's prompts. These are the rows' own, or
+            those that `template` makes, or else the student's.
+        template: the template of the teacher's prompts (see `gkd_jax.text.teacher_template`).
 
     Raises:
         ValueError: if a prompt is empty, if there is no chat template for messages, or if the
@@ -110,6 +126,12 @@ def tokenize(
                 example = _text_example(row, vocabulary)
             else:
                 example = _chat_example(row, vocabulary, dict(variables or {}))
+            if with_teacher:
+                own = _teacher_prompt(row, template)
+                ids, text = _prompt(own, row.tools, vocabulary, dict(variables or {}))
+                if not ids or not text.strip():
+                    raise ValueError("expected a teacher's prompt with text, got an empty one")
+                example = example._replace(teacher_inputs=_array(ids), teacher_prompt=text)
         except ValueError as error:
             files.fault(path, row.line, str(error))
         if not example.inputs.size or not example.prompt.strip():
@@ -174,6 +196,22 @@ def read_prompts(
 
 def _row(row: dict[str, Any], path: str | os.PathLike, line: int) -> Row:
     """Returns the row of a JSON object in any of the forms of this module's docstring."""
+    read = _student_row(row, path, line)
+    given = [key for key in ("teacher_inputs", "teacher_messages") if key in row]
+    if len(given) > 1:
+        files.fault(path, line, "expected one of 'teacher_inputs' and 'teacher_messages', got both")
+    if given == ["teacher_inputs"]:
+        return read._replace(teacher_prompt=files.string(row, "teacher_inputs", path, line))
+    if given:
+        messages = _checked(row["teacher_messages"], "teacher_messages", path, line)
+        if messages[-1]["role"] == "assistant":
+            files.fault(path, line, "'teacher_messages' must end before the assistant's answer")
+        return read._replace(teacher_prompt=messages)
+    return read
+
+
+def _student_row(row: dict[str, Any], path: str | os.PathLike, line: int) -> Row:
+    """Returns the row without the prompt of the teacher."""
     if "messages" in row:
         return _chat_row(row, row["messages"], path, line)
     key = next((key for key in _TARGET_OF if key in row), None)
@@ -190,16 +228,22 @@ def _row(row: dict[str, Any], path: str | os.PathLike, line: int) -> Row:
     return Row(prompt, target, None, line)
 
 
-def _chat_row(row: dict[str, Any], messages: Any, path: str | os.PathLike, line: int) -> Row:
-    """Returns the row of a JSON object with messages; splits off a target at their end."""
+def _checked(messages: Any, name: str, path: str | os.PathLike, line: int) -> list[dict[str, Any]]:
+    """Returns the messages, or raises ValueError if they are none."""
     if not isinstance(messages, list) or not messages:
-        files.fault(path, line, "'messages' must be a list of messages that is not empty")
+        files.fault(path, line, f"{name!r} must be a list of messages that is not empty")
     for number, message in enumerate(messages, start=1):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             files.fault(path, line, f"message {number} must be an object with a string 'role'")
         content = message.get("content")
         if not isinstance(content, str | list) and not (content is None and len(message) > 2):
             files.fault(path, line, f"message {number} must have a string 'content'")
+    return messages
+
+
+def _chat_row(row: dict[str, Any], messages: Any, path: str | os.PathLike, line: int) -> Row:
+    """Returns the row of a JSON object with messages; splits off a target at their end."""
+    messages = _checked(messages, "messages", path, line)
     tools = row.get("tools")
     if tools is not None and not (
         isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)
@@ -214,7 +258,7 @@ def _chat_row(row: dict[str, Any], messages: Any, path: str | os.PathLike, line:
 
 def _text_example(row: Row, vocabulary: seqio.Vocabulary) -> Example:
     assert isinstance(row.prompt, str)
-    inputs = prompt_ids(vocabulary, row.prompt) if row.prompt else []
+    inputs, _ = _prompt(row.prompt, None, vocabulary, {})
     targets: list[int] = []
     if row.target is not None:
         assert isinstance(row.target, str)
@@ -222,28 +266,73 @@ def _text_example(row: Row, vocabulary: seqio.Vocabulary) -> Example:
     return Example(_array(inputs), _array(targets), row.prompt, row.target, "", row.line)
 
 
-def _chat_example(row: Row, vocabulary: seqio.Vocabulary, variables: dict[str, Any]) -> Example:
+def _teacher_prompt(row: Row, template: str | None) -> str | list[dict[str, Any]]:
+    """What the teacher reads: the row's own, what a template makes of it, or the prompt itself.
+
+    Raises:
+        ValueError: if the row has one of its own and there is a template, or if the template finds
+            no text.
+    """
+    if template is None:
+        return row.prompt if row.teacher_prompt is None else row.teacher_prompt
+    if row.teacher_prompt is not None:
+        raise ValueError(
+            "the row has a prompt for the teacher and TEACHER_TEMPLATE is set: expected one of them"
+        )
+    target = (
+        row.target
+        if isinstance(row.target, str) or row.target is None
+        else row.target.get("content")
+    )
+    if isinstance(row.prompt, str):
+        return teacher_template.fill(template, inputs=row.prompt, targets=target)
+    *before, last = row.prompt
+    if not isinstance(last.get("content"), str) or not isinstance(target, str | None):
+        raise ValueError("TEACHER_TEMPLATE needs messages whose 'content' is a string")
+    filled = teacher_template.fill(template, inputs=last["content"], targets=target)
+    return [*before, {**last, "content": filled}]
+
+
+def _prompt(
+    prompt: str | list[dict[str, Any]],
+    tools: list[dict[str, Any]] | None,
+    vocabulary: seqio.Vocabulary,
+    variables: Mapping[str, Any],
+) -> tuple[list[int], str]:
+    """The ids of a prompt, a text or messages, and its text."""
+    if isinstance(prompt, str):
+        return (prompt_ids(vocabulary, prompt) if prompt else []), prompt
+    text = _render(vocabulary, prompt, tools, variables, add_generation_prompt=True)
+    ends = isinstance(vocabulary, TokenizerVocabulary) and vocabulary.ends_prompts
+    return [*vocabulary.encode(text), *(_end(vocabulary) if ends else [])], text
+
+
+def _render(
+    vocabulary: seqio.Vocabulary,
+    messages: Sequence[Mapping[str, Any]],
+    tools: list[dict[str, Any]] | None,
+    variables: Mapping[str, Any],
+    *,
+    add_generation_prompt: bool,
+) -> str:
     template = getattr(vocabulary, "chat_template", None)
     if not isinstance(vocabulary, TokenizerVocabulary) or template is None:
         raise ValueError(
             "'messages' need a vocabulary with a chat template (a Hugging Face folder with "
             "chat_template.jinja, or one in tokenizer_config.json), and this one has none"
         )
+    return template.render(
+        messages,
+        tools=tools,
+        add_generation_prompt=add_generation_prompt,
+        now=DATE,
+        **variables,
+    )
 
-    def render(messages, add_generation_prompt: bool) -> str:
-        return template.render(
-            messages,
-            tools=row.tools,
-            add_generation_prompt=add_generation_prompt,
-            now=DATE,
-            **variables,
-        )
 
+def _chat_example(row: Row, vocabulary: seqio.Vocabulary, variables: dict[str, Any]) -> Example:
     assert isinstance(row.prompt, list)
-    prompt = render(row.prompt, True)
-    inputs = list(vocabulary.encode(prompt))
-    if vocabulary.ends_prompts:
-        inputs += _end(vocabulary)
+    inputs, prompt = _prompt(row.prompt, row.tools, vocabulary, variables)
     chat: dict[str, Any] = {"messages": row.prompt}
     chat |= {"tools": row.tools} if row.tools else {}
     described = json.dumps(chat, ensure_ascii=False)
@@ -251,7 +340,9 @@ def _chat_example(row: Row, vocabulary: seqio.Vocabulary, variables: dict[str, A
     target = None
     if row.target is not None:
         assert isinstance(row.target, dict)
-        whole = render([*row.prompt, row.target], False)
+        assert isinstance(vocabulary, TokenizerVocabulary)
+        messages = [*row.prompt, row.target]
+        whole = _render(vocabulary, messages, row.tools, variables, add_generation_prompt=False)
         targets = _answer_ids(vocabulary, prompt, whole, row.target.get("content"))
         target = vocabulary.decode(targets)
     return Example(_array(inputs), _array(targets), prompt, target, described, row.line)

@@ -34,12 +34,15 @@ class Row(NamedTuple):
         prediction: the decoded text.
         tokens: the decoded ids, EOS included.
         divergence: KL(teacher || student) at each token, in nats; None without a teacher.
+        teacher_inputs: the prompt that the teacher read in place of the student's; None where it
+            read the same one, or none.
     """
 
     example: dict[str, Any]
     prediction: str
     tokens: list[int]
     divergence: list[float] | None
+    teacher_inputs: str | None = None
 
 
 Decoder = Callable[..., Iterator[Row]]
@@ -166,12 +169,10 @@ def make_decoder(
             weights = np.asarray(weights_until_eos(jax.numpy.asarray(tokens), ends))
             values = None
             if divergence is not None:
-                lengths = batch.input_lengths
-                rows = Batch(np.repeat(batch.inputs, repeats, axis=0), tokens, weights)
-                if lengths is not None:
-                    rows = rows._replace(input_lengths=np.repeat(lengths, repeats))
-                rows = data.place(rows, mesh)
+                rows = jax.tree.map(lambda x: np.repeat(x, repeats, axis=0), batch)
+                rows = data.place(rows._replace(targets=tokens, weights=weights), mesh)
                 values = np.asarray(divergence(params, teacher_params, rows))
+            has_own = divergence is not None and batch.teacher_inputs is not None
             # The last batch is padded with rows that have no example: leave them out.
             for i in range(len(examples) * repeats):
                 size = int(weights[i].sum())
@@ -180,6 +181,7 @@ def make_decoder(
                     to_text(vocabulary, tokens[i, :size]),
                     tokens[i, :size].tolist(),
                     None if values is None else values[i, :size].tolist(),
+                    text(examples[i // repeats], "teacher_inputs") if has_own else None,
                 )
 
     return predictions
@@ -332,6 +334,8 @@ def write_rows(path: pathlib.Path, rows: Sequence[Row], vocabulary: Any) -> None
                 "prediction": row.prediction,
             }
             if row.divergence is not None:
+                if row.teacher_inputs is not None:
+                    line["teacher_inputs"] = row.teacher_inputs
                 line["tokens"] = [_vocabularies().piece(vocabulary, token) for token in row.tokens]
                 line["token_divergence"] = [round(value, 4) for value in row.divergence]
             file.write(json.dumps(line, ensure_ascii=False) + "\n")

@@ -86,7 +86,7 @@ def _prepare(
     mesh = sharding.make_mesh(mesh_config)
     batch_size = evaluation.batch_size or data_config.batch_size
     sharding.check_batch_size(batch_size, mesh)
-    lengths = dict(data_config.feature_lengths)
+    lengths = {name: data_config.feature_lengths[name] for name in ("inputs", "targets")}
     lengths["targets"] = evaluation.target_length or lengths["targets"]
     decoder = params = None
     if not dry_run:

@@ -58,6 +58,7 @@ def run(
             f"{data_config.task!r} is a mixture, which ends with its shortest task: score its tasks"
         )
     streams.check_split(task, data_config.split)
+    streams.check_teacher_inputs(task, data_config)
     num_pieces = vocabularies.num_pieces(vocabulary)
     config = model.config(num_pieces)
     check_vocabularies(vocabulary, {"model": model}, frozenset())
@@ -70,7 +71,7 @@ def run(
 
     def score(params, batch):
         with sharding.use(mesh):
-            logits = gkd.of_pieces(lm.logits(config, params, batch), num_pieces)
+            logits = gkd.of_pieces(lm.logits(config, params, batch.as_teacher_reads()), num_pieces)
             return teacher_cache.top_k(logits / temperature, k)
 
     jitted = jax.jit(score, out_shardings=sharding.replicated(mesh))

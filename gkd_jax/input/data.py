@@ -14,7 +14,14 @@ import numpy as np
 
 from gkd_jax import sharding
 from gkd_jax.batch import Batch
-from gkd_jax.text import settings
+from gkd_jax.text import settings, teacher_template
+
+
+TEACHER_INPUTS = "teacher_inputs"
+FEATURES = ("inputs", "targets", TEACHER_INPUTS)
+
+Shape = tuple[int, ...]
+"""The lengths (S, T) of a batch; (S, T, R) where the teacher reads prompts of its own."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,6 +32,8 @@ class DataConfig:
         task: the name of a seqio task or mixture, or the path of a JSONL file or of a folder with
             train.jsonl (see `gkd_jax.tasks.jsonl`).
         feature_lengths: {"inputs": S, "targets": T}. Longer sequences are cut, shorter ones padded.
+            With "teacher_inputs": R as well, the teacher reads prompts of its own: the task's
+            feature of that name, or what `teacher_template` makes.
         batch_size: the number of rows of the global batch.
         seed: the seed of the order of examples.
         data_dir: the folder from which tasks made of plain files read.
@@ -50,6 +59,8 @@ class DataConfig:
             are left out ("skip") or keep only their last tokens ("cut").
         template_variables: further variables of the chat template for a JSONL file with messages,
             such as {"enable_thinking": False}.
+        teacher_template: the text of the teacher's own prompts, such as
+            "{inputs} Solution: {targets}" (see `gkd_jax.text.teacher_template`).
     """
 
     task: str
@@ -68,19 +79,25 @@ class DataConfig:
     eval_fraction: float | None = None
     long_prompts: str = "skip"
     template_variables: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    teacher_template: str | None = None
 
     def __post_init__(self):
         settings.check_types(self)
         if not isinstance(self.task, str) or not self.task:
             raise ValueError(f"task must be the name of a seqio task, got {self.task!r}")
-        if not isinstance(self.feature_lengths, Mapping) or set(self.feature_lengths) != {
-            "inputs",
-            "targets",
-        }:
+        given = self.feature_lengths
+        if not isinstance(given, Mapping) or {*given, TEACHER_INPUTS} != {*FEATURES}:
             raise ValueError(
-                "feature_lengths must be {'inputs': ..., 'targets': ...}, "
-                f"got {self.feature_lengths!r}"
+                "feature_lengths must be {'inputs': ..., 'targets': ...}, and may have "
+                f"{TEACHER_INPUTS!r}, got {given!r}"
             )
+        if self.teacher_template is not None:
+            teacher_template.parts(self.teacher_template)
+            if TEACHER_INPUTS not in given:
+                raise ValueError(
+                    f"teacher_template={self.teacher_template!r} needs the length of what it "
+                    f"makes: feature_lengths[{TEACHER_INPUTS!r}] is missing, got {dict(given)}"
+                )
         for name, length in self.feature_lengths.items():
             if not isinstance(length, int) or length < 1:
                 raise ValueError(f"feature_lengths[{name!r}] must be positive, got {length!r}")
@@ -96,13 +113,21 @@ class DataConfig:
                 f"length_buckets must be (), got {self.length_buckets}"
             )
 
-    def shapes(self) -> list[tuple[int, int]]:
-        """Returns the shapes (S, T) that batches can have, with the largest shape last."""
-        limits = self.feature_lengths["inputs"], self.feature_lengths["targets"]
-        buckets = [
-            (min(length, limits[0]), min(length, limits[1])) for length in self.length_buckets
-        ]
-        return list(dict.fromkeys([*buckets, limits]))
+    def features(self) -> tuple[str, ...]:
+        """Returns the names of the features that an example has, in the order of a shape."""
+        return tuple(name for name in FEATURES if name in self.feature_lengths)
+
+    def shapes(self) -> list[Shape]:
+        """Returns the shapes that batches can have, with the largest shape last."""
+        limits = [self.feature_lengths[name] for name in self.features()]
+        buckets = [[min(length, limit) for limit in limits] for length in self.length_buckets]
+        return list(dict.fromkeys(map(tuple, [*buckets, limits])))
+
+
+def shape_of(batch: Batch) -> Shape:
+    """Returns the lengths of a batch."""
+    arrays = (batch.inputs, batch.targets, batch.teacher_inputs)
+    return tuple(array.shape[1] for array in arrays if array is not None)
 
 
 class Shard(NamedTuple):

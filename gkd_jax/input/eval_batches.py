@@ -1,12 +1,13 @@
 """Reads a split once, in its own order, in batches of one shape."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from gkd_jax.batch import Batch
 from gkd_jax.input import fit
+from gkd_jax.input.data import TEACHER_INPUTS
 
 
 class EvalBatch(NamedTuple):
@@ -73,23 +74,40 @@ def fill_batch(
     """Returns a batch of cut and padded examples, filled up with empty rows to `batch_size`.
 
     Args:
-        rows: examples with the token ids `inputs` and `targets`.
-        feature_lengths: {"inputs": S, "targets": T}.
+        rows: examples with the token ids `inputs` and `targets`, and `teacher_inputs` where it
+            has a length.
+        feature_lengths: {"inputs": S, "targets": T}, and perhaps "teacher_inputs": R.
         batch_size: the number of rows of the batch.
     """
     source, target = feature_lengths["inputs"], feature_lengths["targets"]
+    inputs, input_lengths = _padded([row["inputs"] for row in rows], source, batch_size)
     batch = Batch(
-        np.zeros((batch_size, source), np.int32),
+        inputs,
         np.zeros((batch_size, target), np.int32),
         np.zeros((batch_size, target), np.float32),
-        # An empty row has one token, because a decoder-only model generates from the last token.
-        input_lengths=np.ones(batch_size, np.int32),
+        input_lengths=input_lengths,
     )
-    assert batch.input_lengths is not None
+    if TEACHER_INPUTS in feature_lengths:
+        prompts, lengths = _padded(
+            [row[TEACHER_INPUTS] for row in rows], feature_lengths[TEACHER_INPUTS], batch_size
+        )
+        batch = batch._replace(teacher_inputs=prompts, teacher_input_lengths=lengths)
     for index, row in enumerate(rows):
-        inputs, targets = row["inputs"][:source], row["targets"][:target]
-        batch.inputs[index, : len(inputs)] = inputs
-        batch.input_lengths[index] = len(inputs)
+        targets = row["targets"][:target]
         batch.targets[index, : len(targets)] = targets
         batch.weights[index, : len(targets)] = 1.0
     return EvalBatch(batch, rows)
+
+
+def _padded(
+    prompts: Sequence[np.ndarray], limit: int, batch_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns prompts that are cut and padded to one length, and the length of each."""
+    ids = np.zeros((batch_size, limit), np.int32)
+    # An empty row has one token, because a decoder-only model generates from the last token.
+    lengths = np.ones(batch_size, np.int32)
+    for index, prompt in enumerate(prompts):
+        kept = prompt[:limit]
+        ids[index, : len(kept)] = kept
+        lengths[index] = len(kept)
+    return ids, lengths

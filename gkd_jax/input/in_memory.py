@@ -6,7 +6,7 @@ order of the examples in a pass is a function of the seed and the number of the 
 checkpoint only needs to save one number: how many examples have been taken.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,6 @@ LARGEST = 100_000
 """Examples of the largest source that is shuffled whole; seqio's window serves larger ones."""
 
 _READ_AT_ONCE = 1024
-_FEATURES = ("inputs", "targets")
 # `_shuffled(index, seed, max_index)` is the place of `index` in a pseudorandom permutation of 0 to
 # `max_index`. pyright does not see `tf.random.experimental`.
 _shuffled = tf.random.experimental.index_shuffle  # pyright: ignore[reportAttributeAccessIssue]
@@ -104,16 +103,16 @@ class Texts(_Shuffled):
 
 
 class Examples(_Shuffled):
-    """Tokenized examples, whose `inputs` and `targets` have any lengths."""
+    """Tokenized examples, whose features have any lengths."""
 
-    def __init__(self, dataset: tf.data.Dataset):
-        """Reads all examples of a finite dataset."""
-        ids: dict[str, list[np.ndarray]] = {name: [] for name in _FEATURES}
-        lengths: dict[str, list[np.ndarray]] = {name: [] for name in _FEATURES}
-        chosen = dataset.map(lambda x: {name: tf.cast(x[name], tf.int32) for name in _FEATURES})
+    def __init__(self, dataset: tf.data.Dataset, features: Sequence[str] = ("inputs", "targets")):
+        """Reads all examples of a finite dataset; of each, the named features."""
+        ids: dict[str, list[np.ndarray]] = {name: [] for name in features}
+        lengths: dict[str, list[np.ndarray]] = {name: [] for name in features}
+        chosen = dataset.map(lambda x: {name: tf.cast(x[name], tf.int32) for name in features})
         batches: Any = chosen.ragged_batch(_READ_AT_ONCE)
         for rows in batches:
-            for name in _FEATURES:
+            for name in features:
                 ids[name].append(rows[name].flat_values.numpy())
                 lengths[name].append(rows[name].row_lengths().numpy())
         self.size = sum(map(len, lengths["inputs"]))
@@ -128,5 +127,5 @@ class Examples(_Shuffled):
     def example(self, number: tf.Tensor) -> Mapping[str, tf.Tensor]:
         return {
             name: self._ids[name][self._ends[name][number] : self._ends[name][number + 1]]
-            for name in _FEATURES
+            for name in self._ids
         }

@@ -8,7 +8,7 @@ next batch. All examples of a source of up to `in_memory.LARGEST` examples are s
 source is shuffled within seqio's window.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 import difflib
 import functools
 import pathlib
@@ -21,9 +21,12 @@ import tensorflow as tf
 from gkd_jax import tasks  # pyright: ignore[reportAttributeAccessIssue]
 from gkd_jax.batch import Batch
 from gkd_jax.input import fit, in_memory
-from gkd_jax.input.data import WHOLE, DataConfig, Shard
+from gkd_jax.input.data import TEACHER_INPUTS, WHOLE, DataConfig, Shard
 from gkd_jax.tasks import features, folder, jsonl  # pyright: ignore[reportMissingImports]
 from gkd_jax.text import vocabularies
+
+
+_LENGTHS = {"inputs": "input_lengths", TEACHER_INPUTS: "teacher_input_lengths"}
 
 
 def find_task(name: str, vocabulary: seqio.Vocabulary | None) -> seqio.Task | seqio.Mixture:
@@ -102,11 +105,33 @@ def open_task(
             options=_jsonl_options(config),
         )
     else:
-        task = find_task(config.task, vocabulary)
+        task = _with_teacher_inputs(find_task(config.task, vocabulary), config)
     vocabularies.check_readable(
         task.output_features["targets"].vocabulary, check_remote=check_remote
     )
     return task, task.output_features["targets"].vocabulary
+
+
+def _with_teacher_inputs(task: Any, config: DataConfig) -> Any:
+    """Returns a task whose examples have the teacher's prompts that a template makes.
+
+    Raises:
+        ValueError: if the task has prompts of the teacher's own, or a template cannot make any.
+    """
+    template = config.teacher_template
+    if template is None:
+        return task
+    if TEACHER_INPUTS in task.output_features:
+        raise ValueError(
+            f"task {config.task!r} has {TEACHER_INPUTS!r} of its own: teacher_template must be "
+            f"None, got {template!r}"
+        )
+    if config.use_cached:
+        raise ValueError(
+            f"seqio's cache of {config.task!r} has no {TEACHER_INPUTS!r}: with teacher_template, "
+            "use_cached must be False"
+        )
+    return features.with_teacher_inputs(task, template)
 
 
 def _jsonl_options(config: DataConfig) -> jsonl.Options:
@@ -117,6 +142,8 @@ def _jsonl_options(config: DataConfig) -> jsonl.Options:
         long_prompts=config.long_prompts,
         limit=config.feature_lengths["inputs"],
         template_variables=config.template_variables,
+        teacher_limit=config.feature_lengths.get(TEACHER_INPUTS),
+        teacher_template=config.teacher_template,
     )
 
 
@@ -140,6 +167,16 @@ def check_split(task: seqio.Task | seqio.Mixture, split: str) -> None:
         )
         raise ValueError(
             f"task {task.name!r} has no split {split!r}, expected one of {known}{hint}"
+        )
+
+
+def check_teacher_inputs(task: seqio.Task | seqio.Mixture, config: DataConfig) -> None:
+    """Raises ValueError if a length is given for the teacher's prompts and the task has none."""
+    if TEACHER_INPUTS in config.feature_lengths and TEACHER_INPUTS not in task.output_features:
+        raise ValueError(
+            f"task {config.task!r} has no feature {TEACHER_INPUTS!r}: register it with one, set "
+            f"TEACHER_TEMPLATE, or leave it out of TASK_FEATURE_LENGTHS, got "
+            f"{dict(config.feature_lengths)}"
         )
 
 
@@ -179,7 +216,8 @@ class TrainIterator:
             seed=config.seed,
         )
         dataset = _examples(task, config, shard)
-        dataset = dataset.map(_with_weights, num_parallel_calls=1)
+        counted = functools.partial(_with_weights, names=config.features())
+        dataset = dataset.map(counted, num_parallel_calls=1)
         dataset = _batched(dataset, config, config.batch_size // shard.num_shards)
         options = tf.data.Options()
         options.deterministic = True
@@ -209,10 +247,7 @@ class TrainIterator:
             example = next(self._iterator)
         except StopIteration:
             raise RuntimeError("the dataset has no examples: the stream ended") from None
-        return Batch(
-            *(example[name].numpy() for name in ("inputs", "targets", "weights")),
-            input_lengths=example["input_lengths"].numpy(),
-        )
+        return Batch(**{name: value.numpy() for name, value in example.items()})
 
     def save(self, directory: pathlib.Path) -> None:
         """Writes the position after the last batch taken; every process must call this.
@@ -253,7 +288,7 @@ def _examples(task: Any, config: DataConfig, shard: Shard) -> tf.data.Dataset:
         if features.only_tokenizes(task) and not config.use_cached:
             return _texts_in_memory(task, config, shard)
         whole = read(shuffle=False, num_epochs=1).take(config.num_examples or -1)
-        examples = in_memory.Examples(whole)
+        examples = in_memory.Examples(whole, config.features())
         return examples.endless(config.seed, num_shards=shard.num_shards, index=shard.index)
     if config.num_examples is not None:
         part = read(shuffle=False, num_epochs=1).take(config.num_examples)
@@ -285,35 +320,36 @@ def _texts_in_memory(task: seqio.Task, config: DataConfig, shard: Shard) -> tf.d
     )
 
 
-def _with_weights(example: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-    """Adds the weights of the targets and the length of the inputs to an example.
+def _with_weights(example: Mapping[str, tf.Tensor], names: Sequence[str]) -> dict[str, tf.Tensor]:
+    """Returns an example's features with the weights of the targets and the prompts' lengths.
 
     This happens before padding, because ids alone do not tell padding from tokens (see `Batch`).
     """
-    return {
-        "input_lengths": tf.size(example["inputs"]),
-        "inputs": tf.cast(example["inputs"], tf.int32),
-        "targets": tf.cast(example["targets"], tf.int32),
-        "weights": tf.ones_like(example["targets"], tf.float32),
-    }
+    found = {name: tf.cast(example[name], tf.int32) for name in names}
+    found["weights"] = tf.ones_like(example["targets"], tf.float32)
+    for name in names:
+        if name in _LENGTHS:
+            found[_LENGTHS[name]] = tf.size(example[name])
+    return found
 
 
 def _batched(dataset: tf.data.Dataset, config: DataConfig, batch_size: int) -> tf.data.Dataset:
     """Returns padded batches; with length buckets, each batch has the shape of one bucket."""
     shapes = config.shapes()
 
+    names = config.features()
+
     def padded(shape):
-        rows = {"inputs": [shape[0]], "targets": [shape[1]], "weights": [shape[1]]}
-        return {**rows, "input_lengths": []}
+        rows = {name: [length] for name, length in zip(names, shape, strict=True)}
+        lengths = {_LENGTHS[name]: [] for name in names if name in _LENGTHS}
+        return {**rows, "weights": rows["targets"], **lengths}
 
     if len(shapes) == 1:
         return dataset.padded_batch(batch_size, padded(shapes[0]), drop_remainder=True)
 
     def bucket(example):
-        fits = [
-            (tf.size(example["inputs"]) <= source) & (tf.size(example["targets"]) <= target)
-            for source, target in shapes
-        ]
+        sizes = tf.stack([tf.size(example[name]) for name in names])
+        fits = [tf.reduce_all(sizes <= tf.constant(shape)) for shape in shapes]
         return tf.argmax(tf.cast(tf.stack(fits), tf.int32), output_type=tf.int64)
 
     def reduce(key, window):

@@ -76,26 +76,31 @@ def _log_mass_without(log_probs: jax.Array, ids: jax.Array) -> jax.Array:
     return jax.nn.logsumexp(without(log_probs, ids), axis=-1)
 
 
-def row_key(inputs: np.ndarray, targets: np.ndarray) -> int:
+def row_key(*features: np.ndarray) -> int:
     """Returns a 64-bit hash of the ids of a row, from which the row's scores are looked up.
 
     Args:
-        inputs, targets: the ids without padding.
+        *features: the ids of inputs and targets, and of the teacher's own prompt where there is
+            one, without padding.
     """
     digest = hashlib.blake2b(digest_size=8)
-    for ids in (inputs, targets):
+    for ids in features:
         digest.update(np.asarray(ids, np.int32).tobytes() + b"|")
     return int.from_bytes(digest.digest(), "little")
 
 
-def _real_ids(batch: Batch, row: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the input ids and the target ids of a row without padding."""
+def _real_ids(batch: Batch, row: int) -> tuple[np.ndarray, ...]:
+    """Returns the ids of a row as `row_key` takes them."""
     target = int(batch.weights[row].sum())
     if batch.input_lengths is not None:
         source = int(batch.input_lengths[row])
     else:
         source = int(np.flatnonzero(np.append(1, batch.inputs[row]))[-1])
-    return batch.inputs[row, :source], batch.targets[row, :target]
+    ids = batch.inputs[row, :source], batch.targets[row, :target]
+    if batch.teacher_inputs is None:
+        return ids
+    assert batch.teacher_input_lengths is not None
+    return *ids, batch.teacher_inputs[row, : int(batch.teacher_input_lengths[row])]
 
 
 class Writer:
@@ -159,10 +164,10 @@ class Writer:
         real = [_real_ids(batch, row) for row in range(num_rows)]
         arrays = {
             **{
-                name: np.concatenate([x[i, : len(t)] for i, (_, t) in enumerate(real)])
+                name: np.concatenate([x[i, : len(t)] for i, (_, t, *_) in enumerate(real)])
                 for name, x in scores._asdict().items()
             },
-            "lengths": np.asarray([len(targets) for _, targets in real]),
+            "lengths": np.asarray([len(targets) for _, targets, *_ in real]),
             "keys": np.asarray([row_key(*ids) for ids in real], np.uint64),
         }
         for name, values in arrays.items():
@@ -257,9 +262,9 @@ class TeacherCache:
             tails[row, :length] = self._tails[part, 0]
         return batch._replace(teacher=TopK(ids, log_probs, tails))
 
-    def _find(self, inputs: np.ndarray, targets: np.ndarray) -> int:
+    def _find(self, inputs: np.ndarray, targets: np.ndarray, *teacher_inputs: np.ndarray) -> int:
         """Returns the index in the cache of a row, whose ids are given without padding."""
-        key = np.uint64(row_key(inputs, targets))
+        key = np.uint64(row_key(inputs, targets, *teacher_inputs))
         place = int(np.searchsorted(self._keys, key))
         if place < len(self._keys) and self._keys[place] == key:
             found = int(self._order[place])

@@ -182,6 +182,11 @@ def _random_batch(built: program.Program) -> Batch:
     weights = np.ones(shape.weights.shape, np.float32)
     lengths = np.full(shape.inputs.shape[:1], shape.inputs.shape[1], np.int32)
     batch = Batch(ids(shape.inputs), ids(shape.targets), weights, input_lengths=lengths)
+    if shape.teacher_inputs is not None:
+        length = np.full_like(lengths, shape.teacher_inputs.shape[1])
+        batch = batch._replace(
+            teacher_inputs=ids(shape.teacher_inputs), teacher_input_lengths=length
+        )
     return data.place(batch, built.mesh)
 
 

@@ -34,8 +34,9 @@ def tables(run: Run) -> Iterator[dict[str, Any]]:
 
     Yields:
         `task`, `first_step` (None if there is only one evaluation), `last_step`, `rows` of (prompt,
-        reference, tokens before, tokens after), the numbers `total` and `damaged` of lines, and
-        `scale`, the divergence that has the darkest shade.
+        the teacher's own prompt, reference, tokens before, tokens after), `has_own` (whether the
+        teacher read prompts of its own), the numbers `total` and `damaged` of lines, and `scale`,
+        the divergence that has the darkest shade.
     """
     for task, found in run.samples.items():
         (first_step, first), (last_step, last) = found[0], found[-1]
@@ -56,6 +57,7 @@ def tables(run: Run) -> Iterator[dict[str, Any]]:
         rows = [
             (
                 _text(row, "inputs"),
+                _text(row, "teacher_inputs"),
                 _text(row, "targets"),
                 _decoded(old, scale),
                 _decoded(row, scale),
@@ -64,6 +66,7 @@ def tables(run: Run) -> Iterator[dict[str, Any]]:
         ]
         steps = {"first_step": first_step if first != last else None, "last_step": last_step}
         counts = {"total": len(after), "damaged": damaged + more}
+        counts["has_own"] = any(own for _, own, *_ in rows)
         yield {"task": task, **steps, "rows": rows, **counts, "scale": scale}
 
 

@@ -109,9 +109,11 @@ class Evaluations:
                 raise ValueError(f"{where}, has no examples")
 
     def _batches(self, task: Any, *, num_examples: int | None) -> Iterator[eval_batches.EvalBatch]:
+        # A task without prompts of the teacher's own is scored behind the student's.
+        lengths = {k: v for k, v in self._lengths.items() if k in task.output_features}
         return eval_batches.eval_batches(
             task,
-            feature_lengths=self._lengths,
+            feature_lengths=lengths,
             split=self._config.split,
             batch_size=self._batch_size,
             num_examples=num_examples,

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from gkd_jax import gkd, sharding
 from gkd_jax.batch import Batch, TopK
 from gkd_jax.gkd import TrainState
+from gkd_jax.input.data import Shape
 from gkd_jax.models import lm
 from gkd_jax.sampling import banned_tail
 from gkd_jax.storage import pretrained
@@ -62,17 +63,17 @@ class Program:
         """The recipe's method, whose samples exclude T5's pad and ids without a piece."""
         return self.learner.config
 
-    def batch(self, rows: int, shape: tuple[int, int], num_samples: int = 1, k: int = 0) -> Batch:
+    def batch(self, rows: int, shape: Shape, num_samples: int = 1, k: int = 0) -> Batch:
         """An abstract batch as shapes with shardings.
 
         Args:
             rows: the number of prompts.
-            shape: the lengths (S, T).
+            shape: the lengths (S, T), and R where the teacher reads prompts of its own.
             num_samples: the number of targets for each prompt.
             k: the number of the teacher's stored ids per position; 0 without stored scores.
         """
         where = sharding.batch_sharding(self.mesh)
-        source, target = shape
+        source, target, *teachers = shape
 
         def array(dtype, *shape):
             return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
@@ -90,6 +91,8 @@ class Program:
                 array(jnp.float32, *per_token),
             ),
             input_lengths=array(jnp.int32, rows),
+            teacher_inputs=array(jnp.int32, rows, *teachers) if teachers else None,
+            teacher_input_lengths=array(jnp.int32, rows) if teachers else None,
         )
 
 
@@ -234,7 +237,7 @@ def plan(program: Program) -> str:
     recipe, models, method = program.recipe, program.models, program.method
     config = recipe.data
     mesh = " x ".join(f"{name}={size}" for name, size in program.mesh.shape.items())
-    shapes = ", ".join(f"{source}/{target}" for source, target in config.shapes())
+    shapes = ", ".join("/".join(map(str, shape)) for shape in config.shapes())
     lines = [
         f"task       {config.task} ({config.split}), batch {config.batch_size}, "
         f"lengths {shapes}, {models.num_pieces} pieces",
@@ -271,9 +274,9 @@ class Steps(NamedTuple):
         update_dataset: the update on a batch of the data set.
     """
 
-    sample: dict[tuple[int, int], Any]
-    update_samples: dict[tuple[int, int], Any]
-    update_dataset: dict[tuple[int, int], Any]
+    sample: dict[Shape, Any]
+    update_samples: dict[Shape, Any]
+    update_dataset: dict[Shape, Any]
 
 
 class StepArguments(NamedTuple):
@@ -284,7 +287,7 @@ class StepArguments(NamedTuple):
     update_dataset: tuple[Any, ...] | None
 
 
-def step_arguments(program: Program, rows: int, shape: tuple[int, int]) -> StepArguments:
+def step_arguments(program: Program, rows: int, shape: Shape) -> StepArguments:
     """The arguments of the step functions for a batch of `rows` prompts of lengths (S, T)."""
     method = program.method
     key = jax.eval_shape(lambda: jax.random.key(0))

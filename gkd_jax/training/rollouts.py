@@ -116,7 +116,7 @@ class Rollouts:
         program, seed = self._program, self._program.recipe.train.seed
         rows = next(self._stream)
         keys = gkd.step_keys(seed, step)
-        shape = rows.inputs.shape[1], rows.targets.shape[1]
+        shape = data.shape_of(rows)
         if not gkd.is_on_policy(seed, step, program.method):
             scored = self._with_scores(rows)
             return Rollout(rows, self._place(scored), keys, self._steps.update_dataset[shape])

@@ -79,8 +79,9 @@ def _contents(recipe: Recipe, source: Source) -> dict[str, str]:
 def batch_hash(batch: Batch) -> str:
     """SHA-256 of a batch's ids and weights, by which two streams of data are compared."""
     digest = hashlib.sha256()
-    for array in (batch.inputs, batch.targets, batch.weights):
-        digest.update(np.ascontiguousarray(array).tobytes())
+    for array in (batch.inputs, batch.targets, batch.weights, batch.teacher_inputs):
+        if array is not None:
+            digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
 
 

@@ -49,6 +49,7 @@ def open_source(
         recipe.data, tokenizer=tokenizer, check_remote=check_remote
     )
     streams.check_split(task, recipe.data.split)
+    streams.check_teacher_inputs(task, recipe.data)
     remote = "://" in getattr(vocabulary, "sentencepiece_model_file", "")
     if recipe.method.uses_dataset() and (check_remote or not remote):
         why = "only with ON_POLICY_FRACTION 1 is nothing learnt from the data set's targets"
@@ -82,6 +83,16 @@ def _check_cache(recipe: Recipe, vocabulary: Any, pending: frozenset[str]) -> in
         raise ValueError(
             f"teacher_cache={path!r} was made at temperature {about['temperature']}, got "
             f"teacher_temperature {describe(method.teacher_temperature)}"
+        )
+    stored, wanted = (
+        "teacher_inputs" in lengths
+        for lengths in (about["feature_lengths"], recipe.data.feature_lengths)
+    )
+    if stored != wanted:
+        raise ValueError(
+            f"teacher_cache={path!r} was made {'with' if stored else 'without'} prompts of the "
+            "teacher's own ('teacher_inputs' of TASK_FEATURE_LENGTHS), and the run is "
+            f"{'with' if wanted else 'without'} them"
         )
     expected = vocabularies.content_hash(vocabulary)
     if about["vocabulary"] != expected:

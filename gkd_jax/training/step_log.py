@@ -81,7 +81,7 @@ class StepLog:
         kind = "dataset" if step.rollout.sample is None else "on-policy"
         batch = step.rollout.batch
         arrays = batch._asdict() | (batch.teacher._asdict() if batch.teacher else {})
-        del arrays["teacher"]
+        arrays = {k: v for k, v in arrays.items() if k != "teacher" and v is not None}
         dumped = self._writer.dump(step.number, arrays)
         raise FloatingPointError(
             f"step {step.number} ({kind} batch): loss {values['loss']}, gradient norm "
