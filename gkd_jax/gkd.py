@@ -27,7 +27,14 @@ import optax
 
 from gkd_jax import accumulation, losses
 from gkd_jax.batch import Batch, TopK
-from gkd_jax.gkd_config import Divergence, GKDConfig, ModelPair, Reduction
+from gkd_jax.gkd_config import (
+    Divergence,
+    GKDConfig,
+    LiveStudent,
+    ModelPair,
+    MovingAverage,
+    Reduction,
+)
 from gkd_jax.input.teacher_cache import outcomes
 from gkd_jax.models import lm
 from gkd_jax.rl import policy_loss
@@ -38,7 +45,9 @@ __all__ = [
     "Divergence",
     "GKDConfig",
     "Learner",
+    "LiveStudent",
     "ModelPair",
+    "MovingAverage",
     "Reduction",
     "StepKeys",
     "TrainState",
@@ -46,6 +55,7 @@ __all__ = [
     "per_token_loss",
     "sample_targets",
     "step_keys",
+    "teacher_now",
     "update",
 ]
 
@@ -230,17 +240,19 @@ class LossSums(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """The student in training. The teacher is never part of it.
+    """The student in training. A frozen teacher is never part of it.
 
     Attributes:
         step: updates done.
         params: float32 parameters.
         opt_state: the optimizer's.
+        average: the moving average of the parameters where that is the teacher, else None.
     """
 
     step: Int[Array, ""]
     params: lm.Params
     opt_state: Any
+    average: lm.Params | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -252,12 +264,31 @@ class Learner:
         models: both models' sizes.
         optimizer: of the student's parameters.
         num_microbatches: parts of the batch whose gradients are added up.
+        self_teacher: the teacher where it is the student itself; None for a frozen one.
     """
 
     config: GKDConfig
     models: ModelPair
     optimizer: optax.GradientTransformation
     num_microbatches: int = 1
+    self_teacher: LiveStudent | MovingAverage | None = None
+
+
+def teacher_now(learner: Learner, state: TrainState, frozen: lm.Params | None) -> lm.Params | None:
+    """Whose P the next update follows: the frozen teacher's, the student's, or its average's."""
+    if isinstance(learner.self_teacher, LiveStudent):
+        return state.params
+    if isinstance(learner.self_teacher, MovingAverage):
+        return state.average
+    return frozen
+
+
+def next_average(learner: Learner, state: TrainState, params: lm.Params) -> lm.Params | None:
+    """The moving average once an update has led to these parameters."""
+    if not isinstance(learner.self_teacher, MovingAverage):
+        return None
+    decay = learner.self_teacher.decay
+    return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.average, params)
 
 
 def update(
@@ -276,7 +307,7 @@ def update(
     Args:
         learner: what is the same in every update.
         state: the student.
-        teacher_params: frozen; None where there is no divergence.
+        teacher_params: frozen; None where there is no divergence, or the teacher is the student.
         batch: targets may hold several rows a prompt, as neighbours.
         dropout_key: of this step.
         advantages: of each target row; with them the loss is Eq. 5's, alpha D + (1 - alpha) times
@@ -286,6 +317,7 @@ def update(
         The state after the update, and the step's numbers by name.
     """
     config = learner.config
+    teacher_params = teacher_now(learner, state, teacher_params)
     _, count = config.reduction(batch.weights, batch.weights)
     count = jnp.maximum(count, 1.0)  # a batch without any target: loss 0, gradient 0
     num_tokens = jnp.maximum(jnp.sum(batch.weights), 1.0)
@@ -322,7 +354,8 @@ def update(
     if alpha < 1:
         metrics["policy_loss"] = sums.policy / num_sequences
         metrics["loss"] = alpha * loss + (1 - alpha) * metrics["policy_loss"]
-    return TrainState(state.step + 1, params, opt_state), metrics
+    average = next_average(learner, state, params)
+    return TrainState(state.step + 1, params, opt_state, average), metrics
 
 
 def _loss_sums(

@@ -121,6 +121,29 @@ class GKDConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LiveStudent:
+    """The teacher is the student as it is at each step; no gradient, and no copy of its own."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MovingAverage:
+    """The teacher is the exponential moving average of the student's parameters.
+
+    It starts as the student. After each update: average <- decay average + (1 - decay) parameters.
+
+    Attributes:
+        decay: in [0, 1); 0.999 averages over about the last 1,000 updates.
+    """
+
+    decay: float = 0.999
+
+    def __post_init__(self):
+        settings.check_types(self)
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"decay must lie in [0, 1), got {self.decay}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelPair:
     """What is static about the two models.
 

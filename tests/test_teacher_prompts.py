@@ -160,6 +160,7 @@ def test_a_template_is_a_text_with_the_two_fields():
 
 def data_config(**more):
     fields = {"task": "arithmetic", "feature_lengths": LENGTHS, "batch_size": 8}
+    fields["num_examples"] = 100
     return DataConfig(**{**fields, "teacher_template": TEMPLATE, **more})
 
 

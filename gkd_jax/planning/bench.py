@@ -30,6 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gkd_jax import gkd
 from gkd_jax.batch import Batch
 from gkd_jax.gkd import TrainState
 from gkd_jax.input import data
@@ -129,7 +130,8 @@ def _time_phases(
         return state
 
     def score(state):
-        jax.block_until_ready(compiled["score"](teacher, drawn))
+        now = gkd.teacher_now(built.learner, state, teacher)
+        jax.block_until_ready(compiled["score"](now, drawn))
         return state
 
     def update(state):
@@ -162,8 +164,12 @@ def _random_models(
         model = dataclasses.replace(model, checkpoint=None, size=model.size or "tiny")
         return initial_params(model, config, target, jax.random.key(seed), "bench")
 
-    teacher = built.recipe.teacher
-    create = functools.partial(train_state.create, optimizer=built.learner.optimizer)
+    teacher = built.recipe.frozen_teacher
+    create = functools.partial(
+        train_state.create,
+        optimizer=built.learner.optimizer,
+        with_average=built.state.average is not None,
+    )
     params = random(built.recipe.student, built.models.student, built.state.params, 0)
     state = jax.jit(create, out_shardings=program.shardings_of(built.state))(params)
     if teacher is None:

@@ -72,12 +72,14 @@ def precompile(
     """
     chip, devices = describe_topology(topology, num_slices)
     if topology != "cpu":
-        teacher = None if recipe.teacher is None else _as_on_tpu(recipe.teacher)
+        teacher = recipe.teacher
+        if recipe.frozen_teacher is not None:
+            teacher = _as_on_tpu(recipe.frozen_teacher)
         recipe = dataclasses.replace(recipe, student=_as_on_tpu(recipe.student), teacher=teacher)
     built = program.build(
         recipe,
         sizes.num_pieces_of(recipe),
-        pending=_absent_checkpoints(recipe.student, recipe.teacher),
+        pending=_absent_checkpoints(recipe.student, recipe.frozen_teacher),
         devices=devices,
     )
     if dry_run:
@@ -136,7 +138,7 @@ def _resident_bytes(built: program.Program, phase: str) -> int:
     """
     if phase != "sample":
         return 0
-    held = jax.tree.leaves((built.state.opt_state, built.teacher))
+    held = jax.tree.leaves((built.state.opt_state, built.state.average, built.teacher))
     on_device = (array for array in held if array.sharding.memory_kind != "pinned_host")
     return sum(sharding.bytes_per_device(array, array.sharding) for array in on_device)
 

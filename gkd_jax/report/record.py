@@ -223,6 +223,16 @@ class Run:
             return shown
         return f"{name} ({shown})" if shown else name
 
+    @property
+    def teacher(self) -> str:
+        """Who taught it, in words; "" without a teacher."""
+        decay = said(self.fields.get("teacher.decay"))
+        learning = {
+            "LiveStudent": "the student itself",
+            "MovingAverage": f"the student's moving average, decay {decay}",
+        }
+        return learning.get(str(self.fields.get("teacher.type")), self.size("teacher"))
+
     def curve(self, metric: str) -> list[tuple[float, float]]:
         """The points (step, value) of every line that has a finite `metric`."""
         values = ((line["step"], finite(line.get(metric))) for line in self.lines)

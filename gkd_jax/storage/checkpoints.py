@@ -4,6 +4,7 @@ Each saved step has one folder:
 
     MODEL_DIR/checkpoints/<step>/params      the student's parameters
                                  opt_state   the optimizer's state
+                                 average     the parameters' moving average, if that is the teacher
                                  stream      the position in the training data
                                  model       JSON: sizes of the model, hash of its vocabulary,
                                              a fingerprint of every array
@@ -142,6 +143,7 @@ class Checkpoints:
             item_handlers={
                 "params": ocp.StandardCheckpointHandler(),
                 "opt_state": ocp.StandardCheckpointHandler(),
+                "average": ocp.StandardCheckpointHandler(),
                 "stream": _StreamHandler(),
                 "model": ocp.JsonCheckpointHandler(),
             },
@@ -220,20 +222,14 @@ class Checkpoints:
         """
         if step in self._orbax.all_steps():
             return
-        description = {
-            **description,
-            "fingerprints": {
-                "params": fingerprints(state.params),
-                "opt_state": fingerprints(state.opt_state),
-            },
-        }
+        items = _items(state)
+        marks = {name: fingerprints(tree) for name, tree in items.items()}
         self._orbax.save(
             step,
             args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params),
-                opt_state=ocp.args.StandardSave(state.opt_state),
+                **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
                 stream=StreamSave(stream),
-                model=ocp.args.JsonSave(description),
+                model=ocp.args.JsonSave({**description, "fingerprints": marks}),
             ),
         )
 
@@ -247,12 +243,17 @@ class Checkpoints:
         If one process cannot read its part of the data's position, all processes raise together.
         """
         stored = read_description(self._folder / str(step)).get("fingerprints", {})
-        for name in ("params", "opt_state"):
-            _check_arrays(step, stored.get(name), getattr(target, name))
+        wanted = _items(target)
+        for name, tree in wanted.items():
+            _check_arrays(step, stored.get(name), tree)
+        if "average" in wanted and "average" not in stored:
+            raise ValueError(
+                f"checkpoint {step} has no moving average of the student's parameters, which is "
+                "the teacher: begin in another MODEL_DIR with this one as STUDENT_CHECKPOINT"
+            )
         position = None if stream is None else StreamRestore(stream)
         items: dict[str, Any] = {
-            "params": ocp.args.StandardRestore(target.params),
-            "opt_state": ocp.args.StandardRestore(target.opt_state),
+            name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()
         }
         if position is not None:
             items["stream"] = position
@@ -261,15 +262,21 @@ class Checkpoints:
         if np.any(multihost_utils.process_allgather(np.asarray(bool(errors)))):
             here = errors[0] if errors else "of another process' part"
             raise DamagedError(f"the position of the data cannot be read: {here}")
-        _check_fingerprints(restored.params, stored.get("params"))
-        _check_fingerprints(restored.opt_state, stored.get("opt_state"))
+        for name in wanted:
+            _check_fingerprints(restored[name], stored.get(name))
         count = jax.device_put(jnp.asarray(step, jnp.int32), target.step.sharding)
-        return TrainState(count, restored.params, restored.opt_state)
+        return TrainState(step=count, **{name: restored[name] for name in wanted})
 
     def close(self) -> None:
         """Waits until all saved checkpoints are written, then releases Orbax's resources."""
         self._orbax.wait_until_finished()
         self._orbax.close()
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+    """The parts of a state that are saved, each as an item of its own."""
+    items = {"params": state.params, "opt_state": state.opt_state}
+    return items if state.average is None else {**items, "average": state.average}
 
 
 class DamagedError(ValueError):

@@ -58,7 +58,7 @@ class Evaluations:
         """The decoder, made at first use, because a dry run must not read a remote vocabulary."""
         program = self._program
         divergence = None
-        if program.teacher is not None:
+        if program.models.teacher is not None:
             divergence = evaluate.teacher_divergence(program.models, program.mesh)
         return evaluate.make_decoder(
             program.models.student,
@@ -142,6 +142,10 @@ class Evaluations:
                 path = self._folder / "eval" / os.path.basename(name) / f"{step}.jsonl"
                 evaluate.write_rows(path, rows, self._vocabulary)
             shown = "  ".join(f"{key} {value:.2f}" for key, value in values.items())
+            if "teacher_divergence" in values:
+                own = any(row.teacher_inputs is not None for row in rows)
+                prompts = "prompts of its own" if own else "the student's prompts"
+                shown += f" (teacher: {self._program.teacher_name}, reading {prompts})"
             print(f"step {step}: {name} {self._config.split}: {shown}", file=sys.stderr)
             found.update({f"eval/{name}/{key}": value for key, value in values.items()})
         return found

@@ -59,6 +59,21 @@ class Program:
         return self.learner.models
 
     @property
+    def teacher_name(self) -> str:
+        """Who the teacher is, in words."""
+        teacher = self.recipe.teacher
+        if isinstance(teacher, gkd.LiveStudent):
+            return "the student itself"
+        if isinstance(teacher, gkd.MovingAverage):
+            return f"the student's moving average, decay {teacher.decay}"
+        return f"{lm.num_params(self.teacher):,} parameters" if self.teacher else "none"
+
+    @property
+    def reads_own_prompts(self) -> bool:
+        """Whether the teacher reads other prompts than the student."""
+        return self.recipe.teacher is not None and len(self.recipe.data.features()) > 2
+
+    @property
     def method(self) -> gkd.GKDConfig:
         """The recipe's method, whose samples exclude T5's pad and ids without a piece."""
         return self.learner.config
@@ -129,7 +144,7 @@ def build(
             "a divergence needs a teacher (or, with on_policy_fraction 0, a teacher_cache), "
             "got teacher=None"
         )
-    models = _models(num_pieces, recipe.student, teacher, pending)
+    models = _models(num_pieces, recipe, pending)
     mesh = sharding.make_mesh(recipe.mesh, devices)
     _check_batch(recipe.data.batch_size, recipe.train.num_microbatches, mesh)
 
@@ -143,13 +158,18 @@ def build(
         models=models,
         optimizer=recipe.optimizer(recipe.learning_rate()),
         num_microbatches=recipe.train.num_microbatches,
+        self_teacher=recipe.self_teacher,
     )
-    state = train_state.abstract(models.student, learner.optimizer)
+    state = train_state.abstract(
+        models.student,
+        learner.optimizer,
+        with_average=isinstance(recipe.teacher, gkd.MovingAverage),
+    )
     state = sharding.with_shardings(state, train_state.shardings(state, mesh))
     teacher_params = None
-    if teacher is not None:
+    if recipe.frozen_teacher is not None:
         assert models.teacher is not None
-        teacher_params = pretrained.frozen_shapes(teacher, models.teacher, mesh)
+        teacher_params = pretrained.frozen_shapes(recipe.frozen_teacher, models.teacher, mesh)
 
     sample, update = _jit(learner, mesh, state, recipe.train.skip_nonfinite)
     return Program(
@@ -205,17 +225,15 @@ def _jit(
     )
 
 
-def _models(
-    num_pieces: int, student: ModelConfig, teacher: ModelConfig | None, pending: frozenset[str]
-) -> gkd.ModelPair:
+def _models(num_pieces: int, recipe: Recipe, pending: frozenset[str]) -> gkd.ModelPair:
     def config(model: ModelConfig) -> lm.Config:
         return model.config(num_pieces, pending=model.checkpoint in pending)
 
-    return gkd.ModelPair(
-        student=config(student),
-        teacher=None if teacher is None else config(teacher),
-        num_pieces=num_pieces,
-    )
+    student = config(recipe.student)
+    teacher = None if recipe.self_teacher is None else student
+    if recipe.frozen_teacher is not None:
+        teacher = config(recipe.frozen_teacher)
+    return gkd.ModelPair(student=student, teacher=teacher, num_pieces=num_pieces)
 
 
 def _check_batch(batch_size: int, num_microbatches: int, mesh: Mesh) -> None:
@@ -242,8 +260,8 @@ def plan(program: Program) -> str:
         f"task       {config.task} ({config.split}), batch {config.batch_size}, "
         f"lengths {shapes}, {models.num_pieces} pieces",
         f"student    {lm.num_params(program.state.params):,} parameters",
-        "teacher    "
-        + (f"{lm.num_params(program.teacher):,} parameters" if program.teacher else "none")
+        f"teacher    {program.teacher_name}"
+        + (", reads prompts of its own" if program.reads_own_prompts else "")
         + (f", top {program.cached_k} of {config.teacher_cache}" if program.cached_k else ""),
         f"loss       {_text(method.divergence) if method.divergence else 'cross-entropy'}, "
         f"{_text(method.reduction)}, on-policy fraction {_text(method.on_policy_fraction)}"
@@ -344,10 +362,11 @@ def phases(program: Program) -> dict[str, tuple[Any, tuple[Any, ...]]]:
 
         def score(params, batch):
             with sharding.use(program.mesh):
-                return lm.logits(config, params, batch)
+                return lm.logits(config, params, batch.as_teacher_reads())
 
         where = sharding.batch_sharding(program.mesh)
-        found["score"] = (jax.jit(score, out_shardings=where), (program.teacher, update[2]))
+        teacher = gkd.teacher_now(program.learner, program.state, program.teacher)
+        found["score"] = (jax.jit(score, out_shardings=where), (teacher, update[2]))
     found["update"] = (program.update, update)
     if arguments.update_dataset is not None and arguments.update_dataset != update:
         found["update_dataset"] = (program.update, arguments.update_dataset)

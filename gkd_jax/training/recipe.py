@@ -5,13 +5,13 @@ resumed, and the report groups runs by it. A field that is added to any configur
 recorded, compared and grouped by without further code.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import dataclasses
 import os
 from typing import Any
 
 from gkd_jax.evaluation.evaluate import EvalConfig
-from gkd_jax.gkd_config import GKDConfig, Schedule
+from gkd_jax.gkd_config import GKDConfig, LiveStudent, MovingAverage, Schedule
 from gkd_jax.input.data import DataConfig
 from gkd_jax.sharding import MeshConfig
 from gkd_jax.storage.pretrained import ModelConfig
@@ -102,7 +102,8 @@ class Recipe:
         optimizer: `optimizers.Adafactor()` or `optimizers.AdamW()`; a class is instantiated.
         schedule: the learning-rate schedule.
         train: steps, seed and periods.
-        teacher: the frozen teacher. It is set to None if the method has no divergence.
+        teacher: a frozen model, or the student itself: as it is at each step, or its moving
+            average. It is set to None if the method has no divergence.
         evaluation: what is evaluated and how; None evaluates nothing.
         mesh: the sizes of the mesh axes.
 
@@ -117,7 +118,7 @@ class Recipe:
     optimizer: Optimizer | type
     schedule: Linear
     train: TrainConfig
-    teacher: ModelConfig | None = None
+    teacher: ModelConfig | LiveStudent | MovingAverage | None = None
     evaluation: EvalConfig | None = None
     mesh: MeshConfig = MeshConfig()
 
@@ -136,9 +137,41 @@ class Recipe:
         self.learning_rate()
         describe(self)
 
+    @property
+    def frozen_teacher(self) -> ModelConfig | None:
+        """The teacher where it is a model of its own."""
+        return self.teacher if isinstance(self.teacher, ModelConfig) else None
+
+    @property
+    def self_teacher(self) -> LiveStudent | MovingAverage | None:
+        """The teacher where it is the student itself."""
+        return None if isinstance(self.teacher, ModelConfig) else self.teacher
+
     def learning_rate(self) -> Schedule:
         """The learning rate as a function of the step."""
         return self.schedule.over(self.train.train_steps)
+
+
+def choose_teacher(
+    kind: str,
+    frozen: Callable[[], ModelConfig],
+    average: Callable[[], MovingAverage] = MovingAverage,
+) -> ModelConfig | LiveStudent | MovingAverage:
+    """The teacher that the macro TEACHER names, for gin files.
+
+    Args:
+        kind: "frozen", "student" (the student as it is at each step) or "ema" (the moving average
+            of its parameters).
+        frozen: makes the model of a frozen teacher; not called for another kind.
+        average: makes the moving average.
+
+    Raises:
+        ValueError: for another kind.
+    """
+    kinds = {"frozen": frozen, "student": LiveStudent, "ema": average}
+    if kind not in kinds:
+        raise ValueError(f"TEACHER must be 'frozen', 'student' or 'ema', got {kind!r}")
+    return kinds[kind]()
 
 
 def phase_dir(model_dir: str, phase: str) -> str:

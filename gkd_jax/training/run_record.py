@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from gkd_jax import gkd
 from gkd_jax.batch import Batch
 from gkd_jax.evaluation import made_by
 from gkd_jax.input import data, teacher_cache
@@ -39,13 +40,14 @@ def describe_run(
     """
     recipe = program.recipe
     task_file = pathlib.Path(recipe.data.task).is_file()
+    teacher = gkd.teacher_now(program.learner, program.state, program.teacher)
     return {
         "name": name,
         "recipe": describe(recipe),
         "contents": _contents(recipe, source),
         "parameters": {
             "student": lm.num_params(program.state.params),
-            "teacher": lm.num_params(program.teacher) if program.teacher else None,
+            "teacher": lm.num_params(teacher) if teacher else None,
         },
         "targets_made_by": made_by.read_made_by(recipe.data.task) if task_file else None,
         "process_shards": data.process_shard(recipe.data, program.mesh).num_shards,
@@ -63,7 +65,7 @@ def describe_run(
 def _contents(recipe: Recipe, source: Source) -> dict[str, str]:
     """Field name -> hash of the content behind that field's path."""
     found = {"data.vocabulary": vocabularies.content_hash(source.vocabulary)}
-    for name, model in (("student", recipe.student), ("teacher", recipe.teacher)):
+    for name, model in (("student", recipe.student), ("teacher", recipe.frozen_teacher)):
         if model is not None and model.checkpoint is not None:
             found[f"{name}.checkpoint"] = content.content_id(model.checkpoint)
     task, cache = pathlib.Path(recipe.data.task), recipe.data.teacher_cache

@@ -55,7 +55,7 @@ def open_source(
         why = "only with ON_POLICY_FRACTION 1 is nothing learnt from the data set's targets"
         streams.check_targets(task, recipe.data.split, why)
     cached_k = _check_cache(recipe, vocabulary, pending)
-    chosen = {"student": recipe.student, "teacher": recipe.teacher}
+    chosen = {"student": recipe.student, "teacher": recipe.frozen_teacher}
     num_pieces = vocabularies.num_pieces(vocabulary, check_remote=check_remote)
     shared = vocabulary_checks.check_vocabularies(vocabulary, chosen, pending)
     num_pieces = num_pieces if shared is None else min(num_pieces, shared)
@@ -100,7 +100,12 @@ def _check_cache(recipe: Recipe, vocabulary: Any, pending: frozenset[str]) -> in
             f"teacher_cache={path!r} was made with another vocabulary (content "
             f"{about['vocabulary'][:12]}) than this task's (content {expected[:12]})"
         )
-    checkpoint = None if recipe.teacher is None else recipe.teacher.checkpoint
+    if recipe.self_teacher is not None:
+        raise ValueError(
+            f"teacher_cache={path!r} holds the scores of a frozen teacher, got the teacher "
+            f"{recipe.teacher}, which learns"
+        )
+    checkpoint = None if recipe.frozen_teacher is None else recipe.frozen_teacher.checkpoint
     if checkpoint is not None and checkpoint not in pending:
         found, expected = content.content_id(checkpoint), about.get("teacher_content")
         if expected != found:

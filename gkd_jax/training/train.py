@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from gkd_jax.gkd import TrainState
+from gkd_jax.gkd import TrainState, teacher_now
 from gkd_jax.input import data, streams
 from gkd_jax.storage import checkpoints, pretrained, vocabulary_checks
 from gkd_jax.tasks import jsonl  # pyright: ignore[reportMissingImports]
@@ -66,7 +66,7 @@ def train(
     """
     #### Checks, before anything is written ########################################################
     if dry_run:
-        pending |= pretrained.remote_checkpoints(recipe.student, recipe.teacher)
+        pending |= pretrained.remote_checkpoints(recipe.student, recipe.frozen_teacher)
     source = open_source(recipe, pending=pending, check_remote=not dry_run)
     program = build(
         recipe,
@@ -112,7 +112,8 @@ def train(
 
         def evaluate_at(done: int) -> None:
             assert evaluate is not None
-            scores = evaluate(state.params, teacher_params, done)
+            teacher = teacher_now(program.learner, state, teacher_params)
+            scores = evaluate(state.params, teacher, done)
             writer.write(done, scores)
             saved.score(done, scores)
 
@@ -187,7 +188,7 @@ def _check_dry(
     allow_changes: Sequence[str],
 ) -> None:
     """Compares a dry run with what MODEL_DIR holds, and lists the checkpoints it did not check."""
-    models = (program.recipe.student, program.recipe.teacher)
+    models = (program.recipe.student, program.recipe.frozen_teacher)
     unknown = {model.checkpoint for model in models if model is not None} & pending
     before = run_record.read(folder)
     if before is not None and not unknown:
@@ -300,7 +301,11 @@ class _Run:
                 jax.random.key(recipe.train.seed),
                 "student",
             )
-            create = functools.partial(train_state.create, optimizer=program.learner.optimizer)
+            create = functools.partial(
+                train_state.create,
+                optimizer=program.learner.optimizer,
+                with_average=program.state.average is not None,
+            )
             state = jax.jit(create, out_shardings=shardings_of(program.state))(params)
             return 0, state, stream
         new_stream = any(change["field"].startswith("data.") for change in self.changes)
@@ -350,9 +355,9 @@ def _teacher(program: Program) -> Any:
     if program.teacher is None:
         return None
     recipe = program.recipe
-    assert recipe.teacher is not None
+    assert recipe.frozen_teacher is not None
     assert program.models.teacher is not None
     key = jax.random.key(recipe.train.seed + 1)
     return pretrained.initial_params(
-        recipe.teacher, program.models.teacher, program.teacher, key, "teacher"
+        recipe.frozen_teacher, program.models.teacher, program.teacher, key, "teacher"
     )

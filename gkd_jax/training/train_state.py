@@ -12,14 +12,25 @@ from gkd_jax.gkd import TrainState
 from gkd_jax.models import lm
 
 
-def create(params: lm.Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first update: step 0, the parameters, a new optimizer state."""
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+def create(
+    params: lm.Params, optimizer: optax.GradientTransformation, *, with_average: bool = False
+) -> TrainState:
+    """The state before the first update: step 0, the parameters, a new optimizer state.
+
+    With the moving average of the parameters, which starts as a copy of them.
+    """
+    average = jax.tree.map(jnp.copy, params) if with_average else None
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), average)
 
 
-def abstract(config: lm.Config, optimizer: optax.GradientTransformation) -> TrainState:
+def abstract(
+    config: lm.Config, optimizer: optax.GradientTransformation, *, with_average: bool = False
+) -> TrainState:
     """The state of `create` as `jax.ShapeDtypeStruct`s, without any array."""
-    return jax.eval_shape(lambda params: create(params, optimizer), lm.abstract_params(config))
+    return jax.eval_shape(
+        lambda params: create(params, optimizer, with_average=with_average),
+        lm.abstract_params(config),
+    )
 
 
 def shardings(state: TrainState, mesh: Mesh, rules: sharding.Rules = sharding.RULES) -> Any:
@@ -51,10 +62,12 @@ def shardings(state: TrainState, mesh: Mesh, rules: sharding.Rules = sharding.RU
 
     opt = jax.tree_util.tree_map_with_path(opt_axes, state.opt_state)
     where: Any = sharding.replicated(mesh)
+    of_params = sharding.tree_shardings(state.params, axes, mesh, rules)
     return TrainState(
         step=where,
-        params=sharding.tree_shardings(state.params, axes, mesh, rules),
+        params=of_params,
         opt_state=sharding.tree_shardings(state.opt_state, opt, mesh, rules),
+        average=None if state.average is None else of_params,
     )
 
 
