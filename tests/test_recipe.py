@@ -3,7 +3,11 @@
 import copy
 import dataclasses
 import functools
+import itertools
 import json
+import pathlib
+import types
+import typing
 
 import optax
 import pytest
@@ -15,7 +19,7 @@ from gkd_jax.sampling import SamplingConfig
 from gkd_jax.storage import pretrained
 from gkd_jax.text import settings
 from gkd_jax.training import optimizers, run_record
-from gkd_jax.training.recipe import MAY_CHANGE, PATHS, is_below
+from gkd_jax.training.recipe import MAY_CHANGE, PATHS, Recipe, is_below
 
 
 def recipe(**more):
@@ -54,8 +58,30 @@ def replaced(description, name, value):
     return result
 
 
-DESCRIPTION = settings.describe(recipe())
-LEAVES = dict(leaves(DESCRIPTION))
+# A recipe with each kind of teacher, so that the fields of all kinds are visited.
+TEACHERS = (
+    pretrained.ModelConfig(size="tiny", checkpoint="somewhere"),
+    gkd.LiveStudent(),
+    gkd.MovingAverage(decay=0.5),
+)
+DESCRIPTIONS = [settings.describe(recipe(teacher=teacher)) for teacher in TEACHERS]
+DESCRIPTION = DESCRIPTIONS[0]
+LEAVES = {name: value for one in reversed(DESCRIPTIONS) for name, value in leaves(one)}
+
+
+def description_with(name):
+    """The first description that has a field."""
+    return next(one for one in DESCRIPTIONS if name in dict(leaves(one)))
+
+
+def test_every_kind_of_teacher_is_walked():
+    (field,) = (field for field in dataclasses.fields(Recipe) if field.name == "teacher")
+    assert {type(teacher) for teacher in TEACHERS} == set(typing.get_args(field.type)) - {
+        types.NoneType
+    }
+    for old, new in itertools.permutations(DESCRIPTIONS, 2):  # none can take another's place
+        with pytest.raises(ValueError, match="another configuration's run: teacher "):
+            run_record.changes(pathlib.Path(), about(old), about(new))
 
 
 def about(description):
@@ -73,7 +99,8 @@ def test_the_walk_reaches_every_configuration():
 @pytest.mark.parametrize("name", LEAVES)
 def test_every_field_is_refused_by_name_or_may_change(name, tmp_path):
     old, new = LEAVES[name], changed(LEAVES[name])
-    before, now = about(DESCRIPTION), about(replaced(DESCRIPTION, name, new))
+    description = description_with(name)
+    before, now = about(description), about(replaced(description, name, new))
     if is_below(name, MAY_CHANGE):
         assert run_record.changes(tmp_path, before, now) == [
             {"field": name, "old": old, "new": new}

@@ -99,9 +99,7 @@ def fill_batch(
     return EvalBatch(batch, rows)
 
 
-def _padded(
-    prompts: Sequence[np.ndarray], limit: int, batch_size: int
-) -> tuple[np.ndarray, np.ndarray]:
+def _padded(prompts: Sequence[Any], limit: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns prompts that are cut and padded to one length, and the length of each."""
     ids = np.zeros((batch_size, limit), np.int32)
     # An empty row has one token, because a decoder-only model generates from the last token.

@@ -189,7 +189,7 @@ def _check_dry(
 ) -> None:
     """Compares a dry run with what MODEL_DIR holds, and lists the checkpoints it did not check."""
     models = (program.recipe.student, program.recipe.frozen_teacher)
-    unknown = {model.checkpoint for model in models if model is not None} & pending
+    unknown = pending & {model.checkpoint for model in models if model is not None}
     before = run_record.read(folder)
     if before is not None and not unknown:
         about = run_record.describe_run(program, source, name=name, macros={})
