@@ -9,7 +9,9 @@
 
 Supervised KD is lambda = 0; on-policy KD is lambda = 1; ImitKD and f-distill are lambda = 0.5 with
 forward KL and total variation; SFT is lambda = 0 with no divergence: cross-entropy on the targets.
-With `rl`, a reward of the student's samples joins the divergence (Eq. 5).
+With `rl`, a reward of the student's samples joins the divergence (Eq. 5). The teacher is a frozen
+model, the student itself or its moving average (`teacher_now`), and may read other prompts than the
+student (`Batch.as_teacher_reads`).
 
 P is the teacher, Q the student. Axes: B batch, N = B x samples a prompt, S source, T target,
 V vocabulary.
@@ -275,7 +277,7 @@ class Learner:
 
 
 def teacher_now(learner: Learner, state: TrainState, frozen: lm.Params | None) -> lm.Params | None:
-    """Whose P the next update follows: the frozen teacher's, the student's, or its average's."""
+    """Returns the teacher's parameters for an update: frozen, the student's, or their average."""
     if isinstance(learner.self_teacher, LiveStudent):
         return state.params
     if isinstance(learner.self_teacher, MovingAverage):
@@ -284,7 +286,7 @@ def teacher_now(learner: Learner, state: TrainState, frozen: lm.Params | None) -
 
 
 def next_average(learner: Learner, state: TrainState, params: lm.Params) -> lm.Params | None:
-    """The moving average once an update has led to these parameters."""
+    """Returns the moving average after the update that gave these parameters."""
     if not isinstance(learner.self_teacher, MovingAverage):
         return None
     decay = learner.self_teacher.decay
