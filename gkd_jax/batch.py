@@ -36,9 +36,9 @@ class Batch(NamedTuple):
         weights: 1.0 where a target token counts (EOS included), 0.0 elsewhere.
         teacher: its scores of these targets where they come from a cache (`teacher_cache`).
         input_lengths: tokens of each prompt; an encoder-decoder may do without (ids != 0 count).
-        teacher_inputs: prompts that the teacher reads in place of `inputs`, of lengths of their
-            own; None where it reads what the student reads.
-        teacher_input_lengths: tokens of each of these, as `input_lengths` has them.
+        teacher_inputs: prompts that the teacher reads instead of `inputs`, padded in the same way;
+            None if the teacher reads `inputs`.
+        teacher_input_lengths: the number of tokens of each prompt in `teacher_inputs`.
     """
 
     inputs: Int[Any, "B S"]

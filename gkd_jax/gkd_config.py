@@ -122,17 +122,21 @@ class GKDConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LiveStudent:
-    """The teacher is the student as it is at each step; no gradient, and no copy of its own."""
+    """The teacher is the student with its weights of the same step.
+
+    No gradient flows through the teacher's scores, and the weights are not copied.
+    """
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MovingAverage:
     """The teacher is the exponential moving average of the student's parameters.
 
-    It starts as the student. After each update: average <- decay average + (1 - decay) parameters.
+    The average starts as a copy of the parameters. After each update,
+    average <- decay * average + (1 - decay) * parameters.
 
     Attributes:
-        decay: in [0, 1); 0.999 averages over about the last 1,000 updates.
+        decay: a number in [0, 1). With 0.999 about the last 1,000 updates count.
     """
 
     decay: float = 0.999

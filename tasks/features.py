@@ -70,7 +70,7 @@ def with_vocabulary(
         for name, feature in features.items()
     }
     if isinstance(vocabulary, TokenizerVocabulary):
-        for name in changed.keys() - {"targets"}:  # the prompts, the teacher's own among them
+        for name in changed.keys() - {"targets"}:  # `inputs`, and `teacher_inputs` if it is there
             changed[name] = dataclasses.replace(
                 changed[name],
                 vocabulary=vocabulary.for_prompts(),
@@ -80,12 +80,13 @@ def with_vocabulary(
 
 
 def with_teacher_inputs(task: seqio.Task | seqio.Mixture, template: str) -> seqio.Task:
-    """A copy of a task whose examples have the feature `teacher_inputs`, made by a template.
+    """Returns a copy of a task whose examples also have the feature `teacher_inputs`.
 
-    The template reads the texts `inputs` and `targets` as they are before they are tokenized.
+    The template makes it from the texts of `inputs` and `targets` before they are tokenized.
 
     Raises:
-        ValueError: for a mixture, or a task that does not tokenize as seqio does.
+        ValueError: if the task is a mixture, or if its preprocessors do not include
+            `seqio.preprocessors.tokenize`.
     """
     if isinstance(task, seqio.Mixture):
         raise ValueError(

@@ -354,7 +354,7 @@ class JsonlSource(seqio.FunctionDataSource):
 
 
 def _length(example: rows.Example, name: str) -> int:
-    """How many tokens a feature of an example has."""
+    """Returns the number of tokens of a feature."""
     return len(getattr(example, name))
 
 

@@ -267,11 +267,14 @@ def _text_example(row: Row, vocabulary: seqio.Vocabulary) -> Example:
 
 
 def _teacher_prompt(row: Row, template: str | None) -> str | list[dict[str, Any]]:
-    """What the teacher reads: the row's own, what a template makes of it, or the prompt itself.
+    """Returns the prompt that the teacher reads.
+
+    The template makes it, if there is one. Otherwise it is the row's own prompt for the teacher, or
+    else the prompt of the student.
 
     Raises:
-        ValueError: if the row has one of its own and there is a template, or if the template finds
-            no text.
+        ValueError: if there is a template and the row has its own prompt for the teacher, or if the
+            template needs a text that the row does not have.
     """
     if template is None:
         return row.prompt if row.teacher_prompt is None else row.teacher_prompt
@@ -299,7 +302,7 @@ def _prompt(
     vocabulary: seqio.Vocabulary,
     variables: Mapping[str, Any],
 ) -> tuple[list[int], str]:
-    """The ids of a prompt, a text or messages, and its text."""
+    """Returns the ids and the text of a prompt, which is a text or a list of messages."""
     if isinstance(prompt, str):
         return (prompt_ids(vocabulary, prompt) if prompt else []), prompt
     text = _render(vocabulary, prompt, tools, variables, add_generation_prompt=True)
@@ -315,6 +318,11 @@ def _render(
     *,
     add_generation_prompt: bool,
 ) -> str:
+    """Returns messages as the chat template of the vocabulary renders them.
+
+    Raises:
+        ValueError: if the vocabulary has no chat template, or the template refuses the messages.
+    """
     template = getattr(vocabulary, "chat_template", None)
     if not isinstance(vocabulary, TokenizerVocabulary) or template is None:
         raise ValueError(

@@ -225,7 +225,7 @@ class Run:
 
     @property
     def teacher(self) -> str:
-        """Who taught it, in words; "" without a teacher."""
+        """The teacher in words: its size, or that it is the student; "" without a teacher."""
         decay = said(self.fields.get("teacher.decay"))
         learning = {
             "LiveStudent": "the student itself",

@@ -139,12 +139,12 @@ class Recipe:
 
     @property
     def frozen_teacher(self) -> ModelConfig | None:
-        """The teacher where it is a model of its own."""
+        """The teacher if it is a model of its own, else None."""
         return self.teacher if isinstance(self.teacher, ModelConfig) else None
 
     @property
     def self_teacher(self) -> LiveStudent | MovingAverage | None:
-        """The teacher where it is the student itself."""
+        """The teacher if it is the student or the student's average, else None."""
         return None if isinstance(self.teacher, ModelConfig) else self.teacher
 
     def learning_rate(self) -> Schedule:
@@ -157,16 +157,17 @@ def choose_teacher(
     frozen: Callable[[], ModelConfig],
     average: Callable[[], MovingAverage] = MovingAverage,
 ) -> ModelConfig | LiveStudent | MovingAverage:
-    """The teacher that the macro TEACHER names, for gin files.
+    """Returns the teacher that the macro TEACHER names, for gin files.
 
     Args:
-        kind: "frozen", "student" (the student as it is at each step) or "ema" (the moving average
-            of its parameters).
-        frozen: makes the model of a frozen teacher; not called for another kind.
-        average: makes the moving average.
+        kind: "frozen", "student" (the student with its weights of the step) or "ema" (the moving
+            average of these weights).
+        frozen: a function that makes the configuration of a frozen teacher. It is called for the
+            kind "frozen" only, because the other kinds need neither a size nor a checkpoint.
+        average: a function that makes the configuration of the moving average.
 
     Raises:
-        ValueError: for another kind.
+        ValueError: if there is no such kind.
     """
     kinds = {"frozen": frozen, "student": LiveStudent, "ema": average}
     if kind not in kinds:

@@ -17,7 +17,7 @@ def create(
 ) -> TrainState:
     """The state before the first update: step 0, the parameters, a new optimizer state.
 
-    With the moving average of the parameters, which starts as a copy of them.
+    `with_average` adds the moving average of the parameters, which starts as a copy of them.
     """
     average = jax.tree.map(jnp.copy, params) if with_average else None
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), average)
