@@ -9,6 +9,10 @@ one run, a T5 of 0.8 M parameters that was trained from scratch for 900 steps wi
 problems (gin/quickstart.gin) answered 96 % of the validation split correctly; a T5 of 0.15 M
 parameters answered 9 % correctly after 400 steps. The longest input has 34 tokens and the longest
 target has 24 tokens, including EOS.
+
+The task `arithmetic_hints` has every problem twice: as it is, and with its solution behind the
+question. A model that is trained on it can read solutions, as a teacher that is shown them must
+(gin/self_distillation_hints.gin). Its first 2 n examples are made from the first n problems.
 """
 
 from collections.abc import Callable
@@ -23,6 +27,7 @@ from gkd_jax.text import text_metrics, vocabularies
 
 
 TASK = "arithmetic"
+HINTS_TASK = "arithmetic_hints"
 SIZES = {"train": 50_000, "validation": 512, "test": 1024}
 SEED = 0
 
@@ -92,6 +97,32 @@ def _dataset(split: str, shuffle_files: bool, seed: int | None = None) -> tf.dat
 features.register(
     TASK,
     source=seqio.FunctionDataSource(_dataset, splits=list(SIZES), num_input_examples=SIZES),
+    preprocessors=[],
+    metric_fns=[text_metrics.answer_accuracy],
+    vocabulary=vocabularies.arithmetic(),
+)
+
+
+def _dataset_with_hints(
+    split: str, shuffle_files: bool, seed: int | None = None
+) -> tf.data.Dataset:
+    del shuffle_files, seed
+    rows = [
+        (inputs, chain)
+        for question, chain in problems()[split]
+        for inputs in (question, f"{question} {chain}")
+    ]
+    questions, chains = zip(*rows, strict=True)
+    return tf.data.Dataset.from_tensor_slices({"inputs": list(questions), "targets": list(chains)})
+
+
+features.register(
+    HINTS_TASK,
+    source=seqio.FunctionDataSource(
+        _dataset_with_hints,
+        splits=list(SIZES),
+        num_input_examples={split: 2 * size for split, size in SIZES.items()},
+    ),
     preprocessors=[],
     metric_fns=[text_metrics.answer_accuracy],
     vocabulary=vocabularies.arithmetic(),

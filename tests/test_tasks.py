@@ -192,6 +192,16 @@ def test_arithmetic_problems_are_the_same_each_time_and_differ_by_seed(monkeypat
     arithmetic.problems.cache_clear()
 
 
+def test_arithmetic_with_hints_has_every_problem_with_and_without_its_solution():
+    task = seqio.TaskRegistry.get("arithmetic_hints")
+    rows = list(task.source.get_dataset("test", shuffle=False).take(6).as_numpy_iterator())
+    assert task.source.num_input_examples("test") == 2 * 1024
+    for index, (question, chain) in enumerate(arithmetic.problems()["test"][:3]):
+        plain, solved = ({k: v.decode() for k, v in row.items()} for row in rows[2 * index :][:2])
+        assert plain == {"inputs": question, "targets": chain}
+        assert solved == {"inputs": f"{question} {chain}", "targets": chain}
+
+
 def test_arithmetic_splits_share_no_problem():
     splits = [{question for question, _ in rows} for rows in arithmetic.problems().values()]
     assert [len(split) for split in splits] == [50_000, 512, 1024]
