@@ -10,6 +10,15 @@ from gkd_jax.command_line import gin_files, process
 from gkd_jax.command_line.flags import UsageError
 
 
+# `bench` and `precompile` read neither data nor weights: sizes say all that they need.
+OF_SHAPES_ALONE = {
+    "MODEL_DIR": "None",
+    "MIXTURE_OR_TASK_NAME": "'absent.jsonl'",
+    "STUDENT_CHECKPOINT": "None",
+    "TEACHER_CHECKPOINT": "None",
+}
+
+
 def run(command: str, values: Any, bindings: list[tuple[str, str]], positional: list[str]) -> None:
     """Sets the process up, reads the gin files and runs a command.
 
@@ -36,8 +45,8 @@ def run(command: str, values: Any, bindings: list[tuple[str, str]], positional: 
         raise UsageError(f"{command} needs --gin_file=FILE")
     start, reads_data = _COMMANDS[command]
     process.set_up(reads_data=reads_data, tfds_data_dir=values.tfds_data_dir)
-    unused = ("MODEL_DIR",) if command in ("bench", "precompile") else ()
-    gin_files.parse(values.gin_file, bindings, values.gin_search_paths, unused=unused)
+    stand_ins = OF_SHAPES_ALONE if command in ("bench", "precompile") else {}
+    gin_files.parse(values.gin_file, bindings, values.gin_search_paths, stand_ins=stand_ins)
     start(values)
 
 

@@ -3,7 +3,7 @@
 No package outside `command_line/` imports gin.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 import contextlib
 import logging
 import os
@@ -26,7 +26,7 @@ def parse(
     bindings: Iterable[tuple[str, str]],
     search_paths: Iterable[str],
     *,
-    unused: Iterable[str] = (),
+    stand_ins: Mapping[str, str] | None = None,
 ) -> None:
     """Reads gin files, then bindings, which may name everything that the files import.
 
@@ -34,7 +34,7 @@ def parse(
         files: gin files; a later file overrides an earlier one.
         bindings: names and values as they were typed.
         search_paths: folders in which gin files are searched.
-        unused: macros that the files require and the command does not need.
+        stand_ins: gin values for macros that the files require and the command does not need.
 
     Raises:
         UsageError: if gin rejects a file or a binding, if no file defines a macro, or if macros
@@ -61,8 +61,10 @@ def parse(
             raise UsageError(f"--gin.{name}={value}: {one_message(error)}") from error
     _check_references()
     _expand_paths()
-    required = (name for name, value in macros().items() if value == REQUIRED)
-    missing = [name for name in required if name not in set(unused)]
+    missing = [name for name, value in macros().items() if value == REQUIRED]
+    for name in set(missing) & set(stand_ins or ()):
+        gin.parse_config(f"{name} = {(stand_ins or {})[name]}")
+        missing.remove(name)
     if missing:
         raise UsageError(
             "; ".join(f"{name} is required: --gin.{name}=\"'...'\"" for name in missing)

@@ -26,9 +26,11 @@ class _Size(NamedTuple):
 
 
 _TINY = (2, 64, 4, 2, 16, 128)
-# Sizes that are named after their width and depth are timed beside other implementations.
+# Sizes that are named after their width and depth learn the task that fits a laptop, or are timed.
 _QWEN3 = {
     "tiny": _Size(*_TINY, 151_936, True),
+    "64x4": _Size(4, 64, 4, 2, 16, 192, 151_936, True),
+    "128x4": _Size(4, 128, 4, 2, 32, 384, 151_936, True),
     "256x4": _Size(4, 256, 4, 2, 64, 768, 151_936, True),
     "512x6": _Size(6, 512, 8, 4, 64, 1536, 151_936, True),
     "0.6b": _Size(28, 1024, 16, 8, 128, 3072, 151_936, True),
