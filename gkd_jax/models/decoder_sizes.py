@@ -29,6 +29,7 @@ _TINY = (2, 64, 4, 2, 16, 128)
 # Sizes that are named after their width and depth learn the task that fits a laptop, or are timed.
 _QWEN3 = {
     "tiny": _Size(*_TINY, 151_936, True),
+    "64x2": _Size(2, 64, 4, 2, 16, 192, 151_936, True),
     "64x4": _Size(4, 64, 4, 2, 16, 192, 151_936, True),
     "128x4": _Size(4, 128, 4, 2, 32, 384, 151_936, True),
     "256x4": _Size(4, 256, 4, 2, 64, 768, 151_936, True),
