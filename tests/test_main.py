@@ -97,7 +97,8 @@ RECIPES = sorted(
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_train_recipe_builds(recipe, tmp_path):
     arguments = ["train", f"--gin_file={recipe}", f"--gin.MODEL_DIR='{tmp_path}/run'", "--dry_run"]
-    if recipe not in ("gin/quickstart.gin", "gin/sweeps/word_problems.gin"):
+    of_the_quickstart = ("quickstart", "word_problems", "self_distillation_hints")
+    if pathlib.Path(recipe).stem not in of_the_quickstart:
         arguments += TINY
     assert run(*arguments) == 0
     assert not (tmp_path / "run").exists()
