@@ -250,4 +250,17 @@ def test_the_command_line_names_the_teacher(tmp_path, capsys, flags, said):
     given = [f"--gin.{name}={value}" for name, value in values.items()]
     with_gin = ["train", "--gin_file=gin/gkd.gin", "--dry_run", *given, *flags]
     main.main(with_gin)
-    assert said in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert said in printed
+    assert "WARNING: the teacher is the student itself" not in printed
+
+
+def test_a_live_teacher_with_the_student_s_prompts_is_warned_of(capsys):
+    def build(**more):
+        made = options("", steps=1, teacher=LiveStudent(), **more)
+        program.build(made["recipe"], 149)
+        return "loss and gradient are 0" in capsys.readouterr().err
+
+    assert build(divergence=divergences.forward_kl)
+    assert not build(divergence=divergences.forward_kl, data=HINTS)
+    assert not build(divergence=None)

@@ -8,6 +8,7 @@ Axes: S source, T target.
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -144,6 +145,7 @@ def build(
             "a divergence needs a teacher (or, with on_policy_fraction 0, a teacher_cache), "
             "got teacher=None"
         )
+    _warn_of_nothing_to_learn(recipe)
     models = _models(num_pieces, recipe, pending)
     mesh = sharding.make_mesh(recipe.mesh, devices)
     _check_batch(recipe.data.batch_size, recipe.train.num_microbatches, mesh)
@@ -182,6 +184,22 @@ def build(
         update=update,
         cached_k=cached_k,
     )
+
+
+def _warn_of_nothing_to_learn(recipe: Recipe) -> None:
+    """Warns if the teacher is the student itself and no setting makes the two differ."""
+    method = recipe.method
+    differs = (
+        len(recipe.data.features()) > 2
+        or recipe.student.dropout_rate > 0
+        or method.teacher_temperature != method.student_temperature
+    )
+    if isinstance(recipe.teacher, gkd.LiveStudent) and not differs:
+        print(
+            "WARNING: the teacher is the student itself and reads the same prompts: loss and "
+            "gradient are 0. TASK_FEATURE_LENGTHS with 'teacher_inputs' gives it its own prompts",
+            file=sys.stderr,
+        )
 
 
 def _check_student(student: ModelConfig, method: gkd.GKDConfig) -> None:
