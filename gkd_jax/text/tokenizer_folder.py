@@ -189,6 +189,13 @@ class TokenizerVocabulary(seqio.Vocabulary):
             kept.append(token)
         return self._decode(kept)
 
+    def decode_prompt(self, ids: Iterable[int]) -> str:
+        """Returns the text of a whole prompt, in which `eos_ids` may end the turns of a chat.
+
+        Special tokens, and ids that have no token, are left out.
+        """
+        return self._decode(map(int, ids))
+
     def _encode(self, s: str | bytes) -> Sequence[int]:
         text = s.decode() if isinstance(s, bytes) else s
         if not self._adds_specials:

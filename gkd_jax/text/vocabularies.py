@@ -170,6 +170,13 @@ def decode(vocabulary: seqio.Vocabulary, ids: Sequence[int]) -> str:
     return vocabulary.decode([token for token in kept if token != PAD_ID])
 
 
+def decode_prompt(vocabulary: seqio.Vocabulary, ids: Sequence[int]) -> str:
+    """Returns the text of a whole prompt; a chat goes on behind the ids that end its turns."""
+    if isinstance(vocabulary, TokenizerVocabulary):
+        return vocabulary.decode_prompt(ids)
+    return decode(vocabulary, ids)
+
+
 def piece(vocabulary: seqio.Vocabulary, token: int) -> str:
     """Returns a readable form of one token: "</s>" for an end of text, and "▁" for a space."""
     if token in end_ids(vocabulary):

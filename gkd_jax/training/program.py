@@ -395,7 +395,19 @@ def model_info(program: Program) -> str:
     """The text of model_info.txt, which describes every array of both models."""
     student = program.state.params
     text = "student\n" + train_state.describe(student, shardings_of(student))
+    text += _replicated_heads(program.models.student, program.mesh)
     if program.teacher is not None:
+        assert program.models.teacher is not None
         described = train_state.describe(program.teacher, shardings_of(program.teacher))
         text += "\n\nteacher\n" + described
+        text += _replicated_heads(program.models.teacher, program.mesh)
     return text + "\n"
+
+
+def _replicated_heads(config: lm.Config, mesh: Mesh) -> str:
+    """A line about key heads that the devices of `tensor` cannot share; empty if they can."""
+    heads, parts = getattr(config, "num_kv_heads", None), mesh.shape["tensor"]
+    if heads is None or heads % parts == 0:
+        return ""
+    what = "1 key head does" if heads == 1 else f"{heads} key heads do"
+    return f"\n{what} not divide over tensor={parts}: each device of that axis computes all of them"

@@ -16,11 +16,11 @@ import numpy as np
 
 from gkd_jax import gkd, rl
 from gkd_jax.batch import Batch
-from gkd_jax.evaluation import evaluate
 from gkd_jax.input import data, streams
 from gkd_jax.input.teacher_cache import TeacherCache
 from gkd_jax.models import lm
 from gkd_jax.sampling import Sample
+from gkd_jax.text import vocabularies
 from gkd_jax.training.metrics import DeviceClock
 from gkd_jax.training.program import Program, Steps
 from gkd_jax.training.source import Source
@@ -163,13 +163,13 @@ class Rollouts:
         rows, sample = rollout.rows, rollout.sample
         prompts, outputs, references = (
             [
-                evaluate.to_text(self._source.vocabulary, row[: int(length)])
+                to_text(self._source.vocabulary, row[: int(length)].tolist())
                 for row, length in zip(np.asarray(ids), np.asarray(lengths), strict=True)
             ]
-            for ids, lengths in (
-                (rows.inputs, rows.input_lengths),
-                (sample.tokens, np.asarray(sample.weights).sum(axis=1)),
-                (rows.targets, np.asarray(rows.weights).sum(axis=1)),
+            for to_text, ids, lengths in (
+                (vocabularies.decode_prompt, rows.inputs, rows.input_lengths),
+                (vocabularies.decode, sample.tokens, np.asarray(sample.weights).sum(axis=1)),
+                (vocabularies.decode, rows.targets, np.asarray(rows.weights).sum(axis=1)),
             )
         )
         prompts = [text for text in prompts for _ in range(method.num_samples)]

@@ -2,6 +2,7 @@
 
 import os
 
+from gkd_jax.storage.pretrained import ModelConfig
 from gkd_jax.text import known_sizes
 from gkd_jax.training.recipe import Recipe
 
@@ -16,8 +17,9 @@ def num_pieces_of(recipe: Recipe) -> int:
     config = recipe.data
     found = known_sizes.num_pieces(config.vocabulary, config.extra_ids, config.task)
     if found is None and _is_absent(config.task) and config.vocabulary is None:
-        models = [model for model in (recipe.student, recipe.teacher) if model is not None]
-        rows = [model.architecture(model.size).vocab_size for model in models if model.size]
+        models = (recipe.student, recipe.teacher)
+        models = [model for model in models if isinstance(model, ModelConfig) and model.size]
+        rows = [model.architecture(model.size).vocab_size for model in models]
         found = min(rows, default=None)
     if found is None:
         from gkd_jax.training import source  # imports TensorFlow and seqio

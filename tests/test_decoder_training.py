@@ -1,0 +1,110 @@
+"""Whole runs with decoder-only models: frozen teachers of every kind, and rewards of chats."""
+
+import functools
+import json
+
+import jax
+import numpy as np
+import pytest
+import small_runs
+import small_tokenizers
+
+from gkd_jax import divergences, gkd, rl, sharding
+from gkd_jax.input.data import DataConfig
+from gkd_jax.models.decoder_config import DecoderConfig
+from gkd_jax.storage import pretrained
+from gkd_jax.training import metrics, program, train
+from gkd_jax.training.recipe import TrainConfig
+
+
+def small(size, vocab_size, num_kv_heads=1):
+    del size
+    return DecoderConfig(
+        vocab_size=vocab_size,
+        d_model=16,
+        num_heads=2,
+        num_kv_heads=num_kv_heads,
+        head_dim=8,
+        d_ff=32,
+        num_layers=2,
+        qk_norm=True,
+    )
+
+
+def model(**more):
+    return pretrained.ModelConfig(architecture=small, size="tiny", **more)
+
+
+def run(model_dir, **fields):
+    """Trains for some steps and returns the losses."""
+    train.train(**small_runs.options(model_dir, student=model(), **fields))
+    lines = metrics.read(model_dir / "metrics.jsonl")
+    return [line["train/loss"] for line in lines if "train/loss" in line]
+
+
+def test_a_teacher_on_the_host_gives_the_losses_of_one_on_the_device(tmp_path):
+    fields = {"steps": 2, "fraction": 1.0, "divergence": divergences.reverse_kl}
+    found = [
+        run(tmp_path / memory, **fields, teacher=model(param_dtype="int8", memory=memory))
+        for memory in ("device", "host")
+    ]
+    assert len(found[0]) == 2
+    assert np.isfinite(found).all()
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-6)
+
+
+def test_rewards_of_chats_read_whole_prompts(tmp_path):
+    folder = small_tokenizers.write(tmp_path / "tokenizer", "qwen")
+    chats = [f"How many eggs are there, {number}?" for number in range(16)]
+    path = tmp_path / "chats.jsonl"
+    before = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Yes?"}]
+    lines = ({"messages": [*before, {"role": "user", "content": chat}]} for chat in chats)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    seen = []
+
+    def reward(prompts, outputs, references):
+        seen.append((prompts, references))
+        return np.asarray([float(len(output)) for output in outputs])
+
+    losses = run(
+        tmp_path / "run",
+        steps=2,
+        data=DataConfig(
+            task=str(path),
+            vocabulary=str(folder),
+            feature_lengths={"inputs": 96, "targets": 6},
+            batch_size=8,
+        ),
+        method=gkd.GKDConfig(
+            on_policy_fraction=1.0,
+            divergence=divergences.reverse_kl,
+            num_samples=2,
+            rl=rl.RLConfig(reward=reward, alpha=0.5),
+        ),
+        teacher=model(),
+    )
+    assert np.isfinite(losses).all()
+    prompts = [prompt for batch, _ in seen for prompt in batch]
+    assert len(prompts) == 32  # 2 steps of 8 prompts with 2 samples each
+    assert prompts[0::2] == prompts[1::2]
+    # The text of a prompt is all that the student read, without the special tokens around turns.
+    first = "user\nHello.\nassistant\nYes?\n"
+    assert sorted(prompts[0::2]) == sorted(f"{first}user\n{chat}\nassistant\n" for chat in chats)
+    assert {reference for _, batch in seen for reference in batch} == {""}
+
+
+@pytest.mark.parametrize(("num_kv_heads", "is_said"), [(1, True), (2, False)])
+def test_model_info_says_which_key_heads_are_replicated(num_kv_heads, is_said):
+    architecture = functools.partial(small, num_kv_heads=num_kv_heads)
+    student = pretrained.ModelConfig(architecture=architecture, size="tiny")
+    options = small_runs.options(
+        "",
+        steps=1,
+        student=student,
+        mesh=sharding.MeshConfig(data=4, tensor=2),
+        train=TrainConfig(train_steps=1),
+    )
+    info = program.model_info(program.build(options["recipe"], 128))
+    wanted = "1 key head does not divide over tensor=2: each device of that axis computes all"
+    assert (wanted in info) == is_said
+    assert jax.device_count() == 8
