@@ -351,6 +351,8 @@ def update(
         "loss_token_mean": sums.tokens / num_tokens,
         "loss_sequence_mean": sums.sequences / num_sequences,
         "target_length": num_tokens / num_sequences,
+        "target_tokens": jnp.sum(batch.weights),
+        "prompt_tokens": _prompt_tokens(batch),
         "grad_norm": optax.tree.norm(grads),
     }
     if alpha < 1:
@@ -358,6 +360,12 @@ def update(
         metrics["loss"] = alpha * loss + (1 - alpha) * metrics["policy_loss"]
     average = next_average(learner, state, params)
     return TrainState(state.step + 1, params, opt_state, average), metrics
+
+
+def _prompt_tokens(batch: Batch) -> Float[Array, ""]:
+    """The tokens of all prompts; ids of 0 are padding where no lengths are given."""
+    counted = batch.inputs != 0 if batch.input_lengths is None else batch.input_lengths
+    return jnp.sum(counted).astype(jnp.float32)
 
 
 def _loss_sums(

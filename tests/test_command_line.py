@@ -7,7 +7,9 @@ import sys
 from hypothesis import given, settings, strategies
 import pytest
 
+from gkd_jax import main
 from gkd_jax.command_line import flags
+from gkd_jax.text import extras
 
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -83,3 +85,20 @@ def test_help_names_every_flag_and_an_example_that_parses(command):
     assert not values.dry_run
     assert bool(extra) == (command in ("report", "sweep"))
     assert bool(bindings) == any(word.startswith("--gin.") for word in example)
+
+
+def test_recipes_lists_every_gin_file_that_runs_with_one_line(capsys):
+    main.main(["recipes"])
+    listed = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
+    files = {path.relative_to(ROOT / "gin").with_suffix("") for path in ROOT.glob("gin/**/*.gin")}
+    parts = {path for path in files if path.parts[0] in ("decode", "settings", "sweeps")}
+    assert listed.keys() == {path.as_posix() for path in files - parts}
+    assert all(len(text) > 20 for text in listed.values())
+    assert listed["rl_gkd"].startswith("RL + GKD (the paper's Eq. 5) maximises")
+
+
+def test_missing_packages_are_installed_by_their_own_names(monkeypatch):
+    found = ["jax>=0.10", "pandas>=2.2; extra == 'report'", 'jax[tpu]; extra == "tpu"']
+    monkeypatch.setattr(extras.importlib.metadata, "requires", lambda name: found)
+    assert extras.install_command("report") == "pip install 'pandas>=2.2'"
+    assert extras.install_command("tpu") == "pip install 'jax[tpu]'"

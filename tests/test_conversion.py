@@ -103,7 +103,9 @@ def test_it_says_what_it_wrote(to, sources, tmp_path, capsys):
     output = tmp_path / "out"
     convert_checkpoint(str(sources / "gkd"), str(output), to=to)
     written = output / "checkpoint_0" if to == "t5x" else output
-    assert f"wrote {written} as {to}" in capsys.readouterr().err
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].startswith(f"reading {sources / 'gkd'} (")
+    assert f"wrote {written} as {to}" in said[-1]
     expected, found = load_model(str(sources / "gkd"))[1], load_model(str(written))[1]
     jax.tree.map(np.testing.assert_array_equal, found, expected)
     if to == "gkd":

@@ -17,7 +17,7 @@ from small_runs import small
 import gin
 from gkd_jax import divergences, gkd, main, rl, sharding
 from gkd_jax.input import data
-from gkd_jax.planning import hlo, precompile
+from gkd_jax.planning import hlo, precompile, topologies
 from gkd_jax.storage import pretrained
 import gkd_jax.tasks.arithmetic  # noqa: F401
 from gkd_jax.training import optimizers, program, sizes, train
@@ -542,15 +542,15 @@ def test_largest_values_of_a_program_that_does_not_compile():
         (("--topology=v5e",), 2, "got 'v5e'"),
         (("--topology=v5e:2x2", "--num_slices=0"), 2, "'v5e:2x2' x 0"),
         (("--topology=cpu", "--phase=teacher"), 2, "got 'teacher'"),
-        (("--topology=v5e:2x2",), 1, "pip install 'gkd_jax[tpu]'"),
+        (("--topology=v5e:2x2",), 1, "pip install 'jax[tpu]'"),
         (("--topology=h100:8",), 2, "such as h100:1x1x8"),
         (("--topology=h100:1x1x8", "--num_slices=2"), 2, "'h100:1x1x8' x 2"),
-        (("--topology=h100:1x1x8",), 1, "pip install 'gkd_jax[gpu]'"),
+        (("--topology=h100:1x1x8",), 1, "pip install 'jax[cuda"),
     ],
 )
 def test_wrong_usage(arguments, status, message, monkeypatch, capfd):
     find_spec = importlib.util.find_spec
-    absent = ("libtpu", "jax_cuda12_plugin")
+    absent = ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin")
     without = lambda name, *more: None if name in absent else find_spec(name, *more)  # noqa: E731
     monkeypatch.setattr(importlib.util, "find_spec", without)
     assert command(*arguments) == status
@@ -589,7 +589,7 @@ def test_a_teacher_in_host_memory_leaves_its_kernels_out_of_a_tpu(capfd):
 
 
 @pytest.mark.skipif(
-    importlib.util.find_spec("jax_cuda12_plugin") is None,
+    not any(importlib.util.find_spec(plugin) for plugin in topologies.CUDA_PLUGINS),
     reason="needs the cuda plugin: pip install 'gkd_jax[gpu]'",
 )
 def test_a_gpu_topology(capfd):

@@ -6,7 +6,7 @@ import pathlib
 import sys
 from typing import Any
 
-from gkd_jax.command_line import gin_files, process
+from gkd_jax.command_line import gin_files, process, recipes
 from gkd_jax.command_line.flags import UsageError
 
 
@@ -37,6 +37,9 @@ def run(command: str, values: Any, bindings: list[tuple[str, str]], positional: 
         return
     if command == "report":
         _report(values, positional)
+        return
+    if command == "recipes":
+        print(recipes.listing())
         return
     if command == "sweep":
         _sweep(values, dict(bindings), positional)

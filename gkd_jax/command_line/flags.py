@@ -96,6 +96,11 @@ COMMANDS = {
         example="gkd-jax report /tmp/runs/* --output=/tmp/report",
         reads_gin=False,
     ),
+    "recipes": Command(
+        does="lists the gin files that come with the package, as --gin_file takes them",
+        example="gkd-jax recipes",
+        reads_gin=False,
+    ),
 }
 USAGE = (
     "usage: gkd-jax COMMAND [--gin_file=FILE ...] [--gin.MACRO=VALUE ...]\n\n"

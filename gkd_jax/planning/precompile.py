@@ -29,7 +29,7 @@ import numpy as np
 
 from gkd_jax import gkd, sharding
 from gkd_jax.planning import hlo
-from gkd_jax.planning.topologies import GIB, Chip, describe_topology, platform_of
+from gkd_jax.planning.topologies import CUDA_PLUGINS, GIB, Chip, describe_topology, platform_of
 from gkd_jax.storage import pretrained
 from gkd_jax.storage.pretrained import ModelConfig
 from gkd_jax.text import files
@@ -206,8 +206,9 @@ def _cache_path(text: str, topology: str, full: bool) -> pathlib.Path | None:
     if folder == "":
         return None
     root = pathlib.Path(folder) if folder else pathlib.Path.home() / ".cache" / "gkd_jax"
-    compilers = {"cpu": [], "gpu": ["jax_cuda12_plugin"], "tpu": ["libtpu"]}
-    names = ["jaxlib", *compilers[platform_of(topology)]]
+    compilers = {"cpu": (), "gpu": CUDA_PLUGINS, "tpu": ("libtpu",)}
+    found = filter(importlib.util.find_spec, compilers[platform_of(topology)])
+    names = ["jaxlib", *found]
     versions = map(importlib.metadata.version, names)
     sources = [pathlib.Path(path).read_text(encoding="utf-8") for path in (__file__, hlo.__file__)]
     parts = "\n".join([text, topology, str(full), *versions, *sources])

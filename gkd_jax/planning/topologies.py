@@ -13,8 +13,12 @@ from typing import Any, NamedTuple
 
 import jax
 
+from gkd_jax.text.extras import install_command
+from gkd_jax.training.throughput import PEAK_FLOPS
+
 
 GIB = 2**30
+CUDA_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")  # of the extras gpu and gpu-cuda12
 
 
 class Chip(NamedTuple):
@@ -46,16 +50,18 @@ class Chip(NamedTuple):
 # there is that of all links of a chip, 4 (v5e, v6e) or 6, in both directions. The size of HBM is
 # the limit that the compiler names in its errors.
 CHIPS = {
-    "v4": Chip(30.75, 275e12, 1228e9, 100e9, options={"chip_config_name": "megacore"}),
-    "v5e": Chip(15.75, 197e12, 819e9, 100e9),
-    "v5p": Chip(95.74, 459e12, 2765e9, 200e9),
-    "v6e": Chip(31.25, 918e12, 1638e9, 200e9),
-    "tpu7x": Chip(94.75, 2307e12 / 2, 7380e9 / 2, 200e9 / 2, per_chip=2),
+    "v4": Chip(
+        30.75, PEAK_FLOPS["TPU v4"], 1228e9, 100e9, options={"chip_config_name": "megacore"}
+    ),
+    "v5e": Chip(15.75, PEAK_FLOPS["TPU v5 lite"], 819e9, 100e9),
+    "v5p": Chip(95.74, PEAK_FLOPS["TPU v5"], 2765e9, 200e9),
+    "v6e": Chip(31.25, PEAK_FLOPS["TPU v6 lite"], 1638e9, 200e9),
+    "tpu7x": Chip(94.75, PEAK_FLOPS["TPU7x"], 7380e9 / 2, 200e9 / 2, per_chip=2),
 }
 # The rates are from NVIDIA's H100 SXM data sheet: dense bfloat16, HBM3, and half of NVLink's
 # two-way rate. The other numbers that the compiler needs are from NVIDIA's CUDA programming guide,
 # compute capability 9.0.
-GPUS = {"h100": Chip(79.1, 989e12, 3352e9, 450e9)}
+GPUS = {"h100": Chip(79.1, PEAK_FLOPS["NVIDIA H100 80GB HBM3"], 3352e9, 450e9)}
 _H100 = """
 gpu_device_info {
   cuda_compute_capability { major: 9 }
@@ -126,7 +132,7 @@ def describe_topology(topology: str, num_slices: int = 1) -> tuple[Chip, Sequenc
             f"v5p:4x4x4 or h100:1x1x8, in at least one slice, got {topology!r} x {num_slices}"
         )
     if importlib.util.find_spec("libtpu") is None:
-        raise ModuleNotFoundError("TPU topologies need libtpu: pip install 'gkd_jax[tpu]'")
+        raise ModuleNotFoundError(f"TPU topologies need libtpu: {install_command('tpu')}")
     for name, value in _LIBTPU.items():
         os.environ.setdefault(name, value)
     jax.config.update("jax_platforms", "cpu")
@@ -150,8 +156,10 @@ def _gpus(topology: str, shape: str, num_slices: int) -> Sequence[Any]:
             "--topology of GPUs must be slices x hosts x GPUs a host, such as h100:1x1x8, without "
             f"--num_slices, got {topology!r} x {num_slices}"
         )
-    if importlib.util.find_spec("jax_cuda12_plugin") is None:
-        raise ModuleNotFoundError("GPU topologies need the cuda plugin: pip install 'gkd_jax[gpu]'")
+    if not any(importlib.util.find_spec(plugin) for plugin in CUDA_PLUGINS):
+        raise ModuleNotFoundError(
+            f"GPU topologies need JAX's plugin for CUDA: {install_command('gpu')}"
+        )
     jax.config.update("jax_platforms", "cpu")
     from jax.experimental import topologies
 

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 import pathlib
 
 from gkd_jax.text import files
+from gkd_jax.text.extras import install_command
 
 
 try:
@@ -26,7 +27,7 @@ try:
     from gkd_jax.report.study import Study
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        f"report needs {error.name}, which is not installed: pip install 'gkd_jax[report]'"
+        f"report needs {error.name}, which is not installed: {install_command('report')}"
     ) from error
 
 

@@ -54,7 +54,9 @@ def convert_checkpoint(
         as_dtype(dtype)
     _check_output(output)
     if dry_run and "://" in source:
-        print(f"dry run: {source} is remote and was not looked at", file=sys.stderr)
+        print(
+            f"dry run: all is well, but {source} is remote and was not looked at", file=sys.stderr
+        )
         return
     config = pretrained.load_config(source)
     if to == "t5x" and lm.family_name(config) != "t5":
@@ -70,11 +72,12 @@ def convert_checkpoint(
     size = f"{lm.num_params(lm.abstract_params(config)):,} parameters"
     if dry_run:
         print(
-            f"dry run: {source} ({size}) can be written to {what} as {to}; its numbers were not "
-            "read",
+            f"dry run: all is well; {source} ({size}) can be written to {what} as {to}, and its "
+            "numbers were not read",
             file=sys.stderr,
         )
         return
+    print(f"reading {source} ({size})", file=sys.stderr)
     stored = about.get("dtype", "float32") if step_folder else convert.stored_dtype(source)
     dtype = stored if dtype == STORED else dtype
     # Load in bfloat16 only if that loses nothing: then the host needs half of the memory.

@@ -1,15 +1,14 @@
-"""Writes, reads and prints the numbers of a run.
+"""Writes and reads the numbers of a run.
 
-`Writer` writes metrics.jsonl and TensorBoard files in MODEL_DIR, `Progress` prints to the terminal,
-and `SampleWatch` warns of samples that go wrong. `read`, `values_by_step` and `study_table` read
+`Writer` writes metrics.jsonl and TensorBoard files in MODEL_DIR, and `SampleWatch` warns of samples
+that go wrong. `read`, `values_by_step` and `study_table` read
 metrics.jsonl, and `DeviceClock` measures device time.
 """
 
 import collections
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import concurrent.futures
 import json
-import math
 import pathlib
 import sys
 import time
@@ -22,6 +21,10 @@ import tensorflow as tf
 from gkd_jax.text import files
 
 
+Tracker = Callable[[int, Mapping[str, float]], None]
+"""Takes the number of a step and its numbers by name, and passes them on to another place."""
+
+
 class Writer:
     """Appends the numbers of each step to MODEL_DIR/metrics.jsonl and MODEL_DIR/tensorboard.
 
@@ -30,8 +33,24 @@ class Writer:
     `silent`.
     """
 
-    def __init__(self, model_dir: str, *, resume_step: int, silent: bool = False):
+    def __init__(
+        self,
+        model_dir: str,
+        *,
+        resume_step: int,
+        silent: bool = False,
+        also: Sequence[Tracker] = (),
+    ):
+        """Opens the files.
+
+        Args:
+            model_dir: the folder of the run.
+            resume_step: the step from which the run goes on.
+            silent: True writes nothing.
+            also: functions that are given the numbers of each step as well.
+        """
         self._folder = pathlib.Path(model_dir)
+        self._also = () if silent else tuple(also)
         self._file = None
         self._samples = SampleWatch()
         self._tensorboard = tf.summary.create_noop_writer()
@@ -46,17 +65,31 @@ class Writer:
         self._file = path.open("a")
         self._tensorboard = tf.summary.create_file_writer(str(self._folder / "tensorboard"))
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes one line `{"step": step, **values}`, and warns of samples that go wrong."""
+    def write(
+        self,
+        step: int,
+        values: Mapping[str, float],
+        before_warning: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Writes one line `{"step": step, **values}`, and warns of samples that go wrong.
+
+        Args:
+            step: the number of steps done.
+            values: the numbers of the step, by name.
+            before_warning: called before a warning is printed.
+        """
         if self._file is None:
             return
         for warning in self._samples.see(values):
+            before_warning()
             print(f"WARNING: step {step}: {warning}", file=sys.stderr)
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         with self._tensorboard.as_default(step=step):
             for name, value in values.items():
                 tf.summary.scalar(name, value)
+        for tracker in self._also:
+            tracker(step, values)
 
     def dump(self, step: int, arrays: Mapping[str, Any]) -> pathlib.Path:
         """Writes the arrays that this process holds whole to MODEL_DIR/nonfinite_<step>.npz.
@@ -209,59 +242,6 @@ class DeviceClock:
             return self._free_at - max(began, before)
 
         return self._waiter.submit(wait)
-
-
-class Progress:
-    """Prints the progress of a run.
-
-    In a terminal, a bar is redrawn after each step. Elsewhere, a line is printed every `every`
-    steps and at the end.
-    """
-
-    def __init__(self, total: int, *, start: int, every: int, name: str = "", silent: bool = False):
-        self._silent = silent
-        self._total, self._start, self._every, self._name = total, start, every, name
-        self._terminal = sys.stderr.isatty()
-        self._began = time.monotonic()
-        self._sample_s = self._update_s = 0.0
-
-    def step(self, done: int, values: Mapping[str, float]) -> None:
-        """Records one more step and prints where it is due.
-
-        Args:
-            done: the number of steps done so far.
-            values: the numbers of the step.
-        """
-        self._sample_s += values.get("time/sample_s", 0.0)
-        self._update_s += values.get("time/update_s", 0.0)
-        last = done == self._total
-        if self._silent:
-            return
-        if not last and not (self._terminal or done % self._every == 0):
-            return
-        elapsed = time.monotonic() - self._began
-        per_step = elapsed / max(done - self._start, 1)
-        eta = per_step * (self._total - done)
-        busy = max(self._sample_s + self._update_s, 1e-9)
-        text = (
-            f"{self._name}step {done}/{self._total}  loss {values['train/loss']:.4f}  "
-            f"{per_step * 1e3:.0f} ms/step (sample {self._sample_s / busy:.0%}, "
-            f"update {self._update_s / busy:.0%})  eta {_clock(eta)}"
-        )
-        if self._terminal:
-            filled = round(24 * done / self._total)
-            bar = "#" * filled + "." * (24 - filled)
-            print(f"\r[{bar}] {text}\033[K", end="\n" if last else "", file=sys.stderr, flush=True)
-        else:
-            print(text, file=sys.stderr, flush=True)
-
-
-def _clock(seconds: float) -> str:
-    if not math.isfinite(seconds):
-        return "-"
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"
 
 
 def study_table(root: pathlib.Path, phases: Sequence[str]) -> str:

@@ -35,6 +35,7 @@ class Rollout(NamedTuple):
             student's.
         keys: the random keys of the step.
         update: the compiled update for a batch of this kind and shape.
+        began: when the step began to read its batch, by `time.monotonic`.
         sample: the student's samples; None if the targets are the data set's.
         sample_seconds: a future of the seconds for which sampling occupies the device.
         is_early: whether the samples were drawn before the update of the previous step.
@@ -44,6 +45,7 @@ class Rollout(NamedTuple):
     batch: Batch
     keys: gkd.StepKeys
     update: Callable[..., tuple[gkd.TrainState, dict[str, jax.Array]]]
+    began: float
     sample: Sample | None = None
     sample_seconds: concurrent.futures.Future[float] | None = None
     is_early: bool = False
@@ -114,20 +116,21 @@ class Rollouts:
     def _draw(self, step: int, student_params: lm.Params) -> Rollout:
         """Draws a batch (x, y) of Algorithm 1; on an on-policy step the student samples y."""
         program, seed = self._program, self._program.recipe.train.seed
+        began = time.monotonic()
         rows = next(self._stream)
         keys = gkd.step_keys(seed, step)
         shape = data.shape_of(rows)
         if not gkd.is_on_policy(seed, step, program.method):
-            scored = self._with_scores(rows)
-            return Rollout(rows, self._place(scored), keys, self._steps.update_dataset[shape])
+            scored, update = self._place(self._with_scores(rows)), self._steps.update_dataset[shape]
+            return Rollout(rows, scored, keys, update, began)
         batch = self._place(rows)
         if program.method.rl is not None and self._is_sharded:
             # Each process read only its own rows, and the reward needs the rows of all processes.
             rows = multihost_utils.process_allgather(batch, tiled=True)
-        began = time.monotonic()
+        dispatched, update = time.monotonic(), self._steps.update_samples[shape]
         batch, drawn = self._steps.sample[shape](student_params, batch, keys.sampling)
-        seconds = self._clock.seconds(began, drawn.weights)
-        return Rollout(rows, batch, keys, self._steps.update_samples[shape], drawn, seconds)
+        seconds = self._clock.seconds(dispatched, drawn.weights)
+        return Rollout(rows, batch, keys, update, began, drawn, seconds)
 
     def _with_scores(self, rows: Batch) -> Batch:
         """Returns the rows with the teacher's stored scores, or unchanged without a cache.

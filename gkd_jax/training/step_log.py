@@ -5,13 +5,15 @@ The host logs a step while the device already works on the next one, so the devi
 
 from collections.abc import Mapping
 import concurrent.futures
+import time
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from gkd_jax.gkd_config import Schedule
-from gkd_jax.training import metrics
+from gkd_jax.training import metrics, throughput
+from gkd_jax.training.program import Program
+from gkd_jax.training.progress import Progress
 from gkd_jax.training.rollouts import Rewards, Rollout
 
 
@@ -28,9 +30,12 @@ class _Step(NamedTuple):
 class StepLog:
     """Holds the latest step back: `add` writes the previous step, and `flush` the one held."""
 
-    def __init__(self, writer: metrics.Writer, progress: metrics.Progress, schedule: Schedule):
-        self._writer, self._progress, self._schedule = writer, progress, schedule
+    def __init__(self, writer: metrics.Writer, progress: Progress, program: Program):
+        self._writer, self._progress, self._program = writer, progress, program
+        self._schedule = program.recipe.learning_rate()
+        self._peak = throughput.peak_flops()
         self._held: _Step | None = None
+        self._ended_at = 0.0
 
     def add(
         self,
@@ -71,11 +76,36 @@ class StepLog:
             "time/sample_s": sampled.result() if sampled else 0.0,
             "time/update_s": step.update_seconds.result(),
         }
-        self._writer.write(step.number + 1, line)
+        line |= self._speed(step, values) | throughput.device_memory()
+        self._writer.write(step.number + 1, line, before_warning=self._progress.clear)
         self._progress.step(step.number + 1, line)
         finite = np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"])
         if not finite and "skipped" not in values:
             self._stop_at_nonfinite(step, values)
+
+    def _speed(self, step: _Step, values: Mapping[str, float]) -> dict[str, float]:
+        """The time of the step on the clock, its tokens a second, and its share of the peak.
+
+        A pause between the previous step and this one, such as an evaluation, does not count.
+        """
+        now = time.monotonic()
+        seconds = max(now - max(self._ended_at, step.rollout.began), 1e-9)
+        self._ended_at = now
+        tokens = values["prompt_tokens"] + values["target_tokens"]
+        found = {"time/step_s": seconds, "time/tokens_per_s": tokens / seconds}
+        if self._peak is None:
+            return found
+        sample, program = step.rollout.sample, self._program
+        flops = throughput.step_flops(
+            program.models,
+            program.method,
+            prompt_tokens=values["prompt_tokens"],
+            target_tokens=values["target_tokens"],
+            batch_size=program.recipe.data.batch_size,
+            sampled_tokens=0.0 if sample is None else float(np.sum(jax.device_get(sample.weights))),
+            has_teacher=step.rollout.batch.teacher is None,
+        )
+        return {**found, "time/model_flops_share": flops / seconds / self._peak}
 
     def _stop_at_nonfinite(self, step: _Step, values: dict[str, float]) -> None:
         kind = "dataset" if step.rollout.sample is None else "on-policy"

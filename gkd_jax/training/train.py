@@ -19,6 +19,7 @@ from gkd_jax.text import files, vocabularies
 from gkd_jax.training import (
     interrupts,
     metrics,
+    progress,
     run_lock,
     run_record,
     save_times,
@@ -108,7 +109,9 @@ def train(
 
         #### Compilation of every kind of step #####################################################
         rollouts = Rollouts(program, source, compile_steps(program), stream, clock)
-        log = StepLog(writer, _progress(recipe, start, name), recipe.learning_rate())
+        shown = _progress(recipe, start, name)
+        closing.callback(shown.close)
+        log = StepLog(writer, shown, program)
 
         def evaluate_at(done: int) -> None:
             assert evaluate is not None
@@ -146,6 +149,7 @@ def train(
             stops = stopping and not rollouts.is_ahead
             if saves or stops:
                 log.flush()
+                shown.clear()
                 saved.save(done, state, stream, run.description)
             if evaluates:
                 saved.wait()  # if the evaluation fails, the weights are safe
@@ -169,12 +173,12 @@ def _placed(advantages: Any, program: Program) -> jax.Array:
     return data.place_array(advantages, program.mesh)
 
 
-def _progress(recipe: Recipe, start: int, name: str) -> metrics.Progress:
-    return metrics.Progress(
+def _progress(recipe: Recipe, start: int, name: str) -> progress.Progress:
+    return progress.Progress(
         recipe.train.train_steps,
         start=start,
         every=recipe.train.log_period,
-        name=f"{name}: " if name else "",
+        name=name,
         silent=jax.process_index() > 0,
     )
 

@@ -1,0 +1,39 @@
+"""`listing`: the gin files that come with the package, with one line each."""
+
+import pathlib
+import re
+
+import gkd_jax
+
+
+# Files that others include, and that no command can run alone.
+_PARTS = ("decode", "settings", "sweeps")
+
+
+def folder() -> pathlib.Path:
+    """The folder of our gin files: beside the package in a checkout, inside it in a wheel."""
+    package = pathlib.Path(gkd_jax.__file__).parent
+    candidates = (package.parent / "gin", package / "gin")
+    return next(path for path in candidates if (path / "gkd.gin").is_file())
+
+
+def listing() -> str:
+    """Returns a line for each gin file: its name as `--gin_file` takes it, and what it does."""
+    root = folder()
+    found = []
+    for path in sorted(root.rglob("*.gin"), key=lambda path: (len(path.parts), path)):
+        name = path.relative_to(root).with_suffix("")
+        if name.parts[0] not in _PARTS:
+            found.append((name.as_posix(), _first_sentence(path.read_text(encoding="utf-8"))))
+    width = max(len(name) for name, _ in found) + 2
+    return "\n".join(f"{name:<{width}}{text}" for name, text in found)
+
+
+def _first_sentence(text: str) -> str:
+    """The first sentence of the comment at the top of a gin file."""
+    lines = []
+    for line in text.splitlines():
+        if not line.startswith("#") or not line.strip("# "):
+            break
+        lines.append(line.strip("# "))
+    return re.split(r"(?<!Eq)(?<!Fig)\.(?:\s|$)", " ".join(lines), maxsplit=1)[0]

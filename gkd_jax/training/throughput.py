@@ -1,0 +1,80 @@
+"""How fast a run is: tokens a second, the share of the devices' peak, and device memory."""
+
+import jax
+
+from gkd_jax import gkd
+from gkd_jax.gkd_config import ModelPair
+from gkd_jax.models import flops
+
+
+# Dense bfloat16 FLOP/s of one JAX device, by `jax.Device.device_kind`. The sources are Google's
+# pages of each TPU's system architecture and NVIDIA's data sheets (SXM modules).
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,  # v5p
+    "TPU v6 lite": 918e12,
+    "TPU7x": 2307e12 / 2,  # a chip has two devices
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}
+GIB = 2**30
+
+
+def step_flops(
+    models: ModelPair,
+    config: gkd.GKDConfig,
+    *,
+    prompt_tokens: float,
+    target_tokens: float,
+    batch_size: int,
+    sampled_tokens: float,
+    has_teacher: bool,
+) -> float:
+    """Returns the FLOPs of one step's matrix products, by the count of `flops.forward_flops`.
+
+    The student is run forwards and backwards and the teacher forwards. Sampling is one forward
+    pass of the student over the prompts and the sampled tokens.
+
+    Args:
+        models: both models' configs.
+        config: the method, which tells how many samples a prompt has.
+        prompt_tokens: the number of tokens of the batch's prompts.
+        target_tokens: the number of tokens of the batch's targets.
+        batch_size: the number of prompts.
+        sampled_tokens: the number of tokens that the student wrote in this step.
+        has_teacher: whether the teacher scores the batch, rather than a cache of its scores.
+    """
+    drawn = sampled_tokens > 0
+    lengths = {
+        "prompt_tokens": prompt_tokens,
+        "prompts": batch_size,
+        "targets": batch_size * (config.num_samples if drawn else 1),
+    }
+    student = flops.forward_flops(models.student, target_tokens=target_tokens, **lengths)
+    total = 3 * student
+    if models.teacher is not None and has_teacher:
+        total += flops.forward_flops(models.teacher, target_tokens=target_tokens, **lengths)
+    return total + (student * min(sampled_tokens / max(target_tokens, 1), 1.0) if drawn else 0.0)
+
+
+def peak_flops() -> float | None:
+    """The peak FLOP/s of all devices of the job; None for a kind whose peak is not known here."""
+    peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
+    return None if peak is None else peak * jax.device_count()
+
+
+def device_memory() -> dict[str, float]:
+    """The most memory that a device of this process has used, and its limit, in GiB.
+
+    Empty where the backend does not tell, as on CPU.
+    """
+    found = [device.memory_stats() or {} for device in jax.local_devices()]
+    names = {"peak_bytes_in_use": "memory/device_peak_gib", "bytes_limit": "memory/device_gib"}
+    return {
+        ours: max(stats[theirs] for stats in found) / GIB
+        for theirs, ours in names.items()
+        if all(theirs in stats for stats in found)
+    }
