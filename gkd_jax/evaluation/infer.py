@@ -23,7 +23,12 @@ from gkd_jax.evaluation.evaluate import EvalConfig
 from gkd_jax.input import data, eval_batches, streams
 from gkd_jax.models import lm
 from gkd_jax.storage import checkpoints, content, tokenizer_files
-from gkd_jax.storage.pretrained import ModelConfig, place_params
+from gkd_jax.storage.pretrained import (
+    ModelConfig,
+    is_remote,
+    place_params,
+    with_local_files,
+)
 from gkd_jax.storage.vocabulary_checks import check_special_ids, check_vocabularies
 from gkd_jax.tasks import jsonl, rows  # pyright: ignore[reportMissingImports]
 from gkd_jax.text import files, settings, vocabularies
@@ -128,6 +133,7 @@ def evaluate_checkpoint(
         mesh_config: the sizes of the mesh axes.
         dry_run: check everything, but decode nothing.
     """
+    model, _ = with_local_files(model, dry_run=dry_run)
     ready = _prepare(model, data_config, evaluation, mesh_config, dry_run)
     if dry_run:
         print("dry run: all is well", file=sys.stderr)
@@ -179,6 +185,7 @@ def run(
         ValueError: if another checkpoint or other settings made the file, or if `infer` did not
             make it at all.
     """
+    model, _ = with_local_files(model, dry_run=dry_run)
     about = _about(model, data_config, evaluation, text_file)
     if not dry_run or not _is_remote(model.checkpoint):  # a dry run stays off the network
         if model.checkpoint is not None:
@@ -250,7 +257,7 @@ def _about(
 
 
 def _is_remote(path: str | None) -> bool:
-    return path is not None and "://" in path
+    return path is not None and is_remote(path)
 
 
 def _on_first_process(check: Callable[..., None], *arguments: Any) -> None:

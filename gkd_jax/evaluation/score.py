@@ -18,7 +18,7 @@ from gkd_jax.batch import Batch, TopK
 from gkd_jax.input import data, eval_batches, streams, teacher_cache
 from gkd_jax.models import lm
 from gkd_jax.storage import checkpoints, content, tokenizer_files
-from gkd_jax.storage.pretrained import ModelConfig, place_params
+from gkd_jax.storage.pretrained import ModelConfig, place_params, with_local_files
 from gkd_jax.storage.vocabulary_checks import check_special_ids, check_vocabularies
 from gkd_jax.text import vocabularies
 
@@ -50,6 +50,7 @@ def run(
             is remote, or if it holds the scores of another teacher or of other data.
     """
     _check(k, temperature, output)
+    model, _ = with_local_files(model, dry_run=dry_run)
     task, vocabulary = streams.open_task(
         data_config, tokenizer=tokenizer_files.find(model.checkpoint)
     )

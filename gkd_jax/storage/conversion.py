@@ -13,7 +13,7 @@ from gkd_jax.convert import hf_folder
 from gkd_jax.convert.stored import as_dtype
 from gkd_jax.models import lm
 from gkd_jax.models.t5_config import T5Config
-from gkd_jax.storage import checkpoints, model_card, pretrained, tokenizer_files
+from gkd_jax.storage import checkpoints, hub, model_card, pretrained, tokenizer_files
 
 
 FORMATS = ("hf", "t5x", "gkd")
@@ -53,11 +53,12 @@ def convert_checkpoint(
     if dtype != STORED:
         as_dtype(dtype)
     _check_output(output)
-    if dry_run and "://" in source:
+    if dry_run and pretrained.is_remote(source):
         print(
             f"dry run: all is well, but {source} is remote and was not looked at", file=sys.stderr
         )
         return
+    source = hub.local_folder(source)
     config = pretrained.load_config(source)
     if to == "t5x" and lm.family_name(config) != "t5":
         raise ValueError(f"{source!r} is no T5, and T5X's format is for those alone")

@@ -4,7 +4,7 @@
 and `load_model` loads a checkpoint outside a run.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import dataclasses
 import resource
 import sys
@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from gkd_jax import convert, sharding
 from gkd_jax.models import lm, quantized
-from gkd_jax.storage import checkpoints, content
+from gkd_jax.storage import checkpoints, content, hub
 from gkd_jax.text import settings
 
 
@@ -36,8 +36,8 @@ class ModelConfig:
     Attributes:
         architecture: a function from a size's name to the model's sizes, such as `t5.t5_1_1`.
         size: "tiny", "small", "base", "large", "xl" or "xxl"; None takes the checkpoint's sizes.
-        checkpoint: a MODEL_DIR, a Hugging Face folder or a T5X checkpoint; None means random
-            weights.
+        checkpoint: a MODEL_DIR, a Hugging Face folder, a T5X checkpoint or a name on the Hugging
+            Face hub ("google/flan-t5-small", see `hub`); None means random weights.
         dropout_rate: the dropout rate while this model is trained.
         dtype: the dtype of computations, "float32" or "bfloat16".
         param_dtype: the dtype of the parameters in memory. A frozen teacher may have "bfloat16" or
@@ -116,6 +116,31 @@ class ModelConfig:
         )
 
 
+def with_local_files(
+    model: ModelConfig, pinned: Mapping[str, str] = {}, *, dry_run: bool = False
+) -> tuple[ModelConfig, dict[str, str]]:
+    """Downloads the checkpoint of a model if it is a name on the Hugging Face hub.
+
+    Args:
+        model: any model.
+        pinned: the commits to take, by name.
+        dry_run: download nothing.
+
+    Returns:
+        The model with the folder as its checkpoint, and the commit by name; the model itself and {}
+        if its checkpoint is no such name.
+
+    Raises:
+        FileNotFoundError: as `hub.download` does.
+    """
+    if model.checkpoint is None or not hub.is_name(model.checkpoint) or dry_run:
+        return model, {}
+    found = hub.download(model.checkpoint, pinned)
+    print(f"{model.checkpoint} is at commit {found.commit} of the hub", file=sys.stderr)
+    local = dataclasses.replace(model, checkpoint=found.folder)
+    return local, {model.checkpoint: found.commit}
+
+
 def remote_checkpoints(*models: ModelConfig | None) -> frozenset[str]:
     """Returns the remote checkpoints of `models`, which a dry run does not open.
 
@@ -125,13 +150,22 @@ def remote_checkpoints(*models: ModelConfig | None) -> frozenset[str]:
     """
     remote = set()
     for model in models:
-        if model is not None and model.checkpoint is not None and "://" in model.checkpoint:
+        if model is not None and model.checkpoint is not None and is_remote(model.checkpoint):
             if model.size is None:
                 raise ValueError(
                     f"a dry run does not open {model.checkpoint!r}: it needs the model's size"
+                    if "://" in model.checkpoint
+                    else f"no checkpoint at {model.checkpoint!r}: there is no such file or folder, "
+                    "and a dry run does not look on the Hugging Face hub; if it is a model there, "
+                    "give its size"
                 )
             remote.add(model.checkpoint)
     return frozenset(remote)
+
+
+def is_remote(checkpoint: str) -> bool:
+    """Whether a checkpoint lies in a bucket or on the Hugging Face hub."""
+    return "://" in checkpoint or hub.is_name(checkpoint)
 
 
 def public_checkpoint(*, family: str, size: str) -> str:
@@ -271,12 +305,13 @@ def load_config(path: str) -> lm.Config:
     Args:
         path: a MODEL_DIR (which refers to its newest step), one of its folders
             `checkpoints/<step>`, a Hugging Face folder (local only) or a T5X `checkpoint_<step>`;
-            local or gs://.
+            local or gs://; or a name on the Hugging Face hub, such as "google/flan-t5-small".
 
     Raises:
-        FileNotFoundError: if there is no such file or folder.
+        FileNotFoundError: if there is no such file or folder, nor such a model on the hub.
         ValueError: if the folder has none of the formats; the message says what was looked for.
     """
+    path = hub.local_folder(path)
     if not epath.Path(path).exists():
         raise FileNotFoundError(f"no checkpoint at {path!r}: there is no such file or folder")
     step_folder = checkpoints.find_step(path)
@@ -297,6 +332,7 @@ def load_params(path: str, target: lm.Params, config: lm.Config) -> lm.Params:
         ValueError: if arrays are damaged or do not fit the model, or if an array has a NaN or an
             infinity; the message names the arrays.
     """
+    path = hub.local_folder(path)
     step_folder = checkpoints.find_step(path)
     if step_folder is not None:
         params = checkpoints.read_params(step_folder, target)
@@ -313,5 +349,6 @@ def load_model(path: str) -> tuple[lm.Config, lm.Params]:
 
     See `load_config` for the formats, and `load_config` and `load_params` for the errors.
     """
+    path = hub.local_folder(path)
     config = load_config(path)
     return config, load_params(path, lm.abstract_params(config), config)

@@ -66,6 +66,7 @@ def train(
         SystemExit: after a signal, once a checkpoint is saved.
     """
     #### Checks, before anything is written ########################################################
+    recipe, commits = _with_local_files(recipe, pathlib.Path(model_dir), dry_run)
     if dry_run:
         pending |= pretrained.remote_checkpoints(recipe.student, recipe.frozen_teacher)
     source = open_source(recipe, pending=pending, check_remote=not dry_run)
@@ -90,6 +91,7 @@ def train(
         _check_dry(folder, program, source, name, pending, allow_changes)
         return
     run = _Run.open(program, source, folder, name, allow_changes, macros)
+    run.about["hub"] = commits
     if run.is_finished:
         print(f"{model_dir} has its {recipe.train.train_steps} steps already", file=sys.stderr)
         return
@@ -162,6 +164,26 @@ def train(
                 raise SystemExit(interruption.status)
         if (best := saved.best()) is not None:
             print(f"best checkpoint: step {best[0]}, {recipe.train.best_metric} {best[1]:.4g}")
+
+
+def _with_local_files(
+    recipe: Recipe, folder: pathlib.Path, dry_run: bool
+) -> tuple[Recipe, dict[str, str]]:
+    """Downloads the models that the recipe names as on the Hugging Face hub.
+
+    A resumed run takes the commits that run.json in its folder names.
+
+    Returns:
+        The recipe with the downloaded folders, and the commit of each name.
+    """
+    models = {"student": recipe.student, "teacher": recipe.teacher}
+    before = run_record.read(folder) if folder.is_dir() else None
+    pinned, commits = (before or {}).get("hub", {}), {}
+    for role, model in models.items():
+        if model is not None:
+            models[role], found = pretrained.with_local_files(model, pinned, dry_run=dry_run)
+            commits |= found
+    return dataclasses.replace(recipe, **models), commits
 
 
 def _is_due(done: int, period: int | None, recipe: Recipe) -> bool:

@@ -1,0 +1,78 @@
+"""Models named as on the Hugging Face hub, such as "google/flan-t5-small".
+
+A name means a local folder where there is one. Otherwise `local_folder` downloads the model with
+the client `huggingface_hub`, which keeps it in its cache, and returns the cache's folder. The name
+may end in "@" and a revision: a branch, a tag or a commit. A branch moves, so a run records the
+commit that it got and keeps to it (`hub` in run.json).
+"""
+
+from collections.abc import Mapping
+import pathlib
+import re
+from typing import NamedTuple
+
+
+# What a model is read from. Pickles (*.bin) are never downloaded.
+_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")
+_NAME = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+
+
+class Download(NamedTuple):
+    """A model of the hub on this machine.
+
+    Attributes:
+        folder: its files.
+        commit: the commit that they are of.
+    """
+
+    folder: str
+    commit: str
+
+
+def is_name(path: str) -> bool:
+    """Whether a path can only be a name on the hub: it looks like one, and nothing lies there."""
+    return _NAME.fullmatch(path) is not None and not pathlib.Path(path).exists()
+
+
+def local_folder(path: str) -> str:
+    """Returns `path` itself, or the folder of the downloaded model if it is a name on the hub.
+
+    Raises:
+        FileNotFoundError: as `download` does.
+    """
+    return download(path).folder if is_name(path) else path
+
+
+def download(name: str, pinned: Mapping[str, str] = {}) -> Download:
+    """Downloads a model, unless the client's cache has it.
+
+    Args:
+        name: such as "google/flan-t5-small" or "google/flan-t5-small@main".
+        pinned: the commits of names that were downloaded before.
+
+    Raises:
+        FileNotFoundError: if the client is not installed, or cannot get the model.
+    """
+    found = _NAME.fullmatch(name)
+    if found is None:
+        raise ValueError(f"a model on the hub is named owner/name or owner/name@commit: {name!r}")
+    nothing_here = f"no checkpoint at {name!r}: there is no such file or folder"
+    try:
+        import huggingface_hub
+    except ModuleNotFoundError:
+        raise FileNotFoundError(
+            f"{nothing_here}; if it is a model on the Hugging Face hub: "
+            "pip install huggingface_hub, and run this again"
+        ) from None
+    try:
+        folder = huggingface_hub.snapshot_download(
+            found["name"],
+            revision=pinned.get(name, found["revision"]),
+            allow_patterns=list(_FILES),
+        )
+    except Exception as error:  # The client raises errors of its own and of two HTTP libraries.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise FileNotFoundError(
+            f"{nothing_here}, and the Hugging Face hub gave no such model ({reason})"
+        ) from None
+    return Download(folder, pathlib.Path(folder).name)
