@@ -1,5 +1,6 @@
 """The package: gkd_jax, with tasks/ and gin/ mapped into it so that wheels carry both."""
 
+import os
 import pathlib
 import re
 
@@ -19,8 +20,23 @@ def version() -> str:
 
 
 def readme() -> str:
+    """The README, with links that work where its folder is not, as on PyPI.
+
+    A link to a file of the repository becomes one to GKD_JAX_REPOSITORY, an address such as
+    https://github.com/OWNER/gkd_jax that a release sets, or else plain text.
+    """
     path = HERE / "README.md"
-    return path.read_text(encoding="utf-8") if path.exists() else ""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    link = re.compile(r"\[([^\]]+)\]\((?!https?://|#)([^)]+)\)")
+    address = os.environ.get("GKD_JAX_REPOSITORY")
+    return link.sub(rf"[\1]({address}/blob/main/\2)" if address else r"\1", text)
+
+
+def urls() -> dict[str, str]:
+    """The links of the project's page on PyPI."""
+    found = {"Paper": "https://arxiv.org/abs/2306.13649"}
+    address = os.environ.get("GKD_JAX_REPOSITORY")
+    return {**found, "Source": address} if address else found
 
 
 REPORT = ["matplotlib>=3.8", "pandas>=2.2", "scipy>=1.11"]
@@ -46,7 +62,8 @@ DEV = [
 setup(
     name="gkd_jax",
     version=version(),
-    description="On-policy distillation of T5 in JAX: GKD (Agarwal et al., ICLR 2024)",
+    description="On-policy distillation of language models in JAX: GKD (Agarwal et al., ICLR 2024)",
+    project_urls=urls(),
     long_description=readme(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
@@ -54,16 +71,23 @@ setup(
     classifiers=[
         "Development Status :: 4 - Beta",
         "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Typing :: Typed",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
-    keywords="jax flax t5 distillation on-policy gkd t5x seqio",
+    keywords="jax flax distillation on-policy gkd t5 llama qwen gemma t5x seqio",
     python_requires=">=3.11,<3.14",
     # gkd_jax.gin is a namespace package: gin/__init__.py would hide gin-config from anyone
     # who runs Python in the repository root.
     packages=[*find_packages(include=["gkd_jax", "gkd_jax.*"]), "gkd_jax.tasks", "gkd_jax.gin"],
     package_dir={"gkd_jax.tasks": "tasks", "gkd_jax.gin": "gin"},
     package_data={
+        "gkd_jax": ["py.typed"],
         "gkd_jax.report": ["*.json", "templates/*"],
         "gkd_jax.gin": ["**/*.gin", "**/*.toml"],
         "gkd_jax.tasks": ["**/*.json", "**/*.jsonl", "**/*.model", "**/*.tsv", "**/*.txt"],
@@ -73,6 +97,7 @@ setup(
         "etils[epath]>=1.9",
         "flax>=0.12,<0.13",
         "gin-config>=0.5,<0.6",
+        # TFDS imports it without declaring it.
         "importlib_resources>=6",
         # Older versions of Jinja have known ways out of the sandbox that chat templates run in.
         "jinja2>=3.1.6,<4",
@@ -103,6 +128,8 @@ setup(
         "gpu": ["jax[cuda13]"],
         "gpu-cuda12": ["jax[cuda12]"],
         "report": REPORT,
+        "wandb": ["wandb>=0.19"],
+        "mlflow": ["mlflow-skinny>=2.20"],
     },
     entry_points={"console_scripts": ["gkd-jax = gkd_jax.main:main"]},
 )

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from gkd_jax.batch import Batch
     from gkd_jax.divergences import forward_kl, jsd, reverse_kl, total_variation
     from gkd_jax.models.t5_config import T5Config
-    from gkd_jax.sampling import sample
-    from gkd_jax.storage.pretrained import load_model
+    from gkd_jax.sampling import jitted_sample as sample
+    from gkd_jax.storage.pretrained import load_model, num_pieces
 
 __version__ = "0.1.0"
 __all__ = [
@@ -21,27 +21,31 @@ __all__ = [
     "forward_kl",
     "jsd",
     "load_model",
+    "num_pieces",
     "reverse_kl",
     "sample",
     "total_variation",
 ]
-_MODULES = {
-    "Batch": "batch",
-    "T5Config": "models.t5_config",
-    "forward_kl": "divergences",
-    "jsd": "divergences",
-    "load_model": "storage.pretrained",
-    "reverse_kl": "divergences",
-    "sample": "sampling",
-    "total_variation": "divergences",
+# The module of each name, and its name there.
+_PLACES = {
+    "Batch": ("batch", "Batch"),
+    "T5Config": ("models.t5_config", "T5Config"),
+    "forward_kl": ("divergences", "forward_kl"),
+    "jsd": ("divergences", "jsd"),
+    "load_model": ("storage.pretrained", "load_model"),
+    "num_pieces": ("storage.pretrained", "num_pieces"),
+    "reverse_kl": ("divergences", "reverse_kl"),
+    "sample": ("sampling", "jitted_sample"),
+    "total_variation": ("divergences", "total_variation"),
 }
 
 
 def __getattr__(name: str):
-    if name not in _MODULES:
+    if name not in _PLACES:
         raise AttributeError(f"module 'gkd_jax' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"gkd_jax.{_MODULES[name]}"), name)
+    module, name_there = _PLACES[name]
+    return getattr(importlib.import_module(f"gkd_jax.{module}"), name_there)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted([*__all__, "__doc__", "__version__"])

@@ -175,6 +175,11 @@ def sample(
     return Sample(loop.tokens, weights, loop.log_probs)
 
 
+# For calls outside of a jitted function. Inside one, `sample` itself is traced, because what it
+# traces depends on the mesh of `sharding.use`, which a cache of traces does not see.
+jitted_sample = jax.jit(sample, static_argnames=("config", "max_length", "sampling", "num_samples"))
+
+
 def _choose(
     logits: Float[Array, "B V"], uniforms: Float[Array, " B"], sampling: SamplingConfig
 ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:

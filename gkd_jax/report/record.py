@@ -20,7 +20,7 @@ from gkd_jax.evaluation import decodings
 # fmt: off
 UNCHANGING = frozenset({
     "model_dir", "mesh", "num_microbatches", "eval_period", "save_period", "log_period",
-    "keep", "keep_period", "best_metric", "best_mode",
+    "metrics_to", "keep", "keep_period", "best_metric", "best_mode",
     "memory", "remat", "scan_unroll", "attention_by_row", "loss_parts",
 })
 # fmt: on

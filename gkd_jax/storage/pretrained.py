@@ -352,3 +352,28 @@ def load_model(path: str) -> tuple[lm.Config, lm.Params]:
     path = hub.local_folder(path)
     config = load_config(path)
     return config, load_params(path, lm.abstract_params(config), config)
+
+
+def num_pieces(*paths: str) -> int:
+    """Returns the number of ids that the vocabularies of some checkpoints share.
+
+    An embedding often has more rows than the vocabulary has ids, and those rows must be neither
+    sampled nor distilled. A checkpoint of gkd_jax stores the number of ids, and a Hugging Face
+    folder has it in its tokenizer. Where neither is there, the rows of the embedding count.
+
+    Args:
+        paths: checkpoints, each as for `load_config`; a student and its teacher, say.
+    """
+    return min(_num_pieces(hub.local_folder(path)) for path in paths)
+
+
+def _num_pieces(path: str) -> int:
+    step_folder = checkpoints.find_step(path)
+    rows = load_config(path).vocab_size
+    if step_folder is not None:
+        return checkpoints.read_description(step_folder).get("num_pieces") or rows
+    from gkd_jax.text import vocabularies  # brings TensorFlow and seqio
+
+    if not vocabularies.has_tokenizer(path):
+        return rows
+    return min(vocabularies.num_pieces(vocabularies.of_folder(path)), rows)

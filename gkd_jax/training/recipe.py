@@ -5,7 +5,7 @@ resumed, and the report groups runs by it. A field that is added to any configur
 recorded, compared and grouped by without further code.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 import dataclasses
 import os
 from typing import Any
@@ -46,6 +46,8 @@ class TrainConfig:
         sample_ahead: draw the samples of a step before the update of the previous step, so that
             host and device do not wait for each other. Unlike in Algorithm 1, such samples are one
             update old ("staleness" in the metrics). The step after a checkpoint draws its own.
+        metrics_to: functions (step, values) that are given the numbers of each step as well, such
+            as `trackers.WandB()`.
     """
 
     train_steps: int
@@ -60,6 +62,7 @@ class TrainConfig:
     log_period: int = 50
     skip_nonfinite: bool = False
     sample_ahead: bool = False
+    metrics_to: tuple[Callable[[int, Mapping[str, float]], None], ...] = ()
 
     def __post_init__(self):
         settings.check_types(self)
@@ -78,6 +81,11 @@ class TrainConfig:
         for name in ("eval_period", "keep", "keep_period"):
             if getattr(self, name) is not None:
                 _check_positive(name, getattr(self, name), " or None")
+        if not all(callable(tracker) for tracker in self.metrics_to):
+            raise ValueError(
+                "metrics_to must be a tuple of functions (step, values) such as "
+                f"(@trackers.WandB(),), got {self.metrics_to!r}"
+            )
         if self.best_mode not in ("max", "min"):
             raise ValueError(f"best_mode must be 'max' or 'min', got {self.best_mode!r}")
         if self.best_metric is not None and self.eval_period is None:
@@ -190,6 +198,7 @@ MAY_CHANGE = (
     "train.best_metric",
     "train.best_mode",
     "train.log_period",
+    "train.metrics_to",
     "evaluation",
     "mesh",
 )

@@ -103,7 +103,12 @@ def train(
         teacher_params = _teacher(program)
         run.write(config_text())
         saved = run.checkpoints
-        writer = metrics.Writer(model_dir, resume_step=start, silent=jax.process_index() > 0)
+        writer = metrics.Writer(
+            model_dir,
+            resume_step=start,
+            silent=jax.process_index() > 0,
+            also=recipe.train.metrics_to,
+        )
         closing.callback(writer.close)
         closing.callback(saved.close)
         clock = metrics.DeviceClock()
