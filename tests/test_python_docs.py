@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -60,7 +61,7 @@ def test_dir_lists_the_public_names_and_each_is_there():
 
 def test_the_public_sample_is_compiled_and_draws_the_same():
     params, key = t5.init(CONFIG, jax.random.key(0)), jax.random.key(1)
-    inputs = np.array([[5, 6, 1], [7, 1, 0]], np.int32)
+    inputs = jnp.array([[5, 6, 1], [7, 1, 0]])
     more = {"max_length": 4, "sampling": SamplingConfig(top_k=5)}
     before = gkd_jax.sample._cache_size()
     found = gkd_jax.sample(CONFIG, params, inputs, key, **more)
