@@ -181,14 +181,14 @@ def _with_local_files(
     Returns:
         The recipe with the downloaded folders, and the commit of each name.
     """
-    models = {"student": recipe.student, "teacher": recipe.teacher}
     before = run_record.read(folder) if folder.is_dir() else None
-    pinned, commits = (before or {}).get("hub", {}), {}
-    for role, model in models.items():
-        if model is not None:
-            models[role], found = pretrained.with_local_files(model, pinned, dry_run=dry_run)
-            commits |= found
-    return dataclasses.replace(recipe, **models), commits
+    pinned = (before or {}).get("hub", {})
+    student, commits = pretrained.with_local_files(recipe.student, pinned, dry_run=dry_run)
+    recipe = dataclasses.replace(recipe, student=student)
+    if recipe.frozen_teacher is not None:
+        teacher, found = pretrained.with_local_files(recipe.frozen_teacher, pinned, dry_run=dry_run)
+        recipe, commits = dataclasses.replace(recipe, teacher=teacher), {**commits, **found}
+    return recipe, commits
 
 
 def _is_due(done: int, period: int | None, recipe: Recipe) -> bool:
