@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 import numpy as np
 
-from gkd_jax.models import lm
+from gkd_jax.models import decode_loop, lm
 from gkd_jax.text import settings
 
 
@@ -91,12 +91,15 @@ def banned_tail(config: lm.Config, num_pieces: int) -> tuple[int, ...]:
     return (*config.family.BANNED_IDS, *range(num_pieces, config.vocab_size))
 
 
-class _Loop(NamedTuple):
+class _Rows(NamedTuple):
+    """The state of decoding, by rows."""
+
     tokens: Int[Array, "B T"]
     log_probs: Float[Array, "B T"]
+    uniforms: Float[Array, "B T"]
+    limits: Int[Array, " B"]
     last: Int[Array, " B"]
     ended: Bool[Array, " B"]
-    cache: Any
 
 
 def sample(
@@ -110,6 +113,8 @@ def sample(
     sampling: SamplingConfig = SamplingConfig(),
     context: Any | None = None,
     num_samples: int = 1,
+    limits: Int[Array, " N"] | None = None,
+    plain: bool = False,
 ) -> Sample:
     """Decodes `num_samples` sequences for each row of `inputs`; stops when all have ended.
 
@@ -123,6 +128,9 @@ def sample(
         sampling: temperature, filters, banned ids and those that end a sequence.
         context: `lm.encode`'s result where the caller has it already.
         num_samples: of each row, as neighbours in the result; the prompt is read once.
+        limits: the most tokens of each sequence; None is `max_length` for all.
+        plain: decode all rows to the last token, and read the whole cache at each. The samples are
+            the same but for rounding: it is there to be compared with.
 
     Returns:
         B x num_samples rows. No gradient flows out of them: `lax.while_loop` has no reverse mode,
@@ -131,48 +139,51 @@ def sample(
     if key is None and sampling.temperature > 0:
         raise ValueError(f"temperature={sampling.temperature} needs a key; only greedy does not")
     banned_ids, eos_ids = sampling.ids(config)
-    batch_size = inputs.shape[0] * num_samples
-    if context is None:
-        context = lm.encode(config, params, inputs, input_lengths)
-    context = lm.repeat(config, context, num_samples)
-    params = lm.decode_params(config, params)
-    cache = lm.init_cache(config, params, context, max_length)
     allowed = allowed_ids(config.vocab_size, banned_ids)
-    uniforms = jnp.zeros((max_length, batch_size))  # greedy needs none
-    if key is not None:
-        uniforms = row_uniforms(key, batch_size, max_length)
-
-    def not_all_ended(loop: _Loop):
-        return (loop.cache.position < max_length) & ~jnp.all(loop.ended)
-
-    def step(loop: _Loop) -> _Loop:
-        position = loop.cache.position
-        logits, cache = lm.decode_step(config, params, loop.last, loop.cache)
-        logits = jnp.where(allowed[None], logits, -jnp.inf)
-        tokens, log_probs = _choose(logits, uniforms[position], sampling)
-        tokens = jnp.where(loop.ended, 0, tokens)
-        log_probs = jnp.where(loop.ended, 0.0, log_probs)
-        return _Loop(
-            tokens=lax.dynamic_update_index_in_dim(loop.tokens, tokens, position, 1),
-            log_probs=lax.dynamic_update_index_in_dim(loop.log_probs, log_probs, position, 1),
-            last=tokens,
-            ended=loop.ended | is_eos(tokens, eos_ids),
-            cache=cache,
-        )
-
-    loop = lax.while_loop(
-        not_all_ended,
-        step,
-        _Loop(
-            tokens=jnp.zeros((batch_size, max_length), jnp.int32),
-            log_probs=jnp.zeros((batch_size, max_length)),
-            last=context.first.astype(jnp.int32),
-            ended=jnp.zeros((batch_size,), bool),
-            cache=cache,
-        ),
+    num_rows = inputs.shape[0] * num_samples
+    started = decode_loop.start(
+        config,
+        params,
+        inputs,
+        input_lengths,
+        length=max_length,
+        context=context,
+        copies=num_samples,
+        in_segments=not plain,
     )
-    weights = weights_until_eos(loop.tokens, eos_ids)
-    return Sample(loop.tokens, weights, loop.log_probs)
+    uniforms = jnp.zeros((num_rows, max_length))  # greedy needs none
+    if key is not None:
+        uniforms = row_uniforms(key, num_rows, max_length).T
+
+    def advance(rows: _Rows, logits: Float[Array, "B V"], position: Int[Array, ""]):
+        logits = jnp.where(allowed[None], logits, -jnp.inf)
+        tokens, log_probs = _choose(logits, rows.uniforms[:, position], sampling)
+        tokens = jnp.where(rows.ended, 0, tokens)
+        log_probs = jnp.where(rows.ended, 0.0, log_probs)
+        rows = rows._replace(
+            tokens=lax.dynamic_update_index_in_dim(rows.tokens, tokens, position, 1),
+            log_probs=lax.dynamic_update_index_in_dim(rows.log_probs, log_probs, position, 1),
+            last=tokens,
+            ended=rows.ended | is_eos(tokens, eos_ids) | (position + 1 >= rows.limits),
+        )
+        return rows, None
+
+    halves = not plain and (bool(eos_ids) or limits is not None)
+    end = jnp.full((num_rows,), max_length) if limits is None else limits
+    rows = _first_rows(started.first, uniforms, end)
+    rows = decode_loop.run(config, started, rows, advance, length=max_length, halves=halves)
+    weights = weights_until_eos(rows.tokens, eos_ids) * (
+        jnp.arange(max_length)[None] < end[:, None]
+    )
+    return Sample(rows.tokens, weights, rows.log_probs)
+
+
+def _first_rows(
+    first: Int[Array, " B"], uniforms: Float[Array, "B T"], limits: Int[Array, " B"]
+) -> _Rows:
+    """Returns the state before the first token."""
+    empty = jnp.zeros(uniforms.shape)
+    return _Rows(empty.astype(jnp.int32), empty, uniforms, limits, first, limits <= 0)
 
 
 # For calls outside of a jitted function. Inside one, `sample` itself is traced, because what it

@@ -15,7 +15,9 @@ from typing import Any
 
 import jax
 from jax.experimental import mesh_utils
+import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Int
 import numpy as np
 
 from gkd_jax.text import settings
@@ -261,6 +263,32 @@ def num_shards(axis: str) -> int:
         return 1
     mesh, rules = active
     return math.prod(mesh.shape[name] for name in _as_tuple(rules[axis]))
+
+
+def take_rows(x: jax.Array, rows: Int[Array, "shards n"], axis: int = 0) -> jax.Array:
+    """Returns some rows of an array, each from its own shard of the batch.
+
+    Args:
+        x: an array whose `axis` holds the rows of all shards, one shard after the other.
+        rows: the rows to take from each shard, numbered within the shard. So the compiler sees that
+            no row leaves its device.
+        axis: the axis of the rows.
+    """
+    shards, count = rows.shape
+    before, after = x.shape[:axis], x.shape[axis + 1 :]
+    index = rows.reshape((1,) * len(before) + rows.shape + (1,) * len(after))
+    found = jnp.take_along_axis(
+        x.reshape(*before, shards, -1, *after), index, axis=axis + 1, mode="promise_in_bounds"
+    )
+    return found.reshape(*before, shards * count, *after)
+
+
+def put_rows(x: jax.Array, taken: jax.Array, rows: Int[Array, "shards n"]) -> jax.Array:
+    """Returns the array with rows that `take_rows` took from its first axis written back."""
+    shards = len(rows)
+    put = jax.vmap(lambda x, new, places: x.at[places].set(new, unique_indices=True))
+    grouped, new = (y.reshape(shards, -1, *x.shape[1:]) for y in (x, taken))
+    return put(grouped, new, rows).reshape(x.shape)
 
 
 def num_batch_shards() -> int:

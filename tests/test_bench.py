@@ -25,6 +25,25 @@ def test_every_phase_is_timed_and_a_step_is_not_less_than_its_parts(capsys):
     # 32 tokens in full: nothing ended early, and no phase was left out of the step.
     assert found["update_gflop"] > found["score_gflop"] > 0
     assert found["student_params"] > 1000
+    assert found["sample_tokens_per_s"] > 0
+    assert found["sample_plain_tokens_per_s"] > 0
+
+
+def test_answers_of_different_lengths_are_the_same_in_both_loops(capsys):
+    bench.bench(given(), runs=2, mean_length=3.0, as_json=True)
+    found = json.loads(capsys.readouterr().out)
+    assert found["sample_differing_rows"] == 0
+    assert found["sample_tokens_per_s"] > 0
+    assert found["sample_plain_tokens_per_s"] > 0
+    assert "update_ms" not in found  # sampling alone
+
+
+def test_a_mean_length_needs_samples():
+    method = gkd.GKDConfig(on_policy_fraction=0.0, divergence=None)
+    with pytest.raises(
+        ValueError, match=r"a method that samples, got 3.0 and on_policy_fraction=0"
+    ):
+        bench.bench(given(method=method), runs=1, mean_length=3.0)
 
 
 def test_a_method_that_never_samples_has_an_update_alone(capsys):

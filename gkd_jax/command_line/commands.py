@@ -129,7 +129,7 @@ def _bench(values: Any) -> None:
 
     if values.runs < 1:
         raise UsageError(f"--runs must be positive, got {values.runs}")
-    bench.bench(
+    gin_files.configured(bench.bench)(
         _recipe(values.phase), runs=values.runs, as_json=values.json, dry_run=values.dry_run
     )
 

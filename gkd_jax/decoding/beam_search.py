@@ -14,7 +14,7 @@ from jax import lax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from gkd_jax.models import lm
+from gkd_jax.models import decode_loop, lm
 from gkd_jax.sampling import SamplingConfig, allowed_ids, is_eos
 
 
@@ -35,13 +35,12 @@ class Beams(NamedTuple):
 
 
 class _Search(NamedTuple):
-    position: Int[Array, ""]
     live: Int[Array, "B W T"]
     live_log_probs: Float[Array, "B W"]
     finished: Int[Array, "B W T"]
     finished_scores: Float[Array, "B W"]
     last: Int[Array, "B W"]
-    cache: Any
+    ended: Bool[Array, " B"]  # no live beam can still beat the worst finished one
 
 
 def beam_search(
@@ -71,38 +70,33 @@ def beam_search(
     """
     if num_beams < 1:
         raise ValueError(f"num_beams must be positive, got {num_beams}")
-    rows = inputs.shape[0]
     banned, ends = SamplingConfig(banned_ids=banned_ids, eos_ids=eos_ids).ids(config)
     allowed = allowed_ids(config.vocab_size, banned)
-    context = lm.encode(config, params, inputs, input_lengths)
-    context = lm.repeat(config, context, num_beams)
-    params = lm.decode_params(config, params)
+    started = decode_loop.start(
+        config, params, inputs, input_lengths, length=max_length, copies=num_beams
+    )
     # As many more than the beams as can end here: W of the candidates live on.
     num_candidates = min((1 + len(ends)) * num_beams, num_beams * config.vocab_size)
     best_penalty = length_penalty(max_length + 1, alpha)
 
-    def can_improve(search: _Search):
-        best_live = search.live_log_probs[:, 0] / best_penalty
-        done = jnp.all(jnp.min(search.finished_scores, axis=1) > best_live)
-        return (search.position < max_length) & ~done
-
-    def step(search: _Search) -> _Search:
-        logits, cache = lm.decode_step(config, params, search.last.reshape(-1), search.cache)
+    def advance(search: _Search, logits: Float[Array, "N V"], position: Int[Array, ""]):
+        rows = len(search.live)
         log_probs = jax.nn.log_softmax(jnp.where(allowed[None], logits, -jnp.inf))
         total = log_probs.reshape(rows, num_beams, -1) + search.live_log_probs[..., None]
         candidates, flat = lax.top_k(total.reshape(rows, -1), num_candidates)
         parents, tokens = flat // config.vocab_size, flat % config.vocab_size
         sequences = jnp.take_along_axis(search.live, parents[..., None], axis=1)
-        sequences = lax.dynamic_update_index_in_dim(sequences, tokens, search.position, 2)
-        ended = is_eos(tokens, ends)
-        kept, parents = _keep_best(search, candidates, sequences, tokens, parents, ended, alpha)
-        # Each beam goes on with its parent's past; a row's beams share what they attend to.
-        index = (jnp.arange(rows)[:, None] * num_beams + parents).reshape(-1)
-        return kept._replace(cache=lm.take_rows(config, cache, index))
+        sequences = lax.dynamic_update_index_in_dim(sequences, tokens, position, 2)
+        penalty = length_penalty(position + 1, alpha)
+        new, parents = _keep_best(
+            search, candidates, sequences, tokens, parents, is_eos(tokens, ends), penalty
+        )
+        worst, best_live = jnp.min(new.finished_scores, axis=1), new.live_log_probs[:, 0]
+        # Each beam goes on with its parent's past; a prompt's beams share what they attend to.
+        return new._replace(ended=worst > best_live / best_penalty), decode_loop.beams(parents)
 
-    cache = lm.init_cache(config, params, context, max_length)
-    first = context.first.astype(jnp.int32).reshape(rows, num_beams)
-    search = lax.while_loop(can_improve, step, _start(first, cache, max_length))
+    first = started.first.reshape(-1, num_beams)
+    search = decode_loop.run(config, started, _start(first, max_length), advance, length=max_length)
     any_finished = jnp.any(search.finished_scores > EMPTY, axis=1)[:, None]
     return Beams(
         tokens=jnp.where(any_finished[..., None], search.finished, search.live),
@@ -110,17 +104,16 @@ def beam_search(
     )
 
 
-def _start(first: Int[Array, "B W"], cache: Any, max_length: int) -> _Search:
+def _start(first: Int[Array, "B W"], max_length: int) -> _Search:
     empty = jnp.zeros((*first.shape, max_length), jnp.int32)
     return _Search(
-        position=jnp.zeros((), jnp.int32),
         live=empty,
         # One beam to start from: equal ones would be W copies of one search.
         live_log_probs=jnp.full(first.shape, EMPTY).at[:, 0].set(0.0),
         finished=empty,
         finished_scores=jnp.full(first.shape, EMPTY),
         last=first,
-        cache=cache,
+        ended=jnp.zeros(first.shape[:1], bool),
     )
 
 
@@ -136,25 +129,24 @@ def _keep_best(
     tokens: Int[Array, "B C"],
     parents: Int[Array, "B C"],
     ended: Bool[Array, "B C"],
-    alpha: float,
+    penalty: Float[Array, ""],
 ) -> tuple[_Search, Int[Array, "B W"]]:
     """The W best candidates that go on, the W best sequences that have ended so far, and parents.
 
-    The cache is left as it was.
+    Which prompts have ended is left as it was.
     """
     num_beams = search.live.shape[1]
     live_log_probs, chosen = lax.top_k(jnp.where(ended, EMPTY, candidates), num_beams)
-    scores = candidates / length_penalty(search.position + 1, alpha)
+    scores = candidates / penalty
     pool = jnp.concatenate([search.finished_scores, jnp.where(ended, scores, EMPTY)], axis=1)
     finished_scores, best = lax.top_k(pool, num_beams)
     pool_sequences = jnp.concatenate([search.finished, sequences], axis=1)
     kept = _Search(
-        position=search.position + 1,
         live=jnp.take_along_axis(sequences, chosen[..., None], axis=1),
         live_log_probs=live_log_probs,
         finished=jnp.take_along_axis(pool_sequences, best[..., None], axis=1),
         finished_scores=finished_scores,
         last=jnp.take_along_axis(tokens, chosen, axis=1),
-        cache=search.cache,
+        ended=search.ended,
     )
     return kept, jnp.take_along_axis(parents, chosen, axis=1)

@@ -17,7 +17,7 @@ from jaxtyping import Int
 import numpy as np
 
 from gkd_jax import sharding
-from gkd_jax.models import lm
+from gkd_jax.models import decode_loop, lm
 from gkd_jax.sampling import SamplingConfig, allowed_ids
 from gkd_jax.text import calculator
 
@@ -49,9 +49,7 @@ def make_decode(
 
     def start(params, inputs, input_lengths):
         with sharding.use(mesh):
-            context = lm.encode(config, params, inputs, input_lengths)
-            params = lm.decode_params(config, params)
-            return params, context.first, lm.init_cache(config, params, context, max_length)
+            return decode_loop.start(config, params, inputs, input_lengths, length=max_length)
 
     def step(params, last, cache):
         with sharding.use(mesh):
@@ -60,19 +58,33 @@ def make_decode(
         # Replicated, so that every process reads all rows and forces the same pieces.
         return jax.lax.with_sharding_constraint(best, sharding.replicated(mesh)), cache
 
+    def take_rows(cache, rows):
+        with sharding.use(mesh):
+            return lm.take_rows(config, cache, rows, same_prompts=False)
+
     start_fn, step_fn = jax.jit(start), jax.jit(step, donate_argnums=2)
+    take_rows_fn = jax.jit(take_rows)
 
     def decode(params, inputs, input_lengths=None):
         params, last, cache = start_fn(params, inputs, input_lengths)
         rows = [_Row(vocabulary, ends) for _ in range(inputs.shape[0])]
+        with sharding.use(mesh):
+            shards = decode_loop.num_shards(len(rows))
+        smaller, going_on = decode_loop.halvings(len(rows), shards), rows
         for _ in range(max_length):
             best, cache = step_fn(params, last, cache)
-            last = np.array(
-                [row.take(int(token)) for row, token in zip(rows, np.asarray(best), strict=True)],
-                np.int32,
-            )
-            if all(row.ended for row in rows):
+            tokens = zip(going_on, np.asarray(best), strict=True)
+            last = np.array([row.take(int(token)) for row, token in tokens], np.int32)
+            ended = np.array([row.ended for row in going_on])
+            if ended.all():
                 break
+            num_left = np.max(np.sum(~ended.reshape(shards, -1), axis=1))
+            while smaller and num_left <= smaller[0]:
+                kept = decode_loop.going_on(jnp.asarray(ended), shards, smaller.pop(0))
+                kept = np.asarray(kept)  # within shards
+                cache = take_rows_fn(cache, kept)
+                kept = (kept + np.arange(shards)[:, None] * (len(going_on) // shards)).ravel()
+                going_on, last, ended = [going_on[i] for i in kept], last[kept], ended[kept]
         tokens = np.zeros((len(rows), max_length), np.int32)
         for index, row in enumerate(rows):
             tokens[index, : len(row.tokens)] = row.tokens

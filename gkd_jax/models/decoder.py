@@ -18,14 +18,16 @@ from typing import Any, NamedTuple
 import jax
 from jax import lax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
+from gkd_jax import sharding
 from gkd_jax.batch import Batch
-from gkd_jax.models import decoder_block, grouped_attention, layers, parameters, quantized
+from gkd_jax.models import decoder_block, kv_cache, layers, parameters, quantized
 from gkd_jax.models.decoder_config import DecoderConfig, Rope, from_fields
-from gkd_jax.models.grouped_attention import NOWHERE, Past, Sight
+from gkd_jax.models.grouped_attention import NOWHERE, Sight, masked_scores
+from gkd_jax.models.kv_cache import Segments
 from gkd_jax.models.parameters import Params, logical_axes, num_params
-from gkd_jax.sharding import constrain, num_shards
+from gkd_jax.sharding import constrain
 
 
 __all__ = ["DecoderConfig", "Params", "Rope", "from_fields", "logical_axes", "num_params"]
@@ -49,13 +51,14 @@ class Cache(NamedTuple):
     """The state of decoding; step t writes position t of `keys` and `values`.
 
     Keys and values of all layers are stacked on axis 0, or tuples with one array for each layer
-    where the layers are a tuple too (see `parameters.unstack`).
+    where the layers are a tuple too (see `parameters.unstack`). Those of decoded tokens are in
+    segments (see `kv_cache`).
     """
 
     prompt_keys: Float[Array, "L N G S K"] | tuple[Float[Array, "N G S K"], ...]
     prompt_values: Float[Array, "L N G S K"] | tuple[Float[Array, "N G S K"], ...]
-    keys: Float[Array, "L N G T K"] | tuple[Float[Array, "N G T K"], ...]
-    values: Float[Array, "L N G T K"] | tuple[Float[Array, "N G T K"], ...]
+    keys: Segments | tuple[Segments, ...]
+    values: Segments | tuple[Segments, ...]
     lengths: Int[Array, " N"]
     position: Int[Array, ""]
 
@@ -268,7 +271,13 @@ def decode_params(config: DecoderConfig, params: Params) -> Params:
     }
 
 
-def init_cache(config: DecoderConfig, params: Params, context: Context, length: int) -> Cache:
+def init_cache(
+    config: DecoderConfig,
+    params: Params,
+    context: Context,
+    length: int,
+    first_segment: int = kv_cache.FIRST,
+) -> Cache:
     """Returns a cache with the keys and values of a context and space for `length` tokens.
 
     Args:
@@ -276,27 +285,28 @@ def init_cache(config: DecoderConfig, params: Params, context: Context, length: 
         params: the parameters that `decode_step` will be given, usually from `decode_params`.
         context: the prompts to continue.
         length: the largest number of tokens to decode, T.
+        first_segment: the positions of the first segment.
     """
     unstacked = isinstance(_unstack(config, params["decoder"]["layers"]), tuple)
     rows = context.first.shape[0]
     shape = (rows, config.num_kv_heads, length, config.head_dim)
     if unstacked:
         keys, values = tuple(context.keys), tuple(context.values)
-        empty = tuple(decoder_block.constrain_kv(jnp.zeros(shape, config.dtype)) for _ in keys)
+        empty = (kv_cache.empty(shape, config.dtype, first_segment),) * len(keys)
     else:
         keys, values = context.keys, context.values
-        empty = jnp.zeros((config.num_layers, *shape), config.dtype)
-        heads = "heads" if config.num_kv_heads % num_shards("heads") == 0 else None
-        empty = constrain(empty, ("layers", "batch", heads, "length", "kv"))
+        empty = kv_cache.empty((config.num_layers, *shape), config.dtype, first_segment)
     return Cache(keys, values, empty, empty, context.lengths, jnp.zeros((), jnp.int32))
 
 
-def take_rows(cache: Cache, rows: Int[Array, " N"]) -> Cache:
-    """Returns the cache in which row i continues the tokens of row `rows[i]` of the same prompt."""
-    keys, values = jax.tree.map(
-        lambda x: jnp.take(x, rows, axis=x.ndim - 4), (cache.keys, cache.values)
-    )
-    return cache._replace(keys=keys, values=values)
+def take_rows(cache: Cache, rows: Int[Array, "shards n"], same_prompts: bool) -> Cache:
+    """Returns a cache whose rows continue the tokens of `rows`; see `lm.take_rows`."""
+    names = ["keys", "values"]
+    if not same_prompts:
+        names += ["prompt_keys", "prompt_values"]
+        cache = cache._replace(lengths=sharding.take_rows(cache.lengths, rows))
+    taken = {name: kv_cache.take_rows(getattr(cache, name), rows) for name in names}
+    return cache._replace(**taken)
 
 
 def decode_step(
@@ -312,26 +322,20 @@ def decode_step(
 
     def run_layer(x, layer, window, kind, past, keys, values, index):
         layer, window = quantized.restore(layer), jnp.asarray(window)
-        at = (0, 0, position, 0) if index is None else (index, 0, 0, position, 0)
         normed = decoder_block.norm(config, layer["pre_self_attention_layer_norm"], x)
         query, key, value = decoder_block.heads(
             config, layer["self_attention"], normed, decoder_block.pick(rotation, kind)
         )
-        key, value = (y if index is None else y[None] for y in (key, value))
-        keys = lax.dynamic_update_slice(keys, key, at)
-        values = lax.dynamic_update_slice(values, value, at)
-        own = [keys, values]
-        if index is not None:
-            own = [lax.dynamic_index_in_dim(y, index, keepdims=False) for y in own]
-        mixed = grouped_attention.attend_to_cache(
-            query,
-            [
-                Past(past[0], past[1], _prompt_seen(cache, past[0].shape[2], window)),
-                Past(own[0], own[1], _own_seen(position, own[0].shape[2], window)),
-            ],
-            scale=decoder_block.score_scale(config),
-            softcap=config.attention_softcap,
-        )
+        keys = kv_cache.write(keys, key, position, index)
+        values = kv_cache.write(values, value, position, index)
+        own = kv_cache.parts(keys, values, position, index, window)
+        seen = _seen(cache, past[0].shape[2], sum(part.keys.shape[-2] for part in own), window)
+
+        def score(products):
+            scale, softcap = decoder_block.score_scale(config), config.attention_softcap
+            return masked_scores(products, seen, scale=scale, softcap=softcap)
+
+        mixed = kv_cache.attend(query, [kv_cache.Part(*past), *own], score)
         return decoder_block.rest(config, layer, x, mixed, None), keys, values
 
     keys, values = cache.keys, cache.values
@@ -365,16 +369,17 @@ def decode_step(
     return apply_head(config, params, states), cache
 
 
-def _prompt_seen(cache: Cache, size: int, window: Int[Array, ""]):
-    """Returns a mask of the prompt's keys that the token of this step sees."""
-    place, lengths = jnp.arange(size)[None], cache.lengths[:, None]
-    return (place < lengths) & (place > lengths + cache.position - window)
-
-
-def _own_seen(position: Int[Array, ""], size: int, window: Int[Array, ""]):
-    """Returns a mask of the decoded tokens' keys that the token of this step sees."""
-    place = jnp.arange(size)[None]
-    return (place <= position) & (place > position - window)
+def _seen(
+    cache: Cache, prompt_size: int, own_size: int, window: Int[Array, ""]
+) -> Bool[Array, "N S"]:
+    """Returns a mask of the keys that the token of this step sees: the prompt's, then its own."""
+    lengths = cache.lengths[:, None]
+    prompt, own = jnp.arange(prompt_size)[None], jnp.arange(own_size)[None]
+    # A key of padding, or of a token to come, is put where no query sees it.
+    prompt = jnp.where(prompt < lengths, prompt, NOWHERE)
+    own = jnp.where(own <= cache.position, lengths + own, NOWHERE)
+    keys, query = jnp.concatenate([prompt, own], axis=1), lengths + cache.position
+    return (keys <= query) & (keys > query - window)
 
 
 def _unstack(config: DecoderConfig, stacked: Any) -> Any:

@@ -39,14 +39,6 @@ class Sight(NamedTuple):
     window: Int[Array, ""]
 
 
-class Past(NamedTuple):
-    """One part of a KV cache, and a mask of the keys that the row's single query sees."""
-
-    keys: Float[Array, "B N S K"]
-    values: Float[Array, "B N S K"]
-    seen: Bool[Array, "#B S"]
-
-
 class _Scoring(NamedTuple):
     """The static settings of attention: how products become scores, and the block size."""
 
@@ -95,41 +87,22 @@ def attend(
     return jnp.asarray(mixed).reshape(queries.shape)
 
 
-def attend_to_cache(
-    queries: Float[Array, "B H 1 K"],
-    pasts: list[Past],
+def masked_scores(
+    products: Float[Array, "B N G S"],
+    seen: Bool[Array, "B S"],
     *,
     scale: float,
     softcap: float | None,
-) -> Float[Array, "B H 1 K"]:
-    """Returns the attention of one query per row over several parts of a KV cache.
-
-    The softmax goes over the keys of all parts, which are not concatenated.
+) -> Float[Array, "B N G S"]:
+    """Returns the scores of one query per row and head from its products with the keys.
 
     Args:
-        queries: the queries, in the compute dtype.
-        pasts: the parts of the cache.
+        products: the products of queries and keys, float32.
+        seen: the keys that the query of each row sees.
         scale, softcap: as in `attend`.
     """
-    keys = pasts[0].keys
-    dtype = keys.dtype.name
-    grouped = queries.reshape(*keys.shape[:2], -1, queries.shape[-1])
-    scoring = _Scoring(scale, softcap, 1)
-    scores = [
-        jnp.where(
-            seen[:, None, None], _cap(scoring, product_with_transpose(grouped, k, dtype)), _MASKED
-        )
-        for k, _, seen in pasts
-    ]
-    tops = jnp.concatenate([jnp.max(x, axis=-1, keepdims=True) for x in scores], axis=-1)
-    top = jnp.max(tops, axis=-1, keepdims=True)
-    weights = [jnp.exp(x - top) for x in scores]
-    totals = [jnp.sum(x, axis=-1, keepdims=True) for x in weights]
-    total = jnp.sum(jnp.concatenate(totals, axis=-1), axis=-1, keepdims=True)
-    mixed = jnp.zeros((), jnp.float32)
-    for x, past in zip(weights, pasts, strict=True):
-        mixed = mixed + product(x / total, past.values, dtype)
-    return mixed.astype(dtype).reshape(queries.shape)
+    scores = _cap(_Scoring(scale, softcap, 1), products)
+    return jnp.where(seen[:, None, None], scores, _MASKED)
 
 
 def _cap(scoring: _Scoring, products: jax.Array) -> jax.Array:

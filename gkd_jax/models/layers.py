@@ -16,7 +16,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from gkd_jax import sharding
+from gkd_jax.models import kv_cache
 from gkd_jax.models.attention import Biases, Heads, attend
+from gkd_jax.models.kv_cache import Segments
 from gkd_jax.models.products import product, product_with_transpose
 from gkd_jax.sharding import constrain
 
@@ -126,7 +128,18 @@ class Attention(nn.Module):
         large = math.prod(queries.shape[:3]) * keys.shape[2] > _SCORES_IN_CACHE
         by_row = self.by_row and large and sharding.num_batch_shards() == 1
         mixed = attend(queries, keys, values, biases, dropout_mask, by_row=by_row)
-        return self.out(mixed.swapaxes(1, 2).reshape(*x.shape[:2], self.num_heads * self.head_dim))
+        return self._join_heads(mixed)
+
+    def decode(
+        self, x: Float[Array, "B 1 D"], parts: list[kv_cache.Part], bias: Float[Array, "1 H 1 S"]
+    ) -> Float[Array, "B 1 D"]:
+        """Attends from one position of each row to the parts of a KV cache."""
+        queries = self.split_heads(self.query(x))
+        return self._join_heads(kv_cache.attend(queries, parts, lambda scores: scores + bias))
+
+    def _join_heads(self, mixed: Float[Array, "B H T K"]) -> Float[Array, "B T D"]:
+        mixed = mixed.swapaxes(1, 2)
+        return self.out(mixed.reshape(*mixed.shape[:2], self.num_heads * self.head_dim))
 
 
 class MLP(nn.Module):
@@ -305,15 +318,15 @@ class DecoderLayer(nn.Module):
     def decode(
         self,
         x: Float[Array, "B 1 D"],
-        self_keys: Float[Array, "*L B H T K"],
-        self_values: Float[Array, "*L B H T K"],
+        self_keys: Segments,
+        self_values: Segments,
         index: Int[Array, ""] | None,
         position: Int[Array, ""],
         self_bias: Float[Array, "1 H 1 T"],
         cross_keys: Float[Array, "B H S2 K"],
         cross_values: Float[Array, "B H S2 K"],
         cross_bias: Float[Array, "B 1 1 S2"],
-    ) -> tuple[Float[Array, "B 1 D"], Float[Array, "*L B H T K"], Float[Array, "*L B H T K"]]:
+    ) -> tuple[Float[Array, "B 1 D"], Segments, Segments]:
         """Runs the layer on one position of each row and returns its output and the new KV cache.
 
         The key and value of this position are written into the cache before the attention. Only
@@ -331,17 +344,10 @@ class DecoderLayer(nn.Module):
         """
         normed = self.pre_self_attention_layer_norm(x)
         key, value = self.self_attention.keys_values(normed)
-        if index is None:
-            at = (0, 0, position, 0)
-            keys = self_keys = lax.dynamic_update_slice(self_keys, key, at)
-            values = self_values = lax.dynamic_update_slice(self_values, value, at)
-        else:
-            at = (index, 0, 0, position, 0)
-            self_keys = lax.dynamic_update_slice(self_keys, key[None], at)
-            self_values = lax.dynamic_update_slice(self_values, value[None], at)
-            keys = lax.dynamic_index_in_dim(self_keys, index, keepdims=False)
-            values = lax.dynamic_index_in_dim(self_values, index, keepdims=False)
-        x = x + self.self_attention(normed, keys, values, (self_bias,), deterministic=True)
+        self_keys = kv_cache.write(self_keys, key, position, index)
+        self_values = kv_cache.write(self_values, value, position, index)
+        parts = kv_cache.parts(self_keys, self_values, position, index)
+        x = x + self.self_attention.decode(normed, parts, self_bias)
         x = self._cross_attention_and_mlp(
             x, cross_keys, cross_values, cross_bias, deterministic=True
         )

@@ -22,7 +22,7 @@ from typing import Any
 from jaxtyping import Array, Float, Int, Key
 
 from gkd_jax.batch import Batch
-from gkd_jax.models import decoder, decoder_config, t5, t5_config
+from gkd_jax.models import decoder, decoder_config, kv_cache, t5, t5_config
 from gkd_jax.models.parameters import Params, logical_axes, num_params
 from gkd_jax.models.products import check_dtype
 
@@ -139,12 +139,23 @@ def decode_params(config: Config, params: Params) -> Params:
     return config.family.decode_params(config, params)
 
 
-def init_cache(config: Config, params: Params, context: Context, length: int) -> Cache:
+def init_cache(
+    config: Config,
+    params: Params,
+    context: Context,
+    length: int,
+    first_segment: int = kv_cache.FIRST,
+) -> Cache:
     """Returns an empty `Cache` for at most `length` tokens after a context.
 
-    The parameters are those that `decode_step` will be given, usually from `decode_params`.
+    Args:
+        config: the model's config.
+        params: those that `decode_step` will be given, usually from `decode_params`.
+        context: what is continued.
+        length: the most tokens.
+        first_segment: the positions of the cache's first segment; see `kv_cache`.
     """
-    return config.family.init_cache(config, params, context, length)
+    return config.family.init_cache(config, params, context, length, first_segment)
 
 
 def decode_step(
@@ -157,12 +168,20 @@ def decode_step(
     return config.family.decode_step(config, params, tokens, cache)
 
 
-def take_rows(config: Config, cache: Cache, rows: Int[Array, " N"]) -> Cache:
-    """Returns the cache in which row i continues the tokens of row `rows[i]` (for beam search).
+def take_rows(
+    config: Config, cache: Cache, rows: Int[Array, "shards n"], *, same_prompts: bool = True
+) -> Cache:
+    """Returns a cache whose rows continue the tokens of `rows` of this one.
 
-    Row `rows[i]` must have the same prompt as row i: what belongs to the prompt is not moved.
+    Args:
+        config: the model's config.
+        cache: a cache of N rows, each shard of the batch with N / shards of them.
+        rows: for each shard, the rows to continue, numbered within the shard.
+        same_prompts: each row has the prompt of the row that was in its place (as beams of one
+            prompt have), so that what belongs to the prompt is not moved. Otherwise the prompts
+            move with their rows, and there may be fewer rows than before.
     """
-    return config.family.take_rows(cache, rows)
+    return config.family.take_rows(cache, rows, same_prompts)
 
 
 def family_name(config: Config) -> str:

@@ -20,8 +20,10 @@ from jax import lax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from gkd_jax import sharding
 from gkd_jax.batch import Batch
-from gkd_jax.models import blocks, layers, parameters, quantized
+from gkd_jax.models import blocks, kv_cache, layers, parameters, quantized
+from gkd_jax.models.kv_cache import Segments
 from gkd_jax.models.parameters import Params, logical_axes, num_params
 from gkd_jax.models.t5_config import T5Config, t5_1_0, t5_1_1
 from gkd_jax.sharding import constrain
@@ -57,11 +59,12 @@ class Cache(NamedTuple):
     """The state of decoding; step t writes position t of the self-attention keys and values.
 
     Keys and values of all layers are stacked on axis 0, or tuples with one array for each layer
-    where the layers are a tuple too (see `parameters.unstack`).
+    where the layers are a tuple too (see `parameters.unstack`). Those of self-attention are in
+    segments (see `kv_cache`).
     """
 
-    self_keys: Float[Array, "L B H T K"] | tuple[Float[Array, "B H T K"], ...]
-    self_values: Float[Array, "L B H T K"] | tuple[Float[Array, "B H T K"], ...]
+    self_keys: Segments | tuple[Segments, ...]
+    self_values: Segments | tuple[Segments, ...]
     cross_keys: Float[Array, "L B H S K"] | tuple[Float[Array, "B H S K"], ...]
     cross_values: Float[Array, "L B H S K"] | tuple[Float[Array, "B H S K"], ...]
     mask: Bool[Array, "B S"]
@@ -268,7 +271,13 @@ def _unstack(config: T5Config, stacked: Any) -> Any:
     return parameters.unstack(stacked, config.num_decoder_layers, config.scan_unroll)
 
 
-def init_cache(config: T5Config, params: Params, context: Context, length: int) -> Cache:
+def init_cache(
+    config: T5Config,
+    params: Params,
+    context: Context,
+    length: int,
+    first_segment: int = kv_cache.FIRST,
+) -> Cache:
     """Returns a cache before the first token, with all that the tokens do not change.
 
     These are the cross-attention's keys and values and the biases of all positions.
@@ -278,6 +287,7 @@ def init_cache(config: T5Config, params: Params, context: Context, length: int) 
         params: the model's parameters, usually from `decode_params`.
         context: the encoder's states.
         length: the largest number of tokens to decode, T.
+        first_segment: the positions of the first segment.
     """
     stack, layer = params["decoder"], blocks.decoder_layer(config)
 
@@ -291,10 +301,11 @@ def init_cache(config: T5Config, params: Params, context: Context, length: int) 
     shape = (context.states.shape[0], config.num_heads, length, config.head_dim)
     if isinstance(decode, tuple):
         cross = tuple(zip(*(project(layer_params) for layer_params in decode), strict=True))
-        empty = tuple(_empty(config, shape, ()) for _ in decode)
+        empty = (kv_cache.empty(shape, config.dtype, first_segment),) * len(decode)
     else:
         cross = jax.lax.map(project, decode)
-        empty = _empty(config, (config.num_decoder_layers, *shape), ("layers",))
+        shape = (config.num_decoder_layers, *shape)
+        empty = kv_cache.empty(shape, config.dtype, first_segment)
     if not config.per_layer_relpos:
         bias = _apply(blocks.relpos(config, "decoder"), stack["relpos_bias"], length, length)
     elif isinstance(decode, tuple):
@@ -302,22 +313,17 @@ def init_cache(config: T5Config, params: Params, context: Context, length: int) 
     else:
         bias = jax.vmap(layer_bias)(decode)
     bias = bias + layers.causal_bias(length)
-    position = jnp.zeros((), jnp.int32)
-    return Cache(empty, empty, cross[0], cross[1], context.mask, bias, position)
+    return Cache(empty, empty, cross[0], cross[1], context.mask, bias, jnp.zeros((), jnp.int32))
 
 
-def _empty(config: T5Config, shape: tuple[int, ...], axes: tuple[str, ...]) -> jax.Array:
-    """Returns zeros for keys or values; `axes` names the axes before [B H T K]."""
-    empty = jnp.zeros(shape, config.dtype)
-    return constrain(empty, (*axes, "batch", "heads", "length", "kv"))
-
-
-def take_rows(cache: Cache, rows: Int[Array, " B"]) -> Cache:
-    """Returns the cache in which row i continues the tokens of row `rows[i]` of the same prompt."""
-    keys, values = jax.tree.map(
-        lambda x: jnp.take(x, rows, axis=x.ndim - 4), (cache.self_keys, cache.self_values)
-    )
-    return cache._replace(self_keys=keys, self_values=values)
+def take_rows(cache: Cache, rows: Int[Array, "shards n"], same_prompts: bool) -> Cache:
+    """Returns a cache whose rows continue the tokens of `rows`; see `lm.take_rows`."""
+    names = ["self_keys", "self_values"]
+    if not same_prompts:
+        names += ["cross_keys", "cross_values"]
+        cache = cache._replace(mask=sharding.take_rows(cache.mask, rows))
+    taken = {name: kv_cache.take_rows(getattr(cache, name), rows) for name in names}
+    return cache._replace(**taken)
 
 
 def decode_step(
@@ -331,6 +337,8 @@ def decode_step(
     cross_bias = layers.padding_bias(cache.mask)
     position = cache.position
     bias = lax.dynamic_slice_in_dim(cache.bias, position, 1, axis=2)
+    stack, indices = params["decoder"], jnp.arange(config.num_decoder_layers)
+    decode = _unstack(config, stack["layers"])
 
     def run_layer(layer_params, x, self_keys, self_values, index, cross_keys, cross_values):
         layer_index = 0 if bias.shape[0] == 1 else index
@@ -340,7 +348,7 @@ def decode_step(
             x,
             self_keys,
             self_values,
-            index if self_keys.ndim == 5 else None,
+            None if isinstance(decode, tuple) else index,
             position,
             lax.dynamic_index_in_dim(bias, layer_index),
             cross_keys,
@@ -353,8 +361,6 @@ def decode_step(
         (x, keys, values), (layer_params, index, *cross) = carry, layer_inputs
         return run_layer(layer_params, x, keys, values, index, cross[0], cross[1]), None
 
-    stack, indices = params["decoder"], jnp.arange(config.num_decoder_layers)
-    decode = _unstack(config, stack["layers"])
     x = _embed(config, params, tokens[:, None])
     cross = (cache.cross_keys, cache.cross_values)
     keys, values = cache.self_keys, cache.self_values

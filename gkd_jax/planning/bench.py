@@ -15,6 +15,14 @@ samples never end with EOS, so that every run does the same work. The result is 
                  peak
     *_gflop      FLOPs of a phase's matrix products on one device, in 10^9
     *_of_peak    rate of the phase (its FLOPs over its time) as a share of gemm_gflops
+
+Sampling is also timed beside its plain loop (all rows to the last token, the whole cache at each),
+with answers of full length or, where `mean_length` is set, of geometric lengths:
+
+    sample_tokens_per_s, sample_plain_tokens_per_s      tokens of the answers over all runs' time
+    sample_differing_rows                               rows whose tokens differ between the loops
+    sample_compile_s, sample_plain_compile_s            time to trace and compile each of them
+    sample_temporary_mb, sample_plain_temporary_mb      memory that each needs beside its arguments
 """
 
 from collections.abc import Callable, Mapping
@@ -35,7 +43,7 @@ from gkd_jax.batch import Batch
 from gkd_jax.gkd import TrainState
 from gkd_jax.input import data
 from gkd_jax.models import lm
-from gkd_jax.planning import hlo
+from gkd_jax.planning import bench_sampling, hlo
 from gkd_jax.storage.pretrained import initial_params
 from gkd_jax.training import program, sizes, train_state
 from gkd_jax.training.recipe import Recipe
@@ -44,7 +52,14 @@ from gkd_jax.training.recipe import Recipe
 _WARMUP_RUNS = 2
 
 
-def bench(recipe: Recipe, *, runs: int = 20, as_json: bool = False, dry_run: bool = False) -> None:
+def bench(
+    recipe: Recipe,
+    *,
+    runs: int = 20,
+    mean_length: float | None = None,
+    as_json: bool = False,
+    dry_run: bool = False,
+) -> None:
     """Times the phases of a step and prints the medians.
 
     The step is an on-policy one where the method has such steps.
@@ -52,6 +67,8 @@ def bench(recipe: Recipe, *, runs: int = 20, as_json: bool = False, dry_run: boo
     Args:
         recipe: the recipe of the run. If it has several batch shapes, the largest is timed.
         runs: the number of timed runs of each phase, after two warm-up runs.
+        mean_length: the mean of the answers' geometric lengths; then sampling alone is timed, the
+            two loops. None times all phases, with answers of full length.
         as_json: print one line of JSON instead of the table.
         dry_run: check everything, but compile and time nothing.
 
@@ -65,6 +82,11 @@ def bench(recipe: Recipe, *, runs: int = 20, as_json: bool = False, dry_run: boo
             "bench times steps without a reward and batches of one kind: no RL and MIXING='step', "
             f"got {'RL' if method.rl else 'no RL'} and {method.mixing!r}"
         )
+    if mean_length is not None and not (mean_length >= 1 and method.uses_samples()):
+        raise ValueError(
+            "mean_length is of samples, at least 1 token: expected a number and a method that "
+            f"samples, got {mean_length} and on_policy_fraction={method.on_policy_fraction}"
+        )
     jax.config.update("jax_enable_compilation_cache", False)
     sampling = dataclasses.replace(method.sampling, eos_ids=())
     recipe = dataclasses.replace(recipe, method=dataclasses.replace(method, sampling=sampling))
@@ -72,13 +94,18 @@ def bench(recipe: Recipe, *, runs: int = 20, as_json: bool = False, dry_run: boo
     if dry_run:
         print("dry run: all is well", file=sys.stderr)
         return
-    timed = _measure(built, _random_models(built), runs)
+    models = _random_models(built)
+    sampled: dict[str, Any] = {}
+    if method.uses_samples():  # before the updates, which consume the state
+        batch = _random_batch(built)
+        sampled = bench_sampling.measure(built, models[0].params, batch, runs, mean_length)
+    timed = {} if mean_length else _measure(built, models, runs)
     report: dict[str, Any] = {
         "device": jax.devices()[0].device_kind,
         "num_devices": jax.device_count(),
         "dtype": built.models.student.dtype,
         "runs": runs,
-        **{name: round(value, 3) for name, value in timed.items()},
+        **{name: round(value, 3) for name, value in (timed | sampled).items()},
         "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
         "student_params": lm.num_params(built.state.params),
     }

@@ -25,6 +25,7 @@ _SHAPE = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
 _HEADER = re.compile(r"(ENTRY )?%([\w.\-]+) \(.*\{$")
 _NAME = re.compile(r"%([\w.\-]+)")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
+_SHARE = re.compile(r"times_(\d+)_of_(\d+)/(?:while|cond)\w*$")  # `kv_cache.times`
 
 
 class Shape(NamedTuple):
@@ -207,19 +208,19 @@ def _walk(module: Module, name: str, times: float, loop: str, found: dict[str, C
     computation = module.computations[name]
     cost = found.setdefault(loop, Cost())
     for instruction in computation.values():
-        opcode = instruction.opcode
-        if opcode == "while":
+        opcode, share = instruction.opcode, _SHARE.search(instruction.op_name)
+        often = times * (int(share[1]) / int(share[2]) if share else 1.0)
+        if opcode == "while" and often:
             body, condition = instruction.called("body"), instruction.called("condition")
-            assert body is not None
-            assert condition is not None
+            assert body is not None and condition is not None  # noqa: PT018
             turns = trip_count(module, instruction)
             inside = f"{loop} > {turns}" if loop else str(turns)
             for part in (body, condition):
-                _walk(module, part, times * turns, inside, found)
+                _walk(module, part, often * turns, inside, found)
         elif opcode in ("call", "conditional", "async-start"):
             for called in _called(instruction):
-                _walk(module, called, times, loop, found)
-        else:
+                _walk(module, called, often, loop, found)
+        elif opcode != "while":
             cost.flops += times * _flops(module, computation, instruction)
             cost.traffic += times * _traffic(module, computation, instruction)
             for collective in _collectives(module, computation, instruction):

@@ -1,0 +1,175 @@
+"""The KV cache of decoded tokens, kept in segments so that attention reads only what is written.
+
+A token at position 40 would read the whole cache if the keys of all positions were one array: XLA's
+shapes are static. So the keys and the values of T positions are tuples of arrays, the segments:
+positions 0 to 63, 64 to 127, 128 to 255, and so on, each as long as all before it. A matrix product
+with a segment runs only once decoding has reached the segment (`lax.cond`).
+
+Axes: L layers, N rows, H heads (those of the keys), T positions of one segment, K head dim.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from gkd_jax import sharding
+from gkd_jax.models.products import product, product_with_transpose
+
+
+FIRST = 64  # positions of the first segment
+Segments = tuple[Float[Array, "*L N H _ K"], ...]  # each with its own number of positions
+
+
+def stretches(length: int, first: int = FIRST) -> list[tuple[int, int]]:
+    """Returns (start, stop) of each segment of a cache for `length` positions."""
+    found, start, stop = [], 0, first
+    while start < length:
+        found.append((start, min(stop, length)))
+        start, stop = stop, 2 * stop
+    return found
+
+
+def empty(shape: tuple[int, ...], dtype: str, first: int = FIRST) -> Segments:
+    """Returns the segments of an empty cache of this whole shape, [N H T K] or [L N H T K]."""
+    *before, num_heads, length, head_dim = shape
+    heads = "heads" if num_heads % sharding.num_shards("heads") == 0 else None
+    axes = (*["layers"] * (len(shape) - 4), "batch", heads, "length", "kv")
+    sizes = (stop - start for start, stop in stretches(length, first))
+    return tuple(
+        sharding.constrain(jnp.zeros((*before, num_heads, size, head_dim), dtype), axes)
+        for size in sizes
+    )
+
+
+def write(
+    segments: Segments,
+    new: Float[Array, "N H 1 K"],
+    position: Int[Array, ""],
+    layer: Int[Array, ""] | None,
+) -> Segments:
+    """Writes the keys (or values) of one token of each row.
+
+    Args:
+        segments: the cache of one layer or, with a `layer`, that of all layers.
+        new: the keys of the token.
+        position: the position of the token.
+        layer: the number of the layer in stacked segments.
+    """
+    if layer is not None:
+        new = new[None]
+    found, start = [], 0
+    for segment in segments:
+        size = segment.shape[-2]
+        place = jnp.clip(position - start, 0, size - 1)
+        at = (0, 0, place, 0) if layer is None else (layer, 0, 0, place, 0)
+        start += size
+        here = new
+        if segment is not segments[-1]:
+            # A segment that is full keeps its last token. One that is not reached yet may hold
+            # anything in its first place, which is written again before it is read.
+            here = jnp.where(position < start, new, lax.dynamic_slice(segment, at, new.shape))
+        found.append(lax.dynamic_update_slice(segment, here, at))
+    return tuple(found)
+
+
+class Part(NamedTuple):
+    """Keys and values that a query attends to.
+
+    Attributes:
+        keys: of one layer or, with a `layer`, of all layers.
+        values: like the keys.
+        is_read: whether any key of this part counts; None where some always do.
+        times: the name of a scope that says how often `is_read` holds over a whole sequence.
+        layer: the number of the layer.
+    """
+
+    keys: Float[Array, "*L N H T K"]
+    values: Float[Array, "*L N H T K"]
+    is_read: Bool[Array, ""] | None = None
+    times: str = ""
+    layer: Int[Array, ""] | None = None
+
+
+def parts(
+    keys: Segments,
+    values: Segments,
+    position: Int[Array, ""],
+    layer: Int[Array, ""] | None,
+    window: Int[Array, ""] | None = None,
+) -> list[Part]:
+    """Returns the segments as parts, of which the token at `position` reads those in its window."""
+    found, start, length = [], 0, sum(segment.shape[-2] for segment in keys)
+    for k, v in zip(keys, values, strict=True):
+        stop = start + k.shape[-2]
+        is_read = None
+        if len(keys) > 1:
+            is_read = position >= start
+            if window is not None:
+                is_read = is_read & (stop > position + 1 - window)
+        found.append(Part(k, v, is_read, times(length - start, length), layer))
+        start = stop
+    return found
+
+
+def times(count: int, of: int) -> str:
+    """Returns the name of a scope around a `lax.cond` or a loop that runs in `count` of `of` cases.
+
+    XLA keeps the names of scopes, so that `planning.hlo` can count what a compiled program will do.
+    """
+    return f"times_{count}_of_{of}"
+
+
+def attend(
+    queries: Float[Array, "N Q 1 K"],
+    parts: list[Part],
+    score: Callable[[Float[Array, "N H G S"]], Float[Array, "N H G S"]],
+) -> Float[Array, "N Q 1 K"]:
+    """Returns the attention of one query per row and query head over all parts.
+
+    Args:
+        queries: the queries, in the compute dtype. Query head q reads key head q // G.
+        parts: the parts; S is the sum of their positions.
+        score: gives the scores, with masks and biases, of the float32 products of queries and keys.
+            It must mask what no row has written, and what a part that is not read holds.
+    """
+    rows, key_heads, _, head_dim = parts[0].keys.shape[-4:]
+    dtype = parts[0].keys.dtype.name
+    grouped = queries.reshape(rows, key_heads, -1, head_dim)
+    products = [
+        _product_if_read(product_with_transpose, grouped, part.keys, part, part.keys.shape[-2])
+        for part in parts
+    ]
+    weights = jax.nn.softmax(score(jnp.concatenate(products, axis=-1)), axis=-1)
+    mixed, start = jnp.zeros(()), 0
+    for part in parts:
+        stop = start + part.keys.shape[-2]
+        own = weights[..., start:stop]
+        mixed = mixed + _product_if_read(product, own, part.values, part, head_dim)
+        start = stop
+    return mixed.astype(dtype).reshape(queries.shape)
+
+
+def _product_if_read(
+    multiply: Callable[..., jax.Array], x: jax.Array, y: jax.Array, part: Part, width: int
+) -> Float[Array, "N H G {width}"]:
+    """Returns a float32 product with the keys or the values of a part, or zeros."""
+
+    def run(x, y):
+        if part.layer is not None:
+            y = lax.dynamic_index_in_dim(y, part.layer, keepdims=False)
+        return multiply(x, y, y.dtype.name)
+
+    if part.is_read is None:
+        return run(x, y)
+    zeros = jnp.zeros((*x.shape[:-1], width))
+    with jax.named_scope(part.times):
+        return lax.cond(part.is_read, run, lambda x, y: zeros, x, y)
+
+
+def take_rows(caches: Any, rows: Int[Array, "shards n"]) -> Any:
+    """Returns a tree of caches [*L N H T K] with some of their rows; see `sharding.take_rows`."""
+    return jax.tree.map(lambda x: sharding.take_rows(x, rows, x.ndim - 4), caches)

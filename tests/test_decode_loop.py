@@ -1,0 +1,175 @@
+"""The loop that halves its batch and reads a cache in segments gives the plain loop's samples."""
+
+import functools
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from random_models import random_params
+
+from gkd_jax import sampling, sharding
+from gkd_jax.decoding.beam_search import beam_search
+from gkd_jax.models import decode_loop, decoder, kv_cache, t5
+from gkd_jax.models.decoder_config import DecoderConfig
+from gkd_jax.sampling import SamplingConfig
+
+
+T, S, VOCAB = 22, 5, 24
+SIZES = {"vocab_size": VOCAB, "d_model": 16, "num_heads": 4, "head_dim": 4, "d_ff": 16}
+T5 = t5.T5Config(
+    **SIZES, num_encoder_layers=1, num_decoder_layers=2, relpos_buckets=8, relpos_max_distance=20
+)
+DECODER = DecoderConfig(**SIZES, num_layers=2, num_kv_heads=2, qk_norm=True, windows=(6, 0))
+CONFIGS = {"t5": T5, "decoder": DECODER}
+
+
+@pytest.fixture(autouse=True)
+def short_segments(monkeypatch):
+    """Segments of 4, 4, 8 and 6 positions."""
+    monkeypatch.setattr(kv_cache, "FIRST", 4)
+
+
+@functools.cache
+def model(family):
+    if family == "t5":
+        return T5, random_params(T5)
+    return DECODER, decoder.init(DECODER, jax.random.key(0))
+
+
+@functools.cache
+def prompts(rows):
+    rng = np.random.default_rng(0)
+    ids = rng.integers(3, VOCAB, (rows, S)).astype(np.int32)
+    return jnp.asarray(ids), jnp.asarray(rng.integers(1, S + 1, rows), jnp.int32)
+
+
+@functools.cache
+def sampler(family, *, data, plain):
+    """A compiled function (inputs, lengths, key, limits) -> Sample on a mesh of `data` devices."""
+    config, params = model(family)
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=data), jax.devices()[:data])
+
+    def run(params, inputs, lengths, key, limits):
+        with sharding.use(mesh):
+            return sampling.sample(
+                config,
+                params,
+                inputs,
+                key,
+                max_length=T,
+                input_lengths=lengths,
+                sampling=SamplingConfig(eos_ids=(1, 2), banned_ids=(0,)),
+                limits=limits,
+                plain=plain,
+            )
+
+    rows, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+    placed = (everywhere, rows, rows, everywhere, rows)
+    return functools.partial(jax.jit(run, in_shardings=placed), params)
+
+
+@pytest.mark.parametrize("data", [1, 8])
+@pytest.mark.parametrize("family", CONFIGS)
+@settings(max_examples=15, deadline=None)
+@given(cases=st.data())
+def test_samples_are_those_of_the_plain_loop(family, data, cases):
+    rows = cases.draw(st.sampled_from([5, 32] if data == 1 else [32]))
+    limits = cases.draw(hnp.arrays(np.int32, rows, elements=st.integers(0, T)))
+    key = jax.random.key(cases.draw(st.integers(0, 2**31 - 1)))
+    inputs, lengths = prompts(rows)
+    expected = sampler(family, data=1, plain=True)(inputs, lengths, key, limits)
+    found = sampler(family, data=data, plain=False)(inputs, lengths, key, limits)
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    np.testing.assert_array_equal(found.weights, expected.weights)
+    np.testing.assert_allclose(found.log_probs, expected.log_probs, atol=1e-4)
+    sizes = np.asarray(found.weights).sum(axis=1)
+    ended = np.isin(np.asarray(found.tokens), (1, 2)).any(axis=1)
+    assert (sizes <= limits).all()
+    assert (sizes[~ended] == limits[~ended]).all()
+
+
+def test_rows_that_have_ended_are_not_decoded(monkeypatch):
+    """One row of 16 is long: most steps run on 8 rows."""
+    seen = []
+    decode_step = t5.decode_step
+
+    def counted(config, params, tokens, cache):
+        jax.debug.callback(lambda: seen.append(len(tokens)))
+        return decode_step(config, params, tokens, cache)
+
+    monkeypatch.setattr(t5, "decode_step", counted)
+    config, params = model("t5")
+    limits = jnp.asarray([2] * 7 + [T] + [4] * 4 + [6] * 4)
+    never = SamplingConfig(eos_ids=())
+    inputs, lengths = prompts(16)
+    sampling.sample(
+        config,
+        params,
+        inputs,
+        jax.random.key(0),
+        max_length=T,
+        input_lengths=lengths,
+        sampling=never,
+        limits=limits,
+    )
+    jax.effects_barrier()
+    assert seen == [16] * 4 + [8] * (T - 4)
+
+
+@pytest.mark.parametrize("data", [1, 2])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_beams_are_those_of_a_batch_that_keeps_its_size(family, data, monkeypatch):
+    config, params = model(family)
+    inputs, lengths = prompts(16)
+
+    def search(data):
+        mesh = sharding.make_mesh(sharding.MeshConfig(data=data), jax.devices()[:data])
+
+        def run(params, inputs, lengths):
+            with sharding.use(mesh):
+                return beam_search(
+                    config,
+                    params,
+                    inputs,
+                    max_length=T,
+                    input_lengths=lengths,
+                    num_beams=3,
+                    banned_ids=(0,),
+                    eos_ids=(1, 2),
+                )
+
+        rows = sharding.batch_sharding(mesh)
+        placed = (sharding.replicated(mesh), rows, rows)
+        return jax.jit(run, in_shardings=placed)(params, inputs, lengths)
+
+    found = search(data)
+    monkeypatch.setattr(decode_loop, "halvings", lambda num_groups, shards: [])
+    monkeypatch.setattr(kv_cache, "FIRST", T)
+    expected = search(1)
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    np.testing.assert_allclose(found.scores, expected.scores, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("groups", "shards", "expected"),
+    [(64, 1, [32, 16, 8]), (64, 8, [4, 2, 1]), (15, 1, []), (17, 1, [9]), (8, 8, [])],
+)
+def test_halvings(groups, shards, expected):
+    assert decode_loop.halvings(groups, shards) == expected
+
+
+@pytest.mark.parametrize(
+    ("length", "expected"),
+    [
+        (32, [(0, 32)]),
+        (64, [(0, 64)]),
+        (100, [(0, 64), (64, 100)]),
+        (300, [(0, 64), (64, 128), (128, 256), (256, 300)]),
+    ],
+)
+def test_segments_cover_all_positions(length, expected):
+    assert kv_cache.stretches(length, 64) == expected
