@@ -13,9 +13,10 @@ import struct
 import pytest
 
 from gkd_jax import report
-from gkd_jax.report import answer, archive, figures, pages, paper, plots, reading
+from gkd_jax.report import answer, archive, figures, pages, paper, plots, reading, record
 from gkd_jax.report.record import SEEDS, UNCHANGING, Setting
 from gkd_jax.report.study import Study, shown
+from gkd_jax.tasks import jsonl
 
 
 PARAMETERS = {"small": 77_000_000, "base": 250_000_000, "large": 800_000_000, "xl": 2_850_000_000}
@@ -1159,3 +1160,14 @@ def test_the_kept_studies_can_be_read():
     best = small.loc[small["mean"].idxmax()]
     assert best["label"] == "On-policy GKD, JSD(0.1) · sampling temperature 0.5"
     assert best["text"] == "30.17 ± 0.11"
+
+
+@pytest.mark.parametrize(
+    "task", ["./data.jsonl", "/data/chats.jsonl.gz", "data.jsonl", "runs/folder/", "arithmetic"]
+)
+def test_a_run_on_a_file_has_the_task_that_its_metrics_name(task):
+    """A report with two names of one task says that nothing has evaluated the first."""
+    about = {"recipe": {"data": {"task": task}, "evaluation": {"task": None}}}
+    parts = {"lines": [], "evaluations": [], "decoded": [], "samples": {}, "problems": []}
+    run = record.Run(name="run", slug="run", folder=pathlib.Path("run"), about=about, **parts)
+    assert run.task == jsonl.display_name(task)

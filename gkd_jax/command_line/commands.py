@@ -32,7 +32,7 @@ def run(command: str, values: Any, bindings: list[tuple[str, str]], positional: 
         UsageError: if a flag or macro that the command needs is missing.
     """
     if command == "convert":
-        process.set_up(reads_data=False)
+        process.set_up(reads_data=True)  # it reads tokenizers
         _convert(values)
         return
     if command == "report":

@@ -193,9 +193,14 @@ class Run:
 
     @property
     def task(self) -> str | None:
-        """The task on which the recipe evaluates, even if there is no evaluation yet."""
+        """The task on which the recipe evaluates, named as in its metrics.
+
+        A file or a folder has its last part as its name (`gkd_jax.tasks.jsonl.display_name`).
+        """
         task = self.fields.get("evaluation.task") or self.fields.get("data.task")
-        return task if isinstance(task, str) else None
+        if not isinstance(task, str):
+            return None
+        return pathlib.PurePath(task).name if "/" in task or ".jsonl" in task else task
 
     @property
     def train_steps(self) -> int | None:

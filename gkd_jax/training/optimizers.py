@@ -53,8 +53,9 @@ class Linear:
         """
         if self.warmup_steps + self.cooldown_steps > total_steps:
             raise ValueError(
-                f"warmup_steps and cooldown_steps must fit the run's {total_steps} steps, "
-                f"got {self.warmup_steps} + {self.cooldown_steps}"
+                f"warmup_steps and cooldown_steps must fit the run's {total_steps} steps, got "
+                f"{self.warmup_steps} + {self.cooldown_steps}: lower WARMUP_STEPS and "
+                "COOLDOWN_STEPS, or raise TRAIN_STEPS"
             )
 
         def schedule(count):
