@@ -79,5 +79,6 @@ def test_speed_is_logged_with_the_share_of_a_known_peak(tmp_path, monkeypatch):
     for line in metrics.read(tmp_path / "metrics.jsonl"):
         tokens = line["train/prompt_tokens"] + line["train/target_tokens"]
         assert line["time/tokens_per_s"] * line["time/step_s"] == pytest.approx(tokens)
+        assert line["time/step_s"] >= line["time/sample_s"] + line["time/update_s"] > 0
         assert 0 < line["time/model_flops_share"] < 1
         assert not any(name.startswith("memory/") for name in line)  # the CPU does not tell

@@ -76,20 +76,23 @@ class StepLog:
             "time/sample_s": sampled.result() if sampled else 0.0,
             "time/update_s": step.update_seconds.result(),
         }
-        line |= self._speed(step, values) | throughput.device_memory()
+        busy = line["time/sample_s"] + line["time/update_s"]
+        line |= self._speed(step, values, busy) | throughput.device_memory()
         self._writer.write(step.number + 1, line, before_warning=self._progress.clear)
         self._progress.step(step.number + 1, line)
         finite = np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"])
         if not finite and "skipped" not in values:
             self._stop_at_nonfinite(step, values)
 
-    def _speed(self, step: _Step, values: Mapping[str, float]) -> dict[str, float]:
+    def _speed(self, step: _Step, values: Mapping[str, float], busy: float) -> dict[str, float]:
         """The time of the step on the clock, its tokens a second, and its share of the peak.
 
-        A pause between the previous step and this one, such as an evaluation, does not count.
+        A pause between the previous step and this one, such as an evaluation, does not count. The
+        time is at least that for which the device was busy, since a step that a checkpoint follows
+        is logged as soon as the previous one.
         """
         now = time.monotonic()
-        seconds = max(now - max(self._ended_at, step.rollout.began), 1e-9)
+        seconds = max(now - max(self._ended_at, step.rollout.began), busy, 1e-9)
         self._ended_at = now
         tokens = values["prompt_tokens"] + values["target_tokens"]
         found = {"time/step_s": seconds, "time/tokens_per_s": tokens / seconds}
