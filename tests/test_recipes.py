@@ -41,6 +41,14 @@ def dry_run(name, tmp_path, *more):
     main.main(["train", f"--gin_file={name}", *flags, "--dry_run", *more])
 
 
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "gin" / "bench").glob("*.gin")), ids=lambda path: path.stem
+)
+def test_every_benchmark_builds(path, capsys):
+    assert main.main(["bench", f"--gin_file={path}", "--dry_run"]) in (0, None)
+    assert "all is well" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_recipe_builds(name, tmp_path, capfd):
     dry_run(name, tmp_path)

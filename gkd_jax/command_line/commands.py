@@ -129,8 +129,12 @@ def _bench(values: Any) -> None:
 
     if values.runs < 1:
         raise UsageError(f"--runs must be positive, got {values.runs}")
-    gin_files.configured(bench.bench)(
-        _recipe(values.phase), runs=values.runs, as_json=values.json, dry_run=values.dry_run
+    bench.bench(
+        _recipe(values.phase),
+        runs=values.runs,
+        mean_length=gin_files.macro("MEAN_LENGTH", None),
+        as_json=values.json,
+        dry_run=values.dry_run,
     )
 
 

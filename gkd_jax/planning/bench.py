@@ -17,7 +17,7 @@ samples never end with EOS, so that every run does the same work. The result is 
     *_of_peak    rate of the phase (its FLOPs over its time) as a share of gemm_gflops
 
 Sampling is also timed beside its plain loop (all rows to the last token, the whole cache at each),
-with answers of full length or, where `mean_length` is set, of geometric lengths:
+with answers of full length or, where MEAN_LENGTH is set, of geometric lengths:
 
     sample_tokens_per_s, sample_plain_tokens_per_s      tokens of the answers over all runs' time
     sample_differing_rows                               rows whose tokens differ between the loops
@@ -56,7 +56,7 @@ def bench(
     recipe: Recipe,
     *,
     runs: int = 20,
-    mean_length: float | None = None,
+    mean_length: int | float | None = None,
     as_json: bool = False,
     dry_run: bool = False,
 ) -> None:
@@ -82,10 +82,11 @@ def bench(
             "bench times steps without a reward and batches of one kind: no RL and MIXING='step', "
             f"got {'RL' if method.rl else 'no RL'} and {method.mixing!r}"
         )
-    if mean_length is not None and not (mean_length >= 1 and method.uses_samples()):
+    is_mean = isinstance(mean_length, int | float) and mean_length >= 1
+    if mean_length is not None and not (is_mean and method.uses_samples()):
         raise ValueError(
-            "mean_length is of samples, at least 1 token: expected a number and a method that "
-            f"samples, got {mean_length} and on_policy_fraction={method.on_policy_fraction}"
+            "MEAN_LENGTH is that of samples: expected a number of at least 1 and a method that "
+            f"samples, got {mean_length!r} and on_policy_fraction={method.on_policy_fraction}"
         )
     jax.config.update("jax_enable_compilation_cache", False)
     sampling = dataclasses.replace(method.sampling, eos_ids=())

@@ -23,7 +23,7 @@ _WARMUP_RUNS = 1
 
 
 def measure(
-    built: Program, params: lm.Params, batch: Batch, runs: int, mean_length: float | None
+    built: Program, params: lm.Params, batch: Batch, runs: int, mean_length: int | float | None
 ) -> dict[str, Any]:
     """Returns tokens per second of both loops, and how far their samples and memory differ.
 
@@ -78,7 +78,7 @@ def _sample(
         )
 
 
-def _limits(built: Program, turn: int, mean_length: float | None) -> np.ndarray:
+def _limits(built: Program, turn: int, mean_length: int | float | None) -> np.ndarray:
     """Returns the lengths of the answers of one batch."""
     config = built.recipe.data
     rows = config.batch_size * built.learner.config.num_samples
