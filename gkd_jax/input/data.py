@@ -113,6 +113,11 @@ class DataConfig:
                 f"length_buckets must be (), got {self.length_buckets}"
             )
 
+    @property
+    def has_teacher_inputs(self) -> bool:
+        """Whether the teacher reads prompts of its own."""
+        return TEACHER_INPUTS in self.feature_lengths
+
     def features(self) -> tuple[str, ...]:
         """Returns the names of the features that an example has, in the order of a shape."""
         return tuple(name for name in FEATURES if name in self.feature_lengths)

@@ -72,7 +72,7 @@ class Program:
     @property
     def reads_own_prompts(self) -> bool:
         """Whether the teacher reads other prompts than the student."""
-        return self.recipe.teacher is not None and len(self.recipe.data.features()) > 2
+        return self.recipe.teacher is not None and self.recipe.data.has_teacher_inputs
 
     @property
     def method(self) -> gkd.GKDConfig:
@@ -190,7 +190,7 @@ def _warn_of_nothing_to_learn(recipe: Recipe) -> None:
     """Warns if the teacher is the student itself and no setting makes the two differ."""
     method = recipe.method
     differs = (
-        len(recipe.data.features()) > 2
+        recipe.data.has_teacher_inputs
         or recipe.student.dropout_rate > 0
         or method.teacher_temperature != method.student_temperature
     )

@@ -77,14 +77,18 @@ class StepLog:
             "time/update_s": step.update_seconds.result(),
         }
         busy = line["time/sample_s"] + line["time/update_s"]
-        line |= self._speed(step, values, busy) | throughput.device_memory()
+        rows = 0 if step.rollout.sample is None else len(step.rollout.sample.tokens)
+        sampled_tokens = line.get("train/sample_length", 0.0) * rows
+        line |= self._speed(step, values, busy, sampled_tokens) | throughput.device_memory()
         self._writer.write(step.number + 1, line, before_warning=self._progress.clear)
         self._progress.step(step.number + 1, line)
         finite = np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"])
         if not finite and "skipped" not in values:
             self._stop_at_nonfinite(step, values)
 
-    def _speed(self, step: _Step, values: Mapping[str, float], busy: float) -> dict[str, float]:
+    def _speed(
+        self, step: _Step, values: Mapping[str, float], busy: float, sampled_tokens: float
+    ) -> dict[str, float]:
         """The time of the step on the clock, its tokens a second, and its share of the peak.
 
         A pause between the previous step and this one, such as an evaluation, does not count. The
@@ -98,14 +102,14 @@ class StepLog:
         found = {"time/step_s": seconds, "time/tokens_per_s": tokens / seconds}
         if self._peak is None:
             return found
-        sample, program = step.rollout.sample, self._program
+        program = self._program
         flops = throughput.step_flops(
             program.models,
             program.method,
             prompt_tokens=values["prompt_tokens"],
             target_tokens=values["target_tokens"],
             batch_size=program.recipe.data.batch_size,
-            sampled_tokens=0.0 if sample is None else float(np.sum(jax.device_get(sample.weights))),
+            sampled_tokens=sampled_tokens,
             has_teacher=step.rollout.batch.teacher is None,
         )
         return {**found, "time/model_flops_share": flops / seconds / self._peak}
