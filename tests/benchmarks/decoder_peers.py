@@ -82,10 +82,7 @@ def torch_step(dtype: str, runs: int) -> dict[str, float]:
 
     def update(ids: Any) -> None:
         log_p, log_q = log_softmax(score(ids), -1), log_softmax(logits(student, ids), -1)
-        log_m = torch.logaddexp(log_p, log_q) - 0.6931471805599453
-        p, q = log_p.exp(), log_q.exp()
-        tokens = 0.5 * (p * (log_p - log_m) + q * (log_q - log_m)).sum(-1)
-        tokens.mean(-1).mean().backward()
+        peers.jsd(log_p, log_q).mean(-1).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -97,7 +94,7 @@ def torch_step(dtype: str, runs: int) -> dict[str, float]:
         "update_ms": lambda: update(drawn),
         "step_ms": lambda: update(sample()),
     }
-    return peers._medians(phases, runs)
+    return peers.medians(phases, runs)
 
 
 def trl_step(dtype: str, runs: int) -> dict[str, float]:
@@ -157,7 +154,7 @@ def trl_step(dtype: str, runs: int) -> dict[str, float]:
             optimizer.step()
             model.zero_grad()
 
-        found = peers._medians({"step_ms": step}, runs)
+        found = peers.medians({"step_ms": step}, runs)
         assert set(widths) == {PROMPT + ANSWER}, widths
         return found
 
@@ -182,7 +179,7 @@ def main() -> None:
             found = {"gkd_jax": peers.ours(4, dtype, options.runs)}
             for other in ("torch", "trl"):
                 command = [sys.executable, __file__, f"--child={other}", f"--runs={options.runs}"]
-                found[other] = peers._last_json([*command, "--dtypes", dtype])
+                found[other] = peers.last_json([*command, "--dtypes", dtype])
             rounds.append(found)
         for other, phases in (("torch", PHASES), ("trl", ("step_ms",))):
             for phase in phases:

@@ -17,6 +17,7 @@ interpreter of an environment with T5X (docs/checkpoints.md, "Staying on T5X").
 import argparse
 from collections.abc import Callable
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -31,6 +32,14 @@ STUDENT: dict[str, Any] = {"d_model": 256, "num_layers": 4, "num_heads": 4, "d_f
 TEACHER: dict[str, Any] = {"d_model": 512, "num_layers": 6, "num_heads": 8, "d_ff": 1024}
 PHASES = ("sample_ms", "score_ms", "update_ms", "step_ms")
 T5X_PHASES = ("sample_ms", "sft_ms")
+
+
+def jsd(log_p: Any, log_q: Any) -> Any:
+    """JSD(0.5) of each token from torch log-probabilities [B T V], in nats."""
+    import torch
+
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+    return 0.5 * (log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)).sum(-1)
 
 
 def torch_step(config: int, dtype: str, runs: int) -> dict[str, float]:
@@ -84,11 +93,7 @@ def torch_step(config: int, dtype: str, runs: int) -> dict[str, float]:
             logits = student(
                 input_ids=inputs, attention_mask=mask, decoder_input_ids=ids[:, :-1]
             ).logits
-        log_q = log_softmax(logits.float(), -1)
-        log_m = torch.logaddexp(log_p, log_q) - 0.6931471805599453
-        p, q = log_p.exp(), log_q.exp()
-        tokens = 0.5 * (p * (log_p - log_m) + q * (log_q - log_m)).sum(-1)
-        tokens.mean(-1).mean().backward()
+        jsd(log_p, log_softmax(logits.float(), -1)).mean(-1).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -100,7 +105,7 @@ def torch_step(config: int, dtype: str, runs: int) -> dict[str, float]:
         "update_ms": lambda: update(drawn),
         "step_ms": lambda: update(sample()),
     }
-    return _medians(phases, runs)
+    return medians(phases, runs)
 
 
 def t5x_step(config: int, dtype: str, runs: int) -> dict[str, float]:
@@ -170,10 +175,10 @@ def t5x_step(config: int, dtype: str, runs: int) -> dict[str, float]:
     drawn = sample(state.params, keys[3])
     assert drawn.shape == (BATCH, TARGETS), drawn.shape
     assert len({int(x) for x in drawn.ravel()}) > TARGETS  # not the same token all over
-    return _medians(phases, runs)
+    return medians(phases, runs)
 
 
-def _medians(phases: dict[str, Callable[[], Any]], runs: int) -> dict[str, float]:
+def medians(phases: dict[str, Callable[[], Any]], runs: int) -> dict[str, float]:
     """The median milliseconds of each function, in turns; the first two rounds do not count."""
     times: dict[str, list[float]] = {name: [] for name in phases}
     for turn in range(runs + 2):
@@ -189,7 +194,7 @@ def ours(config: int, dtype: str, runs: int, *more: str) -> dict[str, float]:
     """The numbers that `gkd-jax bench` prints."""
     command = [sys.executable, "-m", "gkd_jax", "bench", "--json", f"--runs={runs}", *more]
     command += [f"--gin_file=gin/bench/config{config}.gin", f"--gin.DTYPE='{dtype}'"]
-    return _last_json(command)
+    return last_json(command)
 
 
 def ours_beside_t5x(config: int, dtype: str, runs: int) -> dict[str, float]:
@@ -205,7 +210,7 @@ def ours_beside_t5x(config: int, dtype: str, runs: int) -> dict[str, float]:
     }
 
 
-def _last_json(command: list[str]) -> dict[str, float]:
+def last_json(command: list[str]) -> dict[str, float]:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr}")
@@ -235,7 +240,7 @@ def main() -> None:
             command = [python, __file__, f"--child={peer}", f"--runs={options.runs}"]
             command += ["--configs", str(config), "--dtypes", dtype]
             pairs = [
-                (mine_alone(config, dtype, options.runs), _last_json(command))
+                (mine_alone(config, dtype, options.runs), last_json(command))
                 for _ in range(options.rounds)
             ]
             for phase in T5X_PHASES if options.t5x else PHASES:
