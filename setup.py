@@ -49,6 +49,7 @@ TEST = [
     "torch>=2.6",
     "transformers>=5,<6",
 ]
+DOCS = ["pdoc>=16"]
 # pyright runs on node; the nodejs extra brings it as a wheel, so that nothing is downloaded later.
 DEV = [
     *TEST,
@@ -124,6 +125,7 @@ setup(
     extras_require={
         "test": TEST,
         "dev": DEV,
+        "docs": DOCS,
         "tpu": ["jax[tpu]"],
         "gpu": ["jax[cuda13]"],
         "gpu-cuda12": ["jax[cuda12]"],

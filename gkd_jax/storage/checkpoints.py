@@ -153,7 +153,7 @@ class Checkpoints:
         """Restores the newest undamaged checkpoint and returns its step and its state.
 
         If a checkpoint is damaged, a warning names it, and the checkpoint before it is tried. Once
-        a checkpoint has been restored, the damaged ones are moved to MODEL_DIR/damaged/<step>; if
+        a checkpoint has been restored, the damaged ones are moved to `MODEL_DIR/damaged/<step>`; if
         an error is raised, none is moved.
 
         Args:

@@ -28,7 +28,7 @@ macros (`[{ name = "short", TRAIN_STEPS = 400 }]`), or `divergence`, whose value
 the axes of that name. `--gin.MACRO` is for the rows of `train` and for rows that set the macro; an
 axis wins over it.
 
-Every run has the folder OUTPUT/<row>-<axis>=<value>-..., which is its MODEL_DIR. For `infer`, the
+Every run has the folder `OUTPUT/<row>-<axis>=<value>-...`, which is its MODEL_DIR. For `infer`, the
 macro OUTPUT is `outputs.jsonl` in that folder; for `eval`, OUTPUT_DIR is the folder. It also holds
 `log.txt` and the records of `folders.py`. What gin files hold is not compared.
 """

@@ -178,7 +178,7 @@ def decode_prompt(vocabulary: seqio.Vocabulary, ids: Sequence[int]) -> str:
 
 
 def piece(vocabulary: seqio.Vocabulary, token: int) -> str:
-    """Returns a readable form of one token: "</s>" for an end of text, and "▁" for a space."""
+    """Returns a readable form of one token: `</s>` for an end of text, and "▁" for a space."""
     if token in end_ids(vocabulary):
         return "</s>"
     if isinstance(vocabulary, TokenizerVocabulary):

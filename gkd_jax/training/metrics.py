@@ -92,7 +92,7 @@ class Writer:
             tracker(step, values)
 
     def dump(self, step: int, arrays: Mapping[str, Any]) -> pathlib.Path:
-        """Writes the arrays that this process holds whole to MODEL_DIR/nonfinite_<step>.npz.
+        """Writes the arrays that this process holds whole to `MODEL_DIR/nonfinite_<step>.npz`.
 
         Returns:
             The path of the file.
