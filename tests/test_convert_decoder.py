@@ -250,6 +250,45 @@ def test_what_goes_with_the_weights_is_copied(tmp_path):
     assert hf_folder.eos_ids(tmp_path / "out") == (7,)
 
 
+@pytest.mark.parametrize("options", [{}, {"do_sample": True}, {"num_beams": 3}])
+@pytest.mark.parametrize("has_generation_config", [True, False])
+def test_an_exported_model_never_generates_ids_that_no_piece_has(
+    has_generation_config, options, tmp_path
+):
+    pieces = 90
+    path = decoder_models.save(decoder_models.theirs("llama"), tmp_path / "x")
+    generation = tmp_path / "x" / "generation_config.json"
+    if has_generation_config:
+        stated = {"eos_token_id": [5, 9], "pad_token_id": 9, "suppress_tokens": [3]}
+        generation.write_text(json.dumps(stated))
+    else:
+        generation.unlink()
+    config = convert.read_config(path)
+    assert isinstance(config, DecoderConfig)
+    params = convert.read_params(path, config)
+    # Training leaves the rows of spare ids as they were: here the likeliest of all.
+    kernel = params["decoder"]["logits_dense"]["kernel"]
+    params["decoder"]["logits_dense"]["kernel"] = kernel.at[:, pieces:].multiply(100.0)
+    prompts = torch.tensor(np.random.default_rng(0).integers(10, pieces, (8, 6)))
+    for num_pieces in (None, pieces):
+        folder = str(tmp_path / f"hf_{num_pieces}")
+        convert.write_hf(folder, config, params, num_pieces=num_pieces, source=path)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+        assert model.generation_config.eos_token_id == [5, 9]
+        torch.manual_seed(0)
+        tokens = model.generate(
+            prompts,
+            attention_mask=torch.ones_like(prompts),
+            max_new_tokens=8,
+            pad_token_id=9,
+            **options,
+        )[:, prompts.shape[1] :]
+        has_spare = bool((tokens >= pieces).any())
+        assert has_spare == (num_pieces is None)
+        if has_generation_config:
+            assert not (tokens == 3).any()  # which the source suppresses
+
+
 # Bad input ----------------------------------------------------------------------------------------
 
 

@@ -1,20 +1,27 @@
 """Whole runs with decoder-only models: frozen teachers of every kind, and rewards of chats."""
 
+import concurrent.futures
 import functools
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import small_runs
 import small_tokenizers
 
 from gkd_jax import divergences, gkd, rl, sharding
+from gkd_jax.batch import Batch
 from gkd_jax.input.data import DataConfig
 from gkd_jax.models.decoder_config import DecoderConfig
+from gkd_jax.sampling import Sample
 from gkd_jax.storage import pretrained
 from gkd_jax.training import metrics, program, train
+from gkd_jax.training.progress import Progress
 from gkd_jax.training.recipe import TrainConfig
+from gkd_jax.training.rollouts import Rollout
+from gkd_jax.training.step_log import StepLog
 
 
 def small(size, vocab_size, num_kv_heads=1):
@@ -91,6 +98,37 @@ def test_rewards_of_chats_read_whole_prompts(tmp_path):
     first = "user\nHello.\nassistant\nYes?\n"
     assert sorted(prompts[0::2]) == sorted(f"{first}user\n{chat}\nassistant\n" for chat in chats)
     assert {reference for _, batch in seen for reference in batch} == {""}
+
+
+def test_a_sample_is_truncated_if_none_of_its_tokens_is_an_end_id_of_the_run(tmp_path):
+    recipe = small_runs.options(
+        "",
+        steps=1,
+        fraction=1.0,
+        divergence=divergences.reverse_kl,
+        student=model(),
+        teacher=model(),
+    )["recipe"]
+    built = program.build(recipe, 128, eos_ids=(0, 9))
+    # Two samples end. One holds a T5's end id 1, an ordinary token here. In the last, id 0 is no
+    # end but what fills a row after the last token that counts.
+    tokens = jnp.array([[3, 9, 0], [0, 0, 0], [4, 1, 6], [2, 2, 0]])
+    weights = jnp.array([[1, 1, 0], [1, 0, 0], [1, 1, 1], [1, 1, 0]], jnp.float32)
+    sample = Sample(tokens, weights, log_probs=-weights)
+    batch = Batch(tokens, tokens, weights, input_lengths=jnp.array([3, 3, 3, 3]))
+    keys = gkd.step_keys(0, 0)
+    rollout = Rollout(batch, batch, keys, built.update, began=0.0, sample=sample)
+    seconds = concurrent.futures.Future()
+    seconds.set_result(0.1)
+    writer = metrics.Writer(str(tmp_path), resume_step=0)
+    log = StepLog(writer, Progress(1, start=0, every=1), built)
+    values = dict.fromkeys(("loss", "grad_norm", "prompt_tokens", "target_tokens"), 1.0)
+    log.add(0, rollout, None, values, seconds)
+    log.flush()
+    writer.close()
+    (line,) = metrics.read(tmp_path / "metrics.jsonl")
+    assert line["train/truncated_fraction"] == 0.5
+    assert line["train/sample_length"] == 2.0
 
 
 @pytest.mark.parametrize(("num_kv_heads", "is_said"), [(1, True), (2, False)])

@@ -146,7 +146,7 @@ class GKDJax:
         return np.asarray(drawn.tokens), np.asarray(drawn.weights)
 
     def sample_statistics(self, tokens, weights):
-        return metrics.sample_statistics(tokens, weights)
+        return metrics.sample_statistics(tokens, weights, t5.EOS_IDS)
 
     def is_on_policy(self, seed, step, on_policy_fraction):
         return gkd.is_on_policy(

@@ -142,8 +142,8 @@ def write_hf(
         config: the model's sizes.
         params: the model's parameters.
         dtype: the dtype of the stored weights: "float32", "bfloat16" or "float16".
-        num_pieces: the number of pieces in the vocabulary; None if unknown. A T5's embedding may
-            have more rows than that. Training does not change these spare rows, so their ids are
+        num_pieces: the number of pieces in the vocabulary; None if unknown. An embedding may have
+            more rows than that. Training does not change these spare rows, so their ids are
             written into generation_config.json as `suppress_tokens` and are never generated.
         source: a Hugging Face folder whose tokenizer and other companion files are copied.
         card: the text of README.md; None writes no README.md.
@@ -153,7 +153,9 @@ def write_hf(
     """
     folder = None if source is None else pathlib.Path(source)
     if isinstance(config, DecoderConfig):
-        decoder_huggingface.write(path, config, params, dtype=dtype, source=folder, card=card)
+        decoder_huggingface.write(
+            path, config, params, dtype=dtype, num_pieces=num_pieces, source=folder, card=card
+        )
     else:
         huggingface.write(
             path, config, params, dtype=dtype, num_pieces=num_pieces, source=folder, card=card

@@ -15,6 +15,7 @@ from gkd_jax.models import decoder
 from gkd_jax.models.decoder_config import DecoderConfig
 
 
+_GENERATION = "generation_config.json"
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Names of the text model's arrays start with one of these prefixes or with none of them. Longer
 # prefixes come first, because the first match is removed.
@@ -145,6 +146,7 @@ def write(
     params: decoder.Params,
     *,
     dtype: str,
+    num_pieces: int | None = None,
     source: pathlib.Path | None = None,
     card: str | None = None,
 ) -> None:
@@ -155,6 +157,8 @@ def write(
         config: the model's sizes.
         params: the model's parameters.
         dtype: the dtype of the stored weights: "float32", "bfloat16" or "float16".
+        num_pieces: the number of pieces in the vocabulary; None if unknown. The ids beyond it are
+            written as `suppress_tokens`.
         source: the Hugging Face folder from which the model was initialised. Its tokenizer, chat
             template, generation settings and licence are copied.
         card: the text of README.md; None writes no README.md.
@@ -178,8 +182,27 @@ def write(
             for file in hf_folder.companions(source):
                 shutil.copy(file, folder)
         hf_folder.write_json(folder / "config.json", fields)
+        _suppress_spare_ids(folder, config, num_pieces)
         if card is not None:
             (folder / "README.md").write_text(card, "utf-8")
+
+
+def _suppress_spare_ids(
+    folder: pathlib.Path, config: DecoderConfig, num_pieces: int | None
+) -> None:
+    """Makes transformers never generate the ids of the embedding that no piece has.
+
+    Training does not change the rows of these ids, so their logits mean nothing. Where the folder
+    has a generation_config.json, transformers reads the special ids in that file alone, so a new
+    file repeats those of config.json.
+    """
+    spare = [] if num_pieces is None else list(range(num_pieces, config.vocab_size))
+    if not spare:
+        return
+    file = folder / _GENERATION
+    fields = hf_folder.read_json(file) if file.is_file() else hf_folder.token_ids(folder)
+    suppressed = sorted({*(fields.get("suppress_tokens") or ()), *spare})
+    hf_folder.write_json(file, {**fields, "suppress_tokens": suppressed})
 
 
 def _maker(leaf: Any, part: Part, layer: int | None):

@@ -112,20 +112,26 @@ class Writer:
         self._tensorboard.close()
 
 
-def sample_statistics(tokens: np.ndarray, weights: np.ndarray) -> dict[str, float]:
+def sample_statistics(
+    tokens: np.ndarray, weights: np.ndarray, eos_ids: Sequence[int]
+) -> dict[str, float]:
     """Returns statistics that show whether samples go wrong.
 
     Args:
-        tokens: sampled ids [N, T], where EOS has the id 1.
+        tokens: sampled ids [N, T].
         weights: an array [N, T] that is 1 where a token counts, 0 elsewhere.
+        eos_ids: the ids that end a sample; without any, every sample is truncated.
 
     Returns:
         `length`, the mean number of tokens of a sample; `truncated_fraction`, the share of samples
-        without EOS; and `distinct_2`, the share of distinct bigrams.
+        of which no token that counts is one of `eos_ids`; and `distinct_2`, the share of distinct
+        bigrams.
     """
+    # An id that pads rows may be one that ends texts, so the weights must say which tokens count.
+    ends = np.isin(tokens, eos_ids) & (weights > 0)
     return {
         "length": float(weights.sum(1).mean()),
-        "truncated_fraction": float((~(tokens == 1).any(1)).mean()),
+        "truncated_fraction": float((~ends.any(1)).mean()),
         "distinct_2": _distinct_bigrams(tokens, weights),
     }
 

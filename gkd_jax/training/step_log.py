@@ -33,6 +33,7 @@ class StepLog:
     def __init__(self, writer: metrics.Writer, progress: Progress, program: Program):
         self._writer, self._progress, self._program = writer, progress, program
         self._schedule = program.recipe.learning_rate()
+        self._eos_ids = program.method.sampling.ids(program.models.student)[1]
         self._peak = throughput.peak_flops()
         self._held: _Step | None = None
         self._ended_at = 0.0
@@ -72,7 +73,7 @@ class StepLog:
             **{f"train/{name}": value for name, value in values.items()},
             "train/on_policy": float(step.rollout.sample is not None),
             "train/learning_rate": float(self._schedule(step.number)),
-            **_sample_numbers(step),
+            **_sample_numbers(step, self._eos_ids),
             "time/sample_s": sampled.result() if sampled else 0.0,
             "time/update_s": step.update_seconds.result(),
         }
@@ -127,15 +128,20 @@ class StepLog:
         )
 
 
-def _sample_numbers(step: _Step) -> dict[str, float]:
-    """The metrics of a step's samples and rewards; {} if the step has none."""
+def _sample_numbers(step: _Step, eos_ids: tuple[int, ...]) -> dict[str, float]:
+    """The metrics of a step's samples and rewards; {} if the step has none.
+
+    Args:
+        step: the step, whose results are ready.
+        eos_ids: the ids that end a sample.
+    """
     numbers: dict[str, float] = {}
     sample = step.rollout.sample
     if sample is not None:
         weights = np.asarray(jax.device_get(sample.weights))
         tokens = np.asarray(jax.device_get(sample.tokens))
         log_probs = np.asarray(jax.device_get(sample.log_probs))
-        found = metrics.sample_statistics(tokens, weights)
+        found = metrics.sample_statistics(tokens, weights, eos_ids)
         numbers["train/sample_length"] = found["length"]
         numbers["train/truncated_fraction"] = found["truncated_fraction"]
         numbers["train/sample_entropy"] = float(-(log_probs * weights).sum() / weights.sum())
