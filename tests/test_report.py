@@ -662,6 +662,31 @@ def test_a_run_without_evaluations_is_named(tmp_path):
     assert not list((tmp_path / "out" / "figures").iterdir())
 
 
+def test_the_list_of_runs_shows_what_a_run_has_where_a_final_number_is_missing(tmp_path):
+    run = about(divergence=JSD_01, fraction=1.0)
+    write_run(tmp_path / "whole", run, {"accuracy": 60.0, "teacher_divergence": 0.1})
+    write_run(tmp_path / "prompts", seeded(copy.deepcopy(run), 1), {"teacher_divergence": 0.25})
+    write_run(tmp_path / "none", seeded(copy.deepcopy(run), 2), {})
+    write_run(tmp_path / "start", seeded(copy.deepcopy(run), 3), {})
+    write_run(tmp_path / "stopped", seeded(copy.deepcopy(run), 4), {}, steps=10)
+    for name, step in (("start", 0), ("stopped", 0), ("stopped", 8)):
+        line = {"step": step, "eval/arithmetic/accuracy": 30.0 + step}
+        line |= {"eval/arithmetic/teacher_divergence": 3.0}
+        with open(tmp_path / name / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+    report.write([str(tmp_path)], str(tmp_path / "out"))
+    rows = (tmp_path / "out" / "report.md").read_text().split("## Runs")[1].splitlines()
+    found = {row.split("]")[0][3:]: row.split("|")[-2].strip() for row in rows if "](runs" in row}
+    assert found == {
+        "whole": "60 accuracy",
+        "prompts": "0.25 teacher_divergence",
+        "none": "not evaluated",
+        "start": "30 accuracy at step 0",
+        "stopped": "38 accuracy at step 8",
+    }
+    assert "30 accuracy at step 0" in Page(tmp_path / "out" / "report.html").text
+
+
 #### The paper #####################################################################################
 
 

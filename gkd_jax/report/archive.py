@@ -52,9 +52,7 @@ def _is_kept(line: dict[str, Any], last: int) -> bool:
 
 def _small(value: Any, roots: Sequence[pathlib.Path]) -> Any:
     if isinstance(value, dict):
-        return {
-            _small(_task_of(name), roots): _small(inner, roots) for name, inner in value.items()
-        }
+        return {_small(name, roots): _small(inner, roots) for name, inner in value.items()}
     if isinstance(value, list):
         return [_small(inner, roots) for inner in value]
     if isinstance(value, float):
@@ -64,9 +62,3 @@ def _small(value: Any, roots: Sequence[pathlib.Path]) -> Any:
         inside = [path.relative_to(root) for root in roots if path.is_relative_to(root)]
         return inside[0].as_posix() if inside else path.name
     return value
-
-
-def _task_of(name: str) -> str:
-    """Shortens a metric of a task that is a path: eval//data/x.jsonl/bleu to eval/x.jsonl/bleu."""
-    first, _, rest = name.partition("/")
-    return "/".join([first, *rest.split("/")[-2:]]) if rest.startswith("/") else name

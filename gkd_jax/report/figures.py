@@ -247,9 +247,8 @@ def _rl(view: _View) -> Iterator[_Sketch]:
     notes = [f"alpha {said(group.method.alpha)}" for group in rows["group"]]
     rows = _lines(rows, "RL + GKD", rows["mean"], COLOURS["accent"])[: len(rows)].assign(note=notes)
     rewards = view.study.table(view.task, view.setting, reward).set_index("group")
-    rows = rows.assign(
-        **{y: rows["group"].map(rewards[of]) for y, of in (("y", "mean"), ("error", "error"))}
-    )
+    groups = rows["group"]
+    rows = rows.assign(y=groups.map(rewards["mean"]), error=groups.map(rewards["error"]))
     sized = rows.dropna(subset="y").groupby("size", sort=False)
     panels = [view.panel(some, some) for _, some in sized if len(some) > 1]
     caption = "alpha weighs distillation, 1 - alpha the reward; as in Fig. 5 of the paper."

@@ -1,7 +1,7 @@
 """Renders the pages of a report as HTML and Markdown. Every text of a run is escaped."""
 
 import base64
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import functools
 import hashlib
 import html
@@ -43,8 +43,7 @@ def environment() -> jinja2.Environment:
     )
     script = (plots.TEMPLATES / "sort.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    style = (plots.TEMPLATES / "style.css").read_text(encoding="utf-8")
-    env.globals.update(script=script, script_hash=digest, style=style)
+    env.globals.update(script=script, script_hash=digest, style=plots.CSS)
     env.filters.update(md=markdown, said=said)
     return env
 
@@ -52,20 +51,8 @@ def environment() -> jinja2.Environment:
 def report(study: Study, drawn: dict[str, list[Figure]]) -> tuple[str, str]:
     """The whole report as one HTML file, and as Markdown with links to figures/ and runs/."""
     tasks = [_task(study, task, drawn.get(task, [])) for task in study.tasks()]
-    # The list of runs shows each run's primary metric under the task's most used decoding.
     usual = {(task, *study.settings(task)[:1]): study.metrics(task)[:1] for task in study.tasks()}
-    runs = [
-        (
-            run,
-            [
-                f"{values[name]:.4g} {name}"
-                for key, values in run.finals.items()
-                for name in usual.get(key, ())
-                if name in values
-            ],
-        )
-        for run in study.runs
-    ]
+    runs = [(run, _numbers(study, run, usual)) for run in study.runs]
     whole, plain = (environment().get_template(f"report.{end}") for end in ("html", "md"))
     values = {"study": study, "tasks": tasks, "runs": runs}
     return whole.render(values), plain.render(values)
@@ -96,6 +83,32 @@ def markdown(text: Any) -> str:
     return re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", shown_text)
 
 
+def _numbers(study: Study, run: Run, usual: Mapping[Any, Sequence[str]]) -> list[str]:
+    """The numbers of a run in the list of runs: of each task the primary metric, decoded as usual.
+
+    A run without such a number shows the first metric of its last evaluation, and the step of that
+    if it is not the run's last.
+    """
+    found = [
+        f"{values[name]:.4g} {name}"
+        for key, values in run.finals.items()
+        for name in usual.get(key, ())
+        if name in values
+    ]
+    steps = [one.step for one in run.evaluations if one.step is not None]
+    if found or not steps:
+        return found or ["not evaluated"]
+    step = max(steps)
+    when = "" if run.finished and step == run.last_step else f" at step {step:,}"
+    last = [
+        f"{one.values[name]:.4g} {name}{when}"
+        for one in run.evaluations
+        for name in [name for name in study.metrics(one.task) if name in one.values][:1]
+        if one.step == step
+    ]
+    return list(dict.fromkeys(last))
+
+
 def _task(study: Study, task: str, figures: Sequence[Figure]) -> dict[str, Any]:
     metrics, decodings = study.metrics(task), []
     for setting in study.settings(task):
@@ -110,15 +123,16 @@ def _task(study: Study, task: str, figures: Sequence[Figure]) -> dict[str, Any]:
                 label: some.set_index("size").to_dict("index")
                 for label, some in rows.groupby("label", sort=False)
             }
-            decoding = {
-                "setting": setting,
-                "answers": list(answer.answers(study, rows)) if setting.is_main else [],
-                "rows": by_label,
-                "sizes": sizes(rows["group"]),
-                "metrics": {name: t.set_index("group") for name, t in tables.items() if len(t)},
-                "groups": list(rows["group"]),
-            }
-            decodings.append(decoding)
+            decodings.append(
+                {
+                    "setting": setting,
+                    "answers": list(answer.answers(study, rows)) if setting.is_main else [],
+                    "rows": by_label,
+                    "sizes": sizes(rows["group"]),
+                    "metrics": {name: t.set_index("group") for name, t in tables.items() if len(t)},
+                    "groups": list(rows["group"]),
+                }
+            )
     evaluated = {group for decoding in decodings for group in decoding["groups"]}
     return {
         "name": task,

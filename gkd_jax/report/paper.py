@@ -91,10 +91,8 @@ def cell(run: Run, task: str) -> Cell | None:
     size = _size(run, "student")
     if method.kind not in ("sft", "seqkd", "distillation") or known is None or size is None:
         return None
-    if (
-        any(fields.get(name, value) != value for name, value in content()["in_common"].items())
-        or "changes" in fields
-    ):
+    common = content()["in_common"].items()
+    if "changes" in fields or any(fields.get(name, value) != value for name, value in common):
         return None
     distils = method.kind == "distillation"
     return Cell(
@@ -119,13 +117,8 @@ def matching(cell: Cell, setting: Setting) -> Iterator[Number]:
 def beside(run: Run, task: str, setting: Setting, metric: str, *, started: bool) -> Number | None:
     """The paper's number for a run, decoding and split; None if there is none.
 
-    Args:
-        run: the run.
-        task: the task it was evaluated on.
-        setting: how it was decoded.
-        metric: the metric.
-        started: whether the run started from another run of the study. For an SFT run there is then
-            no number, because the paper's SFT starts from public checkpoints.
+    `started` says whether the run started from another run of the study. An SFT run then has no
+    number, because the paper's SFT starts from public checkpoints.
     """
     where = cell(run, task)
     if where is None or metric != metric_of(task) or (started and where.method == "SFT"):

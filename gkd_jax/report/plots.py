@@ -23,8 +23,8 @@ from gkd_jax.report.study import Table
 
 TEMPLATES = importlib.resources.files("gkd_jax.report") / "templates"
 # The colours of the light page, by the names of their variables in style.css.
-_STYLE = (TEMPLATES / "style.css").read_text(encoding="utf-8")
-COLOURS = dict(re.findall(r"--(\w+): (#\w{6})", _STYLE.partition("@media")[0]))
+CSS = (TEMPLATES / "style.css").read_text(encoding="utf-8")
+COLOURS = dict(re.findall(r"--(\w+): (#\w{6})", CSS.partition("@media")[0]))
 INK, MUTED, PAGE = COLOURS["ink"], COLOURS["muted"], COLOURS["page"]
 _WIDE, _NARROW = 11.8, 3.6  # widths in inches, at 100 pixels per inch
 # If the values differ by less than this share of the largest, bars from zero would look alike, and
@@ -68,12 +68,7 @@ def style() -> Iterator[None]:
 
 
 def render(draw: Draw, panels: Sequence[Panel], x: str, y: str = "") -> tuple[bytes, str, str]:
-    """Draws a figure.
-
-    Args:
-        draw: the function that draws a panel.
-        panels: the parts of the figure.
-        x, y: the names of the axes.
+    """Draws a figure of panels with `draw`, whose axes are named `x` and `y`.
 
     Returns:
         A PNG, an SVG for a wide page and an SVG for a phone; equal arguments give equal results.

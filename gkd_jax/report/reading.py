@@ -11,7 +11,7 @@ import pathlib
 import re
 from typing import Any
 
-from gkd_jax.report.record import Evaluation, Run, Setting, as_object, finite, whole
+from gkd_jax.report.record import Evaluation, Run, Setting, as_object, as_objects, finite, whole
 
 
 # These folders hold many files and no runs.
@@ -148,8 +148,8 @@ def _named(found: _Found) -> Iterator[tuple[str, str, pathlib.Path, dict[str, An
 
 
 def _run(name: str, slug: str, folder: pathlib.Path, read: dict[str, Any]) -> Run:
-    about, decoded = as_object(read.get("run")), _objects(read.get("evaluations"))
-    lines = [one for one in _objects(read.get("metrics")) if whole(one.get("step")) is not None]
+    about, decoded = as_object(read.get("run")), as_objects(read.get("evaluations"))
+    lines = [one for one in as_objects(read.get("metrics")) if whole(one.get("step")) is not None]
     lines.sort(key=lambda line: line["step"])
     setting = Setting.of(as_object(as_object(about.get("recipe")).get("evaluation")))
     evaluations = [one for line in lines for one in _of_line(line, setting)]
@@ -172,10 +172,6 @@ def _run(name: str, slug: str, folder: pathlib.Path, read: dict[str, Any]) -> Ru
         samples=read.get("samples", {}),
         problems=read["problems"],
     )
-
-
-def _objects(value: Any) -> list[dict[str, Any]]:
-    return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
 
 
 def _of_line(line: dict[str, Any], setting: Setting) -> Iterator[Evaluation]:

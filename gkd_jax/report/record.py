@@ -117,11 +117,9 @@ class Method(NamedTuple):
             return {"sft": "SFT", "seqkd": "SeqKD"}.get(self.kind, "no readable run.json")
         if which in _NAMES:
             return _NAMES[which]
-        return (
-            f"{_MIXES[self.fraction]}, {name}"
-            if self.fraction in _MIXES
-            else (f"GKD, {name}, λ = {self.fraction}")
-        )
+        if self.fraction in _MIXES:
+            return f"{_MIXES[self.fraction]}, {name}"
+        return f"GKD, {name}, λ = {self.fraction}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -155,8 +153,7 @@ class Run:
         """The recorded configuration, by dotted names such as "method.divergence.beta"."""
         names = ("contents", "parameters", "process_shards")
         beside = {name: self.about.get(name) for name in names}
-        found = self.about.get("changes")
-        changed = [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
+        changed = as_objects(self.about.get("changes"))
         beside["changes"] = [one for one in changed if not _is_harmless(str(one.get("field")))]
         beside["targets_made_by_a_model"] = bool(self.about.get("targets_made_by"))
         recorded = {name: value for name, value in beside.items() if value}
@@ -294,6 +291,10 @@ def whole(value: Any) -> int | None:
 
 def as_object(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
+
+
+def as_objects(value: Any) -> list[dict[str, Any]]:
+    return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
 
 
 def _is_harmless(name: str) -> bool:

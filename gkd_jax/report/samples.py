@@ -51,17 +51,11 @@ def tables(run: Run) -> Iterator[dict[str, Any]]:
         ]
         values = [v for pair in chosen for row in pair for _, v in _tokens(row) if v is not None]
         # The 95th percentile gets the darkest shade, so that an outlier does not fade the rest.
-        scale = (
-            max(float(np.quantile(values, 0.95, method="inverted_cdf")), 1e-6) if values else 0.0
-        )
+        darkest = float(np.quantile(values or [0.0], 0.95, method="inverted_cdf"))
+        scale = max(darkest, 1e-6) if values else 0.0
+        names = ("inputs", "teacher_inputs", "targets")
         rows = [
-            (
-                _text(row, "inputs"),
-                _text(row, "teacher_inputs"),
-                _text(row, "targets"),
-                _decoded(old, scale),
-                _decoded(row, scale),
-            )
+            (*(_text(row, name) for name in names), _decoded(old, scale), _decoded(row, scale))
             for old, row in chosen
         ]
         steps = {"first_step": first_step if first != last else None, "last_step": last_step}

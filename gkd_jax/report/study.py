@@ -84,8 +84,7 @@ class Study:
     def __init__(self, runs: Sequence[Run]):
         self.runs = tuple(runs)
         self.left_out: dict[str, str] = {}
-        grouped: dict[Any, dict[Any, Run]] = {}
-        identities: dict[Any, dict[str, Any]] = {}
+        grouped: dict[Any, tuple[dict[str, Any], dict[Any, Run]]] = {}
         # Of runs with the same configuration and seed, keep the one decoded in the most ways.
         for run in sorted(runs, key=lambda run: -len(run.finals)):
             if not run.finished:
@@ -93,24 +92,22 @@ class Study:
                 self.left_out[run.slug] = reason
                 continue
             identity, seed = _configuration(runs, run)
-            key = frozenset(identity.items())
-            identities.setdefault(key, identity)
-            seeds = grouped.setdefault(key, {})
+            _, seeds = grouped.setdefault(frozenset(identity.items()), (identity, {}))
             held = seeds.setdefault(seed, run)
             if held is not run:
                 self.left_out[run.slug] = f"same configuration and seed as {held.name}"
-        members = {key: tuple(seeds.values()) for key, seeds in grouped.items()}
-        finished = [run for some in members.values() for run in some]
+        members = [(identity, tuple(seeds.values())) for identity, seeds in grouped.values()]
+        finished = [run for _, some in members for run in some]
         roles = ("student", "teacher")
         self._made = {  # (group's first run, role) -> the run that made its start or teacher
             (one[0].slug, role): _maker(finished, one[0], role)
-            for one in members.values()
+            for _, one in members
             for role in roles
         }
         self.groups = _labelled(
             [
-                Group(runs=some, identity=identities[key], role=self._role(some))
-                for key, some in members.items()
+                Group(runs=some, identity=identity, role=self._role(some))
+                for identity, some in members
             ]
         )
         self._group_of = {run.slug: group for group in self.groups for run in group.runs}
@@ -181,14 +178,11 @@ class Study:
             found, before = (self._number(one, task, setting, metric) for one in (group, start))
             started = start is not None
             known = paper.beside(group.first, task, setting, metric, started=started)
+            of_group = ("label", "size", "role", "fraction", "amount")
             row: dict[str, Any] = {
                 "group": group,
-                "label": group.label,
-                "size": group.size,
-                "role": group.role,
+                **{name: getattr(group, name) for name in of_group},
                 "divergence": group.method.divergence,
-                "fraction": group.fraction,
-                "amount": group.amount,
                 **found,
                 "text": shown(found["mean"], found["error"]),
                 "gain": found["mean"] - before["mean"],
