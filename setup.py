@@ -44,6 +44,8 @@ TEST = [
     *REPORT,
     "beartype>=0.22",
     "hypothesis>=6.100",
+    "ipykernel>=6.29",
+    "nbclient>=0.10",
     "pytest>=8",
     "pytest-xdist>=3.6",
     "torch>=2.6",
