@@ -17,7 +17,7 @@ from gkd_jax.text import settings
 Divergence = Callable[[jax.Array, jax.Array], jax.Array]
 Reduction = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 Schedule = Callable[[Any], Any]
-"""From the number of the step to a number, such as a probability or a temperature."""
+"""A schedule takes the number of a step and returns a number, such as a temperature."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

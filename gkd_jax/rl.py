@@ -27,7 +27,10 @@ from gkd_jax.text import settings
 
 
 Reward = Callable[[Sequence[str], Sequence[str], Sequence[str]], np.ndarray]
-"""(prompts, outputs, references), N texts each, to N numbers; called on the host, once a step."""
+"""A reward takes the prompts, the outputs and the references, N texts each, and returns N numbers.
+
+It is called on the host, once a step.
+"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

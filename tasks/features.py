@@ -30,8 +30,11 @@ TOKENIZE = (
     seqio.CacheDatasetPlaceholder(),
     seqio.preprocessors.append_eos_after_trim,
 )
-"""Ends every task: texts stay as `*_pretokenized`, both features end in EOS, and how many tokens
-there were before the cut stays too."""
+"""The preprocessors that end every task.
+
+They turn texts into ids that end in EOS. The texts stay in the example as `*_pretokenized`, and the
+numbers of tokens before the cut as `*_tokens`.
+"""
 
 
 def only_tokenizes(task: Any) -> bool:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gkd_jax.convert.layout import flatten
-from gkd_jax.models import t5
+from gkd_jax.models import lm, t5
 
 
 def random_params(config: t5.T5Config, seed: int = 0, *, norm_spread: float = 0.2) -> t5.Params:
@@ -24,7 +24,7 @@ def random_params(config: t5.T5Config, seed: int = 0, *, norm_spread: float = 0.
         size = 1.0 if "embedding" in path[-1].key else shape.shape[-2] ** -0.5
         return jnp.asarray(rng.normal(0, size, shape.shape), jnp.float32)
 
-    return jax.tree_util.tree_map_with_path(leaf, t5.abstract_params(config))
+    return jax.tree_util.tree_map_with_path(leaf, lm.abstract_params(config))
 
 
 def assert_same(left, right) -> None:

@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from gkd_jax import convert, load_model, main
-from gkd_jax.models import t5
+from gkd_jax.models import lm, t5
 from gkd_jax.storage import checkpoints
 from gkd_jax.storage.conversion import FORMATS, convert_checkpoint
 from gkd_jax.text import vocabularies
@@ -47,7 +47,7 @@ def test_a_dry_run_says_what_it_would_write_and_writes_nothing(
     convert_checkpoint(str(sources / source), str(output), to=to, step=3, dry_run=True)
     said = capsys.readouterr().err
     assert f"can be written to {output}{'/checkpoint_3' if to == 't5x' else ''} as {to}" in said
-    assert f"{t5.num_params(t5.abstract_params(CONFIG)):,} parameters" in said
+    assert f"{t5.num_params(lm.abstract_params(CONFIG)):,} parameters" in said
     assert not list(tmp_path.iterdir())
 
 

@@ -22,7 +22,7 @@ from gkd_jax import convert, sampling
 from gkd_jax.batch import Batch
 from gkd_jax.convert import hf_folder, stored, t5x_write
 from gkd_jax.convert.layout import flatten, t5x_layout, to_ours, unflatten
-from gkd_jax.models import t5
+from gkd_jax.models import lm, t5
 from gkd_jax.training import optimizers
 
 
@@ -92,7 +92,7 @@ def test_all_formats_hold_the_same_parameters(t5x_checkpoint, network):
     config = convert.read_config(native)
     expected = convert.read_params(native, config)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), expected) == jax.tree.map(
-        lambda x: (x.shape, x.dtype), t5.abstract_params(config)
+        lambda x: (x.shape, x.dtype), lm.abstract_params(config)
     )
     ocdbt = convert.read_params(t5x_checkpoint(network, "orbax_ocdbt"), config)
     assert_same(ocdbt, expected)
@@ -206,7 +206,7 @@ def test_shards_are_read_straight_into_their_devices(t5x_checkpoint, network):
         largest = max(range(leaf.ndim), key=lambda axis: leaf.shape[axis])
         return NamedSharding(mesh, P(*["x" if a == largest else None for a in range(leaf.ndim)]))
 
-    shardings = jax.tree.map(place, t5.abstract_params(config))
+    shardings = jax.tree.map(place, lm.abstract_params(config))
     placed = convert.read_params(path, config, shardings=shardings)
     assert jax.tree.map(lambda x: x.sharding, placed) == shardings
     assert_same(placed, expected)
@@ -245,7 +245,7 @@ def test_chunks_are_fetched_once_for_all_shards(tmp_path, config):
 
     on_disk = sum(file.stat().st_size for file in (tmp_path / "checkpoint_1").glob("target*/*"))
     before = bytes_read()
-    convert.read_params(folder, config, shardings=jax.tree.map(place, t5.abstract_params(config)))
+    convert.read_params(folder, config, shardings=jax.tree.map(place, lm.abstract_params(config)))
     assert 0.9 * on_disk < bytes_read() - before < 1.5 * on_disk
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from gkd_jax import convert, sharding
 from gkd_jax.batch import Batch
-from gkd_jax.models import decoder, grouped_attention, quantized
+from gkd_jax.models import decoder, grouped_attention, lm, quantized
 from gkd_jax.models.decoder_config import DecoderConfig
 from gkd_jax.models.grouped_attention import NO_WINDOW, Sight
 
@@ -211,7 +211,7 @@ def test_int8_kernels_are_restored():
         strict=True,
     ):
         np.testing.assert_allclose(found, expected, atol=1e-5)
-    shapes = decoder.abstract_params(config, "int8")
+    shapes = lm.abstract_params(config, "int8")
     assert jax.tree.structure(shapes) == jax.tree.structure(small)
     assert decoder.num_params(small) == decoder.num_params(params)
 

@@ -14,7 +14,7 @@ from scipy import special
 from gkd_jax import accumulation, divergences, gkd, losses, sampling, sharding
 from gkd_jax.batch import Batch
 from gkd_jax.gkd import GKDConfig, ModelPair
-from gkd_jax.models import t5
+from gkd_jax.models import lm, t5
 from gkd_jax.training import optimizers, train_state
 
 
@@ -336,7 +336,7 @@ def test_memory_of_the_loss_does_not_grow_with_the_length_times_the_vocabulary()
     sizes = {"vocab_size": 8192, "d_model": 8, "d_ff": 8, "num_heads": 1, "head_dim": 8}
     config = dataclasses.replace(STUDENT, **sizes, num_decoder_layers=1)
     models = ModelPair(student=config, teacher=config, num_pieces=8192)
-    params = t5.abstract_params(config)
+    params = lm.abstract_params(config)
 
     def bytes_of(length, parts):
         targets = jax.ShapeDtypeStruct((4, length), jnp.int32)

@@ -30,7 +30,7 @@ def models(tmp_path_factory):
 
 def run(models, output, *, model="0", data=DATA, evaluation=EVALUATION, **more):
     chosen = pretrained.ModelConfig(checkpoint=str(models / model))
-    infer.run(model=chosen, data_config=data, evaluation=evaluation, output=str(output), **more)
+    infer.run(model=chosen, data=data, evaluation=evaluation, output=str(output), **more)
 
 
 def record_of(output):

@@ -9,7 +9,7 @@ import small_runs
 from gkd_jax import divergences, sharding
 from gkd_jax.batch import Batch
 from gkd_jax.evaluation import evaluate
-from gkd_jax.models import quantized, t5
+from gkd_jax.models import lm, quantized, t5
 from gkd_jax.sampling import SamplingConfig, sample
 from gkd_jax.storage import pretrained
 from gkd_jax.training import metrics, train
@@ -42,7 +42,7 @@ def test_norms_embeddings_and_biases_stay_and_sizes_count_alike(params):
     restored = quantized.restore(small)
     assert jax.tree.structure(restored) == jax.tree.structure(params)
     assert t5.num_params(small) == t5.num_params(params)
-    abstract = t5.abstract_params(CONFIG, "int8")
+    abstract = lm.abstract_params(CONFIG, "int8")
     assert jax.tree.map(lambda x: (x.shape, x.dtype), abstract) == jax.tree.map(
         lambda x: (x.shape, x.dtype), small
     )

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from gkd_jax import sharding
-from gkd_jax.models import t5
+from gkd_jax.models import lm, t5
 from gkd_jax.sharding import MeshConfig
 
 
@@ -182,7 +182,7 @@ def test_all_t5_sizes_divide_over_a_pod_slice():
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
     for make in (t5.t5_1_0, t5.t5_1_1):
         for size in ("tiny", "small", "base", "large", "xl", "xxl"):
-            shapes = t5.abstract_params(make(size))
+            shapes = lm.abstract_params(make(size))
             placed = sharding.tree_shardings(shapes, t5.logical_axes(shapes), mesh)
             whole = 4 * t5.num_params(shapes)
             held = sum(

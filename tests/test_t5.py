@@ -10,7 +10,7 @@ import pytest
 from random_models import random_params
 
 from gkd_jax.batch import Batch
-from gkd_jax.models import layers, t5
+from gkd_jax.models import layers, lm, t5
 
 
 T5_1_1 = t5.T5Config(
@@ -246,7 +246,7 @@ COUNTS = {
 
 @pytest.mark.parametrize(("make", "size"), list(COUNTS))
 def test_parameter_counts_of_the_public_sizes(make, size):
-    assert t5.num_params(t5.abstract_params(make(size))) == COUNTS[make, size]
+    assert t5.num_params(lm.abstract_params(make(size))) == COUNTS[make, size]
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -254,7 +254,7 @@ def test_parameter_counts_of_the_public_sizes(make, size):
 def test_every_parameter_has_logical_axes_of_its_rank(make, size):
     for per_layer_relpos in (False, True):
         config = dataclasses.replace(make(size), per_layer_relpos=per_layer_relpos)
-        params = t5.abstract_params(config)
+        params = lm.abstract_params(config)
         axes = t5.logical_axes(params)
         flat = jax.tree_util.tree_flatten_with_path(params)[0]
         names = jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, tuple))
@@ -281,9 +281,9 @@ def test_abstract_parameters_describe_the_real_ones(params):
                 (real.shape, real.dtype), (shape.shape, shape.dtype)
             ),
             params[name],
-            t5.abstract_params(CONFIGS[name]),
+            lm.abstract_params(CONFIGS[name]),
         )
-    low = t5.abstract_params(T5_1_1, "bfloat16")
+    low = lm.abstract_params(T5_1_1, "bfloat16")
     assert {leaf.dtype for leaf in jax.tree.leaves(low)} == {jnp.dtype("bfloat16")}
 
 
@@ -425,7 +425,7 @@ def test_logits_equal_hugging_face(name, batch):
     config = CONFIGS[name]
     model = _hugging_face(config)
     params = _from_hugging_face(config, model)
-    shapes = t5.abstract_params(config)
+    shapes = lm.abstract_params(config)
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, shapes)
     inputs = torch.tensor(np.asarray(batch.inputs))
     with torch.no_grad():

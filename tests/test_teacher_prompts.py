@@ -308,7 +308,7 @@ def test_scores_on_disk_are_those_of_a_teacher_with_its_own_prompts(tmp_path, te
     own = data_config(num_examples=24)
     more = {"steps": 3, "teacher": teacher, "divergence": divergences.forward_kl}
     train.train(**options(tmp_path / "live", data=own, **more))
-    score.run(model=teacher, data_config=own, output=str(tmp_path / "scores"), k=1000)
+    score.run(model=teacher, data=own, output=str(tmp_path / "scores"), k=1000)
     cached = data_config(num_examples=24, teacher_cache=str(tmp_path / "scores"))
     train.train(**options(tmp_path / "cached", data=cached, **{**more, "teacher": None}))
     np.testing.assert_allclose(losses(tmp_path / "cached"), losses(tmp_path / "live"), rtol=1e-4)

@@ -15,7 +15,7 @@ from small_runs import LENGTHS, options, small
 from gkd_jax import divergences, sharding
 from gkd_jax.evaluation import evaluate
 from gkd_jax.input.data import DataConfig
-from gkd_jax.models import t5
+from gkd_jax.models import lm
 from gkd_jax.storage import checkpoints, pretrained
 import gkd_jax.tasks.arithmetic  # noqa: F401
 from gkd_jax.training import metrics, optimizers, train
@@ -143,7 +143,7 @@ def test_a_teacher_without_weights_is_said_loudly(tmp_path, capfd):
 
 def test_a_bfloat16_teacher_is_held_in_bfloat16(teacher_dir):
     config = checkpoints.read_config(checkpoints.find_step(str(teacher_dir)))
-    target = t5.abstract_params(config, "bfloat16")
+    target = lm.abstract_params(config, "bfloat16")
     params = pretrained.load_params(str(teacher_dir), target, config)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"bfloat16"}
 

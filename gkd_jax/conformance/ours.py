@@ -17,7 +17,7 @@ import optax
 from gkd_jax import divergences, gkd, sampling
 from gkd_jax.batch import Batch
 from gkd_jax.input import teacher_cache
-from gkd_jax.models import t5
+from gkd_jax.models import lm, t5
 from gkd_jax.storage import checkpoints, pretrained, vocabulary_checks
 from gkd_jax.text import vocabularies
 from gkd_jax.training import metrics, train_state
@@ -196,7 +196,7 @@ def _student_params() -> t5.Params:
             return jnp.ones(x.shape)
         return jnp.asarray(rng.normal(0, 2 * x.shape[-2] ** -0.5, x.shape), jnp.float32)
 
-    return jax.tree_util.tree_map_with_path(leaf, t5.abstract_params(STUDENT))
+    return jax.tree_util.tree_map_with_path(leaf, lm.abstract_params(STUDENT))
 
 
 def _batch(inputs, targets, weights) -> Batch:
@@ -235,7 +235,7 @@ class _Tables:
         )
 
     def _params(self, config: t5.T5Config, logits: np.ndarray) -> t5.Params:
-        shapes: Any = t5.abstract_params(config)
+        shapes: Any = lm.abstract_params(config)
         params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         # The RMS norm of the decoder scales a one-hot vector to this length.
         scale = np.sqrt(config.d_model)

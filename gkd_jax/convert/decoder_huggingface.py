@@ -11,7 +11,7 @@ from gkd_jax.convert import decoder_fields, hf_folder
 from gkd_jax.convert.layout import Entry, Layout, Part, flatten, to_stored
 from gkd_jax.convert.stored import Stored, as_stored_dtype, check, same
 from gkd_jax.convert.writing import check_on_this_host, complete_folder
-from gkd_jax.models import decoder
+from gkd_jax.models import decoder, lm
 from gkd_jax.models.decoder_config import DecoderConfig
 
 
@@ -113,7 +113,7 @@ def hf_layout(config: DecoderConfig) -> Layout:
     """Returns the layout of transformers' causal language models; kernels are transposed."""
     norms = _NORMS_WITH_POST if config.post_norms else _NORMS
     layout = {}
-    for path, leaf in flatten(decoder.abstract_params(config)).items():
+    for path, leaf in flatten(lm.abstract_params(config)).items():
         where, _, kind = path.rpartition("/")
         suffix = "bias" if kind == "bias" else "weight"
         if "/layers/" in path:

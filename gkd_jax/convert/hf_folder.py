@@ -29,7 +29,10 @@ _COMPANIONS = (
     *("generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*"),
 )
 Array = tuple[str, tuple[int, ...], Callable[[], np.ndarray]]
-"""The name, the shape and a function that makes the array when its turn to be written comes."""
+"""An array that is yet to be written: its name, its shape and a function that makes its values.
+
+The function is called when the turn of the array comes, so that memory holds few arrays at a time.
+"""
 
 _LARGEST_FILE = 5 * 10**9  # Bytes; the default of transformers for one of several files.
 _DTYPES = {

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from gkd_jax.models import t5
+from gkd_jax.models import lm, t5
 
 
 class Part(NamedTuple):
@@ -73,7 +73,7 @@ def t5x_layout(config: t5.T5Config, *, scanned: bool) -> Layout:
             rather than to its plain network (`examples/t5`).
     """
     layout = {}
-    for path, leaf in flatten(t5.abstract_params(config)).items():
+    for path, leaf in flatten(lm.abstract_params(config)).items():
         names = path.split("/")
         if "layers" not in names:
             part = Part(".".join(names), leaf.shape, _identity(leaf.ndim))
@@ -134,7 +134,7 @@ def hf_layout(config: t5.T5Config) -> Layout:
     Kernels and position biases are stored transposed, because torch's layers hold them so.
     """
     layout = {}
-    for path, leaf in flatten(t5.abstract_params(config)).items():
+    for path, leaf in flatten(lm.abstract_params(config)).items():
         names = path.split("/")
         if "layers" in names:
             shape = leaf.shape[1:]

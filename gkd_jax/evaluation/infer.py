@@ -20,7 +20,8 @@ import numpy as np
 from gkd_jax import sharding
 from gkd_jax.evaluation import decodings, evaluate, made_by
 from gkd_jax.evaluation.evaluate import EvalConfig
-from gkd_jax.input import data, eval_batches, streams
+from gkd_jax.input import eval_batches, streams
+from gkd_jax.input.data import DataConfig
 from gkd_jax.models import lm
 from gkd_jax.storage import checkpoints, content, tokenizer_files
 from gkd_jax.storage.pretrained import (
@@ -57,7 +58,7 @@ class _Decoding:
     batch_size: int
     lengths: dict[str, int]
 
-    def batches(self, config: data.DataConfig, evaluation: EvalConfig):
+    def batches(self, config: DataConfig, evaluation: EvalConfig):
         return eval_batches.eval_batches(
             self.task,
             feature_lengths=self.lengths,
@@ -70,17 +71,15 @@ class _Decoding:
 
 def _prepare(
     model: ModelConfig,
-    data_config: data.DataConfig,
+    data: DataConfig,
     evaluation: EvalConfig,
-    mesh_config: sharding.MeshConfig,
+    mesh: sharding.MeshConfig,
     dry_run: bool,
 ) -> _Decoding:
     if model.memory != "device":
         raise ValueError(f"a model decodes in memory='device', got {model.memory!r}")
     task, vocabulary = streams.open_task(
-        data_config,
-        tokenizer=tokenizer_files.find(model.checkpoint),
-        check_remote=not dry_run,
+        data, tokenizer=tokenizer_files.find(model.checkpoint), check_remote=not dry_run
     )
     streams.check_split(task, evaluation.split)
     num_pieces = vocabularies.num_pieces(vocabulary, check_remote=not dry_run)
@@ -88,10 +87,10 @@ def _prepare(
     if not dry_run:
         check_vocabularies(vocabulary, {"model": model}, frozenset())
     check_special_ids(config, vocabulary, check_remote=not dry_run)
-    mesh = sharding.make_mesh(mesh_config)
-    batch_size = evaluation.batch_size or data_config.batch_size
-    sharding.check_batch_size(batch_size, mesh)
-    lengths = {name: data_config.feature_lengths[name] for name in ("inputs", "targets")}
+    device_mesh = sharding.make_mesh(mesh)
+    batch_size = evaluation.batch_size or data.batch_size
+    sharding.check_batch_size(batch_size, device_mesh)
+    lengths = {name: data.feature_lengths[name] for name in ("inputs", "targets")}
     lengths["targets"] = evaluation.target_length or lengths["targets"]
     decoder = params = None
     if not dry_run:
@@ -100,10 +99,10 @@ def _prepare(
             evaluation,
             vocabulary=vocabulary,
             num_pieces=num_pieces,
-            mesh=mesh,
+            mesh=device_mesh,
             length=lengths["targets"],
         )
-        params = place_params(model, config, mesh)
+        params = place_params(model, config, device_mesh)
     return _Decoding(
         task=task,
         vocabulary=vocabulary,
@@ -117,30 +116,30 @@ def _prepare(
 def evaluate_checkpoint(
     *,
     model: ModelConfig,
-    data_config: data.DataConfig,
+    data: DataConfig,
     evaluation: EvalConfig,
     output_dir: str,
-    mesh_config: sharding.MeshConfig = sharding.MeshConfig(),
+    mesh: sharding.MeshConfig = sharding.MeshConfig(),
     dry_run: bool = False,
 ) -> None:
     """Writes metrics.json and predictions.jsonl to OUTPUT_DIR, and prints the metrics.
 
     Args:
         model: the model that decodes.
-        data_config: the task, the vocabulary, the lengths and the batch size.
+        data: the task, the vocabulary, the lengths and the batch size.
         evaluation: the split and the decoding.
         output_dir: the folder OUTPUT_DIR.
-        mesh_config: the sizes of the mesh axes.
+        mesh: the sizes of the mesh axes.
         dry_run: check everything, but decode nothing.
     """
     model, _ = with_local_files(model, dry_run=dry_run)
-    ready = _prepare(model, data_config, evaluation, mesh_config, dry_run)
+    ready = _prepare(model, data, evaluation, mesh, dry_run)
     if dry_run:
         print("dry run: all is well", file=sys.stderr)
         return
-    decoded = list(ready.decoder(ready.params, ready.batches(data_config, evaluation)))
+    decoded = list(ready.decoder(ready.params, ready.batches(data, evaluation)))
     values = evaluate.score(ready.task, decoded, evaluation)
-    name = jsonl.display_name(data_config.task)
+    name = jsonl.display_name(data.task)
     if jax.process_index() == 0:
         folder = pathlib.Path(output_dir)
         evaluate.write_rows(folder / "predictions.jsonl", decoded, ready.vocabulary)
@@ -159,11 +158,11 @@ def evaluate_checkpoint(
 def run(
     *,
     model: ModelConfig,
-    data_config: data.DataConfig,
+    data: DataConfig,
     evaluation: EvalConfig,
     output: str,
     text_file: str | None = None,
-    mesh_config: sharding.MeshConfig = sharding.MeshConfig(),
+    mesh: sharding.MeshConfig = sharding.MeshConfig(),
     dry_run: bool = False,
 ) -> None:
     """Decodes a split to a JSONL file of `inputs`, `targets` (the prediction) and `reference`.
@@ -174,11 +173,11 @@ def run(
 
     Args:
         model: the model that decodes.
-        data_config: the task, the vocabulary, the lengths and the batch size.
+        data: the task, the vocabulary, the lengths and the batch size.
         evaluation: the split and the decoding.
         output: the JSONL file.
         text_file: decode the lines of this file instead of the task's split.
-        mesh_config: the sizes of the mesh axes.
+        mesh: the sizes of the mesh axes.
         dry_run: check everything, but decode nothing.
 
     Raises:
@@ -186,17 +185,17 @@ def run(
             make it at all.
     """
     model, _ = with_local_files(model, dry_run=dry_run)
-    about = _about(model, data_config, evaluation, text_file)
+    about = _about(model, data, evaluation, text_file)
     if not dry_run or not _is_remote(model.checkpoint):  # a dry run stays off the network
         if model.checkpoint is not None:
             about["content"] = content.content_id(model.checkpoint)
         _on_first_process(made_by.check, output, about)
-    ready = _prepare(model, data_config, evaluation, mesh_config, dry_run)
+    ready = _prepare(model, data, evaluation, mesh, dry_run)
     if dry_run:
         print("dry run: all is well", file=sys.stderr)
         return
     if text_file is None:
-        batches = ready.batches(data_config, evaluation)
+        batches = ready.batches(data, evaluation)
     else:
         batches = _text_batches(text_file, ready)
     path = pathlib.Path(output)
@@ -231,15 +230,15 @@ def _line(row: evaluate.Row) -> dict[str, Any]:
 
 
 def _about(
-    model: ModelConfig, data_config: data.DataConfig, evaluation: EvalConfig, text_file: str | None
+    model: ModelConfig, data: DataConfig, evaluation: EvalConfig, text_file: str | None
 ) -> dict[str, Any]:
     """Everything that determines the lines of an output, except the content of the checkpoint."""
     about: dict[str, Any] = {"checkpoint": model.checkpoint, "content": None}
     about |= {name: getattr(model, name) for name in ("size", "dtype", "param_dtype")}
-    about |= {name: getattr(data_config, name) for name in _OF_DATA}
-    about["template_variables"] = dict(data_config.template_variables)
-    if data_config.eval_fraction is not None:
-        about |= {"eval_fraction": data_config.eval_fraction, "data_seed": data_config.seed}
+    about |= {name: getattr(data, name) for name in _OF_DATA}
+    about["template_variables"] = dict(data.template_variables)
+    if data.eval_fraction is not None:
+        about |= {"eval_fraction": data.eval_fraction, "data_seed": data.seed}
     if text_file is None:
         about["split"] = evaluation.split
     else:  # read the file now, so that a fault in it is reported before the model is loaded
@@ -248,8 +247,8 @@ def _about(
             "text_file": text_file,
             "text_content": hashlib.sha256(lines.encode()).hexdigest(),
         }
-    about["feature_lengths"] = dict(data_config.feature_lengths)
-    about["batch_size"] = evaluation.batch_size or data_config.batch_size
+    about["feature_lengths"] = dict(data.feature_lengths)
+    about["batch_size"] = evaluation.batch_size or data.batch_size
     names = ["decoding", "num_examples", "target_length"]
     names += decodings.USED_BY[evaluation.decoding]
     names += ["seed"] if evaluation.decoding == "sample" else []

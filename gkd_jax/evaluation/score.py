@@ -15,7 +15,8 @@ import seqio
 
 from gkd_jax import gkd, sharding
 from gkd_jax.batch import Batch, TopK
-from gkd_jax.input import data, eval_batches, streams, teacher_cache
+from gkd_jax.input import eval_batches, streams, teacher_cache
+from gkd_jax.input.data import DataConfig, place
 from gkd_jax.models import lm
 from gkd_jax.storage import checkpoints, content, tokenizer_files
 from gkd_jax.storage.pretrained import ModelConfig, place_params, with_local_files
@@ -26,23 +27,23 @@ from gkd_jax.text import vocabularies
 def run(
     *,
     model: ModelConfig,
-    data_config: data.DataConfig,
+    data: DataConfig,
     output: str,
     k: int = 64,
     temperature: float = 1.0,
-    mesh_config: sharding.MeshConfig = sharding.MeshConfig(),
+    mesh: sharding.MeshConfig = sharding.MeshConfig(),
     dry_run: bool = False,
 ) -> None:
     """Writes the teacher cache of a task's split; the same call continues a run that was stopped.
 
     Args:
         model: the teacher.
-        data_config: the task, split, lengths, `num_examples` and seed of the training run.
+        data: the task, split, lengths, `num_examples` and seed of the training run.
         output: the folder of the cache, on a local disk.
         k: the number of most probable ids to keep at each position, at most the vocabulary's.
         temperature: divides the teacher's logits; the training run's `teacher_temperature` must be
             the same.
-        mesh_config: the sizes of the mesh axes.
+        mesh: the sizes of the mesh axes.
         dry_run: check everything, but score nothing.
 
     Raises:
@@ -51,63 +52,61 @@ def run(
     """
     _check(k, temperature, output)
     model, _ = with_local_files(model, dry_run=dry_run)
-    task, vocabulary = streams.open_task(
-        data_config, tokenizer=tokenizer_files.find(model.checkpoint)
-    )
+    task, vocabulary = streams.open_task(data, tokenizer=tokenizer_files.find(model.checkpoint))
     if isinstance(task, seqio.Mixture):
         raise ValueError(
-            f"{data_config.task!r} is a mixture, which ends with its shortest task: score its tasks"
+            f"{data.task!r} is a mixture, which ends with its shortest task: score its tasks"
         )
-    streams.check_split(task, data_config.split)
-    streams.check_teacher_inputs(task, data_config)
+    streams.check_split(task, data.split)
+    streams.check_teacher_inputs(task, data)
     num_pieces = vocabularies.num_pieces(vocabulary)
     config = model.config(num_pieces)
     check_vocabularies(vocabulary, {"model": model}, frozenset())
     check_special_ids(config, vocabulary)
-    mesh = sharding.make_mesh(mesh_config)
-    sharding.check_batch_size(data_config.batch_size, mesh)
+    device_mesh = sharding.make_mesh(mesh)
+    sharding.check_batch_size(data.batch_size, device_mesh)
     k = min(k, num_pieces)
     if dry_run:
         return
 
     def score(params, batch):
-        with sharding.use(mesh):
+        with sharding.use(device_mesh):
             logits = gkd.of_pieces(lm.logits(config, params, batch.as_teacher_reads()), num_pieces)
             return teacher_cache.top_k(logits / temperature, k)
 
-    jitted = jax.jit(score, out_shardings=sharding.replicated(mesh))
-    params = place_params(model, config, mesh)
-    about = _about(model, data_config, vocabulary, k, temperature)
+    jitted = jax.jit(score, out_shardings=sharding.replicated(device_mesh))
+    params = place_params(model, config, device_mesh)
+    about = _about(model, data, vocabulary, k, temperature)
     batches = eval_batches.eval_batches(
         task,
-        feature_lengths=data_config.feature_lengths,
-        split=data_config.split,
-        batch_size=data_config.batch_size,
-        num_examples=data_config.num_examples,
-        use_cached=data_config.use_cached,
-        seed=data_config.seed,
+        feature_lengths=data.feature_lengths,
+        split=data.split,
+        batch_size=data.batch_size,
+        num_examples=data.num_examples,
+        use_cached=data.use_cached,
+        seed=data.seed,
     )
-    _write(output, about, batches, lambda batch: jitted(params, data.place(batch, mesh)))
+    _write(output, about, batches, lambda batch: jitted(params, place(batch, device_mesh)))
 
 
 def _about(
     model: ModelConfig,
-    data_config: data.DataConfig,
+    data: DataConfig,
     vocabulary: seqio.Vocabulary,
     k: int,
     temperature: float,
 ) -> dict[str, Any]:
     """The contents of about.json, which tell another teacher and other data apart."""
     return {
-        "task": data_config.task,
-        "split": data_config.split,
-        "feature_lengths": dict(data_config.feature_lengths),
-        "batch_size": data_config.batch_size,
-        "num_examples": data_config.num_examples,
+        "task": data.task,
+        "split": data.split,
+        "feature_lengths": dict(data.feature_lengths),
+        "batch_size": data.batch_size,
+        "num_examples": data.num_examples,
         "vocabulary": vocabularies.content_hash(vocabulary),
         "num_pieces": vocabularies.num_pieces(vocabulary),
-        "seed": data_config.seed,
-        "use_cached": data_config.use_cached,
+        "seed": data.seed,
+        "use_cached": data.use_cached,
         "teacher": str(checkpoints.find_step(model.checkpoint) or model.checkpoint)
         if model.checkpoint
         else None,

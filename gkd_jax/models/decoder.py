@@ -120,12 +120,6 @@ def init(config: DecoderConfig, key: Key[Array, ""]) -> Params:
     return params
 
 
-def abstract_params(config: DecoderConfig, dtype: str = "float32") -> Params:
-    """Returns the shapes of `init`'s parameters, as `jax.ShapeDtypeStruct`s of `dtype`."""
-    shapes = jax.eval_shape(lambda key: init(config, key), jax.random.key(0))
-    return parameters.as_shapes(shapes, dtype)
-
-
 # The forward pass ---------------------------------------------------------------------------------
 
 

@@ -19,11 +19,12 @@ Axes: B prompts, N rows (N = B x samples a prompt), S prompt, T target, V vocabu
 
 from typing import Any
 
+import jax
 from jaxtyping import Array, Float, Int, Key
 
 from gkd_jax.batch import Batch
 from gkd_jax.models import decoder, decoder_config, kv_cache, t5, t5_config
-from gkd_jax.models.parameters import Params, logical_axes, num_params
+from gkd_jax.models.parameters import Params, as_shapes, logical_axes, num_params
 from gkd_jax.models.products import check_dtype
 
 
@@ -58,7 +59,8 @@ def abstract_params(config: Config, dtype: str = "float32") -> Params:
 
     With dtype "int8", kernels are `quantized.Int8` and all other parameters float32.
     """
-    return config.family.abstract_params(config, dtype)
+    shapes = jax.eval_shape(lambda key: init(config, key), jax.random.key(0))
+    return as_shapes(shapes, dtype)
 
 
 def encode(

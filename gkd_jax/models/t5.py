@@ -111,12 +111,6 @@ def _init_stack(config: T5Config, key: Key[Array, ""], layer: nn.Module, name: s
     return stack
 
 
-def abstract_params(config: T5Config, dtype: str = "float32") -> Params:
-    """Returns the shapes of `init`'s parameters, as `jax.ShapeDtypeStruct`s of `dtype`."""
-    shapes = jax.eval_shape(lambda key: init(config, key), jax.random.key(0))
-    return parameters.as_shapes(shapes, dtype)
-
-
 # The forward pass ---------------------------------------------------------------------------------
 
 

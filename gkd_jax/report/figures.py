@@ -26,7 +26,7 @@ _MAPS = ("Fig. 6", "Fig. 7", "Fig. A.12", "Fig. A.13", "Fig. A.14")
 
 
 Figure = dict[str, str]
-"""`file` (a PNG below figures/), `title`, `caption`, SVGs for a `wide` page and a `narrow` one."""
+"""A drawn figure: `file` (a PNG below figures/), `title`, `caption`, SVGs `wide` and `narrow`."""
 
 
 class _Sketch(NamedTuple):

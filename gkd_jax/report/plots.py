@@ -50,7 +50,7 @@ class Panel(NamedTuple):
 
 
 Draw = Callable[[Any, Panel, bool], float]
-"""(axes, panel, whether the page is narrow) -> the panel's height in inches."""
+"""Draws a panel on axes, given whether the page is narrow; returns the height in inches."""
 
 
 def colour(divergence: str) -> str:

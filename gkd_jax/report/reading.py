@@ -18,7 +18,7 @@ from gkd_jax.report.record import Evaluation, Run, Setting, as_object, as_object
 _NOT_SEARCHED = frozenset({"checkpoints", "damaged", "tensorboard", "eval", "evals"})
 _NUMBERED = re.compile(r"(\D*)(\d*)")
 _Found = dict[pathlib.Path, dict[str, Any]]
-"""The folder of a run, or the archive and its name, to what was read: as a line of an archive."""
+"""What was read of each run, in the form of an archive's line, by the run's folder."""
 
 
 def find(run_dirs: Sequence[str]) -> list[Run]:

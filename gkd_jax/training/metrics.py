@@ -22,7 +22,7 @@ from gkd_jax.text import files
 
 
 Tracker = Callable[[int, Mapping[str, float]], None]
-"""Takes the number of a step and its numbers by name, and passes them on to another place."""
+"""A tracker takes the number of a step and its numbers by name, and passes them on elsewhere."""
 
 
 class Writer:
