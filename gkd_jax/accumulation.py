@@ -2,12 +2,14 @@
 
 There are two kinds of parts. `map_length_parts` splits the target length, so that the logits of
 only one part exist at a time. `sum_gradients` splits the rows into microbatches and adds up their
-gradients. The results are those of the whole batch.
+gradients. The results are those of the whole batch. `split_blocks` finds the rows of each task.
 
 Axes: N target rows, T target length.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+import functools
+import itertools
 from typing import Any
 
 import jax
@@ -81,7 +83,8 @@ def sum_gradients(
         params: the parameters with respect to which the sum is differentiated.
         rows: a pytree of arrays whose first axis is the rows of the batch. Arrays of prompts have
             one row for each prompt, and arrays of targets may have several neighbouring ones.
-        num_prompts: the number of prompts in the batch.
+        num_prompts: the number of prompts in the batch, or of the groups of neighbouring prompts
+            that must stay together.
         dropout_key: the key of the step, into which the number of each microbatch is folded. None
             turns dropout off.
 
@@ -104,6 +107,30 @@ def sum_gradients(
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     total, _ = jax.lax.scan(accumulate, zeros, (microbatches, indices))
     return total
+
+
+def split_blocks(rows: Any, sizes: Sequence[int], num_prompts: int) -> list[Any]:
+    """Returns the rows of each part of the blocks of which a batch is made.
+
+    A block has `sizes[0]` prompts of the first part, then `sizes[1]` of the second, and so on. A
+    device that holds whole blocks keeps all of its rows.
+
+    Args:
+        rows: a pytree of arrays as for `sum_gradients`.
+        sizes: the number of prompts that each part has in a block.
+        num_prompts: the number of prompts in `rows`, a multiple of the sum of `sizes`.
+    """
+    num_blocks = num_prompts // sum(sizes)
+    ends = list(itertools.accumulate(sizes))
+
+    def part(x: jax.Array, first: int, last: int) -> jax.Array:
+        prompts = x.reshape(num_blocks, sum(sizes), -1, *x.shape[1:])[:, first:last]
+        return prompts.reshape(-1, *x.shape[1:])
+
+    return [
+        jax.tree.map(functools.partial(part, first=first, last=last), rows)
+        for first, last in itertools.pairwise([0, *ends])
+    ]
 
 
 def _split_rows(x: jax.Array, num_prompts: int, num: int) -> jax.Array:

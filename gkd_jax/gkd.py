@@ -11,13 +11,14 @@ Supervised KD is lambda = 0; on-policy KD is lambda = 1; ImitKD and f-distill ar
 forward KL and total variation; SFT is lambda = 0 with no divergence: cross-entropy on the targets.
 With `rl`, a reward of the student's samples joins the divergence (Eq. 5). The teacher is a frozen
 model, the student itself or its moving average (`teacher_now`), and may read other prompts than the
-student (`Batch.as_teacher_reads`).
+student (`Batch.as_teacher_reads`). Of several teachers, each scores the rows of its own task
+(`rows_by_teacher`).
 
 P is the teacher, Q the student. Axes: B batch, N = B x samples a prompt, S source, T target,
 V vocabulary.
 """
 
-import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -32,10 +33,12 @@ from gkd_jax.batch import Batch, TopK
 from gkd_jax.gkd_config import (
     Divergence,
     GKDConfig,
+    Learner,
     LiveStudent,
     ModelPair,
     MovingAverage,
     Reduction,
+    TaskTeacher,
 )
 from gkd_jax.input.teacher_cache import outcomes
 from gkd_jax.models import lm
@@ -52,9 +55,11 @@ __all__ = [
     "MovingAverage",
     "Reduction",
     "StepKeys",
+    "TaskTeacher",
     "TrainState",
     "is_on_policy",
     "per_token_loss",
+    "rows_by_teacher",
     "sample_targets",
     "step_keys",
     "teacher_now",
@@ -257,25 +262,6 @@ class TrainState(NamedTuple):
     average: lm.Params | None = None
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Learner:
-    """What is the same in every update of a run.
-
-    Attributes:
-        config: the method.
-        models: both models' sizes.
-        optimizer: of the student's parameters.
-        num_microbatches: parts of the batch whose gradients are added up.
-        self_teacher: the teacher where it is the student itself; None for a frozen one.
-    """
-
-    config: GKDConfig
-    models: ModelPair
-    optimizer: optax.GradientTransformation
-    num_microbatches: int = 1
-    self_teacher: LiveStudent | MovingAverage | None = None
-
-
 def teacher_now(learner: Learner, state: TrainState, frozen: lm.Params | None) -> lm.Params | None:
     """Returns the teacher's parameters for an update: frozen, the student's, or their average."""
     if isinstance(learner.self_teacher, LiveStudent):
@@ -283,6 +269,47 @@ def teacher_now(learner: Learner, state: TrainState, frozen: lm.Params | None) -
     if isinstance(learner.self_teacher, MovingAverage):
         return state.average
     return frozen
+
+
+class TaughtRows(NamedTuple):
+    """Rows of a batch with the teacher that scores them.
+
+    Attributes:
+        models: the sizes of the student and of the teacher.
+        teacher_params: the teacher's parameters.
+        batch: the rows.
+        advantages: the advantage of each target row; None without a reward.
+    """
+
+    models: ModelPair
+    teacher_params: lm.Params | None
+    batch: Batch
+    advantages: jax.Array | None = None
+
+
+def rows_by_teacher(
+    learner: Learner,
+    teacher_params: lm.Params | None,
+    batch: Batch,
+    advantages: Float[Array, " N"] | None = None,
+) -> list[TaughtRows]:
+    """Returns the rows of each teacher; all rows at once where there is one teacher.
+
+    Args:
+        learner: what is the same in every update.
+        teacher_params: the teacher's parameters; those of several teachers by their tasks.
+        batch: whole blocks of rows. Targets may hold several rows a prompt, as neighbours.
+        advantages: of each target row.
+    """
+    if not learner.task_teachers:
+        return [TaughtRows(learner.models, teacher_params, batch, advantages)]
+    assert teacher_params is not None
+    sizes = [teacher.num_rows for teacher in learner.task_teachers]
+    parts = accumulation.split_blocks((batch, advantages), sizes, batch.inputs.shape[0])
+    return [
+        TaughtRows(teacher.models, teacher_params[teacher.task], *rows)
+        for teacher, rows in zip(learner.task_teachers, parts, strict=True)
+    ]
 
 
 def next_average(learner: Learner, state: TrainState, params: lm.Params) -> lm.Params | None:
@@ -309,7 +336,8 @@ def update(
     Args:
         learner: what is the same in every update.
         state: the student.
-        teacher_params: frozen; None where there is no divergence, or the teacher is the student.
+        teacher_params: frozen; None where there is no divergence, or the teacher is the student;
+            those of several teachers by their tasks.
         batch: targets may hold several rows a prompt, as neighbours.
         dropout_key: of this step.
         advantages: of each target row; with them the loss is Eq. 5's, alpha D + (1 - alpha) times
@@ -329,17 +357,24 @@ def update(
     def numerator(params, rows, key):
         # The policy's mean is over sequences, whatever the reduction: undo the division by count.
         scale = count / num_sequences
-        return _loss_sums(learner, params, teacher_params, rows, key, state.step, alpha, scale)
+        taught = rows_by_teacher(learner, teacher_params, *rows)
+        found = []
+        for index, part in enumerate(taught):
+            own_key = key if key is None or len(taught) == 1 else jax.random.fold_in(key, index)
+            found.append(_loss_sums(config, params, part, own_key, state.step, alpha, scale))
+        totals, sums = zip(*found, strict=True)
+        return functools.reduce(jnp.add, totals), sums
 
     use_dropout = learner.models.student.dropout_rate > 0
-    grads, sums = accumulation.sum_gradients(
+    grads, parts = accumulation.sum_gradients(
         numerator,
         learner.num_microbatches,
         state.params,
         (batch, advantages),
-        batch.inputs.shape[0],
+        batch.inputs.shape[0] // learner.block_size,
         dropout_key if use_dropout else None,
     )
+    sums = jax.tree.map(lambda *x: functools.reduce(jnp.add, x), *parts)
     grads = jax.tree.map(lambda g: g / count, grads)
     updates, opt_state = learner.optimizer.update(grads, state.opt_state, state.params)
     params: Any = optax.apply_updates(state.params, updates)
@@ -358,8 +393,22 @@ def update(
     if alpha < 1:
         metrics["policy_loss"] = sums.policy / num_sequences
         metrics["loss"] = alpha * loss + (1 - alpha) * metrics["policy_loss"]
+    if learner.task_teachers:
+        metrics |= _divergences(learner, rows_by_teacher(learner, teacher_params, batch), parts)
     average = next_average(learner, state, params)
     return TrainState(state.step + 1, params, opt_state, average), metrics
+
+
+def _divergences(
+    learner: Learner, taught: list[TaughtRows], parts: tuple[LossSums, ...]
+) -> dict[str, Float[Array, ""]]:
+    """The mean divergence from each of several teachers over its own rows."""
+    found = {}
+    for teacher, rows, sums in zip(learner.task_teachers, taught, parts, strict=True):
+        _, count = learner.config.reduction(rows.batch.weights, rows.batch.weights)
+        name = teacher.task.rstrip("/").rpartition("/")[2]  # of a path, as in other metrics
+        found[f"divergence/{name}"] = sums.loss / jnp.maximum(count, 1.0)
+    return found
 
 
 def _prompt_tokens(batch: Batch) -> Float[Array, ""]:
@@ -369,22 +418,21 @@ def _prompt_tokens(batch: Batch) -> Float[Array, ""]:
 
 
 def _loss_sums(
-    learner: Learner,
+    config: GKDConfig,
     params: lm.Params,
-    teacher_params: lm.Params | None,
-    rows: tuple[Batch, Float[Array, " N"] | None],
+    rows: TaughtRows,
     dropout_key: Key[Array, ""] | None,
     step: Int[Array, ""],
     alpha: float,
     policy_scale: Float[Array, ""],
 ) -> tuple[Float[Array, ""], LossSums]:
     """The numerator of the loss over some rows, and the sums to log."""
-    config, (batch, advantages) = learner.config, rows
+    batch = rows.batch
     values, log_probs = _token_values(
         config,
-        learner.models,
+        rows.models,
         params,
-        teacher_params,
+        rows.teacher_params,
         batch,
         dropout_key,
         step,
@@ -395,7 +443,7 @@ def _loss_sums(
     sequences, _ = losses.sequence_mean(values, batch.weights)
     policy, total = jnp.zeros(()), loss
     if log_probs is not None:
-        assert advantages is not None
-        policy = policy_loss(log_probs, batch.weights, advantages)
+        assert rows.advantages is not None
+        policy = policy_loss(log_probs, batch.weights, rows.advantages)
         total = alpha * loss + (1 - alpha) * policy_scale * policy
     return total, LossSums(loss, tokens, sequences, policy)

@@ -1,4 +1,4 @@
-"""What a step of GKD is made of: the hyperparameters of Algorithm 1, and the two models' sizes."""
+"""What a step of GKD is made of: the hyperparameters of Algorithm 1, and the models' sizes."""
 
 from collections.abc import Callable
 import dataclasses
@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from gkd_jax import divergences, losses
 from gkd_jax.models import lm
@@ -169,3 +170,53 @@ class ModelPair:
                     f"the {name}'s embedding has {config.vocab_size} rows, fewer than the "
                     f"vocabulary's {self.num_pieces} pieces"
                 )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskTeacher:
+    """One of several teachers, which scores the rows of its task.
+
+    A batch is a sequence of equal blocks, and the rows of a task are neighbours in each block.
+
+    Attributes:
+        task: the name of the task, by which the teacher's parameters are found.
+        models: the sizes of the student and of this teacher.
+        num_rows: the number of rows of the task in a block.
+    """
+
+    task: str
+    models: ModelPair
+    num_rows: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Learner:
+    """What is the same in every update of a run.
+
+    Attributes:
+        config: the method.
+        models: both models' sizes.
+        optimizer: of the student's parameters.
+        num_microbatches: parts of the batch whose gradients are added up.
+        self_teacher: the teacher where it is the student itself; None for a frozen one.
+        task_teachers: several frozen teachers, in the order of their rows in a block; () for one.
+    """
+
+    config: GKDConfig
+    models: ModelPair
+    optimizer: optax.GradientTransformation
+    num_microbatches: int = 1
+    self_teacher: LiveStudent | MovingAverage | None = None
+    task_teachers: tuple[TaskTeacher, ...] = ()
+
+    @property
+    def teachers(self) -> list[tuple[lm.Config, float]]:
+        """The sizes of each teacher, with the share of the rows that it scores."""
+        pairs = [(one.models.teacher, one.num_rows) for one in self.task_teachers]
+        pairs = pairs or [(self.models.teacher, 1)]
+        return [(sizes, rows / self.block_size) for sizes, rows in pairs if sizes is not None]
+
+    @property
+    def block_size(self) -> int:
+        """The number of neighbouring prompts that a split of the batch must keep together."""
+        return sum(teacher.num_rows for teacher in self.task_teachers) or 1

@@ -192,13 +192,18 @@ def batch_sharding(mesh: Mesh, rules: Rules = RULES) -> NamedSharding:
     return NamedSharding(mesh, spec(("batch",), rules))
 
 
+def batch_shards(mesh: Mesh, rules: Rules = RULES) -> int:
+    """Returns the number of shards of a batch's rows over a mesh."""
+    return math.prod(mesh.shape[axis] for axis in _as_tuple(rules["batch"]))
+
+
 def check_batch_size(batch_size: int, mesh: Mesh, rules: Rules = RULES) -> None:
     """Checks that the mesh divides the rows of a batch evenly.
 
     Raises:
         ValueError: if it does not.
     """
-    parts = math.prod(mesh.shape[axis] for axis in _as_tuple(rules["batch"]))
+    parts = batch_shards(mesh, rules)
     if batch_size % parts:
         raise ValueError(
             f"the batch size must be divisible by data x fsdp = {parts}, got {batch_size}"

@@ -13,6 +13,13 @@ target has 24 tokens, including EOS.
 The task `arithmetic_hints` has every problem twice: as it is, and with its solution behind the
 question. A model that is trained on it can read solutions, as a teacher that is shown them must
 (gin/self_distillation_hints.gin). Its first 2 n examples are made from the first n problems.
+
+The task `arithmetic_backwards` is one of texts, without calculation: it gives a problem without its
+question, and asks for the sentences in reverse order. A student can learn it beside `arithmetic`,
+from a teacher of its own (gin/two_teachers.gin).
+
+    inputs:  Ada has 7 eggs. Ada buys 5 more eggs. Ada doubles the number of eggs.
+    targets: Ada doubles the number of eggs. Ada buys 5 more eggs. Ada has 7 eggs.
 """
 
 from collections.abc import Callable
@@ -28,6 +35,7 @@ from gkd_jax.text import text_metrics, vocabularies
 
 TASK = "arithmetic"
 HINTS_TASK = "arithmetic_hints"
+BACKWARDS_TASK = "arithmetic_backwards"
 SIZES = {"train": 50_000, "validation": 512, "test": 1024}
 SEED = 0
 
@@ -125,5 +133,25 @@ features.register(
     ),
     preprocessors=[],
     metric_fns=[text_metrics.answer_accuracy],
+    vocabulary=vocabularies.arithmetic(),
+)
+
+
+def _dataset_backwards(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
+    del shuffle_files, seed
+    told = [question.split(". ")[:-1] for question, _ in problems()[split]]
+    forwards, backwards = (
+        [". ".join(sentences[::step]) + "." for sentences in told] for step in (1, -1)
+    )
+    return tf.data.Dataset.from_tensor_slices({"inputs": forwards, "targets": backwards})
+
+
+features.register(
+    BACKWARDS_TASK,
+    source=seqio.FunctionDataSource(
+        _dataset_backwards, splits=list(SIZES), num_input_examples=SIZES
+    ),
+    preprocessors=[],
+    metric_fns=[text_metrics.exact_match],
     vocabulary=vocabularies.arithmetic(),
 )

@@ -11,15 +11,22 @@ import typing
 
 import optax
 import pytest
-from small_runs import options
+from small_runs import LENGTHS, options
 
+import gin
 from gkd_jax import divergences, gkd, losses, rl
+from gkd_jax.command_line import gin_files
 from gkd_jax.evaluation import evaluate, rewards
+from gkd_jax.input.data import DataConfig
 from gkd_jax.sampling import SamplingConfig
 from gkd_jax.storage import pretrained
 from gkd_jax.text import settings
 from gkd_jax.training import optimizers, run_record
-from gkd_jax.training.recipe import MAY_CHANGE, PATHS, Recipe, is_below
+from gkd_jax.training.recipe import MAY_CHANGE, Recipe, TaskTeachers, is_below, is_path
+
+
+MODEL = pretrained.ModelConfig(size="tiny", checkpoint="somewhere")
+SEVERAL = DataConfig(task={"one": 4, "two.jsonl": 2}, feature_lengths=LENGTHS, batch_size=6)
 
 
 def recipe(**more):
@@ -29,15 +36,14 @@ def recipe(**more):
         rl=rl.RLConfig(reward=rewards.Brevity(), alpha=0.5),
         on_policy_fraction=optax.linear_schedule(0.0, 1.0, 10),
     )
-    teacher = pretrained.ModelConfig(size="tiny", checkpoint="somewhere")
-    fields = {"method": method, "teacher": teacher, "evaluation": evaluate.EvalConfig(), **more}
+    fields = {"method": method, "teacher": MODEL, "evaluation": evaluate.EvalConfig(), **more}
     return options("", steps=3, **fields)["recipe"]
 
 
 def leaves(description, prefix=""):
     """(dotted name, value) of every field in a description that is not itself a dataclass."""
     for key, value in description.items():
-        if isinstance(value, dict) and "type" in value:
+        if isinstance(value, dict) and ("type" in value or key in ("models", "task")):
             yield from leaves(value, f"{prefix}{key}.")
         elif key != "type":
             yield f"{prefix}{key}", value
@@ -53,18 +59,21 @@ def changed(value):
 
 def replaced(description, name, value):
     result = copy.deepcopy(description)
-    *parents, last = name.split(".")
-    functools.reduce(dict.__getitem__, parents, result)[last] = value
+    *parents, last = name.replace("two.jsonl", "two/jsonl").split(".")
+    keys = [key.replace("two/jsonl", "two.jsonl") for key in (*parents, last)]
+    functools.reduce(dict.__getitem__, keys[:-1], result)[keys[-1]] = value
     return result
 
 
 # A recipe with each kind of teacher, so that the fields of all kinds are visited.
 TEACHERS = (
-    pretrained.ModelConfig(size="tiny", checkpoint="somewhere"),
+    MODEL,
     gkd.LiveStudent(),
     gkd.MovingAverage(decay=0.5),
+    TaskTeachers(models=dict.fromkeys(SEVERAL.task, MODEL)),
 )
-DESCRIPTIONS = [settings.describe(recipe(teacher=teacher)) for teacher in TEACHERS]
+DESCRIPTIONS = [settings.describe(recipe(teacher=teacher)) for teacher in TEACHERS[:-1]]
+DESCRIPTIONS.append(settings.describe(recipe(teacher=TEACHERS[-1], data=SEVERAL)))
 DESCRIPTION = DESCRIPTIONS[0]
 LEAVES = {name: value for one in reversed(DESCRIPTIONS) for name, value in leaves(one)}
 
@@ -80,7 +89,7 @@ def test_every_kind_of_teacher_is_walked():
         types.NoneType
     }
     for old, new in itertools.permutations(DESCRIPTIONS, 2):  # none can take another's place
-        with pytest.raises(ValueError, match="another configuration's run: teacher "):
+        with pytest.raises(ValueError, match=r"another configuration's run: (.*; )?teacher "):
             run_record.changes(pathlib.Path(), about(old), about(new))
 
 
@@ -106,7 +115,7 @@ def test_every_field_is_refused_by_name_or_may_change(name, tmp_path):
             {"field": name, "old": old, "new": new}
         ]
         return
-    if name in PATHS and old is not None:  # of paths, what they lead to counts
+    if is_path(name) and old is not None:  # of paths, what they lead to counts
         assert run_record.changes(tmp_path, before, now) == []
         before["contents"][name], now["contents"][name] = "a" * 64, "b" * 64
     with pytest.raises(ValueError, match="another configuration") as error:
@@ -127,6 +136,7 @@ def test_every_field_is_refused_by_name_or_may_change(name, tmp_path):
         ("ModelConfig.dtype", ["student.dtype", "teacher.dtype"]),
         ("jsd.beta", ["method.divergence.beta"]),
         ("Recipe.optimizer", ["optimizer"]),
+        ("Recipe.teacher", ["teacher"]),
     ],
 )
 def test_a_macro_stands_for_the_fields_that_it_sets(name, fields):
@@ -209,3 +219,17 @@ def test_every_type_is_checked_where_it_is_declared():
         with pytest.raises(settings.SettingError, match=said) as error:
             settings.check_types(Settings(**wrong))
         assert error.value.setting == f"Settings.{next(iter(wrong))}"
+
+
+def test_a_macro_of_a_function_stands_for_what_the_function_makes():
+    """TEACHER is an argument of a function, and a size chooses the learning rate of XSum."""
+    gin.clear_config()
+    needed = {"MODEL_DIR": "x", "STUDENT_CHECKPOINT": "a", "TEACHER_CHECKPOINT": "b"}
+    gin_files.parse(["gin/paper/xsum/gkd.gin"], needed.items(), [])
+    fields = {name: gin_files.fields_of(name) for name in ("TEACHER", "STUDENT_SIZE", "BETA")}
+    gin.clear_config()
+    assert fields == {
+        "TEACHER": ["Recipe.teacher"],
+        "STUDENT_SIZE": ["Linear.learning_rate", "student/ModelConfig.size"],
+        "BETA": ["jsd.beta"],
+    }

@@ -16,7 +16,7 @@ from scipy import special
 from small_runs import options, small
 import small_tokenizers
 
-from gkd_jax import divergences, gkd, report
+from gkd_jax import divergences, gkd, report, rl
 from gkd_jax.batch import Batch
 from gkd_jax.evaluation import evaluate, score
 from gkd_jax.input import data, streams
@@ -137,6 +137,37 @@ def test_samples_and_microbatches_keep_the_prompts():
         )
     for params in found[1:]:
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), params, found[0])
+
+
+def test_with_a_reward_the_teacher_reads_its_prompts_and_the_policy_the_student_s():
+    """The update's gradient is that of Eq. 5, written out."""
+    config, student, teacher = models("t5")
+    pair = gkd.ModelPair(student=config, teacher=config, num_pieces=VOCAB)
+    alpha, rewards = 0.3, np.asarray([0.5, -1.0, 2.0, 1.0], np.float32)
+    reward = rl.RLConfig(reward=lambda prompts, outputs, references: rewards, alpha=alpha)
+    method = gkd.GKDConfig(rl=reward)
+    batch = jax.tree.map(jnp.asarray, batch_of(3, (7, 1, 4, 2)))
+
+    def objective(params):
+        values = gkd.per_token_loss(method, pair, params, teacher, batch)
+        mean = jnp.sum(values * batch.weights, axis=1) / batch.weights.sum(axis=1)
+        own = lm.logits(config, params, batch)[..., 1:]  # the pad is never drawn
+        log_q = jax.nn.log_softmax(own, axis=-1)
+        picked = jnp.take_along_axis(log_q, batch.targets[..., None] - 1, axis=-1)[..., 0]
+        policy = -rewards * jnp.sum(picked * batch.weights, axis=1)
+        return jnp.mean(alpha * mean + (1 - alpha) * policy)
+
+    learner = gkd.Learner(config=method, models=pair, optimizer=optax.sgd(1.0))
+    state = train_state.create(student, learner.optimizer)
+    new, _ = jax.jit(functools.partial(gkd.update, learner))(
+        state, teacher, batch, jax.random.key(0), jnp.asarray(rewards)
+    )
+    jax.tree.map(
+        lambda old, new, slope: np.testing.assert_allclose(old - new, slope, atol=1e-5),
+        student,
+        new.params,
+        jax.jit(jax.grad(objective))(student),
+    )
 
 
 # The data -----------------------------------------------------------------------------------------

@@ -54,13 +54,17 @@ def check(architecture, size):
     full = {"prompt_tokens": 1.0 * ROWS * SOURCE, "target_tokens": 1.0 * ROWS * TARGET}
     full |= {"batch_size": ROWS}
     expected = throughput.step_flops(
-        built.models, built.method, **full, sampled_tokens=0.0, has_teacher=True
+        built.models.student, built.learner.teachers, built.method, **full, sampled_tokens=0.0
     )
     # The compiled attention computes both halves of its scores, of which half counts.
     assert counted == pytest.approx(expected, rel=0.06)
     assert counted > expected
     with_samples = throughput.step_flops(
-        built.models, built.method, **full, sampled_tokens=1.0 * ROWS * TARGET, has_teacher=True
+        built.models.student,
+        built.learner.teachers,
+        built.method,
+        **full,
+        sampled_tokens=1.0 * ROWS * TARGET,
     )
     assert with_samples / expected == pytest.approx(5 / 4)  # 3 + 1 passes, and one to sample
 

@@ -172,13 +172,26 @@ def macro(name: str, default: Any) -> Any:
 
 
 def fields_of(name: str) -> list[str]:
-    """The parameters that a macro sets, as "[scope/]Type.field"; [name] if it sets none."""
-    set_by = [left for left, right in _lines() if right == f"%{name}"]
+    """The parameters that a macro sets, as "[scope/]Type.field"; [name] if it sets none.
+
+    A macro may be an argument of a function that makes a value, as TEACHER is one of
+    `recipe.choose_teacher`. The parameters that it sets are then those that take this value.
+    """
+    return list(dict.fromkeys(_set_to(f"%{name}"))) or [name]
+
+
+def _set_to(value: str) -> list[str]:
+    """The parameters with a value that is written like this, as "[scope/]Type.field"."""
     found = []
-    for left in set_by:
+    for left in (left for left, right in _lines() if right == value):
+        if "." not in left:  # a macro
+            found += _set_to(f"%{left}")
+            continue
         scope, _, selector = left.rpartition("/")
-        found.append("/".join([*([scope] if scope else []), ".".join(selector.split(".")[-2:])]))
-    return found or [name]
+        owner, field = selector.split(".")[-2:]
+        made = _set_to(f"@{left.rpartition('.')[0]}()") if owner[0].islower() else []
+        found += made or [f"{scope}/{owner}.{field}".removeprefix("/")]
+    return found
 
 
 def macros_that_set(field: str) -> list[str]:

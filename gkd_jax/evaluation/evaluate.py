@@ -49,6 +49,18 @@ Decoder = Callable[..., Iterator[Row]]
 TokenDivergence = Callable[[lm.Params, lm.Params, Batch], jax.Array]
 
 
+class Teacher(NamedTuple):
+    """The teacher of the rows that are decoded.
+
+    Attributes:
+        divergence: computes the divergence at each decoded token (see `teacher_divergence`).
+        params: the teacher's parameters.
+    """
+
+    divergence: TokenDivergence
+    params: lm.Params
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     """Which examples are decoded, and how.
@@ -137,12 +149,12 @@ def make_decoder(
     num_pieces: int,
     mesh: Mesh,
     length: int,
-    divergence: TokenDivergence | None = None,
 ) -> Decoder:
-    """Makes a function (params, batches, first=0, teacher_params=None) -> one `Row` per text.
+    """Makes a function (params, batches, first=0, teacher=None) -> one `Row` per text.
 
     The function skips batches before `first`, and decodes the later ones as if it had not skipped
-    any, so that an interrupted run can continue.
+    any, so that an interrupted run can continue. With a `Teacher`, it also computes the divergence
+    at each decoded token.
 
     Args:
         config: the model's sizes.
@@ -151,15 +163,13 @@ def make_decoder(
         num_pieces: the number of ids in the vocabulary; larger ids are never decoded.
         mesh: the mesh on which the model runs.
         length: the largest number of tokens to decode.
-        divergence: computes the divergence at each decoded token (see `teacher_divergence`), for
-            which the function needs `teacher_params`; None computes none.
     """
     banned = banned_tail(config, num_pieces)
     ends = _vocabularies().end_ids(vocabulary) or config.family.EOS_IDS
     decode_fn = _decode_fn(config, evaluation, vocabulary, banned, mesh, length)
     repeats = evaluation.num_samples
 
-    def predictions(params, batches, *, first: int = 0, teacher_params: Any = None):
+    def predictions(params, batches, *, first: int = 0, teacher: Teacher | None = None):
         for index, (batch, examples) in enumerate(batches):
             if index < first:
                 continue
@@ -168,11 +178,11 @@ def make_decoder(
             tokens = np.asarray(decode_fn(params, placed.inputs, placed.input_lengths, key))
             weights = np.asarray(weights_until_eos(jax.numpy.asarray(tokens), ends))
             values = None
-            if divergence is not None:
+            if teacher is not None:
                 rows = jax.tree.map(lambda x: np.repeat(x, repeats, axis=0), batch)
                 rows = data.place(rows._replace(targets=tokens, weights=weights), mesh)
-                values = np.asarray(divergence(params, teacher_params, rows))
-            has_own = divergence is not None and batch.teacher_inputs is not None
+                values = np.asarray(teacher.divergence(params, teacher.params, rows))
+            has_own = teacher is not None and batch.teacher_inputs is not None
             # The last batch is padded with rows that have no example: leave them out.
             for i in range(len(examples) * repeats):
                 size = int(weights[i].sum())

@@ -58,7 +58,7 @@ def run(
             f"{data.task!r} is a mixture, which ends with its shortest task: score its tasks"
         )
     streams.check_split(task, data.split)
-    streams.check_teacher_inputs(task, data)
+    streams.check_teacher_inputs(str(data.task), task, data)
     num_pieces = vocabularies.num_pieces(vocabulary)
     config = model.config(num_pieces)
     check_vocabularies(vocabulary, {"model": model}, frozenset())

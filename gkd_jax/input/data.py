@@ -6,6 +6,7 @@ examples.
 
 from collections.abc import Mapping
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -30,7 +31,9 @@ class DataConfig:
 
     Attributes:
         task: the name of a seqio task or mixture, or the path of a JSONL file or of a folder with
-            train.jsonl (see `gkd_jax.tasks.jsonl`).
+            train.jsonl (see `gkd_jax.tasks.jsonl`). For several tasks, a mapping from each name or
+            path to the number of rows that the task has in every batch, such as
+            {"arithmetic": 24, "./texts.jsonl": 8}.
         feature_lengths: {"inputs": S, "targets": T}. Longer sequences are cut, shorter ones padded.
             With "teacher_inputs": R as well, the teacher reads prompts of its own: the task's
             feature of that name, or what `teacher_template` makes.
@@ -42,7 +45,7 @@ class DataConfig:
             vocabulary of the task.
         extra_ids: the number of sentinel ids after the pieces of a SentencePiece file (T5: 100).
         split: the split of the task.
-        num_examples: how many of the first examples are trained on; None means all.
+        num_examples: how many of the first examples of each task are trained on; None means all.
         use_cached: whether the task is read from seqio's cache.
         length_buckets: increasing lengths. A batch has examples of similar length, padded to the
             smallest of these lengths that holds all of them, or else to `feature_lengths`. () pads
@@ -63,7 +66,7 @@ class DataConfig:
             "{inputs} Solution: {targets}" (see `gkd_jax.text.teacher_template`).
     """
 
-    task: str
+    task: str | Mapping[str, int]
     feature_lengths: Mapping[str, int]
     batch_size: int
     seed: int = 0
@@ -83,7 +86,7 @@ class DataConfig:
 
     def __post_init__(self):
         settings.check_types(self)
-        if not isinstance(self.task, str) or not self.task:
+        if not self.task:
             raise ValueError(f"task must be the name of a seqio task, got {self.task!r}")
         given = self.feature_lengths
         if not isinstance(given, Mapping) or {*given, TEACHER_INPUTS} != {*FEATURES}:
@@ -107,11 +110,58 @@ class DataConfig:
             raise ValueError(f"num_examples must be positive or None, got {self.num_examples}")
         if tuple(sorted(set(self.length_buckets))) != tuple(self.length_buckets):
             raise ValueError(f"length_buckets must increase, got {self.length_buckets}")
+        if not isinstance(self.task, str):
+            self._check_tasks()
         if self.shard_by_process and self.length_buckets:
             raise ValueError(
                 "shard_by_process needs batches of one shape, lest processes take different ones: "
                 f"length_buckets must be (), got {self.length_buckets}"
             )
+
+    def _check_tasks(self) -> None:
+        assert isinstance(self.task, Mapping)
+        for name, rows in self.task.items():
+            if not isinstance(name, str) or not isinstance(rows, int) or rows < 1:
+                raise ValueError(
+                    "several tasks are given as {name: rows in every batch}, with positive "
+                    f"integers, got {dict(self.task)}"
+                )
+        if sum(self.task.values()) != self.batch_size:
+            raise ValueError(
+                f"the rows of the tasks {dict(self.task)} add up to {sum(self.task.values())}, "
+                f"and batch_size is {self.batch_size}"
+            )
+        if self.length_buckets:
+            raise ValueError(
+                "several tasks need batches of one shape, lest a bucket hold other shares of their "
+                f"rows: length_buckets must be (), got {self.length_buckets}"
+            )
+        if self.teacher_cache is not None:
+            raise ValueError(
+                "a teacher cache holds the scores of one task: with several tasks teacher_cache "
+                f"must be None, got {self.teacher_cache!r}"
+            )
+
+    @property
+    def task_rows(self) -> dict[str, int]:
+        """Returns the number of rows that each task has in every batch."""
+        return {self.task: self.batch_size} if isinstance(self.task, str) else dict(self.task)
+
+    @property
+    def block(self) -> dict[str, int]:
+        """Returns the number of rows that each task has in a block.
+
+        A batch is a sequence of equal blocks, in each of which the rows of a task are neighbours.
+        The blocks are as small as possible, so that each device holds whole ones, and the order of
+        the rows does not depend on the mesh.
+        """
+        num_blocks = math.gcd(*self.task_rows.values())
+        return {name: rows // num_blocks for name, rows in self.task_rows.items()}
+
+    @property
+    def name(self) -> str:
+        """Returns the name of the task, or the names of several tasks, for messages."""
+        return " + ".join(self.task_rows)
 
     @property
     def has_teacher_inputs(self) -> bool:

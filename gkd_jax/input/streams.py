@@ -9,12 +9,14 @@ source is shuffled within seqio's window.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+import dataclasses
 import difflib
 import functools
 import pathlib
 from typing import Any
 
 import jax
+import numpy as np
 import seqio
 import tensorflow as tf
 
@@ -72,7 +74,7 @@ def find_task(name: str, vocabulary: seqio.Vocabulary | None) -> seqio.Task | se
 def open_task(
     config: DataConfig, *, tokenizer: str | None = None, check_remote: bool = True
 ) -> tuple[Any, seqio.Vocabulary]:
-    """Returns the task of a configuration, and the vocabulary that inputs and targets share.
+    """Returns the only task of a configuration, and the vocabulary of its inputs and targets.
 
     Args:
         config: the configuration of the data.
@@ -81,9 +83,14 @@ def open_task(
         check_remote: whether remote files may be read; False in a dry run.
 
     Raises:
-        FileNotFoundError, ValueError: if a file is missing or not as expected, or if settings
-            contradict each other.
+        FileNotFoundError, ValueError: if a file is missing or not as expected, if settings
+            contradict each other, or if the configuration has several tasks.
     """
+    if not isinstance(config.task, str):
+        raise ValueError(
+            f"only training reads several tasks at once, expected the name of one task, got "
+            f"{dict(config.task)}"
+        )
     folder.set_data_dir(config.data_dir)
     vocabulary = None
     if config.vocabulary is None and tokenizer is not None:
@@ -110,6 +117,41 @@ def open_task(
         task.output_features["targets"].vocabulary, check_remote=check_remote
     )
     return task, task.output_features["targets"].vocabulary
+
+
+def open_tasks(
+    config: DataConfig, *, tokenizer: str | None = None, check_remote: bool = True
+) -> tuple[dict[str, Any], seqio.Vocabulary]:
+    """Returns the tasks of a configuration by their names, and the vocabulary that they share.
+
+    Arguments and errors are those of `open_task`, which opens each of the tasks.
+
+    Raises:
+        ValueError: also if two tasks have different vocabularies, or the same name in metrics.
+    """
+    found: dict[str, Any] = {}
+    shared, has_files = None, any(map(jsonl.is_path, config.task_rows))
+    for name in config.task_rows:
+        holds_out = jsonl.is_path(name) or not has_files
+        one = dataclasses.replace(
+            config,
+            task=name,
+            eval_fraction=config.eval_fraction if holds_out else None,
+        )
+        found[name], vocabulary = open_task(one, tokenizer=tokenizer, check_remote=check_remote)
+        if shared is not None and not vocabularies.same(shared, vocabulary):
+            raise ValueError(
+                f"task {name!r} has another vocabulary than {next(iter(found))!r}: VOCABULARY must "
+                "name one for both"
+            )
+        shared = vocabulary
+    if len({jsonl.display_name(name) for name in found}) < len(found):
+        raise ValueError(
+            f"the tasks {list(found)} need different names, because metrics have the last part of "
+            "a path as the name of the task"
+        )
+    assert shared is not None
+    return found, shared
 
 
 def _with_teacher_inputs(task: Any, config: DataConfig) -> Any:
@@ -170,11 +212,11 @@ def check_split(task: seqio.Task | seqio.Mixture, split: str) -> None:
         )
 
 
-def check_teacher_inputs(task: seqio.Task | seqio.Mixture, config: DataConfig) -> None:
+def check_teacher_inputs(name: str, task: seqio.Task | seqio.Mixture, config: DataConfig) -> None:
     """Raises ValueError if a length is given for the teacher's prompts and the task has none."""
     if TEACHER_INPUTS in config.feature_lengths and TEACHER_INPUTS not in task.output_features:
         raise ValueError(
-            f"task {config.task!r} has no feature {TEACHER_INPUTS!r}: register it with one, set "
+            f"task {name!r} has no feature {TEACHER_INPUTS!r}: register it with one, set "
             f"TEACHER_TEMPLATE, or leave it out of TASK_FEATURE_LENGTHS, got "
             f"{dict(config.feature_lengths)}"
         )
@@ -207,17 +249,16 @@ class TrainIterator:
     """
 
     def __init__(self, task: Any, config: DataConfig, shard: Shard = WHOLE):
-        fit.warn_once(
-            task,
-            config.split,
-            config.feature_lengths,
-            num_examples=config.num_examples,
-            use_cached=config.use_cached,
-            seed=config.seed,
-        )
-        dataset = _examples(task, config, shard)
-        counted = functools.partial(_with_weights, names=config.features())
-        dataset = dataset.map(counted, num_parallel_calls=1)
+        """Opens the stream at its beginning.
+
+        Args:
+            task: the task, or the tasks by name (`open_tasks`).
+            config: the configuration of the data.
+            shard: the part of the examples that this process reads.
+        """
+        parts = list(task.values()) if isinstance(task, Mapping) else [task]
+        datasets = [_rows(part, config, shard) for part in parts]
+        dataset = datasets[0] if len(parts) == 1 else _in_blocks(datasets, config)
         dataset = _batched(dataset, config, config.batch_size // shard.num_shards)
         options = tf.data.Options()
         options.deterministic = True
@@ -262,6 +303,27 @@ class TrainIterator:
         """Sets the stream to the position that `save` wrote."""
         self._peeked = None
         self._checkpoint.read(str(directory / self._file)).assert_consumed()
+
+
+def _rows(task: Any, config: DataConfig, shard: Shard) -> tf.data.Dataset:
+    """Returns the endless rows of one task; warns of those that do not fit the lengths."""
+    fit.warn_once(
+        task,
+        config.split,
+        config.feature_lengths,
+        num_examples=config.num_examples,
+        use_cached=config.use_cached,
+        seed=config.seed,
+    )
+    counted = functools.partial(_with_weights, names=config.features())
+    return _examples(task, config, shard).map(counted, num_parallel_calls=1)
+
+
+def _in_blocks(datasets: Sequence[tf.data.Dataset], config: DataConfig) -> tf.data.Dataset:
+    """Returns the rows of several tasks in the order of `DataConfig.block`."""
+    order = np.repeat(np.arange(len(datasets)), list(config.block.values()))
+    choices = tf.data.Dataset.from_tensor_slices(order.astype(np.int64)).repeat()
+    return tf.data.Dataset.choose_from_datasets(list(datasets), choices)
 
 
 def _examples(task: Any, config: DataConfig, shard: Shard) -> tf.data.Dataset:

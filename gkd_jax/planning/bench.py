@@ -45,7 +45,7 @@ from gkd_jax.input import data
 from gkd_jax.models import lm
 from gkd_jax.planning import bench_sampling, hlo
 from gkd_jax.storage.pretrained import initial_params
-from gkd_jax.training import program, sizes, train_state
+from gkd_jax.training import program, sizes, teachers, train_state
 from gkd_jax.training.recipe import Recipe
 
 
@@ -188,21 +188,21 @@ def _random_models(
 ) -> tuple[TrainState, lm.Params | None]:
     """Returns a student with its optimizer's state, and a teacher, both with random weights."""
 
-    def random(model, config, target, seed):
-        model = dataclasses.replace(model, checkpoint=None, size=model.size or "tiny")
-        return initial_params(model, config, target, jax.random.key(seed), "bench")
-
-    teacher = built.recipe.frozen_teacher
+    models = {
+        name: dataclasses.replace(model, checkpoint=None, size=model.size or "tiny")
+        for name, model in built.recipe.models.items()
+    }
+    recipe = built.recipe.with_models(models)
     create = functools.partial(
         train_state.create,
         optimizer=built.learner.optimizer,
         with_average=built.state.average is not None,
     )
-    params = random(built.recipe.student, built.models.student, built.state.params, 0)
+    params = initial_params(
+        recipe.student, built.models.student, built.state.params, jax.random.key(0), "bench"
+    )
     state = jax.jit(create, out_shardings=program.shardings_of(built.state))(params)
-    if teacher is None:
-        return state, None
-    return state, random(teacher, built.models.teacher, built.teacher, 1)
+    return state, teachers.initial_params(recipe, built.learner, built.teacher, "bench")
 
 
 def _random_batch(built: program.Program) -> Batch:

@@ -72,14 +72,12 @@ def precompile(
     """
     chip, devices = describe_topology(topology, num_slices)
     if topology != "cpu":
-        teacher = recipe.teacher
-        if recipe.frozen_teacher is not None:
-            teacher = _as_on_tpu(recipe.frozen_teacher)
-        recipe = dataclasses.replace(recipe, student=_as_on_tpu(recipe.student), teacher=teacher)
+        models = {name: _as_on_tpu(model) for name, model in recipe.models.items()}
+        recipe = recipe.with_models(models)
     built = program.build(
         recipe,
         sizes.num_pieces_of(recipe),
-        pending=_absent_checkpoints(recipe.student, recipe.frozen_teacher),
+        pending=_absent_checkpoints(*recipe.models.values()),
         devices=devices,
     )
     if dry_run:
@@ -118,12 +116,12 @@ def _as_on_tpu(model: ModelConfig) -> ModelConfig:
     )
 
 
-def _absent_checkpoints(*models: ModelConfig | None) -> frozenset[str]:
+def _absent_checkpoints(*models: ModelConfig) -> frozenset[str]:
     """Returns the checkpoints that need not be opened, because the size of their model is known.
 
     They are remote, or do not exist yet. Compiling needs only the shapes of their arrays.
     """
-    known = {model.checkpoint for model in models if model is not None and model.size is not None}
+    known = {model.checkpoint for model in models if model.size is not None}
     absent = {path for path in known if path is not None and not pathlib.Path(path).exists()}
     return pretrained.remote_checkpoints(*models) | absent
 

@@ -232,6 +232,7 @@ class Run:
         learning = {
             "LiveStudent": "the student itself",
             "MovingAverage": f"the student's moving average, decay {decay}",
+            "TaskTeachers": f"one for each task ({short_count(self.parameters('teacher') or 0)})",
         }
         return learning.get(str(self.fields.get("teacher.type")), self.size("teacher"))
 

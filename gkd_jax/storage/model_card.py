@@ -19,15 +19,16 @@ def of_run(folder: pathlib.Path) -> str | None:
     student, teacher = recipe.get("student") or {}, recipe.get("teacher") or {}
     method, data = recipe.get("method") or {}, recipe.get("data") or {}
     base = student.get("checkpoint") or "random weights"
+    task = data.get("task")
     lines = [
         f"# {run.get('name') or folder.name}",
         "",
         "Distilled with gkd_jax (on-policy distillation, Agarwal et al., 2024).",
         "",
         f"- Base model: {base}",
-        f"- Teacher: {teacher.get('checkpoint') or teacher.get('size') or 'none'}",
+        f"- Teacher: {_teacher(teacher)}",
         f"- Method: {_method(method)}",
-        f"- Data: {data.get('task')}",
+        f"- Data: {task if isinstance(task, str) else ' + '.join(task or ())}",
         f"- Steps: {(recipe.get('train') or {}).get('train_steps')}, "
         f"batches of {data.get('batch_size')} prompts",
     ]
@@ -36,6 +37,12 @@ def of_run(folder: pathlib.Path) -> str | None:
         lines += ["", "| metric | value |", "|---|---|"]
         lines += [f"| {name} | {value:.4g} |" for name, value in sorted(metrics.items())]
     return "\n".join(lines) + "\n"
+
+
+def _teacher(teacher: dict[str, Any]) -> str:
+    if "models" in teacher:
+        return "; ".join(f"{_teacher(one)} for {task}" for task, one in teacher["models"].items())
+    return teacher.get("checkpoint") or teacher.get("size") or "none"
 
 
 def _method(method: dict[str, Any]) -> str:

@@ -141,7 +141,7 @@ def with_local_files(
     return local, {model.checkpoint: found.commit}
 
 
-def remote_checkpoints(*models: ModelConfig | None) -> frozenset[str]:
+def remote_checkpoints(*models: ModelConfig) -> frozenset[str]:
     """Returns the remote checkpoints of `models`, which a dry run does not open.
 
     Raises:
@@ -150,7 +150,7 @@ def remote_checkpoints(*models: ModelConfig | None) -> frozenset[str]:
     """
     remote = set()
     for model in models:
-        if model is not None and model.checkpoint is not None and is_remote(model.checkpoint):
+        if model.checkpoint is not None and is_remote(model.checkpoint):
             if model.size is None:
                 raise ValueError(
                     f"a dry run does not open {model.checkpoint!r}: it needs the model's size"

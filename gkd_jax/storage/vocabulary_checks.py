@@ -1,5 +1,7 @@
 """Checks that a run's models and its vocabulary fit each other."""
 
+from collections.abc import Mapping
+
 import seqio
 
 from gkd_jax.models import lm
@@ -9,7 +11,7 @@ from gkd_jax.text import comparison, vocabularies
 
 
 def check_vocabularies(
-    vocabulary: seqio.Vocabulary, chosen: dict[str, ModelConfig | None], pending: frozenset[str]
+    vocabulary: seqio.Vocabulary, chosen: Mapping[str, ModelConfig], pending: frozenset[str]
 ) -> int | None:
     """Compares a run's vocabulary with the vocabularies that its models were trained with.
 
@@ -30,7 +32,7 @@ def check_vocabularies(
     """
     shared = None
     for name, model in chosen.items():
-        if model is None or model.checkpoint is None or model.checkpoint in pending:
+        if model.checkpoint is None or model.checkpoint in pending:
             continue
         step_folder = checkpoints.find_step(model.checkpoint)
         if step_folder is None:

@@ -11,13 +11,14 @@ from typing import Any
 import jax
 import seqio
 
-from gkd_jax import sharding
+from gkd_jax import gkd, sharding
 from gkd_jax.evaluation import evaluate
 from gkd_jax.input import eval_batches, streams
 from gkd_jax.models import lm
 from gkd_jax.storage import tokenizer_files
 from gkd_jax.tasks import jsonl  # pyright: ignore[reportMissingImports]
 from gkd_jax.text import vocabularies
+from gkd_jax.training import teachers
 from gkd_jax.training.program import Program
 from gkd_jax.training.source import Source
 
@@ -50,16 +51,14 @@ class Evaluations:
         self._lengths["targets"] = self._config.target_length or self._lengths["targets"]
         self._batch_size = self._config.batch_size or recipe.data.batch_size
         sharding.check_batch_size(self._batch_size, program.mesh)
-        self._tasks = dict(self._open(source, check_remote))
+        self._tasks = {name: rest for name, *rest in self._open(source, check_remote)}
+        self._divergences: dict[gkd.ModelPair, evaluate.TokenDivergence] = {}
         self._program, self._source = program, source
 
     @functools.cached_property
     def _decoder(self) -> evaluate.Decoder:
         """The decoder, made at first use, because a dry run must not read a remote vocabulary."""
         program = self._program
-        divergence = None
-        if program.models.teacher is not None:
-            divergence = evaluate.teacher_divergence(program.models, program.mesh)
         return evaluate.make_decoder(
             program.models.student,
             self._config,
@@ -67,29 +66,41 @@ class Evaluations:
             num_pieces=program.models.num_pieces,
             mesh=program.mesh,
             length=self._lengths["targets"],
-            divergence=divergence,
         )
 
-    def _open(self, source: Source, check_remote: bool) -> Iterator[tuple[str, Any]]:
-        """Yields (name, task) for everything that is evaluated."""
-        name, task = self._config.task or self._data.task, source.task
-        if name != self._data.task:
+    def _teacher(self, task: str, params: lm.Params | None) -> evaluate.Teacher | None:
+        """The teacher of a task; None if no teacher has been given it."""
+        learner, models = self._program.learner, self._program.models
+        if learner.task_teachers:
+            models = next((one.models for one in learner.task_teachers if one.task == task), models)
+            params = (params or {}).get(task)
+        if models.teacher is None or params is None:
+            return None
+        if models not in self._divergences:
+            self._divergences[models] = evaluate.teacher_divergence(models, self._mesh)
+        return evaluate.Teacher(self._divergences[models], params)
+
+    def _open(self, source: Source, check_remote: bool) -> Iterator[tuple[str, Any, str]]:
+        """Yields (name in metrics, task, name in the recipe) for everything that is evaluated."""
+        name, tasks = self._config.task, source.tasks
+        if name is not None and name in tasks:
+            tasks = {name: tasks[name]}
+        elif name is not None:
             chosen = dataclasses.replace(self._data, task=name)
             task, vocabulary = streams.open_task(
                 chosen, tokenizer=self._tokenizer, check_remote=check_remote
             )
             if not vocabularies.same(vocabulary, source.vocabulary):
                 raise ValueError(
-                    f"EVAL_TASK {name!r} has another vocabulary than {self._data.task!r}, which "
+                    f"EVAL_TASK {name!r} has another vocabulary than {self._data.name!r}, which "
                     "the student is trained on: set VOCABULARY for both, or evaluate another task"
                 )
-        if not isinstance(task, seqio.Mixture):
-            streams.check_split(task, self._config.split)
-            yield jsonl.display_name(name), task
-            return
-        for part in task.tasks:
-            streams.check_split(part, self._config.split)
-            yield part.name, part
+            tasks = {name: task}
+        for name, task in tasks.items():
+            is_mixture = isinstance(task, seqio.Mixture)
+            for part in task.tasks if is_mixture else [task]:
+                streams.check_split(part, self._config.split)
+                yield part.name if is_mixture else jsonl.display_name(name), part, name
 
     def check_first_examples(self) -> None:
         """Reads a batch of each task, so that unreadable data stop the run before it trains.
@@ -98,7 +109,7 @@ class Evaluations:
             ValueError: if a split has no example or cannot be read; the message names it and its
                 task.
         """
-        for name, task in self._tasks.items():
+        for name, (task, _) in self._tasks.items():
             where = f"the evaluation's task {name!r}, split {self._config.split!r}"
             try:
                 batches = self._batches(task, num_examples=self._config.num_examples)
@@ -127,16 +138,18 @@ class Evaluations:
 
         Args:
             params: the student's parameters.
-            teacher_params: the teacher's parameters, for the divergence; None without a teacher.
+            teacher_params: the teacher's parameters, for the divergence, or those of several
+                teachers by their tasks; None without a teacher.
             step: the number of updates so far.
 
         Returns:
             The metrics, named `eval/<task>/<metric>`.
         """
         found: dict[str, float] = {}
-        for name, task in self._tasks.items():
+        for name, (task, in_recipe) in self._tasks.items():
             batches = self._batches(task, num_examples=self._config.num_examples)
-            rows = list(self._decoder(params, batches, teacher_params=teacher_params))
+            teacher = self._teacher(in_recipe, teacher_params)
+            rows = list(self._decoder(params, batches, teacher=teacher))
             values = evaluate.score(task, rows, self._config)
             if jax.process_index() == 0:
                 path = self._folder / "eval" / os.path.basename(name) / f"{step}.jsonl"
@@ -145,7 +158,8 @@ class Evaluations:
             if "teacher_divergence" in values:
                 own = any(row.teacher_inputs is not None for row in rows)
                 prompts = "prompts of its own" if own else "the student's prompts"
-                shown += f" (teacher: {self._program.teacher_name}, reading {prompts})"
+                who = teachers.in_words(self._program.recipe, self._program.teacher, in_recipe)
+                shown += f" (teacher: {who}, reading {prompts})"
             print(f"step {step}: {name} {self._config.split}: {shown}", file=sys.stderr)
             found.update({f"eval/{name}/{key}": value for key, value in values.items()})
         return found

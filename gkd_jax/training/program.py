@@ -21,9 +21,8 @@ from gkd_jax.gkd import TrainState
 from gkd_jax.input.data import Shape
 from gkd_jax.models import lm
 from gkd_jax.sampling import banned_tail
-from gkd_jax.storage import pretrained
 from gkd_jax.storage.pretrained import ModelConfig
-from gkd_jax.training import train_state
+from gkd_jax.training import teachers, train_state
 from gkd_jax.training.recipe import Recipe, describe
 
 
@@ -36,7 +35,8 @@ class Program:
         mesh: the mesh over all devices.
         learner: the method with its banned ids, the sizes of both models, and the optimizer.
         state: the student's training state as shapes with shardings.
-        teacher: the teacher's parameters as shapes with shardings; None without a teacher.
+        teacher: the teacher's parameters as shapes with shardings, or those of several teachers by
+            their tasks; None without a frozen teacher.
         sample: the jitted function (student parameters, batch, key) -> (batch with the samples as
             targets, `Sample`).
         update: the jitted function (state, teacher parameters, batch, key, advantages) -> (state,
@@ -62,12 +62,7 @@ class Program:
     @property
     def teacher_name(self) -> str:
         """Who the teacher is, in words."""
-        teacher = self.recipe.teacher
-        if isinstance(teacher, gkd.LiveStudent):
-            return "the student itself"
-        if isinstance(teacher, gkd.MovingAverage):
-            return f"the student's moving average, decay {teacher.decay}"
-        return f"{lm.num_params(self.teacher):,} parameters" if self.teacher else "none"
+        return teachers.in_words(self.recipe, self.teacher)
 
     @property
     def reads_own_prompts(self) -> bool:
@@ -149,6 +144,7 @@ def build(
     models = _models(num_pieces, recipe, pending)
     mesh = sharding.make_mesh(recipe.mesh, devices)
     _check_batch(recipe.data.batch_size, recipe.train.num_microbatches, mesh)
+    teachers.check_blocks(recipe, mesh)
 
     banned = banned_tail(models.student, models.num_pieces)
     ends = eos_ids if method.sampling.eos_ids is None else method.sampling.eos_ids
@@ -161,6 +157,7 @@ def build(
         optimizer=recipe.optimizer(recipe.learning_rate()),
         num_microbatches=recipe.train.num_microbatches,
         self_teacher=recipe.self_teacher,
+        task_teachers=teachers.task_teachers(recipe, models.student, num_pieces, pending),
     )
     state = train_state.abstract(
         models.student,
@@ -168,18 +165,13 @@ def build(
         with_average=isinstance(recipe.teacher, gkd.MovingAverage),
     )
     state = sharding.with_shardings(state, train_state.shardings(state, mesh))
-    teacher_params = None
-    if recipe.frozen_teacher is not None:
-        assert models.teacher is not None
-        teacher_params = pretrained.frozen_shapes(recipe.frozen_teacher, models.teacher, mesh)
-
     sample, update = _jit(learner, mesh, state, recipe.train.skip_nonfinite)
     return Program(
         recipe=recipe,
         mesh=mesh,
         learner=learner,
         state=state,
-        teacher=teacher_params,
+        teacher=teachers.abstract_params(recipe, learner, mesh),
         sample=sample,
         update=update,
         cached_k=cached_k,
@@ -249,8 +241,8 @@ def _models(num_pieces: int, recipe: Recipe, pending: frozenset[str]) -> gkd.Mod
 
     student = config(recipe.student)
     teacher = None if recipe.self_teacher is None else student
-    if recipe.frozen_teacher is not None:
-        teacher = config(recipe.frozen_teacher)
+    if "teacher" in recipe.teachers:
+        teacher = config(recipe.teachers["teacher"])
     return gkd.ModelPair(student=student, teacher=teacher, num_pieces=num_pieces)
 
 
@@ -275,7 +267,7 @@ def plan(program: Program) -> str:
     mesh = " x ".join(f"{name}={size}" for name, size in program.mesh.shape.items())
     shapes = ", ".join("/".join(map(str, shape)) for shape in config.shapes())
     lines = [
-        f"task       {config.task} ({config.split}), batch {config.batch_size}, "
+        f"task       {config.name} ({config.split}), batch {config.batch_size}, "
         f"lengths {shapes}, {models.num_pieces} pieces",
         f"student    {lm.num_params(program.state.params):,} parameters",
         f"teacher    {program.teacher_name}"
@@ -369,21 +361,26 @@ def phases(program: Program) -> dict[str, tuple[Any, tuple[Any, ...]]]:
         a batch. "score" is the teacher's forward pass alone, which a run has inside "update".
         "update_dataset" is present if batches of the data set have another form than sampled ones.
     """
-    batches, config = program.recipe.data, program.models.teacher
+    batches, learner = program.recipe.data, program.learner
     arguments = step_arguments(program, batches.batch_size, batches.shapes()[-1])
     found: dict[str, tuple[Any, tuple[Any, ...]]] = {}
     if arguments.sample is not None:
         found["sample"] = (program.sample, arguments.sample)
     update = arguments.update_samples or arguments.update_dataset
     assert update is not None  # every run has steps
-    if config is not None:
+    teacher = gkd.teacher_now(learner, program.state, program.teacher)
+    if teacher is not None:
 
         def score(params, batch):
             with sharding.use(program.mesh):
-                return lm.logits(config, params, batch.as_teacher_reads())
+                logits = []
+                for models, own, rows, _ in gkd.rows_by_teacher(learner, params, batch):
+                    assert models.teacher is not None
+                    assert own is not None
+                    logits.append(lm.logits(models.teacher, own, rows.as_teacher_reads()))
+                return logits
 
         where = sharding.batch_sharding(program.mesh)
-        teacher = gkd.teacher_now(program.learner, program.state, program.teacher)
         found["score"] = (jax.jit(score, out_shardings=where), (teacher, update[2]))
     found["update"] = (program.update, update)
     if arguments.update_dataset is not None and arguments.update_dataset != update:
@@ -396,11 +393,14 @@ def model_info(program: Program) -> str:
     student = program.state.params
     text = "student\n" + train_state.describe(student, shardings_of(student))
     text += _replicated_heads(program.models.student, program.mesh)
-    if program.teacher is not None:
-        assert program.models.teacher is not None
-        described = train_state.describe(program.teacher, shardings_of(program.teacher))
-        text += "\n\nteacher\n" + described
-        text += _replicated_heads(program.models.teacher, program.mesh)
+    pairs = {one.task: one.models for one in program.learner.task_teachers}
+    for name, models in pairs.items() or [("", program.models)]:
+        params = program.teacher and (program.teacher[name] if name else program.teacher)
+        if params is not None:
+            assert models.teacher is not None
+            described = train_state.describe(params, shardings_of(params))
+            text += f"\n\nteacher{name and f' of {name}'}\n{described}"
+            text += _replicated_heads(models.teacher, program.mesh)
     return text + "\n"
 
 

@@ -7,6 +7,7 @@ recorded, compared and grouped by without further code.
 
 from collections.abc import Callable, Iterator, Mapping
 import dataclasses
+import fnmatch
 import os
 from typing import Any
 
@@ -36,8 +37,9 @@ class TrainConfig:
         keep: the number of newest checkpoints to keep; None keeps all. With two, a damaged
             checkpoint has a predecessor.
         keep_period: checkpoints whose step is a multiple of this number are kept as well.
-        best_metric: a metric of the evaluation, such as "accuracy". The checkpoint with its best
-            value is kept as well.
+        best_metric: a metric of the evaluation, such as "accuracy"; of several tasks, one that
+            names its task, such as "arithmetic/accuracy". The checkpoint with its best value is
+            kept as well.
         best_mode: "max" or "min", whichever value of `best_metric` is the best.
         num_microbatches: the parts of the batch over which gradients are accumulated.
         log_period: steps between lines of progress where standard error is not a terminal.
@@ -100,6 +102,28 @@ def _check_positive(name: str, value: Any, alternative: str = "") -> None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskTeachers:
+    """Several frozen teachers, each of which scores the rows of one task.
+
+    The teachers may have different sizes and families. They share the vocabulary of the run.
+
+    Attributes:
+        models: the teacher of each task, by the name or path of the task in `DataConfig.task`.
+    """
+
+    models: Mapping[str, ModelConfig]
+
+    def __post_init__(self):
+        settings.check_types(self)
+        for task, model in self.models.items():
+            if not isinstance(model, ModelConfig):
+                raise ValueError(
+                    f"the teacher of each task must be a pretrained.ModelConfig, got {model!r} for "
+                    f"{task!r}"
+                )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
     """What a run trains, on which data, with which loss, and for how long.
 
@@ -110,8 +134,8 @@ class Recipe:
         optimizer: `optimizers.Adafactor()` or `optimizers.AdamW()`; a class is instantiated.
         schedule: the learning-rate schedule.
         train: steps, seed and periods.
-        teacher: a frozen model, or the student itself: as it is at each step, or its moving
-            average. It is set to None if the method has no divergence.
+        teacher: a frozen model, one for each of several tasks, or the student itself: as it is at
+            each step, or its moving average. It is set to None if the method has no divergence.
         evaluation: what is evaluated and how; None evaluates nothing.
         mesh: the sizes of the mesh axes.
 
@@ -126,7 +150,7 @@ class Recipe:
     optimizer: Optimizer | type
     schedule: Linear
     train: TrainConfig
-    teacher: ModelConfig | LiveStudent | MovingAverage | None = None
+    teacher: ModelConfig | TaskTeachers | LiveStudent | MovingAverage | None = None
     evaluation: EvalConfig | None = None
     mesh: MeshConfig = MeshConfig()
 
@@ -142,18 +166,54 @@ class Recipe:
             value = getattr(self, field.name)
             if not isinstance(value, field.type):  # pyright: ignore[reportArgumentType]
                 raise ValueError(f"{field.name} must be a {field.type}, got {value!r}")
+        self._check_tasks()
         self.learning_rate()
         describe(self)
 
+    def _check_tasks(self) -> None:
+        teacher, tasks = self.teacher, list(self.data.task_rows)
+        if isinstance(teacher, TaskTeachers):
+            if isinstance(self.data.task, str):
+                raise ValueError(
+                    "several teachers need several tasks: task must be {name: rows in every "
+                    f"batch}}, got {self.data.task!r}"
+                )
+            if set(teacher.models) != set(tasks):
+                raise ValueError(
+                    "each task needs its teacher: the teachers are those of "
+                    f"{list(teacher.models)}, and the tasks are {tasks}"
+                )
+        if len(tasks) > 1 and self.method.mixing == "example":
+            raise ValueError(
+                "mixing='example' samples rows by their places in the batch, and with several "
+                "tasks these are rows of one task more often: mixing must be 'step'"
+            )
+
     @property
-    def frozen_teacher(self) -> ModelConfig | None:
-        """The teacher if it is a model of its own, else None."""
-        return self.teacher if isinstance(self.teacher, ModelConfig) else None
+    def teachers(self) -> dict[str, ModelConfig]:
+        """The frozen teachers by the names of their fields, such as "teacher"."""
+        if isinstance(self.teacher, TaskTeachers):
+            return {f"teacher.models.{task}": model for task, model in self.teacher.models.items()}
+        return {"teacher": self.teacher} if isinstance(self.teacher, ModelConfig) else {}
+
+    @property
+    def models(self) -> dict[str, ModelConfig]:
+        """The student and the frozen teachers by the names of their fields."""
+        return {"student": self.student, **self.teachers}
+
+    def with_models(self, models: Mapping[str, ModelConfig]) -> "Recipe":
+        """Returns the recipe with other models, which are named as in `models`."""
+        teacher = models.get("teacher", self.teacher)
+        if isinstance(self.teacher, TaskTeachers):
+            theirs = {task: models[f"teacher.models.{task}"] for task in self.teacher.models}
+            teacher = TaskTeachers(models=theirs)
+        return dataclasses.replace(self, student=models["student"], teacher=teacher)
 
     @property
     def self_teacher(self) -> LiveStudent | MovingAverage | None:
         """The teacher if it is the student or the student's average, else None."""
-        return None if isinstance(self.teacher, ModelConfig) else self.teacher
+        teacher = self.teacher
+        return teacher if isinstance(teacher, LiveStudent | MovingAverage) else None
 
     def learning_rate(self) -> Schedule:
         """The learning rate as a function of the step."""
@@ -208,6 +268,7 @@ MAY_CHANGE = (
 PATHS = (
     "student.checkpoint",
     "teacher.checkpoint",
+    "teacher.models.*.checkpoint",
     "data.task",
     "data.data_dir",
     "data.vocabulary",
@@ -223,6 +284,11 @@ def differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, 
             yield from differences(old.get(key), new.get(key), inner)
     elif old != new:
         yield name, old, new
+
+
+def is_path(name: str) -> bool:
+    """Whether a field holds a path, whose contents are compared."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in PATHS)
 
 
 def is_below(name: str, fields: tuple[str, ...]) -> bool:

@@ -23,7 +23,7 @@ from gkd_jax.models import lm
 from gkd_jax.storage import checkpoints, content
 from gkd_jax.text import files, vocabularies
 from gkd_jax.training.program import Program
-from gkd_jax.training.recipe import MAY_CHANGE, PATHS, Recipe, describe, differences, is_below
+from gkd_jax.training.recipe import MAY_CHANGE, Recipe, describe, differences, is_below, is_path
 from gkd_jax.training.source import Source
 
 
@@ -39,7 +39,8 @@ def describe_run(
         macros: the gin macros as they are written.
     """
     recipe = program.recipe
-    task_file = pathlib.Path(recipe.data.task).is_file()
+    files_of_tasks = [task for task in recipe.data.task_rows if pathlib.Path(task).is_file()]
+    made = [found for task in files_of_tasks if (found := made_by.read_made_by(task))]
     teacher = gkd.teacher_now(program.learner, program.state, program.teacher)
     return {
         "name": name,
@@ -49,7 +50,7 @@ def describe_run(
             "student": lm.num_params(program.state.params),
             "teacher": lm.num_params(teacher) if teacher else None,
         },
-        "targets_made_by": made_by.read_made_by(recipe.data.task) if task_file else None,
+        "targets_made_by": made[0] if len(made) == 1 else made or None,
         "process_shards": data.process_shard(recipe.data, program.mesh).num_shards,
         "macros": dict(macros),
         "versions": {
@@ -65,13 +66,15 @@ def describe_run(
 def _contents(recipe: Recipe, source: Source) -> dict[str, str]:
     """Field name -> hash of the content behind that field's path."""
     found = {"data.vocabulary": vocabularies.content_hash(source.vocabulary)}
-    for name, model in (("student", recipe.student), ("teacher", recipe.frozen_teacher)):
-        if model is not None and model.checkpoint is not None:
+    for name, model in recipe.models.items():
+        if model.checkpoint is not None:
             found[f"{name}.checkpoint"] = content.content_id(model.checkpoint)
-    task, cache = pathlib.Path(recipe.data.task), recipe.data.teacher_cache
-    if task.is_file():
-        with task.open("rb") as file:
-            found["data.task"] = hashlib.file_digest(file, "sha256").hexdigest()
+    cache = recipe.data.teacher_cache
+    for task in map(pathlib.Path, recipe.data.task_rows):
+        if task.is_file():
+            field = "data.task" if isinstance(recipe.data.task, str) else f"data.task.{task}"
+            with task.open("rb") as file:
+                found[field] = hashlib.file_digest(file, "sha256").hexdigest()
     if cache is not None:
         about = json.dumps(teacher_cache.read_about(cache), sort_keys=True)
         found["data.teacher_cache"] = hashlib.sha256(about.encode()).hexdigest()
@@ -160,7 +163,7 @@ def _all_differences(
 ) -> Iterator[tuple[str, Any, Any]]:
     for name, old, new in differences(before.get("recipe"), about["recipe"]):
         # Where both runs have a path, the contents behind the paths are compared below.
-        if name not in PATHS or old is None or new is None:
+        if not is_path(name) or old is None or new is None:
             yield name, old, new
     was, now = before.get("contents", {}), about["contents"]
     for name in sorted(was.keys() & now.keys()):
@@ -172,9 +175,13 @@ def _all_differences(
 
 
 def _field(description: Any, name: str) -> Any:
-    for part in name.split("."):
-        description = (description or {}).get(part)
-    return description
+    """Returns the value of a dotted field, whose parts may have dots; None if there is none."""
+    for key, value in (description or {}).items():
+        if name == key:
+            return value
+        if name.startswith(f"{key}."):
+            return _field(value, name[len(key) + 1 :])
+    return None
 
 
 def fields_named(about: dict[str, Any], name: str) -> list[str]:

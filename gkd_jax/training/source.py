@@ -15,15 +15,15 @@ class Source(NamedTuple):
     """An opened task with its vocabulary.
 
     Attributes:
-        task: the seqio task or mixture.
-        vocabulary: the vocabulary that its inputs and targets share.
+        tasks: the seqio task or mixture by its name in the recipe, or several of them.
+        vocabulary: the vocabulary that all inputs and targets share.
         num_pieces: the number of ids that all models and the vocabulary share, extra ids included.
         cached_k: the number of ids per position in the teacher's stored scores; 0 without a cache.
         eos_ids: the ids that end a text; None if the vocabulary has none, or is remote and was not
             read.
     """
 
-    task: Any
+    tasks: dict[str, Any]
     vocabulary: Any
     num_pieces: int
     cached_k: int = 0
@@ -45,22 +45,22 @@ def open_source(
             vocabulary, or if a row without a target would be trained on.
     """
     tokenizer = tokenizer_files.find(recipe.student.checkpoint)
-    task, vocabulary = streams.open_task(
+    tasks, vocabulary = streams.open_tasks(
         recipe.data, tokenizer=tokenizer, check_remote=check_remote
     )
-    streams.check_split(task, recipe.data.split)
-    streams.check_teacher_inputs(task, recipe.data)
     remote = "://" in getattr(vocabulary, "sentencepiece_model_file", "")
-    if recipe.method.uses_dataset() and (check_remote or not remote):
-        why = "only with ON_POLICY_FRACTION 1 is nothing learnt from the data set's targets"
-        streams.check_targets(task, recipe.data.split, why)
+    for name, task in tasks.items():
+        streams.check_split(task, recipe.data.split)
+        streams.check_teacher_inputs(name, task, recipe.data)
+        if recipe.method.uses_dataset() and (check_remote or not remote):
+            why = "only with ON_POLICY_FRACTION 1 is nothing learnt from the data set's targets"
+            streams.check_targets(task, recipe.data.split, why)
     cached_k = _check_cache(recipe, vocabulary, pending)
-    chosen = {"student": recipe.student, "teacher": recipe.frozen_teacher}
     num_pieces = vocabularies.num_pieces(vocabulary, check_remote=check_remote)
-    shared = vocabulary_checks.check_vocabularies(vocabulary, chosen, pending)
+    shared = vocabulary_checks.check_vocabularies(vocabulary, recipe.models, pending)
     num_pieces = num_pieces if shared is None else min(num_pieces, shared)
     ends = None if remote and not check_remote else vocabularies.end_ids(vocabulary) or None
-    return Source(task, vocabulary, num_pieces, cached_k, ends)
+    return Source(tasks, vocabulary, num_pieces, cached_k, ends)
 
 
 def _check_cache(recipe: Recipe, vocabulary: Any, pending: frozenset[str]) -> int:
@@ -105,7 +105,8 @@ def _check_cache(recipe: Recipe, vocabulary: Any, pending: frozenset[str]) -> in
             f"teacher_cache={path!r} holds the scores of a frozen teacher, got the teacher "
             f"{recipe.teacher}, which learns"
         )
-    checkpoint = None if recipe.frozen_teacher is None else recipe.frozen_teacher.checkpoint
+    teacher = recipe.teachers.get("teacher")
+    checkpoint = None if teacher is None else teacher.checkpoint
     if checkpoint is not None and checkpoint not in pending:
         found, expected = content.content_id(checkpoint), about.get("teacher_content")
         if expected != found:

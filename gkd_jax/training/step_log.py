@@ -105,13 +105,13 @@ class StepLog:
             return found
         program = self._program
         flops = throughput.step_flops(
-            program.models,
+            program.models.student,
+            program.learner.teachers if step.rollout.batch.teacher is None else (),
             program.method,
             prompt_tokens=values["prompt_tokens"],
             target_tokens=values["target_tokens"],
             batch_size=program.recipe.data.batch_size,
             sampled_tokens=sampled_tokens,
-            has_teacher=step.rollout.batch.teacher is None,
         )
         return {**found, "time/model_flops_share": flops / seconds / self._peak}
 

@@ -1,10 +1,11 @@
 """How fast a run is: tokens a second, the share of the devices' peak, and device memory."""
 
+from collections.abc import Sequence
+
 import jax
 
 from gkd_jax import gkd
-from gkd_jax.gkd_config import ModelPair
-from gkd_jax.models import flops
+from gkd_jax.models import flops, lm
 
 
 # Dense bfloat16 FLOP/s of one JAX device, by `jax.Device.device_kind`. The sources are Google's
@@ -24,14 +25,14 @@ GIB = 2**30
 
 
 def step_flops(
-    models: ModelPair,
+    student: lm.Config,
+    teachers: Sequence[tuple[lm.Config, float]],
     config: gkd.GKDConfig,
     *,
     prompt_tokens: float,
     target_tokens: float,
     batch_size: int,
     sampled_tokens: float,
-    has_teacher: bool,
 ) -> float:
     """Returns the FLOPs of one step's matrix products, by the count of `flops.forward_flops`.
 
@@ -39,13 +40,14 @@ def step_flops(
     pass of the student over the prompts and the sampled tokens.
 
     Args:
-        models: both models' configs.
+        student: the student's config.
+        teachers: the config of each teacher, with the share of the batch that it scores; () where
+            a cache has its scores.
         config: the method, which tells how many samples a prompt has.
         prompt_tokens: the number of tokens of the batch's prompts.
         target_tokens: the number of tokens of the batch's targets.
         batch_size: the number of prompts.
         sampled_tokens: the number of tokens that the student wrote in this step.
-        has_teacher: whether the teacher scores the batch, rather than a cache of its scores.
     """
     drawn = sampled_tokens > 0
     lengths = {
@@ -53,11 +55,11 @@ def step_flops(
         "prompts": batch_size,
         "targets": batch_size * (config.num_samples if drawn else 1),
     }
-    student = flops.forward_flops(models.student, target_tokens=target_tokens, **lengths)
-    total = 3 * student
-    if models.teacher is not None and has_teacher:
-        total += flops.forward_flops(models.teacher, target_tokens=target_tokens, **lengths)
-    return total + (student * min(sampled_tokens / max(target_tokens, 1), 1.0) if drawn else 0.0)
+    forward = flops.forward_flops(student, target_tokens=target_tokens, **lengths)
+    total = 3 * forward
+    for teacher, share in teachers:
+        total += share * flops.forward_flops(teacher, target_tokens=target_tokens, **lengths)
+    return total + (forward * min(sampled_tokens / max(target_tokens, 1), 1.0) if drawn else 0.0)
 
 
 def peak_flops() -> float | None:

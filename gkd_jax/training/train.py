@@ -23,6 +23,7 @@ from gkd_jax.training import (
     run_lock,
     run_record,
     save_times,
+    teachers,
     train_state,
 )
 from gkd_jax.training.evaluations import Evaluations
@@ -68,7 +69,7 @@ def train(
     #### Checks, before anything is written ########################################################
     recipe, commits = _with_local_files(recipe, pathlib.Path(model_dir), dry_run)
     if dry_run:
-        pending |= pretrained.remote_checkpoints(recipe.student, recipe.frozen_teacher)
+        pending |= pretrained.remote_checkpoints(*recipe.models.values())
     source = open_source(recipe, pending=pending, check_remote=not dry_run)
     program = build(
         recipe,
@@ -100,7 +101,7 @@ def train(
     with contextlib.ExitStack() as closing:
         closing.enter_context(run_lock.hold(folder))
         start, state, stream = run.begin()
-        teacher_params = _teacher(program)
+        teacher_params = teachers.initial_params(recipe, program.learner, program.teacher)
         run.write(config_text())
         saved = run.checkpoints
         writer = metrics.Writer(
@@ -183,12 +184,11 @@ def _with_local_files(
     """
     before = run_record.read(folder) if folder.is_dir() else None
     pinned = (before or {}).get("hub", {})
-    student, commits = pretrained.with_local_files(recipe.student, pinned, dry_run=dry_run)
-    recipe = dataclasses.replace(recipe, student=student)
-    if recipe.frozen_teacher is not None:
-        teacher, found = pretrained.with_local_files(recipe.frozen_teacher, pinned, dry_run=dry_run)
-        recipe, commits = dataclasses.replace(recipe, teacher=teacher), {**commits, **found}
-    return recipe, commits
+    models, commits = {}, {}
+    for name, model in recipe.models.items():
+        models[name], found = pretrained.with_local_files(model, pinned, dry_run=dry_run)
+        commits |= found
+    return recipe.with_models(models), commits
 
 
 def _is_due(done: int, period: int | None, recipe: Recipe) -> bool:
@@ -219,8 +219,7 @@ def _check_dry(
     allow_changes: Sequence[str],
 ) -> None:
     """Compares a dry run with what MODEL_DIR holds, and lists the checkpoints it did not check."""
-    models = (program.recipe.student, program.recipe.frozen_teacher)
-    unknown = pending & {model.checkpoint for model in models if model is not None}
+    unknown = pending & {model.checkpoint for model in program.recipe.models.values()}
     before = run_record.read(folder)
     if before is not None and not unknown:
         about = run_record.describe_run(program, source, name=name, macros={})
@@ -304,8 +303,9 @@ class _Run:
         config, evaluation = self.program.recipe.train, self.program.recipe.evaluation
         best_metric = None
         if config.best_metric is not None and evaluation is not None:
-            task = jsonl.display_name(evaluation.task or self.program.recipe.data.task)
-            best_metric = f"eval/{task}/{config.best_metric}"
+            task = evaluation.task or self.program.recipe.data.task
+            where = f"{jsonl.display_name(task)}/" if isinstance(task, str) else ""
+            best_metric = f"eval/{where}{config.best_metric}"
         scores = {}
         if best_metric is not None and not self.is_new:
             scores = metrics.values_by_step(self.folder / "metrics.jsonl", best_metric)
@@ -322,7 +322,7 @@ class _Run:
         """Returns the number of steps done, the state after them, and the stream at that step."""
         program, recipe = self.program, self.program.recipe
         shard = data.process_shard(recipe.data, program.mesh)
-        stream = streams.TrainIterator(self.source.task, recipe.data, shard)
+        stream = streams.TrainIterator(self.source.tasks, recipe.data, shard)
         self._check_first_batch(run_record.batch_hash(stream.peek()), shard)
         if self.is_new:
             params = pretrained.initial_params(
@@ -370,7 +370,7 @@ class _Run:
         if recorded != found:
             raise ValueError(
                 f"MODEL_DIR {str(self.folder)!r} holds a run on other data: the first batch of "
-                f"task {self.program.recipe.data.task!r} is not what it was. Take another MODEL_DIR"
+                f"task {self.program.recipe.data.name!r} is not what it was. Take another MODEL_DIR"
             )
 
     def write(self, config_text: str) -> None:
@@ -380,15 +380,3 @@ class _Run:
             files.write_whole(self.folder / "config.gin", config_text)
             files.write_whole(self.folder / "model_info.txt", model_info(self.program))
             run_record.write(self.folder, self.about)
-
-
-def _teacher(program: Program) -> Any:
-    if program.teacher is None:
-        return None
-    recipe = program.recipe
-    assert recipe.frozen_teacher is not None
-    assert program.models.teacher is not None
-    key = jax.random.key(recipe.train.seed + 1)
-    return pretrained.initial_params(
-        recipe.frozen_teacher, program.models.teacher, program.teacher, key, "teacher"
-    )

@@ -1,0 +1,133 @@
+"""The frozen teachers of a run, one or several: their sizes, their shapes and their parameters.
+
+The parameters of one teacher are a tree. Those of several teachers (`TaskTeachers`) are a dict of
+trees by the names of the tasks.
+"""
+
+import math
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from gkd_jax import gkd, sharding
+from gkd_jax.models import lm
+from gkd_jax.storage import pretrained
+from gkd_jax.training.recipe import Recipe, TaskTeachers
+
+
+def task_teachers(
+    recipe: Recipe, student: lm.Config, num_pieces: int, pending: frozenset[str]
+) -> tuple[gkd.TaskTeacher, ...]:
+    """Returns several teachers in the order of their rows in a batch; () for any other teacher.
+
+    Args:
+        recipe: the configuration of the run.
+        student: the student's sizes.
+        num_pieces: the number of ids of the vocabulary that all models share.
+        pending: checkpoints that are not opened.
+
+    Raises:
+        ValueError: if a teacher's embedding has fewer rows than the vocabulary has ids; the message
+            names its task.
+    """
+    if not isinstance(recipe.teacher, TaskTeachers):
+        return ()
+    found = []
+    for task, num_rows in recipe.data.block.items():
+        model = recipe.teacher.models[task]
+        sizes = model.config(num_pieces, pending=model.checkpoint in pending)
+        try:
+            pair = gkd.ModelPair(student=student, teacher=sizes, num_pieces=num_pieces)
+        except ValueError as error:
+            raise ValueError(f"task {task!r}: {error}") from None
+        found.append(gkd.TaskTeacher(task=task, models=pair, num_rows=num_rows))
+    return tuple(found)
+
+
+def check_blocks(recipe: Recipe, mesh: Mesh) -> None:
+    """Checks that each device has the same share of every teacher's rows in each microbatch.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    if not isinstance(recipe.teacher, TaskTeachers):
+        return
+    rows = recipe.data.task_rows
+    num_shards, num_parts = sharding.batch_shards(mesh), recipe.train.num_microbatches
+    if math.gcd(*rows.values()) % (num_shards * num_parts):
+        raise ValueError(
+            "each device scores as many rows of each teacher in each microbatch: data x fsdp "
+            f"({num_shards}) x num_microbatches ({num_parts}) = {num_shards * num_parts} must "
+            f"divide the rows of every task, got {rows}"
+        )
+
+
+def abstract_params(recipe: Recipe, learner: gkd.Learner, mesh: Mesh) -> lm.Params | None:
+    """Returns the shapes, dtypes and shardings of the teachers' parameters; None without any."""
+    if isinstance(recipe.teacher, TaskTeachers):
+        return {
+            one.task: pretrained.frozen_shapes(
+                recipe.teacher.models[one.task], _sizes(one.models), mesh
+            )
+            for one in learner.task_teachers
+        }
+    model = recipe.teachers.get("teacher")
+    return model and pretrained.frozen_shapes(model, _sizes(learner.models), mesh)
+
+
+def initial_params(
+    recipe: Recipe, learner: gkd.Learner, shapes: lm.Params | None, name: str = "teacher"
+) -> lm.Params | None:
+    """Returns the teachers' parameters, from their checkpoints or random; None without any.
+
+    Args:
+        recipe: the configuration of the run.
+        learner: holds the sizes of the teachers.
+        shapes: the result of `abstract_params`.
+        name: what messages call a teacher.
+    """
+    if shapes is None:
+        return None
+    key = jax.random.key(recipe.train.seed + 1)
+    if isinstance(recipe.teacher, TaskTeachers):
+        return {
+            one.task: pretrained.initial_params(
+                recipe.teacher.models[one.task],
+                _sizes(one.models),
+                shapes[one.task],
+                jax.random.fold_in(key, index),
+                name,
+            )
+            for index, one in enumerate(learner.task_teachers)
+        }
+    model = recipe.teachers["teacher"]
+    return pretrained.initial_params(model, _sizes(learner.models), shapes, key, name)
+
+
+def in_words(recipe: Recipe, shapes: Any, task: str | None = None) -> str:
+    """Returns who the teacher is, in words.
+
+    Args:
+        recipe: the configuration of the run.
+        shapes: the result of `abstract_params`.
+        task: a task, whose teacher alone is described where there are several; None means all.
+    """
+    teacher = recipe.teacher
+    if isinstance(teacher, gkd.LiveStudent):
+        return "the student itself"
+    if isinstance(teacher, gkd.MovingAverage):
+        return f"the student's moving average, decay {teacher.decay}"
+    if shapes is None:
+        return "none"
+    if isinstance(teacher, TaskTeachers) and task is None:
+        return "; ".join(
+            f"{lm.num_params(params):,} parameters for {one}" for one, params in shapes.items()
+        )
+    params = shapes[task] if isinstance(teacher, TaskTeachers) else shapes
+    return f"{lm.num_params(params):,} parameters"
+
+
+def _sizes(models: gkd.ModelPair) -> lm.Config:
+    assert models.teacher is not None
+    return models.teacher
