@@ -15,6 +15,13 @@ samples never end with EOS, so that every run does the same work. The result is 
                  peak
     *_gflop      FLOPs of a phase's matrix products on one device, in 10^9
     *_of_peak    rate of the phase (its FLOPs over its time) as a share of gemm_gflops
+    copy_gb_per_s          bandwidth of the memory: GB read and written per second by a large copy
+    *_gb                   bytes that a phase's program moves through memory, in 10^9, as counted in
+                           the compiled program; caches may save some of them
+    sample_least_gb        bytes that sampling cannot do without: for each token, the weights and
+                           the KV cache as far as it is written
+    sample_of_bandwidth    rate of sampling (sample_least_gb over its time) as a share of
+                           copy_gb_per_s
 
 Sampling is also timed beside its plain loop (all rows to the last token, the whole cache at each),
 with answers of full length or, where MEAN_LENGTH is set, of geometric lengths:
@@ -45,7 +52,7 @@ from gkd_jax.input import data
 from gkd_jax.models import lm
 from gkd_jax.planning import bench_sampling, hlo
 from gkd_jax.storage.pretrained import initial_params
-from gkd_jax.training import program, sizes, teachers, train_state
+from gkd_jax.training import program, sizes, teachers, throughput, train_state
 from gkd_jax.training.recipe import Recipe
 
 
@@ -101,13 +108,19 @@ def bench(
         batch = _random_batch(built)
         sampled = bench_sampling.measure(built, models[0].params, batch, runs, mean_length)
     timed = {} if mean_length else _measure(built, models, runs)
+    memory = {
+        "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
+        **throughput.device_memory(),
+    }
+    if timed:
+        timed |= _shares(timed, built.models.student.dtype)
     report: dict[str, Any] = {
         "device": jax.devices()[0].device_kind,
         "num_devices": jax.device_count(),
         "dtype": built.models.student.dtype,
         "runs": runs,
         **{name: round(value, 3) for name, value in (timed | sampled).items()},
-        "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
+        **memory,
         "student_params": lm.num_params(built.state.params),
     }
     if as_json:
@@ -131,11 +144,25 @@ def _measure(
     found = {"compile_s": time.perf_counter() - began}
     times = _time_phases(built, compiled, models, runs)
     found |= {f"{name}_ms": float(np.median(values)) * 1e3 for name, values in times.items()}
-    found["gemm_gflops"] = gemm_gflops(built.models.student.dtype)
     for name, program_of_phase in compiled.items():
-        gflop = hlo.summary(hlo.parse(program_of_phase.as_text()))["flops"] / 1e9
-        found[f"{name}_gflop"] = gflop
-        found[f"{name}_of_peak"] = gflop / found[f"{name}_ms"] * 1e3 / found["gemm_gflops"]
+        counted = hlo.summary(hlo.parse(program_of_phase.as_text()))
+        found[f"{name}_gflop"] = counted["flops"] / 1e9
+        found[f"{name}_gb"] = counted["traffic_bytes"] / 1e9
+    if "sample" in compiled:
+        found["sample_least_gb"] = bench_sampling.least_bytes(built) / 1e9
+    return found
+
+
+def _shares(timed: Mapping[str, float], dtype: str) -> dict[str, float]:
+    """Returns the rates of this machine, and those of the phases as shares of them."""
+    found = {"gemm_gflops": gemm_gflops(dtype), "copy_gb_per_s": copy_gb_per_s()}
+    for name in ("sample", "score", "update"):
+        if f"{name}_ms" in timed:
+            rate = timed[f"{name}_gflop"] / timed[f"{name}_ms"] * 1e3
+            found[f"{name}_of_peak"] = rate / found["gemm_gflops"]
+    if "sample_ms" in timed:
+        rate = timed["sample_least_gb"] / timed["sample_ms"] * 1e3
+        found["sample_of_bandwidth"] = rate / found["copy_gb_per_s"]
     return found
 
 
@@ -224,16 +251,42 @@ def _random_batch(built: program.Program) -> Batch:
     return data.place(batch, built.mesh)
 
 
-def gemm_gflops(dtype: str, size: int = 2048, runs: int = 7) -> float:
-    """Returns the highest rate, in GFLOP/s, of `runs` products of two square matrices.
+def gemm_gflops(dtype: str, size: int | None = None, runs: int = 7) -> float:
+    """Returns the highest rate, in GFLOP/s, of `runs` products of two square random matrices.
 
     The operands have the given dtype and the result is float32.
+
+    Args:
+        dtype: the dtype of the operands.
+        size: the number of rows; None is 2,048 on CPUs, and on accelerators 16,384, for which the
+            start of a program takes no time that counts.
+        runs: the number of products.
     """
-    x, y = (jnp.full((size, size), 1.0 / size, dtype) for _ in range(2))
+    size = size or (2048 if jax.default_backend() == "cpu" else 16_384)
+    keys = jax.random.split(jax.random.key(0))
+    x, y = (jax.random.normal(key, (size, size), dtype) for key in keys)
     product = jax.jit(lambda x, y: jnp.dot(x, y, preferred_element_type=jnp.float32))
-    product(x, y).block_until_ready()
-    best = min(_seconds(lambda: product(x, y).block_until_ready()) for _ in range(runs))
-    return 2 * size**3 / best / 1e9
+    return 2 * size**3 / _fastest(lambda: product(x, y), runs) / 1e9
+
+
+def copy_gb_per_s(num_bytes: int | None = None, runs: int = 7) -> float:
+    """Returns the bandwidth of the memory, in GB/s: the bytes that a large copy reads and writes.
+
+    Args:
+        num_bytes: the size of the array that is copied; None is 256 MiB on CPUs and 4 GiB on
+            accelerators.
+        runs: the number of copies, of which the fastest counts.
+    """
+    num_bytes = num_bytes or (2**28 if jax.default_backend() == "cpu" else 2**32)
+    x = jax.random.bits(jax.random.key(0), (num_bytes // 4,))
+    copy = jax.jit(lambda x: x + 1)
+    return 2 * num_bytes / _fastest(lambda: copy(x), runs) / 1e9
+
+
+def _fastest(function: Callable[[], jax.Array], runs: int) -> float:
+    """Returns the seconds of the fastest of `runs` calls, after one that compiles."""
+    function().block_until_ready()
+    return min(_seconds(lambda: function().block_until_ready()) for _ in range(runs))
 
 
 def _seconds(function: Callable[[], Any]) -> float:

@@ -14,7 +14,7 @@ import numpy as np
 
 from gkd_jax import sharding
 from gkd_jax.batch import Batch
-from gkd_jax.models import lm
+from gkd_jax.models import decode_loop, lm
 from gkd_jax.sampling import Sample, sample
 from gkd_jax.training.program import Program
 
@@ -57,6 +57,42 @@ def measure(
         differing += int(np.sum(np.any(ours != plain, axis=1)))
     found |= {f"{name}_tokens_per_s": tokens / spent for name, spent in seconds.items()}
     return found | {"sample_differing_rows": differing}
+
+
+def least_bytes(built: Program) -> float:
+    """Returns the bytes that sampling answers of full length reads at least, on all devices.
+
+    Each token reads the weights of the decoder, and the KV cache as far as it is written. An
+    embedding that is not the output head is left out, since a token reads only one row of it.
+    """
+    shape = built.batch(built.recipe.data.batch_size, built.recipe.data.shapes()[-1])
+    length = built.recipe.data.shapes()[-1][1]
+
+    def start(params, inputs, input_lengths, length):
+        return decode_loop.start(
+            built.models.student,
+            params,
+            inputs,
+            input_lengths,
+            length=length,
+            copies=built.learner.config.num_samples,
+        )
+
+    def sizes(length: int) -> tuple[int, int]:
+        given = (built.state.params, shape.inputs, shape.input_lengths)
+        with sharding.use(built.mesh):
+            started = jax.eval_shape(functools.partial(start, length=length), *given)
+        params = dict(started.params)
+        if "logits_dense" in params["decoder"]:
+            del params["token_embedder"]
+        return num_bytes(params), num_bytes(started.cache)
+
+    def num_bytes(tree: Any) -> int:
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+    # The cache grows by the same number of bytes at each token.
+    (weights, first), (_, last) = sizes(1), sizes(length)
+    return length * (weights + (first + last) / 2)
 
 
 def _sample(
