@@ -1,4 +1,8 @@
-"""Gives every test eight CPU devices, checked array shapes and the shared data."""
+"""Gives every test eight CPU devices, checked array shapes and the shared data.
+
+With GKD_JAX_TEST_PLATFORMS=cuda,cpu (or tpu,cpu) the tests run on an accelerator: those that are
+marked `accelerator` are made for it.
+"""
 
 import getpass
 import importlib.metadata
@@ -8,14 +12,16 @@ import tempfile
 
 
 # Before jax is imported anywhere: it reads these once.
-os.environ["JAX_PLATFORMS"] = "cpu"
+PLATFORMS = os.environ.get("GKD_JAX_TEST_PLATFORMS", "cpu")
+os.environ["JAX_PLATFORMS"] = PLATFORMS
 # The tests compile thousands of small programs. With LLVM's optimizations off and XLA's older code
 # for fusions that takes a third of the time; XLA's passes before it are as for users.
 COMPILE_FAST = "--xla_backend_optimization_level=0"
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # jaxlib 0.12 has no older code
     COMPILE_FAST += " --xla_cpu_use_fusion_emitters=false"
 FLAGS = f"--xla_force_host_platform_device_count=8 {COMPILE_FAST}"
-os.environ["XLA_FLAGS"] = f"{FLAGS} {os.environ.get('XLA_FLAGS', '')}".strip()  # later ones win
+if PLATFORMS == "cpu":
+    os.environ["XLA_FLAGS"] = f"{FLAGS} {os.environ.get('XLA_FLAGS', '')}".strip()  # later ones win
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import jax  # noqa: E402
