@@ -93,8 +93,8 @@ def test_rows_of_a_cache_are_taken():
     config, params, _ = model("llama")
     inputs, lengths, targets = decoder_models.prompts_and_targets(np.random.default_rng(0), (5, 5))
     inputs[1] = inputs[0]  # beams of one prompt
-    for unroll in (1, 3):
-        chosen = dataclasses.replace(config, scan_unroll=unroll)
+    for choice in ({}, {"scan_unroll": 3}, {"decode_for_gpu": True}):
+        chosen = dataclasses.replace(config, **choice)
         context = decoder.encode(chosen, params, jnp.asarray(inputs), jnp.asarray(lengths))
         cache = decoder.init_cache(chosen, params, context, 4)
         _, cache = decoder.decode_step(chosen, params, context.first, cache)

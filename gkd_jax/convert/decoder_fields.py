@@ -314,7 +314,7 @@ def _numbers_only(config: DecoderConfig) -> DecoderConfig:
     """
     choices = ("dropout_rate", "dtype", "remat", "attention_by_row", "layers_on_host")
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
-    plain = {name: defaults[name] for name in (*choices, "scan_unroll")}
+    plain = {name: defaults[name] for name in (*choices, "scan_unroll", "decode_for_gpu")}
     return dataclasses.replace(config, **plain)
 
 

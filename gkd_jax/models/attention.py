@@ -13,8 +13,9 @@ Axes: B batch, H heads, T queries, S keys, K head dim.
 import jax
 from jax import lax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
+from gkd_jax.models import cudnn
 from gkd_jax.models.products import product, product_of_transpose, product_with_transpose
 
 
@@ -30,6 +31,7 @@ def attend(
     dropout_mask: Float[Array, "B H 1 S"] | None,
     *,
     by_row: bool = False,
+    key_lengths: Int[Array, " B"] | None = None,
 ) -> Float[Array, "B H T K"]:
     """Returns softmax(queries keys^T + biases) values, in the dtype of the values.
 
@@ -41,9 +43,11 @@ def attend(
         dropout_mask: an array that multiplies the probabilities; None drops nothing.
         by_row: attend for one row of the batch at a time. The scores of one row stay in a CPU's
             cache, whereas those of the whole batch go through memory several times.
+        key_lengths: the number of keys of each row that the biases do not hide, where these are its
+            first ones. A GPU's kernel takes these numbers in place of the bias of each row.
     """
     if not by_row:
-        return _attend(queries, keys, values, biases, dropout_mask)
+        return _attend(queries, keys, values, biases, dropout_mask, key_lengths)
     biases = tuple(_spread(bias, len(queries)) for bias in biases)
     own = [bias if len(bias) > 1 else None for bias in biases]
 
@@ -63,44 +67,81 @@ def _turn(x: jax.Array) -> jax.Array:
 
 
 @jax.custom_vjp
-def _attend(queries, keys, values, biases, dropout_mask):
+def _attend(queries, keys, values, biases, dropout_mask, key_lengths=None):
     """`attend` for whole arrays; the axis B may be absent from all of them."""
-    return _forward(queries, keys, values, biases, dropout_mask)[0]
+    return _forward(queries, keys, values, biases, dropout_mask, key_lengths)[0]
 
 
-def _forward(queries, keys, values, biases, dropout_mask):
-    dtype = values.dtype.name
-    scores = _scores(queries, keys, biases)
-    top = jnp.max(scores, axis=-1, keepdims=True)
-    exponentials = jnp.exp(scores - top)
-    total = jnp.sum(exponentials, axis=-1, keepdims=True)
-    probabilities = exponentials / total
-    if dropout_mask is not None:
-        probabilities = probabilities * dropout_mask
-    mixed = product(probabilities, values, dtype).astype(dtype)
-    return mixed, (queries, keys, values, biases, dropout_mask, mixed, top, total)
+def _forward(queries, keys, values, biases, dropout_mask, key_lengths=None):
+    def run():
+        dtype = values.dtype.name
+        scores = _scores(queries, keys, biases)
+        top = jnp.max(scores, axis=-1, keepdims=True)
+        exponentials = jnp.exp(scores - top)
+        total = jnp.sum(exponentials, axis=-1, keepdims=True)
+        probabilities = exponentials / total
+        if dropout_mask is not None:
+            probabilities = probabilities * dropout_mask
+        return product(probabilities, values, dtype).astype(dtype), top, total
+
+    given = (queries, keys, values, biases, dropout_mask, key_lengths)
+    library = _library(*given)
+    mixed, top, total = run() if library is None else cudnn.forward(*library, run)
+    return mixed, (*given, mixed, top, total)
+
+
+def _library(queries, keys, values, biases, dropout_mask, key_lengths):
+    """Returns cuDNN's function and its operands, or None where it cannot compute the attention."""
+    # Without lengths, the biases that hide padding would have to be an array of all scores.
+    of_positions = biases if key_lengths is None else _of_positions(biases)
+    same_for_rows = all(len(bias) == 1 for bias in of_positions)
+    if dropout_mask is not None or not same_for_rows or not cudnn.serves(queries, keys):
+        return None
+    bias = sum(of_positions[1:], of_positions[0])
+    return cudnn.attention(key_lengths=key_lengths), (queries, keys, values, bias)
+
+
+def _of_positions(biases: Biases) -> Biases:
+    """Returns the biases of pairs of positions: all but those that hide keys of a row."""
+    return tuple(bias for bias in biases if bias.shape[-2] > 1)
 
 
 def _backward(residuals, gradient):
-    queries, keys, values, biases, dropout_mask, mixed, top, total = residuals
-    dtype = values.dtype.name
-    # The maximum and the sum are not merged into one logsumexp: where all keys are masked, the
-    # maximum is about -1e10, and rounding would lose the logarithm of the sum beside it.
-    probabilities = jnp.exp(_scores(queries, keys, biases) - top) / total
-    weights, d_weights = probabilities, product_with_transpose(gradient, values, dtype)
-    if dropout_mask is not None:
-        weights, d_weights = probabilities * dropout_mask, d_weights * dropout_mask
-    # delta is the sum over keys of weights x d_weights. The output gives the same sum with K terms
-    # for each query in place of S.
-    delta = jnp.sum(gradient.astype(jnp.float32) * mixed, axis=-1, keepdims=True)
-    d_scores = probabilities * (d_weights - delta)
-    return (
-        product(d_scores, keys, dtype).astype(dtype),
-        product_of_transpose(d_scores, queries, dtype).astype(dtype),
-        product_of_transpose(weights, gradient, dtype).astype(dtype),
-        tuple(_sum_to(d_scores, bias.shape) for bias in biases),
-        None,
-    )
+    given, (mixed, top, total) = residuals[:6], residuals[6:]
+    queries, keys, values, biases, dropout_mask, _ = given
+
+    def run():
+        dtype = values.dtype.name
+        # The maximum and the sum are not merged into one logsumexp: where all keys are masked, the
+        # maximum is about -1e10, and rounding would lose the logarithm of the sum beside it.
+        probabilities = jnp.exp(_scores(queries, keys, biases) - top) / total
+        weights, d_weights = probabilities, product_with_transpose(gradient, values, dtype)
+        if dropout_mask is not None:
+            weights, d_weights = probabilities * dropout_mask, d_weights * dropout_mask
+        # delta is the sum over keys of weights x d_weights. The output gives the same sum with K
+        # terms for each query in place of S.
+        delta = jnp.sum(gradient.astype(jnp.float32) * mixed, axis=-1, keepdims=True)
+        d_scores = probabilities * (d_weights - delta)
+        return (
+            product(d_scores, keys, dtype).astype(dtype),
+            product_of_transpose(d_scores, queries, dtype).astype(dtype),
+            product_of_transpose(weights, gradient, dtype).astype(dtype),
+            tuple(_sum_to(d_scores, bias.shape) for bias in biases),
+        )
+
+    def of_biases(d_bias):
+        return tuple(
+            _sum_to(d_bias.astype(bias.dtype), bias.shape)
+            if bias.shape[-2] > 1
+            else jnp.zeros_like(bias)  # of padding, which has no parameters
+            for bias in biases
+        )
+
+    library = _library(*given)
+    if library is None:
+        return *run(), None, None
+    found = cudnn.backward(*library, gradient, run, lambda *d: (*d[:3], of_biases(d[3])))
+    return *found, None, None
 
 
 _attend.defvjp(_forward, _backward)

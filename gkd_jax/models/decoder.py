@@ -377,7 +377,8 @@ def _seen(
 
 
 def _unstack(config: DecoderConfig, stacked: Any) -> Any:
-    return parameters.unstack(stacked, config.num_layers, config.scan_unroll)
+    depth = config.num_layers
+    return parameters.unstack(stacked, depth, config.decode_for_gpu or config.scan_unroll >= depth)
 
 
 def _run(
@@ -417,7 +418,7 @@ def _run(
             all_keys = jnp.concatenate([past[0], own_keys], axis=2)
             all_values = jnp.concatenate([past[1], own_values], axis=2)
         mixed = decoder_block.attend(
-            config, query, all_keys, all_values, Sight(positions, seen, window)
+            config, query, all_keys, all_values, Sight(positions, seen, window), past is None
         )
         return decoder_block.rest(config, layer, x, mixed, key), (own_keys, own_values)
 

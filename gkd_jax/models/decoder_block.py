@@ -26,8 +26,12 @@ from gkd_jax.sharding import constrain, num_batch_shards, num_shards
 _SCORES_IN_CACHE = 2**23  # the most attention scores (float32) that stay in a CPU's cache
 
 
-def attend(config: DecoderConfig, query, keys, values, sight: Sight) -> jax.Array:
+def attend(
+    config: DecoderConfig, query, keys, values, sight: Sight, is_causal: bool = False
+) -> jax.Array:
     """Returns `grouped_attention.attend` of these arrays, with the scale and softcap of `config`.
+
+    `is_causal` says that query t sees the keys up to t, but for the windows of `config`.
 
     Where the key heads do not divide over the devices of the mesh axis `tensor`, they are repeated
     for each query head, so that each device holds the keys of its own query heads.
@@ -47,6 +51,7 @@ def attend(config: DecoderConfig, query, keys, values, sight: Sight) -> jax.Arra
         scale=score_scale(config),
         softcap=config.attention_softcap,
         by_row=config.attention_by_row and large and num_batch_shards() == 1,
+        is_causal=is_causal and not any(config.windows),
     )
 
 

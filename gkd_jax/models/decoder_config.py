@@ -90,7 +90,8 @@ class DecoderConfig:
         max_length: the longest text that the model was made for, in tokens. It is not enforced.
         dropout_rate: the dropout of embeddings and of the outputs of attention and MLP while
             training.
-        dtype, remat, attention_by_row, layers_on_host, scan_unroll: as in `T5Config`.
+        dtype, remat, attention_by_row, layers_on_host, scan_unroll,
+            decode_for_gpu: as in `T5Config`.
     """
 
     vocab_size: int
@@ -123,6 +124,7 @@ class DecoderConfig:
     attention_by_row: bool = False
     layers_on_host: bool = False
     scan_unroll: int = 1
+    decode_for_gpu: bool = False
 
     def __post_init__(self):
         for field in dataclasses.fields(self):

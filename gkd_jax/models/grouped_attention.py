@@ -19,6 +19,7 @@ from jax import lax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from gkd_jax.models import cudnn
 from gkd_jax.models.products import product, product_of_transpose, product_with_transpose
 
 
@@ -45,6 +46,7 @@ class _Scoring(NamedTuple):
     scale: float
     softcap: float | None
     block: int
+    is_causal: bool = False
 
 
 def attend(
@@ -57,6 +59,7 @@ def attend(
     softcap: float | None = None,
     by_row: bool = False,
     block: int = BLOCK,
+    is_causal: bool = False,
 ) -> Float[Array, "B H T K"]:
     """Returns softmax(softcap(scale x queries keys^T)) values, in the dtype of the values.
 
@@ -69,8 +72,10 @@ def attend(
         by_row: attend for one row of the batch at a time, whose scores stay in a CPU's cache.
         block: the number of queries, and of keys, in a block. Texts of at most this length are
             computed at once.
+        is_causal: whether query t sees exactly the keys up to t, in every row. A GPU's kernel can
+            compute this case, without a softcap.
     """
-    scoring = _Scoring(scale, softcap, block)
+    scoring = _Scoring(scale, softcap, block, is_causal and softcap is None)
     grouped = queries.reshape(*keys.shape[:2], -1, *queries.shape[2:])
     if by_row:
         rows = len(queries)
@@ -128,14 +133,26 @@ def _attend(scoring: _Scoring, queries, keys, values, sight: Sight):
 
 
 def _forward(scoring: _Scoring, queries, keys, values, sight: Sight):
-    length = queries.shape[3]
-    if max(length, keys.shape[2]) <= scoring.block:
-        running = _visit(scoring, queries, keys, values, sight, None)
-        mixed = running.mixed / running.total
-    else:
-        mixed, running = _forward_in_blocks(scoring, queries, keys, values, sight)
-    mixed = mixed.astype(values.dtype)
-    return mixed, (queries, keys, values, sight, mixed, running.top, running.total)
+    def run():
+        if max(queries.shape[3], keys.shape[2]) <= scoring.block:
+            running = _visit(scoring, queries, keys, values, sight, None)
+            mixed = running.mixed / running.total
+        else:
+            mixed, running = _forward_in_blocks(scoring, queries, keys, values, sight)
+        return mixed.astype(values.dtype), running.top, running.total
+
+    library = _library(scoring, queries, keys, values)
+    mixed, top, total = run() if library is None else cudnn.forward(*library, run)
+    return mixed, (queries, keys, values, sight, mixed, top, total)
+
+
+def _library(scoring: _Scoring, queries, keys, values):
+    """Returns cuDNN's function and its operands, or None where it cannot compute the attention."""
+    rows, heads, group, length, size = queries.shape
+    flat = queries.reshape(rows, heads * group, length, size)
+    if not scoring.is_causal or not cudnn.serves(flat, keys):
+        return None
+    return cudnn.attention(scale=scoring.scale, is_causal=True), (flat, keys, values, None)
 
 
 def _visit(scoring: _Scoring, queries, keys, values, sight: Sight, running: _Running | None):
@@ -191,16 +208,24 @@ def _unfold(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 def _backward(scoring: _Scoring, residuals, gradient):
     queries, keys, values, sight, mixed, top, total = residuals
-    # delta is the sum over keys of weights x the weights' gradients, as in FlashAttention.
-    delta = jnp.sum(gradient.astype(jnp.float32) * mixed, axis=-1, keepdims=True)
-    around = (gradient, delta, top, total)
-    length = queries.shape[3]
-    if max(length, keys.shape[2]) <= scoring.block:
-        gradients = _visit_back(scoring, queries, keys, values, sight, around)
-    else:
-        gradients = _backward_in_blocks(scoring, queries, keys, values, sight, around)
-    d_queries, d_keys, d_values = (x.astype(values.dtype) for x in gradients)
-    return d_queries, d_keys, d_values, None
+
+    def run():
+        # delta is the sum over keys of weights x the weights' gradients, as in FlashAttention.
+        delta = jnp.sum(gradient.astype(jnp.float32) * mixed, axis=-1, keepdims=True)
+        around = (gradient, delta, top, total)
+        short = max(queries.shape[3], keys.shape[2]) <= scoring.block
+        back = _visit_back if short else _backward_in_blocks
+        gradients = back(scoring, queries, keys, values, sight, around)
+        return tuple(x.astype(values.dtype) for x in gradients)
+
+    library = _library(scoring, queries, keys, values)
+    if library is None:
+        return *run(), None
+    flat = gradient.reshape(library[1][0].shape)
+    found = cudnn.backward(
+        *library, flat, run, lambda d_q, d_k, d_v, _: (d_q.reshape(queries.shape), d_k, d_v)
+    )
+    return *found, None
 
 
 _attend.defvjp(_forward, _backward)

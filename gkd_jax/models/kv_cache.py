@@ -21,6 +21,8 @@ from gkd_jax.models.products import product, product_with_transpose
 
 
 FIRST = 64  # positions of the first segment
+# On a GPU the host decides each `lax.cond`, which takes longer than reading a short segment.
+FIRST_ON_GPU = 1024
 Segments = tuple[Float[Array, "*L N H _ K"], ...]  # each with its own number of positions
 
 

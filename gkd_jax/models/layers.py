@@ -119,6 +119,7 @@ class Attention(nn.Module):
         biases: Biases,
         *,
         deterministic: bool,
+        key_lengths: Int[Array, " B"] | None = None,
     ) -> Float[Array, "B T D"]:
         queries = self.split_heads(self.query(x))
         dropout_mask = None  # for the attention probabilities; all queries share one draw
@@ -127,7 +128,9 @@ class Attention(nn.Module):
             dropout_mask = self.dropout(ones, deterministic=False)
         large = math.prod(queries.shape[:3]) * keys.shape[2] > _SCORES_IN_CACHE
         by_row = self.by_row and large and sharding.num_batch_shards() == 1
-        mixed = attend(queries, keys, values, biases, dropout_mask, by_row=by_row)
+        mixed = attend(
+            queries, keys, values, biases, dropout_mask, by_row=by_row, key_lengths=key_lengths
+        )
         return self._join_heads(mixed)
 
     def decode(
@@ -266,14 +269,18 @@ class EncoderLayer(nn.Module):
         mask_bias: Float[Array, "B 1 1 S"],
         *,
         deterministic: bool,
+        lengths: Int[Array, " B"] | None = None,
     ) -> Float[Array, "B S D"]:
+        """Runs the layer; `lengths` are those of the rows, where `mask_bias` was made of them."""
         if self.relpos_bias is not None:
             position_bias = self.relpos_bias(x.shape[1], x.shape[1], bias_copies(x.shape[0]))
         assert position_bias is not None
         normed = self.pre_attention_layer_norm(x)
         keys, values = self.attention.keys_values(normed)
         biases = (position_bias, mask_bias)
-        y = self.attention(normed, keys, values, biases, deterministic=deterministic)
+        y = self.attention(
+            normed, keys, values, biases, deterministic=deterministic, key_lengths=lengths
+        )
         x = constrain(x + self.dropout(y, deterministic=deterministic), ACTIVATIONS)
         y = self.mlp(self.pre_mlp_layer_norm(x), deterministic=deterministic)
         return constrain(x + self.dropout(y, deterministic=deterministic), ACTIVATIONS)

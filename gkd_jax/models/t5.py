@@ -150,6 +150,7 @@ def encode(
             position_bias,
             mask_bias,
             deterministic=key is None,
+            lengths=input_lengths,
             rngs=None if key is None else {"dropout": key},
         )
 
@@ -262,7 +263,8 @@ def decode_params(config: T5Config, params: Params) -> Params:
 
 
 def _unstack(config: T5Config, stacked: Any) -> Any:
-    return parameters.unstack(stacked, config.num_decoder_layers, config.scan_unroll)
+    depth = config.num_decoder_layers
+    return parameters.unstack(stacked, depth, config.decode_for_gpu or config.scan_unroll >= depth)
 
 
 def init_cache(

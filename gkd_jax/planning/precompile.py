@@ -72,7 +72,8 @@ def precompile(
     """
     chip, devices = describe_topology(topology, num_slices)
     if topology != "cpu":
-        models = {name: _as_on_tpu(model) for name, model in recipe.models.items()}
+        platform = platform_of(topology)
+        models = {name: _as_on(platform, model) for name, model in recipe.models.items()}
         recipe = recipe.with_models(models)
     built = program.build(
         recipe,
@@ -107,10 +108,12 @@ def precompile(
         raise DoesNotFitError(_largest(phases, chip))
 
 
-def _as_on_tpu(model: ModelConfig) -> ModelConfig:
+def _as_on(platform: str, model: ModelConfig) -> ModelConfig:
     """Sets the defaults that `ModelConfig` has on accelerators; it sees the CPU backend here."""
+    for_gpu = model.decode_for_gpu
     return dataclasses.replace(
         model,
+        decode_for_gpu=platform == "gpu" if for_gpu is None else for_gpu,
         scan_unroll=model.scan_unroll or 1,
         attention_by_row=bool(model.attention_by_row),
     )

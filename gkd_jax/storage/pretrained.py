@@ -48,6 +48,9 @@ class ModelConfig:
         remat: whether the backward pass recomputes activations instead of keeping them in memory.
         scan_unroll: the number of layers per iteration of the scan over layers; None unrolls up to
             64 layers on CPU and none elsewhere.
+        decode_for_gpu: whether decoding suits a GPU. The layers run one by one, so that no slices
+            of stacked arrays are copied, but compiling takes longer; and the first segment of the
+            KV cache is long. None means yes on GPUs.
         attention_by_row: whether attention over long inputs computes one batch row at a time, so
             that the scores stay in the CPU's cache; None means yes on CPU and no elsewhere.
     """
@@ -61,6 +64,7 @@ class ModelConfig:
     memory: str = "device"
     remat: bool = False
     scan_unroll: int | None = None
+    decode_for_gpu: bool | None = None
     attention_by_row: bool | None = None
 
     def __post_init__(self):
@@ -105,6 +109,9 @@ class ModelConfig:
         unroll, by_row = self.scan_unroll, self.attention_by_row
         if unroll is None:
             unroll = 64 if on_cpu else 1
+        decode_for_gpu = self.decode_for_gpu
+        if decode_for_gpu is None:
+            decode_for_gpu = jax.default_backend() == "gpu"
         return dataclasses.replace(
             chosen,
             dropout_rate=self.dropout_rate,
@@ -113,6 +120,7 @@ class ModelConfig:
             attention_by_row=on_cpu if by_row is None else by_row,
             layers_on_host=self.memory == "host",
             scan_unroll=unroll,
+            decode_for_gpu=decode_for_gpu,
         )
 
 
