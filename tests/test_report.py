@@ -1165,6 +1165,27 @@ def test_an_archive_makes_the_same_report_and_holds_no_paths(tmp_path):
     )
 
 
+def test_a_run_on_several_tasks_stands_apart_in_the_table_of_each(tmp_path):
+    alone = about(divergence=JSD_01, fraction=1.0)
+    several = copy.deepcopy(alone)
+    put(several["recipe"], "data.task", {"arithmetic": 16, "/data/texts.jsonl": 16})
+    model = several["recipe"]["teacher"]
+    models = {"arithmetic": model, "/data/texts.jsonl": model}
+    put(several["recipe"], "teacher", {"type": "TaskTeachers", "models": models})
+    put(several["recipe"], "evaluation.task", "arithmetic")
+    write_run(tmp_path / "alone", alone, {"accuracy": 40.0})
+    write_run(tmp_path / "several", several, {"accuracy": 41.0})
+    report.write([str(tmp_path)], str(tmp_path / "out"))
+    text = (tmp_path / "out" / "report.md").read_text()
+    rows = dict(re.findall(r"^\| ([^|]+) \| \**(\d[\d.]+)", text, re.MULTILINE))
+    (name,) = (name for name in rows if name.endswith(" · arithmetic + texts.jsonl"))
+    assert (rows[name], rows[name.removesuffix(" · arithmetic + texts.jsonl")]) == (
+        "41.00",
+        "40.00",
+    )
+    assert "one for each task (" in (tmp_path / "out" / "runs" / "several.html").read_text()
+
+
 def test_an_archive_must_be_a_jsonl_file(tmp_path):
     write_study(tmp_path)
     with pytest.raises(ValueError, match=r"\.jsonl, got"):

@@ -195,9 +195,13 @@ class Run:
         A file or a folder has its last part as its name (`gkd_jax.tasks.jsonl.display_name`).
         """
         task = self.fields.get("evaluation.task") or self.fields.get("data.task")
-        if not isinstance(task, str):
-            return None
-        return pathlib.PurePath(task).name if "/" in task or ".jsonl" in task else task
+        return _task_name(task) if isinstance(task, str) else None
+
+    @property
+    def several_tasks(self) -> str:
+        """The names of the tasks that share every batch; "" for one task."""
+        tasks = as_object(as_object(self.about.get("recipe")).get("data")).get("task")
+        return " + ".join(map(_task_name, tasks)) if isinstance(tasks, dict) else ""
 
     @property
     def train_steps(self) -> int | None:
@@ -269,6 +273,10 @@ def said(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _task_name(task: str) -> str:
+    return pathlib.PurePath(task).name if "/" in task or ".jsonl" in task else task
 
 
 def short_count(count: int) -> str:

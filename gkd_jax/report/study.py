@@ -262,6 +262,8 @@ def _labelled(groups: list[Group]) -> list[Group]:
     alike: dict[Any, list[Group]] = {}
     for group in groups:
         title = _TITLES.get(group.role, group.method.title)
+        if group.first.several_tasks:  # it stands in a table of each task
+            title = f"{title} · {group.first.several_tasks}"
         alike.setdefault((title, group.first.task), []).append(group)
     labelled = []
     for (title, _), members in alike.items():
