@@ -93,7 +93,7 @@ def test_rows_of_a_cache_are_taken():
     config, params, _ = model("llama")
     inputs, lengths, targets = decoder_models.prompts_and_targets(np.random.default_rng(0), (5, 5))
     inputs[1] = inputs[0]  # beams of one prompt
-    for choice in ({}, {"scan_unroll": 3}, {"decode_for_gpu": True}):
+    for choice in ({}, {"scan_unroll": 3}, {"unroll_decoding": True}):
         chosen = dataclasses.replace(config, **choice)
         context = decoder.encode(chosen, params, jnp.asarray(inputs), jnp.asarray(lengths))
         cache = decoder.init_cache(chosen, params, context, 4)

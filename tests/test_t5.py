@@ -32,7 +32,7 @@ CONFIGS = {
     "t5_1_0": T5_1_0,
     "per_layer_relpos": dataclasses.replace(T5_1_1, per_layer_relpos=True),
     "unrolled": dataclasses.replace(T5_1_1, scan_unroll=3),
-    "for_gpu": dataclasses.replace(T5_1_1, decode_for_gpu=True),
+    "for_gpu": dataclasses.replace(T5_1_1, unroll_decoding=True, cache_segment=4),
     "unrolled_per_layer": dataclasses.replace(T5_1_1, scan_unroll=3, per_layer_relpos=True),
 }
 B, S, T = 3, 9, 11

@@ -313,9 +313,9 @@ def _numbers_only(config: DecoderConfig) -> DecoderConfig:
     dropout and rounding.
     """
     choices = ("dropout_rate", "dtype", "remat", "attention_by_row", "layers_on_host")
+    choices += ("scan_unroll", "unroll_decoding", "cache_segment")
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
-    plain = {name: defaults[name] for name in (*choices, "scan_unroll", "decode_for_gpu")}
-    return dataclasses.replace(config, **plain)
+    return dataclasses.replace(config, **{name: defaults[name] for name in choices})
 
 
 def write(config: DecoderConfig, dtype: str) -> dict[str, Any]:

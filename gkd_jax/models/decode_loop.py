@@ -71,9 +71,7 @@ def start(
         context = lm.encode(config, params, inputs, input_lengths)
     context = lm.repeat(config, context, copies)
     params = lm.decode_params(config, params)
-    first_segment = length
-    if in_segments:
-        first_segment = kv_cache.FIRST_ON_GPU if config.decode_for_gpu else kv_cache.FIRST
+    first_segment = config.cache_segment if in_segments else length
     cache = lm.init_cache(config, params, context, length, first_segment)
     return Start(params, context.first.astype(jnp.int32), cache)
 

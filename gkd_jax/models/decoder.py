@@ -378,7 +378,7 @@ def _seen(
 
 def _unstack(config: DecoderConfig, stacked: Any) -> Any:
     depth = config.num_layers
-    return parameters.unstack(stacked, depth, config.decode_for_gpu or config.scan_unroll >= depth)
+    return parameters.unstack(stacked, depth, config.unroll_decoding or config.scan_unroll >= depth)
 
 
 def _run(

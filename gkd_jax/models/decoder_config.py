@@ -91,7 +91,7 @@ class DecoderConfig:
         dropout_rate: the dropout of embeddings and of the outputs of attention and MLP while
             training.
         dtype, remat, attention_by_row, layers_on_host, scan_unroll,
-            decode_for_gpu: as in `T5Config`.
+            unroll_decoding, cache_segment: as in `T5Config`.
     """
 
     vocab_size: int
@@ -124,7 +124,8 @@ class DecoderConfig:
     attention_by_row: bool = False
     layers_on_host: bool = False
     scan_unroll: int = 1
-    decode_for_gpu: bool = False
+    unroll_decoding: bool = False
+    cache_segment: int = 64
 
     def __post_init__(self):
         for field in dataclasses.fields(self):

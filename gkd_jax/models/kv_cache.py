@@ -21,8 +21,9 @@ from gkd_jax.models.products import product, product_with_transpose
 
 
 FIRST = 64  # positions of the first segment
-# On a GPU the host decides each `lax.cond`, which takes longer than reading a short segment.
-FIRST_ON_GPU = 1024
+# On a GPU the host decides each `lax.cond`, which takes longer than reading a short segment. On a
+# TPU the layers are scanned, and XLA copies the segments of all layers for each `lax.cond`.
+FIRST_ON = {"cpu": FIRST, "gpu": 1024, "tpu": 2**30}
 Segments = tuple[Float[Array, "*L N H _ K"], ...]  # each with its own number of positions
 
 

@@ -264,7 +264,7 @@ def decode_params(config: T5Config, params: Params) -> Params:
 
 def _unstack(config: T5Config, stacked: Any) -> Any:
     depth = config.num_decoder_layers
-    return parameters.unstack(stacked, depth, config.decode_for_gpu or config.scan_unroll >= depth)
+    return parameters.unstack(stacked, depth, config.unroll_decoding or config.scan_unroll >= depth)
 
 
 def init_cache(

@@ -36,8 +36,8 @@ class T5Config:
         layers_on_host: the layers' kernels are kept in the host's memory and copied to the device
             when their layer runs; only for `encode`, `hidden` and `logits`.
         scan_unroll: the layers per iteration of the scan over layers; L or more unrolls the scan.
-        decode_for_gpu: decoding runs the layers one by one, also where training scans over them,
-            and the first segment of the KV cache is long (see `kv_cache`).
+        unroll_decoding: decoding runs the layers one by one, also where training scans over them.
+        cache_segment: the positions of the KV cache's first segment (see `kv_cache`).
     """
 
     vocab_size: int
@@ -60,7 +60,8 @@ class T5Config:
     attention_by_row: bool = False
     layers_on_host: bool = False
     scan_unroll: int = 1
-    decode_for_gpu: bool = False
+    unroll_decoding: bool = False
+    cache_segment: int = 64
 
     def __post_init__(self):
         for field in dataclasses.fields(self):

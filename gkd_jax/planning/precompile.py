@@ -12,7 +12,6 @@ token.
 """
 
 from collections.abc import Callable, Mapping
-import dataclasses
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -73,7 +72,7 @@ def precompile(
     chip, devices = describe_topology(topology, num_slices)
     if topology != "cpu":
         platform = platform_of(topology)
-        models = {name: _as_on(platform, model) for name, model in recipe.models.items()}
+        models = {name: model.on(platform) for name, model in recipe.models.items()}
         recipe = recipe.with_models(models)
     built = program.build(
         recipe,
@@ -106,17 +105,6 @@ def precompile(
     print(json.dumps(report) if as_json else table(report), flush=True)
     if not report["fits"]:
         raise DoesNotFitError(_largest(phases, chip))
-
-
-def _as_on(platform: str, model: ModelConfig) -> ModelConfig:
-    """Sets the defaults that `ModelConfig` has on accelerators; it sees the CPU backend here."""
-    for_gpu = model.decode_for_gpu
-    return dataclasses.replace(
-        model,
-        decode_for_gpu=platform == "gpu" if for_gpu is None else for_gpu,
-        scan_unroll=model.scan_unroll or 1,
-        attention_by_row=bool(model.attention_by_row),
-    )
 
 
 def _absent_checkpoints(*models: ModelConfig) -> frozenset[str]:

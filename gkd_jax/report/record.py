@@ -21,7 +21,8 @@ from gkd_jax.evaluation import decodings
 UNCHANGING = frozenset({
     "model_dir", "mesh", "num_microbatches", "eval_period", "save_period", "log_period",
     "metrics_to", "keep", "keep_period", "best_metric", "best_mode",
-    "memory", "remat", "scan_unroll", "decode_for_gpu", "attention_by_row", "loss_parts",
+    "memory", "remat", "scan_unroll", "unroll_decoding", "cache_segment", "attention_by_row",
+    "loss_parts",
 })
 # fmt: on
 SEEDS = ("data.seed", "train.seed")

@@ -15,12 +15,14 @@ import jax
 from jax.sharding import Mesh
 
 from gkd_jax import convert, sharding
-from gkd_jax.models import lm, quantized
+from gkd_jax.models import kv_cache, lm, quantized
 from gkd_jax.storage import checkpoints, content, hub
 from gkd_jax.text import settings
 
 
 _HOST = "pinned_host"
+# Fields of a `ModelConfig` that depend on the platform where they are None.
+_CHOICES = ("scan_unroll", "unroll_decoding", "cache_segment", "attention_by_row")
 _PUBLIC_SIZES = ("small", "base", "large", "xl", "xxl")
 # The step of each published checkpoint of a family, in the order of `_PUBLIC_SIZES`.
 _PUBLIC = {
@@ -48,9 +50,11 @@ class ModelConfig:
         remat: whether the backward pass recomputes activations instead of keeping them in memory.
         scan_unroll: the number of layers per iteration of the scan over layers; None unrolls up to
             64 layers on CPU and none elsewhere.
-        decode_for_gpu: whether decoding suits a GPU. The layers run one by one, so that no slices
-            of stacked arrays are copied, but compiling takes longer; and the first segment of the
-            KV cache is long. None means yes on GPUs.
+        unroll_decoding: whether decoding runs the layers one by one, where training scans over
+            them. No slices of stacked arrays are copied, but compiling takes longer. None means yes
+            on GPUs.
+        cache_segment: the number of positions of the KV cache's first segment; None means 64 on
+            CPUs, 1,024 on GPUs and all positions on TPUs (see `kv_cache`).
         attention_by_row: whether attention over long inputs computes one batch row at a time, so
             that the scores stay in the CPU's cache; None means yes on CPU and no elsewhere.
     """
@@ -64,7 +68,8 @@ class ModelConfig:
     memory: str = "device"
     remat: bool = False
     scan_unroll: int | None = None
-    decode_for_gpu: bool | None = None
+    unroll_decoding: bool | None = None
+    cache_segment: int | None = None
     attention_by_row: bool | None = None
 
     def __post_init__(self):
@@ -105,23 +110,24 @@ class ModelConfig:
             chosen = stored
             _warn_of_spare_rows(self.checkpoint, stored.vocab_size, num_pieces)
         assert chosen is not None
-        on_cpu = jax.default_backend() == "cpu"
-        unroll, by_row = self.scan_unroll, self.attention_by_row
-        if unroll is None:
-            unroll = 64 if on_cpu else 1
-        decode_for_gpu = self.decode_for_gpu
-        if decode_for_gpu is None:
-            decode_for_gpu = jax.default_backend() == "gpu"
+        made = self.on(jax.default_backend())
+        names = ("dropout_rate", "dtype", "remat", *_CHOICES)
         return dataclasses.replace(
             chosen,
-            dropout_rate=self.dropout_rate,
-            dtype=self.dtype,
-            remat=self.remat,
-            attention_by_row=on_cpu if by_row is None else by_row,
             layers_on_host=self.memory == "host",
-            scan_unroll=unroll,
-            decode_for_gpu=decode_for_gpu,
+            **{name: getattr(made, name) for name in names},
         )
+
+    def on(self, platform: str) -> "ModelConfig":
+        """Returns the config with the fields that are None chosen for "cpu", "gpu" or "tpu"."""
+        chosen = {
+            "scan_unroll": 64 if platform == "cpu" else 1,
+            "unroll_decoding": platform == "gpu",
+            "cache_segment": kv_cache.FIRST_ON.get(platform, kv_cache.FIRST),
+            "attention_by_row": platform == "cpu",
+        }
+        missing = {name: chosen[name] for name in _CHOICES if getattr(self, name) is None}
+        return dataclasses.replace(self, **missing)
 
 
 def with_local_files(
