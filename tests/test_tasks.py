@@ -1016,3 +1016,16 @@ def test_rte_has_glue_s_rows(split, count, shared):
     rows = rte.read_rows(str(where), rte.SPLITS[split])
     assert len(rows) == count
     assert {label for _, label in rows} == set(rte.LABELS)
+
+
+def test_sentences_backwards_are_those_of_the_problem_in_reverse_order():
+    task = seqio.TaskRegistry.get("arithmetic_backwards")
+    rows = task.source.get_dataset("validation", shuffle=False).as_numpy_iterator()
+    problems = seqio.TaskRegistry.get("arithmetic").source.get_dataset("validation", shuffle=False)
+    count = 0
+    for row, problem in zip(rows, problems.as_numpy_iterator(), strict=True):
+        told, backwards = (row[name].decode() for name in ("inputs", "targets"))
+        assert problem["inputs"].decode().startswith(f"{told} How many ")
+        assert backwards.rstrip(".").split(". ") == told.rstrip(".").split(". ")[::-1]
+        count += 1
+    assert count == 512
