@@ -1,5 +1,6 @@
 """The loop that halves its batch and reads a cache in segments gives the plain loop's samples."""
 
+import dataclasses
 import functools
 
 from hypothesis import given, settings
@@ -20,6 +21,7 @@ from gkd_jax.sampling import SamplingConfig
 
 T, S, VOCAB = 22, 5, 24
 SIZES = {"vocab_size": VOCAB, "d_model": 16, "num_heads": 4, "head_dim": 4, "d_ff": 16}
+SIZES["cache_segment"] = 4  # segments of 4, 4, 8 and 6 positions
 T5 = t5.T5Config(
     **SIZES, num_encoder_layers=1, num_decoder_layers=2, relpos_buckets=8, relpos_max_distance=20
 )
@@ -28,9 +30,9 @@ CONFIGS = {"t5": T5, "decoder": DECODER}
 
 
 @pytest.fixture(autouse=True)
-def short_segments(monkeypatch):
-    """Segments of 4, 4, 8 and 6 positions."""
-    monkeypatch.setattr(kv_cache, "FIRST", 4)
+def short_loops(monkeypatch):
+    """Batches halve for short answers too."""
+    monkeypatch.setattr(decode_loop, "_TOKENS_OF_A_LOOP", 4)
 
 
 @functools.cache
@@ -126,7 +128,7 @@ def test_beams_are_those_of_a_batch_that_keeps_its_size(family, data, monkeypatc
     config, params = model(family)
     inputs, lengths = prompts(16)
 
-    def search(data):
+    def search(config, data):
         mesh = sharding.make_mesh(sharding.MeshConfig(data=data), jax.devices()[:data])
 
         def run(params, inputs, lengths):
@@ -146,20 +148,27 @@ def test_beams_are_those_of_a_batch_that_keeps_its_size(family, data, monkeypatc
         placed = (sharding.replicated(mesh), rows, rows)
         return jax.jit(run, in_shardings=placed)(params, inputs, lengths)
 
-    found = search(data)
-    monkeypatch.setattr(decode_loop, "halvings", lambda num_groups, shards: [])
-    monkeypatch.setattr(kv_cache, "FIRST", T)
-    expected = search(1)
+    found = search(config, data)
+    monkeypatch.setattr(decode_loop, "_MAX_HALVINGS", 0)
+    expected = search(dataclasses.replace(config, cache_segment=T), 1)
     np.testing.assert_array_equal(found.tokens, expected.tokens)
     np.testing.assert_allclose(found.scores, expected.scores, atol=1e-4)
 
 
 @pytest.mark.parametrize(
-    ("groups", "shards", "expected"),
-    [(64, 1, [32, 16, 8]), (64, 8, [4, 2, 1]), (15, 1, []), (17, 1, [9]), (8, 8, [])],
+    ("groups", "shards", "length", "expected"),
+    [
+        (64, 1, 12, [32, 16, 8]),
+        (64, 1, 8, [32, 16]),
+        (64, 1, 3, []),
+        (64, 8, 100, [4, 2, 1]),
+        (15, 1, 100, []),
+        (17, 1, 100, [9]),
+        (8, 8, 100, []),
+    ],
 )
-def test_halvings(groups, shards, expected):
-    assert decode_loop.halvings(groups, shards) == expected
+def test_halvings(groups, shards, length, expected):
+    assert decode_loop.halvings(groups, shards, length) == expected
 
 
 @pytest.mark.parametrize(

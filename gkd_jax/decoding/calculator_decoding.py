@@ -70,7 +70,7 @@ def make_decode(
         rows = [_Row(vocabulary, ends) for _ in range(inputs.shape[0])]
         with sharding.use(mesh):
             shards = decode_loop.num_shards(len(rows))
-        smaller, going_on = decode_loop.halvings(len(rows), shards), rows
+        smaller, going_on = decode_loop.halvings(len(rows), shards, max_length), rows
         for _ in range(max_length):
             best, cache = step_fn(params, last, cache)
             tokens = zip(going_on, np.asarray(best), strict=True)

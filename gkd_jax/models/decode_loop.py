@@ -26,6 +26,7 @@ from gkd_jax.models import kv_cache, lm
 
 
 _MAX_HALVINGS = 3  # each is one more loop to compile
+_TOKENS_OF_A_LOOP = 32  # of fewer tokens, a loop takes longer to compile than a run gains
 _FEWEST_ROWS = 8  # of a batch; below, a token costs the reading of the weights, not the rows
 
 
@@ -116,7 +117,7 @@ def run(
         with jax.named_scope(kv_cache.times(int(is_first), 1)):
             return lax.while_loop(goes_on, step, carry)
 
-    smaller = halvings(num_groups, shards) if halves else ()
+    smaller = halvings(num_groups, shards, length) if halves else ()
     behind = []
     for size in smaller:
         state, cache = loop((state, cache), size)
@@ -137,10 +138,17 @@ def num_shards(num_groups: int) -> int:
     return shards if num_groups % shards == 0 else 1
 
 
-def halvings(num_groups: int, shards: int) -> list[int]:
-    """Returns the groups a shard of each smaller batch, largest first."""
+def halvings(num_groups: int, shards: int, length: int) -> list[int]:
+    """Returns the groups a shard of each smaller batch, largest first.
+
+    Args:
+        num_groups: the groups of the whole batch.
+        shards: the devices that the batch is spread over.
+        length: the most tokens of a row.
+    """
     sizes, size = [], num_groups // shards
-    while len(sizes) < _MAX_HALVINGS and size > 1 and shards * (size // 2) >= _FEWEST_ROWS:
+    most = min(_MAX_HALVINGS, length // _TOKENS_OF_A_LOOP)
+    while len(sizes) < most and size > 1 and shards * (size // 2) >= _FEWEST_ROWS:
         size = -(-size // 2)
         sizes.append(size)
     return sizes
