@@ -9,7 +9,11 @@
 # nor seqio. One round takes about ten minutes on an H100, most of them for compiling.
 set -euo pipefail
 
-result=$(realpath "${1:?the file for the result}")
+if [[ ${1:---help} == --help ]]; then
+  sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p;}' "$0"
+  exit 0
+fi
+result=$(realpath "$1")
 rounds=${2:-3}
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 work=$(mktemp -d)
