@@ -51,6 +51,7 @@ _KEEP_GRADIENT = optax.GradientTransformation(lambda params: params, _keep_gradi
 _update = jax.jit(gkd.update, static_argnums=0)
 _per_token = jax.jit(gkd.per_token_loss, static_argnums=(0, 1))
 _logits = jax.jit(t5.logits, static_argnums=0)
+_encode = jax.jit(t5.encode, static_argnums=0)
 _decode_step = jax.jit(t5.decode_step, static_argnums=0)
 _sample_targets = jax.jit(gkd.sample_targets, static_argnums=(0, 1))
 
@@ -128,7 +129,7 @@ class GKDJax:
 
     def cached_logits(self, inputs, targets):
         params, tokens = _student_params(), self.decoder_inputs(targets)
-        encoded = t5.encode(STUDENT, params, jnp.asarray(inputs, jnp.int32))
+        encoded = _encode(STUDENT, params, jnp.asarray(inputs, jnp.int32))
         cache = t5.init_cache(STUDENT, params, encoded, targets.shape[1])
         steps = []
         for t in range(targets.shape[1]):

@@ -66,6 +66,7 @@ class Cache(NamedTuple):
 # Parameters ---------------------------------------------------------------------------------------
 
 
+@jax.jit(static_argnums=0)
 def init(config: DecoderConfig, key: Key[Array, ""]) -> Params:
     """Returns random, normally distributed float32 parameters.
 

@@ -75,6 +75,8 @@ class Cache(NamedTuple):
 # Initialisation -----------------------------------------------------------------------------------
 
 
+# Flax traces the forward pass to find a layer's parameters, so shapes and values share one trace.
+@jax.jit(static_argnums=0)
 def init(config: T5Config, key: Key[Array, ""]) -> Params:
     """Returns random float32 parameters with the distributions of T5X's initialisation."""
     keys = iter(jax.random.split(key, 6))
@@ -92,11 +94,9 @@ def init(config: T5Config, key: Key[Array, ""]) -> Params:
 
 def _init_stack(config: T5Config, key: Key[Array, ""], layer: nn.Module, name: str) -> Params:
     num_layers = config.num_encoder_layers if name == "encoder" else config.num_decoder_layers
-    x = jnp.zeros((1, 1, config.d_model))
-    # A bias that the layers share is an input of each layer. Its values do not affect the
-    # parameters.
+    x, mask = jnp.zeros((1, 1, config.d_model)), jnp.zeros((1, 1, 1, 1))
+    # A bias that the layers share is an input of each layer. Its values affect no parameter.
     bias = None if config.per_layer_relpos else jnp.zeros((1, config.num_heads, 1, 1))
-    mask = jnp.zeros((1, 1, 1, 1))
     args = (x, bias, mask) if name == "encoder" else (x, x, bias, mask)
 
     def init_layer(layer_key):

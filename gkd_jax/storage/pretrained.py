@@ -306,11 +306,12 @@ def initial_params(
             file=sys.stderr,
         )
     dtype = jax.tree.leaves(target)[0].dtype
+    return jax.jit(_random_params, static_argnums=(0, 1), out_shardings=where)(config, dtype, key)
 
-    def init(key):
-        return jax.tree.map(lambda x: x.astype(dtype), lm.init(config, key))
 
-    return jax.jit(init, out_shardings=where)(key)
+def _random_params(config: lm.Config, dtype: Any, key: jax.Array) -> lm.Params:
+    """Returns random parameters of a dtype, of which `initial_params` compiles one program."""
+    return jax.tree.map(lambda x: x.astype(dtype), lm.init(config, key))
 
 
 def load_config(path: str) -> lm.Config:
