@@ -37,12 +37,28 @@ install_import_hook("gkd_jax", "beartype.beartype")
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"  # see its README.md
 CACHE = pathlib.Path(tempfile.gettempdir()) / f"gkd_jax_test_cache_{getpass.getuser()}"
-os.environ["GKD_JAX_COMPILATION_CACHE"] = str(CACHE)  # of the commands that tests start
+# Of what tests start in processes of their own: commands, and programs that import gkd_jax.
+os.environ["GKD_JAX_COMPILATION_CACHE"] = os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 
 # "a [B T] plus b [T]" is a silent broadcast, and usually a wrong axis.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Deals `pytest -n 2` in two halves, so that most modules are one worker's.
+
+    What a module makes once (its fixtures, and functions that JAX compiled) is then made in one
+    process. The worker that ends first takes over tests of the other.
+    """
+    if config.getoption("dist") != "load":  # not the default
+        return None
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log)
 
 
 @pytest.fixture(scope="session")
@@ -53,6 +69,15 @@ def shared() -> pathlib.Path:
     if not path.is_dir():
         pytest.skip(f"needs the shared data: {path} is not a folder (set GKD_JAX_SHARED)")
     return path
+
+
+@pytest.fixture(scope="module")
+def shared_steps():
+    """Lets the runs of a module share compiled steps; see `shared_steps.shared`."""
+    import shared_steps as module
+
+    with module.shared():
+        yield
 
 
 @pytest.fixture

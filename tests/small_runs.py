@@ -1,10 +1,13 @@
 """Options of small whole runs: the task `arithmetic` with a T5 of a few thousand parameters."""
 
+import jax
+
 from gkd_jax import gkd, sharding
 from gkd_jax.input.data import DataConfig
 from gkd_jax.models import t5
-from gkd_jax.storage import pretrained
+from gkd_jax.storage import checkpoints, pretrained
 import gkd_jax.tasks.arithmetic  # noqa: F401
+from gkd_jax.text import vocabularies
 from gkd_jax.training import optimizers
 from gkd_jax.training.recipe import Recipe, TrainConfig
 
@@ -23,6 +26,15 @@ def small(size, vocab_size):
         num_encoder_layers=1,
         num_decoder_layers=1,
     )
+
+
+def write_teacher(folder):
+    """Writes random weights with the vocabulary of `arithmetic` and returns their path."""
+    config, vocabulary = small("tiny", 256), vocabularies.arithmetic()
+    content = vocabularies.content_hash(vocabulary)
+    params = t5.init(config, jax.random.key(1))
+    checkpoints.write_params(str(folder), config, params, content, vocabulary.vocab_size)
+    return str(folder)
 
 
 def options(model_dir, *, steps, fraction=0.0, divergence=None, student=None, **more):

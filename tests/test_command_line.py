@@ -21,7 +21,6 @@ from gkd_jax import main
 from gkd_jax.command_line import flags, gin_files
 from gkd_jax.training.recipe import Recipe
 
-draw = random.Random(int(sys.argv[1]))
 PIECES = ["", "1", "-3", "0", "2.5e3", "1e999", "nan", "None", "True", "'", '"', "'x'", "''", "(",
           ")", "(1,)", "[]", "{", "{'inputs': 3}", "@", "@divergences.jsd", "@losses.nothing",
           "%", "%BETA", "%NOTHING", "=", " ", "\n", "\\", "#", "$HOME", "$NO_SUCH", "~", "~x",
@@ -32,8 +31,9 @@ REQUIRED = [("MODEL_DIR", "/tmp/run"), ("MIXTURE_OR_TASK_NAME", "arithmetic"),
 gin_files.parse(["gin/gkd.gin"], REQUIRED, ["."])
 names = sorted(set(gin_files.macros()) - {"MODEL_DIR", "MIXTURE_OR_TASK_NAME"})
 known = (flags.UsageError, ValueError, TypeError, FileNotFoundError)
+draw = random.Random(0)
 built = refused = 0
-for _ in range(200):
+for _ in range(400):
     gin.clear_config()
     name = draw.choice(names)
     value = "".join(draw.choice(PIECES) for _ in range(draw.randint(1, 3)))
@@ -53,15 +53,12 @@ print(built, refused)
 """
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_200_random_values_make_a_recipe_or_one_line_that_names_them(seed):
-    done = subprocess.run(
-        [sys.executable, "-c", FUZZ, str(seed)], cwd=ROOT, capture_output=True, text=True
-    )
+def test_400_random_values_make_a_recipe_or_one_line_that_names_them():
+    done = subprocess.run([sys.executable, "-c", FUZZ], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     built, refused = map(int, done.stdout.split())
-    assert built > 2
-    assert refused > 50
+    assert built > 4
+    assert refused > 100
 
 
 @settings(max_examples=200, deadline=None)

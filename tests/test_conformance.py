@@ -632,10 +632,15 @@ class TRL:
         self._trainer(len(student_pieces), len(teacher_pieces))
 
 
-class TRLTokenMean(TRL):
-    """TRL, measured against the reduction that it uses."""
+class TRLTokenMean:
+    """TRL's loss alone, measured against the reduction that it uses."""
 
     reduction = "token_mean"
+
+    def __init__(self):
+        trl = TRL()
+        self.divergence, self.loss_and_gradients = trl.divergence, trl.loss_and_gradients
+        self.divergence_and_gradient = trl.divergence_and_gradient
 
 
 class Transformers:
@@ -699,7 +704,7 @@ def _others(name, *modules):
     ("name", "expected"),
     [
         ("TRL", {"T4", "T8", "T11", "T13", "T17"}),
-        ("TRLTokenMean", {"T8", "T11", "T13", "T17"}),
+        ("TRLTokenMean", {"T13"}),
     ],
 )
 def test_what_trl_does(name, expected):

@@ -122,9 +122,9 @@ def test_rows_that_have_ended_are_not_decoded(monkeypatch):
     assert seen == [16] * 4 + [8] * (T - 4)
 
 
-@pytest.mark.parametrize("data", [1, 2])
 @pytest.mark.parametrize("family", CONFIGS)
-def test_beams_are_those_of_a_batch_that_keeps_its_size(family, data, monkeypatch):
+def test_beams_are_those_of_a_batch_that_keeps_its_size(family, monkeypatch):
+    """On one device and on two."""
     config, params = model(family)
     inputs, lengths = prompts(16)
 
@@ -148,11 +148,12 @@ def test_beams_are_those_of_a_batch_that_keeps_its_size(family, data, monkeypatc
         placed = (sharding.replicated(mesh), rows, rows)
         return jax.jit(run, in_shardings=placed)(params, inputs, lengths)
 
-    found = search(config, data)
+    found = [search(config, data) for data in (1, 2)]
     monkeypatch.setattr(decode_loop, "_MAX_HALVINGS", 0)
     expected = search(dataclasses.replace(config, cache_segment=T), 1)
-    np.testing.assert_array_equal(found.tokens, expected.tokens)
-    np.testing.assert_allclose(found.scores, expected.scores, atol=1e-4)
+    for beams in found:
+        np.testing.assert_array_equal(beams.tokens, expected.tokens)
+        np.testing.assert_allclose(beams.scores, expected.scores, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,9 @@ from gkd_jax.training.rollouts import Rollout
 from gkd_jax.training.step_log import StepLog
 
 
+pytestmark = pytest.mark.usefixtures("shared_steps")
+
+
 def small(size, vocab_size, num_kv_heads=1):
     del size
     return DecoderConfig(

@@ -23,6 +23,10 @@ from gkd_jax.storage.pretrained import ModelConfig, load_model
 from gkd_jax.training import metrics, optimizers, train
 
 
+pytestmark = pytest.mark.usefixtures("shared_steps")
+TESTS = pathlib.Path(__file__).parent
+
+
 def options(model_dir, **more):
     return small_runs.options(
         model_dir, steps=6, **{"train": train.TrainConfig(train_steps=6, save_period=2), **more}
@@ -308,7 +312,7 @@ def test_a_disk_that_fills_up_while_saving_ends_the_run_and_the_next_goes_on(
     finished, run_dir, tmp_path, monkeypatch, capfd
 ):
     """A limit on the size of files stands for the full disk, so that the write itself fails."""
-    script = FULL_DISK.format(tests=str(pathlib.Path(__file__).parent), folder=str(run_dir))
+    script = FULL_DISK.format(tests=str(TESTS), folder=str(run_dir))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode not in (0, -signal.SIGKILL), done.stderr[-2000:]
     assert kept_steps(run_dir) == [4, 6]  # what was there is there, and nothing half-written
@@ -322,10 +326,9 @@ def test_a_disk_that_fills_up_while_saving_ends_the_run_and_the_next_goes_on(
 FULL_DISK = """
 import resource, signal, sys
 sys.path.insert(0, {tests!r})
-import conftest
-from gkd_jax.training import train
-from test_faults import options
 from gkd_jax.storage.checkpoints import Checkpoints
+from gkd_jax.training import train
+from small_runs import options
 
 save = Checkpoints.save
 def save_on_a_full_disk(*arguments, **more):
@@ -333,7 +336,8 @@ def save_on_a_full_disk(*arguments, **more):
     resource.setrlimit(resource.RLIMIT_FSIZE, (512, resource.RLIM_INFINITY))
     save(*arguments, **more)
 Checkpoints.save = save_on_a_full_disk
-train.train(**options({folder!r}, train=train.TrainConfig(train_steps=8, save_period=2)))
+config = train.TrainConfig(train_steps=8, save_period=2)
+train.train(**options({folder!r}, steps=8, train=config))
 """
 
 

@@ -20,6 +20,7 @@ from gkd_jax.storage.conversion import convert_checkpoint
 from gkd_jax.training import train
 
 
+pytestmark = pytest.mark.usefixtures("shared_steps")
 CONFIG = t5.t5_1_1("32x2", vocab_size=256)
 NAME = "someone/small-t5"
 

@@ -12,6 +12,7 @@ import time
 
 from conftest import COMPILE_FAST
 import jax
+from jax.experimental import multihost_utils
 import numpy as np
 import pytest
 from small_runs import LENGTHS
@@ -21,8 +22,10 @@ from gkd_jax import main, sharding
 from gkd_jax.batch import Batch
 from gkd_jax.input import data, streams
 from gkd_jax.storage import checkpoints
+from gkd_jax.training import rollouts
 
 
+pytestmark = pytest.mark.usefixtures("shared_steps")
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ARGUMENTS = [
     "--gin_file=gin/gkd.gin",
@@ -272,6 +275,34 @@ def test_processes_with_the_same_rows_read_the_same(processes, rows, expected, m
             data.process_shard(few, mesh)
 
 
+@pytest.mark.parametrize("own_fails", [True, False])
+@pytest.mark.parametrize("another_fails", [True, False])
+def test_a_row_that_is_in_no_cache_ends_every_process(own_fails, another_fails, monkeypatch):
+    rows = Batch(np.ones((2, 3), np.int32), np.ones((2, 3), np.int32), np.ones((2, 3)))
+    scored = rows._replace(weights=np.zeros((2, 3)))
+
+    class Cache:
+        def attach(self, _):
+            if own_fails:
+                raise ValueError("the cache lacks a row")
+            return scored
+
+    def gather(failed):
+        assert bool(failed) == own_fails  # a process that fails still tells the others
+        return np.stack([failed, np.asarray(another_fails)])
+
+    monkeypatch.setattr(multihost_utils, "process_allgather", gather)
+    drawing = rollouts.Rollouts.__new__(rollouts.Rollouts)
+    drawing._cache, drawing._is_sharded = Cache(), True
+    if own_fails or another_fails:
+        said = "the cache lacks a row" if own_fails else "a row that another process reads"
+        with pytest.raises(ValueError, match=said):
+            drawing._with_scores(rows)
+    else:
+        assert drawing._with_scores(rows) is scored
+
+
+@pytest.mark.slow
 def test_a_row_that_one_process_finds_in_no_cache_ends_both_at_once(tmp_path):
     """Only the first process reads example 40 of 41, and the cache has the first 40."""
     cache = tmp_path / "cache"

@@ -68,8 +68,8 @@ def test_logits_and_samples_are_those_of_the_restored_kernels(params):
 
 def test_a_run_with_a_teacher_in_8_bits_on_a_mesh(tmp_path):
     """Values are sharded by rows and scales replicated; the teacher is read from a checkpoint."""
-    train.train(**small_runs.options(tmp_path / "teacher", steps=2))
-    teacher = pretrained.ModelConfig(checkpoint=str(tmp_path / "teacher"), param_dtype="int8")
+    path = small_runs.write_teacher(tmp_path / "teacher")
+    teacher = pretrained.ModelConfig(checkpoint=path, param_dtype="int8")
     given = {"steps": 2, "fraction": 1.0, "divergence": divergences.forward_kl, "teacher": teacher}
     evaluation = evaluate.EvalConfig(num_examples=8)
     train.train(**small_runs.options(tmp_path / "run", evaluation=evaluation, **given))
@@ -78,20 +78,18 @@ def test_a_run_with_a_teacher_in_8_bits_on_a_mesh(tmp_path):
     assert "encoder/layers/mlp/wi_0/kernel/values" in teacher_info
     assert "encoder/layers/mlp/wi_0/kernel/scales" in teacher_info
     mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=4, tensor=1))
-    config = pretrained.load_config(str(tmp_path / "teacher"))
+    config = pretrained.load_config(path)
     split = pretrained.place_params(teacher, config, mesh)
-    whole = quantized.quantize(pretrained.load_model(str(tmp_path / "teacher"))[1])
+    whole = quantized.quantize(pretrained.load_model(path)[1])
     jax.tree.map(np.testing.assert_array_equal, split, whole)
 
 
 @pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "int8"])
 def test_a_teacher_in_host_memory_gives_the_same_run(tmp_path, dtype):
-    train.train(**small_runs.options(tmp_path / "teacher", steps=2))
+    path = small_runs.write_teacher(tmp_path / "teacher")
     losses = []
     for memory in ("device", "host"):
-        teacher = pretrained.ModelConfig(
-            checkpoint=str(tmp_path / "teacher"), param_dtype=dtype, memory=memory
-        )
+        teacher = pretrained.ModelConfig(checkpoint=path, param_dtype=dtype, memory=memory)
         given = {"steps": 3, "fraction": 0.5, "divergence": divergences.forward_kl}
         folder = tmp_path / memory
         train.train(**small_runs.options(folder, teacher=teacher, **given))

@@ -16,6 +16,7 @@ from gkd_jax.training import metrics, optimizers, train
 from gkd_jax.training.recipe import TrainConfig
 
 
+pytestmark = pytest.mark.usefixtures("shared_steps")
 EVALUATION = evaluate.EvalConfig(num_examples=3)
 
 

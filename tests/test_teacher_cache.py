@@ -18,6 +18,7 @@ from gkd_jax.storage import pretrained
 from gkd_jax.training import metrics, train
 
 
+pytestmark = pytest.mark.usefixtures("shared_steps")
 V = 23
 DIVERGENCES = {
     "forward_kl": divergences.forward_kl,

@@ -13,7 +13,7 @@ import optax
 import pytest
 from random_models import random_params
 from scipy import special
-from small_runs import options, small
+from small_runs import options, small, write_teacher
 import small_tokenizers
 
 from gkd_jax import divergences, gkd, report, rl
@@ -30,6 +30,7 @@ from gkd_jax.text.tokenizer_folder import TokenizerVocabulary
 from gkd_jax.training import metrics, train, train_state
 
 
+pytestmark = pytest.mark.usefixtures("shared_steps")
 B, S, R, T = 4, 5, 7, 6
 T5 = small("tiny", VOCAB)
 DECODER = DecoderConfig(
@@ -326,9 +327,8 @@ def test_chats_have_messages_or_a_template_for_the_teacher(tmp_path):
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("teacher")
-    train.train(**options(folder, steps=2))
-    return pretrained.ModelConfig(architecture=small, checkpoint=str(folder))
+    path = write_teacher(tmp_path_factory.mktemp("teacher") / "teacher")
+    return pretrained.ModelConfig(architecture=small, checkpoint=path)
 
 
 def losses(folder):

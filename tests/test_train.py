@@ -21,6 +21,9 @@ import gkd_jax.tasks.arithmetic  # noqa: F401
 from gkd_jax.training import metrics, optimizers, train
 
 
+pytestmark = pytest.mark.usefixtures("shared_steps")
+
+
 def lines(model_dir):
     return metrics.read(model_dir / "metrics.jsonl")
 
@@ -152,8 +155,7 @@ QUICK = """
 import sys
 import time
 sys.path.insert(0, {tests!r})
-import conftest
-from test_train import options
+from small_runs import options
 from gkd_jax.training import train
 train.train(**options({folder!r}, steps=2000))
 """
