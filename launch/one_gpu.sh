@@ -6,7 +6,8 @@
 # It runs the tests that are marked `accelerator`, then the benchmarks of gin/bench/gpu1.gin (T5) and
 # gpu2.gin (decoder-only), each ROUNDS times (3 without the argument) in turn with transformers on
 # torch. It needs jax with CUDA, torch with CUDA, transformers and pytest, but neither TensorFlow
-# nor seqio. One round takes about ten minutes on an H100, most of them for compiling.
+# nor seqio. By the time of its parts on an H200, one round takes about ten minutes, most of them for
+# compiling.
 set -euo pipefail
 
 if [[ ${1:---help} == --help ]]; then
