@@ -14,6 +14,7 @@ Axes: N rows, G groups, V vocabulary.
 """
 
 from collections.abc import Callable
+import dataclasses
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -72,8 +73,9 @@ def start(
         context = lm.encode(config, params, inputs, input_lengths)
     context = lm.repeat(config, context, copies)
     params = lm.decode_params(config, params)
-    first_segment = config.cache_segment if in_segments else length
-    cache = lm.init_cache(config, params, context, length, first_segment)
+    if not in_segments:
+        config = dataclasses.replace(config, cache_segment=length)
+    cache = lm.init_cache(config, params, context, length)
     return Start(params, context.first.astype(jnp.int32), cache)
 
 

@@ -271,7 +271,6 @@ def init_cache(
     params: Params,
     context: Context,
     length: int,
-    first_segment: int = kv_cache.FIRST,
 ) -> Cache:
     """Returns a cache with the keys and values of a context and space for `length` tokens.
 
@@ -280,17 +279,16 @@ def init_cache(
         params: the parameters that `decode_step` will be given, usually from `decode_params`.
         context: the prompts to continue.
         length: the largest number of tokens to decode, T.
-        first_segment: the positions of the first segment.
     """
     unstacked = isinstance(_unstack(config, params["decoder"]["layers"]), tuple)
     rows = context.first.shape[0]
     shape = (rows, config.num_kv_heads, length, config.head_dim)
     if unstacked:
         keys, values = tuple(context.keys), tuple(context.values)
-        empty = (kv_cache.empty(shape, config.dtype, first_segment),) * len(keys)
+        empty = (kv_cache.empty(shape, config.dtype, config.cache_segment),) * len(keys)
     else:
         keys, values = context.keys, context.values
-        empty = kv_cache.empty((config.num_layers, *shape), config.dtype, first_segment)
+        empty = kv_cache.empty((config.num_layers, *shape), config.dtype, config.cache_segment)
     return Cache(keys, values, empty, empty, context.lengths, jnp.zeros((), jnp.int32))
 
 
@@ -300,8 +298,7 @@ def take_rows(cache: Cache, rows: Int[Array, "shards n"], same_prompts: bool) ->
     if not same_prompts:
         names += ["prompt_keys", "prompt_values"]
         cache = cache._replace(lengths=sharding.take_rows(cache.lengths, rows))
-    taken = {name: kv_cache.take_rows(getattr(cache, name), rows) for name in names}
-    return cache._replace(**taken)
+    return kv_cache.take_rows(cache, names, rows)
 
 
 def decode_step(
@@ -378,8 +375,7 @@ def _seen(
 
 
 def _unstack(config: DecoderConfig, stacked: Any) -> Any:
-    depth = config.num_layers
-    return parameters.unstack(stacked, depth, config.unroll_decoding or config.scan_unroll >= depth)
+    return parameters.unstack(config, stacked, config.num_layers)
 
 
 def _run(

@@ -173,6 +173,17 @@ def _product_if_read(
         return lax.cond(part.is_read, run, lambda x, y: zeros, x, y)
 
 
-def take_rows(caches: Any, rows: Int[Array, "shards n"]) -> Any:
-    """Returns a tree of caches [*L N H T K] with some of their rows; see `sharding.take_rows`."""
-    return jax.tree.map(lambda x: sharding.take_rows(x, rows, x.ndim - 4), caches)
+def take_rows(cache: Any, names: list[str], rows: Int[Array, "shards n"]) -> Any:
+    """Returns a model's cache in which some fields hold some of their rows alone.
+
+    Args:
+        cache: a NamedTuple.
+        names: the fields, whose arrays have the axes [*L N H T K].
+        rows: the rows; see `sharding.take_rows`.
+    """
+
+    def take(x):
+        return sharding.take_rows(x, rows, x.ndim - 4)
+
+    taken = {name: jax.tree.map(take, getattr(cache, name)) for name in names}
+    return cache._replace(**taken)

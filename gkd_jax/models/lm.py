@@ -23,7 +23,7 @@ import jax
 from jaxtyping import Array, Float, Int, Key
 
 from gkd_jax.batch import Batch
-from gkd_jax.models import decoder, decoder_config, kv_cache, t5, t5_config
+from gkd_jax.models import decoder, decoder_config, t5, t5_config
 from gkd_jax.models.parameters import Params, as_shapes, logical_axes, num_params
 from gkd_jax.models.products import check_dtype
 
@@ -141,13 +141,7 @@ def decode_params(config: Config, params: Params) -> Params:
     return config.family.decode_params(config, params)
 
 
-def init_cache(
-    config: Config,
-    params: Params,
-    context: Context,
-    length: int,
-    first_segment: int = kv_cache.FIRST,
-) -> Cache:
+def init_cache(config: Config, params: Params, context: Context, length: int) -> Cache:
     """Returns an empty `Cache` for at most `length` tokens after a context.
 
     Args:
@@ -155,9 +149,8 @@ def init_cache(
         params: those that `decode_step` will be given, usually from `decode_params`.
         context: what is continued.
         length: the most tokens.
-        first_segment: the positions of the cache's first segment; see `kv_cache`.
     """
-    return config.family.init_cache(config, params, context, length, first_segment)
+    return config.family.init_cache(config, params, context, length)
 
 
 def decode_step(

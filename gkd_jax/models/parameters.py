@@ -84,12 +84,18 @@ def for_decoding(params: Params, dtype: str) -> Params:
     return jax.tree_util.tree_map_with_path(lay_out, params, logical_axes(params))
 
 
-def unstack(layers: Params | tuple[Params, ...], num_layers: int, unrolled: bool) -> Any:
+def unstack(config: Any, layers: Params | tuple[Params, ...], num_layers: int) -> Any:
     """Returns the layers as decoding runs them: a tuple where it is unrolled, else stacked.
 
     In an unrolled loop, slices of a stack would be copied for every token. Layers that are a tuple
     already are returned as they are.
+
+    Args:
+        config: the config of the model, of any family.
+        layers: the layers of the decoder.
+        num_layers: the number of these layers.
     """
+    unrolled = config.unroll_decoding or config.scan_unroll >= num_layers
     if isinstance(layers, tuple) or not unrolled:
         return layers
     return tuple(jax.tree.map(lambda x, i=i: x[i], layers) for i in range(num_layers))

@@ -263,8 +263,7 @@ def decode_params(config: T5Config, params: Params) -> Params:
 
 
 def _unstack(config: T5Config, stacked: Any) -> Any:
-    depth = config.num_decoder_layers
-    return parameters.unstack(stacked, depth, config.unroll_decoding or config.scan_unroll >= depth)
+    return parameters.unstack(config, stacked, config.num_decoder_layers)
 
 
 def init_cache(
@@ -272,7 +271,6 @@ def init_cache(
     params: Params,
     context: Context,
     length: int,
-    first_segment: int = kv_cache.FIRST,
 ) -> Cache:
     """Returns a cache before the first token, with all that the tokens do not change.
 
@@ -283,7 +281,6 @@ def init_cache(
         params: the model's parameters, usually from `decode_params`.
         context: the encoder's states.
         length: the largest number of tokens to decode, T.
-        first_segment: the positions of the first segment.
     """
     stack, layer = params["decoder"], blocks.decoder_layer(config)
 
@@ -297,11 +294,11 @@ def init_cache(
     shape = (context.states.shape[0], config.num_heads, length, config.head_dim)
     if isinstance(decode, tuple):
         cross = tuple(zip(*(project(layer_params) for layer_params in decode), strict=True))
-        empty = (kv_cache.empty(shape, config.dtype, first_segment),) * len(decode)
+        empty = (kv_cache.empty(shape, config.dtype, config.cache_segment),) * len(decode)
     else:
         cross = jax.lax.map(project, decode)
         shape = (config.num_decoder_layers, *shape)
-        empty = kv_cache.empty(shape, config.dtype, first_segment)
+        empty = kv_cache.empty(shape, config.dtype, config.cache_segment)
     if not config.per_layer_relpos:
         bias = _apply(blocks.relpos(config, "decoder"), stack["relpos_bias"], length, length)
     elif isinstance(decode, tuple):
@@ -318,8 +315,7 @@ def take_rows(cache: Cache, rows: Int[Array, "shards n"], same_prompts: bool) ->
     if not same_prompts:
         names += ["cross_keys", "cross_values"]
         cache = cache._replace(mask=sharding.take_rows(cache.mask, rows))
-    taken = {name: kv_cache.take_rows(getattr(cache, name), rows) for name in names}
-    return cache._replace(**taken)
+    return kv_cache.take_rows(cache, names, rows)
 
 
 def decode_step(
