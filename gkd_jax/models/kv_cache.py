@@ -3,7 +3,8 @@
 A token at position 40 would read the whole cache if the keys of all positions were one array: XLA's
 shapes are static. So the keys and the values of T positions are tuples of arrays, the segments:
 positions 0 to 63, 64 to 127, 128 to 255, and so on, each as long as all before it. A matrix product
-with a segment runs only once decoding has reached the segment (`lax.cond`).
+with a segment runs only once decoding has reached the segment (`lax.cond`). The length of the first
+segment is the config's `cache_segment`, which depends on the platform (`FIRST_ON`).
 
 Axes: L layers, N rows, H heads (those of the keys), T positions of one segment, K head dim.
 """
