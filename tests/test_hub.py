@@ -11,13 +11,19 @@ import huggingface_hub
 import jax
 import numpy as np
 import pytest
-from small_runs import options
+from small_runs import LENGTHS, options, small
 
 from gkd_jax import convert, load_model
+from gkd_jax.evaluation import infer, score
+from gkd_jax.evaluation.evaluate import EvalConfig
+from gkd_jax.evaluation.rewards import Entailment
+from gkd_jax.input import streams
+from gkd_jax.input.data import DataConfig
 from gkd_jax.models import t5
 from gkd_jax.storage import hub, pretrained
 from gkd_jax.storage.conversion import convert_checkpoint
-from gkd_jax.training import train
+from gkd_jax.text import tokenizer_folder, vocabularies
+from gkd_jax.training import sizes, train
 
 
 pytestmark = pytest.mark.usefixtures("shared_steps")
@@ -167,3 +173,119 @@ def test_a_dry_run_asks_nobody(served, tmp_path):
     with pytest.raises(ValueError, match="a dry run does not look on the Hugging Face hub"):
         train.train(**options(tmp_path / "run", steps=1, student=student), dry_run=True)
     assert not served.asked
+
+
+# Tokenizers ---------------------------------------------------------------------------------------
+
+
+def tokenizer_of(folder, num_pieces):
+    """A folder with a tokenizer, and with weights that a run must not ask for."""
+    texts = ["Ada has 3 eggs and finds 4 more", "Ben loses 2 of his 9 coins", "How many are there?"]
+    vocabularies.train_sentencepiece(texts, folder / "spiece.model", vocab_size=num_pieces)
+    (folder / "tokenizer_config.json").write_text('{"extra_ids": 0}')
+    (folder / "model.safetensors").write_bytes(b"weights, which a vocabulary does not need")
+    return str(folder)
+
+
+@pytest.fixture
+def tokenizer(served, tmp_path):
+    """The folder of the tokenizer that the hub has."""
+    folder = tokenizer_of(tmp_path / "tokenizer", 34)
+    served.commit = served.publish(folder)
+    return folder
+
+
+def data_of(vocabulary, **more):
+    rows = [{"inputs": "How many eggs?", "targets": f"{n}"} for n in range(9)]
+    path = pathlib.Path("rows.jsonl")
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fields = {"task": str(path.absolute()), "feature_lengths": LENGTHS, "batch_size": 8}
+    return DataConfig(**fields, vocabulary=vocabulary, **more)
+
+
+def test_a_vocabulary_of_the_hub_is_that_of_its_folder(served, tokenizer, tmp_path):
+    """A run reads the same batches, keeps the commit, and downloads nothing but the tokenizer."""
+
+    def run(name, vocabulary, steps):
+        train.train(**options(tmp_path / name, steps=steps, data=data_of(vocabulary)))
+        return json.loads((tmp_path / name / "run.json").read_text())
+
+    about, expected = run("named", NAME, 1), run("folder", tokenizer, 1)
+    assert about["hub"] == {NAME: served.commit}
+    for part in ("contents", "first_batch", "parameters"):
+        assert about[part] == expected[part]
+    assert not any("safetensors" in path for path in served.asked)
+    served.publish(tokenizer_of(tmp_path / "later", 36))  # the branch has moved
+    assert run("named", NAME, 2)["hub"] == about["hub"]
+    assert run("other", NAME, 1)["contents"] != about["contents"]
+
+
+@pytest.mark.parametrize(
+    ("command", "more"),
+    [
+        (infer.run, {"evaluation": EvalConfig(), "output": "out.jsonl"}),
+        (infer.evaluate_checkpoint, {"evaluation": EvalConfig(), "output_dir": "out"}),
+        (score.run, {"output": "scores"}),
+    ],
+    ids=["infer", "eval", "score"],
+)
+def test_every_command_takes_a_vocabulary_of_the_hub(command, more, served, tokenizer, monkeypatch):
+    class OpenedError(Exception):
+        pass
+
+    def open_task(config, **more):
+        raise OpenedError(config.vocabulary)
+
+    monkeypatch.setattr(streams, "open_task", open_task)
+    model = pretrained.ModelConfig(architecture=small, size="tiny")
+    with pytest.raises(OpenedError) as opened:
+        command(model=model, data=data_of(NAME), **more)
+    found = vocabularies.of_folder(str(opened.value))
+    assert vocabularies.same(found, vocabularies.of_folder(tokenizer))
+
+
+def test_a_reward_takes_a_vocabulary_of_the_hub(served, tokenizer):
+    model = pretrained.ModelConfig(architecture=small, size="tiny")
+    ids = [
+        Entailment(model=model, vocabulary=name)._encode("Ada has 3 eggs", "3")
+        for name in (NAME, tokenizer)
+    ]
+    assert ids[0] == ids[1]
+
+
+def test_a_dry_run_and_precompile_leave_a_vocabulary_of_the_hub_alone(served, tokenizer, tmp_path):
+    student = pretrained.ModelConfig(size="small")
+    run = options(tmp_path / "run", steps=1, data=data_of(NAME), student=student)
+    with pytest.raises(ValueError, match=f"no vocabulary at '{NAME}'.* a dry run does not look"):
+        train.train(**run, dry_run=True)
+    assert sizes.num_pieces_of(run["recipe"]) == 32128  # the rows of the model's embedding
+    assert not served.asked
+
+
+def test_a_wrong_vocabulary_is_one_line(served, tmp_path, monkeypatch):
+    def refuses(name, message):
+        with pytest.raises(FileNotFoundError, match=message) as error:
+            train.train(**options(tmp_path / "run", steps=1, data=data_of(name)))
+        assert "\n" not in str(error.value)
+
+    refuses("someone/else", "no vocabulary at 'someone/else': .* and the Hugging Face hub gave")
+    asked = len(served.asked)
+    refuses("models/spiece.model", "vocabulary 'models/spiece.model': there is no such file")
+    assert len(served.asked) == asked
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    refuses(NAME, f"no vocabulary at '{NAME}': .* pip install huggingface_hub, and run this again")
+
+
+def test_what_a_tokenizer_is_read_from_is_downloaded(served, tmp_path):
+    folder = tmp_path / "all"
+    folder.mkdir()
+    names = {
+        *(tokenizer_folder.TOKENIZER_FILE, tokenizer_folder.CONFIG_FILE),
+        *(tokenizer_folder.TEMPLATE_FILE, *vocabularies.SENTENCEPIECE_FILES),
+        *("special_tokens_map.json", "generation_config.json", "config.json"),
+    }
+    for name in names | {"model.safetensors", "model.safetensors.index.json", "vocab.txt"}:
+        (folder / name).write_text("{}")
+    served.publish(folder)
+    found, _ = hub.local_copy(NAME, tokenizer_only=True)
+    assert {path.name for path in pathlib.Path(found).iterdir()} == names

@@ -132,7 +132,8 @@ def evaluate_checkpoint(
         mesh: the sizes of the mesh axes.
         dry_run: check everything, but decode nothing.
     """
-    model, _ = with_local_files(model, dry_run=dry_run)
+    model, commits = with_local_files(model, dry_run=dry_run)
+    data, _ = tokenizer_files.with_local_vocabulary(data, commits, dry_run=dry_run)
     ready = _prepare(model, data, evaluation, mesh, dry_run)
     if dry_run:
         print("dry run: all is well", file=sys.stderr)
@@ -184,7 +185,8 @@ def run(
         ValueError: if another checkpoint or other settings made the file, or if `infer` did not
             make it at all.
     """
-    model, _ = with_local_files(model, dry_run=dry_run)
+    model, commits = with_local_files(model, dry_run=dry_run)
+    data, _ = tokenizer_files.with_local_vocabulary(data, commits, dry_run=dry_run)
     about = _about(model, data, evaluation, text_file)
     if not dry_run or not _is_remote(model.checkpoint):  # a dry run stays off the network
         if model.checkpoint is not None:

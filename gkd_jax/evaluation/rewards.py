@@ -16,7 +16,7 @@ from gkd_jax import losses, sharding
 from gkd_jax.batch import Batch
 from gkd_jax.input import data, eval_batches
 from gkd_jax.models import lm
-from gkd_jax.storage import pretrained
+from gkd_jax.storage import hub, pretrained
 from gkd_jax.text import text_metrics, vocabularies
 
 
@@ -73,7 +73,7 @@ class Entailment:
 
     Attributes:
         model: the classifier (`pretrained.ModelConfig` with a checkpoint).
-        vocabulary: the classifier's vocabulary, as `vocabularies.load` names it.
+        vocabulary: the classifier's vocabulary, as VOCABULARY names one.
         extra_ids: the number of sentinels after the pieces of a SentencePiece file.
         template: the classifier's input, with the fields {premise} and {hypothesis}.
         label: the text that the classifier writes for entailment: "1" for TRUE, "entailment" for
@@ -142,7 +142,8 @@ class Entailment:
 
     @functools.cached_property
     def _vocabulary(self):
-        return vocabularies.load(self.vocabulary, extra_ids=self.extra_ids)
+        local, _ = hub.local_copy(self.vocabulary, tokenizer_only=True)
+        return vocabularies.load(local, extra_ids=self.extra_ids)
 
     @functools.cached_property
     def _log_probs(self):

@@ -51,7 +51,8 @@ def run(
             is remote, or if it holds the scores of another teacher or of other data.
     """
     _check(k, temperature, output)
-    model, _ = with_local_files(model, dry_run=dry_run)
+    model, commits = with_local_files(model, dry_run=dry_run)
+    data, _ = tokenizer_files.with_local_vocabulary(data, commits, dry_run=dry_run)
     task, vocabulary = streams.open_task(data, tokenizer=tokenizer_files.find(model.checkpoint))
     if isinstance(task, seqio.Mixture):
         raise ValueError(

@@ -42,7 +42,8 @@ class DataConfig:
         data_dir: the folder from which tasks made of plain files read.
         vocabulary: "bytes", "arithmetic", "t5", a SentencePiece file or a Hugging Face folder; None
             means the tokenizer in the student's Hugging Face folder if there is one, or else the
-            vocabulary of the task.
+            vocabulary of the task. Commands also take a name on the Hugging Face hub, which they
+            replace by the downloaded folder.
         extra_ids: the number of sentinel ids after the pieces of a SentencePiece file (T5: 100).
         split: the split of the task.
         num_examples: how many of the first examples of each task are trained on; None means all.

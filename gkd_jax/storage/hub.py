@@ -1,4 +1,4 @@
-"""Models named as on the Hugging Face hub, such as "google/flan-t5-small".
+"""Models and tokenizers named as on the Hugging Face hub, such as "google/flan-t5-small".
 
 A name means a local folder where there is one. Otherwise `local_folder` downloads the model with
 the client `huggingface_hub`, which keeps it in its cache, and returns the cache's folder. The name
@@ -9,11 +9,17 @@ commit that it got and keeps to it (`hub` in run.json).
 from collections.abc import Mapping
 import pathlib
 import re
+import sys
 from typing import NamedTuple
 
 
 # What a model is read from. Pickles (*.bin) are never downloaded.
 _FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")
+# What a tokenizer is read from (`gkd_jax.text.tokenizer_folder`); config.json states its end ids.
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("config.json", "generation_config.json", "*.model", "*.jinja"),
+)
 _NAME = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 
 
@@ -30,8 +36,12 @@ class Download(NamedTuple):
 
 
 def is_name(path: str) -> bool:
-    """Whether a path can only be a name on the hub: it looks like one, and nothing lies there."""
-    return _NAME.fullmatch(path) is not None and not pathlib.Path(path).exists()
+    """Whether a path can only be a name on the hub: it looks like one, and nothing lies there.
+
+    A missing `folder/spiece.model` or `folder/tokenizer.json` is a missing file.
+    """
+    looks_like_one = _NAME.fullmatch(path) is not None and not path.endswith((".model", ".json"))
+    return looks_like_one and not pathlib.Path(path).exists()
 
 
 def local_folder(path: str) -> str:
@@ -43,12 +53,32 @@ def local_folder(path: str) -> str:
     return download(path).folder if is_name(path) else path
 
 
-def download(name: str, pinned: Mapping[str, str] = {}) -> Download:
+def local_copy(
+    path: str, pinned: Mapping[str, str] = {}, *, tokenizer_only: bool = False
+) -> tuple[str, dict[str, str]]:
+    """Downloads what a run reads, if its path is a name on the hub, and says of which commit it is.
+
+    Arguments and errors are those of `download`.
+
+    Returns:
+        The folder, and the commit by name; the path itself and {} if it is no name on the hub.
+    """
+    if not is_name(path):
+        return path, {}
+    found = download(path, pinned, tokenizer_only=tokenizer_only)
+    print(f"{path} is at commit {found.commit} of the hub", file=sys.stderr)
+    return found.folder, {path: found.commit}
+
+
+def download(
+    name: str, pinned: Mapping[str, str] = {}, *, tokenizer_only: bool = False
+) -> Download:
     """Downloads a model, unless the client's cache has it.
 
     Args:
         name: such as "google/flan-t5-small" or "google/flan-t5-small@main".
         pinned: the commits of names that were downloaded before.
+        tokenizer_only: download the files of the tokenizer alone.
 
     Raises:
         FileNotFoundError: if the client is not installed, or cannot get the model.
@@ -56,7 +86,8 @@ def download(name: str, pinned: Mapping[str, str] = {}) -> Download:
     found = _NAME.fullmatch(name)
     if found is None:
         raise ValueError(f"a model on the hub is named owner/name or owner/name@commit: {name!r}")
-    nothing_here = f"no checkpoint at {name!r}: there is no such file or folder"
+    what = "vocabulary" if tokenizer_only else "checkpoint"
+    nothing_here = f"no {what} at {name!r}: there is no such file or folder"
     try:
         import huggingface_hub
     except ModuleNotFoundError:
@@ -68,7 +99,7 @@ def download(name: str, pinned: Mapping[str, str] = {}) -> Download:
         folder = huggingface_hub.snapshot_download(
             found["name"],
             revision=pinned.get(name, found["revision"]),
-            allow_patterns=list(_FILES),
+            allow_patterns=list(_TOKENIZER_FILES if tokenizer_only else _FILES),
         )
     except Exception as error:  # The client raises errors of its own and of two HTTP libraries.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

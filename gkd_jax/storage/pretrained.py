@@ -147,12 +147,10 @@ def with_local_files(
     Raises:
         FileNotFoundError: as `hub.download` does.
     """
-    if model.checkpoint is None or not hub.is_name(model.checkpoint) or dry_run:
+    if model.checkpoint is None or dry_run:
         return model, {}
-    found = hub.download(model.checkpoint, pinned)
-    print(f"{model.checkpoint} is at commit {found.commit} of the hub", file=sys.stderr)
-    local = dataclasses.replace(model, checkpoint=found.folder)
-    return local, {model.checkpoint: found.commit}
+    folder, commits = hub.local_copy(model.checkpoint, pinned)
+    return (dataclasses.replace(model, checkpoint=folder) if commits else model), commits
 
 
 def remote_checkpoints(*models: ModelConfig) -> frozenset[str]:

@@ -2,6 +2,7 @@
 
 import os
 
+from gkd_jax.storage import hub
 from gkd_jax.text import known_sizes
 from gkd_jax.training.recipe import Recipe
 
@@ -10,14 +11,19 @@ def num_pieces_of(recipe: Recipe) -> int:
     """Returns the number of ids of a recipe's vocabulary.
 
     The recipe's task is opened only if the name of the vocabulary does not determine the number. If
-    the tasks are JSONL files that do not exist, the number is that of the rows that models of the
-    recipe's sizes have: it is at least the number of ids.
+    the tasks are JSONL files that do not exist, or the vocabulary is a name on the Hugging Face
+    hub, the number is that of the rows that models of the recipe's sizes have: it is at least the
+    number of ids.
     """
     config = recipe.data
     tasks = list(config.task_rows)
     sizes = {known_sizes.num_pieces(config.vocabulary, config.extra_ids, task) for task in tasks}
     found = sizes.pop() if len(sizes) == 1 else None
-    if found is None and all(map(_is_absent, tasks)) and config.vocabulary is None:
+    if config.vocabulary is None:
+        cannot_be_read = all(map(_is_absent, tasks))
+    else:
+        cannot_be_read = hub.is_name(config.vocabulary)
+    if found is None and cannot_be_read:
         models = [model for model in recipe.models.values() if model.size]
         rows = [model.architecture(model.size).vocab_size for model in models]
         found = min(rows, default=None)

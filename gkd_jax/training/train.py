@@ -13,7 +13,7 @@ import jax
 
 from gkd_jax.gkd import TrainState, teacher_now
 from gkd_jax.input import data, streams
-from gkd_jax.storage import checkpoints, pretrained, vocabulary_checks
+from gkd_jax.storage import checkpoints, pretrained, tokenizer_files, vocabulary_checks
 from gkd_jax.tasks import jsonl  # pyright: ignore[reportMissingImports]
 from gkd_jax.text import files, vocabularies
 from gkd_jax.training import (
@@ -175,7 +175,7 @@ def train(
 def _with_local_files(
     recipe: Recipe, folder: pathlib.Path, dry_run: bool
 ) -> tuple[Recipe, dict[str, str]]:
-    """Downloads the models that the recipe names as on the Hugging Face hub.
+    """Downloads the models and the tokenizer that the recipe names as on the Hugging Face hub.
 
     A resumed run takes the commits that run.json in its folder names.
 
@@ -188,7 +188,10 @@ def _with_local_files(
     for name, model in recipe.models.items():
         models[name], found = pretrained.with_local_files(model, pinned, dry_run=dry_run)
         commits |= found
-    return recipe.with_models(models), commits
+    chosen, found = tokenizer_files.with_local_vocabulary(
+        recipe.data, pinned | commits, dry_run=dry_run
+    )
+    return dataclasses.replace(recipe.with_models(models), data=chosen), commits | found
 
 
 def _is_due(done: int, period: int | None, recipe: Recipe) -> bool:
