@@ -24,10 +24,9 @@ import seqio
 import tensorflow as tf
 
 from gkd_jax.tasks import features, rows
-from gkd_jax.text import files, text_metrics, vocabularies
+from gkd_jax.text import files, task_names, text_metrics, vocabularies
 
 
-ENDINGS = (".jsonl", ".jsonl.gz")
 SPLITS = ("train", "validation", "test")
 LONG_PROMPTS = ("skip", "cut")
 
@@ -64,16 +63,6 @@ class Options:
             raise ValueError(f"eval_fraction must lie in (0, 1), got {self.eval_fraction!r}")
         if self.long_prompts not in LONG_PROMPTS:
             raise ValueError(f"long_prompts must be 'skip' or 'cut', got {self.long_prompts!r}")
-
-
-def is_path(name: str) -> bool:
-    """Returns whether a task's name is the path of a JSONL file or of a folder."""
-    return name.endswith(ENDINGS) or "/" in name
-
-
-def display_name(name: str) -> str:
-    """Returns the name of a task in metrics and reports: the last part of a path, or the name."""
-    return os.path.basename(name.rstrip("/")) if is_path(name) else name
 
 
 def make_task(
@@ -180,7 +169,7 @@ def find_splits(path: str) -> dict[str, str]:
     Raises:
         FileNotFoundError: if the path is a folder without a file of any split.
     """
-    if path.endswith(ENDINGS):
+    if path.endswith(task_names.ENDINGS):
         validation = _validation_file(path)
         return {"train": path} | ({} if validation is None else {"validation": validation})
     found = {

@@ -13,7 +13,7 @@ import transformers
 
 from gkd_jax.input import data, eval_batches, streams
 from gkd_jax.tasks import arithmetic, jsonl, rows
-from gkd_jax.text import vocabularies
+from gkd_jax.text import task_names, vocabularies
 from gkd_jax.text.tokenizer_folder import TokenizerVocabulary
 
 
@@ -446,9 +446,9 @@ def test_registered_tasks_take_a_folder_s_tokenizer(folders):
 
 
 def test_names_are_of_the_file_and_differ_by_folder(tmp_path):
-    assert jsonl.display_name("/a/b/chats.jsonl") == "chats.jsonl"
-    assert jsonl.display_name("/a/chats/") == "chats"
-    assert jsonl.display_name("gsm8k") == "gsm8k"
+    assert task_names.display_name("/a/b/chats.jsonl") == "chats.jsonl"
+    assert task_names.display_name("/a/chats/") == "chats"
+    assert task_names.display_name("gsm8k") == "gsm8k"
     assert jsonl.task_name(tmp_path / "a" / "x.jsonl") != jsonl.task_name(tmp_path / "x.jsonl")
 
 

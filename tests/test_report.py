@@ -16,7 +16,6 @@ from gkd_jax import report
 from gkd_jax.report import answer, archive, figures, pages, paper, plots, reading, record
 from gkd_jax.report.record import SEEDS, UNCHANGING, Setting
 from gkd_jax.report.study import Study, shown
-from gkd_jax.tasks import jsonl
 
 
 PARAMETERS = {"small": 77_000_000, "base": 250_000_000, "large": 800_000_000, "xl": 2_850_000_000}
@@ -390,6 +389,59 @@ def test_seeds_that_each_trained_their_own_start_are_one_group(tmp_path):
         seeds = sorted(ACCURACY)
         expected = [[f"s{seed}/gkd_{name}" for seed in seeds] for name in ("longer", "start")]
         assert names == [["gkd"], *expected]
+
+
+def test_seeds_that_each_trained_their_own_teachers_are_one_group(tmp_path):
+    """Of several teachers, too; a teacher's other task, or a task's other rows, are no repeat."""
+    teachers = {"arithmetic": "numbers", "/data/texts.jsonl": "texts"}
+
+    def write_taught(folder, seed, taught_by, rows, accuracy):
+        run = seeded(about(divergence=JSD_01, fraction=1.0, start=str(folder / "start")), seed)
+        run["recipe"]["data"]["task"] = rows
+        models = {task: model(None, str(folder / name)) for task, name in taught_by.items()}
+        run["recipe"]["teacher"] = {"type": "TaskTeachers", "models": models}
+        run["recipe"]["evaluation"]["task"] = "arithmetic"
+        run["parameters"]["teacher"] = 5_700_000_000  # of both
+        run["contents"] |= {
+            f"teacher.models.{task}.checkpoint": f"{path}, seed {seed}"
+            for task, path in taught_by.items()
+        }
+        run["contents"]["data.task./data/texts.jsonl"] = "hash"
+        run["contents"]["student.checkpoint"] = f"start, seed {seed}"
+        return run, {"accuracy": accuracy}
+
+    swapped = dict(zip(teachers, reversed(teachers.values()), strict=True))
+    equal, more = ({"arithmetic": n, "/data/texts.jsonl": 32 - n} for n in (16, 24))
+    for seed, value in ACCURACY.items():
+        folder = tmp_path / f"s{seed}"
+        for name, steps in (("start", 20), ("numbers", 20), ("texts", 40)):
+            size = "small" if name == "start" else "xl"
+            made = seeded(about(size=size, train__train_steps=steps), seed)
+            write_run(folder / name, made, {"accuracy": 1.0}, steps=steps)
+        for name, chosen in (
+            ("both", (teachers, equal)),
+            ("swapped", (swapped, equal)),
+            ("more", (teachers, more)),
+        ):
+            write_run(folder / name, *write_taught(folder, seed, *chosen, value))
+    archive.write([str(tmp_path)], str(tmp_path / "runs.jsonl"))
+    assert "/data/" not in (tmp_path / "runs.jsonl").read_text()
+    for source in (tmp_path, tmp_path / "runs.jsonl"):
+        study = Study(reading.find([str(source)]))
+        names = {tuple(run.name for run in group.runs): group.role for group in study.groups}
+        seeds = sorted(ACCURACY)
+        assert names == {
+            tuple(f"s{seed}/{name}" for seed in seeds): role
+            for name, role in (
+                *(("start", "start"), ("numbers", "teacher"), ("texts", "teacher")),
+                *((name, "distillation") for name in ("both", "swapped", "more")),
+            )
+        }
+        rows = study.table("arithmetic", Setting.of(GREEDY), "accuracy")
+        both = next(row for _, row in rows.iterrows() if "both" in row["group"].first.name)
+        values = list(ACCURACY.values())
+        assert (both["mean"], both["n"]) == (pytest.approx(statistics.mean(values)), 3)
+        assert both["error"] == pytest.approx(statistics.stdev(values) / math.sqrt(3))
 
 
 def test_paths_of_equal_contents_are_one_group(tmp_path):
@@ -1209,11 +1261,18 @@ def test_the_kept_studies_can_be_read():
 
 
 @pytest.mark.parametrize(
-    "task", ["./data.jsonl", "/data/chats.jsonl.gz", "data.jsonl", "runs/folder/", "arithmetic"]
+    ("task", "expected"),
+    [
+        ("./data.jsonl", "data.jsonl"),
+        ("/data/chats.jsonl.gz", "chats.jsonl.gz"),
+        ("data.jsonl", "data.jsonl"),
+        ("runs/folder/", "folder"),
+        ("arithmetic", "arithmetic"),
+    ],
 )
-def test_a_run_on_a_file_has_the_task_that_its_metrics_name(task):
+def test_a_run_on_a_file_has_the_task_that_its_metrics_name(task, expected):
     """A report with two names of one task says that nothing has evaluated the first."""
     about = {"recipe": {"data": {"task": task}, "evaluation": {"task": None}}}
     parts = {"lines": [], "evaluations": [], "decoded": [], "samples": {}, "problems": []}
     run = record.Run(name="run", slug="run", folder=pathlib.Path("run"), about=about, **parts)
-    assert run.task == jsonl.display_name(task)
+    assert run.task == expected

@@ -31,8 +31,8 @@ from gkd_jax.storage.pretrained import (
     with_local_files,
 )
 from gkd_jax.storage.vocabulary_checks import check_special_ids, check_vocabularies
-from gkd_jax.tasks import jsonl, rows  # pyright: ignore[reportMissingImports]
-from gkd_jax.text import files, settings, vocabularies
+from gkd_jax.tasks import rows  # pyright: ignore[reportMissingImports]
+from gkd_jax.text import files, settings, task_names, vocabularies
 
 
 _OF_DATA = ("task", "data_dir", "vocabulary", "extra_ids", "long_prompts")
@@ -140,7 +140,7 @@ def evaluate_checkpoint(
         return
     decoded = list(ready.decoder(ready.params, ready.batches(data, evaluation)))
     values = evaluate.score(ready.task, decoded, evaluation)
-    name = jsonl.display_name(data.task)
+    name = task_names.display_name(data.name)
     if jax.process_index() == 0:
         folder = pathlib.Path(output_dir)
         evaluate.write_rows(folder / "predictions.jsonl", decoded, ready.vocabulary)

@@ -25,7 +25,7 @@ from gkd_jax.batch import Batch
 from gkd_jax.input import fit, in_memory
 from gkd_jax.input.data import TEACHER_INPUTS, WHOLE, DataConfig, Shard
 from gkd_jax.tasks import features, folder, jsonl  # pyright: ignore[reportMissingImports]
-from gkd_jax.text import vocabularies
+from gkd_jax.text import task_names, vocabularies
 
 
 _LENGTHS = {"inputs": "input_lengths", TEACHER_INPUTS: "teacher_input_lengths"}
@@ -100,12 +100,12 @@ def open_task(
         vocabulary = vocabularies.load(
             config.vocabulary, extra_ids=config.extra_ids, check_remote=check_remote
         )
-    if config.eval_fraction is not None and not jsonl.is_path(config.task):
+    if config.eval_fraction is not None and not task_names.is_path(config.task):
         raise ValueError(
             f"eval_fraction={config.eval_fraction} holds rows of a JSONL file out, "
             f"got the task {config.task!r}"
         )
-    if jsonl.is_path(config.task):
+    if task_names.is_path(config.task):
         task = jsonl.make_task(
             config.task,
             vocabulary=vocabulary or vocabularies.t5_default(),
@@ -130,9 +130,9 @@ def open_tasks(
         ValueError: also if two tasks have different vocabularies, or the same name in metrics.
     """
     found: dict[str, Any] = {}
-    shared, has_files = None, any(map(jsonl.is_path, config.task_rows))
+    shared, has_files = None, any(map(task_names.is_path, config.task_rows))
     for name in config.task_rows:
-        holds_out = jsonl.is_path(name) or not has_files
+        holds_out = task_names.is_path(name) or not has_files
         one = dataclasses.replace(
             config,
             task=name,
@@ -145,7 +145,7 @@ def open_tasks(
                 "name one for both"
             )
         shared = vocabulary
-    if len({jsonl.display_name(name) for name in found}) < len(found):
+    if len({task_names.display_name(name) for name in found}) < len(found):
         raise ValueError(
             f"the tasks {list(found)} need different names, because metrics have the last part of "
             "a path as the name of the task"

@@ -7,6 +7,7 @@ metrics.jsonl], "evaluations": [each metrics.json of `gkd-jax eval`]}.
 from collections.abc import Sequence
 import json
 import pathlib
+import re
 from typing import Any
 
 from gkd_jax.report import reading
@@ -14,6 +15,8 @@ from gkd_jax.text import files
 
 
 _EVERY = 50  # steps between kept lines of training
+# The path in the name of a field that ends in the name of a task, such as data.task./data/x.jsonl.
+_PATH = re.compile(r"(?:^|(?<=\w\.))/.*")
 
 
 def write(run_dirs: Sequence[str], output: str) -> None:
@@ -52,7 +55,8 @@ def _is_kept(line: dict[str, Any], last: int) -> bool:
 
 def _small(value: Any, roots: Sequence[pathlib.Path]) -> Any:
     if isinstance(value, dict):
-        return {_small(name, roots): _small(inner, roots) for name, inner in value.items()}
+        names = {name: _PATH.sub(lambda path: _small(path[0], roots), name) for name in value}
+        return {names[name]: _small(inner, roots) for name, inner in value.items()}
     if isinstance(value, list):
         return [_small(inner, roots) for inner in value]
     if isinstance(value, float):

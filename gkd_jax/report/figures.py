@@ -252,12 +252,6 @@ def _rl(view: _View) -> Iterator[_Sketch]:
     sized = rows.dropna(subset="y").groupby("size", sort=False)
     panels = [view.panel(some, some) for _, some in sized if len(some) > 1]
     caption = "alpha weighs distillation, 1 - alpha the reward; as in Fig. 5 of the paper."
-    if paper.task_of(view.task) == "xsum":
-        points = paper.content()["figure_5"]["points"]
-        gains = "; ".join(
-            "{alpha}: {rouge2_gain:+.2f} and {entailment_gain:+.1f}".format(**p) for p in points
-        )
-        caption += f" Its gains in ROUGE-2 and in points of entailed outputs, T5-base: {gains}."
     if panels:
         title, y = "Reward and teacher", reward.replace("_", " ")
         yield _Sketch("rl_alpha", title, caption, plots.curves, panels, view.metric, y)

@@ -92,7 +92,8 @@ def cell(run: Run, task: str) -> Cell | None:
     if method.kind not in ("sft", "seqkd", "distillation") or known is None or size is None:
         return None
     common = content()["in_common"].items()
-    if "changes" in fields or any(fields.get(name, value) != value for name, value in common):
+    same = all(fields.get(name, value) == value for name, value in common)
+    if not same or "changes" in fields or run.several_tasks:
         return None
     distils = method.kind == "distillation"
     return Cell(

@@ -30,7 +30,6 @@ _WIDE, _NARROW = 11.8, 3.6  # widths in inches, at 100 pixels per inch
 # If the values differ by less than this share of the largest, bars from zero would look alike, and
 # dots are drawn instead.
 _CLOSE = 0.35
-_DASHED: Any = (0, (4, 3))
 
 
 class Panel(NamedTuple):
@@ -88,7 +87,7 @@ def _figure(draw: Draw, panels: Sequence[Panel], x: str, y: str, narrow: bool) -
     for ax, panel in zip(places.flat, panels, strict=False):
         if panel.reference:
             label = "{} {:.1f}".format(*panel.reference)
-            ax.axvline(panel.reference[1], color=MUTED, linestyle=_DASHED, label=label)
+            ax.axvline(panel.reference[1], color=MUTED, linestyle=(0, (4, 3)), label=label)
         ax.set(xlabel=x, ylabel=y)
         ax.set_title(textwrap.fill(panel.title, 36 if columns > 1 or narrow else 120))
         drawn, labels = ax.get_legend_handles_labels()

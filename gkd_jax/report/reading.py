@@ -15,8 +15,7 @@ from gkd_jax.report.record import Evaluation, Run, Setting, as_object, as_object
 
 
 # These folders hold many files and no runs.
-_NOT_SEARCHED = frozenset({"checkpoints", "damaged", "tensorboard", "eval", "evals"})
-_NUMBERED = re.compile(r"(\D*)(\d*)")
+_NOT_SEARCHED = frozenset({"checkpoints", "damaged", "tensorboard", "eval"})
 _Found = dict[pathlib.Path, dict[str, Any]]
 """What was read of each run, in the form of an archive's line, by the run's folder."""
 
@@ -28,7 +27,7 @@ def find(run_dirs: Sequence[str]) -> list[Run]:
         FileNotFoundError: if one is neither a folder nor a .jsonl file, or none holds a run.
     """
     found: _Found = {}
-    elsewhere: dict[pathlib.Path, None] = {}
+    evaluations: dict[pathlib.Path, None] = {}
     for run_dir in run_dirs:
         root = pathlib.Path(run_dir).resolve()
         if root.is_file() and root.suffix == ".jsonl":
@@ -44,10 +43,10 @@ def find(run_dirs: Sequence[str]) -> list[Run]:
                 inside = folder.relative_to(root).as_posix()
                 found[folder] = _content(folder, root.name if inside == "." else inside)
             elif "metrics.json" in files:
-                elsewhere[folder / "metrics.json"] = None
+                evaluations[folder / "metrics.json"] = None
     if not found:
         raise FileNotFoundError(f"no metrics.jsonl below {', '.join(map(str, run_dirs))}")
-    _add_evaluations(found, elsewhere)
+    _add_evaluations(found, evaluations)
     return [_run(*one) for one in _named(found)]
 
 
@@ -79,11 +78,7 @@ def _read_object(path: pathlib.Path) -> dict[str, Any] | None:
 
 def _folders(root: pathlib.Path) -> Iterator[tuple[pathlib.Path, list[str]]]:
     for folder, inside, files in os.walk(root):
-        # Sort numbers in names by value: run2 before run10.
-        inside[:] = sorted(
-            set(inside) - _NOT_SEARCHED,
-            key=lambda name: [(text, int(number or 0)) for text, number in _NUMBERED.findall(name)],
-        )
+        inside[:] = sorted(set(inside) - _NOT_SEARCHED)
         yield pathlib.Path(folder), files
 
 
@@ -96,34 +91,32 @@ def _content(folder: pathlib.Path, name: str) -> dict[str, Any]:
     lines, damaged = read_jsonl(folder / "metrics.jsonl")
     kept = [line for line in lines if whole(line.get("step")) is not None]
     problems = _damaged("metrics.jsonl", damaged + len(lines) - len(kept))
-    about, decoded = _read_object(folder / "run.json"), []
+    about = _read_object(folder / "run.json")
     if about is None:
         exists = (folder / "run.json").exists()
         problems.append("run.json cannot be read" if exists else "no run.json")
-    for path in sorted((folder / "evals").glob("*/metrics.json")):
-        content = _read_object(path)
-        decoded += [] if content is None else [content]
-        if content is None:
-            problems.append(f"evals/{path.parent.name}/metrics.json cannot be read")
     samples: dict[str, list[tuple[int, pathlib.Path]]] = {}
     for path in sorted((folder / "eval").rglob("*.jsonl")):
         if path.stem.isdigit() and path.is_file():
             task = path.parent.relative_to(folder / "eval").as_posix()
             samples.setdefault(task, []).append((int(path.stem), path))
-    read = {"name": name, "run": about, "metrics": kept, "evaluations": decoded}
+    read = {"name": name, "run": about, "metrics": kept, "evaluations": []}
     samples = {task: sorted(files) for task, files in samples.items()}
     return {**read, "samples": samples, "problems": problems}
 
 
 def _add_evaluations(found: _Found, paths: Iterable[pathlib.Path]) -> None:
-    """Adds evaluations from other folders to the run whose checkpoint they name."""
+    """Adds each evaluation to the run in whose folder it lies, or whose checkpoint it names."""
     for path in paths:
-        content = _read_object(path) or {}
-        checkpoint = as_object(content.get("evaluation")).get("checkpoint")
+        content = _read_object(path)
+        checkpoint = as_object(as_object(content).get("evaluation")).get("checkpoint")
         made = pathlib.Path(checkpoint).resolve() if isinstance(checkpoint, str) else path
-        for folder, read in found.items():
-            if made.is_relative_to(folder):
-                read["evaluations"].append(content)
+        around = [folder for folder in found if path.is_relative_to(folder)]
+        for folder in around or [folder for folder in found if made.is_relative_to(folder)]:
+            if content is None:
+                found[folder]["problems"].append(f"{path.relative_to(folder)} cannot be read")
+            else:
+                found[folder]["evaluations"].append(content)
 
 
 def _named(found: _Found) -> Iterator[tuple[str, str, pathlib.Path, dict[str, Any]]]:

@@ -10,9 +10,11 @@ import functools
 import json
 import math
 import pathlib
+import re
 from typing import Any, NamedTuple
 
 from gkd_jax.evaluation import decodings
+from gkd_jax.text.task_names import display_name
 
 
 # Parts of a recipe that cannot change a result: where and how often a run saves and evaluates,
@@ -26,6 +28,7 @@ UNCHANGING = frozenset({
 })
 # fmt: on
 SEEDS = ("data.seed", "train.seed")
+_ROLE = re.compile(r"(student|teacher.*)\.checkpoint")
 # Fields of an evaluation that say nothing about how it decoded.
 _NOT_DECODING = {"type", "task", "batch_size", "seed", "rewards", "checkpoint", "step", "content"}
 _NAMES: dict[Any, str] = {
@@ -164,8 +167,8 @@ class Run:
     def identity(self) -> dict[str, Any]:
         """The fields that identify the configuration; runs that share them differ in the seed."""
         fields = {k: v for k, v in self.fields.items() if k not in SEEDS}
-        # Where the hash of a path's content is recorded, the path itself does not matter.
-        kept = {k: v for k, v in fields.items() if f"contents.{k}" not in fields}
+        # A path does not matter where its content's hash is recorded; a task's number of rows does.
+        kept = {k: v for k, v in fields.items() if f"contents.{k}" not in fields or whole(v)}
         kept = {k: v for k, v in kept.items() if UNCHANGING.isdisjoint(k.split("."))}
         return kept or {"name": self.name}
 
@@ -191,18 +194,21 @@ class Run:
 
     @property
     def task(self) -> str | None:
-        """The task on which the recipe evaluates, named as in its metrics.
-
-        A file or a folder has its last part as its name (`gkd_jax.tasks.jsonl.display_name`).
-        """
+        """The task on which the recipe evaluates, named as in its metrics."""
         task = self.fields.get("evaluation.task") or self.fields.get("data.task")
-        return _task_name(task) if isinstance(task, str) else None
+        return display_name(task) if isinstance(task, str) else None
 
     @property
     def several_tasks(self) -> str:
         """The names of the tasks that share every batch; "" for one task."""
         tasks = as_object(as_object(self.about.get("recipe")).get("data")).get("task")
-        return " + ".join(map(_task_name, tasks)) if isinstance(tasks, dict) else ""
+        return " + ".join(map(display_name, tasks)) if isinstance(tasks, dict) else ""
+
+    @property
+    def checkpoints(self) -> dict[str, str]:
+        """The checkpoint of each model: "student", "teacher", or "teacher.models.TASK"."""
+        named = ((_ROLE.fullmatch(name), value) for name, value in self.fields.items())
+        return {found[1]: value for found, value in named if found and isinstance(value, str)}
 
     @property
     def train_steps(self) -> int | None:
@@ -274,10 +280,6 @@ def said(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _task_name(task: str) -> str:
-    return pathlib.PurePath(task).name if "/" in task or ".jsonl" in task else task
 
 
 def short_count(count: int) -> str:

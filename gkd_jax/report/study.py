@@ -98,11 +98,10 @@ class Study:
                 self.left_out[run.slug] = f"same configuration and seed as {held.name}"
         members = [(identity, tuple(seeds.values())) for identity, seeds in grouped.values()]
         finished = [run for _, some in members for run in some]
-        roles = ("student", "teacher")
         self._made = {  # (group's first run, role) -> the run that made its start or teacher
             (one[0].slug, role): _maker(finished, one[0], role)
             for _, one in members
-            for role in roles
+            for role in one[0].checkpoints
         }
         self.groups = _labelled(
             [
@@ -126,7 +125,7 @@ class Study:
     def _role(self, runs: Sequence[Run]) -> str:
         role, slugs = runs[0].method.kind, {run.slug for run in runs}
         for part, name in (("teacher", "teacher"), ("student", "start")):
-            made = {run.slug for (_, of), run in self._made.items() if of == part and run}
+            made = {run.slug for (_, of), run in self._made.items() if of.startswith(part) and run}
             role = name if role in ("sft", "teacher") and made & slugs else role
         return role
 
@@ -159,7 +158,7 @@ class Study:
 
     def parent(self, group: Group, role: str) -> Group | None:
         """The group whose checkpoint is the start ("student") or the teacher of this one."""
-        made = self._made[group.first.slug, role]
+        made = self._made.get((group.first.slug, role))
         return None if made is None else self._group_of[made.slug]
 
     def table(self, task: str, setting: Setting, metric: str) -> Table:
@@ -217,16 +216,15 @@ def divergence_order(divergence: str) -> tuple[int, str]:
 
 
 def _maker(runs: Sequence[Run], run: Run, role: str) -> Run | None:
-    """Finds the run whose checkpoint is the start ("student") or the teacher of another run."""
-    checkpoint = run.fields.get(f"{role}.checkpoint")
-    if not isinstance(checkpoint, str):
-        return None
-    path = pathlib.PurePath(checkpoint.split("/checkpoints/")[0])
+    """Finds the run that made the checkpoint of a role (`Run.checkpoints`) of another run."""
+    path = pathlib.PurePath(run.checkpoints[role].split("/checkpoints/")[0])
     others = [one for one in runs if one is not run]
     exact = [one for one in others if one.folder == path]
     # If the study was moved or archived, the path still ends in the name of the run.
     named = [one for one in others if f"/{path}".endswith(f"/{one.name}")]
-    sized = [one for one in named if one.parameters("student") == run.parameters(role)]
+    # Of several teachers ("teacher.models.TASK") only the sum of their parameters is recorded.
+    several, count = "." in role, run.parameters(role)
+    sized = [one for one in named if several or one.parameters("student") == count]
     sized.sort(key=lambda one: one.folder.parent != run.folder.parent)
     return next(iter([*exact, *sized]), None)
 
@@ -239,13 +237,12 @@ def _configuration(runs: Sequence[Run], run: Run) -> tuple[dict[str, Any], tuple
     each seed trained its own teacher and start. Other checkpoints are identified by their content.
     """
     identity, seeds = dict(run.identity), list(run.seed)
-    for role in ("student", "teacher"):
-        checkpoint = run.fields.get(f"{role}.checkpoint")
+    for role, checkpoint in run.checkpoints.items():
         maker = _maker(runs, run, role)
         if maker is None or maker.folder.parent != run.folder.parent:
             continue
         made_by, made_with = _configuration([one for one in runs if one is not run], maker)
-        step = str(checkpoint).partition("/checkpoints/")[2]
+        step = checkpoint.partition("/checkpoints/")[2]
         text = repr((sorted(made_by.items()), step))
         identity.pop(f"{role}.checkpoint", None)
         identity.pop(f"contents.{role}.checkpoint", None)

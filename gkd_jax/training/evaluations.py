@@ -16,8 +16,7 @@ from gkd_jax.evaluation import evaluate
 from gkd_jax.input import eval_batches, streams
 from gkd_jax.models import lm
 from gkd_jax.storage import tokenizer_files
-from gkd_jax.tasks import jsonl  # pyright: ignore[reportMissingImports]
-from gkd_jax.text import vocabularies
+from gkd_jax.text import task_names, vocabularies
 from gkd_jax.training import teachers
 from gkd_jax.training.program import Program
 from gkd_jax.training.source import Source
@@ -100,7 +99,7 @@ class Evaluations:
             is_mixture = isinstance(task, seqio.Mixture)
             for part in task.tasks if is_mixture else [task]:
                 streams.check_split(part, self._config.split)
-                yield part.name if is_mixture else jsonl.display_name(name), part, name
+                yield part.name if is_mixture else task_names.display_name(name), part, name
 
     def check_first_examples(self) -> None:
         """Reads a batch of each task, so that unreadable data stop the run before it trains.

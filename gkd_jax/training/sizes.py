@@ -3,7 +3,7 @@
 import os
 
 from gkd_jax.storage import hub
-from gkd_jax.text import known_sizes
+from gkd_jax.text import known_sizes, task_names
 from gkd_jax.training.recipe import Recipe
 
 
@@ -35,4 +35,4 @@ def num_pieces_of(recipe: Recipe) -> int:
 
 
 def _is_absent(task: str) -> bool:
-    return task.endswith((".jsonl", ".jsonl.gz")) and not os.path.exists(task)
+    return task.endswith(task_names.ENDINGS) and not os.path.exists(task)

@@ -14,8 +14,7 @@ import jax
 from gkd_jax.gkd import TrainState, teacher_now
 from gkd_jax.input import data, streams
 from gkd_jax.storage import checkpoints, pretrained, tokenizer_files, vocabulary_checks
-from gkd_jax.tasks import jsonl  # pyright: ignore[reportMissingImports]
-from gkd_jax.text import files, vocabularies
+from gkd_jax.text import files, task_names, vocabularies
 from gkd_jax.training import (
     interrupts,
     metrics,
@@ -307,7 +306,7 @@ class _Run:
         best_metric = None
         if config.best_metric is not None and evaluation is not None:
             task = evaluation.task or self.program.recipe.data.task
-            where = f"{jsonl.display_name(task)}/" if isinstance(task, str) else ""
+            where = f"{task_names.display_name(task)}/" if isinstance(task, str) else ""
             best_metric = f"eval/{where}{config.best_metric}"
         scores = {}
         if best_metric is not None and not self.is_new:
