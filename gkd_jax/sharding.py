@@ -5,7 +5,7 @@ each logical axis to the mesh axes over which it is sharded. The mesh axes are `
 `fsdp` (batch and parameters) and `tensor` (heads, mlp and vocabulary).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import contextvars
 import dataclasses
@@ -305,6 +305,38 @@ def num_devices() -> int:
     """Returns the number of devices in the mesh of `use`; 1 outside `use`."""
     active = _active.get()
     return 1 if active is None else active[0].size
+
+
+def platform() -> str | None:
+    """Returns the platform of the mesh of `use`, such as "tpu"; None outside `use`."""
+    active = _active.get()
+    return None if active is None else active[0].devices.flat[0].platform
+
+
+def on_each_device(
+    function: Callable[..., jax.Array],
+    inputs: Sequence[Sequence[str | None]],
+    output: Sequence[str | None],
+) -> Callable[..., jax.Array]:
+    """Returns a function that every device of the mesh of `use` computes on its own part of arrays.
+
+    The parts must need nothing from each other. Outside `use` and on one device it is the function
+    itself.
+
+    Args:
+        function: a function of arrays.
+        inputs: the logical axes of each argument, whose dimensions the mesh must divide.
+        output: the logical axes of the result.
+    """
+    active = _active.get()
+    if active is None or active[0].size == 1:
+        return function
+    mesh, rules = active
+    specs = tuple(spec(axes, rules) for axes in inputs)
+    # Kernels do not say over which mesh axes their results vary, so that JAX cannot check it.
+    return jax.shard_map(
+        function, mesh=mesh, in_specs=specs, out_specs=spec(output, rules), check_vma=False
+    )
 
 
 def bytes_per_device(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> int:

@@ -17,7 +17,7 @@ from small_runs import small
 import gin
 from gkd_jax import divergences, gkd, main, rl, sharding
 from gkd_jax.input import data
-from gkd_jax.planning import hlo, precompile, topologies
+from gkd_jax.planning import hlo, hlo_text, precompile, topologies
 from gkd_jax.storage import pretrained
 import gkd_jax.tasks.arithmetic  # noqa: F401
 from gkd_jax.training import optimizers, program, sizes, train
@@ -76,7 +76,7 @@ def report(capsys, recipe, topology="cpu"):
 
 
 def costs(function, *arguments):
-    return hlo.costs(hlo.parse(jax.jit(function).lower(*arguments).compile().as_text()))
+    return hlo.costs(hlo_text.parse(jax.jit(function).lower(*arguments).compile().as_text()))
 
 
 # The program --------------------------------------------------------------------------------------
@@ -290,7 +290,7 @@ condition=%cond, body=%body
 
 
 def test_text_of_a_tpu_program():
-    module = hlo.parse(TPU_TEXT.replace("\\\n", ""))
+    module = hlo_text.parse(TPU_TEXT.replace("\\\n", ""))
     cost = hlo.costs(module)["24"]
     # A product of [4, 6, 32, 8] and itself over the last axis, batched over the first two.
     assert cost.flops == 24 * 2 * 4 * 6 * 32 * 32 * 8
@@ -409,7 +409,7 @@ custom_call_target="__cublas$gemm", backend_config={"gemm_backend_config":{\
   ROOT %first = bf16[64,16]{1,0} get-tuple-element(%out), index=0
 }
 """
-    assert hlo.summary(hlo.parse(text))["flops"] == 2 * 64 * 32 * 16
+    assert hlo.summary(hlo_text.parse(text))["flops"] == 2 * 64 * 32 * 16
 
 
 # Time ---------------------------------------------------------------------------------------------

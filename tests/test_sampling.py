@@ -12,7 +12,7 @@ from scipy import special, stats
 from gkd_jax import sampling, sharding
 from gkd_jax.batch import Batch
 from gkd_jax.models import t5
-from gkd_jax.planning import hlo
+from gkd_jax.planning import hlo, hlo_text
 from gkd_jax.sampling import SamplingConfig
 
 
@@ -371,7 +371,7 @@ def test_no_weight_is_gathered_inside_the_decode_loop(params, inputs):
         None,
     )
     compiled = jax.jit(run, in_shardings=where).lower(params, inputs, jax.random.key(0)).compile()
-    loops = hlo.costs(hlo.parse(compiled.as_text()))
+    loops = hlo.costs(hlo_text.parse(compiled.as_text()))
     decoding = [cost for loop, cost in loops.items() if loop.startswith("16")]
     assert decoding  # the loop was found
     smallest_weight = 4 * CONFIG.d_model * CONFIG.num_heads * CONFIG.head_dim

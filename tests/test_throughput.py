@@ -10,7 +10,7 @@ from small_runs import options
 from gkd_jax import divergences
 from gkd_jax.input.data import DataConfig
 from gkd_jax.models import decoder_sizes, t5
-from gkd_jax.planning import hlo
+from gkd_jax.planning import hlo, hlo_text
 from gkd_jax.sharding import MeshConfig
 from gkd_jax.storage.pretrained import ModelConfig
 from gkd_jax.training import metrics, program, throughput, train
@@ -50,7 +50,7 @@ def check(architecture, size):
     built = program.build(recipe, 149, devices=jax.devices()[:1])
     arguments = program.step_arguments(built, ROWS, (SOURCE, TARGET))
     compiled = built.update.lower(*arguments.update_samples).compile()
-    counted = hlo.summary(hlo.parse(compiled.as_text()))["flops"]
+    counted = hlo.summary(hlo_text.parse(compiled.as_text()))["flops"]
     full = {"prompt_tokens": 1.0 * ROWS * SOURCE, "target_tokens": 1.0 * ROWS * TARGET}
     full |= {"batch_size": ROWS}
     expected = throughput.step_flops(

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 import numpy as np
 
-from gkd_jax.models import grouped_attention, layers, rope
+from gkd_jax.models import grouped_attention, layers, rope, splash
 from gkd_jax.models.decoder_config import DecoderConfig
 from gkd_jax.models.grouped_attention import NO_WINDOW, Sight
 from gkd_jax.models.parameters import Params
@@ -31,6 +31,8 @@ def attend(
 ) -> jax.Array:
     """Returns `grouped_attention.attend` of these arrays, with the scale and softcap of `config`.
 
+    On TPUs `splash.attend` computes it where it can.
+
     `is_causal` says that query t sees the keys up to t, but for the windows of `config`.
 
     Where the key heads do not divide over the devices of the mesh axis `tensor`, they are repeated
@@ -41,6 +43,17 @@ def attend(
         keys, values = (
             constrain(jnp.repeat(x, group, axis=1), ("batch", "heads", "length", "kv"))
             for x in (keys, values)
+        )
+    if is_causal and splash.serves(query, keys):
+        windows = [window or NO_WINDOW for window in config.windows or (0,)]
+        return splash.attend(
+            query,
+            keys,
+            values,
+            sight.window,
+            windows,
+            scale=score_scale(config),
+            softcap=config.attention_softcap,
         )
     large = math.prod(query.shape[:3]) * keys.shape[2] > _SCORES_IN_CACHE
     return grouped_attention.attend(

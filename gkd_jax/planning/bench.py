@@ -50,7 +50,7 @@ from gkd_jax.batch import Batch
 from gkd_jax.gkd import TrainState
 from gkd_jax.input import data
 from gkd_jax.models import lm
-from gkd_jax.planning import bench_sampling, hlo
+from gkd_jax.planning import bench_sampling, hlo, hlo_text
 from gkd_jax.storage.pretrained import initial_params
 from gkd_jax.training import program, sizes, teachers, throughput, train_state
 from gkd_jax.training.recipe import Recipe
@@ -145,7 +145,7 @@ def _measure(
     times = _time_phases(built, compiled, models, runs)
     found |= {f"{name}_ms": float(np.median(values)) * 1e3 for name, values in times.items()}
     for name, program_of_phase in compiled.items():
-        counted = hlo.summary(hlo.parse(program_of_phase.as_text()))
+        counted = hlo.summary(hlo_text.parse(program_of_phase.as_text()))
         found[f"{name}_gflop"] = counted["flops"] / 1e9
         found[f"{name}_gb"] = counted["traffic_bytes"] / 1e9
     if "sample" in compiled:

@@ -1,11 +1,11 @@
 """Counts the FLOPs, memory traffic and collectives of a compiled program from its HLO text.
 
-`parse` reads the text, and `summary` returns the counts by loop. XLA's own cost analysis counts the
-body of a loop once. Here an instruction inside loops counts once for each of their iterations. All
-numbers are for one device.
+`summary` returns the counts by loop of a program that `hlo_text.parse` has read. XLA's own cost
+analysis counts the body of a loop once. Here an instruction inside loops counts once for each of
+their iterations. All numbers are for one device.
 
-HLO is not a stable interface. An instruction that is not recognised costs no FLOPs, and the tests
-compare the counts with formulas worked out by hand.
+An instruction that is not recognised costs no FLOPs, and the tests compare the counts with formulas
+worked out by hand. A kernel that is not known is named in the summary.
 """
 
 from collections.abc import Iterator
@@ -14,72 +14,19 @@ import math
 import re
 from typing import Any, NamedTuple
 
+from gkd_jax.planning import kernels
+from gkd_jax.planning.hlo_text import Computation, Instruction, Module
+
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 NO_TRAFFIC = re.compile(
     "parameter|constant|tuple|get-tuple-element|bitcast|while|conditional|call|after-all|"
     "partition-id|replica-id|optimization-barrier|iota|.*-done"
 )
-_ITEM_BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "token": 0}
-_SHAPE = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
-_HEADER = re.compile(r"(ENTRY )?%([\w.\-]+) \(.*\{$")
 _NAME = re.compile(r"%([\w.\-]+)")
-_OP_NAME = re.compile(r'op_name="([^"]*)"')
-_SHARE = re.compile(r"times_(\d+)_of_(\d+)/(?:while|cond)\w*$")  # `kv_cache.times`
-
-
-class Shape(NamedTuple):
-    """The shape of one array; `on_chip` arrays are in vector memory and cause no HBM traffic."""
-
-    dtype: str
-    dims: tuple[int, ...]
-    on_chip: bool = False
-
-    @property
-    def nbytes(self) -> int:
-        bits = _ITEM_BITS.get(self.dtype)
-        if bits is None:
-            digits = re.search(r"\d+", self.dtype)
-            bits = int(digits[0]) if digits else 0
-        return math.prod(self.dims) * bits // 8
-
-    @property
-    def traffic(self) -> int:
-        return 0 if self.on_chip else self.nbytes
-
-
-class Instruction(NamedTuple):
-    """One line of HLO."""
-
-    name: str
-    shapes: tuple[Shape, ...]  # of the result; several for a tuple
-    opcode: str
-    operands: tuple[str, ...]
-    inner: str  # the text between the parentheses, e.g. a constant's value, a parameter's number
-    attributes: str
-    is_root: bool
-
-    def called(self, key: str) -> str | None:
-        """Returns the computation that the attribute `key` names, as in `body=%name`, or None."""
-        found = re.search(rf"\b{key}=%([\w.\-]+)", self.attributes)
-        return found[1] if found else None
-
-    @property
-    def op_name(self) -> str:
-        """The operation in the traced program that this instruction comes from, if noted."""
-        found = _OP_NAME.search(self.attributes)
-        return found[1].replace("\\'", "'") if found else self.name
-
-
-Computation = dict[str, Instruction]
-
-
-class Module(NamedTuple):
-    """A parsed program."""
-
-    computations: dict[str, Computation]
-    entry: str
-    num_partitions: int
+# The scopes of `kv_cache.times`, around a loop or a conditional and around a branch of one.
+_SHARE = re.compile(r"times_(\d+)_of_(\d+)/(?:while|cond)\w*$")
+_BRANCH_SHARE = re.compile(r"branch_\d+_fun/times_(\d+)_of_(\d+)/(?!.*branch_\d+_fun)")
 
 
 class Collective(NamedTuple):
@@ -107,10 +54,12 @@ class Cost:
         flops: the FLOPs of matrix products and convolutions.
         traffic: the bytes read from and written to HBM.
         collectives: the collectives by kind and group size.
+        uncounted: the names of kernels whose FLOPs and traffic are not known, and not in the sums.
     """
 
     flops: float = 0.0
     traffic: float = 0.0
+    uncounted: set[str] = dataclasses.field(default_factory=set)
     collectives: dict[tuple[str, int], Collective] = dataclasses.field(default_factory=dict)
 
     def add(self, new: Collective) -> None:
@@ -118,61 +67,6 @@ class Cost:
         if old := self.collectives.get(kind):
             new = new._replace(count=old.count + new.count, nbytes=old.nbytes + new.nbytes)
         self.collectives[kind] = new
-
-
-# Reading ------------------------------------------------------------------------------------------
-
-
-def parse(text: str) -> Module:
-    """Parses the text of an optimized module, which `compiled.as_text()` returns."""
-    partitions = re.search(r"num_partitions=(\d+)", text.split("\n", 1)[0])
-    computations: dict[str, Computation] = {}
-    entry, current = "", {}
-    for line in text.splitlines():
-        header = _HEADER.match(line)
-        if header:
-            current = computations[header[2]] = {}
-            entry = header[2] if header[1] else entry
-        elif " = " in line:
-            instruction = _instruction(line.strip())
-            if instruction is not None:
-                current[instruction.name] = instruction
-    return Module(computations, entry, int(partitions[1]) if partitions else 1)
-
-
-def _instruction(line: str) -> Instruction | None:
-    """Parses one line; returns None for a line that is no instruction."""
-    is_root = line.startswith("ROOT ")
-    name, _, rest = line.removeprefix("ROOT ").partition(" = ")
-    end = _closing(rest, 0) if rest.startswith("(") else rest.find(" ")
-    opcode = re.match(r" ?([\w\-]+)\(", rest[end:])
-    if opcode is None:
-        return None
-    start = end + opcode.end() - 1
-    stop = _closing(rest, start)
-    inner = rest[start + 1 : stop - 1]
-    shapes = tuple(
-        Shape(
-            match[1],
-            tuple(int(size) for size in match[2].split(",") if size),
-            re.search(r"S\([1-9]\d*\)", match[3] or "") is not None,
-        )
-        for match in _SHAPE.finditer(rest[:end])
-    )
-    operands = tuple(_NAME.findall(inner))
-    return Instruction(
-        name.removeprefix("%"), shapes, opcode[1], operands, inner, rest[stop:], is_root
-    )
-
-
-def _closing(text: str, start: int) -> int:
-    """Returns the index after the parenthesis that closes the one at `start`."""
-    depth = 0
-    for match in re.compile(r"[()]").finditer(text, start):
-        depth += 1 if match[0] == "(" else -1
-        if depth == 0:
-            return match.end()
-    return len(text)
 
 
 # Counting -----------------------------------------------------------------------------------------
@@ -191,8 +85,9 @@ def costs(module: Module) -> dict[str, Cost]:
 
 def summary(module: Module) -> dict[str, Any]:
     """Returns `costs` as plain values for JSON, with the totals over all loops."""
-    loops, collectives = {}, []
+    loops, collectives, uncounted = {}, [], set()
     for loop, cost in costs(module).items():
+        uncounted |= cost.uncounted
         wire = sum(found.wire_bytes for found in cost.collectives.values())
         loops[loop] = {"flops": cost.flops, "traffic_bytes": cost.traffic, "wire_bytes": wire}
         for found in cost.collectives.values():
@@ -200,7 +95,8 @@ def summary(module: Module) -> dict[str, Any]:
             kind = {"kind": found.kind, "group_size": found.group_size, "loop": loop}
             collectives.append({**kind, **values})
     totals = {name: sum(loop[name] for loop in loops.values()) for name in loops[""]}
-    return {**totals, "loops": loops, "collectives": collectives}
+    found = {"loops": loops, "collectives": collectives, "uncounted": sorted(uncounted)}
+    return {**totals, **found}
 
 
 def _walk(module: Module, name: str, times: float, loop: str, found: dict[str, Cost]) -> None:
@@ -219,13 +115,28 @@ def _walk(module: Module, name: str, times: float, loop: str, found: dict[str, C
                 _walk(module, part, often * turns, inside, found)
         elif opcode in ("call", "conditional", "async-start"):
             for called in _called(instruction):
-                _walk(module, called, often, loop, found)
+                _walk(module, called, often * _branch_share(module, called), loop, found)
+        elif opcode == "custom-call" and kernels.TARGET in instruction.attributes:
+            operands = [computation[name] for name in instruction.operands]
+            own = kernels.cost(instruction, operands)
+            if own is None:
+                cost.uncounted.add(instruction.op_name)
+            else:
+                cost.flops += times * own.flops
+                cost.traffic += times * own.traffic
         elif opcode != "while":
             cost.flops += times * _flops(module, computation, instruction)
             cost.traffic += times * _traffic(module, computation, instruction)
             for collective in _collectives(module, computation, instruction):
                 total = collective.count * times, collective.nbytes * times
                 cost.add(collective._replace(count=total[0], nbytes=total[1]))
+
+
+def _branch_share(module: Module, name: str) -> float:
+    """Returns in which share of cases a branch of a conditional runs; 1 if that is not noted."""
+    parts = module.computations[name].values()
+    noted = next(filter(None, (_BRANCH_SHARE.search(part.op_name) for part in parts)), None)
+    return int(noted[1]) / int(noted[2]) if noted else 1.0
 
 
 def _called(instruction: Instruction) -> list[str]:

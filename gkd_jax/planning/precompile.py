@@ -27,7 +27,7 @@ import jax
 import numpy as np
 
 from gkd_jax import gkd, sharding
-from gkd_jax.planning import hlo
+from gkd_jax.planning import hlo, hlo_text, kernels
 from gkd_jax.planning.topologies import CUDA_PLUGINS, GIB, Chip, describe_topology, platform_of
 from gkd_jax.storage import pretrained
 from gkd_jax.storage.pretrained import ModelConfig
@@ -166,7 +166,7 @@ def analyse(
         return {"peak_bytes": peak, "largest": largest_values(traced.jaxpr.jaxpr)}
     finally:
         jax.config.update(threshold, seconds)
-    memory, module = compiled.memory_analysis(), hlo.parse(compiled.as_text())
+    memory, module = compiled.memory_analysis(), hlo_text.parse(compiled.as_text())
     used = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     used += memory.temp_size_in_bytes  # XLA's peak on CPU leaves out temporaries
     on_host = memory.host_argument_size_in_bytes  # XLA's peak on TPUs includes host memory
@@ -189,7 +189,7 @@ def _cache_path(text: str, topology: str, full: bool) -> pathlib.Path | None:
     """Returns the cache file of a program's analysis, or None where the cache is turned off.
 
     Its name is a hash of the program's text and of everything that changes the analysis: topology,
-    effort, versions of the compilers, and the source of this module and of `hlo`.
+    effort, versions of the compilers, and the source of the modules that count.
     """
     folder = os.environ.get("GKD_JAX_COMPILATION_CACHE")
     if folder == "":
@@ -199,12 +199,13 @@ def _cache_path(text: str, topology: str, full: bool) -> pathlib.Path | None:
     found = filter(importlib.util.find_spec, compilers[platform_of(topology)])
     names = ["jaxlib", *found]
     versions = map(importlib.metadata.version, names)
-    sources = [pathlib.Path(path).read_text(encoding="utf-8") for path in (__file__, hlo.__file__)]
+    counting = (__file__, hlo.__file__, hlo_text.__file__, kernels.__file__)
+    sources = [pathlib.Path(str(path)).read_text(encoding="utf-8") for path in counting]
     parts = "\n".join([text, topology, str(full), *versions, *sources])
     return root / "precompile" / f"{hashlib.sha256(parts.encode()).hexdigest()}.json"
 
 
-def largest_arrays(module: hlo.Module, count: int = 8) -> list[tuple[str, int]]:
+def largest_arrays(module: hlo_text.Module, count: int = 8) -> list[tuple[str, int]]:
     """Returns (origin and shape, bytes) of the largest arrays of a program and its arguments."""
     sizes: dict[str, int] = {}
     fused = {
@@ -373,6 +374,9 @@ def table(report: Mapping[str, Any]) -> str:
                 f"over {found['group_size']:<6}{found['bytes'] / 1e6:>12.2f} MB   "
                 f"{'loop ' + found['loop'] if found['loop'] else 'no loop'}"
             )
+    for name, phase in phases.items():
+        for kernel in phase.get("uncounted", ()):
+            lines.append(f"WARNING: {name}'s numbers leave out this kernel: {kernel}")
     if report["chip_hours"] is not None:
         lines.append(
             f"a step takes at least {report['step_seconds'] * 1e3:.1f} ms (samples in "
