@@ -144,7 +144,7 @@ def test_analyses_are_cached_by_program(monkeypatch, tmp_path):
     first = precompile.analyse(function, (F32((8, 8), jnp.float32),))
     assert len(list(cache.iterdir())) == 1
     with monkeypatch.context() as patched:
-        patched.setattr(hlo, "parse", lambda text: pytest.fail("compiled again"))
+        patched.setattr(hlo_text, "parse", lambda text: pytest.fail("compiled again"))
         again = precompile.analyse(function, (F32((8, 8), jnp.float32),))
     assert again == json.loads(json.dumps(first))
     assert precompile.analyse(function, (F32((9, 9), jnp.float32),))["flops"] == 2 * 9**3
