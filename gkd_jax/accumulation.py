@@ -47,23 +47,44 @@ def num_length_parts(
     return next((n for n in divisors if size <= n * _LOGITS_BYTES), length)
 
 
-def map_length_parts(function: Callable[..., Any], inputs: tuple[Any, ...], parts: int) -> Any:
-    """Returns `function(*inputs)` for arrays [N, T, ...], computed for one part of T at a time.
+def map_length_parts(
+    function: Callable[..., Any], params: Any, inputs: tuple[Any, ...], parts: int
+) -> Any:
+    """Returns `function(params, *inputs)`, computed for one part of the length at a time.
 
     The backward pass keeps only the inputs of a part and computes the rest again. The length is
     split rather than the rows, so that rows stay on their devices.
+
+    Each shard of the batch gets a copy of the parameters, before the first part. Otherwise they
+    would be gathered, and their gradient summed over the devices, once for each part. With copies,
+    each device adds up the gradient of its own over the parts, and one sum over devices follows.
+
+    Args:
+        function: a function of parameters and of arrays [N, T, ...], which treats every row alike.
+        params: a pytree of parameters.
+        inputs: pytrees of arrays [N, T, ...].
+        parts: the number of parts, which divides T.
     """
     if parts == 1:
-        return function(*inputs)
+        return function(params, *inputs)
+    num_rows = jax.tree.leaves(inputs)[0].shape[0]
+    shards = sharding.num_batch_shards()
+    grouped = (shards,) if shards > 1 and num_rows % shards == 0 else ()
+    if grouped:
+        params, function = sharding.copy_to_shards(params), sharding.map_shards(function)
 
     def split(x: jax.Array) -> jax.Array:
-        """Returns [N, T, ...] as [parts, N, T / parts, ...]."""
-        return x.reshape(x.shape[0], parts, x.shape[1] // parts, *x.shape[2:]).swapaxes(0, 1)
+        """Returns [N, T, ...] as [parts, N, T / parts, ...], or with N as [shards, N / shards]."""
+        x = x.reshape(*grouped, -1, parts, x.shape[1] // parts, *x.shape[2:])
+        return jnp.moveaxis(x, len(grouped) + 1, 0)
 
     def join(x: jax.Array) -> jax.Array:
-        return x.swapaxes(0, 1).reshape(x.shape[1], -1, *x.shape[3:])
+        x = jnp.moveaxis(x, 0, len(grouped) + 1)
+        return x.reshape(num_rows, -1, *x.shape[len(grouped) + 3 :])
 
-    results = jax.lax.map(lambda part: jax.checkpoint(function)(*part), jax.tree.map(split, inputs))
+    results = jax.lax.map(
+        lambda part: jax.checkpoint(function)(params, *part), jax.tree.map(split, inputs)
+    )
     return jax.tree.map(join, results)
 
 

@@ -179,15 +179,17 @@ def _token_values(
 ) -> _TokenValues:
     """Both models read the whole batch; their logits exist for one part of the length at a time."""
     states = [lm.hidden(models.student, student_params, batch, dropout_key=dropout_key)]
+    heads = [lm.head_params(student_params)]
     if config.divergence is not None and batch.teacher is None:
         assert models.teacher is not None
         assert teacher_params is not None
         states.append(lm.hidden(models.teacher, teacher_params, batch.as_teacher_reads()))
+        heads.append(lm.head_params(teacher_params))
     temperature = config.teacher_temperature
     temperature = temperature(step) if callable(temperature) else temperature
 
-    def of_part(states, targets, weights, cached: TopK | None) -> _TokenValues:
-        logits = lm.apply_head(models.student, student_params, states[0])
+    def of_part(heads, states, targets, weights, cached: TopK | None) -> _TokenValues:
+        logits = lm.apply_head(models.student, heads[0], states[0])
         log_probs = None
         if with_log_probs:
             log_probs = sample_log_probs(config, models, logits, targets, weights)
@@ -199,8 +201,7 @@ def _token_values(
             loss = config.divergence(*outcomes(logits, cached))
         else:
             assert models.teacher is not None
-            assert teacher_params is not None
-            teacher_logits = lm.apply_head(models.teacher, teacher_params, states[1])
+            teacher_logits = lm.apply_head(models.teacher, heads[1], states[1])
             teacher_logits = of_pieces(teacher_logits / temperature, models.num_pieces)
             loss = config.divergence(logits, jax.lax.stop_gradient(teacher_logits))
         return _TokenValues(loss, log_probs)
@@ -210,7 +211,7 @@ def _token_values(
         num_rows, length, models.student.vocab_size, config.loss_parts
     )
     inputs = (states, batch.targets, batch.weights, batch.teacher)
-    return accumulation.map_length_parts(of_part, inputs, parts)
+    return accumulation.map_length_parts(of_part, heads, inputs, parts)
 
 
 def sample_log_probs(

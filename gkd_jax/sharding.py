@@ -270,6 +270,41 @@ def num_shards(axis: str) -> int:
     return math.prod(mesh.shape[name] for name in _as_tuple(rules[axis]))
 
 
+def copy_to_shards(params: Any) -> Any:
+    """Returns arrays with a new first axis, on which each shard of a batch has its own copy."""
+    active = _active.get()
+    assert active is not None, "there are no shards outside `use`"
+    mesh, rules = active
+    shards = num_batch_shards()
+
+    def copy(x: jax.Array) -> jax.Array:
+        copies = jnp.broadcast_to(x[None], (shards, *x.shape))
+        # What the arrays are sharded over besides, such as `tensor`, the compiler finds.
+        rest = [PartitionSpec.UNCONSTRAINED] * x.ndim
+        first = spec(("batch",), rules)[0]
+        return jax.lax.with_sharding_constraint(
+            copies, NamedSharding(mesh, PartitionSpec(first, *rest))
+        )
+
+    return jax.tree.map(copy, params)
+
+
+def map_shards(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a function of arrays whose first axis is the shards of a batch.
+
+    It maps `function` over this axis. Inside, a batch is the rows of one shard.
+    """
+    active = _active.get()
+    assert active is not None, "there are no shards outside `use`"
+    mesh, rules = active
+
+    def run(*arrays):
+        with use(mesh, {**rules, "batch": None}):
+            return jax.vmap(function, spmd_axis_name=_as_tuple(rules["batch"]))(*arrays)
+
+    return run
+
+
 def take_rows(x: jax.Array, rows: Int[Array, "shards n"], axis: int = 0) -> jax.Array:
     """Returns some rows of an array, each from its own shard of the batch.
 

@@ -120,6 +120,13 @@ def apply_head(
     return config.family.apply_head(config, params, states)
 
 
+def head_params(params: Params) -> Params:
+    """Returns the part of a model's parameters that `apply_head` reads."""
+    if "logits_dense" in params["decoder"]:
+        return {"decoder": {"logits_dense": params["decoder"]["logits_dense"]}}
+    return {"token_embedder": params["token_embedder"]}
+
+
 def logits(
     config: Config,
     params: Params,
