@@ -44,6 +44,7 @@ from gkd_jax.input.teacher_cache import outcomes
 from gkd_jax.models import lm
 from gkd_jax.rl import policy_loss
 from gkd_jax.sampling import Sample, allowed_ids, sample
+from gkd_jax.text import task_names
 
 
 __all__ = [
@@ -407,7 +408,7 @@ def _divergences(
     found = {}
     for teacher, rows, sums in zip(learner.task_teachers, taught, parts, strict=True):
         _, count = learner.config.reduction(rows.batch.weights, rows.batch.weights)
-        name = teacher.task.rstrip("/").rpartition("/")[2]  # of a path, as in other metrics
+        name = task_names.display_name(teacher.task)
         found[f"divergence/{name}"] = sums.loss / jnp.maximum(count, 1.0)
     return found
 

@@ -8,6 +8,9 @@ The module `rows` describes the forms of rows. The validation file of `data.json
 `x_validation.jsonl` is looked for first. If there is no validation file, `eval_fraction` holds out
 a share of the rows, which are never trained on. Files are read only when a dataset is requested, so
 that a configuration can name a file that another run will write.
+
+A path may end in ":" and a value of the field `teacher`, such as `data.jsonl:mathematics`: the task
+has the rows with this value (`gkd_jax.text.task_names`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -48,6 +51,8 @@ class Options:
         teacher_limit: the largest number of tokens of a teacher's own prompt; None if examples have
             no such prompts.
         teacher_template: the template of these prompts (see `gkd_jax.text.teacher_template`).
+        teachers: all values that the field `teacher` of the rows may have, for a path that selects
+            rows by this field. () allows any.
     """
 
     eval_fraction: float | None = None
@@ -57,6 +62,7 @@ class Options:
     template_variables: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     teacher_limit: int | None = None
     teacher_template: str | None = None
+    teachers: tuple[str, ...] = ()
 
     def __post_init__(self):
         if self.eval_fraction is not None and not 0 < self.eval_fraction < 1:
@@ -75,7 +81,7 @@ def make_task(
     """Returns the task of a JSONL file or of a folder of JSONL files, without registering it.
 
     Args:
-        path: the file or folder, local or `gs://`.
+        path: the file or folder, local or `gs://`, perhaps with a selection of rows.
         vocabulary: the vocabulary of the model.
         options: settings for turning rows into examples.
         metric_fns: seqio metric functions of `targets` and `predictions`. Rows without a target are
@@ -189,13 +195,14 @@ class JsonlSource(seqio.FunctionDataSource):
     """A seqio source that tokenizes the rows of JSONL files and keeps the examples in memory.
 
     Attributes:
-        path: the path of the file or folder.
+        path: the path of the file or folder, perhaps with a selection of rows.
         files: the file of each split.
     """
 
     def __init__(self, path: str, vocabulary: seqio.Vocabulary, options: Options):
         self.path = path
-        self.files = find_splits(path)
+        folder, self._teacher = task_names.split(path)
+        self.files = find_splits(folder)
         if options.eval_fraction is not None:
             if "train" not in self.files or "validation" in self.files:
                 raise ValueError(
@@ -269,6 +276,16 @@ class JsonlSource(seqio.FunctionDataSource):
         """Reads and tokenizes the rows of a split; held-out rows belong to `validation` only."""
         path, options = self.files[split], self._options
         read = rows.read(path)
+        if self._teacher is not None:
+            read = rows.of_teacher(read, path, self._teacher, options.teachers)
+        elif (path, "teacher") not in _said and any(isinstance(row.teacher, str) for row in read):
+            _said.add((path, "teacher"))
+            part = self.path + (":NAME" if self.path.endswith(task_names.ENDINGS) else "/:NAME")
+            print(
+                f"WARNING: {path} has rows that name their teacher, which is left alone: the task "
+                f"{part!r} has the rows of one teacher.",
+                file=sys.stderr,
+            )
         if options.eval_fraction is not None:
             wanted = split == "validation"
             read = [row for row in read if is_held_out(row.line - 1, options) == wanted]

@@ -12,7 +12,7 @@ otherwise all messages are the prompt. `prompt` and `completion` may be lists of
 prompt.
 
 Besides, a row may have `teacher_inputs` (a text) or `teacher_messages` (messages that end before
-the answer), which the teacher reads instead of the prompt.
+the answer), which the teacher reads instead of the prompt, and `teacher`, the name of its teacher.
 """
 
 from collections.abc import Mapping, Sequence
@@ -46,6 +46,8 @@ class Row(NamedTuple):
         line: the number of the line, counted from 1.
         teacher_prompt: a text or a list of messages that the teacher reads instead of the prompt;
             None if it reads the prompt.
+        teacher: the row's field `teacher` as it stands there, which is a name in files whose rows
+            are selected by it; None without such a field.
     """
 
     prompt: str | list[dict[str, Any]]
@@ -53,6 +55,7 @@ class Row(NamedTuple):
     tools: list[dict[str, Any]] | None
     line: int
     teacher_prompt: str | list[dict[str, Any]] | None = None
+    teacher: Any = None
 
 
 class Example(NamedTuple):
@@ -88,6 +91,32 @@ def read(path: str | os.PathLike) -> list[Row]:
     """
     objects = files.parse_objects(files.read_lines(path), path)
     return [_row(row, path, number) for number, row in enumerate(objects, start=1)]
+
+
+def of_teacher(
+    rows: Sequence[Row], path: str | os.PathLike, teacher: str, allowed: Sequence[str] = ()
+) -> list[Row]:
+    """Returns the rows whose field `teacher` has a value.
+
+    Args:
+        rows: the result of `read`.
+        path: the file of the rows, for error messages.
+        teacher: the value.
+        allowed: all values that the rows may have; () allows any value, and rows without one.
+
+    Raises:
+        ValueError: if a row has a value that is not allowed (the message names the line), or if no
+            row has the value of `teacher`.
+    """
+    for row in rows:
+        if allowed and row.teacher not in allowed:
+            given = "none" if row.teacher is None else json.dumps(row.teacher)
+            expected = " or ".join(map(json.dumps, allowed))
+            files.fault(path, row.line, f"'teacher' must be {expected}, got {given}")
+    chosen = [row for row in rows if row.teacher == teacher]
+    if not chosen:
+        files.fault(path, None, f"no line has the 'teacher' {json.dumps(teacher)}")
+    return chosen
 
 
 def tokenize(
@@ -196,7 +225,7 @@ def read_prompts(
 
 def _row(row: dict[str, Any], path: str | os.PathLike, line: int) -> Row:
     """Returns the row of a JSON object in any of the forms of this module's docstring."""
-    read = _student_row(row, path, line)
+    read = _student_row(row, path, line)._replace(teacher=row.get("teacher"))
     given = [key for key in ("teacher_inputs", "teacher_messages") if key in row]
     if len(given) > 1:
         files.fault(path, line, "expected one of 'teacher_inputs' and 'teacher_messages', got both")

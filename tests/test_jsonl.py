@@ -469,6 +469,85 @@ def test_registered_files_are_the_same_task_each_time(tmp_path):
         seqio.TaskRegistry.remove(task.name)
 
 
+# Rows that name their teacher ---------------------------------------------------------------------
+
+
+TAUGHT = [
+    {"inputs": f"in {i}", "targets": f"out {i}", "teacher": "ab"[i % 3 > 1]} for i in range(30)
+]
+OF = {name: [row["inputs"] for row in TAUGHT if row["teacher"] == name] for name in "ab"}
+
+
+def test_a_name_may_select_the_rows_of_one_teacher(tmp_path):
+    path = write(tmp_path / "data.jsonl", TAUGHT)
+    write(tmp_path / "data.validation.jsonl", TAUGHT[:5])
+    folder = tmp_path / "folder"
+    write(folder / "train.jsonl.gz", TAUGHT)
+    for name in "ab":
+        task = open_task(f"{path}:{name}")
+        assert texts(task) == texts(open_task(f"{folder}/:{name}")) == OF[name]
+        assert texts(task, "validation") == [text for text in OF[name] if int(text[3:]) < 5]
+        assert task.name != open_task(path).name
+    copy = write(tmp_path / "copy" / "data.jsonl", TAUGHT)
+    whole = open_task(copy, eval_fraction=0.3)
+    parts = [open_task(f"{copy}:{name}", eval_fraction=0.3) for name in "ab"]
+    for split in ("train", "validation"):  # the same lines are held out
+        assert sorted(texts(whole, split)) == sorted(
+            text for part in parts for text in texts(part, split)
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "teacher", "shown"),
+    [
+        ("./data.jsonl:a b", "./data.jsonl", "a b", "data.jsonl:a b"),
+        ("gs://bucket/x.jsonl.gz:a", "gs://bucket/x.jsonl.gz", "a", "x.jsonl.gz:a"),
+        ("data.jsonl:c:d", "data.jsonl", "c:d", "data.jsonl:c:d"),
+        ("/data/folder/:a", "/data/folder/", "a", "folder:a"),
+        ("gs://bucket/folder", "gs://bucket/folder", None, "folder"),
+        ("/data/12:30.jsonl", "/data/12:30.jsonl", None, "12:30.jsonl"),
+        ("/data/at:noon", "/data/at:noon", None, "at:noon"),
+        ("x.jsonl:a/b.jsonl", "x.jsonl:a/b.jsonl", None, "b.jsonl"),
+    ],
+)
+def test_only_a_colon_behind_a_file_or_a_slash_selects_rows(name, path, teacher, shown):
+    assert task_names.split(name) == (path, teacher)
+    assert task_names.is_path(name)
+    assert task_names.display_name(name) == shown
+
+
+def test_a_field_teacher_that_nobody_asks_for_is_left_alone_with_a_warning(tmp_path, capsys):
+    path = write(tmp_path / "named.jsonl", TAUGHT)
+    assert len(texts(open_task(path))) == 30
+    assert f"the task '{path}:NAME' has the rows of one teacher" in capsys.readouterr().err
+    others = [{**row, "teacher": value} for row, value in zip(TAUGHT, (None, 3, {}), strict=False)]
+    assert len(texts(open_task(write(tmp_path / "others.jsonl", others)))) == 3
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changed", "names", "message"),
+    [
+        ({"teacher": "c"}, "ab", 'line 3: \'teacher\' must be "a" or "b", got "c"'),
+        ({"teacher": None}, "ab", 'line 3: \'teacher\' must be "a" or "b", got none'),
+        ({"teacher": ["a"]}, "ab", 'line 3: \'teacher\' must be "a" or "b", got ["a"]'),
+        ({}, "abc", "no line has the 'teacher' \"c\""),
+        ({}, "a", 'line 3: \'teacher\' must be "a", got "b"'),
+    ],
+)
+def test_rows_and_tasks_name_the_same_teachers(tmp_path, changed, names, message):
+    path = write(tmp_path / "x.jsonl", [*TAUGHT[:2], {**TAUGHT[2], **changed}, *TAUGHT[3:]])
+    config = data.DataConfig(
+        task={f"{path}:{name}": 2 for name in names},
+        feature_lengths=LENGTHS,
+        batch_size=2 * len(names),
+        vocabulary="bytes",
+    )
+    tasks, _ = streams.open_tasks(config)
+    with pytest.raises(ValueError, match=re.escape(path) + "(, |: )" + re.escape(message)):
+        streams.TrainIterator(tasks, config)
+
+
 def test_missing_and_empty_files(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"absent\.jsonl"):
         jsonl.read_rows(tmp_path / "absent.jsonl")

@@ -14,6 +14,7 @@ import pytest
 from random_models import random_params
 from scipy import special
 import seqio
+import shared_steps
 from small_runs import LENGTHS, options, small
 
 from gkd_jax import accumulation, divergences, gkd, losses, rl, sharding
@@ -238,6 +239,42 @@ def test_tasks_share_one_vocabulary_and_have_names_of_their_own(tmp_path):
         streams.open_task(config)
 
 
+def files_of_rows(folder):
+    """The rows of two teachers in turns in one file, and in two: (tasks of the one, of the two)."""
+    rows = {
+        "numbers": [{"inputs": f"{n} + {n}", "targets": f"{2 * n}"} for n in range(40)],
+        "words": [{"inputs": f"{n} eggs", "targets": "How many eggs ?"} for n in range(40)],
+    }
+    named = [
+        {**row, "teacher": name}
+        for pair in zip(*rows.values(), strict=True)
+        for name, row in zip(rows, pair, strict=True)
+    ]
+    for name, lines in {**rows, "named": named}.items():
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (folder / f"{name}.jsonl").write_text(text)
+    counts = {"numbers": 16, "words": 8}
+    return (
+        {f"{folder}/named.jsonl:{name}": count for name, count in counts.items()},
+        {f"{folder}/{name}.jsonl": count for name, count in counts.items()},
+    )
+
+
+def test_rows_that_name_their_teacher_make_the_batches_of_two_files(tmp_path):
+    configs = [data_config(task=task, vocabulary="arithmetic") for task in files_of_rows(tmp_path)]
+    named, alone = (stream_of(config)[0] for config in configs)
+    expected = []
+    for step in range(5):
+        expected.append(next(alone))
+        jax.tree.map(np.testing.assert_array_equal, next(named), expected[-1])
+        if step == 2:
+            named.save(tmp_path)
+    again = stream_of(configs[0])[0]
+    again.restore(tmp_path)
+    for batch in expected[3:]:
+        jax.tree.map(np.testing.assert_array_equal, next(again), batch)
+
+
 # Whole runs ---------------------------------------------------------------------------------------
 
 
@@ -314,6 +351,41 @@ def test_a_run_goes_on_bit_by_bit_and_other_teachers_are_refused_by_name(
     run(tmp_path / "parts", 5, teachers_of(str(moved)))  # the same weights
     with pytest.raises(ValueError, match=r"teacher\.models\.\w+_backwards\.checkpoint 'con"):
         run(tmp_path / "parts", 6, teachers_of(str(whole[0])))
+
+
+def test_rows_that_name_their_teacher_train_as_two_files_do(tmp_path):
+    """The same numbers, also behind a resume; a row of another teacher ends the run at once."""
+    named, alone = files_of_rows(tmp_path)
+
+    def run_on(name, steps, tasks):
+        models = [
+            pretrained.ModelConfig(architecture=architecture, size="tiny")
+            for architecture in (decoder, larger)
+        ]
+        teacher = TaskTeachers(models=dict(zip(tasks, models, strict=True)))
+        data = data_config(task=tasks, vocabulary="arithmetic")
+        lines = run(tmp_path / name, steps, teacher, data=data, fraction=0.0)
+        parts = ("loss", "grad_norm", *(f"divergence/{task.split('/')[-1]}" for task in tasks))
+        return [[line[f"train/{part}"] for part in parts] for line in lines]
+
+    expected = run_on("alone", 4, alone)
+    with shared_steps.shared():  # both starts are of one program
+        assert run_on("named", 2, named) == expected[:2]
+        assert run_on("named", 4, named) == expected
+    contents = json.loads((tmp_path / "named" / "run.json").read_text())["contents"]
+    assert {f"data.task.{task}" for task in named} <= set(contents)
+
+    def add_row(teacher):
+        with (tmp_path / "named.jsonl").open("a") as file:
+            file.write(json.dumps({"inputs": "1", "targets": "2", "teacher": teacher}) + "\n")
+
+    add_row("numbers")
+    with pytest.raises(ValueError, match=r"named\.jsonl:numbers 'content \w+' -> 'data\.task\./"):
+        run_on("named", 5, named)
+    add_row("someone")
+    with pytest.raises(ValueError, match=r'line 82: .* "numbers" or "words", got "someone"'):
+        run_on("new", 1, named)
+    assert not (tmp_path / "new" / "run.json").exists()
 
 
 def test_one_device_with_teachers_on_the_host_equals_eight(

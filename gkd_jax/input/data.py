@@ -33,7 +33,8 @@ class DataConfig:
         task: the name of a seqio task or mixture, or the path of a JSONL file or of a folder with
             train.jsonl (see `gkd_jax.tasks.jsonl`). For several tasks, a mapping from each name or
             path to the number of rows that the task has in every batch, such as
-            {"arithmetic": 24, "./texts.jsonl": 8}.
+            {"arithmetic": 24, "./texts.jsonl": 8}. A path may select the rows whose field `teacher`
+            has a value: {"./data.jsonl:mathematics": 24, "./data.jsonl:texts": 8}.
         feature_lengths: {"inputs": S, "targets": T}. Longer sequences are cut, shorter ones padded.
             With "teacher_inputs": R as well, the teacher reads prompts of its own: the task's
             feature of that name, or what `teacher_template` makes.

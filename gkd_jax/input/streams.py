@@ -72,7 +72,11 @@ def find_task(name: str, vocabulary: seqio.Vocabulary | None) -> seqio.Task | se
 
 
 def open_task(
-    config: DataConfig, *, tokenizer: str | None = None, check_remote: bool = True
+    config: DataConfig,
+    *,
+    tokenizer: str | None = None,
+    check_remote: bool = True,
+    beside: Sequence[str] = (),
 ) -> tuple[Any, seqio.Vocabulary]:
     """Returns the only task of a configuration, and the vocabulary of its inputs and targets.
 
@@ -81,6 +85,8 @@ def open_task(
         tokenizer: the Hugging Face folder of the model that reads the task, or None. If `config`
             names no vocabulary and the folder has a tokenizer, that tokenizer is used.
         check_remote: whether remote files may be read; False in a dry run.
+        beside: the names of all tasks of the run. Where some of them select rows of a JSONL file by
+            the field `teacher`, each row of the file must belong to one of them.
 
     Raises:
         FileNotFoundError, ValueError: if a file is missing or not as expected, if settings
@@ -109,7 +115,7 @@ def open_task(
         task = jsonl.make_task(
             config.task,
             vocabulary=vocabulary or vocabularies.t5_default(),
-            options=_jsonl_options(config),
+            options=_jsonl_options(config, beside),
         )
     else:
         task = _with_teacher_inputs(find_task(config.task, vocabulary), config)
@@ -131,6 +137,7 @@ def open_tasks(
     """
     found: dict[str, Any] = {}
     shared, has_files = None, any(map(task_names.is_path, config.task_rows))
+    several = () if isinstance(config.task, str) else tuple(config.task)
     for name in config.task_rows:
         holds_out = task_names.is_path(name) or not has_files
         one = dataclasses.replace(
@@ -138,7 +145,9 @@ def open_tasks(
             task=name,
             eval_fraction=config.eval_fraction if holds_out else None,
         )
-        found[name], vocabulary = open_task(one, tokenizer=tokenizer, check_remote=check_remote)
+        found[name], vocabulary = open_task(
+            one, tokenizer=tokenizer, check_remote=check_remote, beside=several
+        )
         if shared is not None and not vocabularies.same(shared, vocabulary):
             raise ValueError(
                 f"task {name!r} has another vocabulary than {next(iter(found))!r}: VOCABULARY must "
@@ -176,8 +185,10 @@ def _with_teacher_inputs(task: Any, config: DataConfig) -> Any:
     return features.with_teacher_inputs(task, template)
 
 
-def _jsonl_options(config: DataConfig) -> jsonl.Options:
+def _jsonl_options(config: DataConfig, beside: Sequence[str]) -> jsonl.Options:
     """Returns the settings with which a JSONL file is read."""
+    assert isinstance(config.task, str)
+    path, _ = task_names.split(config.task)
     return jsonl.Options(
         eval_fraction=config.eval_fraction,
         seed=config.seed,
@@ -186,6 +197,7 @@ def _jsonl_options(config: DataConfig) -> jsonl.Options:
         template_variables=config.template_variables,
         teacher_limit=config.feature_lengths.get(TEACHER_INPUTS),
         teacher_template=config.teacher_template,
+        teachers=task_names.teachers_of(path, beside),
     )
 
 

@@ -1,20 +1,47 @@
-"""The names of tasks: a registered name, or the path of a JSONL file or of a folder of such files.
+"""The names of tasks.
+
+    arithmetic                  a registered task
+    ./data.jsonl, ./folder      a JSONL file, or a folder of such files
+    ./data.jsonl:mathematics    the rows of a file whose field `teacher` is "mathematics"
+    ./folder/:mathematics       the same of a folder
 
 This module needs neither TensorFlow nor seqio, so that whatever reads a run's record has the same
 names as the run.
 """
 
+from collections.abc import Iterable
 import os
+import re
 
 
 ENDINGS = (".jsonl", ".jsonl.gz")
+# A colon anywhere else belongs to a path, as in gs://bucket or 12:30.jsonl.
+_OF_TEACHER = re.compile(r"(?P<path>.*(?:\.jsonl|\.jsonl\.gz|/)):(?P<teacher>[^/]+)")
+
+
+def split(name: str) -> tuple[str, str | None]:
+    """Returns the name without a selection of rows, and the value of `teacher` that selects them.
+
+    The value is None if the name selects no rows.
+    """
+    found = _OF_TEACHER.fullmatch(name)
+    return (name, None) if found is None else (found["path"], found["teacher"])
 
 
 def is_path(name: str) -> bool:
     """Returns whether a task's name is the path of a JSONL file or of a folder."""
-    return name.endswith(ENDINGS) or "/" in name
+    path, _ = split(name)
+    return path.endswith(ENDINGS) or "/" in path
 
 
 def display_name(name: str) -> str:
     """Returns the name of a task in metrics and reports: the last part of a path, or the name."""
-    return os.path.basename(name.rstrip("/")) if is_path(name) else name
+    path, teacher = split(name)
+    shown = os.path.basename(path.rstrip("/")) if is_path(path) else path
+    return shown if teacher is None else f"{shown}:{teacher}"
+
+
+def teachers_of(path: str, names: Iterable[str]) -> tuple[str, ...]:
+    """Returns the values of `teacher` by which any of the names selects rows of a path."""
+    parts = (split(name) for name in names)
+    return tuple(teacher for file, teacher in parts if file == path and teacher is not None)

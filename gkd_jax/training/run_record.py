@@ -21,7 +21,7 @@ from gkd_jax.evaluation import made_by
 from gkd_jax.input import data, teacher_cache
 from gkd_jax.models import lm
 from gkd_jax.storage import checkpoints, content
-from gkd_jax.text import files, vocabularies
+from gkd_jax.text import files, task_names, vocabularies
 from gkd_jax.training.program import Program
 from gkd_jax.training.recipe import MAY_CHANGE, Recipe, describe, differences, is_below, is_path
 from gkd_jax.training.source import Source
@@ -39,8 +39,8 @@ def describe_run(
         macros: the gin macros as they are written.
     """
     recipe = program.recipe
-    files_of_tasks = [task for task in recipe.data.task_rows if pathlib.Path(task).is_file()]
-    made = [found for task in files_of_tasks if (found := made_by.read_made_by(task))]
+    paths = dict.fromkeys(_files(recipe).values())
+    made = [found for path in paths if (found := made_by.read_made_by(path))]
     teacher = gkd.teacher_now(program.learner, program.state, program.teacher)
     return {
         "name": name,
@@ -70,14 +70,23 @@ def _contents(recipe: Recipe, source: Source) -> dict[str, str]:
         if model.checkpoint is not None:
             found[f"{name}.checkpoint"] = content.content_id(model.checkpoint)
     cache = recipe.data.teacher_cache
-    for task in map(pathlib.Path, recipe.data.task_rows):
-        if task.is_file():
-            field = "data.task" if isinstance(recipe.data.task, str) else f"data.task.{task}"
-            with task.open("rb") as file:
-                found[field] = hashlib.file_digest(file, "sha256").hexdigest()
+    for field, path in _files(recipe).items():
+        with path.open("rb") as file:
+            found[field] = hashlib.file_digest(file, "sha256").hexdigest()
     if cache is not None:
         about = json.dumps(teacher_cache.read_about(cache), sort_keys=True)
         found["data.teacher_cache"] = hashlib.sha256(about.encode()).hexdigest()
+    return found
+
+
+def _files(recipe: Recipe) -> dict[str, pathlib.Path]:
+    """Field name -> the file of that task, for each task that is a file."""
+    found = {}
+    for task in recipe.data.task_rows:
+        path = pathlib.Path(task_names.split(task)[0])
+        if path.is_file():
+            field = "data.task" if isinstance(recipe.data.task, str) else f"data.task.{task}"
+            found[field] = path
     return found
 
 
@@ -168,8 +177,9 @@ def _all_differences(
     was, now = before.get("contents", {}), about["contents"]
     for name in sorted(was.keys() & now.keys()):
         if was[name] != now[name]:
-            path = _field(about["recipe"], name)
-            yield name, f"content {was[name][:12]}", f"{path} (content {now[name][:12]})"
+            path = _field(about["recipe"], name)  # of several tasks, their number of rows
+            where = path if isinstance(path, str) else name
+            yield name, f"content {was[name][:12]}", f"{where} (content {now[name][:12]})"
     if before.get("process_shards", 1) != about["process_shards"]:
         yield "process_shards", before.get("process_shards", 1), about["process_shards"]
 

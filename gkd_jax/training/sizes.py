@@ -35,4 +35,5 @@ def num_pieces_of(recipe: Recipe) -> int:
 
 
 def _is_absent(task: str) -> bool:
-    return task.endswith(task_names.ENDINGS) and not os.path.exists(task)
+    path, _ = task_names.split(task)
+    return path.endswith(task_names.ENDINGS) and not os.path.exists(path)
