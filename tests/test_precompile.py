@@ -307,6 +307,14 @@ def test_text_of_a_tpu_program():
     )
 
 
+def test_a_loop_that_xla_has_unrolled_turns_half_as_often():
+    """Its counter goes up by two, as those of windowed products of an optimized TPU program do."""
+    by_two = TPU_TEXT.replace("%one.3 = s32[] constant(1)", "%one.3 = s32[] constant(2)")
+    text = by_two.replace("\\\n", "")
+    cost = hlo.costs(hlo_text.parse(text))["12"]
+    assert cost.flops == 12 * 2 * 4 * 6 * 32 * 32 * 8
+
+
 # Collectives --------------------------------------------------------------------------------------
 
 

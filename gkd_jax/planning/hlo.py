@@ -151,8 +151,8 @@ def _called(instruction: Instruction) -> list[str]:
 def trip_count(module: Module, loop: Instruction) -> int:
     """Returns the iterations of a loop; the most, where a loop may stop early (a decode loop).
 
-    On some backends XLA notes the number. Elsewhere it is the constant that the loop's condition
-    compares with, because the counters of JAX's scans start at 0 and go up by one.
+    On some backends XLA notes the number. Elsewhere it follows from the constant that the loop's
+    condition compares with, because counters start at 0.
     """
     noted = re.search(r'known_trip_count[^\d}]*"?n"?[^\d}]*(\d+)', loop.attributes)
     if noted:
@@ -170,7 +170,32 @@ def trip_count(module: Module, loop: Instruction) -> int:
         and re.fullmatch(r"[su]\d+", instruction.shapes[0].dtype)
         and not instruction.shapes[0].dims
     ]
-    return max([1, *bounds])
+    return math.ceil(max([1, *bounds]) / _step(module, loop, condition))
+
+
+def _step(module: Module, loop: Instruction, condition: str) -> int:
+    """Returns by how much a turn of a loop raises its counter.
+
+    It is 1 in JAX's scans, and 2 in the loops that XLA makes of a product with a gathered operand
+    ("windowed" products) and unrolls.
+    """
+    counters = [
+        instruction
+        for instruction in module.computations[condition].values()
+        if instruction.opcode == "get-tuple-element"
+        and re.fullmatch(r"[su]\d+", instruction.shapes[0].dtype)
+        and not instruction.shapes[0].dims
+    ]
+    body = module.computations[loop.called("body") or ""]
+    root = next((instruction for instruction in body.values() if instruction.is_root), None)
+    if len(counters) != 1 or root is None or root.opcode != "tuple":
+        return 1
+    index = re.search(r"\bindex=(\d+)", counters[0].attributes)
+    raised = body.get(root.operands[int(index[1])]) if index else None
+    if raised is None or raised.opcode != "add":
+        return 1
+    parts = (body[name] for name in raised.operands if name in body)
+    return next((int(part.inner) for part in parts if part.opcode == "constant"), 1)
 
 
 def _flops(module: Module, computation: Computation, instruction: Instruction) -> int:
