@@ -130,6 +130,7 @@ def sample_targets(
             input_lengths=input_lengths,
             sampling=config.sampling,
             num_samples=config.num_samples,
+            decode_rows=config.decode_rows,
         )
 
     if config.mixing == "step":

@@ -37,6 +37,8 @@ class GKDConfig:
         student_temperature: divides the student's logits inside the divergence (the paper: 1).
         sampling: how the student's sequences are drawn (the paper: temperature 1, nothing cut).
         num_samples: sequences drawn for each prompt of an on-policy batch; the encoders run once.
+        decode_rows: the most sequences that are decoded at a time, over all devices; one that ends
+            makes place for the next prompt (see `sampling.sample`). None decodes all at once.
         rl: a reward beside the divergence (Eq. 5); None is pure distillation.
         reduction: `losses.sequence_mean` (Eq. 2 and Algorithm 1's 1/B) or `losses.token_mean`.
         label_smoothing: of the cross-entropy.
@@ -52,6 +54,7 @@ class GKDConfig:
     student_temperature: float = 1.0
     sampling: SamplingConfig = SamplingConfig()
     num_samples: int = 1
+    decode_rows: int | None = None
     rl: RLConfig | None = None
     reduction: Reduction = losses.sequence_mean
     label_smoothing: float = 0.0
@@ -101,9 +104,10 @@ class GKDConfig:
             raise ValueError(f"label_smoothing must lie in [0, 1), got {self.label_smoothing}")
         if not isinstance(self.num_samples, int) or self.num_samples < 1:
             raise ValueError(f"num_samples must be a positive integer, got {self.num_samples!r}")
-        parts = self.loss_parts
-        if parts is not None and (not isinstance(parts, int) or parts < 1):
-            raise ValueError(f"loss_parts must be a positive integer or None, got {parts!r}")
+        for name in ("loss_parts", "decode_rows"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} must be a positive integer or None, got {value!r}")
         if self.rl is not None:
             if self.on_policy_fraction == 0:
                 raise ValueError("a reward needs samples: on_policy_fraction must not be 0")

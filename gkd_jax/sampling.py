@@ -9,6 +9,7 @@ Axes: B batch, S source, T target, V vocabulary.
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +18,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 import numpy as np
 
-from gkd_jax.models import decode_loop, lm
+from gkd_jax import sharding
+from gkd_jax.models import decode_loop, lm, refill
 from gkd_jax.text import settings
 
 
@@ -115,6 +117,7 @@ def sample(
     num_samples: int = 1,
     limits: Int[Array, " N"] | None = None,
     plain: bool = False,
+    decode_rows: int | None = None,
 ) -> Sample:
     """Decodes `num_samples` sequences for each row of `inputs`; stops when all have ended.
 
@@ -127,10 +130,14 @@ def sample(
         input_lengths: tokens of each row of `inputs`; a T5 may do without (it counts ids != 0).
         sampling: temperature, filters, banned ids and those that end a sequence.
         context: `lm.encode`'s result where the caller has it already.
-        num_samples: of each row, as neighbours in the result; the prompt is read once.
+        num_samples: of each row, as neighbours in the result; the prompt is read once (with
+            `decode_rows`, once for each sample).
         limits: the most tokens of each sequence; None is `max_length` for all.
         plain: decode all rows to the last token, and read the whole cache at each. The samples are
             the same but for rounding: it is there to be compared with.
+        decode_rows: the sequences that are decoded at a time, over all devices; None is all. A
+            sequence that ends makes place for the next prompt (`gkd_jax.models.refill`), so that
+            the KV cache has this many rows. The samples are the same but for rounding.
 
     Returns:
         B x num_samples rows. No gradient flows out of them: `lax.while_loop` has no reverse mode,
@@ -139,56 +146,99 @@ def sample(
     if key is None and sampling.temperature > 0:
         raise ValueError(f"temperature={sampling.temperature} needs a key; only greedy does not")
     banned_ids, eos_ids = sampling.ids(config)
-    allowed = allowed_ids(config.vocab_size, banned_ids)
     num_rows = inputs.shape[0] * num_samples
-    started = decode_loop.start(
-        config,
-        params,
-        inputs,
-        input_lengths,
-        length=max_length,
-        context=context,
-        copies=num_samples,
-        in_segments=not plain,
+    end = jnp.full((num_rows,), max_length)
+    end = end if limits is None else jnp.minimum(limits, end)
+    rows = _first_rows(key, end, max_length)
+    advance = functools.partial(
+        _advance, sampling, allowed_ids(config.vocab_size, banned_ids), eos_ids
     )
-    uniforms = jnp.zeros((num_rows, max_length))  # greedy needs none
-    if key is not None:
-        uniforms = row_uniforms(key, num_rows, max_length).T
-
-    def advance(rows: _Rows, logits: Float[Array, "B V"], position: Int[Array, ""]):
-        logits = jnp.where(allowed[None], logits, -jnp.inf)
-        tokens, log_probs = _choose(logits, rows.uniforms[:, position], sampling)
-        tokens = jnp.where(rows.ended, 0, tokens)
-        log_probs = jnp.where(rows.ended, 0.0, log_probs)
-        rows = rows._replace(
-            tokens=lax.dynamic_update_index_in_dim(rows.tokens, tokens, position, 1),
-            log_probs=lax.dynamic_update_index_in_dim(rows.log_probs, log_probs, position, 1),
-            last=tokens,
-            ended=rows.ended | is_eos(tokens, eos_ids) | (position + 1 >= rows.limits),
+    num_slots = _num_slots(decode_rows, num_rows, plain, context)
+    if num_slots is not None:
+        prompts = (inputs, input_lengths)
+        prompts = jax.tree.map(lambda x: jnp.repeat(x, num_samples, axis=0), prompts)
+        rows = refill.run(
+            config, params, prompts, rows, advance, length=max_length, num_slots=num_slots
         )
-        return rows, None
-
-    halves = not plain and (bool(eos_ids) or limits is not None)
-    end = jnp.full((num_rows,), max_length) if limits is None else limits
-    rows = _first_rows(started.first, uniforms, end)
-    rows = decode_loop.run(config, started, rows, advance, length=max_length, halves=halves)
+    else:
+        started = decode_loop.start(
+            config,
+            params,
+            inputs,
+            input_lengths,
+            length=max_length,
+            context=context,
+            copies=num_samples,
+            in_segments=not plain,
+        )
+        decoding = decode_loop.Decoding(config, started.params, advance, max_length)
+        rows = rows._replace(last=started.first)
+        halves = not plain and (bool(eos_ids) or limits is not None)
+        rows = decode_loop.run(decoding, rows, started.cache, halves=halves)
     weights = weights_until_eos(rows.tokens, eos_ids) * (
         jnp.arange(max_length)[None] < end[:, None]
     )
     return Sample(rows.tokens, weights, rows.log_probs)
 
 
-def _first_rows(
-    first: Int[Array, " B"], uniforms: Float[Array, "B T"], limits: Int[Array, " B"]
-) -> _Rows:
-    """Returns the state before the first token."""
-    empty = jnp.zeros(uniforms.shape)
-    return _Rows(empty.astype(jnp.int32), empty, uniforms, limits, first, limits <= 0)
+def _num_slots(
+    decode_rows: int | None, num_rows: int, plain: bool, context: Any | None
+) -> int | None:
+    """Returns `decode_rows` if that is fewer than all rows, else None."""
+    if decode_rows is None:
+        return None
+    shards = sharding.num_batch_shards()
+    if decode_rows < 1 or decode_rows % shards:
+        raise ValueError(
+            "decode_rows must be a positive integer that data x fsdp divides "
+            f"({shards} devices), or None, got {decode_rows!r}"
+        )
+    if plain or context is not None:
+        raise ValueError(
+            f"decode_rows={decode_rows} reads the prompts when their turn comes: it takes no "
+            "context, and there is no plain loop for it"
+        )
+    return decode_rows if decode_rows < num_rows else None
+
+
+def _first_rows(key: Key[Array, ""] | None, limits: Int[Array, " B"], length: int) -> _Rows:
+    """Returns the state before the first token, but for the tokens to feed."""
+    empty = jnp.zeros((limits.size, length))
+    uniforms = empty  # greedy needs none
+    if key is not None:
+        uniforms = row_uniforms(key, limits.size, length).T
+    tokens = empty.astype(jnp.int32)
+    return _Rows(tokens, empty, uniforms, limits, jnp.zeros_like(limits), limits <= 0)
+
+
+def _advance(
+    sampling: SamplingConfig,
+    allowed: Bool[np.ndarray, " V"],
+    eos_ids: tuple[int, ...],
+    rows: _Rows,
+    logits: Float[Array, "B V"],
+    positions: Int[Array, "#B"],
+) -> tuple[_Rows, None]:
+    """Draws the next token of each row."""
+    here = jnp.arange(rows.tokens.shape[1])[None] == positions[:, None]
+    uniforms = jnp.sum(jnp.where(here, rows.uniforms, 0.0), axis=1)
+    tokens, log_probs = _choose(jnp.where(allowed[None], logits, -jnp.inf), uniforms, sampling)
+    tokens = jnp.where(rows.ended, 0, tokens)
+    log_probs = jnp.where(rows.ended, 0.0, log_probs)
+    rows = rows._replace(
+        tokens=jnp.where(here, tokens[:, None], rows.tokens),
+        log_probs=jnp.where(here, log_probs[:, None], rows.log_probs),
+        last=tokens,
+        ended=rows.ended | is_eos(tokens, eos_ids) | (positions + 1 >= rows.limits),
+    )
+    return rows, None
 
 
 # For calls outside of a jitted function. Inside one, `sample` itself is traced, because what it
 # traces depends on the mesh of `sharding.use`, which a cache of traces does not see.
-jitted_sample = jax.jit(sample, static_argnames=("config", "max_length", "sampling", "num_samples"))
+jitted_sample = jax.jit(
+    sample, static_argnames=("config", "max_length", "sampling", "num_samples", "decode_rows")
+)
 
 
 def _choose(

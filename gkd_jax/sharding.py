@@ -197,17 +197,17 @@ def batch_shards(mesh: Mesh, rules: Rules = RULES) -> int:
     return math.prod(mesh.shape[axis] for axis in _as_tuple(rules["batch"]))
 
 
-def check_batch_size(batch_size: int, mesh: Mesh, rules: Rules = RULES) -> None:
+def check_batch_size(
+    batch_size: int, mesh: Mesh, rules: Rules = RULES, *, name: str = "the batch size"
+) -> None:
     """Checks that the mesh divides the rows of a batch evenly.
 
     Raises:
-        ValueError: if it does not.
+        ValueError: if it does not; the message calls the rows `name`.
     """
     parts = batch_shards(mesh, rules)
     if batch_size % parts:
-        raise ValueError(
-            f"the batch size must be divisible by data x fsdp = {parts}, got {batch_size}"
-        )
+        raise ValueError(f"{name} must be divisible by data x fsdp = {parts}, got {batch_size}")
 
 
 def _as_tuple(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
@@ -323,11 +323,22 @@ def take_rows(x: jax.Array, rows: Int[Array, "shards n"], axis: int = 0) -> jax.
     return found.reshape(*before, shards * count, *after)
 
 
-def put_rows(x: jax.Array, taken: jax.Array, rows: Int[Array, "shards n"]) -> jax.Array:
-    """Returns the array with rows that `take_rows` took from its first axis written back."""
-    shards = len(rows)
-    put = jax.vmap(lambda x, new, places: x.at[places].set(new, unique_indices=True))
-    grouped, new = (y.reshape(shards, -1, *x.shape[1:]) for y in (x, taken))
+def put_rows(
+    x: jax.Array, taken: jax.Array, rows: Int[Array, "shards n"], axis: int = 0
+) -> jax.Array:
+    """Returns the array with rows that `take_rows` took from `axis` written back.
+
+    The rows of each shard are different ones.
+    """
+
+    def put(x, new, places):
+        return x.at[places].set(new, unique_indices=True)
+
+    put = jax.vmap(put)
+    for _ in range(axis):
+        put = jax.vmap(put, in_axes=(0, 0, None))
+    before, after = x.shape[:axis], x.shape[axis + 1 :]
+    grouped, new = (y.reshape(*before, len(rows), -1, *after) for y in (x, taken))
     return put(grouped, new, rows).reshape(x.shape)
 
 

@@ -1,4 +1,4 @@
-"""The loop that halves its batch and reads a cache in segments gives the plain loop's samples."""
+"""Halving, refill and a cache in segments give the plain loop's samples."""
 
 import dataclasses
 import functools
@@ -14,7 +14,7 @@ from random_models import random_params
 
 from gkd_jax import sampling, sharding
 from gkd_jax.decoding.beam_search import beam_search
-from gkd_jax.models import decode_loop, decoder, kv_cache, t5
+from gkd_jax.models import decode_loop, decoder, kv_cache, refill, t5
 from gkd_jax.models.decoder_config import DecoderConfig
 from gkd_jax.sampling import SamplingConfig
 
@@ -31,8 +31,9 @@ CONFIGS = {"t5": T5, "decoder": DECODER}
 
 @pytest.fixture(autouse=True)
 def short_loops(monkeypatch):
-    """Batches halve for short answers too."""
+    """Batches halve for short answers too, and a refill takes half of the slots."""
     monkeypatch.setattr(decode_loop, "_TOKENS_OF_A_LOOP", 4)
+    monkeypatch.setattr(refill, "_SHARE", 2)
 
 
 @functools.cache
@@ -50,10 +51,11 @@ def prompts(rows):
 
 
 @functools.cache
-def sampler(family, *, data, plain):
+def sampler(family, *, data, greedy=False, **options):
     """A compiled function (inputs, lengths, key, limits) -> Sample on a mesh of `data` devices."""
     config, params = model(family)
     mesh = sharding.make_mesh(sharding.MeshConfig(data=data), jax.devices()[:data])
+    drawing = SamplingConfig(eos_ids=(1, 2), banned_ids=(0,), temperature=0.0 if greedy else 1.0)
 
     def run(params, inputs, lengths, key, limits):
         with sharding.use(mesh):
@@ -61,12 +63,12 @@ def sampler(family, *, data, plain):
                 config,
                 params,
                 inputs,
-                key,
+                None if greedy else key,
                 max_length=T,
                 input_lengths=lengths,
-                sampling=SamplingConfig(eos_ids=(1, 2), banned_ids=(0,)),
+                sampling=drawing,
                 limits=limits,
-                plain=plain,
+                **options,
             )
 
     rows, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
@@ -74,17 +76,8 @@ def sampler(family, *, data, plain):
     return functools.partial(jax.jit(run, in_shardings=placed), params)
 
 
-@pytest.mark.parametrize("data", [1, 8])
-@pytest.mark.parametrize("family", CONFIGS)
-@settings(max_examples=15, deadline=None)
-@given(cases=st.data())
-def test_samples_are_those_of_the_plain_loop(family, data, cases):
-    rows = cases.draw(st.sampled_from([5, 32] if data == 1 else [32]))
-    limits = cases.draw(hnp.arrays(np.int32, rows, elements=st.integers(0, T)))
-    key = jax.random.key(cases.draw(st.integers(0, 2**31 - 1)))
-    inputs, lengths = prompts(rows)
-    expected = sampler(family, data=1, plain=True)(inputs, lengths, key, limits)
-    found = sampler(family, data=data, plain=False)(inputs, lengths, key, limits)
+def check_samples(found, expected, limits):
+    """Fails unless the samples are the expected ones, and end where they should."""
     np.testing.assert_array_equal(found.tokens, expected.tokens)
     np.testing.assert_array_equal(found.weights, expected.weights)
     np.testing.assert_allclose(found.log_probs, expected.log_probs, atol=1e-4)
@@ -94,32 +87,112 @@ def test_samples_are_those_of_the_plain_loop(family, data, cases):
     assert (sizes[~ended] == limits[~ended]).all()
 
 
-def test_rows_that_have_ended_are_not_decoded(monkeypatch):
-    """One row of 16 is long: most steps run on 8 rows."""
-    seen = []
-    decode_step = t5.decode_step
+@pytest.mark.parametrize("data", [1, 8])
+@pytest.mark.parametrize("family", CONFIGS)
+@settings(max_examples=15, deadline=None)
+@given(cases=st.data())
+def test_samples_are_those_of_the_plain_loop(family, data, cases):
+    rows = cases.draw(st.sampled_from([5, 40] if data == 1 else [40]))
+    limits = cases.draw(hnp.arrays(np.int32, rows, elements=st.integers(0, T)))
+    key = jax.random.key(cases.draw(st.integers(0, 2**31 - 1)))
+    inputs, lengths = prompts(rows)
+    expected = sampler(family, data=1, plain=True)(inputs, lengths, key, limits)
+    found = sampler(family, data=data)(inputs, lengths, key, limits)
+    check_samples(found, expected, limits)
 
-    def counted(config, params, tokens, cache):
-        jax.debug.callback(lambda: seen.append(len(tokens)))
-        return decode_step(config, params, tokens, cache)
 
-    monkeypatch.setattr(t5, "decode_step", counted)
+# Prompts, rows that are decoded at a time, and how. On eight devices, each has 5 rows and 4 slots,
+# or 4 rows and one slot.
+TWO_GREEDY = {"greedy": True, "num_samples": 2}
+REFILLS = {1: [(40, 16, {}), (16, 5, TWO_GREEDY)], 8: [(40, 32, {}), (16, 8, TWO_GREEDY)]}
+
+
+@pytest.mark.parametrize("data", REFILLS)
+@pytest.mark.parametrize("family", CONFIGS)
+@settings(max_examples=15, deadline=None)
+@given(cases=st.data())
+def test_samples_in_fewer_rows_are_those_of_the_plain_loop(family, data, cases):
+    rows, decode_rows, how = cases.draw(st.sampled_from(REFILLS[data]))
+    sizes = rows * how.get("num_samples", 1)
+    limits = cases.draw(hnp.arrays(np.int32, sizes, elements=st.integers(0, T + 1)))
+    arguments = (*prompts(rows), jax.random.key(cases.draw(st.integers(0, 2**31 - 1))), limits)
+    expected = sampler(family, data=1, plain=True, **how)(*arguments)
+    found = sampler(family, data=data, decode_rows=decode_rows, **how)(*arguments)
+    check_samples(found, expected, np.minimum(limits, T))
+
+
+@pytest.fixture
+def row_counts(monkeypatch):
+    """The rows of each decoding step of a T5, and of each pass over its prompts."""
+    seen = {"decode_step": [], "encode": []}
+    for name, found in seen.items():
+        function = getattr(t5, name)
+
+        def counted(config, params, tokens, *rest, function=function, found=found, **options):
+            jax.debug.callback(lambda: found.append(len(tokens)))
+            return function(config, params, tokens, *rest, **options)
+
+        monkeypatch.setattr(t5, name, counted)
+    return seen
+
+
+def draw(limits, **options):
+    """Samples from the T5 without an EOS, and returns the tokens."""
     config, params = model("t5")
-    limits = jnp.asarray([2] * 7 + [T] + [4] * 4 + [6] * 4)
-    never = SamplingConfig(eos_ids=())
-    inputs, lengths = prompts(16)
-    sampling.sample(
-        config,
-        params,
-        inputs,
-        jax.random.key(0),
-        max_length=T,
-        input_lengths=lengths,
-        sampling=never,
-        limits=limits,
-    )
+    inputs, lengths = prompts(len(limits))
+
+    def run(params, inputs, lengths, limits):
+        return sampling.sample(
+            config,
+            params,
+            inputs,
+            jax.random.key(0),
+            max_length=T,
+            input_lengths=lengths,
+            sampling=SamplingConfig(eos_ids=()),
+            limits=limits,
+            **options,
+        )
+
+    found = jax.jit(run)(params, inputs, lengths, jnp.asarray(limits))
     jax.effects_barrier()
-    assert seen == [16] * 4 + [8] * (T - 4)
+    return np.asarray(found.tokens)
+
+
+def test_a_row_that_ends_makes_place_for_the_next(row_counts):
+    """Beside one long row, 11 short ones pass through three slots; two free slots are refilled."""
+    draw([T] + [2] * 11, decode_rows=4)
+    assert row_counts["decode_step"] == [4] * T
+    assert row_counts["encode"] == [4, 2, 2, 2, 2]
+
+
+def test_rows_that_have_ended_are_not_decoded(row_counts):
+    """One row of 16 is long: most steps run on 8 rows."""
+    draw([2] * 7 + [T] + [4] * 4 + [6] * 4)
+    assert row_counts["decode_step"] == [16] * 4 + [8] * (T - 4)
+    assert row_counts["encode"] == [16]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"decode_rows": 0}, "decode_rows must be a positive integer .*, got 0"),
+        ({"decode_rows": 2, "plain": True}, "there is no plain loop for it"),
+    ],
+)
+def test_decode_rows_that_cannot_be(options, message):
+    with pytest.raises(ValueError, match=message):
+        draw([T] * 4, **options)
+
+
+def test_decode_rows_on_a_mesh():
+    """Each device has as many rows; a batch may have other numbers of rows (`mixing="example"`)."""
+    limits = [3, T, 1, 5, 2, 9, 4, 1, 6, 7]
+    expected = draw(limits)
+    with sharding.use(sharding.make_mesh(sharding.MeshConfig(data=8))):
+        np.testing.assert_array_equal(draw(limits, decode_rows=8), expected)
+        with pytest.raises(ValueError, match=r"\(8 devices\), or None, got 12"):
+            draw([T] * 16, decode_rows=12)
 
 
 @pytest.mark.parametrize("family", CONFIGS)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import seqio
 
-from gkd_jax import sharding
+from gkd_jax import gkd, sharding
 from gkd_jax.batch import Batch
 from gkd_jax.evaluation import evaluate
 from gkd_jax.input import eval_batches
@@ -40,6 +40,40 @@ def decoder(config, vocabulary, choices=("A", "B", "C", "D")):
         mesh=mesh,
         length=4,
     )
+
+
+def test_fewer_rows_at_a_time_give_the_same_rows(config):
+    """The 14 examples of a batch of 16, two samples of each, in 8 rows of the cache."""
+    vocabulary = vocabularies.load("bytes")
+    params, teacher_params = (t5.init(config, jax.random.key(seed)) for seed in (1, 2))
+    ids = np.random.default_rng(0).integers(3, 259, (14, 6)).tolist()
+    rows = [{"inputs": row, "targets": [1]} for row in ids]
+    batch = eval_batches.fill_batch(rows, {"inputs": 6, "targets": 4}, 16)
+    mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:2])
+    pair = gkd.ModelPair(student=config, teacher=config, num_pieces=vocabulary.vocab_size)
+    teacher = evaluate.Teacher(evaluate.teacher_divergence(pair, mesh), teacher_params)
+    decoded = []
+    for decode_rows in (None, 8):
+        decode = evaluate.make_decoder(
+            config,
+            evaluate.EvalConfig(decoding="sample", num_samples=2, decode_rows=decode_rows),
+            vocabulary=vocabulary,
+            num_pieces=vocabulary.vocab_size,
+            mesh=mesh,
+            length=4,
+        )
+        decoded.append(list(decode(params, [batch], teacher=teacher)))
+    whole, in_parts = decoded
+    assert len(whole) == 28
+    assert [row.tokens for row in in_parts] == [row.tokens for row in whole]
+    for one, other in zip(in_parts, whole, strict=True):
+        np.testing.assert_allclose(one.divergence, other.divergence, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", [{"decoding": "beam"}, {"calculator": True}])
+def test_beams_and_the_calculator_decode_whole_batches(how):
+    with pytest.raises(ValueError, match=r"decode_rows=8 with .* would decode whole batches"):
+        evaluate.EvalConfig(decode_rows=8, **how)
 
 
 def test_likeliest_takes_the_choice_with_the_largest_first_logit(config):

@@ -547,6 +547,7 @@ def test_eight_devices_equal_one(sizes, num_microbatches, student, teacher, batc
         ({"mixing": "token"}, "mixing must be 'step' or 'example', got 'token'"),
         ({"mixing": "example", "num_samples": 2}, "compiles a fixed number of rows"),
         ({"loss_parts": 0}, "loss_parts must be a positive integer or None, got 0"),
+        ({"decode_rows": 0}, "decode_rows must be a positive integer or None, got 0"),
         ({"num_samples": 0}, "num_samples must be a positive integer, got 0"),
         ({"teacher_temperature": 0.0}, "teacher_temperature must be positive, got 0.0"),
         ({"student_temperature": -1.0}, "student_temperature must be positive, got -1.0"),

@@ -79,8 +79,8 @@ def beam_search(
     num_candidates = min((1 + len(ends)) * num_beams, num_beams * config.vocab_size)
     best_penalty = length_penalty(max_length + 1, alpha)
 
-    def advance(search: _Search, logits: Float[Array, "N V"], position: Int[Array, ""]):
-        rows = len(search.live)
+    def advance(search: _Search, logits: Float[Array, "N V"], positions: Int[Array, " 1"]):
+        rows, position = len(search.live), positions[0]  # all beams began together
         log_probs = jax.nn.log_softmax(jnp.where(allowed[None], logits, -jnp.inf))
         total = log_probs.reshape(rows, num_beams, -1) + search.live_log_probs[..., None]
         candidates, flat = lax.top_k(total.reshape(rows, -1), num_candidates)
@@ -96,7 +96,8 @@ def beam_search(
         return new._replace(ended=worst > best_live / best_penalty), decode_loop.beams(parents)
 
     first = started.first.reshape(-1, num_beams)
-    search = decode_loop.run(config, started, _start(first, max_length), advance, length=max_length)
+    decoding = decode_loop.Decoding(config, started.params, advance, max_length)
+    search = decode_loop.run(decoding, _start(first, max_length), started.cache)
     any_finished = jnp.any(search.finished_scores > EMPTY, axis=1)[:, None]
     return Beams(
         tokens=jnp.where(any_finished[..., None], search.finished, search.live),

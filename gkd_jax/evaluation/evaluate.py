@@ -79,7 +79,11 @@ class EvalConfig:
         num_beams, alpha: the number of beams and the length penalty of "beam"; the defaults are
             the paper's for WMT.
         choices: texts of one token each, all different, for "likeliest".
-        batch_size: rows that are decoded at once; None takes the training batch size.
+        batch_size: examples that are read at once; None takes the training batch size.
+        decode_rows: for "greedy" and "sample": the most rows that are decoded at a time, over all
+            devices. A row that ends makes place for the next example (see `sampling.sample`), so
+            that `batch_size` may be the size of the split. A teacher scores as many rows at a
+            time. None decodes and scores a whole batch at once.
         num_examples: decode this many examples, the first ones; None decodes all, 0 none.
         target_length: the largest number of decoded tokens; None takes the training length.
         seed: the seed of "sample".
@@ -97,6 +101,7 @@ class EvalConfig:
     alpha: float = 0.6
     choices: tuple[str, ...] = ("A", "B", "C", "D")
     batch_size: int | None = None
+    decode_rows: int | None = None
     num_examples: int | None = None
     target_length: int | None = None
     seed: int = 0
@@ -128,10 +133,26 @@ class EvalConfig:
             raise ValueError(
                 f"num_examples must be at least 0 (no evaluation) or None, got {self.num_examples}"
             )
-        for name in ("batch_size", "target_length"):
+        for name in ("batch_size", "decode_rows", "target_length"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be a positive integer or None, got {value!r}")
+        if self.decode_rows and (self.calculator or self.decoding not in ("greedy", "sample")):
+            how = "the calculator" if self.calculator else repr(self.decoding)
+            raise ValueError(
+                "decode_rows needs decoding='greedy' without a calculator, or 'sample': "
+                f"decode_rows={self.decode_rows} with {how} would decode whole batches"
+            )
+
+    def check_mesh(self, batch_size: int, mesh: Mesh) -> None:
+        """Checks that the mesh divides the rows that are read and decoded.
+
+        Raises:
+            ValueError: if it does not.
+        """
+        sharding.check_batch_size(batch_size, mesh)
+        if self.decode_rows is not None:
+            sharding.check_batch_size(self.decode_rows, mesh, name="decode_rows")
 
 
 def _vocabularies() -> Any:
@@ -180,8 +201,8 @@ def make_decoder(
             values = None
             if teacher is not None:
                 rows = jax.tree.map(lambda x: np.repeat(x, repeats, axis=0), batch)
-                rows = data.place(rows._replace(targets=tokens, weights=weights), mesh)
-                values = np.asarray(teacher.divergence(params, teacher.params, rows))
+                rows = rows._replace(targets=tokens, weights=weights)
+                values = _scores(teacher, params, rows, evaluation.decode_rows, mesh)
             has_own = teacher is not None and batch.teacher_inputs is not None
             # The last batch is padded with rows that have no example: leave them out.
             for i in range(len(examples) * repeats):
@@ -195,6 +216,18 @@ def make_decoder(
                 )
 
     return predictions
+
+
+def _scores(
+    teacher: Teacher, params: lm.Params, batch: Batch, size: int | None, mesh: Mesh
+) -> np.ndarray:
+    """The divergence at each token of a batch on the host, of at most `size` rows at a time."""
+    rows, found = len(batch.targets), []
+    for start in range(0, rows, size or rows):
+        part = jax.tree.map(lambda x, i=start: x[i : i + (size or rows)], batch)
+        placed = data.place(part, mesh)
+        found.append(np.asarray(teacher.divergence(params, teacher.params, placed)))
+    return np.concatenate(found)
 
 
 def _decode_fn(
@@ -234,6 +267,7 @@ def _decode_fn(
                     input_lengths=lengths,
                     sampling=sampling,
                     num_samples=evaluation.num_samples,
+                    decode_rows=evaluation.decode_rows,
                 ).tokens
             beams = beam_search(
                 config,

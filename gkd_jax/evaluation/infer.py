@@ -47,7 +47,7 @@ class _Decoding:
         vocabulary: the vocabulary of the task.
         decoder: the function of `evaluate.make_decoder`; None in a dry run.
         params: the model's parameters; None in a dry run.
-        batch_size: rows that are decoded at once.
+        batch_size: examples that are read at once.
         lengths: the feature lengths; "targets" is the largest number of decoded tokens.
     """
 
@@ -89,7 +89,7 @@ def _prepare(
     check_special_ids(config, vocabulary, check_remote=not dry_run)
     device_mesh = sharding.make_mesh(mesh)
     batch_size = evaluation.batch_size or data.batch_size
-    sharding.check_batch_size(batch_size, device_mesh)
+    evaluation.check_mesh(batch_size, device_mesh)
     lengths = {name: data.feature_lengths[name] for name in ("inputs", "targets")}
     lengths["targets"] = evaluation.target_length or lengths["targets"]
     decoder = params = None

@@ -4,11 +4,12 @@ If all rows stayed in the batch, the batch would cost its longest row: with answ
 lengths, four tokens for each that counts. So the loop halves the batch when half of its rows have
 ended: the rows that go on are gathered into arrays of half the size, and a loop of that shape takes
 over. On a mesh each device gathers from its own rows, and all devices halve together, when the
-device with the most rows left can.
+device with the most rows left can. `gkd_jax.models.refill` runs the same loop on more prompts than
+rows.
 
 Sampling and beam search give `run` what is theirs: a state, and a function that reads the logits of
-one position and returns the next state. A group is what ends together: one row of a sample, or all
-beams of a prompt.
+one token of each row and returns the next state. A group is what ends together: one row of a
+sample, or all beams of a prompt.
 
 Axes: N rows, G groups, V vocabulary.
 """
@@ -29,6 +30,7 @@ from gkd_jax.models import kv_cache, lm
 _MAX_HALVINGS = 3  # each is one more loop to compile
 _TOKENS_OF_A_LOOP = 32  # of fewer tokens, a loop takes longer to compile than a run gains
 _FEWEST_ROWS = 8  # of a batch; below, a token costs the reading of the weights, not the rows
+Advance = Callable[[Any, Float[Array, "N V"], Int[Array, "#N"]], tuple[Any, Any]]
 
 
 class State(Protocol):
@@ -79,59 +81,102 @@ def start(
     return Start(params, context.first.astype(jnp.int32), cache)
 
 
-def run(
-    config: lm.Config,
-    started: Start,
-    state: Any,
-    advance: Callable[[Any, Float[Array, "N V"], Int[Array, ""]], tuple[Any, Any]],
-    *,
-    length: int,
-    halves: bool = True,
-) -> Any:
-    """Decodes until all groups have ended, at most `length` tokens, and returns the last state.
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """How rows are decoded.
+
+    Attributes:
+        config: the model's config.
+        params: those that `lm.decode_step` is given.
+        advance: a function (state, logits, positions) -> (state, parents). `positions` has the
+            position of each row's token, or one number for all rows where they began together.
+            Parents are rows, as in `lm.take_rows`, whose past each row continues; None leaves the
+            rows where they are. A group that has ended must keep its results.
+        length: the most tokens of a row.
+    """
+
+    config: lm.Config
+    params: lm.Params
+    advance: Advance
+    length: int
+
+
+def run(decoding: Decoding, state: Any, cache: lm.Cache, *, halves: bool = True) -> Any:
+    """Decodes until all groups have ended, and returns the last state.
 
     Args:
-        config: the model's config.
-        started: `start`'s result.
+        decoding: how rows are decoded.
         state: the first `State`.
-        advance: a function (state, logits, position) -> (state, parents). Parents are rows, as in
-            `lm.take_rows`, whose past each row continues; None leaves the rows where they are. A
-            group that has ended must keep its results.
-        length: the most tokens of a row.
+        cache: the cache of its rows.
         halves: whether the batch may shrink.
     """
-    cache, num_groups = started.cache, state.ended.shape[0]
+    num_groups, now = state.ended.shape[0], cache.position
     shards = num_shards(num_groups)
+    # Where no row ends early, the first loop runs to the last token, and the others never.
+    share, behind = (1, 1), []
+    for size in halvings(num_groups, shards, decoding.length) if halves else ():
+        state, cache = decode_until(
+            decoding, state, cache, size, shards=shards, since=now, share=share
+        )
+        groups, share = going_on(state.ended, shards, size), (0, 1)
+        behind.append((state, groups))
+        state = take(state, groups)
+        rows = rows_of(groups, state.last[0].size)
+        cache = lm.take_rows(decoding.config, cache, rows, same_prompts=False)
+    state, _ = decode_until(decoding, state, cache, 0, shards=shards, since=now, share=share)
+    for larger, groups in reversed(behind):
+        state = put(larger, state, groups)
+    return state
+
+
+def decode_until(
+    decoding: Decoding,
+    state: Any,
+    cache: lm.Cache,
+    fewest: int,
+    *,
+    shards: int,
+    since: Int[Array, ""],
+    share: tuple[int, int],
+) -> tuple[Any, lm.Cache]:
+    """Decodes until no shard has more than `fewest` groups that go on.
+
+    Args:
+        decoding: how rows are decoded.
+        state: the first `State`.
+        cache: the cache of its rows.
+        fewest: the most groups of a shard that are left.
+        shards: the devices that the groups are spread over.
+        since: a time; `length` tokens after it, all of these rows have ended in any case.
+        share: how often this loop runs if no row ends early, as in `kv_cache.times`.
+    """
 
     def step(carry):
         state, cache = carry
-        logits, new = lm.decode_step(config, started.params, state.last.reshape(-1), cache)
-        state, parents = advance(state, logits, cache.position)
-        return state, new if parents is None else lm.take_rows(config, new, parents)
+        positions = kv_cache.row_positions(cache)
+        logits, new = lm.decode_step(
+            decoding.config, decoding.params, state.last.reshape(-1), cache
+        )
+        state, parents = decoding.advance(state, logits, positions)
+        return state, new if parents is None else lm.take_rows(decoding.config, new, parents)
 
-    def loop(carry, fewest: int):
-        def goes_on(carry):
-            state, cache = carry
-            return (cache.position < length) & (num_left(state.ended, shards) > fewest)
+    def goes_on(carry):
+        state, cache = carry
+        in_time = cache.position - since < decoding.length
+        return in_time & (num_left(state.ended, shards) > fewest)
 
-        # Where no row ends early, the first loop runs to the last token, and the others never.
-        is_first = carry[0].ended.shape[0] == num_groups
-        with jax.named_scope(kv_cache.times(int(is_first), 1)):
-            return lax.while_loop(goes_on, step, carry)
+    with jax.named_scope(kv_cache.times(*share)):
+        return lax.while_loop(goes_on, step, (state, cache))
 
-    smaller = halvings(num_groups, shards, length) if halves else ()
-    behind = []
-    for size in smaller:
-        state, cache = loop((state, cache), size)
-        groups = going_on(state.ended, shards, size)
-        behind.append((state, groups))
-        state = jax.tree.map(lambda x, g=groups: sharding.take_rows(x, g), state)
-        rows = rows_of(groups, state.last[0].size)
-        cache = lm.take_rows(config, cache, rows, same_prompts=False)
-    state, _ = loop((state, cache), 0)
-    for larger, groups in reversed(behind):
-        state = jax.tree.map(lambda x, y, g=groups: sharding.put_rows(x, y, g), larger, state)
-    return state
+
+def take(tree: Any, rows: Int[Array, "shards n"]) -> Any:
+    """Returns some rows of all arrays of a tree; see `sharding.take_rows`."""
+    return jax.tree.map(lambda x: sharding.take_rows(x, rows), tree)
+
+
+def put(tree: Any, taken: Any, rows: Int[Array, "shards n"]) -> Any:
+    """Returns a tree with rows that `take` took written back; see `sharding.put_rows`."""
+    return jax.tree.map(lambda x, y: sharding.put_rows(x, y, rows), tree, taken)
 
 
 def num_shards(num_groups: int) -> int:

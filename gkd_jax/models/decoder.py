@@ -20,7 +20,6 @@ from jax import lax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from gkd_jax import sharding
 from gkd_jax.batch import Batch
 from gkd_jax.models import decoder_block, kv_cache, layers, parameters, quantized
 from gkd_jax.models.decoder_config import DecoderConfig, Rope, from_fields
@@ -36,6 +35,7 @@ _INIT_STD = 0.02
 # Sampling has no default ids here, because every tokenizer has its own.
 BANNED_IDS: tuple[int, ...] = ()
 EOS_IDS: tuple[int, ...] = ()
+_OF_PROMPTS = ("prompt_keys", "prompt_values", "lengths")  # fields of the cache
 
 
 class Context(NamedTuple):
@@ -48,11 +48,11 @@ class Context(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """The state of decoding; step t writes position t of `keys` and `values`.
+    """The state of decoding; step t writes place t mod T of `keys` and `values`.
 
     Keys and values of all layers are stacked on axis 0, or tuples with one array for each layer
     where the layers are a tuple too (see `parameters.unstack`). Those of decoded tokens are in
-    segments (see `kv_cache`).
+    segments (see `kv_cache`). Where `starts` is None, all rows began at 0.
     """
 
     prompt_keys: Float[Array, "L N G S K"] | tuple[Float[Array, "N G S K"], ...]
@@ -61,6 +61,7 @@ class Cache(NamedTuple):
     values: Segments | tuple[Segments, ...]
     lengths: Int[Array, " N"]
     position: Int[Array, ""]
+    starts: Int[Array, " N"] | None = None
 
 
 # Parameters ---------------------------------------------------------------------------------------
@@ -294,11 +295,13 @@ def init_cache(
 
 def take_rows(cache: Cache, rows: Int[Array, "shards n"], same_prompts: bool) -> Cache:
     """Returns a cache whose rows continue the tokens of `rows`; see `lm.take_rows`."""
-    names = ["keys", "values"]
-    if not same_prompts:
-        names += ["prompt_keys", "prompt_values"]
-        cache = cache._replace(lengths=sharding.take_rows(cache.lengths, rows))
+    names = ("keys", "values") + (() if same_prompts else (*_OF_PROMPTS, "starts"))
     return kv_cache.take_rows(cache, names, rows)
+
+
+def put_prompts(cache: Cache, new: Cache, rows: Int[Array, "shards n"]) -> Cache:
+    """Returns a cache in which `rows` begin with the prompts of `new`; see `lm.put_prompts`."""
+    return kv_cache.put_prompts(cache, _OF_PROMPTS, new, rows)
 
 
 def decode_step(
@@ -309,7 +312,8 @@ def decode_step(
     The first tokens to feed are `Context.first`.
     """
     position = cache.position
-    rotation = decoder_block.rotations(config, (cache.lengths + position)[:, None])
+    in_text = cache.lengths + kv_cache.row_positions(cache)
+    rotation = decoder_block.rotations(config, in_text[:, None])
     windows, kinds = decoder_block.per_layer(config)
 
     def run_layer(x, layer, window, kind, past, keys, values, index):
@@ -365,12 +369,13 @@ def _seen(
     cache: Cache, prompt_size: int, own_size: int, window: Int[Array, ""]
 ) -> Bool[Array, "N S"]:
     """Returns a mask of the keys that the token of this step sees: the prompt's, then its own."""
-    lengths = cache.lengths[:, None]
-    prompt, own = jnp.arange(prompt_size)[None], jnp.arange(own_size)[None]
-    # A key of padding, or of a token to come, is put where no query sees it.
+    lengths, position = cache.lengths[:, None], kv_cache.row_positions(cache)[:, None]
+    query, age = lengths + position, kv_cache.ages(cache, own_size)[None]
+    prompt = jnp.arange(prompt_size)[None]
+    # A key of padding, of a token to come or of another row is put where no query sees it.
     prompt = jnp.where(prompt < lengths, prompt, NOWHERE)
-    own = jnp.where(own <= cache.position, lengths + own, NOWHERE)
-    keys, query = jnp.concatenate([prompt, own], axis=1), lengths + cache.position
+    own = jnp.where(age <= position, query - age, NOWHERE)
+    keys = jnp.concatenate([prompt, own], axis=1)
     return (keys <= query) & (keys > query - window)
 
 

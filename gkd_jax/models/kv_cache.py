@@ -6,6 +6,11 @@ positions 0 to 63, 64 to 127, 128 to 255, and so on, each as long as all before 
 with a segment runs only once decoding has reached the segment (`lax.cond`). The length of the first
 segment is the config's `cache_segment`, which depends on the platform (`FIRST_ON`).
 
+The T positions are a ring: the token that is decoded at time t is written at place t mod T. Without
+refill (`gkd_jax.models.refill`) the time ends at T, and place, time and position are the same. With
+it, a row may begin at any time, and its position is the time since then. No row has more than T
+tokens, so no row overwrites its own.
+
 Axes: L layers, N rows, H heads (those of the keys), T positions of one segment, K head dim.
 """
 
@@ -60,11 +65,12 @@ def write(
     Args:
         segments: the cache of one layer or, with a `layer`, that of all layers.
         new: the keys of the token.
-        position: the position of the token.
+        position: the time of the token.
         layer: the number of the layer in stacked segments.
     """
     if layer is not None:
         new = new[None]
+    position = position % sum(segment.shape[-2] for segment in segments)
     found, start = [], 0
     for segment in segments:
         size = segment.shape[-2]
@@ -78,6 +84,20 @@ def write(
             here = jnp.where(position < start, new, lax.dynamic_slice(segment, at, new.shape))
         found.append(lax.dynamic_update_slice(segment, here, at))
     return tuple(found)
+
+
+def row_positions(cache: Any) -> Int[Array, "#N"]:
+    """Returns the position of each row's next token; one number where all rows began together."""
+    times = cache.position if cache.starts is None else cache.position - cache.starts
+    return times.reshape(-1)
+
+
+def ages(cache: Any, length: int) -> Int[Array, " {length}"]:
+    """Returns how many tokens before the next one each place of a ring was written.
+
+    A place whose age exceeds the position of a row holds no token of this row.
+    """
+    return (cache.position - jnp.arange(length)) % length
 
 
 class Part(NamedTuple):
@@ -174,17 +194,39 @@ def _product_if_read(
         return lax.cond(part.is_read, run, lambda x, y: zeros, x, y)
 
 
-def take_rows(cache: Any, names: list[str], rows: Int[Array, "shards n"]) -> Any:
+def take_rows(cache: Any, names: tuple[str, ...], rows: Int[Array, "shards n"]) -> Any:
     """Returns a model's cache in which some fields hold some of their rows alone.
 
     Args:
         cache: a NamedTuple.
-        names: the fields, whose arrays have the axes [*L N H T K].
+        names: the fields. Their arrays have the axes [*L N H T K], or N first; a field may be None.
         rows: the rows; see `sharding.take_rows`.
     """
 
     def take(x):
-        return sharding.take_rows(x, rows, x.ndim - 4)
+        return sharding.take_rows(x, rows, _row_axis(x))
 
     taken = {name: jax.tree.map(take, getattr(cache, name)) for name in names}
     return cache._replace(**taken)
+
+
+def put_prompts(cache: Any, names: tuple[str, ...], new: Any, rows: Int[Array, "shards n"]) -> Any:
+    """Returns a model's cache in which some rows begin anew, with the prompts of another cache.
+
+    Args:
+        cache: a NamedTuple with `position` and `starts`.
+        names: the fields that belong to prompts, with axes as in `take_rows`.
+        new: a cache whose rows have the new prompts.
+        rows: the rows that begin; see `sharding.put_rows`.
+    """
+
+    def put(x, y):
+        return sharding.put_rows(x, y, rows, _row_axis(x))
+
+    fields = {name: jax.tree.map(put, getattr(cache, name), getattr(new, name)) for name in names}
+    now = jnp.full((rows.size,), cache.position)
+    return cache._replace(**fields, starts=put(cache.starts, now))
+
+
+def _row_axis(x: jax.Array) -> int:
+    return max(x.ndim - 4, 0)

@@ -134,7 +134,7 @@ class Attention(nn.Module):
         return self._join_heads(mixed)
 
     def decode(
-        self, x: Float[Array, "B 1 D"], parts: list[kv_cache.Part], bias: Float[Array, "1 H 1 S"]
+        self, x: Float[Array, "B 1 D"], parts: list[kv_cache.Part], bias: Float[Array, "#B H 1 S"]
     ) -> Float[Array, "B 1 D"]:
         """Attends from one position of each row to the parts of a KV cache."""
         queries = self.split_heads(self.query(x))
@@ -329,7 +329,7 @@ class DecoderLayer(nn.Module):
         self_values: Segments,
         index: Int[Array, ""] | None,
         position: Int[Array, ""],
-        self_bias: Float[Array, "1 H 1 T"],
+        self_bias: Float[Array, "#B H 1 T"],
         cross_keys: Float[Array, "B H S2 K"],
         cross_values: Float[Array, "B H S2 K"],
         cross_bias: Float[Array, "B 1 1 S2"],
@@ -344,8 +344,9 @@ class DecoderLayer(nn.Module):
             self_keys, self_values: the KV cache of this layer; with an `index`, the cache of all
                 layers stacked on axis 0.
             index: the number of this layer in a stacked cache; None for a cache of this layer.
-            position: the position t of the token.
-            self_bias: the causal mask and position bias of this position.
+            position: the time t of the token.
+            self_bias: the position bias of all places of the cache, and the mask of those that
+                hold no token of a row.
             cross_keys, cross_values: the projected states of the encoder.
             cross_bias: the mask of the encoder's padding.
         """
@@ -363,9 +364,10 @@ class DecoderLayer(nn.Module):
     def cross_keys_values(self, encoded: Float[Array, "B S D"]) -> tuple[Heads, Heads]:
         return self.encoder_decoder_attention.keys_values(encoded)
 
-    def position_bias(self, length: int) -> Float[Array, "1 H T T"]:
+    def bias_by_age(self, length: int) -> Float[Array, "1 H T"]:
+        """Returns the position bias of the keys that are 0, 1, ... `length` - 1 tokens old."""
         assert self.relpos_bias is not None
-        return self.relpos_bias(length, length)
+        return self.relpos_bias(length, 1)[..., 0]
 
     def _cross_attention_and_mlp(self, x, keys, values, bias, *, deterministic):
         normed = self.pre_cross_attention_layer_norm(x)

@@ -186,6 +186,18 @@ def take_rows(
     return config.family.take_rows(cache, rows, same_prompts)
 
 
+def put_prompts(config: Config, cache: Cache, new: Cache, rows: Int[Array, "shards n"]) -> Cache:
+    """Returns a cache in which some rows begin anew, with the prompts of another cache.
+
+    Args:
+        config: the model's config.
+        cache: a cache with `starts`, the time at which each row began.
+        new: an empty cache of the new prompts.
+        rows: for each shard of the batch, the rows that begin, numbered within the shard.
+    """
+    return config.family.put_prompts(cache, new, rows)
+
+
 def family_name(config: Config) -> str:
     """Returns the name of a model's family, as checkpoints store it."""
     return next(name for name, (module, _) in _FAMILIES.items() if module is config.family)

@@ -20,7 +20,6 @@ from jax import lax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from gkd_jax import sharding
 from gkd_jax.batch import Batch
 from gkd_jax.models import blocks, kv_cache, layers, parameters, quantized
 from gkd_jax.models.kv_cache import Segments
@@ -45,6 +44,7 @@ START_ID = 0  # the decoder's first input
 # The defaults of sampling.
 BANNED_IDS = (PAD_ID,)
 EOS_IDS = (1,)
+_OF_PROMPTS = ("cross_keys", "cross_values", "mask")  # fields of the cache
 
 
 class Context(NamedTuple):
@@ -56,11 +56,12 @@ class Context(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """The state of decoding; step t writes position t of the self-attention keys and values.
+    """The state of decoding; step t writes place t mod T of the self-attention keys and values.
 
     Keys and values of all layers are stacked on axis 0, or tuples with one array for each layer
     where the layers are a tuple too (see `parameters.unstack`). Those of self-attention are in
-    segments (see `kv_cache`).
+    segments (see `kv_cache`). `bias` is the position bias of keys by their age, from T - 1 down to
+    0, twice; P = L if each layer has its own, else 1. Where `starts` is None, all rows began at 0.
     """
 
     self_keys: Segments | tuple[Segments, ...]
@@ -68,8 +69,9 @@ class Cache(NamedTuple):
     cross_keys: Float[Array, "L B H S K"] | tuple[Float[Array, "B H S K"], ...]
     cross_values: Float[Array, "L B H S K"] | tuple[Float[Array, "B H S K"], ...]
     mask: Bool[Array, "B S"]
-    bias: Float[Array, "P H T T"]  # causal mask + position bias; P = L if per layer, else 1
+    bias: Float[Array, "P H T2"]
     position: Int[Array, ""]
+    starts: Int[Array, " B"] | None = None
 
 
 # Initialisation -----------------------------------------------------------------------------------
@@ -288,7 +290,7 @@ def init_cache(
         return _apply(layer, layer_params, context.states, method="cross_keys_values")
 
     def layer_bias(layer_params):
-        return _apply(layer, layer_params, length, method="position_bias")[0]
+        return _apply(layer, layer_params, length, method="bias_by_age")[0]
 
     decode = _unstack(config, stack["layers"])
     shape = (context.states.shape[0], config.num_heads, length, config.head_dim)
@@ -300,22 +302,24 @@ def init_cache(
         shape = (config.num_decoder_layers, *shape)
         empty = kv_cache.empty(shape, config.dtype, config.cache_segment)
     if not config.per_layer_relpos:
-        bias = _apply(blocks.relpos(config, "decoder"), stack["relpos_bias"], length, length)
+        bias = _apply(blocks.relpos(config, "decoder"), stack["relpos_bias"], length, 1)[..., 0]
     elif isinstance(decode, tuple):
         bias = jnp.stack([layer_bias(layer_params) for layer_params in decode])
     else:
         bias = jax.vmap(layer_bias)(decode)
-    bias = bias + layers.causal_bias(length)
+    bias = jnp.tile(bias[..., ::-1], (1, 1, 2))
     return Cache(empty, empty, cross[0], cross[1], context.mask, bias, jnp.zeros((), jnp.int32))
 
 
 def take_rows(cache: Cache, rows: Int[Array, "shards n"], same_prompts: bool) -> Cache:
     """Returns a cache whose rows continue the tokens of `rows`; see `lm.take_rows`."""
-    names = ["self_keys", "self_values"]
-    if not same_prompts:
-        names += ["cross_keys", "cross_values"]
-        cache = cache._replace(mask=sharding.take_rows(cache.mask, rows))
+    names = ("self_keys", "self_values") + (() if same_prompts else (*_OF_PROMPTS, "starts"))
     return kv_cache.take_rows(cache, names, rows)
+
+
+def put_prompts(cache: Cache, new: Cache, rows: Int[Array, "shards n"]) -> Cache:
+    """Returns a cache in which `rows` begin with the prompts of `new`; see `lm.put_prompts`."""
+    return kv_cache.put_prompts(cache, _OF_PROMPTS, new, rows)
 
 
 def decode_step(
@@ -327,8 +331,11 @@ def decode_step(
     """
     layer = blocks.decoder_layer(config)
     cross_bias = layers.padding_bias(cache.mask)
-    position = cache.position
-    bias = lax.dynamic_slice_in_dim(cache.bias, position, 1, axis=2)
+    position, length = cache.position, cache.bias.shape[-1] // 2
+    of_place_0 = length - 1 - position % length
+    bias = lax.dynamic_slice_in_dim(cache.bias, of_place_0, length, axis=2)[:, :, None]
+    own = kv_cache.ages(cache, length)[None] <= kv_cache.row_positions(cache)[:, None]
+    own_bias = layers.padding_bias(own)
     stack, indices = params["decoder"], jnp.arange(config.num_decoder_layers)
     decode = _unstack(config, stack["layers"])
 
@@ -342,7 +349,7 @@ def decode_step(
             self_values,
             None if isinstance(decode, tuple) else index,
             position,
-            lax.dynamic_index_in_dim(bias, layer_index),
+            lax.dynamic_index_in_dim(bias, layer_index) + own_bias,
             cross_keys,
             cross_values,
             cross_bias,

@@ -64,6 +64,7 @@ def least_bytes(built: Program) -> float:
 
     Each token reads the weights of the decoder, and the KV cache as far as it is written. An
     embedding that is not the output head is left out, since a token reads only one row of it.
+    Where `decode_rows` is fewer than the rows, their answers are decoded one part after the other.
     """
     shape = built.batch(built.recipe.data.batch_size, built.recipe.data.shapes()[-1])
     length = built.recipe.data.shapes()[-1][1]
@@ -92,7 +93,10 @@ def least_bytes(built: Program) -> float:
 
     # The cache grows by the same number of bytes at each token.
     (weights, first), (_, last) = sizes(1), sizes(length)
-    return length * (weights + (first + last) / 2)
+    method = built.learner.config
+    rows = built.recipe.data.batch_size * method.num_samples
+    parts = max(1.0, rows / (method.decode_rows or rows))
+    return length * (parts * weights + (first + last) / 2)
 
 
 def _sample(
@@ -111,6 +115,7 @@ def _sample(
             num_samples=method.num_samples,
             limits=limits,
             plain=plain,
+            decode_rows=None if plain else method.decode_rows,
         )
 
 

@@ -24,13 +24,23 @@ UNCHANGING = frozenset({
     "model_dir", "mesh", "num_microbatches", "eval_period", "save_period", "log_period",
     "metrics_to", "keep", "keep_period", "best_metric", "best_mode",
     "memory", "remat", "scan_unroll", "unroll_decoding", "cache_segment", "attention_by_row",
-    "loss_parts",
+    "loss_parts", "decode_rows",
 })
 # fmt: on
 SEEDS = ("data.seed", "train.seed")
 _ROLE = re.compile(r"(student|teacher.*)\.checkpoint")
 # Fields of an evaluation that say nothing about how it decoded.
-_NOT_DECODING = {"type", "task", "batch_size", "seed", "rewards", "checkpoint", "step", "content"}
+_NOT_DECODING = {
+    "type",
+    "task",
+    "batch_size",
+    "decode_rows",
+    "seed",
+    "rewards",
+    "checkpoint",
+    "step",
+    "content",
+}
 _NAMES: dict[Any, str] = {
     ("forward_kl", 0.0): "Supervised KD",
     ("forward_kl", 0.5): "ImitKD",

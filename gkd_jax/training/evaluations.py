@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import seqio
 
-from gkd_jax import gkd, sharding
+from gkd_jax import gkd
 from gkd_jax.evaluation import evaluate
 from gkd_jax.input import eval_batches, streams
 from gkd_jax.models import lm
@@ -49,7 +49,7 @@ class Evaluations:
         self._lengths = dict(recipe.data.feature_lengths)
         self._lengths["targets"] = self._config.target_length or self._lengths["targets"]
         self._batch_size = self._config.batch_size or recipe.data.batch_size
-        sharding.check_batch_size(self._batch_size, program.mesh)
+        self._config.check_mesh(self._batch_size, program.mesh)
         self._tasks = {name: rest for name, *rest in self._open(source, check_remote)}
         self._divergences: dict[gkd.ModelPair, evaluate.TokenDivergence] = {}
         self._program, self._source = program, source

@@ -144,6 +144,8 @@ def build(
     models = _models(num_pieces, recipe, pending)
     mesh = sharding.make_mesh(recipe.mesh, devices)
     _check_batch(recipe.data.batch_size, recipe.train.num_microbatches, mesh)
+    if method.decode_rows is not None:
+        sharding.check_batch_size(method.decode_rows, mesh, name="decode_rows")
     teachers.check_blocks(recipe, mesh)
 
     banned = banned_tail(models.student, models.num_pieces)

@@ -259,6 +259,7 @@ MAY_CHANGE = (
     "train.best_mode",
     "train.log_period",
     "train.metrics_to",
+    "method.decode_rows",
     "evaluation",
     "mesh",
 )
