@@ -120,27 +120,24 @@ def sample_targets(
     # No gradient: a decode loop cannot run the forward passes of custom ones backwards.
     frozen = jax.lax.stop_gradient(student_params)
 
-    def draw(inputs, input_lengths):
-        return sample(
-            models.student,
-            frozen,
-            inputs,
-            key,
-            max_length=length,
-            input_lengths=input_lengths,
-            sampling=config.sampling,
-            num_samples=config.num_samples,
-            decode_rows=config.decode_rows,
-        )
-
+    draw = functools.partial(
+        sample,
+        models.student,
+        frozen,
+        key=key,
+        max_length=length,
+        sampling=config.sampling,
+        num_samples=config.num_samples,
+        decode_rows=config.decode_rows,
+    )
     if config.mixing == "step":
-        drawn = draw(batch.inputs, batch.input_lengths)
+        drawn = draw(batch.inputs, input_lengths=batch.input_lengths)
         return batch._replace(targets=drawn.tokens, weights=drawn.weights, teacher=None), drawn
     assert not callable(config.on_policy_fraction)
     num_rows = num_on_policy_rows(config.on_policy_fraction, batch_size)
     rows = np.arange(num_rows) * batch_size // num_rows
     lengths = None if batch.input_lengths is None else batch.input_lengths[rows]
-    drawn = draw(batch.inputs[rows], lengths)
+    drawn = draw(batch.inputs[rows], input_lengths=lengths)
     targets = batch.targets.at[rows].set(drawn.tokens)
     weights = batch.weights.at[rows].set(drawn.weights)
     return batch._replace(targets=targets, weights=weights, teacher=None), drawn
