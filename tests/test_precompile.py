@@ -315,6 +315,33 @@ def test_a_loop_that_xla_has_unrolled_turns_half_as_often():
     assert cost.flops == 12 * 2 * 4 * 6 * 32 * 32 * 8
 
 
+def test_an_operand_under_another_name_is_read():
+    """XLA may put a bitcast of an operand into a fusion of its own inside the fusion."""
+    text = """HloModule m, num_partitions=1
+
+%names (a: bf16[32,16]) -> bf16[32,16] {
+  %a = bf16[32,16]{1,0} parameter(0)
+  ROOT %same = bf16[32,16]{1,0} bitcast(%a)
+}
+
+%fused (x: bf16[8,32], y: bf16[32,16]) -> f32[8,16] {
+  %x = bf16[8,32]{1,0} parameter(0)
+  %y = bf16[32,16]{1,0} parameter(1)
+  %inner = bf16[32,16]{1,0} fusion(%y), kind=kLoop, calls=%names
+  ROOT %out = f32[8,16]{1,0} dot(%x, %inner), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+ENTRY %main (x: bf16[8,32], y: bf16[32,16]) -> f32[8,16] {
+  %x = bf16[8,32]{1,0} parameter(0)
+  %y = bf16[32,16]{1,0} parameter(1)
+  ROOT %out = f32[8,16]{1,0} fusion(%x, %y), kind=kOutput, calls=%fused
+}
+"""
+    summary = hlo.summary(hlo_text.parse(text))
+    assert summary["traffic_bytes"] == 2 * (8 * 32 + 32 * 16) + 4 * 8 * 16
+    assert summary["flops"] == 2 * 8 * 32 * 16
+
+
 # Collectives --------------------------------------------------------------------------------------
 
 

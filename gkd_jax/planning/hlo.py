@@ -334,7 +334,10 @@ def _read(module: Module, fused: Computation, number: int, full: int) -> int:
             total += part.shapes[0].nbytes
         elif part.opcode == "fusion":
             inner = module.computations[part.called("calls") or ""]
-            total += sum(_read(module, inner, place, full) for place in places)
+            if all(each.opcode in ("parameter", "bitcast") for each in inner.values()):
+                names.add(part.name)  # the parameter by another name, as in `bitcast`
+            else:
+                total += sum(_read(module, inner, place, full) for place in places)
         elif part.opcode != "dynamic-update-slice" or places != [0]:
             return full
     return total
