@@ -149,14 +149,13 @@ def spec(axes: Sequence[str | None], rules: Rules = RULES) -> PartitionSpec:
     return PartitionSpec(*entries)
 
 
-def tree_shardings(shapes: Any, axes: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
+def tree_shardings(shapes: Any, axes: Any, mesh: Mesh) -> Any:
     """Returns the `NamedSharding` of each array in a tree.
 
     Args:
         shapes: a tree of arrays or `ShapeDtypeStruct`s.
         axes: the same tree with a tuple of logical axes at each leaf.
         mesh: the mesh.
-        rules: the map from logical axes to mesh axes.
 
     Raises:
         ValueError: if the mesh does not divide the dimensions of some arrays; names all of these.
@@ -165,7 +164,7 @@ def tree_shardings(shapes: Any, axes: Any, mesh: Mesh, rules: Rules = RULES) -> 
 
     def sharding(path, shape, names):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        partition = spec(names, rules)
+        partition = spec(names)
         for size, entry, axis in zip(shape.shape, partition, names, strict=True):
             parts = math.prod(mesh.shape[a] for a in _as_tuple(entry))
             if size % parts:
@@ -187,25 +186,23 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_sharding(mesh: Mesh, rules: Rules = RULES) -> NamedSharding:
+def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of a batch's arrays: the rows are sharded, the other axes are not."""
-    return NamedSharding(mesh, spec(("batch",), rules))
+    return NamedSharding(mesh, spec(("batch",)))
 
 
-def batch_shards(mesh: Mesh, rules: Rules = RULES) -> int:
+def batch_shards(mesh: Mesh) -> int:
     """Returns the number of shards of a batch's rows over a mesh."""
-    return math.prod(mesh.shape[axis] for axis in _as_tuple(rules["batch"]))
+    return math.prod(mesh.shape[axis] for axis in _as_tuple(RULES["batch"]))
 
 
-def check_batch_size(
-    batch_size: int, mesh: Mesh, rules: Rules = RULES, *, name: str = "the batch size"
-) -> None:
+def check_batch_size(batch_size: int, mesh: Mesh, name: str = "the batch size") -> None:
     """Checks that the mesh divides the rows of a batch evenly.
 
     Raises:
         ValueError: if it does not; the message calls the rows `name`.
     """
-    parts = batch_shards(mesh, rules)
+    parts = batch_shards(mesh)
     if batch_size % parts:
         raise ValueError(f"{name} must be divisible by data x fsdp = {parts}, got {batch_size}")
 

@@ -204,7 +204,7 @@ class Shard(NamedTuple):
 WHOLE = Shard()
 
 
-def process_shard(config: DataConfig, mesh: Mesh, rules: sharding.Rules = sharding.RULES) -> Shard:
+def process_shard(config: DataConfig, mesh: Mesh) -> Shard:
     """Returns the part of the examples that this process reads.
 
     Processes whose devices hold the same rows of a batch read the same part.
@@ -216,7 +216,7 @@ def process_shard(config: DataConfig, mesh: Mesh, rules: sharding.Rules = shardi
     if not config.shard_by_process:
         return WHOLE
     starts: dict[int, set[int]] = {}
-    where = sharding.batch_sharding(mesh, rules).devices_indices_map((config.batch_size,))
+    where = sharding.batch_sharding(mesh).devices_indices_map((config.batch_size,))
     for device, (rows,) in where.items():
         starts.setdefault(device.process_index, set()).add(rows.start or 0)
     parts = sorted({tuple(sorted(mine)) for mine in starts.values()})
@@ -235,29 +235,20 @@ def process_shard(config: DataConfig, mesh: Mesh, rules: sharding.Rules = shardi
     return Shard(parts.index(mine), len(parts), min(readers))
 
 
-def place(
-    batch: Batch, mesh: Mesh, rules: sharding.Rules = sharding.RULES, *, num_rows: int | None = None
-) -> Batch:
+def place(batch: Batch, mesh: Mesh, *, num_rows: int | None = None) -> Batch:
     """Returns a global batch of JAX arrays whose rows are sharded over the devices.
 
     Args:
         batch: NumPy arrays with the whole global batch, or with the rows of this process (from the
             `TrainIterator` of a shard).
         mesh: the device mesh.
-        rules: the mapping from logical axes to mesh axes.
         num_rows: the number of rows of the global batch; None if `batch` is the whole batch.
     """
-    return jax.tree.map(lambda x: place_array(x, mesh, rules, num_rows=num_rows), batch)
+    return jax.tree.map(lambda x: place_array(x, mesh, num_rows=num_rows), batch)
 
 
-def place_array(
-    values: np.ndarray,
-    mesh: Mesh,
-    rules: sharding.Rules = sharding.RULES,
-    *,
-    num_rows: int | None = None,
-) -> jax.Array:
+def place_array(values: np.ndarray, mesh: Mesh, *, num_rows: int | None = None) -> jax.Array:
     """Returns one array, whose first axis is the batch rows, sharded over devices; see `place`."""
-    where = sharding.batch_sharding(mesh, rules)
+    where = sharding.batch_sharding(mesh)
     shape = (num_rows or len(values), *values.shape[1:])
     return jax.make_array_from_process_local_data(where, values, shape)

@@ -33,7 +33,7 @@ def abstract(
     )
 
 
-def shardings(state: TrainState, mesh: Mesh, rules: sharding.Rules = sharding.RULES) -> Any:
+def shardings(state: TrainState, mesh: Mesh) -> Any:
     """The shardings of every array of an abstract state.
 
     An array of the optimizer is sharded like the parameter that has the same dict keys in its path.
@@ -62,16 +62,16 @@ def shardings(state: TrainState, mesh: Mesh, rules: sharding.Rules = sharding.RU
 
     opt = jax.tree_util.tree_map_with_path(opt_axes, state.opt_state)
     where: Any = sharding.replicated(mesh)
-    of_params = sharding.tree_shardings(state.params, axes, mesh, rules)
+    of_params = sharding.tree_shardings(state.params, axes, mesh)
     return TrainState(
         step=where,
         params=of_params,
-        opt_state=sharding.tree_shardings(state.opt_state, opt, mesh, rules),
+        opt_state=sharding.tree_shardings(state.opt_state, opt, mesh),
         average=None if state.average is None else of_params,
     )
 
 
-def describe(params: lm.Params, placed: lm.Params, indent: str = "") -> str:
+def describe(params: lm.Params, placed: lm.Params) -> str:
     """One line per array: path, shape, dtype, logical axes, mesh axes and bytes per device."""
     lines, total = [], 0
     axes = jax.tree.leaves(lm.logical_axes(params), is_leaf=lambda x: type(x) is tuple)
@@ -82,8 +82,7 @@ def describe(params: lm.Params, placed: lm.Params, indent: str = "") -> str:
         total += size
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         lines.append(
-            f"{indent}{name:<64} {leaf.shape!s:<22} {leaf.dtype!s:<9} {names} "
-            f"{tuple(where.spec)} {size}"
+            f"{name:<64} {leaf.shape!s:<22} {leaf.dtype!s:<9} {names} {tuple(where.spec)} {size}"
         )
-    lines.append(f"{indent}total: {lm.num_params(params):,} parameters, {total:,} bytes per device")
+    lines.append(f"total: {lm.num_params(params):,} parameters, {total:,} bytes per device")
     return "\n".join(lines)
