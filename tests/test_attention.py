@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gkd_jax.models.attention import attend
+from gkd_jax.models.attention import Padding, attend
 from gkd_jax.models.products import product, product_of_transpose, product_with_transpose
 
 
@@ -69,11 +69,10 @@ def test_attention_and_its_gradients_are_those_of_plain_jax(dtype, dropped, rows
         "keys": normal(1, rows, heads, num_keys, head_dim).astype(dtype),
         "values": normal(2, rows, heads, num_keys, head_dim).astype(dtype),
         "position": normal(3, groups, heads, num_queries, num_keys),
-        "of_keys": normal(4, rows, 1, 1, num_keys),
     }
     # Some keys masked, of row 0 all: its weights are equal, those of a softmax of -1e10 everywhere.
     masked = (normal(7, rows, 1, 1, num_keys) > 1).at[0].set(True)
-    arrays["of_keys"] = jnp.where(masked, -1e10, arrays["of_keys"])
+    padding = jnp.where(masked, -1e10, normal(4, rows, 1, 1, num_keys))
     dropout_mask = None
     if dropped:
         dropout_mask = 2.0 * (normal(5, rows, heads, 1, num_keys) > 0)
@@ -82,9 +81,9 @@ def test_attention_and_its_gradients_are_those_of_plain_jax(dtype, dropped, rows
     @jax.jit
     def out_and_gradients(arrays, g):
         def mixed(arrays):
-            biases = (arrays["position"], arrays["of_keys"])
             heads = (arrays["queries"], arrays["keys"], arrays["values"])
-            return attend(*heads, biases, dropout_mask, by_row=by_row)
+            positions = (arrays["position"],)
+            return attend(*heads, positions, Padding(padding), dropout_mask, by_row=by_row)
 
         out, pull = jax.vjp(mixed, arrays)
         return out, pull(g)[0]
@@ -92,7 +91,7 @@ def test_attention_and_its_gradients_are_those_of_plain_jax(dtype, dropped, rows
     def exact(arrays):
         scores = jnp.einsum("BHTK,BHSK->BHTS", arrays["queries"], arrays["keys"])
         position = jnp.repeat(arrays["position"], rows // groups, axis=0)
-        weights = jax.nn.softmax(scores + position + arrays["of_keys"], axis=-1)
+        weights = jax.nn.softmax(scores + position + padding, axis=-1)
         weights = weights if dropout_mask is None else weights * dropout_mask
         return jnp.einsum("BHTS,BHSK->BHTK", weights, arrays["values"])
 

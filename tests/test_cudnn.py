@@ -74,10 +74,8 @@ def test_t5s_attention_with_a_position_bias_and_padding(calls):
     padding = jnp.where(seen, 0.0, -1e10)[:, None, None]
 
     def ours(queries, keys, values, position):
-        biases = (position, padding)
-        return attention.attend(
-            queries, keys, values, biases, None, key_lengths=jnp.asarray(LENGTHS)
-        )
+        hidden = attention.Padding(padding, jnp.asarray(LENGTHS))
+        return attention.attend(queries, keys, values, (position,), hidden, None)
 
     def wanted(queries, keys, values, position):
         return reference(queries, keys, values, lambda scores: scores + position + padding)
@@ -113,14 +111,20 @@ def test_causal_attention_with_grouped_heads(calls):
         assert_close(x, y)
 
 
-@pytest.mark.parametrize("case", ["float32", "by rows", "softcap", "window", "two devices"])
+@pytest.mark.parametrize(
+    "case", ["float32", "by rows", "no lengths", "softcap", "window", "two devices"]
+)
 def test_what_the_kernel_cannot_compute_is_computed_without_it(calls, case):
     queries, keys, values = arrays(*[(ROWS, HEADS, QUERIES, DIM)] * 3)
     if case == "float32":
         queries, keys, values = (x.astype(jnp.float32) for x in (queries, keys, values))
     if case in ("float32", "by rows"):
-        hidden = jnp.zeros((ROWS if case == "by rows" else 1, 1, 1, QUERIES))
-        attention.attend(queries, keys, values, (hidden,), None)
+        rows = ROWS if case == "by rows" else 1
+        bias = jnp.zeros((rows, 1, QUERIES, QUERIES))
+        attention.attend(queries, keys, values, (bias,), None, None)
+    elif case == "no lengths":
+        hidden = attention.Padding(jnp.zeros((ROWS, 1, 1, QUERIES)))
+        attention.attend(queries, keys, values, (), hidden, None)
     elif case == "two devices":
         mesh = sharding.make_mesh(sharding.MeshConfig(data=2), jax.devices()[:2])
         with sharding.use(mesh):

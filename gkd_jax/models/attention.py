@@ -10,6 +10,8 @@ XLA may recognise the second computation as a copy of the first, and keep the sc
 Axes: B batch, H heads, T queries, S keys, K head dim.
 """
 
+from typing import NamedTuple
+
 import jax
 from jax import lax
 import jax.numpy as jnp
@@ -20,62 +22,78 @@ from gkd_jax.models.products import product, product_of_transpose, product_with_
 
 
 Heads = Float[Array, "B H S K"]
-Biases = tuple[Float[Array, "... #H #T S"], ...]
+PositionBiases = tuple[Float[Array, "#G #H T S"], ...]
+
+
+class Padding(NamedTuple):
+    """The keys of each row that no query may see.
+
+    Attributes:
+        bias: a bias that is added to the scores: 0 for a key that is seen, a large negative number
+            for padding. It has no gradient.
+        lengths: the number of keys of each row that are seen, where these are the row's first ones.
+            A GPU's kernel takes these numbers in place of `bias`; None if they are not known.
+    """
+
+    bias: Float[Array, "B 1 1 S"]
+    lengths: Int[Array, " B"] | None = None
 
 
 def attend(
     queries: Float[Array, "B H T K"],
     keys: Heads,
     values: Heads,
-    biases: Biases,
+    position_biases: PositionBiases,
+    padding: Padding | None,
     dropout_mask: Float[Array, "B H 1 S"] | None,
     *,
     by_row: bool = False,
-    key_lengths: Int[Array, " B"] | None = None,
 ) -> Float[Array, "B H T K"]:
     """Returns softmax(queries keys^T + biases) values, in the dtype of the values.
 
     Args:
         queries, keys, values: arrays of the compute dtype.
-        biases: arrays that are added to the scores. The first axis of each has size 1 (a bias for
-            all rows of the batch), B (a bias for each row), or G (a bias for each of G groups of
-            B / G neighbouring rows).
+        position_biases: biases of the pairs of a query's and a key's position, which are added to
+            the scores. G is 1 (a bias for all rows of the batch), B (a bias for each row), or the
+            number of groups of B / G neighbouring rows that have a bias each.
+        padding: the keys that no query may see; None if there are none.
         dropout_mask: an array that multiplies the probabilities; None drops nothing.
         by_row: attend for one row of the batch at a time. The scores of one row stay in a CPU's
             cache, whereas those of the whole batch go through memory several times.
-        key_lengths: the number of keys of each row that the biases do not hide, where these are its
-            first ones. A GPU's kernel takes these numbers in place of the bias of each row.
     """
     if not by_row:
-        return _attend(queries, keys, values, biases, dropout_mask, key_lengths)
-    biases = tuple(_spread(bias, len(queries)) for bias in biases)
-    own = [bias if len(bias) > 1 else None for bias in biases]
+        return _attend(queries, keys, values, position_biases, padding, dropout_mask)
+    biases = tuple(_repeat(bias, len(queries)) for bias in position_biases)
+    of_rows = tuple(bias if len(bias) > 1 else None for bias in biases)
 
     def one(row):  # a row's arrays have no axis B
-        heads, own, dropout_mask = row
-        biases_of_it = [b[0] if x is None else x for b, x in zip(biases, own, strict=True)]
-        return _turn(_attend(*map(_turn, heads), tuple(biases_of_it), dropout_mask))
+        heads, of_row, padding_bias, dropout_mask = row
+        own = tuple(b[0] if x is None else x for b, x in zip(biases, of_row, strict=True))
+        padding = None if padding_bias is None else Padding(padding_bias)
+        return _swap(_attend(*map(_swap, heads), own, padding, dropout_mask))
 
     # `lax.map` slices arrays [B S H K], which is the projections' own layout, and `one` moves the
     # heads to the front. Slices of [B H S K] would take one more pass through memory.
-    return _turn(lax.map(one, ([_turn(x) for x in (queries, keys, values)], own, dropout_mask)))
+    heads = [_swap(x) for x in (queries, keys, values)]
+    padding_bias = None if padding is None else padding.bias
+    return _swap(lax.map(one, (heads, of_rows, padding_bias, dropout_mask)))
 
 
-def _turn(x: jax.Array) -> jax.Array:
+def _swap(x: jax.Array) -> jax.Array:
     """Returns [... H S K] as [... S H K], the layout of the projections, or the other way round."""
     return x.swapaxes(-3, -2)
 
 
 @jax.custom_vjp
-def _attend(queries, keys, values, biases, dropout_mask, key_lengths=None):
+def _attend(queries, keys, values, position_biases, padding, dropout_mask):
     """`attend` for whole arrays; the axis B may be absent from all of them."""
-    return _forward(queries, keys, values, biases, dropout_mask, key_lengths)[0]
+    return _forward(queries, keys, values, position_biases, padding, dropout_mask)[0]
 
 
-def _forward(queries, keys, values, biases, dropout_mask, key_lengths=None):
+def _forward(queries, keys, values, position_biases, padding, dropout_mask):
     def run():
         dtype = values.dtype.name
-        scores = _scores(queries, keys, biases)
+        scores = _scores(queries, keys, position_biases, padding)
         top = jnp.max(scores, axis=-1, keepdims=True)
         exponentials = jnp.exp(scores - top)
         total = jnp.sum(exponentials, axis=-1, keepdims=True)
@@ -84,37 +102,36 @@ def _forward(queries, keys, values, biases, dropout_mask, key_lengths=None):
             probabilities = probabilities * dropout_mask
         return product(probabilities, values, dtype).astype(dtype), top, total
 
-    given = (queries, keys, values, biases, dropout_mask, key_lengths)
+    given = (queries, keys, values, position_biases, padding, dropout_mask)
     library = _library(*given)
     mixed, top, total = run() if library is None else cudnn.forward(*library, run)
     return mixed, (*given, mixed, top, total)
 
 
-def _library(queries, keys, values, biases, dropout_mask, key_lengths):
+def _library(queries, keys, values, position_biases, padding, dropout_mask):
     """Returns cuDNN's function and its operands, or None where it cannot compute the attention."""
-    # Without lengths, the biases that hide padding would have to be an array of all scores.
-    of_positions = biases if key_lengths is None else _of_positions(biases)
-    same_for_rows = all(len(bias) == 1 for bias in of_positions)
-    if dropout_mask is not None or not same_for_rows or not cudnn.serves(queries, keys):
+    same_for_rows = all(len(bias) == 1 for bias in position_biases)
+    # Without lengths, the bias of padding would have to be an array of all scores.
+    known_lengths = padding is None or padding.lengths is not None
+    if dropout_mask is not None or not same_for_rows or not known_lengths:
         return None
-    bias = sum(of_positions[1:], of_positions[0])
-    return cudnn.attention(key_lengths=key_lengths), (queries, keys, values, bias)
-
-
-def _of_positions(biases: Biases) -> Biases:
-    """Returns the biases of pairs of positions: all but those that hide keys of a row."""
-    return tuple(bias for bias in biases if bias.shape[-2] > 1)
+    if not cudnn.serves(queries, keys):
+        return None
+    lengths = None if padding is None else padding.lengths
+    bias = sum(position_biases[1:], position_biases[0]) if position_biases else None
+    return cudnn.attention(key_lengths=lengths), (queries, keys, values, bias)
 
 
 def _backward(residuals, gradient):
     given, (mixed, top, total) = residuals[:6], residuals[6:]
-    queries, keys, values, biases, dropout_mask, _ = given
+    queries, keys, values, position_biases, padding, dropout_mask = given
 
     def run():
         dtype = values.dtype.name
         # The maximum and the sum are not merged into one logsumexp: where all keys are masked, the
         # maximum is about -1e10, and rounding would lose the logarithm of the sum beside it.
-        probabilities = jnp.exp(_scores(queries, keys, biases) - top) / total
+        scores = _scores(queries, keys, position_biases, padding)
+        probabilities = jnp.exp(scores - top) / total
         weights, d_weights = probabilities, product_with_transpose(gradient, values, dtype)
         if dropout_mask is not None:
             weights, d_weights = probabilities * dropout_mask, d_weights * dropout_mask
@@ -126,16 +143,11 @@ def _backward(residuals, gradient):
             product(d_scores, keys, dtype).astype(dtype),
             product_of_transpose(d_scores, queries, dtype).astype(dtype),
             product_of_transpose(weights, gradient, dtype).astype(dtype),
-            tuple(_sum_to(d_scores, bias.shape) for bias in biases),
+            tuple(_sum_to(d_scores, bias.shape) for bias in position_biases),
         )
 
     def of_biases(d_bias):
-        return tuple(
-            _sum_to(d_bias.astype(bias.dtype), bias.shape)
-            if bias.shape[-2] > 1
-            else jnp.zeros_like(bias)  # of padding, which has no parameters
-            for bias in biases
-        )
+        return tuple(_sum_to(d_bias.astype(bias.dtype), bias.shape) for bias in position_biases)
 
     library = _library(*given)
     if library is None:
@@ -147,10 +159,11 @@ def _backward(residuals, gradient):
 _attend.defvjp(_forward, _backward)
 
 
-def _scores(queries, keys, biases) -> Float[Array, "*B H T S"]:
+def _scores(queries, keys, position_biases, padding) -> Float[Array, "*B H T S"]:
     scores = product_with_transpose(queries, keys, keys.dtype.name)
+    biases = position_biases if padding is None else (*position_biases, padding.bias)
     if scores.ndim == 4:
-        return scores + sum(_spread(bias, len(scores)) for bias in biases)
+        return scores + sum(_repeat(bias, len(scores)) for bias in biases)
     # For a single row, the biases are added one after the other. Their sum is the same in every
     # layer, so JAX would compute it once, outside the loop over layers. On TPUs this saves traffic.
     # Here it would be an array as large as the scores of all rows, which do not fit in the cache.
@@ -159,7 +172,7 @@ def _scores(queries, keys, biases) -> Float[Array, "*B H T S"]:
     return scores
 
 
-def _spread(bias: Float[Array, "G H T S"], rows: int) -> Float[Array, "B H T S"]:
+def _repeat(bias: Float[Array, "G H T S"], rows: int) -> Float[Array, "B H T S"]:
     """Repeats a bias of each group for every row of the group.
 
     A bias for all rows or for each row is returned as it is.
@@ -167,8 +180,8 @@ def _spread(bias: Float[Array, "G H T S"], rows: int) -> Float[Array, "B H T S"]
     groups = len(bias)
     if groups in (1, rows):
         return bias
-    spread = jnp.broadcast_to(bias[:, None], (groups, rows // groups, *bias.shape[1:]))
-    return spread.reshape(rows, *bias.shape[1:])
+    repeated = jnp.broadcast_to(bias[:, None], (groups, rows // groups, *bias.shape[1:]))
+    return repeated.reshape(rows, *bias.shape[1:])
 
 
 def _sum_to(x: Float[Array, "*B H T S"], shape: tuple[int, ...]) -> Float[Array, "..."]:

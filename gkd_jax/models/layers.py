@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from gkd_jax import sharding
 from gkd_jax.models import kv_cache
-from gkd_jax.models.attention import Biases, Heads, attend
+from gkd_jax.models.attention import Heads, Padding, PositionBiases, attend
 from gkd_jax.models.kv_cache import Segments
 from gkd_jax.models.products import product, product_with_transpose
 from gkd_jax.sharding import constrain
@@ -116,10 +116,10 @@ class Attention(nn.Module):
         x: Float[Array, "B T D"],
         keys: Heads,
         values: Heads,
-        biases: Biases,
+        position_biases: PositionBiases,
+        padding: Padding | None,
         *,
         deterministic: bool,
-        key_lengths: Int[Array, " B"] | None = None,
     ) -> Float[Array, "B T D"]:
         queries = self.split_heads(self.query(x))
         dropout_mask = None  # for the attention probabilities; all queries share one draw
@@ -128,9 +128,7 @@ class Attention(nn.Module):
             dropout_mask = self.dropout(ones, deterministic=False)
         large = math.prod(queries.shape[:3]) * keys.shape[2] > _SCORES_IN_CACHE
         by_row = self.by_row and large and sharding.num_batch_shards() == 1
-        mixed = attend(
-            queries, keys, values, biases, dropout_mask, by_row=by_row, key_lengths=key_lengths
-        )
+        mixed = attend(queries, keys, values, position_biases, padding, dropout_mask, by_row=by_row)
         return self._join_heads(mixed)
 
     def decode(
@@ -242,9 +240,9 @@ def relative_position_bucket(
     return offset + jnp.where(distance < exact, distance, jnp.minimum(far, buckets - 1))
 
 
-def padding_bias(mask: Bool[Array, "B S"]) -> Float[Array, "B 1 1 S"]:
-    """Returns the bias that hides padding: 0 where `mask` is true, MASKED elsewhere."""
-    return jnp.where(mask, 0.0, MASKED)[:, None, None, :]
+def hide_padding(mask: Bool[Array, "B S"], lengths: Int[Array, " B"] | None = None) -> Padding:
+    """Returns the padding where `mask` is false; `lengths` are those of the rows, if known."""
+    return Padding(jnp.where(mask, 0.0, MASKED)[:, None, None, :], lengths)
 
 
 def causal_bias(length: int) -> Float[Array, "1 1 T T"]:
@@ -266,20 +264,17 @@ class EncoderLayer(nn.Module):
         self,
         x: Float[Array, "B S D"],
         position_bias: Float[Array, "G H S S"] | None,
-        mask_bias: Float[Array, "B 1 1 S"],
+        padding: Padding,
         *,
         deterministic: bool,
-        lengths: Int[Array, " B"] | None = None,
     ) -> Float[Array, "B S D"]:
-        """Runs the layer; `lengths` are those of the rows, where `mask_bias` was made of them."""
         if self.relpos_bias is not None:
             position_bias = self.relpos_bias(x.shape[1], x.shape[1], bias_copies(x.shape[0]))
         assert position_bias is not None
         normed = self.pre_attention_layer_norm(x)
         keys, values = self.attention.keys_values(normed)
-        biases = (position_bias, mask_bias)
         y = self.attention(
-            normed, keys, values, biases, deterministic=deterministic, key_lengths=lengths
+            normed, keys, values, (position_bias,), padding, deterministic=deterministic
         )
         x = constrain(x + self.dropout(y, deterministic=deterministic), ACTIVATIONS)
         y = self.mlp(self.pre_mlp_layer_norm(x), deterministic=deterministic)
@@ -306,21 +301,24 @@ class DecoderLayer(nn.Module):
         x: Float[Array, "B T D"],
         encoded: Float[Array, "B S D"],
         position_bias: Float[Array, "G H T T"] | None,
-        cross_bias: Float[Array, "B 1 1 S"],
+        padding: Padding,
         *,
         deterministic: bool,
     ) -> Float[Array, "B T D"]:
-        """Runs the layer on all target positions at once (teacher forcing)."""
+        """Runs the layer on all target positions at once (teacher forcing).
+
+        `padding` is that of `encoded`.
+        """
         if self.relpos_bias is not None:
             position_bias = self.relpos_bias(x.shape[1], x.shape[1], bias_copies(x.shape[0]))
         assert position_bias is not None
         normed = self.pre_self_attention_layer_norm(x)
         keys, values = self.self_attention.keys_values(normed)
         biases = (position_bias, causal_bias(x.shape[1]))
-        y = self.self_attention(normed, keys, values, biases, deterministic=deterministic)
+        y = self.self_attention(normed, keys, values, biases, None, deterministic=deterministic)
         x = constrain(x + self.dropout(y, deterministic=deterministic), ACTIVATIONS)
         cross = self.cross_keys_values(encoded)
-        return self._cross_attention_and_mlp(x, *cross, cross_bias, deterministic=deterministic)
+        return self._cross_attention_and_mlp(x, *cross, padding, deterministic=deterministic)
 
     def decode(
         self,
@@ -332,7 +330,7 @@ class DecoderLayer(nn.Module):
         self_bias: Float[Array, "#B H 1 T"],
         cross_keys: Float[Array, "B H S2 K"],
         cross_values: Float[Array, "B H S2 K"],
-        cross_bias: Float[Array, "B 1 1 S2"],
+        padding: Padding,
     ) -> tuple[Float[Array, "B 1 D"], Segments, Segments]:
         """Runs the layer on one position of each row and returns its output and the new KV cache.
 
@@ -348,7 +346,7 @@ class DecoderLayer(nn.Module):
             self_bias: the position bias of all places of the cache, and the mask of those that
                 hold no token of a row.
             cross_keys, cross_values: the projected states of the encoder.
-            cross_bias: the mask of the encoder's padding.
+            padding: the padding of the encoder's states.
         """
         normed = self.pre_self_attention_layer_norm(x)
         key, value = self.self_attention.keys_values(normed)
@@ -356,9 +354,7 @@ class DecoderLayer(nn.Module):
         self_values = kv_cache.write(self_values, value, position, index)
         parts = kv_cache.parts(self_keys, self_values, position, index)
         x = x + self.self_attention.decode(normed, parts, self_bias)
-        x = self._cross_attention_and_mlp(
-            x, cross_keys, cross_values, cross_bias, deterministic=True
-        )
+        x = self._cross_attention_and_mlp(x, cross_keys, cross_values, padding, deterministic=True)
         return x, self_keys, self_values
 
     def cross_keys_values(self, encoded: Float[Array, "B S D"]) -> tuple[Heads, Heads]:
@@ -369,10 +365,10 @@ class DecoderLayer(nn.Module):
         assert self.relpos_bias is not None
         return self.relpos_bias(length, 1)[..., 0]
 
-    def _cross_attention_and_mlp(self, x, keys, values, bias, *, deterministic):
+    def _cross_attention_and_mlp(self, x, keys, values, padding, *, deterministic):
         normed = self.pre_cross_attention_layer_norm(x)
         y = self.encoder_decoder_attention(
-            normed, keys, values, (bias,), deterministic=deterministic
+            normed, keys, values, (), padding, deterministic=deterministic
         )
         x = constrain(x + self.dropout(y, deterministic=deterministic), ACTIVATIONS)
         y = self.mlp(self.pre_mlp_layer_norm(x), deterministic=deterministic)

@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from gkd_jax.batch import Batch
 from gkd_jax.models import blocks, kv_cache, layers, parameters, quantized
+from gkd_jax.models.attention import Padding
 from gkd_jax.models.kv_cache import Segments
 from gkd_jax.models.parameters import Params, logical_axes, num_params
 from gkd_jax.models.t5_config import T5Config, t5_1_0, t5_1_1
@@ -96,10 +97,10 @@ def init(config: T5Config, key: Key[Array, ""]) -> Params:
 
 def _init_stack(config: T5Config, key: Key[Array, ""], layer: nn.Module, name: str) -> Params:
     num_layers = config.num_encoder_layers if name == "encoder" else config.num_decoder_layers
-    x, mask = jnp.zeros((1, 1, config.d_model)), jnp.zeros((1, 1, 1, 1))
+    x, padding = jnp.zeros((1, 1, config.d_model)), Padding(jnp.zeros((1, 1, 1, 1)))
     # A bias that the layers share is an input of each layer. Its values affect no parameter.
     bias = None if config.per_layer_relpos else jnp.zeros((1, config.num_heads, 1, 1))
-    args = (x, bias, mask) if name == "encoder" else (x, x, bias, mask)
+    args = (x, bias, padding) if name == "encoder" else (x, x, bias, padding)
 
     def init_layer(layer_key):
         return layer.init(layer_key, *args, deterministic=True)["params"]
@@ -138,7 +139,7 @@ def encode(
         mask = inputs != PAD_ID
     else:
         mask = jnp.arange(inputs.shape[1])[None] < input_lengths[:, None]
-    mask_bias = layers.padding_bias(mask)
+    padding = layers.hide_padding(mask, input_lengths)
     position_bias = None
     if not config.per_layer_relpos:
         rows, length = inputs.shape
@@ -150,9 +151,8 @@ def encode(
             layer_params,
             x,
             position_bias,
-            mask_bias,
+            padding,
             deterministic=key is None,
-            lengths=input_lengths,
             rngs=None if key is None else {"dropout": key},
         )
 
@@ -193,7 +193,7 @@ def hidden(
     context = repeat(context, batch.targets.shape[0] // context.states.shape[0])
     encoded = context.states
     stack, layer = params["decoder"], blocks.decoder_layer(config)
-    cross_bias = layers.padding_bias(context.mask)
+    padding = layers.hide_padding(context.mask)
     position_bias = None
     if not config.per_layer_relpos:
         rows, length = batch.targets.shape
@@ -206,7 +206,7 @@ def hidden(
             x,
             encoded,
             position_bias,
-            cross_bias,
+            padding,
             deterministic=key is None,
             rngs=None if key is None else {"dropout": key},
         )
@@ -330,12 +330,12 @@ def decode_step(
     The first tokens to feed are `Context.first`.
     """
     layer = blocks.decoder_layer(config)
-    cross_bias = layers.padding_bias(cache.mask)
+    padding = layers.hide_padding(cache.mask)
     position, length = cache.position, cache.bias.shape[-1] // 2
     of_place_0 = length - 1 - position % length
     bias = lax.dynamic_slice_in_dim(cache.bias, of_place_0, length, axis=2)[:, :, None]
     own = kv_cache.ages(cache, length)[None] <= kv_cache.row_positions(cache)[:, None]
-    own_bias = layers.padding_bias(own)
+    own_bias = layers.hide_padding(own).bias
     stack, indices = params["decoder"], jnp.arange(config.num_decoder_layers)
     decode = _unstack(config, stack["layers"])
 
@@ -352,7 +352,7 @@ def decode_step(
             lax.dynamic_index_in_dim(bias, layer_index) + own_bias,
             cross_keys,
             cross_values,
-            cross_bias,
+            padding,
             method="decode",
         )
 
