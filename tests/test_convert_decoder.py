@@ -15,7 +15,7 @@ import transformers
 from gkd_jax import convert, sharding
 from gkd_jax.batch import Batch
 from gkd_jax.convert import decoder_fields, hf_folder
-from gkd_jax.models import decoder, decoder_config
+from gkd_jax.models import decoder, decoder_config, lm
 from gkd_jax.models.decoder_config import DecoderConfig, Rope
 
 
@@ -214,7 +214,7 @@ def test_composite_folder_of_gemma3(tmp_path):
         jnp.ones(targets.shape),
         input_lengths=jnp.asarray(lengths),
     )
-    logits = decoder.logits(found, params, batch)
+    logits = lm.logits(found, params, batch)
     assert np.max(np.abs(logits - expected)) < 2e-5 * np.max(np.abs(expected))
 
 

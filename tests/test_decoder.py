@@ -51,8 +51,8 @@ def all_logits(config, params, batch):
     fed = jnp.concatenate([context.first[:, None], batch.targets[:, :-1]], axis=1)
     cache = decoder.init_cache(config, read, context, length)
     return (
-        decoder.logits(config, params, batch),
-        decoder.logits(config, params, batch, context=context),
+        lm.logits(config, params, batch),
+        lm.logits(config, params, batch, context=context),
         lax.scan(step, cache, fed.T)[1].swapaxes(0, 1),
     )
 
@@ -84,9 +84,9 @@ def test_several_targets_of_a_prompt_are_as_many_rows():
     rng = np.random.default_rng(1)
     inputs, lengths, _ = decoder_models.prompts_and_targets(rng, LENGTHS)
     targets = rng.integers(0, decoder_models.VOCAB, (9, 6)).astype(np.int32)
-    together = decoder.logits(config, params, batch_of(inputs, lengths, targets))
+    together = lm.logits(config, params, batch_of(inputs, lengths, targets))
     rows = batch_of(np.repeat(inputs, 3, axis=0), np.repeat(lengths, 3), targets)
-    np.testing.assert_allclose(together, decoder.logits(config, params, rows), atol=2e-5)
+    np.testing.assert_allclose(together, lm.logits(config, params, rows), atol=2e-5)
 
 
 def test_rows_of_a_cache_are_taken():
@@ -111,7 +111,7 @@ def test_lengths_are_needed():
     config, params, _ = model("llama")
     batch = Batch(jnp.ones((2, 3), int), jnp.ones((2, 3), int), jnp.ones((2, 3)))
     with pytest.raises(ValueError, match="needs input_lengths"):
-        decoder.logits(config, params, batch)
+        lm.logits(config, params, batch)
 
 
 MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (1, 1, 2), "tensor 6": (1, 1, 6)}
@@ -141,7 +141,7 @@ def test_one_device_equals_a_mesh(mesh):
     batch = batch_of(*decoder_models.prompts_and_targets(rng, tuple(lengths), 8))
 
     def loss(params, batch):
-        logits = jax.nn.log_softmax(decoder.logits(config, params, batch))
+        logits = jax.nn.log_softmax(lm.logits(config, params, batch))
         return jnp.mean(jnp.take_along_axis(logits, batch.targets[..., None], axis=-1))
 
     expected = jax.jit(jax.value_and_grad(loss))(params, batch)
@@ -165,9 +165,9 @@ def test_gradients_do_not_depend_on_how_layers_run(changes):
     batch = batch_of(*decoder_models.prompts_and_targets(np.random.default_rng(0), LENGTHS))
 
     def gradient(config):
-        return jax.jit(
-            jax.grad(lambda params: jnp.mean(decoder.logits(config, params, batch) ** 2))
-        )(params)
+        return jax.jit(jax.grad(lambda params: jnp.mean(lm.logits(config, params, batch) ** 2)))(
+            params
+        )
 
     expected = gradient(config)
     found = gradient(dataclasses.replace(config, **changes))
@@ -188,7 +188,7 @@ def test_gradients_equal_torch():
     theirs.zero_grad()
     torch.square(theirs(input_ids=text).logits[:, 4:-1]).mean().backward()
     batch = batch_of(inputs, lengths, targets)
-    found = jax.grad(lambda params: jnp.mean(decoder.logits(config, params, batch) ** 2))(params)
+    found = jax.grad(lambda params: jnp.mean(lm.logits(config, params, batch) ** 2))(params)
     layer = found["decoder"]["layers"]
     attention = theirs.model.layers[1].self_attn
     for ours, weight in (
@@ -220,7 +220,7 @@ def test_bfloat16_is_near_float32():
     config, params, _ = model("gemma3")
     inputs, lengths, targets = decoder_models.prompts_and_targets(np.random.default_rng(0), LENGTHS)
     batch = batch_of(inputs, lengths, targets)
-    expected = decoder.logits(config, params, batch)
+    expected = lm.logits(config, params, batch)
     for found in all_logits(dataclasses.replace(config, dtype="bfloat16"), params, batch):
         assert found.dtype == jnp.float32
         assert np.mean(np.abs(found - expected)) < 0.05

@@ -12,7 +12,7 @@ import pytest
 
 from gkd_jax import sharding
 from gkd_jax.batch import Batch
-from gkd_jax.models import decoder, decoder_sizes, splash
+from gkd_jax.models import decoder, decoder_sizes, lm, splash
 from gkd_jax.models.grouped_attention import NO_WINDOW
 from gkd_jax.planning import hlo, hlo_text, precompile, topologies
 
@@ -108,7 +108,7 @@ def test_decoders_take_the_kernel_where_they_can(monkeypatch):
     ids = jax.random.randint(jax.random.key(1), (2, 256), 1, 64)
     lengths = jnp.array([128, 60])
     batch = Batch(ids[:, :128], ids[:, 128:], jnp.ones((2, 128)), input_lengths=lengths)
-    wanted = decoder.logits(config, params, batch)
+    wanted = lm.logits(config, params, batch)
     calls = []
 
     def always(queries, keys):
@@ -116,7 +116,7 @@ def test_decoders_take_the_kernel_where_they_can(monkeypatch):
         return True
 
     monkeypatch.setattr(splash, "serves", always)
-    found = decoder.logits(config, params, batch)
+    found = lm.logits(config, params, batch)
     assert calls == [(2, 4, 256, 64)]
     np.testing.assert_allclose(found, wanted, atol=2e-5 * float(jnp.max(jnp.abs(wanted))))
 

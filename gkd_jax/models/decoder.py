@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from gkd_jax.batch import Batch
-from gkd_jax.models import decoder_block, kv_cache, layers, parameters, quantized
+from gkd_jax.models import decoder_block, kv_cache, layers, parameters, quantized, rope
 from gkd_jax.models.decoder_config import DecoderConfig, Rope, from_fields
 from gkd_jax.models.grouped_attention import NOWHERE, Sight, masked_scores
 from gkd_jax.models.kv_cache import Segments
@@ -203,19 +203,6 @@ def hidden(
     return constrain(decoder_block.final_norm(config, params, states), layers.ACTIVATIONS)
 
 
-def logits(
-    config: DecoderConfig,
-    params: Params,
-    batch: Batch,
-    *,
-    context: Context | None = None,
-    dropout_key: Key[Array, ""] | None = None,
-) -> Float[Array, "N T V"]:
-    """Returns teacher-forced float32 logits; those at position t predict `batch.targets[:, t]`."""
-    states = hidden(config, params, batch, context=context, dropout_key=dropout_key)
-    return apply_head(config, params, states)
-
-
 def apply_head(
     config: DecoderConfig, params: Params, states: Float[Array, "*B D"]
 ) -> Float[Array, "*B V"]:
@@ -320,7 +307,7 @@ def decode_step(
         layer, window = quantized.restore(layer), jnp.asarray(window)
         normed = decoder_block.norm(config, layer["pre_self_attention_layer_norm"], x)
         query, key, value = decoder_block.heads(
-            config, layer["self_attention"], normed, decoder_block.pick(rotation, kind)
+            config, layer["self_attention"], normed, rope.select(rotation, kind)
         )
         keys = kv_cache.write(keys, key, position, index)
         values = kv_cache.write(values, value, position, index)
@@ -413,7 +400,7 @@ def _run(
         layer = quantized.restore(layer)
         normed = decoder_block.norm(config, layer["pre_self_attention_layer_norm"], x)
         query, own_keys, own_values = decoder_block.heads(
-            config, layer["self_attention"], normed, decoder_block.pick(rotation, kind)
+            config, layer["self_attention"], normed, rope.select(rotation, kind)
         )
         all_keys, all_values = own_keys, own_values
         if past is not None:

@@ -8,7 +8,6 @@ Axes: N rows, T tokens, D model, H query heads, G key heads, K head dim, L layer
 """
 
 import math
-from typing import Any
 
 import jax
 from jax import lax
@@ -20,10 +19,7 @@ from gkd_jax.models import grouped_attention, layers, rope, splash
 from gkd_jax.models.decoder_config import DecoderConfig
 from gkd_jax.models.grouped_attention import NO_WINDOW, Sight
 from gkd_jax.models.parameters import Params
-from gkd_jax.sharding import constrain, num_batch_shards, num_shards
-
-
-_SCORES_IN_CACHE = 2**23  # the most attention scores (float32) that stay in a CPU's cache
+from gkd_jax.sharding import constrain, num_shards
 
 
 def attend(
@@ -55,7 +51,6 @@ def attend(
             scale=score_scale(config),
             softcap=config.attention_softcap,
         )
-    large = math.prod(query.shape[:3]) * keys.shape[2] > _SCORES_IN_CACHE
     return grouped_attention.attend(
         query,
         keys,
@@ -63,7 +58,7 @@ def attend(
         sight,
         scale=score_scale(config),
         softcap=config.attention_softcap,
-        by_row=config.attention_by_row and large and num_batch_shards() == 1,
+        by_row=config.attention_by_row and layers.gains_by_row(query, keys),
         is_causal=is_causal and not any(config.windows),
     )
 
@@ -203,10 +198,3 @@ def per_layer(config: DecoderConfig) -> tuple[Int[np.ndarray, " L"], Int[np.ndar
 def rotations(config: DecoderConfig, positions: Int[Array, "N T"]) -> rope.Rotation:
     """Returns the rotations at these positions for each kind of rotary embeddings."""
     return rope.rotations(config.ropes, config.head_dim, positions, config.dtype)
-
-
-def pick(rotation: rope.Rotation, kind: Any) -> rope.Rotation:
-    """Returns the rotations of one kind; a single kind is picked without a dynamic slice."""
-    if rotation.cos.shape[0] == 1:
-        return rope.Rotation(rotation.cos[0], rotation.sin[0])
-    return rope.select(rotation, kind)

@@ -109,8 +109,10 @@ def _yarn(rope: Rope, head_dim: int, powers: np.ndarray, plain: np.ndarray) -> n
     return (stretched * (1 - keep) + plain * keep).astype(np.float32)
 
 
-def select(rotation: Rotation, index: Int[Array, ""] | int) -> Rotation:
+def select(rotation: Rotation, index: Int[Array, ""] | np.integer | int) -> Rotation:
     """Returns the rotations of one kind; `index` may be traced."""
+    if rotation.cos.shape[0] == 1:  # no dynamic slice for the only kind
+        return Rotation(rotation.cos[0], rotation.sin[0])
     return Rotation(
         *(jax.lax.dynamic_index_in_dim(x, jnp.asarray(index), keepdims=False) for x in rotation)
     )

@@ -34,7 +34,6 @@ with answers of full length or, where MEAN_LENGTH is set, of geometric lengths:
 
 from collections.abc import Callable, Mapping
 import dataclasses
-import functools
 import json
 import resource
 import sys
@@ -52,7 +51,7 @@ from gkd_jax.input import data
 from gkd_jax.models import lm
 from gkd_jax.planning import bench_sampling, hlo, hlo_text
 from gkd_jax.storage.pretrained import initial_params
-from gkd_jax.training import program, sizes, teachers, throughput, train_state
+from gkd_jax.training import program, sizes, teachers, throughput
 from gkd_jax.training.recipe import Recipe
 
 
@@ -210,25 +209,17 @@ def _time_phases(
     return times
 
 
-def _random_models(
-    built: program.Program,
-) -> tuple[TrainState, lm.Params | None]:
+def _random_models(built: program.Program) -> tuple[TrainState, lm.Params | None]:
     """Returns a student with its optimizer's state, and a teacher, both with random weights."""
-
     models = {
         name: dataclasses.replace(model, checkpoint=None, size=model.size or "tiny")
         for name, model in built.recipe.models.items()
     }
     recipe = built.recipe.with_models(models)
-    create = functools.partial(
-        train_state.create,
-        optimizer=built.learner.optimizer,
-        with_average=built.state.average is not None,
-    )
     params = initial_params(
         recipe.student, built.models.student, built.state.params, jax.random.key(0), "bench"
     )
-    state = jax.jit(create, out_shardings=program.shardings_of(built.state))(params)
+    state = program.initial_state(built, params)
     return state, teachers.initial_params(recipe, built.learner, built.teacher, "bench")
 
 

@@ -8,6 +8,7 @@ Axes: S source, T target.
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import functools
 import sys
 from typing import Any, NamedTuple
 
@@ -255,6 +256,16 @@ def _check_batch(batch_size: int, num_microbatches: int, mesh: Mesh) -> None:
             f"num_microbatches={num_microbatches} does not divide the batch size {batch_size}"
         )
     sharding.check_batch_size(batch_size // num_microbatches, mesh)
+
+
+def initial_state(program: Program, params: lm.Params) -> TrainState:
+    """Returns the student's state before the first update, from its parameters."""
+    create = functools.partial(
+        train_state.create,
+        optimizer=program.learner.optimizer,
+        with_average=program.state.average is not None,
+    )
+    return jax.jit(create, out_shardings=shardings_of(program.state))(params)
 
 
 def shardings_of(shapes: Any) -> Any:

@@ -23,10 +23,16 @@ from gkd_jax.training import (
     run_record,
     save_times,
     teachers,
-    train_state,
 )
 from gkd_jax.training.evaluations import Evaluations
-from gkd_jax.training.program import Program, build, compile_steps, model_info, plan, shardings_of
+from gkd_jax.training.program import (
+    Program,
+    build,
+    compile_steps,
+    initial_state,
+    model_info,
+    plan,
+)
 from gkd_jax.training.recipe import Recipe, TrainConfig
 from gkd_jax.training.rollouts import Rollouts
 from gkd_jax.training.source import Source, open_source
@@ -116,7 +122,13 @@ def train(
 
         #### Compilation of every kind of step #####################################################
         rollouts = Rollouts(program, source, compile_steps(program), stream, clock)
-        shown = _progress(recipe, start, name)
+        shown = progress.Progress(
+            recipe.train.train_steps,
+            start=start,
+            every=recipe.train.log_period,
+            name=name,
+            silent=jax.process_index() > 0,
+        )
         closing.callback(shown.close)
         log = StepLog(writer, shown, program)
 
@@ -133,23 +145,27 @@ def train(
         if evaluate is not None and start == 0:
             evaluate_at(0)
         times = save_times.SaveTimes(recipe.train.save_period)
+        eval_period = recipe.train.eval_period or recipe.train.train_steps
         for step in range(start, recipe.train.train_steps):
             done = step + 1
-            evaluates = evaluate is not None and _is_due(done, recipe.train.eval_period, recipe)
-            saves = times.is_due(done) or evaluates or done == recipe.train.train_steps
+            is_last = done == recipe.train.train_steps
+            evaluates = evaluate is not None and (is_last or done % eval_period == 0)
+            saves = times.is_due(done) or evaluates or is_last
             # Never draw ahead across a checkpoint: it stores the stream's position, but no samples.
             ahead = recipe.train.sample_ahead and not stopping and not saves
 
             rollout = rollouts.draw(step, state.params, draw_next=ahead)
             rewards = rollouts.reward(rollout)
-            extra = () if rewards is None else (_placed(rewards.advantages, program),)
+            extra = ()
+            if rewards is not None:
+                extra = (data.place_array(rewards.advantages, program.mesh),)
             began = time.monotonic()
             state, values = rollout.update(
                 state, teacher_params, rollout.batch, rollout.keys.dropout, *extra
             )
-            # While the device works on this step, the host waits for the previous step and logs it.
             if recipe.train.sample_ahead and rollout.sample is not None:
                 values = {**values, "staleness": float(rollout.is_early)}
+            # While the device works on this step, the host waits for the previous step and logs it.
             log.add(step, rollout, rewards, values, clock.seconds(began, values["loss"]))
 
             stopping |= told_to_stop(done)
@@ -163,7 +179,7 @@ def train(
                 evaluate_at(done)
             if saves:
                 times.saved()
-            if stops and done < recipe.train.train_steps:
+            if stops and not is_last:
                 advice = "run the same command to go on"
                 print(f"{interruption.name}: saved step {done}; {advice}", file=sys.stderr)
                 raise SystemExit(interruption.status)
@@ -191,25 +207,6 @@ def _with_local_files(
         recipe.data, pinned | commits, dry_run=dry_run
     )
     return dataclasses.replace(recipe.with_models(models), data=chosen), commits | found
-
-
-def _is_due(done: int, period: int | None, recipe: Recipe) -> bool:
-    """Whether something periodic is due after `done` steps; it also is at the end of the run."""
-    return done == recipe.train.train_steps or (period is not None and done % period == 0)
-
-
-def _placed(advantages: Any, program: Program) -> jax.Array:
-    return data.place_array(advantages, program.mesh)
-
-
-def _progress(recipe: Recipe, start: int, name: str) -> progress.Progress:
-    return progress.Progress(
-        recipe.train.train_steps,
-        start=start,
-        every=recipe.train.log_period,
-        name=name,
-        silent=jax.process_index() > 0,
-    )
 
 
 def _check_dry(
@@ -334,13 +331,7 @@ class _Run:
                 jax.random.key(recipe.train.seed),
                 "student",
             )
-            create = functools.partial(
-                train_state.create,
-                optimizer=program.learner.optimizer,
-                with_average=program.state.average is not None,
-            )
-            state = jax.jit(create, out_shardings=shardings_of(program.state))(params)
-            return 0, state, stream
+            return 0, initial_state(program, params), stream
         new_stream = any(change["field"].startswith("data.") for change in self.changes)
         step, state = self.checkpoints.restore_newest(program.state, None if new_stream else stream)
         print(f"resumed from step {step} of {self.folder}", file=sys.stderr)
