@@ -38,7 +38,7 @@ def test_sizes_have_the_published_number_of_parameters(family, size):
     config = getattr(decoder_sizes, family)(size)
     assert decoder.num_params(lm.abstract_params(config)) == PUBLISHED[family, size]
     # A class of transformers has these switches, and as many parameters with them.
-    fields = decoder_fields.write(config, "float32")
+    fields = decoder_fields.config_fields(config, "float32")
     assert decoder_fields.read(fields) == config
     with torch.device("meta"):
         theirs = transformers.AutoModelForCausalLM.from_config(

@@ -10,13 +10,15 @@ The functions detect the format of a folder from its files. Checkpoints in gkd_j
 
 import os
 import pathlib
+import shutil
 from typing import Any
 
 from gkd_jax.convert import decoder_fields, decoder_huggingface, hf_folder, huggingface, t5x
 from gkd_jax.convert.formats import Format, detect, t5x_root
 from gkd_jax.convert.layout import Layout, t5x_layout
-from gkd_jax.convert.stored import FLOATS, Stored, as_dtype, check, read_tree
+from gkd_jax.convert.stored import FLOATS, Stored, as_dtype, as_stored_dtype, check, read_tree
 from gkd_jax.convert.t5x_write import write_t5x
+from gkd_jax.convert.writing import complete_folder, unwritten
 from gkd_jax.models import t5
 from gkd_jax.models.decoder_config import DecoderConfig
 
@@ -99,9 +101,7 @@ def check_arrays(path: str, config: t5.T5Config | DecoderConfig) -> None:
 
 def _open(path: str, config: t5.T5Config | DecoderConfig) -> tuple[Layout, dict[str, Stored]]:
     if _foreign(path) == "hf":
-        if isinstance(config, DecoderConfig):
-            return decoder_huggingface.open_model(path, config)
-        return huggingface.open_model(path, config)
+        return _family(config).open_model(path, config)
     if isinstance(config, DecoderConfig):
         raise ValueError(f"{path} is a T5X checkpoint, which holds T5s, not a decoder-only model")
     opened = t5x.open_arrays(path)
@@ -151,23 +151,31 @@ def write_hf(
     Raises:
         ValueError: if the folder exists or is remote, or if transformers has no such model.
     """
-    folder = None if source is None else pathlib.Path(source)
-    if isinstance(config, DecoderConfig):
-        decoder_huggingface.write(
-            path, config, params, dtype=dtype, num_pieces=num_pieces, source=folder, card=card
-        )
-    else:
-        huggingface.write(
-            path, config, params, dtype=dtype, num_pieces=num_pieces, source=folder, card=card
-        )
+    family = _family(config)
+    kind = as_stored_dtype(dtype)
+    fields = family.config_fields(config, dtype)
+    arrays = unwritten(family.hf_layout(config), params)
+    beside = None if source is None else pathlib.Path(source)
+    if beside is not None and family is decoder_huggingface:  # a T5's special ids are built in
+        fields |= hf_folder.token_ids(beside)
+    with complete_folder(path) as folder:
+        hf_folder.write_weights(folder, arrays, kind)
+        hf_folder.write_json(folder / "config.json", fields)
+        for file in () if beside is None else hf_folder.companions(beside):
+            shutil.copy(file, folder)
+        family.write_generation(folder, config, num_pieces)
+        if card is not None:
+            (folder / "README.md").write_text(card, "utf-8")
 
 
 def check_hf(config: t5.T5Config | DecoderConfig) -> None:
     """Raises ValueError if no class of transformers computes this model."""
-    if isinstance(config, DecoderConfig):
-        decoder_fields.model_type(config)
-    else:
-        huggingface.check_hf(config)
+    _family(config).config_fields(config, "float32")
+
+
+def _family(config: t5.T5Config | DecoderConfig) -> Any:
+    """Returns the module with the functions for a model's family in Hugging Face folders."""
+    return decoder_huggingface if isinstance(config, DecoderConfig) else huggingface
 
 
 def _foreign(path: str) -> Format:

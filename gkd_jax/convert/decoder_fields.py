@@ -318,7 +318,7 @@ def _numbers_only(config: DecoderConfig) -> DecoderConfig:
     return dataclasses.replace(config, **{name: defaults[name] for name in choices})
 
 
-def write(config: DecoderConfig, dtype: str) -> dict[str, Any]:
+def config_fields(config: DecoderConfig, dtype: str) -> dict[str, Any]:
     """Returns the `config.json` of a model, with the keys of transformers 4 and of transformers 5.
 
     Args:

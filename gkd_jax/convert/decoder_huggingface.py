@@ -1,21 +1,18 @@
 """Reads and writes decoder-only models in Hugging Face folders: config.json and safetensors."""
 
 import pathlib
-import shutil
 from typing import Any
 
-import jax
-import numpy as np
-
 from gkd_jax.convert import decoder_fields, hf_folder
-from gkd_jax.convert.layout import Entry, Layout, Part, flatten, to_stored
-from gkd_jax.convert.stored import Stored, as_stored_dtype, check, same
-from gkd_jax.convert.writing import check_on_this_host, complete_folder
-from gkd_jax.models import decoder, lm
+from gkd_jax.convert.decoder_fields import config_fields
+from gkd_jax.convert.layout import Entry, Layout, Part, flatten
+from gkd_jax.convert.stored import Stored, check, same
+from gkd_jax.models import lm
 from gkd_jax.models.decoder_config import DecoderConfig
 
 
-_GENERATION = "generation_config.json"
+__all__ = ["config_fields", "hf_layout", "open_model", "read_config", "write_generation"]
+
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Names of the text model's arrays start with one of these prefixes or with none of them. Longer
 # prefixes come first, because the first match is removed.
@@ -140,56 +137,7 @@ def _part(name: str, shape: tuple[int, ...], kind: str) -> Part:
     return Part(name, shape, tuple((axis,) for axis in range(len(shape))))
 
 
-def write(
-    path: str,
-    config: DecoderConfig,
-    params: decoder.Params,
-    *,
-    dtype: str,
-    num_pieces: int | None = None,
-    source: pathlib.Path | None = None,
-    card: str | None = None,
-) -> None:
-    """Writes a folder that transformers, vLLM and llama.cpp's converter read.
-
-    Args:
-        path: the folder to create. It appears under this name only when it is complete.
-        config: the model's sizes.
-        params: the model's parameters.
-        dtype: the dtype of the stored weights: "float32", "bfloat16" or "float16".
-        num_pieces: the number of pieces in the vocabulary; None if unknown. The ids beyond it are
-            written as `suppress_tokens`.
-        source: the Hugging Face folder from which the model was initialised. Its tokenizer, chat
-            template, generation settings and licence are copied.
-        card: the text of README.md; None writes no README.md.
-
-    Raises:
-        ValueError: if the folder exists or is remote, or if transformers has no such model.
-    """
-    kind = as_stored_dtype(dtype)
-    fields = decoder_fields.write(config, dtype)
-    leaves = flatten(params)
-    check_on_this_host(leaves)
-    arrays = [
-        (part.name, part.shape, _maker(leaves[key], part, layer if entry.by_layer else None))
-        for key, entry in hf_layout(config).items()
-        for layer, part in enumerate(entry.parts)
-    ]
-    with complete_folder(path) as folder:
-        hf_folder.write_weights(folder, arrays, kind)
-        if source is not None:
-            fields |= hf_folder.token_ids(source)
-            for file in hf_folder.companions(source):
-                shutil.copy(file, folder)
-        hf_folder.write_json(folder / "config.json", fields)
-        _suppress_spare_ids(folder, config, num_pieces)
-        if card is not None:
-            (folder / "README.md").write_text(card, "utf-8")
-
-
-def _suppress_spare_ids(
-    folder: pathlib.Path, config: DecoderConfig, num_pieces: int | None
-) -> None:
+def write_generation(folder: pathlib.Path, config: DecoderConfig, num_pieces: int | None) -> None:
     """Makes transformers never generate the ids of the embedding that no piece has.
 
     Training does not change the rows of these ids, so their logits mean nothing. Where the folder
@@ -199,17 +147,7 @@ def _suppress_spare_ids(
     spare = [] if num_pieces is None else list(range(num_pieces, config.vocab_size))
     if not spare:
         return
-    file = folder / _GENERATION
+    file = folder / hf_folder.GENERATION
     fields = hf_folder.read_json(file) if file.is_file() else hf_folder.token_ids(folder)
     suppressed = sorted({*(fields.get("suppress_tokens") or ()), *spare})
     hf_folder.write_json(file, {**fields, "suppress_tokens": suppressed})
-
-
-def _maker(leaf: Any, part: Part, layer: int | None):
-    """Returns a function that copies one stored array to the host when its file is written."""
-
-    def make() -> np.ndarray:
-        value = leaf if layer is None else leaf[layer]
-        return to_stored(np.asarray(jax.device_get(value)), part.axes, part.shape)
-
-    return make

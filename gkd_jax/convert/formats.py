@@ -5,7 +5,8 @@ from typing import Literal
 from etils import epath
 
 
-Format = Literal["gkd", "hf", "t5x_native", "t5x_orbax_msgpack", "t5x_orbax_ocdbt"]
+Format = Literal["gkd", "hf", "t5x"]
+_T5X_INDICES = ("checkpoint", "manifest.ocdbt")
 
 _LOOKED_FOR = (
     "gkd_jax: checkpoints/ (a MODEL_DIR), or params/ and model/ (one step); "
@@ -37,11 +38,8 @@ def detect(path: str) -> Format:
     ]
     if (folder / "config.json").is_file() and weights:
         return "hf"
-    for root in (folder, folder / "state"):
-        if (root / "manifest.ocdbt").is_file():
-            return "t5x_orbax_ocdbt"
-        if (root / "checkpoint").is_file():
-            return _kind_of_msgpack(root)
+    if any((t5x_root(path) / name).is_file() for name in _T5X_INDICES):
+        return "t5x"
     raise ValueError(f"{path} is no known checkpoint. {_hint(folder, weights)}")
 
 
@@ -56,22 +54,7 @@ def _children(folder: epath.Path) -> list[epath.Path]:
 def t5x_root(path: str) -> epath.Path:
     """Returns the folder that holds a T5X checkpoint's arrays: `path` itself or `path`/state."""
     folder = epath.Path(path)
-    state = folder / "state"
-    for name in ("checkpoint", "manifest.ocdbt"):
-        if (folder / name).is_file():
-            return folder
-    return state
-
-
-def _kind_of_msgpack(root: epath.Path) -> Format:
-    # The index that T5X wrote itself is a map with the keys "version" and "optimizer"; the index
-    # that Orbax wrote is the tree of the state without these keys. Reading the first bytes tells
-    # them apart, because msgpack writes a key as its length (\xa7 is 7 bytes, \xa9 is 9 bytes)
-    # followed by its text.
-    with (root / "checkpoint").open("rb") as file:
-        start = file.read(64)
-    native = b"\xa7version" in start or b"\xa9optimizer" in start
-    return "t5x_native" if native else "t5x_orbax_msgpack"
+    return folder if any((folder / name).is_file() for name in _T5X_INDICES) else folder / "state"
 
 
 def _hint(folder: epath.Path, weights: list[str]) -> str:

@@ -5,7 +5,7 @@ a file into memory and copies only the requested slices. When the package opens 
 the sizes, offsets and dtypes in the file's header.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 import json
 import math
 import pathlib
@@ -18,22 +18,18 @@ import safetensors
 import safetensors.numpy
 
 from gkd_jax.convert.stored import Index, Stored
+from gkd_jax.convert.writing import Unwritten
 
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
+GENERATION = "generation_config.json"
 # The files that stay valid for a model after its weights have been trained further.
 _COMPANIONS = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
     *("spiece.model", "sentencepiece*.model", "chat_template*", "additional_chat_templates"),
-    *("generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*"),
+    *(GENERATION, "LICENSE*", "NOTICE*", "USE_POLICY*"),
 )
-Array = tuple[str, tuple[int, ...], Callable[[], np.ndarray]]
-"""An array that is yet to be written: its name, its shape and a function that makes its values.
-
-The function is called when the turn of the array comes, so that memory holds few arrays at a time.
-"""
-
 _LARGEST_FILE = 5 * 10**9  # Bytes; the default of transformers for one of several files.
 _DTYPES = {
     "F64": np.dtype(np.float64),
@@ -111,7 +107,7 @@ def token_ids(folder: pathlib.Path) -> dict[str, Any]:
     """
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     found: dict[str, Any] = {}
-    for file in (folder / "config.json", folder / "generation_config.json"):
+    for file in (folder / "config.json", folder / GENERATION):
         fields = read_json(file) if file.is_file() else {}
         fields = {**(fields.get("text_config") or {}), **fields}
         found |= {name: fields[name] for name in names if fields.get(name) is not None}
@@ -180,7 +176,7 @@ def _stored(opened: Any, name: str, file: pathlib.Path) -> Stored:
     return Stored(name=name, shape=shape, dtype=_DTYPES[dtype], read=read)
 
 
-def write_weights(folder: pathlib.Path, arrays: Iterable[Array], dtype: np.dtype) -> None:
+def write_weights(folder: pathlib.Path, arrays: Iterable[Unwritten], dtype: np.dtype) -> None:
     """Writes arrays to one safetensors file, or to several and an index beyond 5 GB.
 
     All arrays of one file are in host memory at the same time, because the package writes a file
@@ -191,10 +187,10 @@ def write_weights(folder: pathlib.Path, arrays: Iterable[Array], dtype: np.dtype
         arrays: the arrays to write.
         dtype: the dtype of the stored arrays.
     """
-    files: list[list[Array]] = [[]]
+    files: list[list[Unwritten]] = [[]]
     size = total = 0
     for array in arrays:
-        length = math.prod(array[1]) * dtype.itemsize
+        length = math.prod(array.part.shape) * dtype.itemsize
         if files[-1] and size + length > _LARGEST_FILE:
             files.append([])
             size = 0
@@ -203,7 +199,7 @@ def write_weights(folder: pathlib.Path, arrays: Iterable[Array], dtype: np.dtype
     places = {}
     for number, content in enumerate(files, 1):
         file = f"model-{number:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else WEIGHTS
-        tensors = {name: np.ascontiguousarray(make(), dtype) for name, _, make in content}
+        tensors = {one.part.name: np.ascontiguousarray(one.values(), dtype) for one in content}
         safetensors.numpy.save_file(tensors, folder / file, {"format": "pt"})
         places |= dict.fromkeys(tensors, file)
     if len(files) > 1:

@@ -1,16 +1,11 @@
 """Reads and writes T5, mT5 and umT5 models in Hugging Face folders: config.json and safetensors."""
 
 import pathlib
-import shutil
 from typing import Any
 
-import jax
-import numpy as np
-
 from gkd_jax.convert import hf_folder
-from gkd_jax.convert.layout import Layout, flatten, hf_layout, to_stored
-from gkd_jax.convert.stored import Stored, as_stored_dtype, check, same
-from gkd_jax.convert.writing import check_on_this_host, complete_folder
+from gkd_jax.convert.layout import Layout, hf_layout
+from gkd_jax.convert.stored import Stored, check, same
 from gkd_jax.models import t5
 
 
@@ -42,7 +37,6 @@ _SIZES = {
     "relative_attention_num_buckets": "relpos_buckets",
     "relative_attention_max_distance": "relpos_max_distance",
 }
-_GENERATION = "generation_config.json"
 _SPECIAL_IDS = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
 # Generation settings with which transformers would generate other tokens than gkd_jax.
 _FORCED = (
@@ -105,8 +99,8 @@ def _check_special_ids(folder: pathlib.Path, config: dict[str, Any]) -> None:
     target. Some models, such as MADLAD-400 and CodeT5, have the architecture of T5 but other ids.
     """
     files = {"config.json": config}
-    if (folder / _GENERATION).is_file():
-        files[_GENERATION] = hf_folder.read_json(folder / _GENERATION)
+    if (folder / hf_folder.GENERATION).is_file():
+        files[hf_folder.GENERATION] = hf_folder.read_json(folder / hf_folder.GENERATION)
     wrong = []
     for file, fields in files.items():
         for name, usual in _SPECIAL_IDS.items():
@@ -204,64 +198,28 @@ def _has_own_head(arrays: dict[str, Stored]) -> bool:
 # Writing ------------------------------------------------------------------------------------------
 
 
-def write(
-    path: str,
-    config: t5.T5Config,
-    params: t5.Params,
-    *,
-    dtype: str,
-    num_pieces: int | None = None,
-    source: pathlib.Path | None = None,
-    card: str | None = None,
-) -> None:
-    """Writes a T5 to a Hugging Face folder; see `gkd_jax.convert.write_hf` for the arguments."""
-    kind = as_stored_dtype(dtype)
-    fields = _config_fields(config, dtype)
-    leaves = flatten(params)
-    check_on_this_host(leaves)
-    layout = hf_layout(config)
-    arrays = [
-        (part.name, part.shape, _maker(leaves[key], part, layer if entry.by_layer else None))
-        for key, entry in layout.items()
-        for layer, part in enumerate(entry.parts)
-    ]
-    with complete_folder(path) as folder:
-        hf_folder.write_weights(folder, arrays, kind)
-        hf_folder.write_json(folder / "config.json", fields)
-        for file in () if source is None else hf_folder.companions(source):
-            shutil.copy(file, folder)
-        generation = _generation(config, num_pieces)
-        # Keep the settings that were copied from the source, apart from the keys written here.
-        if (folder / _GENERATION).is_file():
-            generation = {**hf_folder.read_json(folder / _GENERATION), **generation}
-        hf_folder.write_json(folder / _GENERATION, generation)
-        if card is not None:
-            (folder / "README.md").write_text(card, "utf-8")
+def write_generation(folder: pathlib.Path, config: t5.T5Config, num_pieces: int | None) -> None:
+    """Writes generation_config.json, which suppresses the ids that no vocabulary piece has.
 
-
-def check_hf(config: t5.T5Config) -> None:
-    """Raises ValueError if no class of transformers computes this T5."""
-    _config_fields(config, "float32")
-
-
-def _generation(config: t5.T5Config, num_pieces: int | None) -> dict[str, Any]:
-    """Returns generation_config.json, which suppresses the ids that no vocabulary piece has."""
+    Settings that are in the folder already are kept, apart from the keys written here.
+    """
     spare = [] if num_pieces is None else list(range(num_pieces, config.vocab_size))
-    return {**_SPECIAL_IDS, **({"suppress_tokens": spare} if spare else {})}
+    fields = {**_SPECIAL_IDS, **({"suppress_tokens": spare} if spare else {})}
+    file = folder / hf_folder.GENERATION
+    before = hf_folder.read_json(file) if file.is_file() else {}
+    hf_folder.write_json(file, {**before, **fields})
 
 
-def _maker(leaf, part, layer):
-    """Returns a function that copies one stored array to the host when its file is written."""
+def config_fields(config: t5.T5Config, dtype: str) -> dict[str, Any]:
+    """Returns the fields of a T5's config.json.
 
-    def make() -> np.ndarray:
-        value = leaf if layer is None else leaf[layer]
-        return to_stored(np.asarray(jax.device_get(value)), part.axes, part.shape)
+    Args:
+        config: the model's sizes.
+        dtype: the name of the dtype of the stored weights.
 
-    return make
-
-
-def _config_fields(config: t5.T5Config, dtype: str) -> dict[str, Any]:
-    """Returns the fields of config.json; raises ValueError if transformers has no such T5."""
+    Raises:
+        ValueError: if no class of transformers computes this T5.
+    """
     # Several names may mean one activation; `reversed` makes the first of them the written one.
     names = {acts: name for name, acts in reversed(_ACTIVATIONS.items())}
     if config.mlp_activations not in names:

@@ -5,14 +5,13 @@ import math
 import pathlib
 from typing import Any
 
-import jax
 import msgpack
 import numpy as np
 import tensorstore as ts
 
-from gkd_jax.convert.layout import flatten, t5x_layout, to_stored, unflatten
+from gkd_jax.convert.layout import t5x_layout, unflatten
 from gkd_jax.convert.stored import as_dtype
-from gkd_jax.convert.writing import check_on_this_host, complete_folder
+from gkd_jax.convert.writing import complete_folder, unwritten
 from gkd_jax.models import t5
 
 
@@ -48,18 +47,13 @@ def write_t5x(
     if step < 0:
         raise ValueError(f"step must be at least 0, got {step}")
     kind = as_dtype(dtype)
-    layout = t5x_layout(config, scanned=config.per_layer_relpos)
-    leaves = flatten(params)
-    check_on_this_host(leaves)
+    arrays = unwritten(t5x_layout(config, scanned=config.per_layer_relpos), params)
     target = f"{path.rstrip('/')}/checkpoint_{step}"
     index: dict[str, Any] = {"state.step": _packed(np.asarray(step, np.int32))}
     with complete_folder(target) as folder:
-        for key, entry in layout.items():
-            for layer, part in enumerate(entry.parts):
-                value = leaves[key][layer] if entry.by_layer else leaves[key]
-                array = to_stored(np.asarray(jax.device_get(value)), part.axes, part.shape)
-                name = f"target.{part.name}"
-                index[name] = _write_array(folder, name, array.astype(kind), dtype)
+        for array in arrays:
+            name = f"target.{array.part.name}"
+            index[name] = _write_array(folder, name, array.values().astype(kind), dtype)
         # The optimizer's `param_states` are left out: T5X would read an empty map as an array.
         tree = unflatten(index, separator=".")
         with (folder / "checkpoint").open("wb") as file:

@@ -5,7 +5,13 @@ import contextlib
 import pathlib
 import secrets
 import shutil
-from typing import Any
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from gkd_jax.convert.layout import Layout, Part, flatten, to_stored
+from gkd_jax.models.parameters import Params
 
 
 @contextlib.contextmanager
@@ -34,12 +40,41 @@ def complete_folder(path: str) -> Iterator[pathlib.Path]:
         raise
 
 
-def check_on_this_host(leaves: dict[str, Any]) -> None:
-    """Checks that this process can read every array, which the writers need.
+class Unwritten(NamedTuple):
+    """An array that is yet to be written; memory holds its values only when its turn comes.
+
+    Attributes:
+        part: the name and the form of the stored array.
+        leaf: the parameter.
+        layer: the layer of the parameter that the stored array holds; None if it holds all of it.
+    """
+
+    part: Part
+    leaf: Any
+    layer: int | None
+
+    def values(self) -> np.ndarray:
+        """Copies the values to the host, in the form of the stored array."""
+        value = self.leaf if self.layer is None else self.leaf[self.layer]
+        return to_stored(np.asarray(jax.device_get(value)), self.part.axes, self.part.shape)
+
+
+def unwritten(layout: Layout, params: Params) -> list[Unwritten]:
+    """Returns the stored arrays of a model in the order of its parameters.
 
     Raises:
-        ValueError: if a part of an array is only on the devices of another process.
+        ValueError: if a part of a parameter is only on the devices of another process.
     """
+    leaves = flatten(params)
+    _check_on_this_host(leaves)
+    return [
+        Unwritten(part, leaves[path], layer if entry.by_layer else None)
+        for path, entry in layout.items()
+        for layer, part in enumerate(entry.parts)
+    ]
+
+
+def _check_on_this_host(leaves: dict[str, Any]) -> None:
     for path, leaf in leaves.items():
         if not getattr(leaf, "is_fully_addressable", True):
             raise ValueError(
