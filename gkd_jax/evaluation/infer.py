@@ -83,7 +83,7 @@ def _prepare(
     )
     streams.check_split(task, evaluation.split)
     num_pieces = vocabularies.num_pieces(vocabulary, check_remote=not dry_run)
-    config = model.config(num_pieces, pending=dry_run and _is_remote(model.checkpoint))
+    config = model.config(num_pieces, pending=dry_run and is_remote(model.checkpoint))
     if not dry_run:
         check_vocabularies(vocabulary, {"model": model}, frozenset())
     check_special_ids(config, vocabulary, check_remote=not dry_run)
@@ -188,7 +188,7 @@ def run(
     model, commits = with_local_files(model, dry_run=dry_run)
     data, _ = tokenizer_files.with_local_vocabulary(data, commits, dry_run=dry_run)
     about = _about(model, data, evaluation, text_file)
-    if not dry_run or not _is_remote(model.checkpoint):  # a dry run stays off the network
+    if not dry_run or not is_remote(model.checkpoint):  # a dry run stays off the network
         if model.checkpoint is not None:
             about["content"] = content.content_id(model.checkpoint)
         _on_first_process(made_by.check, output, about)
@@ -255,10 +255,6 @@ def _about(
     names += decodings.USED_BY[evaluation.decoding]
     names += ["seed"] if evaluation.decoding == "sample" else []
     return about | {name: getattr(evaluation, name) for name in names}
-
-
-def _is_remote(path: str | None) -> bool:
-    return path is not None and is_remote(path)
 
 
 def _on_first_process(check: Callable[..., None], *arguments: Any) -> None:

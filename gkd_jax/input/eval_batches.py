@@ -47,15 +47,7 @@ def eval_batches(
     fit.warn_once(
         task, split, feature_lengths, num_examples=num_examples, use_cached=use_cached, seed=seed
     )
-    dataset = task.get_dataset(
-        dict(feature_lengths),
-        split=split,
-        use_cached=use_cached,
-        shuffle=False,
-        seed=seed,
-        num_epochs=1,
-        try_in_mem_cache=False,
-    )
+    dataset = fit.in_order(task, split, feature_lengths, use_cached=use_cached, seed=seed)
     if num_examples is not None:
         dataset = dataset.take(num_examples)
     rows: list[dict[str, Any]] = []

@@ -1,4 +1,4 @@
-"""Counts the examples of a split that do not fit the feature lengths, and warns about them once."""
+"""Reads a split in its own order, and warns once about examples that do not fit the lengths."""
 
 from collections.abc import Iterable, Mapping
 import sys
@@ -72,6 +72,34 @@ def count(examples: Iterable[Mapping[str, Any]], lengths: Mapping[str, int]) -> 
     return Fit(total, cut, fewer, none)
 
 
+def in_order(
+    task: Any,
+    split: str,
+    lengths: Mapping[str, int],
+    *,
+    use_cached: bool = False,
+    seed: int | None = None,
+) -> Any:
+    """Returns the examples of a split once, in their own order, as a `tf.data.Dataset`.
+
+    Args:
+        task: a seqio task or mixture.
+        split: the split of the task.
+        lengths: the largest number of tokens of each feature.
+        use_cached: whether the task is read from seqio's cache.
+        seed: the seed of tasks whose examples depend on a seed.
+    """
+    return task.get_dataset(
+        dict(lengths),
+        split=split,
+        use_cached=use_cached,
+        shuffle=False,
+        seed=seed,
+        num_epochs=1,
+        try_in_mem_cache=False,
+    )
+
+
 def warn_once(
     task: Any,
     split: str,
@@ -87,26 +115,14 @@ def warn_once(
     only once for a task, split and lengths.
 
     Args:
-        task: a seqio task or mixture.
-        split: the split of the task.
-        lengths: the largest number of tokens of each feature.
+        task, split, lengths, use_cached, seed: see `in_order`.
         num_examples: how many of the first examples of the split are used; None means all.
-        use_cached: whether the task is read from seqio's cache.
-        seed: the seed of tasks whose examples depend on a seed.
     """
     about = (task.name, split, tuple(sorted(lengths.items())))
     if about in _warned or jax.process_index() != 0:
         return
     _warned.add(about)
-    dataset = task.get_dataset(
-        dict(lengths),
-        split=split,
-        use_cached=use_cached,
-        shuffle=False,
-        seed=seed,
-        num_epochs=1,
-        try_in_mem_cache=False,
-    )
+    dataset = in_order(task, split, lengths, use_cached=use_cached, seed=seed)
     looked_at = min(LOOKED_AT, num_examples or LOOKED_AT)
     found = count(dataset.take(looked_at).as_numpy_iterator(), lengths)
     said = found.sentence(lengths)

@@ -12,6 +12,7 @@ import re
 from typing import Any
 
 from gkd_jax.report.record import Evaluation, Run, Setting, as_object, as_objects, finite, whole
+from gkd_jax.text import files
 
 
 # These folders hold many files and no runs.
@@ -31,18 +32,18 @@ def find(run_dirs: Sequence[str]) -> list[Run]:
     for run_dir in run_dirs:
         root = pathlib.Path(run_dir).resolve()
         if root.is_file() and root.suffix == ".jsonl":
-            lines, damaged = read_jsonl(root)
+            lines, damaged = files.read_records(root)
             problems = _damaged(root.name, damaged)
             for line in lines:
                 found.setdefault(root / str(line.get("name")), {**line, "problems": problems})
             continue
         if not root.is_dir():
             raise FileNotFoundError(f"RUN_DIR {run_dir!r} is neither a folder nor a .jsonl file")
-        for folder, files in _folders(root):
-            if "metrics.jsonl" in files and folder not in found:
+        for folder, names in _folders(root):
+            if "metrics.jsonl" in names and folder not in found:
                 inside = folder.relative_to(root).as_posix()
                 found[folder] = _content(folder, root.name if inside == "." else inside)
-            elif "metrics.json" in files:
+            elif "metrics.json" in names:
                 evaluations[folder / "metrics.json"] = None
     if not found:
         raise FileNotFoundError(f"no metrics.jsonl below {', '.join(map(str, run_dirs))}")
@@ -50,36 +51,18 @@ def find(run_dirs: Sequence[str]) -> list[Run]:
     return [_run(*one) for one in _named(found)]
 
 
-def read_jsonl(path: pathlib.Path) -> tuple[list[dict[str, Any]], int]:
-    """Returns the objects of a JSONL file and the number of damaged lines."""
+def _read_object(path: pathlib.Path) -> dict[str, Any] | None:
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    except OSError:
-        return [], 1
-    values = [_parsed(line) for line in lines if line.strip()]
-    objects = [value for value in values if value is not None]
-    return objects, len(values) - len(objects)
-
-
-def _parsed(text: str) -> dict[str, Any] | None:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 
 
-def _read_object(path: pathlib.Path) -> dict[str, Any] | None:
-    try:
-        return _parsed(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
 def _folders(root: pathlib.Path) -> Iterator[tuple[pathlib.Path, list[str]]]:
-    for folder, inside, files in os.walk(root):
+    for folder, inside, names in os.walk(root):
         inside[:] = sorted(set(inside) - _NOT_SEARCHED)
-        yield pathlib.Path(folder), files
+        yield pathlib.Path(folder), names
 
 
 def _damaged(name: str, count: int) -> list[str]:
@@ -88,7 +71,7 @@ def _damaged(name: str, count: int) -> list[str]:
 
 def _content(folder: pathlib.Path, name: str) -> dict[str, Any]:
     """A run's folder in the form of an archive's line, with its files of samples and problems."""
-    lines, damaged = read_jsonl(folder / "metrics.jsonl")
+    lines, damaged = files.read_records(folder / "metrics.jsonl")
     kept = [line for line in lines if whole(line.get("step")) is not None]
     problems = _damaged("metrics.jsonl", damaged + len(lines) - len(kept))
     about = _read_object(folder / "run.json")
@@ -101,7 +84,7 @@ def _content(folder: pathlib.Path, name: str) -> dict[str, Any]:
             task = path.parent.relative_to(folder / "eval").as_posix()
             samples.setdefault(task, []).append((int(path.stem), path))
     read = {"name": name, "run": about, "metrics": kept, "evaluations": []}
-    samples = {task: sorted(files) for task, files in samples.items()}
+    samples = {task: sorted(found) for task, found in samples.items()}
     return {**read, "samples": samples, "problems": problems}
 
 

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gkd_jax.report.reading import read_jsonl
 from gkd_jax.report.record import Run, finite
+from gkd_jax.text import files
 
 
 _ROWS, _LONGEST = 20, 6000
@@ -40,8 +40,8 @@ def tables(run: Run) -> Iterator[dict[str, Any]]:
     """
     for task, found in run.samples.items():
         (first_step, first), (last_step, last) = found[0], found[-1]
-        after, damaged = read_jsonl(last)
-        before, more = read_jsonl(first) if first != last else ([], 0)
+        after, damaged = files.read_records(last)
+        before, more = files.read_records(first) if first != last else ([], 0)
         earlier = {_text(row, "inputs"): row for row in before}
         # With several samples of a prompt, rows are matched by position, else by their prompt.
         same = [_text(row, "inputs") for row in before] == [_text(row, "inputs") for row in after]

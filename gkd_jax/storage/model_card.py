@@ -4,6 +4,8 @@ import json
 import pathlib
 from typing import Any
 
+from gkd_jax.text import files
+
 
 def of_run(folder: pathlib.Path) -> str | None:
     """Returns the model card of a run as Markdown; None if there is no readable run.json.
@@ -58,13 +60,7 @@ def _method(method: dict[str, Any]) -> str:
 def _last_evaluation(path: pathlib.Path) -> dict[str, float]:
     """Returns the metrics of the last line of a metrics.jsonl that has an evaluation."""
     found: dict[str, float] = {}
-    if not path.is_file():
-        return found
-    for line in path.read_text("utf-8").splitlines():
-        try:
-            fields = json.loads(line)
-        except ValueError:  # A run that is writing, or was killed, leaves an incomplete last line.
-            continue
+    for fields in files.read_records(path)[0]:
         numbers = {
             name: float(value)
             for name, value in fields.items()

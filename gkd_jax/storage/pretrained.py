@@ -175,9 +175,9 @@ def remote_checkpoints(*models: ModelConfig) -> frozenset[str]:
     return frozenset(remote)
 
 
-def is_remote(checkpoint: str) -> bool:
-    """Whether a checkpoint lies in a bucket or on the Hugging Face hub."""
-    return "://" in checkpoint or hub.is_name(checkpoint)
+def is_remote(checkpoint: str | None) -> bool:
+    """Whether there is a checkpoint, and it is in a bucket or on the Hugging Face hub."""
+    return checkpoint is not None and ("://" in checkpoint or hub.is_name(checkpoint))
 
 
 def public_checkpoint(*, family: str, size: str) -> str:

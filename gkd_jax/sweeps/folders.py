@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 import hashlib
 import itertools
 import json
-import os
 import pathlib
 import shlex
 from typing import Any
 
 from gkd_jax.sweeps.rows import Run
+from gkd_jax.text import files
 
 
 STARTED, DONE, LOG = "sweep_started", "sweep_done", "log.txt"
@@ -58,9 +58,7 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
 
 
 def write_marker(path: pathlib.Path, record: Mapping[str, Any]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    files.write_whole(path, json.dumps(record, indent=1) + "\n")
 
 
 def survey(runs: Sequence[Run], root: pathlib.Path) -> tuple[set[str], dict[str, str]]:

@@ -161,6 +161,29 @@ def parse_objects(
     return rows
 
 
+def read_records(path: pathlib.Path) -> tuple[list[dict[str, Any]], int]:
+    """Returns the JSON objects of a file that a run appends to, and the number of damaged lines.
+
+    A run that is writing, or that was killed, leaves its last line cut short. Without a file, there
+    are no objects and one damaged line.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError:
+        return [], 1
+    values = [_parsed(line) for line in lines if line.strip()]
+    objects = [value for value in values if isinstance(value, dict)]
+    return objects, len(values) - len(objects)
+
+
+def _parsed(text: str) -> Any:
+    """Returns the JSON value in a text; None if it has none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
 def string(row: dict[str, Any], key: str, path: str | os.PathLike, line: int) -> str:
     """Returns the string under a key of a JSON object.
 

@@ -1,8 +1,8 @@
 """Writes and reads the numbers of a run.
 
 `Writer` writes metrics.jsonl and TensorBoard files in MODEL_DIR, and `SampleWatch` warns of samples
-that go wrong. `read`, `values_by_step` and `study_table` read
-metrics.jsonl, and `DeviceClock` measures device time.
+that go wrong. `read`, `values_by_step` and `study_table` read metrics.jsonl, and `DeviceClock`
+measures device time.
 """
 
 import collections
@@ -204,20 +204,16 @@ class SampleWatch:
 
 
 def read(path: pathlib.Path) -> list[dict[str, Any]]:
-    """Returns the lines of a metrics.jsonl, without those that a crash has cut short."""
-    lines = []
-    for line in path.read_text().splitlines():
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return lines
+    """Returns the lines of a metrics.jsonl, without those that a crash has cut short.
+
+    There are none if the file does not exist.
+    """
+    return files.read_records(path)[0]
 
 
 def values_by_step(path: pathlib.Path, name: str) -> dict[int, float]:
     """Returns one number of a metrics.jsonl by step; empty if the file does not exist."""
-    lines = read(path) if path.exists() else []
-    return {line["step"]: line[name] for line in lines if name in line}
+    return {line["step"]: line[name] for line in read(path) if name in line}
 
 
 class DeviceClock:
@@ -259,10 +255,9 @@ def study_table(root: pathlib.Path, phases: Sequence[str]) -> str:
     """
     rows: dict[str, dict[str, Any]] = {}
     for phase in phases:
-        path = pathlib.Path(root) / phase / "metrics.jsonl"
         evaluations = [
             line
-            for line in (read(path) if path.exists() else [])
+            for line in read(root / phase / "metrics.jsonl")
             if any(name.startswith("eval/") for name in line)
         ]
         rows[phase] = {
