@@ -17,7 +17,7 @@ from gkd_jax import convert, load_model
 from gkd_jax.evaluation import infer, score
 from gkd_jax.evaluation.evaluate import EvalConfig
 from gkd_jax.evaluation.rewards import Entailment
-from gkd_jax.input import streams
+from gkd_jax.input import named_tasks
 from gkd_jax.input.data import DataConfig
 from gkd_jax.models import t5
 from gkd_jax.storage import hub, pretrained
@@ -236,7 +236,7 @@ def test_every_command_takes_a_vocabulary_of_the_hub(command, more, served, toke
     def open_task(config, **more):
         raise OpenedError(config.vocabulary)
 
-    monkeypatch.setattr(streams, "open_task", open_task)
+    monkeypatch.setattr(named_tasks, "open_task", open_task)
     model = pretrained.ModelConfig(architecture=small, size="tiny")
     with pytest.raises(OpenedError) as opened:
         command(model=model, data=data_of(NAME), **more)

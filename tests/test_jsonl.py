@@ -11,7 +11,7 @@ import seqio
 import small_tokenizers
 import transformers
 
-from gkd_jax.input import data, eval_batches, streams
+from gkd_jax.input import data, eval_batches, named_tasks, streams
 from gkd_jax.tasks import arithmetic, jsonl, rows
 from gkd_jax.text import task_names, vocabularies
 from gkd_jax.text.tokenizer_folder import TokenizerVocabulary
@@ -45,7 +45,7 @@ def pairs(count: int, prefix: str = "in") -> list[dict]:
 def open_task(path, **settings):
     """Opens the task as a run does."""
     settings = {"vocabulary": "bytes", "feature_lengths": LENGTHS, "batch_size": 2, **settings}
-    task, _ = streams.open_task(data.DataConfig(task=str(path), **settings))
+    task, _ = named_tasks.open_task(data.DataConfig(task=str(path), **settings))
     return task
 
 
@@ -243,7 +243,7 @@ def test_a_file_alone_has_one_split_and_says_how_to_get_another(tmp_path):
     with pytest.raises(
         ValueError, match=r"no split 'validation'.*validation\.jsonl.*EVAL_FRACTION"
     ):
-        streams.check_split(task, "validation")
+        named_tasks.check_split(task, "validation")
 
 
 @pytest.mark.parametrize(
@@ -264,7 +264,7 @@ def test_the_validation_file_beside_a_file_is_found(tmp_path, train, validation)
     task = open_task(path)
     assert texts(task, "validation") == ["other 0", "other 1"]
     assert texts(task) == ["in 0", "in 1", "in 2"]
-    streams.check_split(task, "validation")
+    named_tasks.check_split(task, "validation")
 
 
 def test_a_validation_file_is_not_its_own(tmp_path):
@@ -378,8 +378,8 @@ def test_prompts_without_targets_have_no_weights_and_are_found(tmp_path):
     assert batch.targets[only].sum() == 0
     assert (batch.weights[~only].sum(axis=1) == 6).all()  # "out 0" and EOS
     with pytest.raises(ValueError, match=r"data\.jsonl, line 3: .*got only a prompt: lambda is 0"):
-        streams.check_targets(task, "train", "lambda is 0")
-    streams.check_targets(
+        named_tasks.check_targets(task, "train", "lambda is 0")
+    named_tasks.check_targets(
         open_task(write(tmp_path / "all.jsonl", pairs(2))), "train", "lambda is 0"
     )
 
@@ -460,7 +460,7 @@ def test_registered_files_are_the_same_task_each_time(tmp_path):
         assert texts(task, feature="targets") == [f"out {i}" for i in range(4)]
         source = pickle.loads(pickle.dumps(task.source))
         assert len(list(source.get_dataset(split="train"))) == 4
-        other = streams.find_task(task.name, vocabularies.arithmetic())
+        other = named_tasks.find_task(task.name, vocabularies.arithmetic())
         assert other.output_features["targets"].vocabulary == vocabularies.arithmetic()
         replaced = task.replace(output_features=other.output_features)
         with pytest.raises(ValueError, match="has the vocabulary it was made with"):
@@ -543,7 +543,7 @@ def test_rows_and_tasks_name_the_same_teachers(tmp_path, changed, names, message
         batch_size=2 * len(names),
         vocabulary="bytes",
     )
-    tasks, _ = streams.open_tasks(config)
+    tasks, _ = named_tasks.open_tasks(config)
     with pytest.raises(ValueError, match=re.escape(path) + "(, |: )" + re.escape(message)):
         streams.TrainIterator(tasks, config)
 

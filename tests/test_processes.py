@@ -20,7 +20,7 @@ from small_runs import LENGTHS
 import gin
 from gkd_jax import main, sharding
 from gkd_jax.batch import Batch
-from gkd_jax.input import data, streams
+from gkd_jax.input import data, named_tasks, streams
 from gkd_jax.storage import checkpoints
 from gkd_jax.training import rollouts
 
@@ -211,7 +211,7 @@ def read(shard, steps, **more):
     config = data.DataConfig(
         task="arithmetic", feature_lengths=LENGTHS, batch_size=8, shard_by_process=True, **more
     )
-    task, _ = streams.open_task(config)
+    task, _ = named_tasks.open_task(config)
     stream = streams.TrainIterator(task, config, shard)
     batches = [next(stream) for _ in range(steps)]
     return [row.tobytes() for batch in batches for row in batch.inputs]

@@ -20,7 +20,7 @@ from small_runs import LENGTHS, options, small
 from gkd_jax import accumulation, divergences, gkd, losses, rl, sharding
 from gkd_jax.batch import Batch
 from gkd_jax.evaluation import evaluate
-from gkd_jax.input import data, streams
+from gkd_jax.input import data, named_tasks, streams
 from gkd_jax.input.data import DataConfig, Shard
 from gkd_jax.models import lm
 from gkd_jax.models.decoder_config import DecoderConfig
@@ -168,7 +168,7 @@ def data_config(**more):
 
 
 def stream_of(config, shard=data.WHOLE):
-    tasks, vocabulary = streams.open_tasks(config)
+    tasks, vocabulary = named_tasks.open_tasks(config)
     return streams.TrainIterator(tasks, config, shard), vocabulary
 
 
@@ -229,14 +229,14 @@ def test_tasks_share_one_vocabulary_and_have_names_of_their_own(tmp_path):
         vocabulary=vocabularies.load("bytes"),
     )
     with pytest.raises(ValueError, match="'of_bytes' has another vocabulary than 'arithmetic'"):
-        streams.open_tasks(data_config(task={"arithmetic": 16, "of_bytes": 8}))
+        named_tasks.open_tasks(data_config(task={"arithmetic": 16, "of_bytes": 8}))
     with pytest.raises(ValueError, match="need different names"):
-        streams.open_tasks(data_config(task={first: 16, second: 8}, vocabulary="bytes"))
+        named_tasks.open_tasks(data_config(task={first: 16, second: 8}, vocabulary="bytes"))
     config = data_config(task={"arithmetic": 16, first: 8}, vocabulary="bytes")
     stream, vocabulary = stream_of(config)
     assert vocabulary.decode(next(stream).inputs[2, :1].tolist()) == "a"
     with pytest.raises(ValueError, match="only training reads several tasks"):
-        streams.open_task(config)
+        named_tasks.open_task(config)
 
 
 def files_of_rows(folder):

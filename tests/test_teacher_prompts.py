@@ -19,7 +19,7 @@ import small_tokenizers
 from gkd_jax import divergences, gkd, report, rl
 from gkd_jax.batch import Batch
 from gkd_jax.evaluation import evaluate, score
-from gkd_jax.input import data, streams
+from gkd_jax.input import data, named_tasks, streams
 from gkd_jax.input.data import DataConfig
 from gkd_jax.models import lm
 from gkd_jax.models.decoder_config import DecoderConfig
@@ -202,9 +202,9 @@ def test_the_stream_of_a_task_with_a_template_is_that_of_the_task_with_prompts_b
         data_config(num_examples=100),
         data_config(num_examples=100, feature_lengths=plain, teacher_template=None),
     )
-    task, vocabulary = streams.open_task(configs[0])
+    task, vocabulary = named_tasks.open_task(configs[0])
     with_own, without = (
-        next(streams.TrainIterator(streams.open_task(config)[0], config)) for config in configs
+        next(streams.TrainIterator(named_tasks.open_task(config)[0], config)) for config in configs
     )
     assert without.teacher_inputs is None
     for name in ("inputs", "targets", "weights", "input_lengths"):
@@ -250,7 +250,7 @@ def test_lines_of_a_file_name_the_teacher_s_prompt_or_share_the_student_s(tmp_pa
     )
     lengths = {"inputs": 8, "targets": 4, "teacher_inputs": 16}
     config = DataConfig(task=path, feature_lengths=lengths, batch_size=2, vocabulary="bytes")
-    task, vocabulary = streams.open_task(config)
+    task, vocabulary = named_tasks.open_task(config)
     batch = next(streams.TrainIterator(task, config))
     texts = {vocabulary.decode(x[x > 1].tolist()) for x in batch.teacher_inputs}
     assert texts == {"ab, hint: c", "de"}
@@ -262,7 +262,7 @@ def test_lines_of_a_file_name_the_teacher_s_prompt_or_share_the_student_s(tmp_pa
         config = DataConfig(
             task=path, feature_lengths=short, batch_size=1, vocabulary="bytes", long_prompts=how
         )
-        stream = streams.TrainIterator(streams.open_task(config)[0], config)
+        stream = streams.TrainIterator(named_tasks.open_task(config)[0], config)
         found = [next(stream).teacher_inputs[0] for _ in range(4)]
         assert {vocabulary.decode(x[x > 1].tolist()) for x in found} == kept
     assert "1 of 2 prompts of the teacher (50.0 %) are longer than 5" in capsys.readouterr().err
@@ -271,7 +271,8 @@ def test_lines_of_a_file_name_the_teacher_s_prompt_or_share_the_student_s(tmp_pa
     plain = DataConfig(
         task=path, feature_lengths={"inputs": 8, "targets": 4}, batch_size=2, vocabulary="bytes"
     )
-    assert next(streams.TrainIterator(streams.open_task(plain)[0], plain)).teacher_inputs is None
+    task, _ = named_tasks.open_task(plain)
+    assert next(streams.TrainIterator(task, plain)).teacher_inputs is None
     assert "has prompts for the teacher, which are left alone" in capsys.readouterr().err
 
 
@@ -294,7 +295,7 @@ def test_a_bad_prompt_of_the_teacher_is_named_by_line(tmp_path, row, message):
     lengths = {"inputs": 8, "targets": 4, "teacher_inputs": 16}
     config = DataConfig(task=path, feature_lengths=lengths, batch_size=1, vocabulary="bytes")
     with pytest.raises(ValueError, match=message) as error:
-        streams.TrainIterator(streams.open_task(config)[0], config)
+        streams.TrainIterator(named_tasks.open_task(config)[0], config)
     assert "x.jsonl" in str(error.value)
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from gkd_jax import sharding
 from gkd_jax.evaluation import decodings, evaluate, made_by
 from gkd_jax.evaluation.evaluate import EvalConfig
-from gkd_jax.input import eval_batches, streams
+from gkd_jax.input import eval_batches, named_tasks
 from gkd_jax.input.data import DataConfig
 from gkd_jax.models import lm
 from gkd_jax.storage import checkpoints, content, tokenizer_files
@@ -78,10 +78,10 @@ def _prepare(
 ) -> _Decoding:
     if model.memory != "device":
         raise ValueError(f"a model decodes in memory='device', got {model.memory!r}")
-    task, vocabulary = streams.open_task(
+    task, vocabulary = named_tasks.open_task(
         data, tokenizer=tokenizer_files.find(model.checkpoint), check_remote=not dry_run
     )
-    streams.check_split(task, evaluation.split)
+    named_tasks.check_split(task, evaluation.split)
     num_pieces = vocabularies.num_pieces(vocabulary, check_remote=not dry_run)
     config = model.config(num_pieces, pending=dry_run and is_remote(model.checkpoint))
     if not dry_run:

@@ -15,7 +15,7 @@ import seqio
 
 from gkd_jax import gkd, sharding
 from gkd_jax.batch import Batch, TopK
-from gkd_jax.input import eval_batches, streams, teacher_cache
+from gkd_jax.input import eval_batches, named_tasks, teacher_cache
 from gkd_jax.input.data import DataConfig, place
 from gkd_jax.models import lm
 from gkd_jax.storage import checkpoints, content, tokenizer_files
@@ -53,13 +53,13 @@ def run(
     _check(k, temperature, output)
     model, commits = with_local_files(model, dry_run=dry_run)
     data, _ = tokenizer_files.with_local_vocabulary(data, commits, dry_run=dry_run)
-    task, vocabulary = streams.open_task(data, tokenizer=tokenizer_files.find(model.checkpoint))
+    task, vocabulary = named_tasks.open_task(data, tokenizer=tokenizer_files.find(model.checkpoint))
     if isinstance(task, seqio.Mixture):
         raise ValueError(
             f"{data.task!r} is a mixture, which ends with its shortest task: score its tasks"
         )
-    streams.check_split(task, data.split)
-    streams.check_teacher_inputs(str(data.task), task, data)
+    named_tasks.check_split(task, data.split)
+    named_tasks.check_teacher_inputs(str(data.task), task, data)
     num_pieces = vocabularies.num_pieces(vocabulary)
     config = model.config(num_pieces)
     check_vocabularies(vocabulary, {"model": model}, frozenset())

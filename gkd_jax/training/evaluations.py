@@ -13,7 +13,7 @@ import seqio
 
 from gkd_jax import gkd
 from gkd_jax.evaluation import evaluate
-from gkd_jax.input import eval_batches, streams
+from gkd_jax.input import eval_batches, named_tasks
 from gkd_jax.models import lm
 from gkd_jax.storage import tokenizer_files
 from gkd_jax.text import task_names, vocabularies
@@ -86,7 +86,7 @@ class Evaluations:
             tasks = {name: tasks[name]}
         elif name is not None:
             chosen = dataclasses.replace(self._data, task=name)
-            task, vocabulary = streams.open_task(
+            task, vocabulary = named_tasks.open_task(
                 chosen, tokenizer=self._tokenizer, check_remote=check_remote
             )
             if not vocabularies.same(vocabulary, source.vocabulary):
@@ -98,7 +98,7 @@ class Evaluations:
         for name, task in tasks.items():
             is_mixture = isinstance(task, seqio.Mixture)
             for part in task.tasks if is_mixture else [task]:
-                streams.check_split(part, self._config.split)
+                named_tasks.check_split(part, self._config.split)
                 yield part.name if is_mixture else task_names.display_name(name), part, name
 
     def check_first_examples(self) -> None:

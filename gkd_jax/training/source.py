@@ -5,7 +5,7 @@ This happens before any array exists, so that a mistake is reported at once.
 
 from typing import Any, NamedTuple
 
-from gkd_jax.input import streams, teacher_cache
+from gkd_jax.input import named_tasks, teacher_cache
 from gkd_jax.storage import content, tokenizer_files, vocabulary_checks
 from gkd_jax.text import vocabularies
 from gkd_jax.training.recipe import Recipe, describe
@@ -45,16 +45,16 @@ def open_source(
             vocabulary, or if a row without a target would be trained on.
     """
     tokenizer = tokenizer_files.find(recipe.student.checkpoint)
-    tasks, vocabulary = streams.open_tasks(
+    tasks, vocabulary = named_tasks.open_tasks(
         recipe.data, tokenizer=tokenizer, check_remote=check_remote
     )
     remote = "://" in getattr(vocabulary, "sentencepiece_model_file", "")
     for name, task in tasks.items():
-        streams.check_split(task, recipe.data.split)
-        streams.check_teacher_inputs(name, task, recipe.data)
+        named_tasks.check_split(task, recipe.data.split)
+        named_tasks.check_teacher_inputs(name, task, recipe.data)
         if recipe.method.uses_dataset() and (check_remote or not remote):
             why = "only with ON_POLICY_FRACTION 1 is nothing learnt from the data set's targets"
-            streams.check_targets(task, recipe.data.split, why)
+            named_tasks.check_targets(task, recipe.data.split, why)
     cached_k = _check_cache(recipe, vocabulary, pending)
     num_pieces = vocabularies.num_pieces(vocabulary, check_remote=check_remote)
     shared = vocabulary_checks.check_vocabularies(vocabulary, recipe.models, pending)
