@@ -14,6 +14,7 @@ from gkd_jax.models import lm, t5
 from gkd_jax.storage import checkpoints
 from gkd_jax.storage.conversion import FORMATS, convert_checkpoint
 from gkd_jax.text import vocabularies
+from gkd_jax.text.word_vocabulary import WordVocabulary
 
 
 CONFIG = t5.t5_1_1("32x2", vocab_size=64)
@@ -156,7 +157,7 @@ def test_the_tokenizer_of_the_folder_that_a_run_started_from_is_copied(started, 
 
 
 def test_another_tokenizer_than_the_runs_is_not_copied(started, capsys):
-    pieces = vocabularies.WordVocabulary(["other"])
+    pieces = WordVocabulary(["other"])
     other = vocabularies.content_hash(pieces)
     params = t5.init(CONFIG, jax.random.key(0))
     checkpoints.write_params(str(started / "run" / "checkpoints" / "9"), CONFIG, params, other)

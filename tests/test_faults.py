@@ -18,7 +18,7 @@ from gkd_jax.evaluation import evaluate
 from gkd_jax.input import streams
 from gkd_jax.input.data import DataConfig
 from gkd_jax.sharding import MeshConfig
-from gkd_jax.storage import checkpoints, content
+from gkd_jax.storage import checkpoints, content, fingerprints
 from gkd_jax.storage.pretrained import ModelConfig, load_model
 from gkd_jax.training import metrics, optimizers, train
 
@@ -110,14 +110,14 @@ def test_a_model_is_not_loaded_from_damaged_bytes(run_dir):
 def test_fingerprints_see_every_flipped_bit_and_every_swap():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(3, 5)).astype(np.float32)
-    before = checkpoints.fingerprints({"x": x})
+    before = fingerprints.of_tree({"x": x})
     for _ in range(50):
         other = x.copy()
         other.view(np.uint32)[tuple(rng.integers(0, x.shape))] ^= np.uint32(1 << rng.integers(32))
-        assert checkpoints.fingerprints({"x": other}) != before
+        assert fingerprints.of_tree({"x": other}) != before
     swapped = x.copy()
     swapped[0, 0], swapped[2, 4] = x[2, 4], x[0, 0]
-    assert checkpoints.fingerprints({"x": swapped}) != before
+    assert fingerprints.of_tree({"x": swapped}) != before
 
 
 def test_a_half_written_checkpoint_is_not_taken(run_dir, capfd):

@@ -6,6 +6,7 @@ import seqio
 import tensorflow as tf
 
 from gkd_jax.text import vocabularies
+from gkd_jax.text.word_vocabulary import WordVocabulary
 
 
 TEXT = "Ada has 7 eggs. Ada doubles the number of eggs. How many eggs are there now?"
@@ -30,7 +31,7 @@ def test_hash_is_of_the_content_not_of_the_path_or_size(t5_file, tmp_path):
     original = vocabularies.content_hash(vocabularies.load(t5_file))
     assert original == vocabularies.content_hash(vocabularies.load(str(copy)))
     assert original != vocabularies.content_hash(vocabularies.load(t5_file, extra_ids=100))
-    words = [vocabularies.WordVocabulary(order) for order in (["a", "b"], ["b", "a"], ["ab", ""])]
+    words = [WordVocabulary(order) for order in (["a", "b"], ["b", "a"], ["ab", ""])]
     assert len({vocabularies.content_hash(vocabulary) for vocabulary in words}) == 3
 
 
@@ -54,14 +55,14 @@ def test_text_survives_encoding_in_python_and_in_tensorflow(spec):
 
 
 def test_words_stop_at_eos_and_skip_padding_and_mark_the_unknown():
-    vocabulary = vocabularies.WordVocabulary(["a", ".", "7"])
+    vocabulary = WordVocabulary(["a", ".", "7"])
     assert vocabulary.encode("a 7 b.") == [3, 5, 2, 4]
     assert vocabulary.decode([3, 5, 4, 1, 5, 0]) == "a 7."
     assert vocabulary.decode([3, 99]) == "a <unk>"
     rows = tf.constant([[3, 5, 4, 1, 5], [5, 4, 0, 0, 0]])
     assert vocabulary.decode_tf(rows).numpy().tolist() == [b"a 7.", b"7."]
     with pytest.raises(ValueError, match=r"\['a'\] more than once"):
-        vocabularies.WordVocabulary(["a", "b", "a"])
+        WordVocabulary(["a", "b", "a"])
 
 
 def test_words_work_inside_tf_data_and_after_pickling():

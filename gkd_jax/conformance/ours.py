@@ -20,6 +20,7 @@ from gkd_jax.input import teacher_cache
 from gkd_jax.models import lm, t5
 from gkd_jax.storage import checkpoints, pretrained, vocabulary_checks
 from gkd_jax.text import vocabularies
+from gkd_jax.text.word_vocabulary import WordVocabulary
 from gkd_jax.training import metrics, train_state
 
 
@@ -160,7 +161,7 @@ class GKDJax:
     def check_vocabularies(self, student_pieces, teacher_pieces):
         """Checks a checkpoint with the student's vocabulary against the teacher's vocabulary."""
         student, teacher = (
-            vocabularies.WordVocabulary(pieces[3:]) for pieces in (student_pieces, teacher_pieces)
+            WordVocabulary(pieces[3:]) for pieces in (student_pieces, teacher_pieces)
         )
         with tempfile.TemporaryDirectory() as folder:
             checkpoint = f"{folder}/checkpoint"

@@ -10,8 +10,8 @@ Each saved step has one folder:
                                              a fingerprint of every array
 
 Parameters are an item of their own, so that a model can be loaded without its optimizer. Orbax
-gives a folder its final name only when the folder is complete. The storage format does not detect a
-flipped bit, so each array has a fingerprint, computed on the device before the array is written.
+gives a folder its final name only when the folder is complete. `fingerprints` tells whether the
+stored bytes are those that were written.
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,6 +39,7 @@ from orbax.checkpoint.checkpoint_managers import (
 
 from gkd_jax.gkd import TrainState
 from gkd_jax.models import lm
+from gkd_jax.storage import fingerprints
 
 
 FOLDER = "checkpoints"
@@ -223,7 +224,7 @@ class Checkpoints:
         if step in self._orbax.all_steps():
             return
         items = _items(state)
-        marks = {name: fingerprints(tree) for name, tree in items.items()}
+        marks = {name: fingerprints.of_tree(tree) for name, tree in items.items()}
         self._orbax.save(
             step,
             args=ocp.args.Composite(
@@ -261,9 +262,9 @@ class Checkpoints:
         errors = [] if position is None else position.errors
         if np.any(multihost_utils.process_allgather(np.asarray(bool(errors)))):
             here = errors[0] if errors else "of another process' part"
-            raise DamagedError(f"the position of the data cannot be read: {here}")
+            raise fingerprints.DamagedError(f"the position of the data cannot be read: {here}")
         for name in wanted:
-            _check_fingerprints(restored[name], stored.get(name))
+            fingerprints.check(restored[name], stored.get(name))
         count = jax.device_put(jnp.asarray(step, jnp.int32), target.step.sharding)
         return TrainState(step=count, **{name: restored[name] for name in wanted})
 
@@ -279,10 +280,6 @@ def _items(state: TrainState) -> dict[str, Any]:
     return items if state.average is None else {**items, "average": state.average}
 
 
-class DamagedError(ValueError):
-    """Raised when stored bytes differ from the bytes that were written."""
-
-
 # Error messages of TensorStore and Orbax for files that are truncated, altered or missing.
 _DAMAGE = re.compile(
     r"DATA_LOSS|NOT_FOUND|OUT_OF_RANGE|checksum|corrupt|[Dd]ecod|[Tt]runcated"
@@ -295,7 +292,7 @@ def _is_damage(error: BaseException) -> bool:
 
     A file system that is temporarily unavailable or a target with other shapes is no damage.
     """
-    if isinstance(error, DamagedError | json.JSONDecodeError | FileNotFoundError):
+    if isinstance(error, fingerprints.DamagedError | json.JSONDecodeError | FileNotFoundError):
         return True
     return bool(_DAMAGE.search(str(error)))
 
@@ -304,7 +301,7 @@ def _check_arrays(step: int, stored: Mapping[str, int] | None, target: Any) -> N
     """Raises ValueError if `stored` fingerprints name other arrays than `target` has."""
     if not stored:  # Old checkpoints have no fingerprints.
         return
-    expected = set(array_names(target))
+    expected = set(fingerprints.array_names(target))
     if unexpected := sorted(expected ^ set(stored)):
         raise ValueError(
             f"checkpoint {step} is of another model or optimizer: only one of the two has "
@@ -375,51 +372,8 @@ def read_params(step_folder: epath.Path, target: lm.Params) -> lm.Params:
     # Parameters are written in float32, and a fingerprint is valid for the written dtype only.
     if all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params)):
         stored = read_description(step_folder).get("fingerprints", {})
-        _check_fingerprints(params, stored.get("params"))
+        fingerprints.check(params, stored.get("params"))
     return params
-
-
-def fingerprints(tree: Any) -> dict[str, int]:
-    """Returns a fingerprint of each array in a tree, by the array's name.
-
-    The fingerprint is the sum over all elements of bits x (2 index + 1), modulo 2^32. This sum has
-    the same value in any order of addition, and so on any mesh. Because the factor is odd, a change
-    of one element always changes the sum.
-    """
-    values = _fingerprint(jax.tree.leaves(tree))
-    return dict(zip(array_names(tree), (int(value) for value in values), strict=True))
-
-
-def array_names(tree: Any) -> list[str]:
-    """Returns the name of each array in a tree: the path of the leaf, joined by "/"."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
-
-
-@jax.jit
-def _fingerprint(leaves: list[jax.Array]) -> list[jax.Array]:
-    def one(x: jax.Array) -> jax.Array:
-        unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
-        bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
-        index = jnp.zeros(x.shape, jnp.uint32)
-        # Computing the flat index from one iota per axis avoids a reshape, which would move shards.
-        for axis, size in enumerate(x.shape):
-            index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-        return jnp.sum(bits * (2 * index + 1), dtype=jnp.uint32)
-
-    return [one(leaf) for leaf in leaves]
-
-
-def _check_fingerprints(tree: Any, stored: dict[str, int] | None) -> None:
-    """Raises DamagedError if the fingerprints of restored arrays differ from the stored ones."""
-    if not stored:  # Old checkpoints have no fingerprints.
-        return
-    found = fingerprints(tree)
-    wrong = [name for name, value in found.items() if stored.get(name) != value]
-    if wrong:
-        raise DamagedError(
-            f"the stored bytes of {', '.join(wrong)} are not those that were written"
-        )
 
 
 def write_params(
@@ -436,7 +390,7 @@ def write_params(
     """
     target = epath.Path(folder).resolve()
     about = {**describe_model(config, vocabulary_hash, num_pieces), **(more or {})}
-    about["fingerprints"] = {"params": fingerprints(params)}
+    about["fingerprints"] = {"params": fingerprints.of_tree(params)}
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler("params", "model")) as checkpointer:
         checkpointer.save(
             target,

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 import io
 import os
 import pathlib
-import re
 
 import sentencepiece
 import seqio
@@ -16,14 +15,13 @@ import tensorflow as tf
 
 from gkd_jax.text import files, known_sizes, tokenizer_folder
 from gkd_jax.text.tokenizer_folder import TokenizerVocabulary
+from gkd_jax.text.word_vocabulary import EOS_ID, PAD_ID, UNK_ID, WordVocabulary
 
 
 T5_PATH = "gs://t5-data/vocabs/cc_all.32000/sentencepiece.model"
 T5_EXTRA_IDS = 100
 
 SENTENCEPIECE_FILES = ("spiece.model", "sentencepiece.model", "tokenizer.model")
-
-PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
 
 
 def load(spec: str, *, extra_ids: int = 0, check_remote: bool = True) -> seqio.Vocabulary:
@@ -285,80 +283,6 @@ def same(one: seqio.Vocabulary, other: seqio.Vocabulary) -> bool:
         if files[0] == files[1]:
             return True
     return content_hash(one) == content_hash(other)
-
-
-class WordVocabulary(seqio.Vocabulary):
-    """A vocabulary of whole words and numbers; `.`, `?` and `,` are words of their own.
-
-    The id of pad is 0, of EOS 1 and of unknown words 2; the words follow in their order. Decoding
-    leaves out pad and EOS, joins the words by spaces and removes the space before punctuation.
-    """
-
-    def __init__(self, words: Sequence[str]):
-        super().__init__(extra_ids=0)
-        if len(set(words)) != len(words):
-            repeated = sorted({word for word in words if list(words).count(word) > 1})
-            raise ValueError(f"words must differ from each other, got {repeated} more than once")
-        self.pieces = ("<pad>", "</s>", "<unk>", *words)
-        self._ids = {piece: i for i, piece in enumerate(self.pieces) if i > UNK_ID}
-        self._table: tf.lookup.StaticHashTable | None = None
-
-    @property
-    def bos_id(self) -> int | None:
-        return None
-
-    @property
-    def eos_id(self) -> int | None:
-        return EOS_ID
-
-    @property
-    def unk_id(self) -> int | None:
-        return UNK_ID
-
-    @property
-    def _base_vocab_size(self) -> int:
-        return len(self.pieces)
-
-    def _encode(self, s: str | bytes) -> Sequence[int]:
-        text = s.decode() if isinstance(s, bytes) else s
-        words = re.sub(r"([.,?])", r" \1 ", text).split()
-        return [self._ids.get(word, UNK_ID) for word in words]
-
-    def _decode(self, ids: Iterable[int]) -> str:
-        text = " ".join(self.pieces[i] for i in ids if i not in (PAD_ID, EOS_ID))
-        return re.sub(r" ([.,?])", r"\1", text)
-
-    def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
-        words = tf.strings.split(tf.strings.regex_replace(s, r"([.,?])", r" \1 "))
-        return self._lookup().lookup(words)
-
-    def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:
-        kept = tf.ragged.boolean_mask(ids, (ids != PAD_ID) & (ids != EOS_ID))
-        words = tf.gather(tf.constant(self.pieces), kept)
-        text = tf.strings.reduce_join(words, axis=-1, separator=" ")
-        return tf.strings.regex_replace(text, r" ([.,?])", r"\1")
-
-    def _lookup(self) -> tf.lookup.StaticHashTable:
-        if self._table is None:
-            # The first call comes from a dataset's map function. The table must not be part of that
-            # function's graph, because other graphs use the table too.
-            with tf.init_scope():
-                self._table = tf.lookup.StaticHashTable(
-                    tf.lookup.KeyValueTensorInitializer(
-                        list(self._ids), list(self._ids.values()), tf.string, tf.int32
-                    ),
-                    default_value=UNK_ID,
-                )
-        return self._table
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_table": None}
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, WordVocabulary) and self.pieces == other.pieces
-
-    def __hash__(self) -> int:
-        return hash(self.pieces)
 
 
 def arithmetic() -> WordVocabulary:
