@@ -17,7 +17,7 @@ from gkd_jax.input.data import DataConfig
 from gkd_jax.models.decoder_config import DecoderConfig
 from gkd_jax.sampling import Sample
 from gkd_jax.storage import pretrained
-from gkd_jax.training import metrics, program, train
+from gkd_jax.training import metrics, plan, program, train
 from gkd_jax.training.progress import Progress
 from gkd_jax.training.recipe import TrainConfig
 from gkd_jax.training.rollouts import Rollout
@@ -145,7 +145,7 @@ def test_model_info_says_which_key_heads_are_replicated(num_kv_heads, is_said):
         mesh=sharding.MeshConfig(data=4, tensor=2),
         train=TrainConfig(train_steps=1),
     )
-    info = program.model_info(program.build(options["recipe"], 128))
+    info = plan.model_info(program.build(options["recipe"], 128))
     wanted = "1 key head does not divide over tensor=2: each device of that axis computes all"
     assert (wanted in info) == is_said
     assert jax.device_count() == 8

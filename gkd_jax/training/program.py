@@ -1,7 +1,7 @@
 """`build`: checks a recipe and makes the shapes, shardings and jitted functions of a run.
 
 No array exists yet. `train` compiles and runs these functions (`compile_steps`); `precompile` and
-`bench` take the same ones (`phases`). `plan` and `model_info` describe a run as text.
+`bench` take the same ones (`phases`).
 
 Axes: S source, T target.
 """
@@ -24,7 +24,7 @@ from gkd_jax.models import lm
 from gkd_jax.sampling import banned_tail
 from gkd_jax.storage.pretrained import ModelConfig
 from gkd_jax.training import teachers, train_state
-from gkd_jax.training.recipe import Recipe, describe
+from gkd_jax.training.recipe import Recipe
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -273,39 +273,6 @@ def shardings_of(shapes: Any) -> Any:
     return jax.tree.map(lambda x: x.sharding, shapes)
 
 
-def plan(program: Program) -> str:
-    """A summary of the run in a few lines, printed when it starts."""
-    recipe, models, method = program.recipe, program.models, program.method
-    config = recipe.data
-    mesh = " x ".join(f"{name}={size}" for name, size in program.mesh.shape.items())
-    shapes = ", ".join("/".join(map(str, shape)) for shape in config.shapes())
-    lines = [
-        f"task       {config.name} ({config.split}), batch {config.batch_size}, "
-        f"lengths {shapes}, {models.num_pieces} pieces",
-        f"student    {lm.num_params(program.state.params):,} parameters",
-        f"teacher    {program.teacher_name}"
-        + (", reads prompts of its own" if program.reads_own_prompts else "")
-        + (f", top {program.cached_k} of {config.teacher_cache}" if program.cached_k else ""),
-        f"loss       {_text(method.divergence) if method.divergence else 'cross-entropy'}, "
-        f"{_text(method.reduction)}, on-policy fraction {_text(method.on_policy_fraction)}"
-        + (" of each batch" if method.mixing == "example" else "")
-        + (f", {method.num_samples} samples a prompt" if method.num_samples > 1 else "")
-        + (f", reward {_text(method.rl.reward)}, alpha {method.rl.alpha}" if method.rl else ""),
-        f"steps      {recipe.train.train_steps}",
-        f"mesh       {mesh}",
-    ]
-    return "\n".join(lines)
-
-
-def _text(value: Any) -> str:
-    """A value of a recipe on one line, such as `JSD(beta=0.1, scale=paper)`."""
-    found = describe(value)
-    if not isinstance(found, dict):
-        return str(found)
-    name, *settings = found.items()
-    return f"{name[1]}({', '.join(f'{key}={setting}' for key, setting in settings)})"
-
-
 class Steps(NamedTuple):
     """The compiled functions of a run, each as a dict by the batch's shape (S, T).
 
@@ -399,28 +366,3 @@ def phases(program: Program) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     if arguments.update_dataset is not None and arguments.update_dataset != update:
         found["update_dataset"] = (program.update, arguments.update_dataset)
     return found
-
-
-def model_info(program: Program) -> str:
-    """The text of model_info.txt, which describes every array of both models."""
-    student = program.state.params
-    text = "student\n" + train_state.describe(student, shardings_of(student))
-    text += _replicated_heads(program.models.student, program.mesh)
-    pairs = {one.task: one.models for one in program.learner.task_teachers}
-    for name, models in pairs.items() or [("", program.models)]:
-        params = program.teacher and (program.teacher[name] if name else program.teacher)
-        if params is not None:
-            assert models.teacher is not None
-            described = train_state.describe(params, shardings_of(params))
-            text += f"\n\nteacher{name and f' of {name}'}\n{described}"
-            text += _replicated_heads(models.teacher, program.mesh)
-    return text + "\n"
-
-
-def _replicated_heads(config: lm.Config, mesh: Mesh) -> str:
-    """A line about key heads that the devices of `tensor` cannot share; empty if they can."""
-    heads, parts = getattr(config, "num_kv_heads", None), mesh.shape["tensor"]
-    if heads is None or heads % parts == 0:
-        return ""
-    what = "1 key head does" if heads == 1 else f"{heads} key heads do"
-    return f"\n{what} not divide over tensor={parts}: each device of that axis computes all of them"

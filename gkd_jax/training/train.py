@@ -25,14 +25,8 @@ from gkd_jax.training import (
     teachers,
 )
 from gkd_jax.training.evaluations import Evaluations
-from gkd_jax.training.program import (
-    Program,
-    build,
-    compile_steps,
-    initial_state,
-    model_info,
-    plan,
-)
+from gkd_jax.training.plan import model_info, plan
+from gkd_jax.training.program import Program, build, compile_steps, initial_state
 from gkd_jax.training.recipe import Recipe, TrainConfig
 from gkd_jax.training.rollouts import Rollouts
 from gkd_jax.training.source import Source, open_source

@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 import optax
 
 from gkd_jax import sharding
@@ -69,20 +69,3 @@ def shardings(state: TrainState, mesh: Mesh) -> Any:
         opt_state=sharding.tree_shardings(state.opt_state, opt, mesh),
         average=None if state.average is None else of_params,
     )
-
-
-def describe(params: lm.Params, placed: lm.Params) -> str:
-    """One line per array: path, shape, dtype, logical axes, mesh axes and bytes per device."""
-    lines, total = [], 0
-    axes = jax.tree.leaves(lm.logical_axes(params), is_leaf=lambda x: type(x) is tuple)
-    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
-    for (path, leaf), names, where in zip(leaves, axes, jax.tree.leaves(placed), strict=True):
-        assert isinstance(where, NamedSharding)
-        size = sharding.bytes_per_device(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), where)
-        total += size
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        lines.append(
-            f"{name:<64} {leaf.shape!s:<22} {leaf.dtype!s:<9} {names} {tuple(where.spec)} {size}"
-        )
-    lines.append(f"total: {lm.num_params(params):,} parameters, {total:,} bytes per device")
-    return "\n".join(lines)

@@ -1,0 +1,86 @@
+"""Describes a run as text: `plan` in a few lines at its start, `model_info` array by array."""
+
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+
+from gkd_jax import sharding
+from gkd_jax.models import lm
+from gkd_jax.training.program import Program, shardings_of
+from gkd_jax.training.recipe import describe
+
+
+def plan(program: Program) -> str:
+    """A summary of the run in a few lines, printed when it starts."""
+    recipe, models, method = program.recipe, program.models, program.method
+    config = recipe.data
+    mesh = " x ".join(f"{name}={size}" for name, size in program.mesh.shape.items())
+    shapes = ", ".join("/".join(map(str, shape)) for shape in config.shapes())
+    lines = [
+        f"task       {config.name} ({config.split}), batch {config.batch_size}, "
+        f"lengths {shapes}, {models.num_pieces} pieces",
+        f"student    {lm.num_params(program.state.params):,} parameters",
+        f"teacher    {program.teacher_name}"
+        + (", reads prompts of its own" if program.reads_own_prompts else "")
+        + (f", top {program.cached_k} of {config.teacher_cache}" if program.cached_k else ""),
+        f"loss       {_text(method.divergence) if method.divergence else 'cross-entropy'}, "
+        f"{_text(method.reduction)}, on-policy fraction {_text(method.on_policy_fraction)}"
+        + (" of each batch" if method.mixing == "example" else "")
+        + (f", {method.num_samples} samples a prompt" if method.num_samples > 1 else "")
+        + (f", reward {_text(method.rl.reward)}, alpha {method.rl.alpha}" if method.rl else ""),
+        f"steps      {recipe.train.train_steps}",
+        f"mesh       {mesh}",
+    ]
+    return "\n".join(lines)
+
+
+def _text(value: Any) -> str:
+    """A value of a recipe on one line, such as `JSD(beta=0.1, scale=paper)`."""
+    found = describe(value)
+    if not isinstance(found, dict):
+        return str(found)
+    name, *settings = found.items()
+    return f"{name[1]}({', '.join(f'{key}={setting}' for key, setting in settings)})"
+
+
+def model_info(program: Program) -> str:
+    """The text of model_info.txt, which describes every array of both models."""
+    student = program.state.params
+    text = "student\n" + _describe(student, shardings_of(student))
+    text += _replicated_heads(program.models.student, program.mesh)
+    pairs = {one.task: one.models for one in program.learner.task_teachers}
+    for name, models in pairs.items() or [("", program.models)]:
+        params = program.teacher and (program.teacher[name] if name else program.teacher)
+        if params is not None:
+            assert models.teacher is not None
+            described = _describe(params, shardings_of(params))
+            text += f"\n\nteacher{name and f' of {name}'}\n{described}"
+            text += _replicated_heads(models.teacher, program.mesh)
+    return text + "\n"
+
+
+def _replicated_heads(config: lm.Config, mesh: Mesh) -> str:
+    """A line about key heads that the devices of `tensor` cannot share; empty if they can."""
+    heads, parts = getattr(config, "num_kv_heads", None), mesh.shape["tensor"]
+    if heads is None or heads % parts == 0:
+        return ""
+    what = "1 key head does" if heads == 1 else f"{heads} key heads do"
+    return f"\n{what} not divide over tensor={parts}: each device of that axis computes all of them"
+
+
+def _describe(params: lm.Params, placed: lm.Params) -> str:
+    """One line per array: path, shape, dtype, logical axes, mesh axes and bytes per device."""
+    lines, total = [], 0
+    axes = jax.tree.leaves(lm.logical_axes(params), is_leaf=lambda x: type(x) is tuple)
+    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+    for (path, leaf), names, where in zip(leaves, axes, jax.tree.leaves(placed), strict=True):
+        assert isinstance(where, NamedSharding)
+        size = sharding.bytes_per_device(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), where)
+        total += size
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        lines.append(
+            f"{name:<64} {leaf.shape!s:<22} {leaf.dtype!s:<9} {names} {tuple(where.spec)} {size}"
+        )
+    lines.append(f"total: {lm.num_params(params):,} parameters, {total:,} bytes per device")
+    return "\n".join(lines)
