@@ -1,6 +1,7 @@
-"""The unit of work of every step: token ids of inputs and targets, and the loss weights of targets.
+"""`Batch`, on which every step works: token ids of inputs and targets, and the targets' weights.
 
-Axes: B batch, S source length, T target length, R length of the teacher's own prompts, k.
+Axes: B batch, S source length, T target length, R length of the teacher's own prompts, k most
+probable ids.
 """
 
 from typing import Any, NamedTuple
@@ -9,12 +10,12 @@ from jaxtyping import Float, Int
 
 
 class TopK(NamedTuple):
-    """The most probable ids at each target position, and what the others have together.
+    """The most probable ids at each target position, with their probabilities.
 
     Attributes:
-        ids: k different ids.
-        log_probs: theirs, nats.
-        tails: log of the mass of all other ids, nats.
+        ids: the k most probable ids.
+        log_probs: the log-probabilities of these ids, in nats.
+        tails: the log of the total probability of all other ids, in nats.
     """
 
     ids: Int[Any, "B T k"]
@@ -25,17 +26,18 @@ class TopK(NamedTuple):
 class Batch(NamedTuple):
     """One global batch, of JAX or NumPy arrays.
 
-    Inputs are padded on the right: an encoder-decoder's with id 0, which the encoder masks; a
-    decoder-only model's with any id, and `input_lengths` says how many tokens are text. Targets are
-    masked by `weights` alone: a student can emit any id, so `targets > 0` says nothing about where
-    a sequence ends.
+    Inputs are padded on the right. An encoder-decoder's inputs are padded with id 0, which the
+    encoder masks. A decoder-only model's inputs may be padded with any id, because `input_lengths`
+    says how many tokens are text. Targets are masked by `weights` alone: a student can sample any
+    id, so an id does not tell where a sequence ends.
 
     Attributes:
-        inputs: source token ids, ending in EOS, padded with 0.
-        targets: target token ids, ending in EOS unless truncated.
+        inputs: the ids of the prompts. A T5's prompts end in EOS.
+        targets: the ids of the targets, which end in EOS unless they are truncated.
         weights: 1.0 where a target token counts (EOS included), 0.0 elsewhere.
-        teacher: its scores of these targets where they come from a cache (`teacher_cache`).
-        input_lengths: tokens of each prompt; an encoder-decoder may do without (ids != 0 count).
+        teacher: the teacher's stored scores of these targets (`teacher_cache`); None without.
+        input_lengths: the number of tokens of each prompt. An encoder-decoder may do without, and
+            then counts the ids other than 0.
         teacher_inputs: prompts that the teacher reads instead of `inputs`, padded in the same way;
             None if the teacher reads `inputs`.
         teacher_input_lengths: the number of tokens of each prompt in `teacher_inputs`.
@@ -50,7 +52,7 @@ class Batch(NamedTuple):
     teacher_input_lengths: Int[Any, " B"] | None = None
 
     def as_teacher_reads(self) -> "Batch":
-        """Returns the same targets behind the teacher's own prompts, where it has any."""
+        """Returns the batch with the teacher's own prompts as its inputs, if there are any."""
         if self.teacher_inputs is None:
             return self
         return self._replace(

@@ -30,16 +30,7 @@ import optax
 
 from gkd_jax import accumulation, losses
 from gkd_jax.batch import Batch, TopK
-from gkd_jax.gkd_config import (
-    Divergence,
-    GKDConfig,
-    Learner,
-    LiveStudent,
-    ModelPair,
-    MovingAverage,
-    Reduction,
-    TaskTeacher,
-)
+from gkd_jax.gkd_config import GKDConfig, Learner, LiveStudent, ModelPair, MovingAverage
 from gkd_jax.input.teacher_cache import outcomes
 from gkd_jax.models import lm
 from gkd_jax.rl import policy_loss
@@ -47,45 +38,25 @@ from gkd_jax.sampling import Sample, allowed_ids, sample
 from gkd_jax.text import task_names
 
 
-__all__ = [
-    "Divergence",
-    "GKDConfig",
-    "Learner",
-    "LiveStudent",
-    "ModelPair",
-    "MovingAverage",
-    "Reduction",
-    "StepKeys",
-    "TaskTeacher",
-    "TrainState",
-    "is_on_policy",
-    "per_token_loss",
-    "rows_by_teacher",
-    "sample_targets",
-    "step_keys",
-    "teacher_now",
-    "update",
-]
-
-
 class StepKeys(NamedTuple):
-    """The randomness of one step."""
+    """The random keys of one step."""
 
     sampling: Key[Array, ""]
     dropout: Key[Array, ""]
 
 
 def step_keys(seed: int, step: int) -> StepKeys:
-    """A function of (seed, step): a resumed run draws the same numbers as one never stopped."""
+    """Returns the keys of a step, a function of (seed, step): resuming a run changes no number."""
     return StepKeys(*jax.random.split(jax.random.fold_in(jax.random.key(seed), step)))
 
 
 def is_on_policy(seed: int, step: int, config: GKDConfig) -> bool:
-    """Whether a step samples: the coin of Algorithm 1, one for the whole batch, u < lambda.
+    """Returns whether the student samples the targets of a step: Algorithm 1's coin, u < lambda.
 
-    It is drawn on the host from (seed, step), so that every process decides alike without waiting
-    for a device. u lies in [0, 1): lambda = 0 is never on-policy, lambda = 1 always. With
-    `mixing="example"` every step samples some rows.
+    One coin decides for the whole batch. It is tossed on the host and depends on (seed, step)
+    alone, so all processes get the same result without waiting for a device. u lies in [0, 1):
+    with lambda = 0 no step samples, with lambda = 1 every step does. With `mixing="example"`,
+    every step samples some of its rows, unless lambda is 0.
     """
     fraction = config.on_policy_fraction
     if config.mixing == "example":
@@ -93,12 +64,13 @@ def is_on_policy(seed: int, step: int, config: GKDConfig) -> bool:
     u = int(np.random.Philox(key=seed, counter=step).random_raw() >> np.uint64(11)) * 2.0**-53
     if not callable(fraction):
         return u < fraction
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):  # not behind the last update
+    # A computation on the CPU does not wait for the update that the accelerator still works on.
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
         return u < float(fraction(step))
 
 
 def num_on_policy_rows(on_policy_fraction: float, batch_size: int) -> int:
-    """ceil(lambda B): the rows of a batch that `mixing="example"` samples."""
+    """Returns ceil(lambda B), the number of rows of a batch that `mixing="example"` samples."""
     return math.ceil(round(on_policy_fraction * batch_size, 6))  # 0.07 * 100 = 7.000000000000001
 
 
@@ -109,15 +81,15 @@ def sample_targets(
     batch: Batch,
     key: Key[Array, ""],
 ) -> tuple[Batch, Sample]:
-    """Replaces the targets of a batch by the student's own sequences. No gradient flows back.
+    """Replaces the targets of a batch by sequences that the student samples, without a gradient.
 
     Returns:
-        The batch, whose targets are `num_samples` rows a prompt, and what was drawn. Where
-        `mixing="example"`, every second row or so is replaced (spread evenly, so that every device
-        samples some), the others keep the dataset's targets, and only the replaced are in `Sample`.
+        The batch with `num_samples` rows of targets for each prompt, and the samples. With
+        `mixing="example"`, only ceil(lambda B) rows get samples as targets, and only these rows are
+        in `Sample`. They are spread evenly over the batch, so that every device samples some.
     """
     batch_size, length = batch.targets.shape
-    # No gradient: a decode loop cannot run the forward passes of custom ones backwards.
+    # JAX cannot differentiate a decode loop: it has no reverse mode for a loop of unknown length.
     frozen = jax.lax.stop_gradient(student_params)
 
     draw = functools.partial(
@@ -152,17 +124,17 @@ def per_token_loss(
     dropout_key: Key[Array, ""] | None = None,
     step: Int[Array, ""] | int = 0,
 ) -> Float[Array, "N T"]:
-    """D(P || Q) at each target position, or the cross-entropy of the target; nats."""
+    """Returns the divergence at each target position, or the target's cross-entropy, in nats."""
     return _token_values(
         config, models, student_params, teacher_params, batch, dropout_key, step
     ).loss
 
 
 class _TokenValues(NamedTuple):
-    """Numbers of each target token."""
+    """The loss of each target token and, if a reward needs it, the token's log Q."""
 
     loss: Float[Array, "N T"]
-    log_probs: Float[Array, "N T"] | None  # of the policy; None where no reward asks for them
+    log_probs: Float[Array, "N T"] | None
 
 
 def _token_values(
@@ -176,7 +148,7 @@ def _token_values(
     *,
     with_log_probs: bool = False,
 ) -> _TokenValues:
-    """Both models read the whole batch; their logits exist for one part of the length at a time."""
+    """Computes both models' states for the whole batch, and logits for one part of T at a time."""
     states = [lm.hidden(models.student, student_params, batch, dropout_key=dropout_key)]
     heads = [lm.head_params(student_params)]
     if config.divergence is not None and batch.teacher is None:
@@ -220,40 +192,40 @@ def sample_log_probs(
     targets: Int[Array, "N T"],
     weights: Float[Array, "N T"],
 ) -> Float[Array, "N T"]:
-    """log Q of each target under the distribution that `sample_targets` draws from; nats.
+    """Returns log Q of each target under the distribution that samples are drawn from, in nats.
 
-    Banned ids have no part in its softmax, as they had none in the draw.
+    Banned ids are left out of the softmax, as they are when tokens are drawn.
     """
     allowed = allowed_ids(models.student.vocab_size, config.sampling.ids(models.student)[0])
     logits = jnp.where(allowed, student_logits / config.sampling.temperature, -jnp.inf)
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    # Padding has probability 0 here; its weight is 0, and its gradient must not be NaN.
+    # Padding has probability 0 here. Its weight is 0 too, but its gradient would be NaN.
     picked = jnp.where(weights > 0, picked, 0.0)
     return picked - jax.nn.logsumexp(logits, axis=-1)
 
 
 def of_pieces(logits: Float[Array, "B T V"], num_pieces: int) -> Float[Array, "B T P"]:
-    """Without the ids that no piece has: two models may round their embeddings up differently."""
+    """Returns the logits of the ids that have a piece; the others only round the embedding up."""
     return logits[..., :num_pieces]
 
 
 class LossSums(NamedTuple):
-    """Sums over some rows; adding those of microbatches gives those of the batch."""
+    """Sums over some rows of a batch. The sums of all microbatches add up to those of the batch."""
 
-    loss: Float[Array, ""]  # the reduction's numerator
-    tokens: Float[Array, ""]  # of per-token losses, for the token mean
-    sequences: Float[Array, ""]  # of per-sequence means
-    policy: Float[Array, ""]  # of -advantage x log Q(sequence)
+    loss: Float[Array, ""]  # the numerator of the method's reduction
+    tokens: Float[Array, ""]  # the sum of the losses of all tokens
+    sequences: Float[Array, ""]  # the sum over sequences of the mean loss of their tokens
+    policy: Float[Array, ""]  # the sum over sequences of -advantage x log Q(sequence)
 
 
 class TrainState(NamedTuple):
-    """The student in training. A frozen teacher is never part of it.
+    """The state of a student in training; a frozen teacher is never a part of it.
 
     Attributes:
-        step: updates done.
-        params: float32 parameters.
-        opt_state: the optimizer's.
-        average: the moving average of the parameters where that is the teacher, else None.
+        step: the number of updates done.
+        params: the student's float32 parameters.
+        opt_state: the state of the optimizer.
+        average: the moving average of the parameters if it is the teacher, else None.
     """
 
     step: Int[Array, ""]
@@ -272,13 +244,13 @@ def teacher_now(learner: Learner, state: TrainState, frozen: lm.Params | None) -
 
 
 class TaughtRows(NamedTuple):
-    """Rows of a batch with the teacher that scores them.
+    """Some rows of a batch with the teacher that scores them.
 
     Attributes:
         models: the sizes of the student and of the teacher.
         teacher_params: the teacher's parameters.
         batch: the rows.
-        advantages: the advantage of each target row; None without a reward.
+        advantages: the advantage of each row of targets; None without a reward.
     """
 
     models: ModelPair
@@ -293,13 +265,13 @@ def rows_by_teacher(
     batch: Batch,
     advantages: Float[Array, " N"] | None = None,
 ) -> list[TaughtRows]:
-    """Returns the rows of each teacher; all rows at once where there is one teacher.
+    """Splits a batch by teacher; if there is only one teacher, all rows are its own.
 
     Args:
         learner: what is the same in every update.
-        teacher_params: the teacher's parameters; those of several teachers by their tasks.
-        batch: whole blocks of rows. Targets may hold several rows a prompt, as neighbours.
-        advantages: of each target row.
+        teacher_params: the parameters of the teacher, or those of several teachers by task.
+        batch: whole blocks of rows. A prompt may have several neighbouring rows of targets.
+        advantages: the advantage of each row of targets; None without a reward.
     """
     if not learner.task_teachers:
         return [TaughtRows(learner.models, teacher_params, batch, advantages)]
@@ -313,7 +285,7 @@ def rows_by_teacher(
 
 
 def next_average(learner: Learner, state: TrainState, params: lm.Params) -> lm.Params | None:
-    """Returns the moving average after the update that gave these parameters."""
+    """Returns the moving average after an update whose result is `params`; None if not needed."""
     if not isinstance(learner.self_teacher, MovingAverage):
         return None
     decay = learner.self_teacher.decay
@@ -328,40 +300,41 @@ def update(
     dropout_key: Key[Array, ""],
     advantages: Float[Array, " N"] | None = None,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
-    """One step of gradient descent on the mean divergence over the batch (Algorithm 1's last line).
+    """Does one step of gradient descent on the mean divergence (the last line of Algorithm 1).
 
-    The gradient is that of the whole batch for any number of microbatches: numerators are summed
-    and divided by the batch's own count once. The teacher scores each microbatch inside it.
+    Any number of microbatches gives the gradient of the whole batch: the numerators of the mean are
+    summed, and the sum is divided once by the count of the whole batch.
 
     Args:
         learner: what is the same in every update.
-        state: the student.
-        teacher_params: frozen; None where there is no divergence, or the teacher is the student;
-            those of several teachers by their tasks.
-        batch: targets may hold several rows a prompt, as neighbours.
-        dropout_key: of this step.
-        advantages: of each target row; with them the loss is Eq. 5's, alpha D + (1 - alpha) times
-            the policy loss.
+        state: the student's state.
+        teacher_params: the parameters of a frozen teacher, or those of several teachers by task;
+            None without a divergence, or if the teacher is the student.
+        batch: the batch. A prompt may have several neighbouring rows of targets.
+        dropout_key: the dropout key of this step.
+        advantages: the advantage of each row of targets; None without a reward. With advantages,
+            the loss is that of Eq. 5: alpha D + (1 - alpha) times the policy loss.
 
     Returns:
-        The state after the update, and the step's numbers by name.
+        The state after the update, and the metrics of the step by name.
     """
     config = learner.config
     teacher_params = teacher_now(learner, state, teacher_params)
     _, count = config.reduction(batch.weights, batch.weights)
-    count = jnp.maximum(count, 1.0)  # a batch without any target: loss 0, gradient 0
+    count = jnp.maximum(count, 1.0)  # a batch without any target has loss 0 and gradient 0
     num_tokens = jnp.maximum(jnp.sum(batch.weights), 1.0)
     num_sequences = jnp.maximum(jnp.sum(jnp.any(batch.weights > 0, axis=1)), 1.0)
     alpha = 1.0 if advantages is None or config.rl is None else config.rl.alpha
 
     def numerator(params, rows, key):
-        # The policy's mean is over sequences, whatever the reduction: undo the division by count.
-        scale = count / num_sequences
+        # The policy loss is a mean over sequences for any reduction. The gradient is divided by
+        # `count` below, and this scale turns that division into one by the number of sequences.
+        policy_scale = count / num_sequences
         taught = rows_by_teacher(learner, teacher_params, *rows)
         found = []
         for index, part in enumerate(taught):
             own_key = key if key is None or len(taught) == 1 else jax.random.fold_in(key, index)
-            found.append(_loss_sums(config, params, part, own_key, state.step, alpha, scale))
+            found.append(_loss_sums(config, params, part, own_key, state.step, alpha, policy_scale))
         totals, sums = zip(*found, strict=True)
         return functools.reduce(jnp.add, totals), sums
 
@@ -402,7 +375,7 @@ def update(
 def _divergences(
     learner: Learner, taught: list[TaughtRows], parts: tuple[LossSums, ...]
 ) -> dict[str, Float[Array, ""]]:
-    """The mean divergence from each of several teachers over its own rows."""
+    """Returns the mean divergence from each of several teachers over its own rows."""
     found = {}
     for teacher, rows, sums in zip(learner.task_teachers, taught, parts, strict=True):
         _, count = learner.config.reduction(rows.batch.weights, rows.batch.weights)
@@ -412,7 +385,7 @@ def _divergences(
 
 
 def _prompt_tokens(batch: Batch) -> Float[Array, ""]:
-    """The tokens of all prompts; ids of 0 are padding where no lengths are given."""
+    """Returns the number of tokens of all prompts; without lengths, id 0 is padding."""
     counted = batch.inputs != 0 if batch.input_lengths is None else batch.input_lengths
     return jnp.sum(counted).astype(jnp.float32)
 
@@ -426,7 +399,10 @@ def _loss_sums(
     alpha: float,
     policy_scale: Float[Array, ""],
 ) -> tuple[Float[Array, ""], LossSums]:
-    """The numerator of the loss over some rows, and the sums to log."""
+    """Returns the numerator of the loss over some rows, and the sums that the metrics need.
+
+    `policy_scale` multiplies the policy loss in the numerator; see `update`.
+    """
     batch = rows.batch
     values, log_probs = _token_values(
         config,

@@ -74,7 +74,7 @@ def _main(arguments: list[str]) -> None:
 
 
 def _message(error: BaseException) -> str:
-    """The error as one line, with the macro that set the wrong value if that is known."""
+    """Returns an error as one line, with the macro that set the wrong value if it is known."""
     if isinstance(error, RecursionError):
         return "a binding of the gin files or of the command line refers to itself"
     if "gkd_jax.command_line.gin_files" not in sys.modules:

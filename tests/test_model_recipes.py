@@ -33,7 +33,7 @@ def recipe_of(name):
     from gkd_jax.training.recipe import Recipe
 
     path = str(ROOT / "gin" / "models" / f"{name}.gin")
-    gin_files.parse([path], [], [str(ROOT)], stand_ins=commands.OF_SHAPES_ALONE)
+    gin_files.parse([path], [], [str(ROOT)], stand_ins=commands.STAND_INS)
     return gin_files.configured(Recipe)(evaluation=None)
 
 

@@ -10,8 +10,8 @@ from gkd_jax.command_line import gin_files, process, recipes
 from gkd_jax.command_line.flags import UsageError
 
 
-# `bench` and `precompile` read neither data nor weights: sizes say all that they need.
-OF_SHAPES_ALONE = {
+# The values of required macros for `bench` and `precompile`, which read neither data nor weights.
+STAND_INS = {
     "MODEL_DIR": "None",
     "MIXTURE_OR_TASK_NAME": "'absent.jsonl'",
     "STUDENT_CHECKPOINT": "None",
@@ -26,13 +26,13 @@ def run(command: str, values: Any, bindings: list[tuple[str, str]], positional: 
         command: one of `flags.COMMANDS`.
         values: the flags, as `flags.parse` returns them.
         bindings: the gin bindings of the command line, as (name, value).
-        positional: the arguments that are neither.
+        positional: all other arguments.
 
     Raises:
         UsageError: if a flag or macro that the command needs is missing.
     """
     if command == "convert":
-        process.set_up(reads_data=True)  # it reads tokenizers
+        process.set_up(reads_data=True)  # tokenizers are read through TensorFlow
         _convert(values)
         return
     if command == "report":
@@ -48,7 +48,7 @@ def run(command: str, values: Any, bindings: list[tuple[str, str]], positional: 
         raise UsageError(f"{command} needs --gin_file=FILE")
     start, reads_data = _COMMANDS[command]
     process.set_up(reads_data=reads_data, tfds_data_dir=values.tfds_data_dir)
-    stand_ins = OF_SHAPES_ALONE if command in ("bench", "precompile") else {}
+    stand_ins = STAND_INS if command in ("bench", "precompile") else {}
     gin_files.parse(values.gin_file, bindings, values.gin_search_paths, stand_ins=stand_ins)
     start(values)
 
@@ -139,7 +139,7 @@ def _bench(values: Any) -> None:
 
 
 def _recipe(phase: str | None) -> Any:
-    """The recipe of `train`, or of one phase of a study, without its evaluation."""
+    """Returns the recipe of `train`, or of one phase of a study, without its evaluation."""
     from gkd_jax.training.recipe import Recipe
 
     phases = gin_files.macro("PHASES", ())

@@ -23,7 +23,7 @@ class Command:
     Attributes:
         does: what the command does, on one line.
         example: a whole command line.
-        required: the macros without a default, each with its meaning.
+        required: the macros that have no default, each with its meaning.
         reads_gin: whether the command reads gin files.
     """
 
@@ -111,7 +111,7 @@ USAGE = (
 
 
 def define(command: str) -> flags.FlagValues:
-    """Defines the flags of a command, with their defaults."""
+    """Returns the flags of a command with their defaults."""
     values = flags.FlagValues()
 
     def add(kind: Any, name: str, default: Any, *rest: Any) -> None:
@@ -120,45 +120,45 @@ def define(command: str) -> flags.FlagValues:
     add(flags.DEFINE_bool, "dry_run", False, "check everything; write and load nothing")
     add(flags.DEFINE_bool, "traceback", False, "show where an error came from")
     if COMMANDS[command].reads_gin:
-        add(flags.DEFINE_multi_string, "gin_file", [], "a gin file; later ones win")
+        add(flags.DEFINE_multi_string, "gin_file", [], "a gin file; a later file overrides")
         add(flags.DEFINE_multi_string, "gin_bindings", [], "one gin binding")
-        add(flags.DEFINE_list, "gin_search_paths", ["."], "where gin files lie")
-        add(flags.DEFINE_string, "tfds_data_dir", None, "where TFDS data sets lie")
+        add(flags.DEFINE_list, "gin_search_paths", ["."], "folders of gin files")
+        add(flags.DEFINE_string, "tfds_data_dir", None, "the folder of TFDS's data sets")
     if command == "convert":
         add(flags.DEFINE_string, "input", None, "a checkpoint of any format")
         add(flags.DEFINE_string, "output", None, "a folder that does not exist")
         add(flags.DEFINE_enum, "to", None, ["hf", "t5x", "gkd"], "the format")
         dtypes = ["stored", "float32", "bfloat16"]
-        add(flags.DEFINE_enum, "dtype", "stored", dtypes, "of the output; stored: the input's")
-        add(flags.DEFINE_integer, "step", None, "of a T5X checkpoint; default: the input's")
+        add(flags.DEFINE_enum, "dtype", "stored", dtypes, "dtype of the output")
+        add(flags.DEFINE_integer, "step", None, "step of a T5X checkpoint; else the input's")
     if command in ("precompile", "bench"):
-        add(flags.DEFINE_string, "phase", None, "which run of a study")
+        add(flags.DEFINE_string, "phase", None, "one run of a study")
         add(flags.DEFINE_bool, "json", False, "one line of JSON")
     if command == "precompile":
         add(flags.DEFINE_string, "topology", None, "cpu, v5e:8x8, v5p:4x4x4, h100:1x1x8, ...")
-        add(flags.DEFINE_integer, "num_slices", 1, "slices of this shape")
-        add(flags.DEFINE_bool, "full", False, "with all of XLA's effort")
+        add(flags.DEFINE_integer, "num_slices", 1, "number of slices of this shape")
+        add(flags.DEFINE_bool, "full", False, "compile with all of XLA's effort")
     if command == "bench":
-        add(flags.DEFINE_integer, "runs", 20, "of each phase")
+        add(flags.DEFINE_integer, "runs", 20, "timed runs of each phase")
     if command == "sweep":
-        add(flags.DEFINE_multi_string, "gin_file", [], "of every run; later ones win")
+        add(flags.DEFINE_multi_string, "gin_file", [], "a gin file of every run")
         add(flags.DEFINE_string, "sweep_file", None, "a TOML file of rows")
         add(flags.DEFINE_string, "output", None, "the folder of all runs")
         add(flags.DEFINE_multi_string, "grid", [], "an axis: MACRO=A,B")
-        add(flags.DEFINE_list, "rows", [], "of the sweep file: only these, and what they need")
-        add(flags.DEFINE_bool, "print", False, "print the commands that are not done, run none")
-        add(flags.DEFINE_integer, "num_parallel", 1, "most runs at once")
+        add(flags.DEFINE_list, "rows", [], "run only these rows and what they need")
+        add(flags.DEFINE_bool, "print", False, "print the commands that are left, run none")
+        add(flags.DEFINE_integer, "num_parallel", 1, "largest number of runs at once")
         add(flags.DEFINE_bool, "redo_changed", False, "put folders of other commands aside")
         add(flags.DEFINE_string, "command", "gkd-jax", "the program that every run starts")
     if command == "report":
         add(flags.DEFINE_string, "output", None, "a folder for the report")
         add(flags.DEFINE_string, "archive", None, "a .jsonl file for small copies of the runs")
-    add(flags.DEFINE_bool, "help", False, "this text")
+    add(flags.DEFINE_bool, "help", False, "print this text")
     return values
 
 
 def describe(command: str) -> str:
-    """The text that `gkd-jax COMMAND --help` prints."""
+    """Returns the text that `gkd-jax COMMAND --help` prints."""
     about, values = COMMANDS[command], define(command)
     lines = [f"gkd-jax {command}: {about.does}", "", "example:", f"  {about.example}"]
     if about.required:
@@ -218,6 +218,6 @@ def _binding(text: str, argument: str) -> tuple[str, str]:
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """The text " (did you mean 'x'?)" with the closest known name; "" if none is close."""
+    """Returns " (did you mean 'x'?)" with the closest known name; "" if none is close."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""

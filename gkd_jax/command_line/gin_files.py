@@ -72,7 +72,7 @@ def parse(
 
 
 def _recipe(name: str, package: pathlib.Path) -> str:
-    """The path of a gin file; a bare word such as `quickstart` stands for gin/quickstart.gin."""
+    """Returns the path of a gin file; a word such as `quickstart` means gin/quickstart.gin."""
     if os.path.exists(name) or not re.fullmatch(r"[\w/]+", name):
         return name
     for root in (pathlib.Path(), package.parent, package):
@@ -96,7 +96,7 @@ def _quiet():
 
 
 def _imports() -> str:
-    """The import statements of all files that were read, as gin text."""
+    """Returns the import statements of all files that were read, as gin text."""
     lines = (
         line for line in gin.config_str().splitlines() if line.startswith(("import ", "from "))
     )
@@ -105,7 +105,7 @@ def _imports() -> str:
 
 
 def _as_gin(value: str) -> str:
-    """The value in gin's syntax: a bare path or word is quoted."""
+    """Returns a value in gin's syntax; a path or a word without quotes is quoted."""
     if value in ("None", "True", "False") or not _BARE.fullmatch(value):
         return value
     try:
@@ -152,19 +152,19 @@ def _check_macro(name: str) -> None:
 
 
 def macros() -> dict[str, str]:
-    """Every macro that the gin files and the command line define, with its value as written."""
+    """Returns every macro of the gin files and the command line, with its value as written."""
     return {name: value for name, value in _lines() if re.fullmatch(r"[A-Za-z_]\w*", name)}
 
 
 def _lines() -> list[tuple[str, str]]:
-    """The (left, right) sides of every binding."""
+    """Returns the (left, right) sides of every binding."""
     joined = re.sub(r"\\\n\s*", "", gin.config_str(max_line_length=10_000))
     pairs = (re.match(r"([\w./]+) = (.*)", line) for line in joined.splitlines())
     return [(pair[1], pair[2]) for pair in pairs if pair]
 
 
 def macro(name: str, default: Any) -> Any:
-    """The value of a macro, or `default` if no file defines it."""
+    """Returns the value of a macro, or `default` if no file defines it."""
     try:
         return gin.query_parameter(f"%{name}")
     except ValueError:
@@ -172,7 +172,7 @@ def macro(name: str, default: Any) -> Any:
 
 
 def fields_of(name: str) -> list[str]:
-    """The parameters that a macro sets, as "[scope/]Type.field"; [name] if it sets none.
+    """Returns the parameters that a macro sets, as "[scope/]Type.field"; [name] if it sets none.
 
     A macro may be an argument of a function that makes a value, as TEACHER is one of
     `recipe.choose_teacher`. The parameters that it sets are then those that take this value.
@@ -181,7 +181,7 @@ def fields_of(name: str) -> list[str]:
 
 
 def _set_to(value: str) -> list[str]:
-    """The parameters with a value that is written like this, as "[scope/]Type.field"."""
+    """Returns the parameters whose value is written like this, as "[scope/]Type.field"."""
     found = []
     for left in (left for left, right in _lines() if right == value):
         if "." not in left:  # a macro
@@ -195,7 +195,7 @@ def _set_to(value: str) -> list[str]:
 
 
 def macros_that_set(field: str) -> list[str]:
-    """The macros that set a parameter "Type.field" in any scope."""
+    """Returns the macros that set a parameter "Type.field" in any scope."""
     ends = f".{field}"
     return sorted(
         {
@@ -208,22 +208,22 @@ def macros_that_set(field: str) -> list[str]:
 
 
 def configured(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function or class with those parameters bound that the gin files bind."""
+    """Returns a function or class with the parameters that the gin files bind."""
     return gin.get_configurable(function)
 
 
 def scope(name: str | None) -> Any:
-    """A context in which the bindings of a gin scope hold; None is the root scope."""
+    """Returns a context in which the bindings of a gin scope hold; None is the root scope."""
     return gin.config_scope(name)
 
 
 def operative() -> str:
-    """The part of the configuration that was used so far, as gin text."""
+    """Returns the part of the configuration that was used so far, as gin text."""
     return gin.operative_config_str()
 
 
 def one_message(error: BaseException) -> str:
-    """The message of an error on one line, without the lines that gin adds about its calls."""
+    """Returns an error's message on one line, without the lines that gin adds about its calls."""
     lines = [
         line
         for line in str(error).splitlines()

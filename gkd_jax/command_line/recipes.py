@@ -6,12 +6,12 @@ import re
 import gkd_jax
 
 
-# Files that others include, and that no command can run alone.
+# Folders and files that other gin files include, and that no command can run alone.
 _PARTS = ("decode", "settings", "sweeps")
 
 
 def folder() -> pathlib.Path:
-    """The folder of our gin files: beside the package in a checkout, inside it in a wheel."""
+    """Returns the folder of our gin files, which is in the package only if that is a wheel."""
     package = pathlib.Path(gkd_jax.__file__).parent
     candidates = (package.parent / "gin", package / "gin")
     return next(path for path in candidates if (path / "gkd.gin").is_file())
@@ -30,7 +30,7 @@ def listing() -> str:
 
 
 def _first_sentence(text: str) -> str:
-    """The first sentence of the comment at the top of a gin file."""
+    """Returns the first sentence of the comment at the top of a gin file."""
     lines = []
     for line in text.splitlines():
         if not line.startswith("#") or not line.strip("# "):

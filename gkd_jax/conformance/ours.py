@@ -16,6 +16,7 @@ import optax
 
 from gkd_jax import divergences, gkd, sampling
 from gkd_jax.batch import Batch
+from gkd_jax.gkd_config import Divergence
 from gkd_jax.input import teacher_cache
 from gkd_jax.models import lm, t5
 from gkd_jax.storage import checkpoints, pretrained, vocabulary_checks
@@ -172,7 +173,7 @@ class GKDJax:
 
 
 @functools.cache
-def _divergence(beta: float) -> gkd.Divergence:
+def _divergence(beta: float) -> Divergence:
     if beta in (0, 1):
         return divergences.reverse_kl if beta else divergences.forward_kl
     return functools.partial(divergences.jsd, beta=beta)

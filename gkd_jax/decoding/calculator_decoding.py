@@ -1,9 +1,9 @@
 """Greedy decoding with a calculator (Cobbe et al., 2021) that writes the result after `48 / 2 =`.
 
-The model decodes one token at a time through the same cached `lm.decode_step` as `sampling`. When a
-row's text ends in an arithmetic expression and an equals sign, the pieces of the right result are
-forced in place of the model's own, and the model goes on from them. The text is read on the host,
-so there is one synchronisation a token: this is for evaluation only.
+The model decodes with the same KV cache as in `sampling`. When the text of a row ends in an
+arithmetic expression and an equals sign, the tokens of the correct result replace the model's next
+tokens, and the model continues from them. The host reads the text after every token and waits for
+the device each time, so this way of decoding is for evaluation only.
 """
 
 from collections import deque
@@ -34,15 +34,17 @@ def make_decode(
     banned_ids: tuple[int, ...] | None = None,
     eos_ids: tuple[int, ...] | None = None,
 ) -> Decode:
-    """A function (params, inputs, input_lengths=None) -> tokens, up to and including EOS, then 0.
+    """Returns a function (params, inputs, input_lengths=None) -> tokens [B T].
+
+    The tokens of a row end with EOS, and 0 follows.
 
     Args:
-        config: the model's sizes.
-        vocabulary: reads the tokens and writes the results.
-        mesh: of the devices.
-        max_length: most tokens to decode, T.
-        banned_ids: token ids never decoded; None is the family's.
-        eos_ids: each of them ends a sequence; None is the family's.
+        config: the model's config.
+        vocabulary: the vocabulary that turns tokens into text, and results into tokens.
+        mesh: the device mesh.
+        max_length: the largest number of tokens to decode, T.
+        banned_ids: ids that are never decoded; None takes those of the model family.
+        eos_ids: the ids that end a sequence; None takes those of the model family.
     """
     banned, ends = SamplingConfig(banned_ids=banned_ids, eos_ids=eos_ids).ids(config)
     allowed = allowed_ids(config.vocab_size, banned)
@@ -55,7 +57,7 @@ def make_decode(
         with sharding.use(mesh):
             logits, cache = lm.decode_step(config, params, last, cache)
         best = jnp.argmax(jnp.where(allowed[None], logits, -jnp.inf), axis=-1).astype(jnp.int32)
-        # Replicated, so that every process reads all rows and forces the same pieces.
+        # The tokens are replicated: every process reads all rows and writes the same results.
         return jax.lax.with_sharding_constraint(best, sharding.replicated(mesh)), cache
 
     def take_rows(cache, rows):
@@ -81,7 +83,7 @@ def make_decode(
             num_left = np.max(np.sum(~ended.reshape(shards, -1), axis=1))
             while smaller and num_left <= smaller[0]:
                 kept = decode_loop.going_on(jnp.asarray(ended), shards, smaller.pop(0))
-                kept = np.asarray(kept)  # within shards
+                kept = np.asarray(kept)  # numbers of rows within each shard
                 cache = take_rows_fn(cache, kept)
                 kept = (kept + np.arange(shards)[:, None] * (len(going_on) // shards)).ravel()
                 going_on, last, ended = [going_on[i] for i in kept], last[kept], ended[kept]
@@ -94,7 +96,7 @@ def make_decode(
 
 
 class _Row:
-    """One sequence: what it has so far, and the calculator's pieces still to be written."""
+    """One sequence that is being decoded, with the calculator's tokens that are to follow."""
 
     def __init__(self, vocabulary: Any, eos_ids: tuple[int, ...]):
         self.tokens: list[int] = []
@@ -104,7 +106,7 @@ class _Row:
         self._eos_ids = eos_ids
 
     def take(self, token: int) -> int:
-        """Appends the model's token, or the next forced one, and returns what was appended."""
+        """Appends the calculator's next token, or else the model's, and returns that token."""
         if self.ended:
             return 0
         if self._forced:
@@ -116,7 +118,10 @@ class _Row:
         return token
 
     def _result(self) -> list[int]:
-        """Pieces of the pending result; none where nothing is pending or they cannot spell it."""
+        """Returns the tokens of the result that the text asks for.
+
+        There are none if the text asks for no result, or if the vocabulary cannot write it.
+        """
         result = calculator.pending_result(self._vocabulary.decode(self.tokens))
         if result is None:
             return []
