@@ -1,4 +1,4 @@
-"""Runs the commands of a study, several at once, each after the commands it starts from."""
+"""Runs the commands of a study, several at once, each after those whose results it needs."""
 
 from collections.abc import Iterable, Sequence
 import os
@@ -20,16 +20,17 @@ _POLL_S = 0.05
 
 
 class Execution:
-    """Runs commands, several at once, each after what it needs.
+    """Runs commands, several at once, each after the runs that it needs.
 
     Args:
-        runs: in an order in which each comes after what it needs.
-        done: names of those that need not run.
+        runs: the runs, each after those that it needs.
+        done: the names of runs that are done.
         root: the folder of all runs.
-        program: the words before the subcommand.
-        num_parallel: most commands at once.
-        dry_run: only check, with `--dry_run`; nothing is written below the root.
-        lock: a file descriptor that commands keep open: a lock on it lasts as long as they do.
+        program: the words before the subcommand, such as ["gkd-jax"].
+        num_parallel: the largest number of commands at once.
+        dry_run: start the commands with `--dry_run`, and write nothing below `root`.
+        lock: a locked file descriptor that commands inherit, so that the lock is held as long as a
+            command runs; None without a lock.
     """
 
     def __init__(
@@ -53,11 +54,11 @@ class Execution:
         self._left_out: dict[str, str] = {}
         self._stopped: list[str] = []
         self._scratch = tempfile.TemporaryDirectory(prefix="sweep_") if dry_run else None
-        self._stop: list[int] = []  # signals
-        self._told = 0
+        self._stop: list[int] = []  # the signals that were received
+        self._told = 0  # how many signals were passed on to the commands
 
     def run(self) -> int:
-        """Exit status: see `sweep.sweep`."""
+        """Runs everything and returns the exit status; see `sweep.sweep`."""
         numbers = (signal.SIGINT, signal.SIGTERM)
         before = {number: signal.signal(number, self._on_signal) for number in numbers}
         try:
@@ -72,7 +73,7 @@ class Execution:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-            self._send(signal.SIGTERM)  # none is left, unless something went wrong here
+            self._send(signal.SIGTERM)  # commands are left only after an error in this class
             self._report()
             if self._scratch is not None:
                 self._scratch.cleanup()
@@ -83,7 +84,7 @@ class Execution:
         self._stop.append(number)
 
     def _tell_to_stop(self) -> None:
-        """Once, every run is asked to save; after a second signal, nobody waits for it."""
+        """Passes signals on: SIGTERM asks every run to save, and a second signal kills the runs."""
         if self._told < min(len(self._stop), 2):
             self._told = min(len(self._stop), 2)
             self._send(signal.SIGTERM if self._told == 1 else signal.SIGKILL)
@@ -97,7 +98,7 @@ class Execution:
         for run in list(self._waiting):
             missing = [need for need in run.needs if need not in self._done]
             lost = [need for need in missing if need in self._failed or need in self._left_out]
-            # A dry run makes no checkpoints: what needs one cannot be checked.
+            # A dry run makes no checkpoints, so runs that need one cannot be checked.
             if lost or (self._dry_run and missing):
                 self._waiting.remove(run)
                 self._left_out[run.name] = (lost or missing)[0]
@@ -119,7 +120,7 @@ class Execution:
         with log.open("a", encoding="utf-8") as file:
             file.write(f"$ {shlex.join(command)}\n")
             file.flush()
-            # A session of its own: Ctrl-C reaches the sweep, which lets the run save.
+            # In a session of its own, a run does not get Ctrl-C: the sweep passes it on as SIGTERM.
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,

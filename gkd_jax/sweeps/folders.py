@@ -1,7 +1,7 @@
-"""What the folders of a study say: which runs are done, and which commands have changed since.
+"""Reads from a study's folders which runs are done, and whose commands have changed since.
 
 A run's folder holds `sweep_started` and, after exit status 0, `sweep_done`. Both are JSON: the
-command that made the folder, and a digest of that command and of the commands it starts from.
+command that made the folder, and a digest of that command and of those whose results it needs.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,10 @@ STARTED, DONE, LOG = "sweep_started", "sweep_done", "log.txt"
 
 
 def records(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
-    """What identifies each run: its command without OUTPUT, and that of the runs it starts from."""
+    """Returns what identifies each run: its command, and the commands whose results it needs.
+
+    The word OUTPUT stands for the folder of the study, so that a study can be moved.
+    """
     found: dict[str, dict[str, Any]] = {}
     for run in runs:
         command = run.command("OUTPUT")
@@ -31,7 +34,7 @@ def records(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
 
 
 def recorded(folder: pathlib.Path, marker: str) -> dict[str, Any] | None:
-    """What a marker holds; None without one. A damaged one records nothing."""
+    """Returns the content of a marker file; None if there is none, and {} if it is damaged."""
     try:
         record = json.loads((folder / marker).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -42,14 +45,14 @@ def recorded(folder: pathlib.Path, marker: str) -> dict[str, Any] | None:
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """In words, what has changed since a marker was written; "" for nothing."""
+    """Says in words what has changed since a marker was written; "" if nothing has."""
     if old.get("digest") == new["digest"]:
         return ""
     before, now = old.get("command", []), new["command"]
-    gone = shlex.join(text for text in before if text not in now)
-    come = shlex.join(text for text in now if text not in before)
-    if gone or come:
-        return f"its command had {gone or 'nothing'} where it now has {come or 'nothing'}"
+    removed = shlex.join(text for text in before if text not in now)
+    added = shlex.join(text for text in now if text not in before)
+    if removed or added:
+        return f"its command had {removed or 'nothing'} where it now has {added or 'nothing'}"
     if before != now:
         return "its command had the same arguments in another order"
     needs = old.get("needs", {})
@@ -62,13 +65,13 @@ def write_marker(path: pathlib.Path, record: Mapping[str, Any]) -> None:
 
 
 def survey(runs: Sequence[Run], root: pathlib.Path) -> tuple[set[str], dict[str, str]]:
-    """(names of runs that are done, run -> what has changed since its folder was written)."""
+    """Returns the runs that are done, and what has changed for each run with another command."""
     done, changed = set(), {}
     for name, record in records(runs).items():
         folder = root / name
         finished = recorded(folder, DONE)
         started = finished if finished is not None else recorded(folder, STARTED)
-        # A command that failed before it wrote anything may be mended.
+        # A command that failed before it wrote anything may be corrected.
         if started is None or {path.name for path in folder.iterdir()} <= {STARTED, LOG}:
             continue
         text = difference(started, record)

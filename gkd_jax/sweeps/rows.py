@@ -1,4 +1,4 @@
-"""What a sweep runs: rows of a TOML file, or one gin file and a grid, made into commands."""
+"""Turns the rows of a TOML file, or one gin file and a grid, into the commands of a sweep."""
 
 from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
@@ -10,7 +10,7 @@ import tomllib
 from typing import Any
 
 
-# Where a run of each command writes: the macro, and a path below the run's folder.
+# For each command, the macro that says where it writes, and the path below the run's folder.
 OUTPUT_MACROS = {
     "train": ("MODEL_DIR", ""),
     "eval": ("OUTPUT_DIR", ""),
@@ -23,7 +23,7 @@ _DIVERGENCE = re.compile(r"(forward_kl|reverse_kl|total_variation)|jsd_(0?\.\d+)
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One value of an axis: its name in folders, and the macros it sets."""
+    """One value of an axis: its name in the names of folders, and the macros that it sets."""
 
     label: str
     macros: Mapping[str, str]
@@ -31,7 +31,7 @@ class Point:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One configuration: a run for each combination of its axes."""
+    """One row of a sweep: a configuration, with a run for each combination of its axes."""
 
     name: str
     command: str
@@ -40,7 +40,7 @@ class Row:
     axes: Mapping[str, tuple[Point, ...]]
 
     def needs(self) -> list[str]:
-        """Rows whose folders its values name, itself left out."""
+        """Returns the names of the other rows whose folders the macros of this row name."""
         points = itertools.chain.from_iterable(self.axes.values())
         values = [*self.macros.values(), *(v for point in points for v in point.macros.values())]
         names = [name for value in values for name in _PLACEHOLDER.findall(value)]
@@ -49,14 +49,14 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One command. Its arguments hold `{name}` for the folders of runs."""
+    """One command; `{name}` in its arguments stands for the folder of the run `name`."""
 
     name: str
     arguments: tuple[str, ...]
     needs: tuple[str, ...]
 
     def command(self, root: str) -> list[str]:
-        """The arguments, with folders below `root`."""
+        """Returns the arguments with the folders of runs below `root`."""
         arguments = list(self.arguments)
         for name in (self.name, *self.needs):
             folder = os.path.join(root, name)
@@ -68,10 +68,10 @@ class Run:
 
 
 def read_sweep_file(path: str) -> dict[str, Row]:
-    """The rows of a TOML file, in its order.
+    """Returns the rows of a TOML file by name, in the order of the file.
 
     Raises:
-        ValueError: naming the row and what is wrong with it.
+        ValueError: if something is wrong with the file; the message names the row.
     """
     try:
         content = tomllib.loads(pathlib.Path(path).read_text(encoding="utf-8"))
@@ -130,7 +130,7 @@ def _macros(table: Any, where: str) -> dict[str, str]:
 
 
 def _gin_value(value: Any, where: str) -> str:
-    """A TOML value as gin writes it; strings are gin already."""
+    """Returns a TOML value as gin text; a string is gin text already."""
     if isinstance(value, str):
         return value
     if isinstance(value, bool | int | float | list | dict):
@@ -144,13 +144,13 @@ def _axes(table: Any, where: str, *, trains: bool = True) -> dict[str, tuple[Poi
     axes = {
         axis: _points(axis, values, f"{where}: axis {axis!r}") for axis, values in table.items()
     }
-    if not trains and "divergence" in axes:  # what decodes has no divergence: names are left
+    if not trains and "divergence" in axes:  # a command that decodes takes no DIVERGENCE
         axes["divergence"] = _with_macros_of(axes["divergence"], ())
     return axes
 
 
 def _with_macros_of(points: Sequence[Point], old: Sequence[Point]) -> tuple[Point, ...]:
-    """Points that set only macros that others set."""
+    """Returns the points with only those macros that some of the `old` points set."""
     known = {macro for point in old for macro in point.macros}
     return tuple(
         Point(point.label, {name: x for name, x in point.macros.items() if name in known})
@@ -159,7 +159,7 @@ def _with_macros_of(points: Sequence[Point], old: Sequence[Point]) -> tuple[Poin
 
 
 def divergence_point(name: str, where: str) -> Point:
-    """A value of the axis `divergence`: the divergence with its beta, as `jsd_0.1`."""
+    """Returns a value of the axis `divergence`, such as `jsd_0.1`, the JSD with its beta."""
     match = _DIVERGENCE.fullmatch(name)
     if match is None:
         raise ValueError(
@@ -195,14 +195,14 @@ def _points(axis: str, values: Any, where: str) -> tuple[Point, ...]:
 
 
 def _label(value: str) -> str:
-    """A value in the name of a folder: `@divergences.jsd` is jsd, `'xsum'` is xsum."""
+    """Returns a value as part of a folder's name: `@divergences.jsd` is jsd, `'xsum'` is xsum."""
     if value.startswith("@"):
         value = value.removesuffix("()").rpartition(".")[2]
     return re.sub(r"[^\w.+-]+", "_", value).strip("_")
 
 
 def parse_grid(text: str) -> tuple[str, tuple[Point, ...]]:
-    """`MACRO=A,B` as an axis; commas within quotes and brackets do not separate."""
+    """Returns the axis of `MACRO=A,B`; commas in quotes and brackets do not separate values."""
     axis, separator, values = text.partition("=")
     where = f"--grid {text!r}"
     if not separator or not axis.strip():
@@ -233,13 +233,13 @@ def parse_grid(text: str) -> tuple[str, tuple[Point, ...]]:
 def override(
     rows: Mapping[str, Row], macros: Mapping[str, str], axes: Mapping[str, tuple[Point, ...]]
 ) -> dict[str, Row]:
-    """Rows with the command line's macros and axes.
+    """Returns rows with the macros and axes of the command line.
 
     Args:
-        rows: of a sweep file.
-        macros: for rows of `train`, and for others that set the macro themselves.
-        axes: in place of the axes of these names, where rows have them. Rows of other commands than
-            `train` take the macros that they set before, and the names.
+        rows: the rows of a sweep file.
+        macros: macros for the rows of `train`, and for other rows that set the macro themselves.
+        axes: axes that replace the axes of these names. A row of another command than `train` takes
+            only the macros that it set before.
     """
     for axis in axes:
         if not any(axis in row.axes for row in rows.values()):
@@ -266,10 +266,10 @@ def override(
 
 
 def in_order(rows: Mapping[str, Row], chosen: Iterable[str]) -> list[Row]:
-    """The chosen rows and what they need, each after what it needs.
+    """Returns the chosen rows and the rows that they need, each after those that it needs.
 
     Raises:
-        ValueError: for a row that there is not, or a circle.
+        ValueError: if there is no row of a name, or if rows need each other in a circle.
     """
     found: dict[str, Row] = {}
 
@@ -291,11 +291,11 @@ def in_order(rows: Mapping[str, Row], chosen: Iterable[str]) -> list[Row]:
 
 
 def expand(rows: Sequence[Row], extra: Sequence[str] = ()) -> list[Run]:
-    """Runs of rows, in their order.
+    """Returns the runs of rows, in the order of the rows.
 
     Args:
-        rows: as `in_order` returns them.
-        extra: flags added to every command.
+        rows: the result of `in_order`.
+        extra: flags that are added to every command.
     """
     places = {row.name: _places(row) for row in rows}
     runs = {}
@@ -308,7 +308,7 @@ def expand(rows: Sequence[Row], extra: Sequence[str] = ()) -> list[Run]:
     return list(runs.values())
 
 
-Place = dict[str, Point]  # axis -> which of its points
+Place = dict[str, Point]  # one point of each axis, by the axis
 
 
 def _places(row: Row) -> list[Place]:
@@ -344,7 +344,7 @@ def _run(row: Row, place: Place, places: Mapping[str, list[Place]], extra: Seque
 
 
 def _needed(row: Row, place: Place, need: str, candidates: list[Place]) -> str:
-    """The one run of a row that agrees on the axes that both have."""
+    """Returns the name of the run of the row `need` that agrees on the axes that both rows have."""
     here = {axis: point.label for axis, point in place.items()}
     for axis in candidates[0]:
         if axis not in here:

@@ -8,29 +8,29 @@
 
 A sweep file is TOML:
 
-    gin_file = "gin/gkd.gin"              # of rows that name none; of a list, later ones win
-    [axes]                                # of every row
+    gin_file = "gin/gkd.gin"              # for rows that name none; a list of files is possible
+    [axes]                                # the axes of every row
     RANDOM_SEED = [0, 1, 2]
     [rows.teacher]                        # a row is one run for each combination of its axes
     command = "train"                     # or "infer", "eval"; the default is "train"
     gin_file = "gin/sft.gin"
     macros = { TRAIN_STEPS = 900, STUDENT_SIZE = "'small'" }
-    axes = { RANDOM_SEED = [] }           # added to those above; an empty one is dropped
+    axes = { RANDOM_SEED = [] }           # added to the axes above; an empty axis is dropped
     [rows.gkd]
     macros = { TEACHER_CHECKPOINT = "'{teacher}'" }
     axes.divergence = ["forward_kl", "jsd_0.1"]
 
-Strings are gin expressions, as on the command line: a string of gin's has quotes within.
-`{teacher}` is the folder of that row's run, which then runs first. Where both rows have an axis,
-the run with the same value is meant. An axis is a macro with its values, or any name with tables of
-macros (`[{ name = "short", TRAIN_STEPS = 400 }]`), or `divergence`, whose values `forward_kl`,
-`reverse_kl`, `total_variation` and `jsd_0.1` set DIVERGENCE and BETA together. `--grid` replaces
-the axes of that name. `--gin.MACRO` is for the rows of `train` and for rows that set the macro; an
-axis wins over it.
+Strings are gin expressions, as on the command line, so a string value has quotes of its own.
+`{teacher}` stands for the folder of the row `teacher`, which then runs first. If both rows have an
+axis, the run with the same value is taken. An axis is a macro with its values, or any name with
+tables of macros (`[{ name = "short", TRAIN_STEPS = 400 }]`), or `divergence`, whose values
+`forward_kl`, `reverse_kl`, `total_variation` and `jsd_0.1` set DIVERGENCE and BETA together.
+`--grid` replaces the axis of the same name. `--gin.MACRO` applies to the rows of `train` and to
+rows that set the macro; an axis overrides it.
 
 Every run has the folder `OUTPUT/<row>-<axis>=<value>-...`, which is its MODEL_DIR. For `infer`, the
-macro OUTPUT is `outputs.jsonl` in that folder; for `eval`, OUTPUT_DIR is the folder. It also holds
-`log.txt` and the records of `folders.py`. What gin files hold is not compared.
+macro OUTPUT is `outputs.jsonl` in that folder; for `eval`, OUTPUT_DIR is the folder. The folder
+also has `log.txt` and the records of `folders.py`, which do not cover the contents of gin files.
 """
 
 from collections.abc import Mapping, Sequence
@@ -50,21 +50,21 @@ from gkd_jax.sweeps.rows import Row, Run
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """What the command line asks of a sweep.
+    """The options of a sweep.
 
     Attributes:
         output: the folder of all runs.
-        gin_files: of every run, later ones win; empty with a sweep file.
+        gin_files: the gin files of every run, where later files override; () with a sweep file.
         sweep_file: a TOML file of rows; None with gin files.
-        grids: axes as `MACRO=A,B`.
+        grids: axes, each as `MACRO=A,B`.
         macros: gin macros for the rows of `train`.
-        chosen: rows of the sweep file to run, with what they need; empty is all of them.
-        extra: flags added to every command.
-        program: in place of `gkd-jax`, as words of a shell.
-        num_parallel: most runs at once.
-        only_print: prints the commands that are not done, and runs none.
-        redo_changed: puts folders of other commands aside instead of refusing them.
-        dry_run: checks, with `--dry_run`, each command that needs no other run.
+        chosen: the rows of the sweep file to run, with the rows that they need; () is all rows.
+        extra: flags that are added to every command.
+        program: the command line of the program that replaces `gkd-jax`.
+        num_parallel: the largest number of runs at once.
+        only_print: print the commands that are left, and run none.
+        redo_changed: put folders of other commands aside instead of refusing them.
+        dry_run: check, with `--dry_run`, each command that needs no other run.
     """
 
     output: str
@@ -82,16 +82,16 @@ class Options:
 
 
 def sweep(options: Options) -> int:
-    """Runs what is not done yet.
+    """Runs everything that is not done yet.
 
     Returns:
-        The exit status: 0 all done, 1 some run failed (the others still ran), 130 Ctrl-C, 143
-        preempted, which means that a run or the sweep itself got SIGTERM. Runs are then told to
-        save, and the same command goes on.
+        The exit status: 0 if all runs are done, 1 if a run failed (the others still ran), 130 after
+        Ctrl-C, 143 if a run or the sweep itself got SIGTERM. After a signal, the runs save and end;
+        the same command continues them.
 
     Raises:
-        ValueError: for wrong options or sweep files, for a study that another sweep works on, and
-            for folders that other commands made.
+        ValueError: for wrong options or a wrong sweep file, if another sweep works on the study, or
+            if another command made a folder.
     """
     program = shlex.split(options.program)
     root = pathlib.Path(os.path.abspath(options.output))
@@ -156,7 +156,7 @@ def _rows(options: Options) -> list[Row]:
 
 
 def _lock(root: pathlib.Path) -> int:
-    """A descriptor whose lock no other sweep of the folder can have."""
+    """Returns a locked file descriptor, so that only one sweep works on a folder at a time."""
     root.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(root / ".sweep_lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:

@@ -1,4 +1,4 @@
-"""`install_command`: what to type where an optional package is missing."""
+"""`install_command`: the command that installs a missing optional package."""
 
 import importlib.metadata
 import re
@@ -7,10 +7,10 @@ import re
 def install_command(extra: str) -> str:
     """Returns the command that installs the packages of one of our extras.
 
-    It names the packages themselves, and so it works for a wheel and for a checkout alike.
+    The command names the packages themselves, so it is the same for a wheel and for a checkout.
 
     Args:
-        extra: such as "report", as in setup.py.
+        extra: the name of an extra in setup.py, such as "report".
     """
     packages = []
     for requirement in importlib.metadata.requires("gkd_jax") or ():

@@ -1,8 +1,8 @@
-"""Makes a teacher's own prompt from an example: "{inputs} Solution: {targets}".
+"""Makes a teacher's own prompt with a template such as "{inputs} Solution: {targets}".
 
-`{inputs}` is the student's prompt and `{targets}` the reference answer; of a chat, the text of the
-last turn of the prompt and that of the answer. Braces of the text itself are doubled, as in
-Python's format strings.
+`{inputs}` is the student's prompt and `{targets}` the reference answer. For a chat, they are the
+texts of the prompt's last turn and of the answer. As in Python's format strings, a brace that is
+part of the text is doubled.
 """
 
 import string
