@@ -29,6 +29,8 @@ from jaxtyping import install_import_hook  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
+import gin  # noqa: E402
+
 
 # Every jaxtyping signature in gkd_jax is checked at each call. Nothing of gkd_jax may have been
 # imported before this line.
@@ -69,6 +71,14 @@ def shared() -> pathlib.Path:
     if not path.is_dir():
         pytest.skip(f"needs the shared data: {path} is not a folder (set GKD_JAX_SHARED)")
     return path
+
+
+@pytest.fixture
+def fresh_gin():
+    """Clears gin's configuration, which is global, before and after a test."""
+    gin.clear_config()
+    yield
+    gin.clear_config()
 
 
 @pytest.fixture(scope="module")

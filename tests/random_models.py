@@ -8,6 +8,21 @@ from gkd_jax.convert.layout import flatten
 from gkd_jax.models import lm, t5
 
 
+def tiny_t5(vocab_size: int) -> t5.T5Config:
+    """The config of a T5 with one layer a stack, for tests in which the numbers do not matter."""
+    return t5.T5Config(
+        vocab_size=vocab_size,
+        d_model=16,
+        num_heads=2,
+        head_dim=8,
+        d_ff=16,
+        num_encoder_layers=1,
+        num_decoder_layers=1,
+        relpos_buckets=8,
+        relpos_max_distance=20,
+    )
+
+
 def random_params(config: t5.T5Config, seed: int = 0, *, norm_spread: float = 0.2) -> t5.Params:
     """Parameters drawn at random by NumPy.
 

@@ -1,5 +1,7 @@
 """Options of small whole runs: the task `arithmetic` with a T5 of a few thousand parameters."""
 
+import pathlib
+
 import jax
 
 from gkd_jax import gkd, sharding
@@ -8,7 +10,7 @@ from gkd_jax.models import t5
 from gkd_jax.storage import checkpoints, pretrained
 import gkd_jax.tasks.arithmetic  # noqa: F401
 from gkd_jax.text import vocabularies
-from gkd_jax.training import optimizers
+from gkd_jax.training import metrics, optimizers
 from gkd_jax.training.recipe import Recipe, TrainConfig
 
 
@@ -35,6 +37,12 @@ def write_teacher(folder):
     params = t5.init(config, jax.random.key(1))
     checkpoints.write_params(str(folder), config, params, content, vocabulary.vocab_size)
     return str(folder)
+
+
+def step_lines(model_dir):
+    """The lines of a run's metrics.jsonl that are about steps of training."""
+    lines = metrics.read(pathlib.Path(model_dir) / "metrics.jsonl")
+    return [line for line in lines if "train/loss" in line]
 
 
 def options(model_dir, *, steps, fraction=0.0, divergence=None, student=None, **more):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_models import tiny_t5
 
 from gkd_jax import sharding
 from gkd_jax.decoding import calculator_decoding
@@ -13,17 +14,7 @@ from gkd_jax.text import vocabularies
 
 
 VOCABULARY = vocabularies.arithmetic()
-CONFIG = t5.T5Config(
-    vocab_size=VOCABULARY.vocab_size,
-    d_model=16,
-    num_heads=2,
-    head_dim=8,
-    d_ff=16,
-    num_encoder_layers=1,
-    num_decoder_layers=1,
-    relpos_buckets=8,
-    relpos_max_distance=20,
-)
+CONFIG = tiny_t5(VOCABULARY.vocab_size)
 MESH = sharding.make_mesh(sharding.MeshConfig(data=1), jax.devices()[:1])
 LENGTH = 16
 

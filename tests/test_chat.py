@@ -135,8 +135,7 @@ def kill_after(process, path, lines):
 
 
 def losses(model_dir):
-    lines = metrics.read(model_dir / "metrics.jsonl")
-    return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
+    return metrics.values_by_step(model_dir / "metrics.jsonl", "train/loss")
 
 
 def their_answers(folder, prompts):

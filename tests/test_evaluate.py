@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_models import tiny_t5
 import seqio
 
 from gkd_jax import gkd, sharding
@@ -14,26 +15,14 @@ from gkd_jax.models import t5
 from gkd_jax.text import vocabularies
 
 
-@pytest.fixture(scope="module")
-def config():
-    return t5.T5Config(
-        vocab_size=384,
-        d_model=16,
-        num_heads=2,
-        head_dim=8,
-        d_ff=16,
-        num_encoder_layers=1,
-        num_decoder_layers=1,
-        relpos_buckets=8,
-        relpos_max_distance=20,
-    )
+CONFIG = tiny_t5(384)
 
 
-def decoder(config, vocabulary, choices=("A", "B", "C", "D")):
+def decoder(vocabulary, choices=("A", "B", "C", "D")):
     evaluation = evaluate.EvalConfig(decoding="likeliest", choices=choices)
     mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
     return evaluate.make_decoder(
-        config,
+        CONFIG,
         evaluation,
         vocabulary=vocabulary,
         num_pieces=vocabulary.vocab_size,
@@ -42,20 +31,20 @@ def decoder(config, vocabulary, choices=("A", "B", "C", "D")):
     )
 
 
-def test_fewer_rows_at_a_time_give_the_same_rows(config):
+def test_fewer_rows_at_a_time_give_the_same_rows():
     """The 14 examples of a batch of 16, two samples of each, in 8 rows of the cache."""
     vocabulary = vocabularies.load("bytes")
-    params, teacher_params = (t5.init(config, jax.random.key(seed)) for seed in (1, 2))
+    params, teacher_params = (t5.init(CONFIG, jax.random.key(seed)) for seed in (1, 2))
     ids = np.random.default_rng(0).integers(3, 259, (14, 6)).tolist()
     rows = [{"inputs": row, "targets": [1]} for row in ids]
     batch = eval_batches.fill_batch(rows, {"inputs": 6, "targets": 4}, 16)
     mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:2])
-    pair = gkd.ModelPair(student=config, teacher=config, num_pieces=vocabulary.vocab_size)
+    pair = gkd.ModelPair(student=CONFIG, teacher=CONFIG, num_pieces=vocabulary.vocab_size)
     teacher = evaluate.Teacher(evaluate.teacher_divergence(pair, mesh), teacher_params)
     decoded = []
     for decode_rows in (None, 8):
         decode = evaluate.make_decoder(
-            config,
+            CONFIG,
             evaluate.EvalConfig(decoding="sample", num_samples=2, decode_rows=decode_rows),
             vocabulary=vocabulary,
             num_pieces=vocabulary.vocab_size,
@@ -76,17 +65,17 @@ def test_beams_and_the_calculator_decode_whole_batches(how):
         evaluate.EvalConfig(decode_rows=8, **how)
 
 
-def test_likeliest_takes_the_choice_with_the_largest_first_logit(config):
+def test_likeliest_takes_the_choice_with_the_largest_first_logit():
     vocabulary = vocabularies.load("bytes")
     # Large weights, so that the likeliest choice differs between inputs.
-    params = jax.tree.map(lambda x: 20 * x, t5.init(config, jax.random.key(1)))
+    params = jax.tree.map(lambda x: 20 * x, t5.init(CONFIG, jax.random.key(1)))
     ids = np.random.default_rng(0).integers(3, 259, (16, 24)).tolist()
     rows = [{"inputs": row, "targets": [1]} for row in ids]
     batch = eval_batches.fill_batch(rows, {"inputs": 24, "targets": 4}, 16)
-    found = [row.prediction for row in decoder(config, vocabulary)(params, [batch])]
+    found = [row.prediction for row in decoder(vocabulary)(params, [batch])]
     inputs, targets = jnp.asarray(batch.batch.inputs), jnp.zeros((16, 1), int)
     first = Batch(inputs, targets, jnp.ones((16, 1)))
-    logits = np.asarray(t5.logits(config, params, first))[:, 0]
+    logits = np.asarray(t5.logits(CONFIG, params, first))[:, 0]
     letters = [vocabulary.encode(letter)[0] for letter in "ABCD"]
     expected = ["ABCD"[index] for index in logits[:, letters].argmax(1)]
     assert found == expected
@@ -94,11 +83,11 @@ def test_likeliest_takes_the_choice_with_the_largest_first_logit(config):
     assert not set(logits.argmax(1).tolist()) <= set(letters)  # greedy would write something else
 
 
-def test_choices_of_several_tokens_or_of_the_same_are_refused(config):
+def test_choices_of_several_tokens_or_of_the_same_are_refused():
     vocabulary = vocabularies.load("bytes")
     for choices in (("yes", "no"), ("A", "A"), ()):
         with pytest.raises(ValueError, match="needs choices of one token each, all different"):
-            decoder(config, vocabulary, choices)
+            decoder(vocabulary, choices)
 
 
 def test_t5_s_vocabulary_has_a_token_for_each_letter(shared):

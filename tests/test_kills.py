@@ -97,8 +97,7 @@ def kill(model_dir, generator):
 
 
 def losses(model_dir):
-    lines = metrics.read(model_dir / "metrics.jsonl")
-    return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
+    return metrics.values_by_step(model_dir / "metrics.jsonl", "train/loss")
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from gkd_jax import main
 from gkd_jax.storage import pretrained
 
 
+pytestmark = pytest.mark.usefixtures("fresh_gin")
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TINY = [
     "--gin.MIXTURE_OR_TASK_NAME='arithmetic'",
@@ -21,13 +22,6 @@ TINY = [
     "--gin.TEACHER_SIZE='tiny'",
 ]
 LENGTHS = "--gin.TASK_FEATURE_LENGTHS={'inputs': 40, 'targets': 24}"
-
-
-@pytest.fixture(autouse=True)
-def _fresh_gin():
-    gin.clear_config()
-    yield
-    gin.clear_config()
 
 
 def run(*arguments):

@@ -10,6 +10,7 @@ from gkd_jax.models import lm
 from gkd_jax.training import program, sizes
 
 
+pytestmark = pytest.mark.usefixtures("fresh_gin")
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # The published numbers of parameters of the student and of the teacher. Gemma-3-12B has 64 more
 # embedding rows, of 3,840 numbers each, than the 1B model, and no token has them.
@@ -18,13 +19,6 @@ PARAMETERS = {
     "llama3_8b_to_1b": (1_235_814_400, 8_030_261_248),
     "gemma3_12b_to_1b": (999_885_952, 11_766_034_176 - 64 * 3840),
 }
-
-
-@pytest.fixture(autouse=True)
-def _fresh_gin():
-    gin.clear_config()
-    yield
-    gin.clear_config()
 
 
 def recipe_of(name):

@@ -22,7 +22,7 @@ from gkd_jax import main, sharding
 from gkd_jax.batch import Batch
 from gkd_jax.input import data, named_tasks, streams
 from gkd_jax.storage import checkpoints
-from gkd_jax.training import rollouts
+from gkd_jax.training import metrics, rollouts
 
 
 pytestmark = pytest.mark.usefixtures("shared_steps")
@@ -84,9 +84,7 @@ def statuses(processes):
 
 
 def lines(model_dir, key):
-    text = (model_dir / "metrics.jsonl").read_text()
-    found = [json.loads(line) for line in text.splitlines()]
-    return {line["step"]: line[key] for line in found if key in line}
+    return metrics.values_by_step(model_dir / "metrics.jsonl", key)
 
 
 def test_two_processes_equal_one_and_resume_each_other_s_checkpoints(tmp_path, capfd):
@@ -116,7 +114,7 @@ def test_two_processes_equal_one_and_resume_each_other_s_checkpoints(tmp_path, c
 def wait_for_step(model_dir, step):
     end = time.monotonic() + 120
     while time.monotonic() < end:
-        if (model_dir / "metrics.jsonl").exists() and step in lines(model_dir, "train/loss"):
+        if step in lines(model_dir, "train/loss"):
             return
         time.sleep(0.1)
     raise TimeoutError(f"no step {step} in {model_dir}")

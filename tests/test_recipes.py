@@ -12,19 +12,13 @@ from gkd_jax import main
 from gkd_jax.training import per_size
 
 
+pytestmark = pytest.mark.usefixtures("fresh_gin")
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RECIPES = sorted((ROOT / "gin" / "paper").rglob("*.gin"))
 NAMES = [path.relative_to(ROOT).as_posix() for path in RECIPES]
 CHECKPOINTS = ("STUDENT_CHECKPOINT", "TEACHER_CHECKPOINT", "NLI_CHECKPOINT")
 # Of T5 1.1 with 32,128 ids, as published: base 248 M, large 783 M, XL 2.85 B.
 PARAMETERS = {"base": "247,577,856", "large": "783,150,080", "xl": "2,849,757,184"}
-
-
-@pytest.fixture(autouse=True)
-def _fresh_gin():
-    gin.clear_config()
-    yield
-    gin.clear_config()
 
 
 def dry_run(name, tmp_path, *more):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_models import tiny_t5
 import seqio
 
 from gkd_jax import losses
@@ -43,17 +44,7 @@ def test_brevity():
 def classifier(tmp_path_factory):
     """(folder, config, params) of a small random T5 over bytes."""
     folder = str(tmp_path_factory.mktemp("nli") / "model")
-    config = t5.T5Config(
-        vocab_size=384,
-        d_model=16,
-        num_heads=2,
-        head_dim=8,
-        d_ff=16,
-        num_encoder_layers=1,
-        num_decoder_layers=1,
-        relpos_buckets=8,
-        relpos_max_distance=20,
-    )
+    config = tiny_t5(384)
     params = t5.init(config, jax.random.key(0))
     checkpoints.write_params(folder, config, params, "")
     return folder, config, params

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 from random_models import random_params
-from small_runs import options, small
+from small_runs import options, small, step_lines
 
 from gkd_jax import divergences, gkd, main, sharding
 from gkd_jax.batch import Batch
@@ -21,7 +21,7 @@ from gkd_jax.models.decoder_config import DecoderConfig
 from gkd_jax.planning import precompile
 from gkd_jax.storage import checkpoints, pretrained
 from gkd_jax.text import vocabularies
-from gkd_jax.training import metrics, program, recipe, train, train_state
+from gkd_jax.training import program, recipe, train, train_state
 
 
 pytestmark = pytest.mark.usefixtures("shared_steps")
@@ -149,7 +149,7 @@ def run(folder, steps, teacher, **more):
     fields = {"fraction": 0.5, "divergence": divergences.forward_kl, "data": HINTS, **more}
     made = options(folder, steps=steps, teacher=teacher, **fields)
     train.train(**made)
-    return [line for line in metrics.read(folder / "metrics.jsonl") if "train/loss" in line]
+    return step_lines(folder)
 
 
 def test_a_run_with_a_moving_average_goes_on_bit_by_bit(tmp_path):

@@ -15,7 +15,7 @@ from random_models import random_params
 from scipy import special
 import seqio
 import shared_steps
-from small_runs import LENGTHS, options, small
+from small_runs import LENGTHS, options, small, step_lines
 
 from gkd_jax import accumulation, divergences, gkd, losses, rl, sharding
 from gkd_jax.batch import Batch
@@ -308,7 +308,7 @@ def teachers_of(checkpoint, **more):
 def run(folder, steps, teacher, **more):
     fields = {"data": data_config(), "divergence": divergences.forward_kl, "fraction": 0.5, **more}
     train.train(**options(folder, steps=steps, teacher=teacher, **fields))
-    return [line for line in metrics.read(folder / "metrics.jsonl") if "train/loss" in line]
+    return step_lines(folder)
 
 
 NUMBERS = ("loss", "grad_norm", "divergence/arithmetic", "divergence/arithmetic_backwards")

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_runs import LENGTHS, options, small
+from small_runs import LENGTHS, options, small, step_lines
 
 import gin
 from gkd_jax import divergences, main
@@ -15,7 +15,7 @@ from gkd_jax.batch import Batch
 from gkd_jax.input import teacher_cache
 from gkd_jax.input.data import DataConfig
 from gkd_jax.storage import pretrained
-from gkd_jax.training import metrics, train
+from gkd_jax.training import train
 
 
 pytestmark = pytest.mark.usefixtures("shared_steps")
@@ -212,7 +212,7 @@ def trained(folder, teacher, cache, fraction=0.0):
     trainer = train.TrainConfig(train_steps=6, save_period=3, num_microbatches=2)
     more = {"fraction": fraction, "divergence": divergences.forward_kl, "teacher": teacher}
     train.train(**options(folder, steps=6, data=data, train=trainer, **more))
-    return [line for line in metrics.read(folder / "metrics.jsonl") if "train/loss" in line]
+    return step_lines(folder)
 
 
 def test_a_run_on_scores_of_all_ids_is_that_with_the_teacher(tmp_path, teacher_dir, scores):

@@ -13,7 +13,7 @@ import optax
 import pytest
 from random_models import random_params
 from scipy import special
-from small_runs import options, small, write_teacher
+from small_runs import options, small, step_lines, write_teacher
 import small_tokenizers
 
 from gkd_jax import divergences, gkd, report, rl
@@ -27,7 +27,7 @@ from gkd_jax.storage import pretrained
 from gkd_jax.tasks import rows
 from gkd_jax.text import teacher_template, vocabularies
 from gkd_jax.text.tokenizer_folder import TokenizerVocabulary
-from gkd_jax.training import metrics, train, train_state
+from gkd_jax.training import train, train_state
 
 
 pytestmark = pytest.mark.usefixtures("shared_steps")
@@ -333,7 +333,7 @@ def teacher(tmp_path_factory):
 
 
 def losses(folder):
-    return [line["train/loss"] for line in metrics.read(folder / "metrics.jsonl") if len(line) > 3]
+    return [line["train/loss"] for line in step_lines(folder)]
 
 
 def test_scores_on_disk_are_those_of_a_teacher_with_its_own_prompts(tmp_path, teacher):
