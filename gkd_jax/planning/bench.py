@@ -242,45 +242,36 @@ def _random_batch(built: program.Program) -> Batch:
     return data.place(batch, built.mesh)
 
 
-def gemm_gflops(dtype: str, size: int | None = None, runs: int = 7) -> float:
-    """Returns the highest rate, in GFLOP/s, of `runs` products of two square random matrices.
+def gemm_gflops(dtype: str) -> float:
+    """Returns the highest rate, in GFLOP/s, of a product of two square random matrices.
 
-    The operands have the given dtype and the result is float32.
-
-    Args:
-        dtype: the dtype of the operands.
-        size: the number of rows; None is 2,048 on CPUs, and on accelerators 16,384, for which the
-            start of a program takes no time that counts.
-        runs: the number of products.
+    The operands have the given dtype and the result is float32. The matrices are so large that the
+    start of a program takes a negligible share of the time.
     """
-    size = size or (2048 if jax.default_backend() == "cpu" else 16_384)
+    size = 2048 if jax.default_backend() == "cpu" else 16_384
     keys = jax.random.split(jax.random.key(0))
     x, y = (jax.random.normal(key, (size, size), dtype) for key in keys)
     product = jax.jit(lambda x, y: jnp.dot(x, y, preferred_element_type=jnp.float32))
-    return 2 * size**3 / _fastest(lambda: product(x, y), runs) / 1e9
+    return 2 * size**3 / _fastest(lambda: product(x, y)) / 1e9
 
 
-def copy_gb_per_s(num_bytes: int | None = None, runs: int = 7) -> float:
+def copy_gb_per_s() -> float:
     """Returns the bandwidth of the memory, in GB/s: the bytes that a large copy reads and writes.
 
-    Args:
-        num_bytes: the size of the array that is copied; None is 256 MiB on CPUs and 4 GiB on
-            accelerators.
-        runs: the number of copies, of which the fastest counts.
+    The array that is copied has 256 MiB on CPUs and 4 GiB on accelerators.
     """
-    num_bytes = num_bytes or (2**28 if jax.default_backend() == "cpu" else 2**32)
+    num_bytes = 2**28 if jax.default_backend() == "cpu" else 2**32
     x = jax.random.bits(jax.random.key(0), (num_bytes // 4,))
     copy = jax.jit(lambda x: x + 1)
-    return 2 * num_bytes / _fastest(lambda: copy(x), runs) / 1e9
+    return 2 * num_bytes / _fastest(lambda: copy(x)) / 1e9
 
 
-def _fastest(function: Callable[[], jax.Array], runs: int) -> float:
-    """Returns the seconds of the fastest of `runs` calls, after one that compiles."""
+def _fastest(function: Callable[[], jax.Array]) -> float:
+    """Returns the seconds of the fastest of seven calls, after one that compiles."""
     function().block_until_ready()
-    return min(_seconds(lambda: function().block_until_ready()) for _ in range(runs))
-
-
-def _seconds(function: Callable[[], Any]) -> float:
-    began = time.perf_counter()
-    function()
-    return time.perf_counter() - began
+    times = []
+    for _ in range(7):
+        began = time.perf_counter()
+        function().block_until_ready()
+        times.append(time.perf_counter() - began)
+    return min(times)

@@ -15,20 +15,20 @@ from gkd_jax.text import calculator
 
 References = Sequence[str] | Sequence[Sequence[str]]
 
+_TOKENIZE = "intl"
 _ROUGE_TYPES = ("rouge1", "rouge2", "rougeLsum")
 _STATED = re.compile(r"the answer is:?\s*", re.I)
 _ANSWER = re.compile(r"the answer is:?\s*(-?)\s*[$€£]?\s*(-?)(\d[\d,]*(?:\.\d+)?|\.\d+)", re.I)
 
 
-def bleu(
-    targets: References, predictions: Sequence[str], *, tokenize: str = "intl"
-) -> dict[str, float]:
+def bleu(targets: References, predictions: Sequence[str]) -> dict[str, float]:
     """Returns corpus BLEU as T5 computes it: sacreBLEU with case and with exponential smoothing.
+
+    The tokenizer is T5's too, sacreBLEU's "intl". Published tables of WMT mostly use "13a".
 
     Args:
         targets: one reference or a list of references for each example.
         predictions: the decoded text of each example.
-        tokenize: the tokenizer of sacreBLEU. T5 uses "intl", tables of WMT use "13a".
 
     Returns:
         {"bleu": a number from 0 to 100}.
@@ -45,7 +45,7 @@ def bleu(
         columns,  # pyright: ignore[reportArgumentType]
         smooth_method="exp",
         lowercase=False,
-        tokenize=tokenize,
+        tokenize=_TOKENIZE,
     )
     return {"bleu": float(score.score)}
 
@@ -177,7 +177,7 @@ def stated_answer(text: str) -> str | None:
     return (parts[-1].strip().removesuffix(".").strip() or None) if len(parts) > 1 else None
 
 
-def self_bleu(samples: Sequence[Sequence[str]], *, tokenize: str = "intl") -> dict[str, float]:
+def self_bleu(samples: Sequence[Sequence[str]]) -> dict[str, float]:
     """Returns Self-BLEU (Zhu et al., 2018), which measures how similar samples for one input are.
 
     Each sample is scored by sentence BLEU-4, with the other samples of its input as references. The
@@ -186,7 +186,6 @@ def self_bleu(samples: Sequence[Sequence[str]], *, tokenize: str = "intl") -> di
 
     Args:
         samples: at least two sampled texts for each input.
-        tokenize: the tokenizer of sacreBLEU.
 
     Returns:
         {"self_bleu": a number from 0 to 100}.
@@ -196,7 +195,7 @@ def self_bleu(samples: Sequence[Sequence[str]], *, tokenize: str = "intl") -> di
     """
     if not samples:
         raise ValueError("self_bleu needs samples of at least one input, got none")
-    metric = sacrebleu.BLEU(tokenize=tokenize, effective_order=True)
+    metric = sacrebleu.BLEU(tokenize=_TOKENIZE, effective_order=True)
     total = 0.0
     for index, row in enumerate(samples):
         if len(row) < 2:

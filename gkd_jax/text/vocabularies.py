@@ -295,7 +295,6 @@ def train_sentencepiece(
     path: str | os.PathLike,
     *,
     vocab_size: int,
-    character_coverage: float = 1.0,
 ) -> None:
     """Trains a SentencePiece unigram vocabulary and writes it to a file.
 
@@ -305,8 +304,7 @@ def train_sentencepiece(
     Args:
         texts: the sentences to train on.
         path: the local `.model` file, which is written atomically. Its folder is created.
-        vocab_size: the number of pieces, including special ones.
-        character_coverage: the share of the characters in the texts that get a piece.
+        vocab_size: the number of pieces, including special ones. Every character gets a piece.
 
     Raises:
         ValueError: if the texts do not suffice for this many pieces, or if the path is remote.
@@ -323,7 +321,7 @@ def train_sentencepiece(
             model_writer=model,
             model_type="unigram",
             vocab_size=vocab_size,
-            character_coverage=character_coverage,
+            character_coverage=1.0,
             pad_id=PAD_ID,
             eos_id=EOS_ID,
             unk_id=UNK_ID,
