@@ -11,7 +11,7 @@ HERE = pathlib.Path(__file__).parent
 
 
 def version() -> str:
-    """Reads gkd_jax.__version__ without importing gkd_jax, whose imports are not there yet."""
+    """Returns gkd_jax.__version__ without importing gkd_jax, whose requirements may be missing."""
     text = (HERE / "gkd_jax" / "__init__.py").read_text(encoding="utf-8")
     match = re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE)
     if match is None:
@@ -20,10 +20,10 @@ def version() -> str:
 
 
 def readme() -> str:
-    """The README, with links that work where its folder is not, as on PyPI.
+    """Returns the README with links that work on PyPI, where the other files are missing.
 
-    A link to a file of the repository becomes one to GKD_JAX_REPOSITORY, an address such as
-    https://github.com/OWNER/gkd_jax that a release sets, or else plain text.
+    A link to a file of the repository becomes a link below GKD_JAX_REPOSITORY, an address such as
+    https://github.com/OWNER/gkd_jax that a release sets. Without this variable it becomes text.
     """
     path = HERE / "README.md"
     text = path.read_text(encoding="utf-8") if path.exists() else ""
@@ -33,7 +33,7 @@ def readme() -> str:
 
 
 def urls() -> dict[str, str]:
-    """The links of the project's page on PyPI."""
+    """Returns the links on the project's page on PyPI."""
     found = {"Paper": "https://arxiv.org/abs/2306.13649"}
     address = os.environ.get("GKD_JAX_REPOSITORY")
     return {**found, "Source": address} if address else found
