@@ -8,7 +8,7 @@ import dataclasses
 from types import ModuleType
 from typing import Any
 
-from gkd_jax.models.products import check_dtype
+from gkd_jax.models.config_checks import check_common_fields
 
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
@@ -128,10 +128,7 @@ class DecoderConfig:
     cache_segment: int = 64
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type is int and (type(value) is not int or value < 1):
-                raise ValueError(f"{field.name} must be a positive integer, got {value!r}")
+        check_common_fields(self)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads must be a multiple of num_kv_heads={self.num_kv_heads}, "
@@ -153,9 +150,6 @@ class DecoderConfig:
             raise ValueError(
                 f"rope_of_layer must index {len(self.ropes)} ropes, got {self.rope_of_layer}"
             )
-        if not 0 <= self.dropout_rate < 1:
-            raise ValueError(f"dropout_rate must lie in [0, 1), got {self.dropout_rate}")
-        check_dtype(self.dtype)
 
     @property
     def family(self) -> ModuleType:

@@ -24,8 +24,8 @@ from jaxtyping import Array, Float, Int, Key
 
 from gkd_jax.batch import Batch
 from gkd_jax.models import decoder, decoder_config, t5, t5_config
+from gkd_jax.models.config_checks import check_dtype
 from gkd_jax.models.parameters import Params, as_shapes, logical_axes, num_params
-from gkd_jax.models.products import check_dtype
 
 
 __all__ = [

@@ -99,13 +99,3 @@ def _on_cpu(x_axis: int, y_axis: int, x: jax.Array, y: jax.Array) -> jax.Array:
 def _by_rows(x: jax.Array) -> jax.Array:
     """Pins the row-major layout of an array."""
     return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
-
-
-def check_dtype(dtype: str) -> None:
-    """Checks a compute dtype.
-
-    Raises:
-        ValueError: unless models can compute in this dtype.
-    """
-    if dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"dtype must be 'float32' or 'bfloat16', got {dtype!r}")

@@ -8,7 +8,7 @@ import dataclasses
 from types import ModuleType
 from typing import Any
 
-from gkd_jax.models.products import check_dtype
+from gkd_jax.models.config_checks import check_common_fields
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,13 +64,7 @@ class T5Config:
     cache_segment: int = 64
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type is int and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{field.name} must be a positive integer, got {value!r}")
-        if not 0 <= self.dropout_rate < 1:
-            raise ValueError(f"dropout_rate must lie in [0, 1), got {self.dropout_rate}")
-        check_dtype(self.dtype)
+        check_common_fields(self)
         known = {"relu", "gelu", "linear"}
         if not self.mlp_activations or not set(self.mlp_activations) <= known:
             raise ValueError(
