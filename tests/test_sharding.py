@@ -135,7 +135,6 @@ def test_spec():
     assert sharding.spec(("layers", "embed", "mlp")) == PartitionSpec(None, "fsdp", "tensor")
     assert sharding.spec(("batch", "length")) == PartitionSpec(("data", "fsdp"), None)
     assert sharding.spec((None, "vocab")) == PartitionSpec(None, "tensor")
-    assert sharding.spec(("embed",), {"embed": None}) == PartitionSpec(None)
 
 
 @pytest.mark.parametrize("axes", [("heads", "mlp"), ("batch", "embed")])

@@ -47,7 +47,8 @@ class Execution:
         self._runs, self._root, self._program = runs, root, list(program)
         self._num_parallel, self._dry_run, self._lock = num_parallel, dry_run, lock
         self._records = folders.records(runs)
-        self._before, self._done = set(done), set(done)
+        self._done = set(done)
+        self._checked: set[str] = set()  # by a dry run
         self._waiting = [run for run in runs if run.name not in self._done]
         self._running: dict[str, tuple[subprocess.Popen, float]] = {}
         self._failed: dict[str, int] = {}
@@ -141,7 +142,7 @@ class Execution:
             seconds = f"{time.monotonic() - began:.0f} s"
             if status == 0:
                 if self._dry_run:
-                    self._before.add(name)
+                    self._checked.add(name)
                 else:
                     folders.write_marker(self._root / name / folders.DONE, self._records[name])
                     self._done.add(name)
@@ -155,7 +156,7 @@ class Execution:
                 self._say(name, f"FAILED with status {status} after {seconds}")
 
     def _say(self, name: str, text: str) -> None:
-        finished = len(self._done | self._before | set(self._failed))
+        finished = len(self._done | self._checked | set(self._failed))
         print(f"[{finished}/{len(self._runs)}] {name}: {text}", file=sys.stderr, flush=True)
 
     def _report(self) -> None:
@@ -168,7 +169,7 @@ class Execution:
                 f"FAILED {name}: status {status}{where}: {self._last_line(name)}", file=sys.stderr
             )
         counts = {
-            "fine or done before" if self._dry_run else "done": len(self._done | self._before),
+            "fine or done before" if self._dry_run else "done": len(self._done | self._checked),
             "failed": len(self._failed),
             "not checked" if self._dry_run else "not run": len(self._left_out),
             "to go": len(self._waiting) + len(self._stopped),

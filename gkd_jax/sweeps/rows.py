@@ -245,24 +245,20 @@ def override(
         if not any(axis in row.axes for row in rows.values()):
             known = sorted({name for row in rows.values() for name in row.axes})
             raise ValueError(f"--grid {axis}: no row has this axis, expected one of {known}")
-    return {
-        name: dataclasses.replace(
-            row,
-            macros={
-                **row.macros,
-                **{m: v for m, v in macros.items() if row.command == "train" or m in row.macros},
-            },
-            axes={
-                axis: points
-                if axis not in axes
-                else axes[axis]
-                if row.command == "train"
-                else _with_macros_of(axes[axis], points)
-                for axis, points in row.axes.items()
-            },
-        )
-        for name, row in rows.items()
+    return {name: _overridden(row, macros, axes) for name, row in rows.items()}
+
+
+def _overridden(row: Row, macros: Mapping[str, str], axes: Mapping[str, tuple[Point, ...]]) -> Row:
+    trains = row.command == "train"
+    own_macros = {name: x for name, x in macros.items() if trains or name in row.macros}
+    own_axes = {
+        axis: axes[axis] if trains else _with_macros_of(axes[axis], points)
+        for axis, points in row.axes.items()
+        if axis in axes
     }
+    return dataclasses.replace(
+        row, macros={**row.macros, **own_macros}, axes={**row.axes, **own_axes}
+    )
 
 
 def in_order(rows: Mapping[str, Row], chosen: Iterable[str]) -> list[Row]:

@@ -175,30 +175,30 @@ class SampleWatch:
         }
         first = self._first = self._first or now
         found = {
-            "length": (
+            "samples grow": (
                 now["sample_length"] > 1.5 * first["sample_length"],
-                "samples grow: {sample_length:.1f} tokens",
+                "{sample_length:.1f} tokens",
             ),
-            "truncation": (
+            "most samples reach the target length before they end": (
                 now["truncated_fraction"] > 0.5,
-                "most samples reach the target length before they end: {truncated_fraction:.0%}",
+                "{truncated_fraction:.0%}",
             ),
-            "repetition": (
+            "samples repeat themselves": (
                 now["distinct_2"] < 0.6 * first["distinct_2"],
-                "samples repeat themselves: {distinct_2:.2f} of their bigrams are distinct",
+                "{distinct_2:.2f} of their bigrams are distinct",
             ),
-            "entropy": (
+            "the student's entropy collapses": (
                 now["sample_entropy"] < 0.1 * first["sample_entropy"],
-                "the student's entropy collapses: {sample_entropy:.3f} nats a token",
+                "{sample_entropy:.3f} nats a token",
             ),
         }
         warnings = []
-        for kind, (is_wrong, text) in found.items():
-            if is_wrong and kind not in self._said:
-                self._said.add(kind)
+        for fault, (is_wrong, number) in found.items():
+            if is_wrong and fault not in self._said:
+                self._said.add(fault)
                 warnings.append(
-                    f"{text.format(**now)} in the last {self._window} sampled steps; "
-                    f"{text.rsplit(': ', 1)[1].format(**first)} in the first"
+                    f"{fault}: {number.format(**now)} in the last {self._window} sampled steps; "
+                    f"{number.format(**first)} in the first"
                 )
         return warnings
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import concurrent.futures
 import functools
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import multihost_utils
@@ -163,18 +163,15 @@ class Rollouts:
         method = self._program.method
         if method.rl is None or rollout.sample is None:
             return None
+
+        def texts(decode: Callable[..., str], ids: Any, lengths: Any) -> list[str]:
+            pairs = zip(np.asarray(ids), np.asarray(lengths), strict=True)
+            return [decode(self._source.vocabulary, row[: int(n)].tolist()) for row, n in pairs]
+
         rows, sample = rollout.rows, rollout.sample
-        prompts, outputs, references = (
-            [
-                to_text(self._source.vocabulary, row[: int(length)].tolist())
-                for row, length in zip(np.asarray(ids), np.asarray(lengths), strict=True)
-            ]
-            for to_text, ids, lengths in (
-                (vocabularies.decode_prompt, rows.inputs, rows.input_lengths),
-                (vocabularies.decode, sample.tokens, np.asarray(sample.weights).sum(axis=1)),
-                (vocabularies.decode, rows.targets, np.asarray(rows.weights).sum(axis=1)),
-            )
-        )
+        prompts = texts(vocabularies.decode_prompt, rows.inputs, rows.input_lengths)
+        outputs = texts(vocabularies.decode, sample.tokens, np.asarray(sample.weights).sum(axis=1))
+        references = texts(vocabularies.decode, rows.targets, np.asarray(rows.weights).sum(axis=1))
         prompts = [text for text in prompts for _ in range(method.num_samples)]
         references = [text for text in references for _ in range(method.num_samples)]
         rewards = np.asarray(method.rl.reward(prompts, outputs, references))
