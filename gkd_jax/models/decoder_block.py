@@ -41,13 +41,12 @@ def attend(
             for x in (keys, values)
         )
     if is_causal and splash.serves(query, keys):
-        windows = [window or NO_WINDOW for window in config.windows or (0,)]
         return splash.attend(
             query,
             keys,
             values,
             sight.window,
-            windows,
+            per_layer(config)[0].tolist(),
             scale=score_scale(config),
             softcap=config.attention_softcap,
         )
