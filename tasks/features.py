@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from gkd_jax.text import teacher_template, vocabularies
 from gkd_jax.text.tokenizer_folder import TokenizerVocabulary
+from gkd_jax.text.word_vocabulary import WordVocabulary
 
 
 def count_tokens(dataset: tf.data.Dataset, output_features: Mapping[str, Any]) -> tf.data.Dataset:
@@ -37,12 +38,39 @@ numbers of tokens before the cut as `*_tokens`.
 """
 
 
-def only_tokenizes(task: Any) -> bool:
-    """Returns whether a task has no preprocessors apart from those in `TOKENIZE`.
+_ENCODE_ROWS = (seqio.SentencePieceVocabulary, TokenizerVocabulary, WordVocabulary)
 
-    Such a task makes one example from each example of its source.
+
+def only_tokenizes(task: Any) -> bool:
+    """Returns whether `tokenize_rows` does all that a task does with the examples of its source.
+
+    It does if the task has no preprocessors apart from those in `TOKENIZE`, and if its vocabularies
+    encode vectors of texts.
     """
-    return isinstance(task, seqio.Task) and tuple(task.preprocessors) == TOKENIZE
+    if not isinstance(task, seqio.Task) or tuple(task.preprocessors) != TOKENIZE:
+        return False
+    vocabulary_of_each = [feature.vocabulary for feature in task.output_features.values()]
+    return all(isinstance(vocabulary, _ENCODE_ROWS) for vocabulary in vocabulary_of_each)
+
+
+def tokenize_rows(
+    texts: Mapping[str, tf.Tensor],
+    *,
+    output_features: Mapping[str, seqio.Feature],
+    lengths: Mapping[str, int],
+) -> dict[str, tf.RaggedTensor]:
+    """Returns what `TOKENIZE` and seqio's cut make of texts, for many examples at once.
+
+    Args:
+        texts: the features of the examples, which are vectors with one text per example.
+        output_features: the features of the task.
+        lengths: the largest number of tokens of each feature, including EOS.
+    """
+    ids = {
+        name: feature.vocabulary.encode_tf(texts[name]) for name, feature in output_features.items()
+    }
+    ended = seqio.preprocessors.append_eos_after_trim_impl(ids, output_features, lengths)
+    return {name: ended[name][:, : lengths[name]] for name in lengths}
 
 
 def output_features(

@@ -8,7 +8,7 @@ next batch. All examples of a source of up to `in_memory.LARGEST` examples are s
 source is shuffled within seqio's window.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import functools
 import pathlib
 from typing import Any
@@ -20,10 +20,11 @@ import tensorflow as tf
 
 from gkd_jax.batch import Batch
 from gkd_jax.input import fit, in_memory
-from gkd_jax.input.data import TEACHER_INPUTS, WHOLE, DataConfig, Shard
+from gkd_jax.input.data import TEACHER_INPUTS, WHOLE, DataConfig, Shape, Shard
 from gkd_jax.tasks import features  # pyright: ignore[reportMissingImports]
 
 
+_Rows = tf.RaggedTensor | tf.Tensor
 _LENGTHS = {"inputs": "input_lengths", TEACHER_INPUTS: "teacher_input_lengths"}
 
 
@@ -42,10 +43,7 @@ class TrainIterator:
             config: the configuration of the data.
             shard: the part of the examples that this process reads.
         """
-        parts = list(task.values()) if isinstance(task, Mapping) else [task]
-        datasets = [_rows(part, config, shard) for part in parts]
-        dataset = datasets[0] if len(parts) == 1 else _in_blocks(datasets, config)
-        dataset = _batched(dataset, config, config.batch_size // shard.num_shards)
+        dataset = _batches(task, config, shard)
         options = tf.data.Options()
         options.deterministic = True
         options.threading.private_threadpool_size = 1
@@ -91,18 +89,32 @@ class TrainIterator:
         self._checkpoint.read(str(directory / self._file)).assert_consumed()
 
 
-def _rows(task: Any, config: DataConfig, shard: Shard) -> tf.data.Dataset:
-    """Returns the endless rows of one task; warns of those that do not fit the lengths."""
-    fit.warn_once(
-        task,
-        config.split,
-        config.feature_lengths,
-        num_examples=config.num_examples,
-        use_cached=config.use_cached,
-        seed=config.seed,
-    )
-    counted = functools.partial(_with_weights, names=config.features())
-    return _examples(task, config, shard).map(counted, num_parallel_calls=1)
+def _batches(task: Any, config: DataConfig, shard: Shard) -> tf.data.Dataset:
+    """Returns the endless padded batches of one task, or of the values of a mapping of tasks.
+
+    Warns of examples that do not fit the lengths.
+    """
+    tasks = list(task.values()) if isinstance(task, Mapping) else [task]
+    for one in tasks:
+        fit.warn_once(
+            one,
+            config.split,
+            config.feature_lengths,
+            num_examples=config.num_examples,
+            use_cached=config.use_cached,
+            seed=config.seed,
+        )
+    batch_size = config.batch_size // shard.num_shards
+    if len(tasks) > 1:
+        rows = _in_blocks([_rows(one, config, shard) for one in tasks], config)
+    elif len(config.shapes()) > 1:
+        return _in_buckets(_rows(tasks[0], config, shard), config, batch_size)
+    elif source := _in_memory(tasks[0], config):
+        # All rows of a batch are tokenized at once, which costs a tenth of one row after the other.
+        return _endless(source, batch_size, config, shard).map(_padding(config, config.shapes()[0]))
+    else:
+        rows = _rows(tasks[0], config, shard)
+    return _padded(rows, config, batch_size, config.shapes()[0])
 
 
 def _in_blocks(datasets: Sequence[tf.data.Dataset], config: DataConfig) -> tf.data.Dataset:
@@ -112,99 +124,107 @@ def _in_blocks(datasets: Sequence[tf.data.Dataset], config: DataConfig) -> tf.da
     return tf.data.Dataset.choose_from_datasets(list(datasets), choices)
 
 
-def _examples(task: Any, config: DataConfig, shard: Shard) -> tf.data.Dataset:
-    """Returns an endless shuffled dataset of a shard's tokenized examples.
+def _rows(task: Any, config: DataConfig, shard: Shard) -> tf.data.Dataset:
+    """Returns the endless shuffled rows of a task: vectors of ids.
 
     All examples of a small source are shuffled in memory. The first `num_examples` of a large
     source are shuffled in a buffer of 50,000, and a whole large source is shuffled by seqio.
     """
-
-    def read(**settings) -> tf.data.Dataset:
-        return task.get_dataset(
-            dict(config.feature_lengths),
-            split=config.split,
-            use_cached=config.use_cached,
-            seed=config.seed,
-            try_in_mem_cache=False,
-            **settings,
-        )
-
-    size = in_memory.number_of_examples(
-        task, config.split, config.num_examples, use_cached=config.use_cached
-    )
-    if size is not None and size <= in_memory.LARGEST:
-        if features.only_tokenizes(task) and not config.use_cached:
-            return _texts_in_memory(task, config, shard)
-        whole = read(shuffle=False, num_epochs=1).take(config.num_examples or -1)
-        examples = in_memory.Examples(whole, config.features())
-        return examples.endless(config.seed, num_shards=shard.num_shards, index=shard.index)
+    if source := _in_memory(task, config):
+        return _endless(source, in_memory.ROWS_AT_ONCE, config, shard).unbatch()
     if config.num_examples is not None:
-        part = read(shuffle=False, num_epochs=1).take(config.num_examples)
+        part = _read(task, config, shuffle=False, num_epochs=1).take(config.num_examples)
         return (
             part.shard(shard.num_shards, shard.index)
             .shuffle(50_000, seed=config.seed, reshuffle_each_iteration=True)
             .repeat()
         )
     parts = None if shard == WHOLE else seqio.ShardInfo(shard.index, shard.num_shards)
-    return read(shuffle=True, num_epochs=None, shard_info=parts)
+    return _read(task, config, shuffle=True, num_epochs=None, shard_info=parts)
 
 
-def _texts_in_memory(task: seqio.Task, config: DataConfig, shard: Shard) -> tf.data.Dataset:
-    """Returns the examples of a task that only tokenizes; texts are shuffled, then tokenized."""
-    source = task.source.get_dataset(split=config.split, shuffle=False)
-    texts = in_memory.Texts(source.take(config.num_examples or -1))
+def _in_memory(task: Any, config: DataConfig) -> in_memory.Shuffled | None:
+    """Returns the examples of a small source; None if the source is large or of unknown size."""
+    size = in_memory.number_of_examples(
+        task, config.split, config.num_examples, use_cached=config.use_cached
+    )
+    if size is None or size > in_memory.LARGEST:
+        return None
+    if features.only_tokenizes(task) and not config.use_cached:
+        source = task.source.get_dataset(split=config.split, shuffle=False)
+        tokenize = functools.partial(
+            features.tokenize_rows,
+            output_features=task.output_features,
+            lengths=dict(config.feature_lengths),
+        )
+        return in_memory.Texts(source.take(config.num_examples or -1), tokenize)
+    whole = _read(task, config, shuffle=False, num_epochs=1).take(config.num_examples or -1)
+    return in_memory.Examples(whole, config.features())
 
-    def shuffled(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
-        del split, shuffle_files, seed
-        return texts.endless(config.seed, num_shards=shard.num_shards, index=shard.index)
 
-    endless = seqio.FunctionDataSource(shuffled, splits=[config.split])
-    return task.replace(name=f"{task.name}__shuffled", source=endless).get_dataset(
+def _endless(
+    source: in_memory.Shuffled, batch_size: int, config: DataConfig, shard: Shard
+) -> tf.data.Dataset:
+    return source.batches(config.seed, batch_size, num_shards=shard.num_shards, index=shard.index)
+
+
+def _read(task: Any, config: DataConfig, **settings: Any) -> tf.data.Dataset:
+    """Returns seqio's dataset of a task's tokenized examples."""
+    return task.get_dataset(
         dict(config.feature_lengths),
         split=config.split,
-        shuffle=False,
-        num_epochs=1,
+        use_cached=config.use_cached,
+        seed=config.seed,
         try_in_mem_cache=False,
+        **settings,
     )
 
 
-def _with_weights(example: Mapping[str, tf.Tensor], names: Sequence[str]) -> dict[str, tf.Tensor]:
-    """Returns an example's features with the weights of the targets and the prompts' lengths.
+def _padded(
+    rows: tf.data.Dataset, config: DataConfig, batch_size: int, shape: Shape
+) -> tf.data.Dataset:
+    """Returns the padded batches of a dataset of rows."""
+    chosen = rows.map(lambda row: {name: row[name] for name in config.features()})
+    batches = chosen.ragged_batch(batch_size, drop_remainder=True)
+    return batches.map(_padding(config, shape))
 
-    This happens before padding, because ids alone do not tell padding from tokens (see `Batch`).
+
+def _padding(
+    config: DataConfig, shape: Shape
+) -> Callable[[Mapping[str, _Rows]], dict[str, tf.Tensor]]:
+    """Returns the function that makes a `Batch`'s arrays, of a given shape, from ragged rows.
+
+    Weights and lengths are made before padding, because ids alone do not tell padding from tokens.
     """
-    found = {name: tf.cast(example[name], tf.int32) for name in names}
-    found["weights"] = tf.ones_like(example["targets"], tf.float32)
-    for name in names:
-        if name in _LENGTHS:
-            found[_LENGTHS[name]] = tf.size(example[name])
-    return found
+
+    def pad(rows: Mapping[str, _Rows]) -> dict[str, tf.Tensor]:
+        found: dict[str, tf.Tensor] = {}
+        for name, length in zip(config.features(), shape, strict=True):
+            ids = in_memory.ragged(rows[name])
+            sizes = ids.row_lengths()
+            found[name] = tf.cast(ids.to_tensor(shape=[None, length]), tf.int32)
+            if name in _LENGTHS:
+                found[_LENGTHS[name]] = tf.cast(sizes, tf.int32)
+            else:
+                found["weights"] = tf.sequence_mask(sizes, length, tf.float32)
+        return found
+
+    return pad
 
 
-def _batched(dataset: tf.data.Dataset, config: DataConfig, batch_size: int) -> tf.data.Dataset:
-    """Returns padded batches; with length buckets, each batch has the shape of one bucket."""
+def _in_buckets(dataset: tf.data.Dataset, config: DataConfig, batch_size: int) -> tf.data.Dataset:
+    """Returns padded batches of rows, each with the shape of one length bucket."""
     shapes = config.shapes()
 
-    names = config.features()
-
-    def padded(shape):
-        rows = {name: [length] for name, length in zip(names, shape, strict=True)}
-        lengths = {_LENGTHS[name]: [] for name in names if name in _LENGTHS}
-        return {**rows, "weights": rows["targets"], **lengths}
-
-    if len(shapes) == 1:
-        return dataset.padded_batch(batch_size, padded(shapes[0]), drop_remainder=True)
-
-    def bucket(example):
-        sizes = tf.stack([tf.size(example[name]) for name in names])
+    def bucket(row):
+        sizes = tf.stack([tf.size(row[name]) for name in config.features()])
         fits = [tf.reduce_all(sizes <= tf.constant(shape)) for shape in shapes]
         return tf.argmax(tf.cast(tf.stack(fits), tf.int32), output_type=tf.int64)
 
     def reduce(key, window):
         def branch(shape):
-            batch = window.padded_batch(batch_size, padded(shape), drop_remainder=True)
             # All buckets must have one element type, so the static shapes leave the sizes open.
-            return batch.map(_any_shape)
+            return _padded(window, config, batch_size, shape).map(_any_shape)
 
         # A graph cannot choose a shape by the tensor `key`. The branches of all shapes are joined
         # instead, and the filter empties every branch except that of `key`.
@@ -217,8 +237,8 @@ def _batched(dataset: tf.data.Dataset, config: DataConfig, batch_size: int) -> t
     return dataset.group_by_window(key_func=bucket, reduce_func=reduce, window_size=batch_size)
 
 
-def _any_shape(example: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-    """Removes the sizes from the static shapes of an example's tensors."""
+def _any_shape(batch: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+    """Removes the sizes from the static shapes of a batch's arrays."""
     return {
-        name: tf.ensure_shape(value, [None] * value.shape.rank) for name, value in example.items()
+        name: tf.ensure_shape(value, [None] * value.shape.rank) for name, value in batch.items()
     }

@@ -206,14 +206,22 @@ class TokenizerVocabulary(seqio.Vocabulary):
     def _decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
-    def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
-        def encode(text):
-            return np.array(self._encode(np.asarray(text).item()), np.int32)
+    def _encode_tf(self, s: tf.Tensor) -> tf.Tensor | tf.RaggedTensor:
+        """Returns the ids of a text, or the ragged rows of ids of a vector of texts."""
 
-        # The result depends on the text only. TensorFlow saves the position of an iterator only if
+        def encode(texts):
+            rows = [self._encode(text) for text in np.atleast_1d(texts).tolist()]
+            ids = np.array([token for row in rows for token in row], np.int32)
+            return ids, np.array([len(row) for row in rows], np.int64)
+
+        # The result depends on the texts only. TensorFlow saves the position of an iterator only if
         # its functions are declared stateless.
-        ids = tf.numpy_function(encode, [s], tf.int32, stateful=False)
-        return tf.ensure_shape(ids, [None])
+        ids, sizes = tf.numpy_function(encode, [s], (tf.int32, tf.int64), stateful=False)
+        ids = tf.ensure_shape(ids, [None])
+        if s.shape.rank == 0:
+            return ids
+        ragged: Any = tf.RaggedTensor  # pyright does not see its class methods
+        return ragged.from_row_lengths(ids, tf.ensure_shape(sizes, [None]), validate=False)
 
     def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:
         def decode(rows):

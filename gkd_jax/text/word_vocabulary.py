@@ -51,7 +51,8 @@ class WordVocabulary(seqio.Vocabulary):
         text = " ".join(self.pieces[i] for i in ids if i not in (PAD_ID, EOS_ID))
         return re.sub(r" ([.,?])", r"\1", text)
 
-    def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
+    def _encode_tf(self, s: tf.Tensor) -> tf.Tensor | tf.RaggedTensor:
+        """Returns the ids of a text, or the ragged rows of ids of a vector of texts."""
         words = tf.strings.split(tf.strings.regex_replace(s, r"([.,?])", r" \1 "))
         return self._lookup().lookup(words)
 
