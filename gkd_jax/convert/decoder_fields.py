@@ -12,6 +12,7 @@ from typing import Any
 from gkd_jax.convert import rope_fields
 from gkd_jax.convert.rope_fields import LAYER_TYPES
 from gkd_jax.models.decoder_config import DecoderConfig
+from gkd_jax.models.execution import ExecutionSettings
 
 
 _COMMON = {
@@ -301,21 +302,14 @@ def model_type(config: DecoderConfig) -> str:
     else:
         kind = "mistral" if windows and all(windows) else "llama"
     # The guess is right only if reading the written fields gives the same model again.
-    if read(_fields(kind, config)) != _numbers_only(config):
+    if read(_fields(kind, config)) != _architecture(config):
         raise ValueError(f"no class of transformers has these switches together: {config}")
     return kind
 
 
-def _numbers_only(config: DecoderConfig) -> DecoderConfig:
-    """Returns `config` with the fields that a run chooses reset to their defaults.
-
-    `config.json` does not store these fields, and none of them changes the logits except through
-    dropout and rounding.
-    """
-    choices = ("dropout_rate", "dtype", "remat", "attention_by_row", "layers_on_host")
-    choices += ("scan_unroll", "unroll_decoding", "cache_segment")
-    defaults = {field.name: field.default for field in dataclasses.fields(config)}
-    return dataclasses.replace(config, **{name: defaults[name] for name in choices})
+def _architecture(config: DecoderConfig) -> DecoderConfig:
+    """Returns `config` with the default execution settings, which `config.json` does not store."""
+    return dataclasses.replace(config, **dataclasses.asdict(ExecutionSettings()))
 
 
 def config_fields(config: DecoderConfig, dtype: str) -> dict[str, Any]:

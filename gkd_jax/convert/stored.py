@@ -17,7 +17,7 @@ import numpy as np
 
 from gkd_jax.convert.layout import Entry, Layout, Part, flatten, to_ours, unflatten
 from gkd_jax.models import t5
-from gkd_jax.models.config_checks import check_dtype
+from gkd_jax.models.execution import check_dtype
 
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)

@@ -8,7 +8,7 @@ import dataclasses
 from types import ModuleType
 from typing import Any
 
-from gkd_jax.models.config_checks import check_common_fields
+from gkd_jax.models.execution import ExecutionSettings
 
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
@@ -61,8 +61,8 @@ class Rope:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DecoderConfig:
-    """Sizes and numerics of one decoder-only model.
+class DecoderConfig(ExecutionSettings):
+    """The architecture of one decoder-only model, and the settings by which it is run.
 
     Attributes:
         vocab_size: the rows of the embedding, V. There may be more rows than the tokenizer has ids.
@@ -88,10 +88,6 @@ class DecoderConfig:
         tie_embeddings: the output head is the transposed embedding.
         layer_norm_epsilon: the epsilon of the RMS norms.
         max_length: the longest text that the model was made for, in tokens. It is not enforced.
-        dropout_rate: the dropout of embeddings and of the outputs of attention and MLP while
-            training.
-        dtype, remat, attention_by_row, layers_on_host, scan_unroll,
-            unroll_decoding, cache_segment: as in `T5Config`.
     """
 
     vocab_size: int
@@ -118,17 +114,9 @@ class DecoderConfig:
     tie_embeddings: bool = False
     layer_norm_epsilon: float = 1e-6
     max_length: int = 32_768
-    dropout_rate: float = 0.0
-    dtype: str = "float32"
-    remat: bool = False
-    attention_by_row: bool = False
-    layers_on_host: bool = False
-    scan_unroll: int = 1
-    unroll_decoding: bool = False
-    cache_segment: int = 64
 
     def __post_init__(self):
-        check_common_fields(self)
+        super().__post_init__()
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads must be a multiple of num_kv_heads={self.num_kv_heads}, "

@@ -5,10 +5,9 @@
 
 Training, sampling and evaluation run models through these functions only. A family is a module that
 implements them for its own frozen config, and the config's property `family` is this module. A
-config has at least `vocab_size`, `d_model`, `dtype`, `dropout_rate`, `remat`, `scan_unroll`,
-`unroll_decoding`, `cache_segment`, `attention_by_row` and `layers_on_host`. Parameters are nested
-dicts with T5X's names (`gkd_jax.models.parameters`). The family's constants `BANNED_IDS` and
-`EOS_IDS` are the defaults of sampling.
+config has at least `vocab_size`, `d_model` and the `ExecutionSettings`. Parameters are nested dicts
+with T5X's names (`gkd_jax.models.parameters`). The family's constants `BANNED_IDS` and `EOS_IDS`
+are the defaults of sampling.
 
 A model first reads a prompt and then continues it. Reading gives a `Context`: the encoder's states
 in an encoder-decoder, the KV cache of the prompt in a decoder-only model. Several samples of one
@@ -24,7 +23,6 @@ from jaxtyping import Array, Float, Int, Key
 
 from gkd_jax.batch import Batch
 from gkd_jax.models import decoder, decoder_config, t5, t5_config
-from gkd_jax.models.config_checks import check_dtype
 from gkd_jax.models.parameters import Params, as_shapes, logical_axes, num_params
 
 
@@ -33,7 +31,6 @@ __all__ = [
     "Config",
     "Context",
     "Params",
-    "check_dtype",
     "logical_axes",
     "num_params",
 ]

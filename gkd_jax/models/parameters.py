@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from gkd_jax.models import quantized
+from gkd_jax.models.execution import ExecutionSettings
 from gkd_jax.sharding import constrain
 
 
@@ -84,14 +85,16 @@ def for_decoding(params: Params, dtype: str) -> Params:
     return jax.tree_util.tree_map_with_path(lay_out, params, logical_axes(params))
 
 
-def unstack(config: Any, layers: Params | tuple[Params, ...], num_layers: int) -> Any:
+def unstack(
+    config: ExecutionSettings, layers: Params | tuple[Params, ...], num_layers: int
+) -> Params | tuple[Params, ...]:
     """Returns the layers as decoding runs them: a tuple where it is unrolled, else stacked.
 
     In an unrolled loop, slices of a stack would be copied for every token. Layers that are a tuple
     already are returned as they are.
 
     Args:
-        config: the config of the model, of any family.
+        config: the model's config, or its execution settings alone.
         layers: the layers of the decoder.
         num_layers: the number of these layers.
     """

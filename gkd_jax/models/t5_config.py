@@ -8,12 +8,12 @@ import dataclasses
 from types import ModuleType
 from typing import Any
 
-from gkd_jax.models.config_checks import check_common_fields
+from gkd_jax.models.execution import ExecutionSettings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class T5Config:
-    """Sizes and numerics of one T5.
+class T5Config(ExecutionSettings):
+    """The architecture of one T5, and the settings by which it is run.
 
     Attributes:
         vocab_size: the rows of the embedding, V. There may be more rows than the vocabulary has
@@ -27,17 +27,6 @@ class T5Config:
         relpos_max_distance: the distance from which on all keys share the last bucket.
         per_layer_relpos: every layer has a position bias of its own (umT5, T5X's scanned T5).
         layer_norm_epsilon: the epsilon of the RMS norms.
-        dropout_rate: the dropout of activations and attention probabilities while training.
-        dtype: the compute dtype, "float32" or "bfloat16". Matrix products take operands of this
-            dtype and accumulate in float32.
-        remat: the backward pass recomputes each layer's activations.
-        attention_by_row: attention goes through the batch row by row where the scores of all rows
-            together exceed a CPU's cache.
-        layers_on_host: the layers' kernels are kept in the host's memory and copied to the device
-            when their layer runs; only for `encode`, `hidden` and `logits`.
-        scan_unroll: the layers per iteration of the scan over layers; L or more unrolls the scan.
-        unroll_decoding: decoding runs the layers one by one, also where training scans over them.
-        cache_segment: the positions of the KV cache's first segment (see `kv_cache`).
     """
 
     vocab_size: int
@@ -54,17 +43,9 @@ class T5Config:
     relpos_max_distance: int = 128
     per_layer_relpos: bool = False
     layer_norm_epsilon: float = 1e-6
-    dropout_rate: float = 0.0
-    dtype: str = "float32"
-    remat: bool = False
-    attention_by_row: bool = False
-    layers_on_host: bool = False
-    scan_unroll: int = 1
-    unroll_decoding: bool = False
-    cache_segment: int = 64
 
     def __post_init__(self):
-        check_common_fields(self)
+        super().__post_init__()
         known = {"relu", "gelu", "linear"}
         if not self.mlp_activations or not set(self.mlp_activations) <= known:
             raise ValueError(

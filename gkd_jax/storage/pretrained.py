@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from gkd_jax import convert, sharding
 from gkd_jax.models import kv_cache, lm, quantized
+from gkd_jax.models.execution import ExecutionSettings, check_dtype
 from gkd_jax.storage import checkpoints, content, hub
 from gkd_jax.text import settings
 
@@ -79,7 +80,7 @@ class ModelConfig:
                 "a model needs a size (tiny, small, base, large, xl, xxl) or a checkpoint, got None"
             )
 
-        lm.check_dtype(self.dtype)
+        check_dtype(self.dtype)
         if self.param_dtype not in ("float32", "bfloat16", "int8"):
             raise ValueError(
                 f"param_dtype must be 'float32', 'bfloat16' or 'int8', got {self.param_dtype!r}"
@@ -110,13 +111,14 @@ class ModelConfig:
             chosen = stored
             _warn_of_spare_rows(self.checkpoint, stored.vocab_size, num_pieces)
         assert chosen is not None
-        made = self.on(jax.default_backend())
-        names = ("dropout_rate", "dtype", "remat", *_CHOICES)
-        return dataclasses.replace(
-            chosen,
-            layers_on_host=self.memory == "host",
-            **{name: getattr(made, name) for name in names},
-        )
+        here = self.on(jax.default_backend())
+        names = [field.name for field in dataclasses.fields(ExecutionSettings)]
+        return dataclasses.replace(chosen, **{name: getattr(here, name) for name in names})
+
+    @property
+    def layers_on_host(self) -> bool:
+        """The setting of `ExecutionSettings` that `memory` stands for."""
+        return self.memory == "host"
 
     def on(self, platform: str) -> "ModelConfig":
         """Returns the config with the fields that are None chosen for "cpu", "gpu" or "tpu"."""
