@@ -1,5 +1,6 @@
 """Checkpoints are identified by content, and parameters that are not finite are refused."""
 
+import dataclasses
 import json
 import shutil
 
@@ -10,13 +11,53 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from gkd_jax import convert, load_model
-from gkd_jax.models import t5
+from gkd_jax.models import decoder, lm, t5
+from gkd_jax.models.execution import ExecutionSettings
 from gkd_jax.storage import checkpoints, conversion
 from gkd_jax.storage.content import check_finite, content_id
 
 
 CONFIG = t5.t5_1_1("32x2", vocab_size=32)
+DECODER = decoder.DecoderConfig(
+    vocab_size=32, d_model=8, num_heads=2, num_kv_heads=2, head_dim=4, d_ff=8, num_layers=2
+)
 FORMATS = ("gkd", "hf", "t5x")
+# Another value of each field of the models' configs. Whoever adds a field writes it here, and so
+# says whether it is a setting of execution or a part of the architecture.
+EXECUTION = {
+    "dropout_rate": 0.1,
+    "dtype": "bfloat16",
+    "remat": True,
+    "attention_by_row": True,
+    "layers_on_host": True,
+    "scan_unroll": 2,
+    "unroll_decoding": True,
+    "cache_segment": 128,
+}
+ARCHITECTURE = {
+    CONFIG: {
+        **dict.fromkeys(("vocab_size", "d_model", "num_heads", "head_dim", "d_ff"), 48),
+        **dict.fromkeys(("num_encoder_layers", "num_decoder_layers"), 3),
+        **dict.fromkeys(("tie_embeddings", "scale_logits", "per_layer_relpos"), True),
+        **dict.fromkeys(("relpos_buckets", "relpos_max_distance"), 48),
+        "mlp_activations": ("relu",),
+        "layer_norm_epsilon": 1e-5,
+    },
+    DECODER: {
+        **dict.fromkeys(("vocab_size", "d_model", "num_heads", "head_dim", "d_ff"), 48),
+        **dict.fromkeys(("qkv_bias", "out_bias", "mlp_bias", "qk_norm", "unit_offset"), True),
+        **dict.fromkeys(("post_norms", "scale_embedding", "tie_embeddings"), True),
+        **dict.fromkeys(("attention_scale", "attention_softcap", "final_softcap"), 0.5),
+        "num_kv_heads": 1,
+        "num_layers": 3,
+        "activation": "gelu",
+        "windows": (0, 5),
+        "ropes": (decoder.Rope(theta=1e6),),
+        "rope_of_layer": (0, 0),
+        "layer_norm_epsilon": 1e-5,
+        "max_length": 64,
+    },
+}
 
 
 def write(folder, form, params):
@@ -58,6 +99,33 @@ def test_an_id_is_that_of_the_content_wherever_it_lies(form, params, tmp_path):
     assert content_id(other) != content_id(first)
     with pytest.raises(FileNotFoundError):
         content_id(str(tmp_path / "absent"))
+
+
+@pytest.mark.parametrize("config", ARCHITECTURE, ids=["t5", "decoder"])
+def test_an_id_knows_the_architecture_and_no_execution_setting(config, tmp_path):
+    fields = {field.name for field in dataclasses.fields(config)}
+    assert fields == {*EXECUTION, *ARCHITECTURE[config]}
+    assert {field.name for field in dataclasses.fields(ExecutionSettings)} == {*EXECUTION}
+    folder = str(tmp_path / "model")
+    checkpoints.write_params(folder, config, lm.init(config, jax.random.key(0)), "")
+    stored = tmp_path / "model" / "model" / "metadata"
+    about = json.loads(stored.read_text())
+    before = content_id(folder)
+    for name, value in (EXECUTION | ARCHITECTURE[config]).items():
+        changed_config = dataclasses.asdict(dataclasses.replace(config, **{name: value}))
+        stored.write_text(json.dumps({**about, "config": changed_config}))
+        assert (content_id(folder) == before) == (name in EXECUTION), name
+
+
+def test_a_field_that_an_earlier_version_did_not_have_leaves_the_id(params, tmp_path):
+    folder = write(str(tmp_path / "model"), "gkd", params)
+    before = content_id(folder)
+    stored = tmp_path / "model" / "model" / "metadata"
+    about = json.loads(stored.read_text())
+    for name in ("cache_segment", "per_layer_relpos"):
+        del about["config"][name]
+    stored.write_text(json.dumps(about))
+    assert content_id(folder) == before
 
 
 def test_a_model_dir_means_its_newest_step(params, tmp_path):

@@ -16,6 +16,7 @@ prompt share its context. `Context.first` is the token that decoding feeds first
 Axes: B prompts, N rows (N = B x samples a prompt), S prompt, T target, V vocabulary, D model.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from gkd_jax.batch import Batch
 from gkd_jax.models import decoder, decoder_config, t5, t5_config
+from gkd_jax.models.execution import ExecutionSettings
 from gkd_jax.models.parameters import Params, as_shapes, logical_axes, num_params
 
 
@@ -198,6 +200,21 @@ def put_prompts(config: Config, cache: Cache, new: Cache, rows: Int[Array, "shar
 def family_name(config: Config) -> str:
     """Returns the name of a model's family, as checkpoints store it."""
     return next(name for name, (module, _) in _FAMILIES.items() if module is config.family)
+
+
+def architecture(config: Config) -> dict[str, Any]:
+    """Returns what decides the function that a model computes from its parameters, as plain values.
+
+    These are the family and the fields of the config that differ from their default, without the
+    `ExecutionSettings`. A new field, whose default is what models did without it, therefore leaves
+    the architecture of earlier checkpoints as it was.
+    """
+    values = dataclasses.asdict(config)
+    own = {field.name: field.default for field in dataclasses.fields(config)}
+    for field in dataclasses.fields(ExecutionSettings):
+        del own[field.name]
+    fields = {name: values[name] for name in own if getattr(config, name) != own[name]}
+    return {"family": family_name(config), **fields}
 
 
 def from_fields(name: str, fields: dict[str, Any]) -> Config:

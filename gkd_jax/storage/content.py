@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from gkd_jax import convert
+from gkd_jax.models import lm
 from gkd_jax.storage import checkpoints
 
 
@@ -24,10 +25,11 @@ _MOST_NAMES = 10  # The number of arrays that one error message names.
 def content_id(path: str) -> str:
     """Returns a hash of a checkpoint's content, which does not depend on the checkpoint's path.
 
-    No array is loaded. For a checkpoint of gkd_jax, the hash covers the sizes of the model and the
-    fingerprints of the parameters, both from the JSON of the step. For any other checkpoint, the
-    hash covers the files that hold weights and configuration: the name, the size, the first MiB and
-    the last MiB of each file.
+    No array is loaded. For a checkpoint of gkd_jax, the hash covers the architecture of the model
+    (`lm.architecture`) and the fingerprints of the parameters, both from the JSON of the step. So
+    equal weights have one id, whatever the execution settings of the run that saved them. For any
+    other checkpoint, the hash covers the files that hold weights and configuration: the name, the
+    size, the first MiB and the last MiB of each file.
 
     Args:
         path: a MODEL_DIR (which refers to its newest step), one of its steps, a Hugging Face folder
@@ -42,7 +44,8 @@ def content_id(path: str) -> str:
         stored = checkpoints.read_description(step_folder)
         fingerprints = stored.get("fingerprints", {}).get("params")
         if fingerprints:
-            text = json.dumps([stored["config"], fingerprints], sort_keys=True)
+            architecture = lm.architecture(checkpoints.read_config(step_folder))
+            text = json.dumps([architecture, fingerprints], sort_keys=True)
             return hashlib.sha256(text.encode()).hexdigest()
         return _hash_of_files(step_folder / "params", ".*")
     if convert.detect(path) == "hf":
