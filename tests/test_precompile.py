@@ -315,6 +315,69 @@ def test_a_loop_that_xla_has_unrolled_turns_half_as_often():
     assert cost.flops == 12 * 2 * 4 * 6 * 32 * 32 * 8
 
 
+# The conditions of decode loops of at most 24 tokens, which stop once 64 rows are left. The TPU's
+# compares a number of rows from all devices, and the CPU's has everything in a fusion.
+TPU_DECODE_CONDITION = """
+%sum (a: s32[], b: s32[]) -> s32[] {
+  %a = s32[] parameter(0)
+  %b = s32[] parameter(1)
+  ROOT %a.b = s32[] add(%a, %b)
+}
+
+%count (g: f32[64,32]) -> s32[] {
+  %g = f32[64,32]{1,0} parameter(0)
+  %counted = s32[64,32]{1,0} convert(%g)
+  %none = s32[] constant(0)
+  ROOT %rows = s32[] reduce(%counted, %none), dimensions={0,1}, to_apply=%sum
+}
+
+%cond (p.4: (s32[], bf16[4,6,32,8], f32[64,32])) -> pred[] {
+  %half.4 = s32[]{:T(128)} constant(64)
+  %bound.4 = s32[]{:T(128)} constant(24)
+  %p.4 = (s32[]{:T(128)}, bf16[4,6,32,8]{3,2,1,0}, f32[64,32]{1,0}) parameter(0)
+  %g.4 = f32[64,32]{1,0} get-tuple-element(%p.4), index=2
+  %own.4 = s32[]{:T(128)} fusion(%g.4), kind=kLoop, calls=%count
+  %most.4 = s32[]{:T(128)} all-reduce(%own.4), replica_groups={{0,1,2,3}}, to_apply=%sum
+  %gt.4 = pred[]{:T(512)} compare(%most.4, %half.4), direction=GT
+  %i.4 = s32[]{:T(128)} get-tuple-element(%p.4), index=0
+  %lt.4 = pred[]{:T(512)} compare(%i.4, %bound.4), direction=LT
+  ROOT %and.4 = pred[]{:T(512)} and(%lt.4, %gt.4)
+}
+"""
+CPU_DECODE_CONDITION = """
+%test (i: s32[], rows: s32[], since: s32[], bound: s32[]) -> pred[] {
+  %i = s32[] parameter(0)
+  %rows = s32[] parameter(1)
+  %bound = s32[] parameter(3)
+  %since = s32[] parameter(2)
+  %age = s32[] subtract(%i, %since)
+  %lt = pred[] compare(%bound, %age), direction=GT
+  %half = s32[] constant(64)
+  %gt = pred[] compare(%rows, %half), direction=GT
+  ROOT %and = pred[] and(%lt, %gt)
+}
+
+%cond (p.4: (s32[], bf16[4,6,32,8], f32[64,32])) -> pred[] {
+  %bound.4 = s32[] constant(24)
+  %since.4 = s32[] constant(0)
+  %p.4 = (s32[], bf16[4,6,32,8]{3,2,1,0}, f32[64,32]{1,0}) parameter(0)
+  %i.4 = s32[] get-tuple-element(%p.4), index=0
+  %g.4 = f32[64,32]{1,0} get-tuple-element(%p.4), index=2
+  %rows.4 = s32[] reduce(%g.4), dimensions={0,1}, to_apply=%sum
+  ROOT %test.4 = pred[] fusion(%i.4, %rows.4, %since.4, %bound.4), kind=kLoop, calls=%test
+}
+"""
+
+
+@pytest.mark.parametrize("condition", [TPU_DECODE_CONDITION, CPU_DECODE_CONDITION])
+def test_a_decode_loop_turns_once_for_each_token_however_many_rows_it_has(condition):
+    before, after = TPU_TEXT.split("%cond (")
+    text = before + condition.lstrip() + after[after.index("}") + 1 :]
+    module = hlo_text.parse(text.replace("\\\n", ""))
+    loop = module.computations["main"]["loop"]
+    assert hlo.trip_count(module, loop) == 24
+
+
 def test_an_operand_under_another_name_is_read():
     """XLA may put a bitcast of an operand into a fusion of its own inside the fusion."""
     text = """HloModule m, num_partitions=1
