@@ -17,7 +17,7 @@ from small_runs import small
 import gin
 from gkd_jax import divergences, gkd, main, rl, sharding
 from gkd_jax.input import data
-from gkd_jax.planning import hlo, hlo_text, precompile, topologies
+from gkd_jax.planning import hlo, hlo_loops, hlo_text, precompile, topologies
 from gkd_jax.storage import pretrained
 import gkd_jax.tasks.arithmetic  # noqa: F401
 from gkd_jax.training import optimizers, program, sizes, train
@@ -375,7 +375,7 @@ def test_a_decode_loop_turns_once_for_each_token_however_many_rows_it_has(condit
     text = before + condition.lstrip() + after[after.index("}") + 1 :]
     module = hlo_text.parse(text.replace("\\\n", ""))
     loop = module.computations["main"]["loop"]
-    assert hlo.trip_count(module, loop) == 24
+    assert hlo_loops.trip_count(module, loop) == 24
 
 
 def test_an_operand_under_another_name_is_read():

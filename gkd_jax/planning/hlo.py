@@ -10,12 +10,11 @@ worked out by hand. A kernel that is not known is named in the summary.
 
 from collections.abc import Iterator
 import dataclasses
-import itertools
 import math
 import re
 from typing import Any, NamedTuple
 
-from gkd_jax.planning import kernels
+from gkd_jax.planning import hlo_loops, kernels
 from gkd_jax.planning.hlo_text import Computation, Instruction, Module
 
 
@@ -24,7 +23,6 @@ NO_TRAFFIC = re.compile(
     "parameter|constant|tuple|get-tuple-element|bitcast|while|conditional|call|after-all|"
     "partition-id|replica-id|optimization-barrier|iota|.*-done"
 )
-_NAME = re.compile(r"%([\w.\-]+)")
 # The scopes of `kv_cache.times`, around a loop or a conditional and around a branch of one.
 _SHARE = re.compile(r"times_(\d+)_of_(\d+)/(?:while|cond)\w*$")
 _BRANCH_SHARE = re.compile(r"branch_\d+_fun/times_(\d+)_of_(\d+)/(?!.*branch_\d+_fun)")
@@ -110,12 +108,12 @@ def _walk(module: Module, name: str, times: float, loop: str, found: dict[str, C
         if opcode == "while" and often:
             body, condition = instruction.called("body"), instruction.called("condition")
             assert body is not None and condition is not None  # noqa: PT018
-            turns = trip_count(module, instruction)
+            turns = hlo_loops.trip_count(module, instruction)
             inside = f"{loop} > {turns}" if loop else str(turns)
             for part in (body, condition):
                 _walk(module, part, often * turns, inside, found)
         elif opcode in ("call", "conditional", "async-start"):
-            for called in _called(instruction):
+            for called in instruction.callees:
                 _walk(module, called, often * _branch_share(module, called), loop, found)
         elif opcode == "custom-call" and kernels.TARGET in instruction.attributes:
             operands = [computation[name] for name in instruction.operands]
@@ -138,110 +136,6 @@ def _branch_share(module: Module, name: str) -> float:
     parts = module.computations[name].values()
     noted = next(filter(None, (_BRANCH_SHARE.search(part.op_name) for part in parts)), None)
     return int(noted[1]) / int(noted[2]) if noted else 1.0
-
-
-def _called(instruction: Instruction) -> list[str]:
-    """Returns the names of the computations of a call, or of all branches of a conditional."""
-    branches = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
-    if branches:
-        return _NAME.findall(branches[1])
-    keys = ("to_apply", "calls", "true_computation", "false_computation")
-    return [name for key in keys if (name := instruction.called(key)) is not None]
-
-
-def trip_count(module: Module, loop: Instruction) -> int:
-    """Returns the iterations of a loop; the most, where a loop may stop early (a decode loop).
-
-    On some backends XLA notes the number. Elsewhere it follows from the constant that the loop's
-    condition compares the counter with, because counters start at 0. It is 1 where there is no such
-    constant.
-    """
-    noted = re.search(r'known_trip_count[^\d}]*"?n"?[^\d}]*(\d+)', loop.attributes)
-    if noted:
-        return int(noted[1])
-    condition = loop.called("condition")
-    assert condition is not None
-    turns = [
-        math.ceil(bound / step)
-        for elements, bound in _bounds(module, condition)
-        for step in (_step(module, loop, element) for element in elements)
-        if step is not None
-    ]
-    return max(1, min(turns, default=1))
-
-
-class _Scalar(NamedTuple):
-    """What is known of a value in the condition of a loop.
-
-    Attributes:
-        elements: the elements of the loop's tuple from which scalar integers lead to the value. A
-            number of rows has none, because it is a sum over an array.
-        constant: the value, if it is a constant.
-    """
-
-    elements: frozenset[int] = frozenset()
-    constant: int | None = None
-
-
-def _bounds(
-    module: Module, name: str, arguments: list[_Scalar] | None = None
-) -> Iterator[tuple[frozenset[int], int]]:
-    """Yields (elements, constant) of each comparison of the loop's elements with a constant.
-
-    Args:
-        module: the program.
-        name: the condition of a loop, or a computation that the condition calls.
-        arguments: the arguments of the call; None for the condition itself.
-    """
-    known: dict[str, _Scalar] = {}
-    for instruction in module.computations[name].values():
-        operands = [known.get(operand, _Scalar()) for operand in instruction.operands]
-        known[instruction.name] = _scalar(instruction, operands, arguments)
-        if instruction.opcode == "compare":
-            for one, other in itertools.permutations(operands):
-                if one.elements and other.constant is not None:
-                    yield one.elements, other.constant
-        if instruction.opcode in ("fusion", "call"):
-            for called in _called(instruction):
-                yield from _bounds(module, called, operands)
-
-
-def _scalar(
-    instruction: Instruction, operands: list[_Scalar], arguments: list[_Scalar] | None
-) -> _Scalar:
-    """Returns what is known of an instruction's result; see `_bounds` for the arguments."""
-    shape = instruction.shapes[0]
-    if shape.dims or not re.fullmatch(r"[su]\d+", shape.dtype):
-        return _Scalar()
-    if instruction.opcode == "constant":
-        return _Scalar(constant=int(instruction.inner))
-    if instruction.opcode == "parameter":
-        return arguments[int(instruction.inner)] if arguments else _Scalar()
-    if instruction.opcode == "get-tuple-element" and arguments is None:
-        return _Scalar(frozenset({_index(instruction)}))
-    return _Scalar(frozenset().union(*(operand.elements for operand in operands)))
-
-
-def _step(module: Module, loop: Instruction, element: int) -> int | None:
-    """Returns by how much a turn of a loop raises an element; None if the element stays the same.
-
-    It is 1 in JAX's scans, and 2 in the loops that XLA makes of a product with a gathered operand
-    ("windowed" products) and unrolls.
-    """
-    body = module.computations[loop.called("body") or ""]
-    root = next(instruction for instruction in body.values() if instruction.is_root)
-    raised = body[root.operands[element]]
-    if raised.opcode == "get-tuple-element" and _index(raised) == element:
-        return None
-    parts = (body[name] for name in raised.operands) if raised.opcode == "add" else ()
-    return next((int(part.inner) for part in parts if part.opcode == "constant"), 1)
-
-
-def _index(element: Instruction) -> int:
-    """Returns which element of a tuple a `get-tuple-element` reads."""
-    found = re.search(r"\bindex=(\d+)", element.attributes)
-    assert found is not None
-    return int(found[1])
 
 
 def _flops(module: Module, computation: Computation, instruction: Instruction) -> int:

@@ -53,6 +53,15 @@ class Instruction(NamedTuple):
         return found[1] if found else None
 
     @property
+    def callees(self) -> list[str]:
+        """The names of the computations of a call, or of all branches of a conditional."""
+        branches = re.search(r"branch_computations=\{([^}]*)\}", self.attributes)
+        if branches:
+            return _NAME.findall(branches[1])
+        keys = ("to_apply", "calls", "true_computation", "false_computation")
+        return [name for key in keys if (name := self.called(key)) is not None]
+
+    @property
     def op_name(self) -> str:
         """The operation in the traced program that this instruction comes from, if noted."""
         found = _OP_NAME.search(self.attributes)
