@@ -229,6 +229,12 @@ def use(mesh: Mesh, rules: Rules = RULES) -> Iterator[None]:
         _active.reset(token)
 
 
+def _mesh_and_rules() -> tuple[Mesh, Rules]:
+    active = _active.get()
+    assert active is not None, "there are no shards outside `use`"
+    return active
+
+
 def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     """Constrains the sharding of an activation to that of its logical axes.
 
@@ -269,9 +275,7 @@ def num_shards(axis: str) -> int:
 
 def copy_to_shards(params: Any) -> Any:
     """Returns arrays with a new first axis, on which each shard of a batch has its own copy."""
-    active = _active.get()
-    assert active is not None, "there are no shards outside `use`"
-    mesh, rules = active
+    mesh, rules = _mesh_and_rules()
     shards = num_batch_shards()
 
     def copy(x: jax.Array) -> jax.Array:
@@ -291,9 +295,7 @@ def map_shards(function: Callable[..., Any]) -> Callable[..., Any]:
 
     It maps `function` over this axis. Inside, a batch is the rows of one shard.
     """
-    active = _active.get()
-    assert active is not None, "there are no shards outside `use`"
-    mesh, rules = active
+    mesh, rules = _mesh_and_rules()
 
     def run(*arrays):
         with use(mesh, {**rules, "batch": None}):

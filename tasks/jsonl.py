@@ -27,7 +27,7 @@ import seqio
 import tensorflow as tf
 
 from gkd_jax.tasks import features, rows
-from gkd_jax.text import files, task_names, text_metrics, vocabularies
+from gkd_jax.text import files, task_names, text_metrics
 
 
 SPLITS = ("train", "validation", "test")
@@ -103,31 +103,6 @@ def make_task(
         postprocess_fn=_postprocess,
         metric_fns=[_of_rows_with_targets(metric_fn) for metric_fn in metric_fns],
     )
-
-
-def jsonl_task(
-    path: str | os.PathLike,
-    *,
-    metric_fns: Sequence[Callable] = (text_metrics.exact_match,),
-    vocabulary: seqio.Vocabulary | None = None,
-) -> seqio.Task:
-    """Registers the task of a JSONL file or folder, so that mixtures can contain the task.
-
-    Args:
-        path: the file or folder, local or `gs://`.
-        metric_fns: seqio metric functions of `targets` and `predictions`.
-        vocabulary: the vocabulary of the model; None means T5's.
-
-    Returns:
-        The task, whose name is `task_name(path)`. A second call for a path returns the task of the
-        first call, with the metrics and the vocabulary of the first call.
-    """
-    name = task_name(path)
-    if name not in seqio.TaskRegistry.names():
-        chosen = vocabularies.t5_default() if vocabulary is None else vocabulary
-        task = make_task(path, vocabulary=chosen, metric_fns=metric_fns)
-        seqio.TaskRegistry.add_provider(name, task)
-    return seqio.TaskRegistry.get(name)
 
 
 def task_name(path: str | os.PathLike) -> str:

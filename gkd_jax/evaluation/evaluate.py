@@ -185,9 +185,13 @@ def make_decoder(
         mesh: the mesh on which the model runs.
         length: the largest number of tokens to decode.
     """
-    banned = banned_tail(config, num_pieces)
     ends = _vocabularies().end_ids(vocabulary) or config.family.EOS_IDS
-    decode_fn = _decode_fn(config, evaluation, vocabulary, banned, mesh, length)
+    sampling = SamplingConfig(
+        temperature=evaluation.temperature if evaluation.decoding == "sample" else 0.0,
+        banned_ids=banned_tail(config, num_pieces),
+        eos_ids=ends,
+    )
+    decode_fn = _decode_fn(config, evaluation, sampling, vocabulary, mesh, length)
     repeats = evaluation.num_samples
 
     def predictions(params, batches, *, first: int = 0, teacher: Teacher | None = None):
@@ -233,8 +237,8 @@ def _scores(
 def _decode_fn(
     config: lm.Config,
     evaluation: EvalConfig,
+    sampling: SamplingConfig,
     vocabulary: Any,
-    banned: tuple[int, ...],
     mesh: Mesh,
     length: int,
 ):
@@ -242,18 +246,17 @@ def _decode_fn(
 
     The tokens are replicated, so that every process can read all rows.
     """
-    ends = _vocabularies().end_ids(vocabulary) or None
+    banned, ends = sampling.ids(config)
     if evaluation.calculator:
         decode = calculator_decoding.make_decode(
             config, vocabulary, mesh=mesh, max_length=length, banned_ids=banned, eos_ids=ends
         )
         return lambda params, inputs, lengths, key: decode(params, inputs, lengths)
-    temperature = evaluation.temperature if evaluation.decoding == "sample" else 0.0
     if evaluation.decoding == "likeliest":
         chosen = _single_tokens(vocabulary, evaluation.choices)
-        banned = tuple(token for token in range(config.vocab_size) if token not in chosen)
-        length, ends = 1, (min(chosen),)
-    sampling = SamplingConfig(temperature=temperature, banned_ids=banned, eos_ids=ends)
+        others = tuple(token for token in range(config.vocab_size) if token not in chosen)
+        sampling = dataclasses.replace(sampling, banned_ids=others, eos_ids=(min(chosen),))
+        length = 1
 
     def decode_batch(params, inputs, lengths, key):
         with sharding.use(mesh):

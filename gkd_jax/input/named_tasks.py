@@ -42,9 +42,6 @@ def find_task(name: str, vocabulary: seqio.Vocabulary | None) -> seqio.Task | se
         raise ValueError(
             f"{name!r} is a mixture, whose vocabulary is that of its tasks: leave VOCABULARY None"
         )
-    source: Any = task.source
-    if isinstance(source, jsonl.JsonlSource):
-        return jsonl.make_task(source.path, vocabulary=vocabulary)
     # The copy needs no registration: preprocessors receive the output features of the task that
     # calls them.
     return task.replace(
