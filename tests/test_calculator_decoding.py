@@ -29,9 +29,9 @@ def scripted(monkeypatch, *texts):
         table = np.zeros((len(scripts), LENGTH), np.int32)
         for row, script in enumerate(scripts):
             table[row, : len(script)] = script
-        wanted = jnp.asarray(table)[:, cache.position]
+        wanted = jnp.asarray(table)[:, cache.time]
         logits = jax.nn.one_hot(wanted, CONFIG.vocab_size)
-        return logits, cache._replace(position=cache.position + 1)
+        return logits, cache._replace(time=cache.time + 1)
 
     monkeypatch.setattr(t5, "decode_step", decode_step)
     return fed

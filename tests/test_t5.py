@@ -155,7 +155,7 @@ def test_decoding_with_a_cache_equals_teacher_forcing(name, batch, params):
     expected = logits(config, params[name], batch)
     tokens = jnp.zeros((B,), jnp.int32)
     for position in range(T):
-        assert cache.position == position
+        assert cache.time == position
         got, cache = step(config, params[name], tokens, cache)
         np.testing.assert_allclose(got, expected[:, position], rtol=1e-4, atol=2e-5)
         tokens = batch.targets[:, position]

@@ -110,7 +110,7 @@ def run(decoding: Decoding, state: Any, cache: lm.Cache, *, halves: bool = True)
         cache: the cache of its rows.
         halves: whether the batch may shrink.
     """
-    num_groups, now = state.ended.shape[0], cache.position
+    num_groups, now = state.ended.shape[0], cache.time
     shards = num_shards(num_groups)
     # Where no row ends early, the first loop runs to the last token, and the others never.
     share, behind = (1, 1), []
@@ -148,7 +148,7 @@ def decode_until(
         fewest: the most groups of a shard that are left.
         shards: the devices that the groups are spread over.
         since: a time; `length` tokens after it, all of these rows have ended in any case.
-        share: how often this loop runs if no row ends early, as in `kv_cache.times`.
+        share: how often this loop runs if no row ends early, as in `kv_cache.share_scope`.
     """
 
     def step(carry):
@@ -162,10 +162,10 @@ def decode_until(
 
     def goes_on(carry):
         state, cache = carry
-        in_time = cache.position - since < decoding.length
+        in_time = cache.time - since < decoding.length
         return in_time & (num_left(state.ended, shards) > fewest)
 
-    with jax.named_scope(kv_cache.times(*share)):
+    with jax.named_scope(kv_cache.share_scope(*share)):
         return lax.while_loop(goes_on, step, (state, cache))
 
 

@@ -60,7 +60,7 @@ class Cache(NamedTuple):
     keys: Segments | tuple[Segments, ...]
     values: Segments | tuple[Segments, ...]
     lengths: Int[Array, " N"]
-    position: Int[Array, ""]
+    time: Int[Array, ""]
     starts: Int[Array, " N"] | None = None
 
 
@@ -298,7 +298,7 @@ def decode_step(
 
     The first tokens to feed are `Context.first`.
     """
-    position = cache.position
+    time = cache.time
     in_text = cache.lengths + kv_cache.row_positions(cache)
     rotation = decoder_block.rotations(config, in_text[:, None])
     windows, kinds = decoder_block.per_layer(config)
@@ -309,9 +309,9 @@ def decode_step(
         query, key, value = decoder_block.heads(
             config, layer["self_attention"], normed, rope.select(rotation, kind)
         )
-        keys = kv_cache.write(keys, key, position, index)
-        values = kv_cache.write(values, value, position, index)
-        own = kv_cache.parts(keys, values, position, index, window)
+        keys = kv_cache.write(keys, key, time, index)
+        values = kv_cache.write(values, value, time, index)
+        own = kv_cache.parts(keys, values, time, index, window)
         seen = _seen(cache, past[0].shape[2], sum(part.keys.shape[-2] for part in own), window)
 
         def score(products):
@@ -348,7 +348,7 @@ def decode_step(
             unroll=min(config.scan_unroll, config.num_layers),
         )
     states = decoder_block.final_norm(config, params, x)[:, 0]
-    cache = cache._replace(keys=keys, values=values, position=position + 1)
+    cache = cache._replace(keys=keys, values=values, time=time + 1)
     return apply_head(config, params, states), cache
 
 

@@ -57,7 +57,7 @@ def empty(shape: tuple[int, ...], dtype: str, first: int = FIRST) -> Segments:
 def write(
     segments: Segments,
     new: Float[Array, "N H 1 K"],
-    position: Int[Array, ""],
+    time: Int[Array, ""],
     layer: Int[Array, ""] | None,
 ) -> Segments:
     """Writes the keys (or values) of one token of each row.
@@ -65,31 +65,31 @@ def write(
     Args:
         segments: the cache of one layer or, with a `layer`, that of all layers.
         new: the keys of the token.
-        position: the time of the token.
+        time: the number of tokens decoded before.
         layer: the number of the layer in stacked segments.
     """
     if layer is not None:
         new = new[None]
-    position = position % sum(segment.shape[-2] for segment in segments)
+    ring_place = time % sum(segment.shape[-2] for segment in segments)
     found, start = [], 0
     for segment in segments:
         size = segment.shape[-2]
-        place = jnp.clip(position - start, 0, size - 1)
+        place = jnp.clip(ring_place - start, 0, size - 1)
         at = (0, 0, place, 0) if layer is None else (layer, 0, 0, place, 0)
         start += size
         here = new
         if segment is not segments[-1]:
             # A segment that is full keeps its last token. One that is not reached yet may hold
             # anything in its first place, which is written again before it is read.
-            here = jnp.where(position < start, new, lax.dynamic_slice(segment, at, new.shape))
+            here = jnp.where(ring_place < start, new, lax.dynamic_slice(segment, at, new.shape))
         found.append(lax.dynamic_update_slice(segment, here, at))
     return tuple(found)
 
 
 def row_positions(cache: Any) -> Int[Array, "#N"]:
     """Returns the position of each row's next token; one number where all rows began together."""
-    times = cache.position if cache.starts is None else cache.position - cache.starts
-    return times.reshape(-1)
+    positions = cache.time if cache.starts is None else cache.time - cache.starts
+    return positions.reshape(-1)
 
 
 def ages(cache: Any, length: int) -> Int[Array, " {length}"]:
@@ -97,7 +97,7 @@ def ages(cache: Any, length: int) -> Int[Array, " {length}"]:
 
     A place whose age exceeds the position of a row holds no token of this row.
     """
-    return (cache.position - jnp.arange(length)) % length
+    return (cache.time - jnp.arange(length)) % length
 
 
 class Part(NamedTuple):
@@ -107,39 +107,39 @@ class Part(NamedTuple):
         keys: of one layer or, with a `layer`, of all layers.
         values: like the keys.
         is_read: whether any key of this part counts; None where some always do.
-        times: the name of a scope that says how often `is_read` holds over a whole sequence.
+        scope: `share_scope` of the tokens of a whole sequence for which `is_read` holds.
         layer: the number of the layer.
     """
 
     keys: Float[Array, "*L N H T K"]
     values: Float[Array, "*L N H T K"]
     is_read: Bool[Array, ""] | None = None
-    times: str = ""
+    scope: str = ""
     layer: Int[Array, ""] | None = None
 
 
 def parts(
     keys: Segments,
     values: Segments,
-    position: Int[Array, ""],
+    time: Int[Array, ""],
     layer: Int[Array, ""] | None,
     window: Int[Array, ""] | None = None,
 ) -> list[Part]:
-    """Returns the segments as parts, of which the token at `position` reads those in its window."""
+    """Returns the segments as parts, of which the token of a time reads those in its window."""
     found, start, length = [], 0, sum(segment.shape[-2] for segment in keys)
     for k, v in zip(keys, values, strict=True):
         stop = start + k.shape[-2]
         is_read = None
         if len(keys) > 1:
-            is_read = position >= start
+            is_read = time >= start
             if window is not None:
-                is_read = is_read & (stop > position + 1 - window)
-        found.append(Part(k, v, is_read, times(length - start, length), layer))
+                is_read = is_read & (stop > time + 1 - window)
+        found.append(Part(k, v, is_read, share_scope(length - start, length), layer))
         start = stop
     return found
 
 
-def times(count: int, of: int) -> str:
+def share_scope(count: int, of: int) -> str:
     """Returns the name of a scope around a `lax.cond` or a loop that runs in `count` of `of` cases.
 
     XLA keeps the names of scopes, so that `planning.hlo` can count what a compiled program will do.
@@ -190,7 +190,7 @@ def _product_if_read(
     if part.is_read is None:
         return run(x, y)
     zeros = jnp.zeros((*x.shape[:-1], width))
-    with jax.named_scope(part.times):
+    with jax.named_scope(part.scope):
         return lax.cond(part.is_read, run, lambda x, y: zeros, x, y)
 
 
@@ -214,7 +214,7 @@ def put_prompts(cache: Any, names: tuple[str, ...], new: Any, rows: Int[Array, "
     """Returns a model's cache in which some rows begin anew, with the prompts of another cache.
 
     Args:
-        cache: a NamedTuple with `position` and `starts`.
+        cache: a NamedTuple with `time` and `starts`.
         names: the fields that belong to prompts, with axes as in `take_rows`.
         new: a cache whose rows have the new prompts.
         rows: the rows that begin; see `sharding.put_rows`.
@@ -224,7 +224,7 @@ def put_prompts(cache: Any, names: tuple[str, ...], new: Any, rows: Int[Array, "
         return sharding.put_rows(x, y, rows, _row_axis(x))
 
     fields = {name: jax.tree.map(put, getattr(cache, name), getattr(new, name)) for name in names}
-    now = jnp.full((rows.size,), cache.position)
+    now = jnp.full((rows.size,), cache.time)
     return cache._replace(**fields, starts=put(cache.starts, now))
 
 

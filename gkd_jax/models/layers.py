@@ -334,7 +334,7 @@ class DecoderLayer(nn.Module):
         self_keys: Segments,
         self_values: Segments,
         index: Int[Array, ""] | None,
-        position: Int[Array, ""],
+        time: Int[Array, ""],
         self_bias: Float[Array, "#B H 1 T"],
         cross_keys: Float[Array, "B H S2 K"],
         cross_values: Float[Array, "B H S2 K"],
@@ -350,7 +350,7 @@ class DecoderLayer(nn.Module):
             self_keys, self_values: the KV cache of this layer; with an `index`, the cache of all
                 layers stacked on axis 0.
             index: the number of this layer in a stacked cache; None for a cache of this layer.
-            position: the time t of the token.
+            time: the number of tokens decoded before.
             self_bias: the position bias of all places of the cache, and the mask of those that
                 hold no token of a row.
             cross_keys, cross_values: the projected states of the encoder.
@@ -358,9 +358,9 @@ class DecoderLayer(nn.Module):
         """
         normed = self.pre_self_attention_layer_norm(x)
         key, value = self.self_attention.keys_values(normed)
-        self_keys = kv_cache.write(self_keys, key, position, index)
-        self_values = kv_cache.write(self_values, value, position, index)
-        parts = kv_cache.parts(self_keys, self_values, position, index)
+        self_keys = kv_cache.write(self_keys, key, time, index)
+        self_values = kv_cache.write(self_values, value, time, index)
+        parts = kv_cache.parts(self_keys, self_values, time, index)
         x = x + self.self_attention.decode(normed, parts, self_bias)
         x = self._cross_attention_and_mlp(x, cross_keys, cross_values, padding, deterministic=True)
         return x, self_keys, self_values

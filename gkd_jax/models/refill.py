@@ -75,7 +75,7 @@ def run(
             cache,
             slots - size,
             shards=shards,
-            since=cache.position,
+            since=cache.time,
             share=(size, slots),
         )
         free = decode_loop.going_on(current.ended, shards, slots)[:, slots - size :]

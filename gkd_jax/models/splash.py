@@ -75,7 +75,7 @@ def attend(
 
     def run_with(own: int) -> Callable[..., jax.Array]:
         def run(*arrays):
-            with jax.named_scope(kv_cache.times(layers[own], len(windows))):
+            with jax.named_scope(kv_cache.share_scope(layers[own], len(windows))):
                 return sharding.on_each_device(_kernel(own, softcap), [_AXES] * 3, _AXES)(*arrays)
 
         return run

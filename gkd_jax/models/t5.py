@@ -71,7 +71,7 @@ class Cache(NamedTuple):
     cross_values: Float[Array, "L B H S K"] | tuple[Float[Array, "B H S K"], ...]
     mask: Bool[Array, "B S"]
     bias: Float[Array, "P H T2"]
-    position: Int[Array, ""]
+    time: Int[Array, ""]
     starts: Int[Array, " B"] | None = None
 
 
@@ -331,8 +331,8 @@ def decode_step(
     """
     layer = blocks.decoder_layer(config)
     padding = layers.hide_padding(cache.mask)
-    position, length = cache.position, cache.bias.shape[-1] // 2
-    of_place_0 = length - 1 - position % length
+    time, length = cache.time, cache.bias.shape[-1] // 2
+    of_place_0 = length - 1 - time % length
     bias = lax.dynamic_slice_in_dim(cache.bias, of_place_0, length, axis=2)[:, :, None]
     own = kv_cache.ages(cache, length)[None] <= kv_cache.row_positions(cache)[:, None]
     own_bias = layers.hide_padding(own).bias
@@ -348,7 +348,7 @@ def decode_step(
             self_keys,
             self_values,
             None if isinstance(decode, tuple) else index,
-            position,
+            time,
             lax.dynamic_index_in_dim(bias, layer_index) + own_bias,
             cross_keys,
             cross_values,
@@ -379,7 +379,7 @@ def decode_step(
         )
     x = _norm(config, stack["decoder_norm"], x)
     step_logits = apply_head(config, params, x[:, 0])
-    return step_logits, cache._replace(self_keys=keys, self_values=values, position=position + 1)
+    return step_logits, cache._replace(self_keys=keys, self_values=values, time=time + 1)
 
 
 # Parts --------------------------------------------------------------------------------------------

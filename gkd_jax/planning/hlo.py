@@ -23,7 +23,7 @@ NO_TRAFFIC = re.compile(
     "parameter|constant|tuple|get-tuple-element|bitcast|while|conditional|call|after-all|"
     "partition-id|replica-id|optimization-barrier|iota|.*-done"
 )
-# The scopes of `kv_cache.times`, around a loop or a conditional and around a branch of one.
+# The scopes of `kv_cache.share_scope`, around a loop or a conditional and around a branch of one.
 _SHARE = re.compile(r"times_(\d+)_of_(\d+)/(?:while|cond)\w*$")
 _BRANCH_SHARE = re.compile(r"branch_\d+_fun/times_(\d+)_of_(\d+)/(?!.*branch_\d+_fun)")
 
