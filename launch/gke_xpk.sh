@@ -10,15 +10,8 @@
 # GKD_JAX_DISTRIBUTED=1. A preempted workload is restarted and resumes the run. --dry_run prints the
 # XPK command and starts nothing.
 set -euo pipefail
-
-usage() {
-  sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p;}' "$0"
-}
-
-fail() {
-  echo "gke_xpk.sh: error: $*" >&2
-  exit 2
-}
+# shellcheck source=launch/shared.bash
+source "$(dirname "${BASH_SOURCE[0]}")/shared.bash"
 
 cluster="" workload="" tpu_type="" num_slices=1 image=() dry_run=""
 extra=() command=()
@@ -44,6 +37,7 @@ done
 [[ -n "${cluster}" ]] || fail "--cluster is missing"
 [[ -n "${workload}" ]] || fail "--workload is missing"
 [[ -n "${tpu_type}" ]] || fail "--tpu_type is missing"
+check_positive --num_slices "${num_slices}"
 [[ "${#image[@]}" -gt 0 ]] || fail "--base_docker_image or --docker_image is missing"
 [[ "${#command[@]}" -gt 0 ]] || fail "-- COMMAND is missing"
 
@@ -55,9 +49,4 @@ xpk=(xpk workload create "--cluster=${cluster}" "--workload=${workload}"
   ${extra[@]+"${extra[@]}"}
   --termination-grace-period-seconds=300 --env=GKD_JAX_DISTRIBUTED=1
   "--command=$(printf '%q ' "${command[@]}")")
-if [[ -n "${dry_run}" ]]; then
-  printf '%q ' "${xpk[@]}"
-  echo
-else
-  "${xpk[@]}"
-fi
+run "${xpk[@]}"

@@ -11,15 +11,8 @@
 # ends the others and exits with the status of the first failure. SIGTERM is passed on to every
 # process. --dry_run prints the commands and starts nothing.
 set -euo pipefail
-
-usage() {
-  sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p;}' "$0"
-}
-
-fail() {
-  echo "local_multiprocess.sh: error: $*" >&2
-  exit 2
-}
+# shellcheck source=launch/shared.bash
+source "$(dirname "${BASH_SOURCE[0]}")/shared.bash"
 
 num_processes="" devices=1 port=12345 log_dir="" dry_run=""
 command=()
@@ -36,11 +29,9 @@ while [[ $# -gt 0 ]]; do
   esac
   shift
 done
-[[ "${num_processes}" =~ ^[1-9][0-9]*$ ]] ||
-  fail "--num_processes must be positive, got '${num_processes}'"
-[[ "${devices}" =~ ^[1-9][0-9]*$ ]] ||
-  fail "--devices_per_process must be positive, got '${devices}'"
-[[ "${port}" =~ ^[1-9][0-9]*$ ]] || fail "--port must be a number, got '${port}'"
+check_positive --num_processes "${num_processes}"
+check_positive --devices_per_process "${devices}"
+check_positive --port "${port}"
 [[ "${#command[@]}" -gt 0 ]] || fail "-- COMMAND is missing"
 
 settings() { # Prints the environment variables of process $1.

