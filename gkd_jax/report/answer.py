@@ -4,12 +4,15 @@ from collections.abc import Iterator
 import math
 from typing import Any, NamedTuple
 
-from scipy import stats
-
+from gkd_jax.report.seed_values import Lead
 from gkd_jax.report.study import Group, Study, Table, sizes
 
 
-_SIGNIFICANT = 0.05
+_NOISE = {
+    None: "one seed, so the noise is not known",
+    True: "more than the seeds' noise",
+    False: "within the seeds' noise",
+}
 
 
 class Answer(NamedTuple):
@@ -18,21 +21,23 @@ class Answer(NamedTuple):
     Attributes:
         size: the student's size.
         best: the row of the best method in `Study.table`.
-        margins: (name of the rival, row of the rival, lead over it, `noise` of the lead). The
-            rivals are the student before training, SFT of equal length, and the runner-up.
+        margins: (name of the rival, row of the rival, lead over it). The rivals are the student
+            before training, SFT of equal length, and the runner-up.
         missing: the rivals that have no number.
     """
 
     size: str
     best: Any
-    margins: list[tuple[str, Any, float, str]]
+    margins: list[tuple[str, Any, Lead]]
     missing: list[str]
 
     def __str__(self) -> str:
         text = f"{self.best['text']} (n = {self.best['n']})"
-        for name, rival, lead, verdict in self.margins:
+        for name, rival, lead in self.margins:
             which = f", {rival['label']}" if name == "the runner-up" else ""
-            text += f"; {lead:+.1f} over {name}{which} ({rival['text']}), {verdict}"
+            error = "" if math.isnan(lead.error) else f" ± {lead.error:.1f}"
+            text += f"; {lead.mean:+.1f}{error} over {name}{which} ({rival['text']}), "
+            text += _NOISE[lead.exceeds_noise]
         missing = f" There is no number of {', nor of '.join(self.missing)}."
         return f"{text}.{missing if self.missing else ''}"
 
@@ -65,25 +70,17 @@ def _answer(study: Study, size: str, methods: Table, rows: Table) -> Answer:
     for name, some in rivals.items():
         if len(some):
             rival = some.loc[some["mean"].idxmax()]
-            margins.append((name, rival, best["mean"] - rival["mean"], noise(best, rival)))
+            margins.append((name, rival, best["values"].over(rival["values"])))
     missing = [name for name, some in rivals.items() if not len(some)]
     return Answer(size, best, [one for one in margins if one[1]["group"] is not group], missing)
 
 
 def _is_sft_as_long(group: Group, best: Group) -> bool:
-    start = "contents.student.checkpoint"
-    names = ("train.train_steps", "data.num_examples", "data.batch_size", start)
-    names = names if best.first.fields.get(start) else (*names, "student.checkpoint")
-    same = all(group.first.fields.get(name) == best.first.fields.get(name) for name in names)
-    return group.role == "sft" and same
-
-
-def noise(left: Any, right: Any) -> str:
-    """Says in words whether two means (`mean`, `error`, `n`) differ by Welch's t-test at 5 %."""
-    if math.isnan(left["error"]) or math.isnan(right["error"]):
-        return "one seed, so the noise is not known"
-    numbers = [(one["mean"], one["error"] * math.sqrt(one["n"]), one["n"]) for one in (left, right)]
-    test: Any = stats.ttest_ind_from_stats(*numbers[0], *numbers[1], equal_var=False)
-    exact = left["error"] == right["error"] == 0 and left["mean"] != right["mean"]
-    beyond = exact or test.pvalue < _SIGNIFICANT
-    return ("more than" if beyond else "within") + " the seeds' noise"
+    """Whether a group is SFT of the best group's length, data and start."""
+    same = ["train.train_steps", "data.num_examples", "data.batch_size"]
+    # A start is known by the runs of this study that made it, or by its contents, or by its path.
+    starts = ("student.made_by", "contents.student.checkpoint", "student.checkpoint")
+    same += [name for name in starts if name in best.identity][:1]
+    return group.role == "sft" and all(
+        group.identity.get(name) == best.identity.get(name) for name in same
+    )

@@ -4,7 +4,7 @@ An archive is a JSONL file with one run per line: {"name", "run": run.json, "met
 metrics.jsonl], "evaluations": [each metrics.json of `gkd-jax eval`]}.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import json
 import pathlib
 import re
@@ -24,8 +24,8 @@ def write(run_dirs: Sequence[str], output: str) -> None:
 
     `report.write` makes the same tables and figures from the archive. Of metrics.jsonl the archive
     keeps evaluations, every 50th step and the last step, with numbers to 6 digits; of run.json
-    everything except the macros. Absolute paths are shortened: below a run directory to the part
-    after it, elsewhere to their last part.
+    everything except the macros. Absolute paths are shortened: the folder of a run becomes the name
+    of the run, other paths below a run directory the part after it, and all others their last part.
 
     Raises:
         ValueError: if `output` does not end in .jsonl.
@@ -33,9 +33,11 @@ def write(run_dirs: Sequence[str], output: str) -> None:
     """
     if not output.endswith(".jsonl"):
         raise ValueError(f"the archive must be a file that ends in .jsonl, got {output!r}")
-    roots = [pathlib.Path(run_dir).resolve() for run_dir in run_dirs]
+    runs = reading.find(run_dirs)
+    named = {pathlib.Path(run_dir).resolve(): "" for run_dir in run_dirs}
+    named |= {run.folder: run.name for run in runs}
     text = ""
-    for run in reading.find(run_dirs):
+    for run in runs:
         content = {
             "name": run.name,
             "run": {name: value for name, value in run.about.items() if name != "macros"},
@@ -43,7 +45,7 @@ def write(run_dirs: Sequence[str], output: str) -> None:
             "evaluations": run.decoded,
         }
         if run.finished:
-            text += json.dumps(_small(content, roots), ensure_ascii=False) + "\n"
+            text += json.dumps(_small(content, named), ensure_ascii=False) + "\n"
     pathlib.Path(output).parent.mkdir(parents=True, exist_ok=True)
     files.write_whole(pathlib.Path(output), text)
 
@@ -53,16 +55,19 @@ def _is_kept(line: dict[str, Any], last: int) -> bool:
     return evaluated or line["step"] % _EVERY == 0 or line["step"] == last
 
 
-def _small(value: Any, roots: Sequence[pathlib.Path]) -> Any:
+def _small(value: Any, named: Mapping[pathlib.Path, str]) -> Any:
+    """Returns a value with shorter numbers and paths; `named` has the names of some folders."""
     if isinstance(value, dict):
-        names = {name: _PATH.sub(lambda path: _small(path[0], roots), name) for name in value}
-        return {names[name]: _small(inner, roots) for name, inner in value.items()}
+        names = {name: _PATH.sub(lambda path: _small(path[0], named), name) for name in value}
+        return {names[name]: _small(inner, named) for name, inner in value.items()}
     if isinstance(value, list):
-        return [_small(inner, roots) for inner in value]
+        return [_small(inner, named) for inner in value]
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, str) and value.startswith("/"):
         path = pathlib.Path(value)
-        inside = [path.relative_to(root) for root in roots if path.is_relative_to(root)]
-        return inside[0].as_posix() if inside else path.name
+        around = next((folder for folder in (path, *path.parents) if folder in named), None)
+        if around is None:
+            return path.name
+        return (pathlib.PurePath(named[around]) / path.relative_to(around)).as_posix()
     return value

@@ -26,21 +26,13 @@ UNCHANGING = frozenset({
     "memory", "remat", "scan_unroll", "unroll_decoding", "cache_segment", "attention_by_row",
     "loss_parts", "decode_rows",
 })
+# Fields of an evaluation that say nothing about how it decoded.
+_NOT_DECODING = frozenset({
+    "type", "task", "batch_size", "decode_rows", "seed", "rewards", "checkpoint", "step", "content",
+})
 # fmt: on
 SEEDS = ("data.seed", "train.seed")
 _ROLE = re.compile(r"(student|teacher.*)\.checkpoint")
-# Fields of an evaluation that say nothing about how it decoded.
-_NOT_DECODING = {
-    "type",
-    "task",
-    "batch_size",
-    "decode_rows",
-    "seed",
-    "rewards",
-    "checkpoint",
-    "step",
-    "content",
-}
 _NAMES: dict[Any, str] = {
     ("forward_kl", 0.0): "Supervised KD",
     ("forward_kl", 0.5): "ImitKD",

@@ -11,6 +11,7 @@ import pandas as pd
 
 from gkd_jax.report import paper
 from gkd_jax.report.record import Method, Run, Setting, finite, said
+from gkd_jax.report.seed_values import SeedValues
 
 
 # The primary metric of a task is the paper's, or else the first of these that the task has.
@@ -110,17 +111,6 @@ class Study:
             ]
         )
         self._group_of = {run.slug: group for group in self.groups for run in group.runs}
-        keys = ["group", "task", "setting", "metric"]
-        rows = [
-            (group.first.slug, task, str(setting), metric, value)
-            for group in self.groups
-            for run in group.runs
-            for (task, setting), values in run.finals.items()
-            for metric, value in values.items()
-        ]
-        frame = pd.DataFrame(rows, columns=pd.Index([*keys, "value"]))
-        values: Table = frame.groupby(keys)["value"]
-        self._numbers: Table = values.agg(mean="mean", error="sem", n="count").astype({"n": object})
 
     def _role(self, runs: Sequence[Run]) -> str:
         role, slugs = runs[0].method.kind, {run.slug for run in runs}
@@ -166,15 +156,16 @@ class Study:
 
         Returns:
             Columns `group`, `label`, `size`, `role`, `divergence`, `fraction` (lambda), `amount`
-            (training examples, infinite for all), `mean`, `error` (the standard error; NaN for one
-            seed), `n` (seeds), `text` ("1.20 ± 0.10"), `gain` over the student before and
-            `gain_error` (NaN if unknown), `paper` (a `paper.Number` or None), and `paper_value` (or
-            NaN).
+            (training examples, infinite for all), `values` (`SeedValues`), `mean`, `error` (the
+            standard error; NaN for one seed), `n` (seeds), `text` ("1.20 ± 0.10"), `gain` over the
+            student before and `gain_error` (NaN if unknown), `paper` (a `paper.Number` or None),
+            and `paper_value` (or NaN).
         """
         rows = []
         for group in self.of_task(task):
             start = self.parent(group, "student")
-            found, before = (self._number(one, task, setting, metric) for one in (group, start))
+            found, before = (_values(one, task, setting, metric) for one in (group, start))
+            gain = found.over(before)
             started = start is not None
             known = paper.beside(group.first, task, setting, metric, started=started)
             of_group = ("label", "size", "role", "fraction", "amount")
@@ -182,26 +173,24 @@ class Study:
                 "group": group,
                 **{name: getattr(group, name) for name in of_group},
                 "divergence": group.method.divergence,
-                **found,
-                "text": shown(found["mean"], found["error"]),
-                "gain": found["mean"] - before["mean"],
-                "gain_error": math.hypot(found["error"], before["error"]),
+                "values": found,
+                "mean": found.mean,
+                "error": found.error,
+                "n": len(found),
+                "text": str(found),
+                "gain": gain.mean,
+                "gain_error": gain.error,
                 "paper": known,
                 "paper_value": known.value if known else math.nan,
             }
-            rows += [row] if row["n"] else []
+            rows += [row] if len(found) else []
         return pd.DataFrame(rows)
 
-    def _number(self, group: Group | None, *key: Any) -> dict[str, Any]:
-        place = (group.first.slug if group else "", key[0], str(key[1]), key[2])
-        missing = {"mean": math.nan, "error": math.nan, "n": 0}
-        return self._numbers.loc[place].to_dict() if place in self._numbers.index else missing
 
-
-def shown(mean: float, error: float = math.nan) -> str:
-    """12.345, 0.5 -> "12.35 ± 0.50"."""
-    digits = 4 if 0 < abs(mean) < 0.1 else 2 if abs(mean) < 100 else 1
-    return f"{mean:.{digits}f}" + ("" if math.isnan(error) else f" ± {error:.{digits}f}")
+def _values(group: Group | None, task: str, setting: Setting, metric: str) -> SeedValues:
+    runs = group.runs if group else ()
+    finals = [(run.seed, run.finals.get((task, setting), {})) for run in runs]
+    return SeedValues([(seed, final[metric]) for seed, final in finals if metric in final])
 
 
 def sizes(groups: Iterable[Group]) -> list[str]:

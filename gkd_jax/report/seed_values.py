@@ -1,0 +1,61 @@
+"""The values of runs that differ only in the seed: their mean, its error, and differences."""
+
+from collections.abc import Sequence
+import math
+import statistics
+from typing import Any, NamedTuple
+
+from scipy import stats
+
+
+class Lead(NamedTuple):
+    """The difference of two means; its standard error and verdict are unknown for one seed.
+
+    `exceeds_noise` says whether a t-test at 5 % tells the difference from zero.
+    """
+
+    mean: float
+    error: float
+    exceeds_noise: bool | None
+
+
+class SeedValues:
+    """One value for each seed, from pairs of a seed and a value; their `mean` and its `error`."""
+
+    def __init__(self, pairs: Sequence[tuple[Any, float]]):
+        self._pairs, self._values = pairs, [value for _, value in pairs]
+        self.mean = statistics.fmean(self._values) if pairs else math.nan
+        self.error = _standard_error(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def over(self, other: "SeedValues") -> Lead:
+        """Returns the lead over other values.
+
+        Values of the same seeds are compared seed by seed (a paired t-test), because runs of one
+        seed share their data and often their start and their teacher. Values of other seeds are
+        compared by Welch's t-test.
+        """
+        lead, mine, theirs = self.mean - other.mean, dict(self._pairs), dict(other._pairs)
+        if len(mine) == len(self) and len(theirs) == len(other) and mine.keys() == theirs.keys():
+            differences = [mine[seed] - theirs[seed] for seed in mine]
+            error = _standard_error(differences)
+            test: Any = stats.ttest_1samp(differences, 0) if error > 0 else None
+        else:
+            error = math.hypot(self.error, other.error)
+            pair = (self._values, other._values)
+            test = stats.ttest_ind(*pair, equal_var=False) if error > 0 else None
+        if math.isnan(error):
+            return Lead(lead, error, None)
+        return Lead(lead, error, lead != 0 if test is None else bool(test.pvalue < 0.05))
+
+    def __str__(self) -> str:
+        """Returns a text such as "12.35 ± 0.50"."""
+        digits = 4 if 0 < abs(self.mean) < 0.1 else 2 if abs(self.mean) < 100 else 1
+        error = "" if math.isnan(self.error) else f" ± {self.error:.{digits}f}"
+        return f"{self.mean:.{digits}f}{error}"
+
+
+def _standard_error(values: Sequence[float]) -> float:
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
