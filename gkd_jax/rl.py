@@ -18,6 +18,7 @@ Axes: N sampled sequences (those of one prompt are neighbours), T target.
 
 from collections.abc import Callable, Sequence
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -58,6 +59,33 @@ class RLConfig:
             raise ValueError(f"alpha must lie in [0, 1], got {self.alpha}")
 
 
+def numbers(rewards: Any, num_outputs: int) -> Float[np.ndarray, " N"]:
+    """Returns what a reward function returned as one finite number for each output.
+
+    Args:
+        rewards: the result of the function.
+        num_outputs: the number of outputs that it was given.
+
+    Raises:
+        ValueError: if the result is anything else. A result of another length, for example, would
+            be averaged, or divided among prompts, as if it were right.
+    """
+    try:
+        found = np.asarray(rewards)
+    except ValueError:  # lists of different lengths
+        found = np.asarray(rewards, object)
+    is_numeric = jnp.issubdtype(found.dtype, jnp.floating) or found.dtype.kind in "biu"
+    if found.shape != (num_outputs,) or not is_numeric:
+        raise ValueError(
+            f"a reward must return one number for each of the {num_outputs} outputs, got an array "
+            f"of shape {found.shape} and dtype {found.dtype}: {str(rewards)[:200]}"
+        )
+    found = found.astype(np.float64)
+    if not np.all(np.isfinite(found)):
+        raise ValueError(f"every reward must be a finite number, got {found.tolist()}")
+    return found
+
+
 def advantages(rewards: Float[np.ndarray, " N"], num_samples: int = 1) -> Float[np.ndarray, " N"]:
     """Returns the advantage of each sample: its reward minus the mean reward of other samples.
 
@@ -72,9 +100,7 @@ def advantages(rewards: Float[np.ndarray, " N"], num_samples: int = 1) -> Float[
     Raises:
         ValueError: for a reward that is not a finite number.
     """
-    rewards = np.asarray(rewards, np.float64)
-    if not np.all(np.isfinite(rewards)):
-        raise ValueError(f"every reward must be a finite number, got {rewards.tolist()}")
+    rewards = numbers(rewards, len(rewards))
     groups = rewards.reshape(-1, num_samples) if num_samples > 1 else rewards[None]
     size = groups.shape[1]
     if size == 1:

@@ -247,6 +247,9 @@ def _student_row(row: dict[str, Any], path: str | os.PathLike, line: int) -> Row
     if key is None:
         files.fault(path, line, "expected 'inputs', 'prompt' or 'messages', got none of these keys")
     target_key = _TARGET_OF[key]
+    others = {*_TARGET_OF.values()} & row.keys()
+    if target_key not in row and others:
+        files.fault(path, line, f"{key!r} goes with {target_key!r}, got {min(others)!r}")
     if isinstance(row[key], list):
         answer = row.get(target_key, [])
         if not isinstance(answer, list):

@@ -125,6 +125,8 @@ def test_folders_and_missing_files(tmp_path):
         ('{"inputs": "a", "targets": "b", "\\udc00": 1}', "half of a surrogate pair"),
         ('{"inputs": "a", "targets": "b", "more": [{"x": ["\\ud800"]}]}', "surrogate pair"),
         ('{"inputs": "a" "targets": "b"}', r"not JSON: Expecting ',' delimiter \(character 16\)"),
+        ('{"inputs": "a", "targets": "b", "inputs": "c"}', "key 'inputs' occurs twice"),
+        ('{"inputs": "a", "targets": "b", "x": [{"y": 1, "y": 1}]}', "key 'y' occurs twice"),
         ("[" * 200_000, "not JSON that can be read"),
         (f'{{"inputs": "a", "targets": "b", "n": {"9" * 5000}}}', "not JSON that can be read"),
         ('{"inputs": "a\tb", "targets": ""}', "not JSON: Invalid control character"),

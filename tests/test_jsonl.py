@@ -118,6 +118,8 @@ def test_rows_in_the_forms_that_people_have(row, prompt, target):
         ({"messages": CHAT, "tools": {"a": 1}}, "'tools' must be a list of objects"),
         ({"prompt": "", "completion": "b"}, "expected a prompt with text, got an empty one"),
         ({"inputs": " \n", "targets": "b"}, "expected a prompt with text, got an empty one"),
+        ({"prompt": "a", "targets": "b"}, "'prompt' goes with 'completion', got 'targets'"),
+        ({"inputs": "a", "completion": "b"}, "'inputs' goes with 'targets', got 'completion'"),
         ({"messages": CHAT}, "'messages' need a vocabulary with a chat template .* has none"),
         ('{"prompt": "a" ', "not JSON"),
         ("", "expected a JSON object, got an empty line"),

@@ -9,10 +9,12 @@ import numpy as np
 import optax
 import pytest
 from random_models import random_params
+import seqio
 import small_runs
 
 from gkd_jax import divergences, gkd, losses, rl
 from gkd_jax.batch import Batch
+from gkd_jax.evaluation import evaluate
 from gkd_jax.gkd import GKDConfig, ModelPair
 from gkd_jax.models import t5
 from gkd_jax.rl import RLConfig
@@ -200,6 +202,41 @@ def test_advantages():
     np.testing.assert_allclose(rl.advantages(np.array([5.0])), [5.0])  # nothing to compare with
     with pytest.raises(ValueError, match=r"must be a finite number, got \[1.0, nan\]"):
         rl.advantages(np.array([1.0, np.nan]))
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ([1.0], r"one number for each of the 2 outputs, got an array of shape \(1,\)"),
+        ([1.0] * 4, r"shape \(4,\)"),  # two samples of a prompt would share one advantage
+        (0.5, r"shape \(\) and dtype float64: 0.5"),
+        ([[1.0], [2.0]], r"shape \(2, 1\)"),
+        ([[1.0], [1.0, 2.0]], "dtype object"),
+        (["1.0", "2.0"], "dtype <U3: \\['1.0', '2.0'\\]"),
+        ([1.0, None], "dtype object"),
+        (None, r"shape \(\) and dtype object: None"),
+        ([1.0, float("nan")], r"must be a finite number, got \[1.0, nan\]"),
+        ([1.0, float("inf")], r"must be a finite number, got \[1.0, inf\]"),
+    ],
+)
+def test_what_is_no_number_for_each_output_is_refused(returned, message, tmp_path):
+    def broken(prompts, outputs, references):
+        return returned
+
+    with pytest.raises(ValueError, match=message):
+        rl.numbers(returned, 2)
+    texts = {"inputs_pretokenized": "p", "targets_pretokenized": "The answer is 1."}
+    rows = [evaluate.Row(texts, "The answer is 1.", [1], None)] * 2
+    task = seqio.TaskRegistry.get("arithmetic")
+    with pytest.raises(ValueError, match=message):
+        evaluate.score(task, rows, evaluate.EvalConfig(rewards=(broken,)))
+
+
+@pytest.mark.parametrize(
+    "returned", [[1, 0], [True, False], np.float32([1, 0]), jnp.array([1, 0], jnp.bfloat16)]
+)
+def test_any_kind_of_number_is_a_reward(returned):
+    assert rl.numbers(returned, 2).tolist() == [1.0, 0.0]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from gkd_jax.input import streams
 from gkd_jax.input.data import DataConfig
 from gkd_jax.storage import checkpoints
 from gkd_jax.training import metrics, optimizers, train
+from gkd_jax.training.evaluations import Evaluations
 from gkd_jax.training.recipe import TrainConfig
 
 
@@ -57,6 +58,36 @@ def test_an_evaluation_that_fails_costs_no_weights(tmp_path, monkeypatch):
     assert checkpoints.saved_steps(tmp_path / "run") == [2, 3]
     steps = [line["step"] for line in metrics.read(tmp_path / "run" / "metrics.jsonl")]
     assert steps == [0, 1, 2, 3]  # an evaluation at step 0, and every step's numbers
+
+
+@pytest.mark.parametrize("broken", [2, 4])
+def test_an_evaluation_that_was_cut_off_is_made_up_for(broken, tmp_path, monkeypatch):
+    """A step is saved before its evaluation: the next start must not take it for evaluated."""
+    config = TrainConfig(train_steps=4, save_period=2, eval_period=2)
+    more = {"evaluation": EVALUATION, "train": config}
+    run(tmp_path / "whole", 4, **more)
+    real = Evaluations.__call__
+
+    def cut_off(self, params, teacher, step):
+        if step == broken:
+            raise RuntimeError("killed")
+        return real(self, params, teacher, step)
+
+    monkeypatch.setattr(Evaluations, "__call__", cut_off)
+    for _ in range(2):  # a second start that ends there leaves the run unfinished, too
+        with pytest.raises(RuntimeError, match="killed"):
+            run(tmp_path / "run", 4, **more)
+    monkeypatch.undo()
+    run(tmp_path / "run", 4, **more)
+    found, expected = (
+        metrics.values_by_step(tmp_path / name / "metrics.jsonl", "eval/arithmetic/accuracy")
+        for name in ("run", "whole")
+    )
+    assert found == expected
+    assert list(found) == [0, 2, 4]
+    before = contents(tmp_path / "run")
+    run(tmp_path / "run", 4, **more)  # now it is finished
+    assert contents(tmp_path / "run") == before
 
 
 @pytest.mark.parametrize("broken", ["training", "evaluation"])

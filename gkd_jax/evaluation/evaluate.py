@@ -14,7 +14,7 @@ import jax
 from jax.sharding import Mesh
 import numpy as np
 
-from gkd_jax import divergences, gkd, sharding
+from gkd_jax import divergences, gkd, rl, sharding
 from gkd_jax.batch import Batch
 from gkd_jax.decoding import calculator_decoding
 from gkd_jax.decoding.beam_search import beam_search
@@ -360,7 +360,7 @@ def score(
     for reward in evaluation.rewards:
         inputs = [text(row.example, "inputs") for row in rows]
         references = [text(row.example, "targets") for row in rows]
-        scores = reward(inputs, texts, references)
+        scores = rl.numbers(reward(inputs, texts, references), len(texts))
         report = getattr(reward, "report", None)
         if report is None:
             name = getattr(reward, "__name__", type(reward).__name__).lower()

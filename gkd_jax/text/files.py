@@ -116,14 +116,17 @@ def parse_json(text: str, path: str | os.PathLike, line: int | None) -> Any:
         line: the number of the line, counted from 1; None if `text` is a whole file.
 
     Raises:
-        ValueError: if the text is not JSON, or if a string has half of a surrogate pair, which
-            UTF-8 cannot encode; the message names the file and the line.
+        ValueError: if the text is not JSON, if a string has half of a surrogate pair, which UTF-8
+            cannot encode, or if an object in a line has a key twice, of which Python would keep the
+            last; the message names the file and the line.
     """
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=None if line is None else _object)
     except json.JSONDecodeError as error:
         at = line if line is not None else error.lineno
         fault(path, at, f"not JSON: {error.msg} (character {error.colno})")
+    except _RepeatedKeyError as error:
+        fault(path, line, f"key {error.args[0]!r} occurs twice in one object")
     except (RecursionError, ValueError) as error:  # The text has thousands of brackets or digits.
         fault(path, line, f"not JSON that can be read: {error}")
     if "\\" in text and (found := _lone_surrogate(value)) is not None:
@@ -241,6 +244,19 @@ def _unpack(content: bytes, name: str) -> bytes:
         line = sum(part.count(b"\n") for part in parts) + 1
         fault(name, line, f"expected a whole gzip archive, got one that is damaged: {error}")
     return b"".join(parts)
+
+
+class _RepeatedKeyError(Exception):
+    """A JSON object has a key twice; the argument is the key."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns a JSON object, or raises `_RepeatedKeyError`."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _RepeatedKeyError(next(name for name in names if names.count(name) > 1))
+    return found
 
 
 def _lone_surrogate(value: Any) -> str | None:

@@ -174,5 +174,5 @@ class Rollouts:
         references = texts(vocabularies.decode, rows.targets, np.asarray(rows.weights).sum(axis=1))
         prompts = [text for text in prompts for _ in range(method.num_samples)]
         references = [text for text in references for _ in range(method.num_samples)]
-        rewards = np.asarray(method.rl.reward(prompts, outputs, references))
+        rewards = rl.numbers(method.rl.reward(prompts, outputs, references), len(outputs))
         return Rewards(rewards, rl.advantages(rewards, method.num_samples))

@@ -136,8 +136,8 @@ def train(
         #### The loop: Algorithm 1 #################################################################
         interruption, told_to_stop = closing.enter_context(interrupts.watch())
         stopping = False
-        if evaluate is not None and start == 0:
-            evaluate_at(0)
+        if evaluate is not None and (start == 0 or run.lacks_evaluation(start)):
+            evaluate_at(start)
         times = save_times.SaveTimes(recipe.train.save_period)
         eval_period = recipe.train.eval_period or recipe.train.train_steps
         for step in range(start, recipe.train.train_steps):
@@ -286,9 +286,27 @@ class _Run:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the newest checkpoint is of the run's last step or a later one."""
-        steps = checkpoints.saved_steps(self.folder)
-        return bool(steps) and max(steps) >= self.program.recipe.train.train_steps
+        """Whether the newest checkpoint is of the last step or a later one, and was evaluated."""
+        newest = max(checkpoints.saved_steps(self.folder), default=-1)
+        last = self.program.recipe.train.train_steps
+        return newest >= last and not self.lacks_evaluation(newest)
+
+    def lacks_evaluation(self, done: int) -> bool:
+        """Whether the evaluation after `done` steps is due and not in metrics.jsonl.
+
+        A step is saved before it is evaluated, so a run that ended during the evaluation has the
+        checkpoint alone.
+        """
+        recipe = self.program.recipe
+        last = recipe.train.train_steps
+        period = recipe.train.eval_period or last
+        if recipe.evaluation is None or done > last or (done < last and done % period):
+            return False
+        lines = metrics.read(self.folder / "metrics.jsonl")
+        return not any(
+            line["step"] == done and any(name.startswith("eval/") for name in line)
+            for line in lines
+        )
 
     @functools.cached_property
     def checkpoints(self) -> checkpoints.Checkpoints:
