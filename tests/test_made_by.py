@@ -167,3 +167,21 @@ def test_another_text_file_of_the_same_name_is_something_else(models, tmp_path):
     lines.write_text("Ada has 3 apples.\nBen has 5 coins.\n")
     with pytest.raises(ValueError, match="text_content"):
         run(models, output, text_file=str(lines))
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_another_task_file_of_the_same_name_is_something_else(moved, models, tmp_path):
+    """Otherwise a run that goes on would append the answers to other prompts."""
+    task, output = tmp_path / "task.jsonl", tmp_path / "out.jsonl"
+    rows = [{"inputs": f"Ada has {n} apples.", "targets": str(n)} for n in range(3)]
+    task.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = dataclasses.replace(DATA, task=str(task), vocabulary="arithmetic")
+    evaluation = EvalConfig(split="train", target_length=4)
+    run(models, output, data=data, evaluation=evaluation)
+    if moved:  # the same content under another name
+        data = dataclasses.replace(data, task=str(task.rename(tmp_path / "moved.jsonl")))
+        run(models, output, data=data, evaluation=evaluation, dry_run=True)
+        return
+    task.write_text(json.dumps(rows[0]) + "\n")
+    with pytest.raises(ValueError, match="task_content"):
+        run(models, output, data=data, evaluation=evaluation, dry_run=True)

@@ -151,6 +151,23 @@ def test_a_refused_resume_changes_nothing(change, said, steps, run_dir):
     assert contents(run_dir) == before
 
 
+@pytest.mark.parametrize("place", ["data.jsonl", "folder/train.jsonl"])
+def test_a_row_that_was_edited_is_other_data(place, tmp_path):
+    """It need not be in the first batch, which is compared as well."""
+    file = tmp_path / place
+    file.parent.mkdir(exist_ok=True)
+    rows = [{"inputs": f"Ada has {n} apples.", "targets": str(n)} for n in range(20)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = str(file if place == "data.jsonl" else file.parent)
+    data = DataConfig(task=task, feature_lengths=LENGTHS, batch_size=8, vocabulary="arithmetic")
+    run(tmp_path / "run", steps=1, data=data)
+    changed = "".join(json.dumps({**row, "targets": "7"}) + "\n" for row in rows)
+    file.write_text(changed)
+    arguments = options(tmp_path / "run", steps=1, data=data, train=TrainConfig(train_steps=2))
+    with pytest.raises(ValueError, match=r"another configuration's run: data.task 'content"):
+        train.train(**arguments, dry_run=True)
+
+
 def test_a_finished_run_is_not_written_again(run_dir, capfd):
     before = contents(run_dir)
     run(run_dir)

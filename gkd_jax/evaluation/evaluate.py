@@ -181,7 +181,8 @@ def make_decoder(
         config: the model's sizes.
         evaluation: how to decode.
         vocabulary: turns ids into text.
-        num_pieces: the number of ids in the vocabulary; larger ids are never decoded.
+        num_pieces: the number of ids that the vocabulary and the models share. Further ids are
+            never decoded, and a batch that has one raises ValueError.
         mesh: the mesh on which the model runs.
         length: the largest number of tokens to decode.
     """
@@ -198,6 +199,7 @@ def make_decoder(
         for index, (batch, examples) in enumerate(batches):
             if index < first:
                 continue
+            data.check_ids(batch, num_pieces)
             key = jax.random.fold_in(jax.random.key(evaluation.seed), index)
             placed = data.place(batch, mesh)
             tokens = np.asarray(decode_fn(params, placed.inputs, placed.input_lengths, key))

@@ -83,9 +83,10 @@ def _prepare(
     )
     named_tasks.check_split(task, evaluation.split)
     num_pieces = vocabularies.num_pieces(vocabulary, check_remote=not dry_run)
-    config = model.config(num_pieces, pending=dry_run and is_remote(model.checkpoint))
     if not dry_run:
-        check_vocabularies(vocabulary, {"model": model}, frozenset())
+        shared = check_vocabularies(vocabulary, {"model": model}, frozenset())
+        num_pieces = num_pieces if shared is None else min(num_pieces, shared)
+    config = model.config(num_pieces, pending=dry_run and is_remote(model.checkpoint))
     check_special_ids(config, vocabulary, check_remote=not dry_run)
     device_mesh = sharding.make_mesh(mesh)
     batch_size = evaluation.batch_size or data.batch_size
@@ -243,6 +244,7 @@ def _about(
         about |= {"eval_fraction": data.eval_fraction, "data_seed": data.seed}
     if text_file is None:
         about["split"] = evaluation.split
+        about["task_content"] = named_tasks.content_of(str(data.task), evaluation.split)
     else:  # read the file now, so that a fault in it is reported before the model is loaded
         lines = "\n".join(files.read_lines(text_file))
         about |= {

@@ -87,7 +87,8 @@ def check(output: str | os.PathLike[str], about: dict[str, Any]) -> None:
 
 def _lies_elsewhere(name: str, before: dict[str, Any], about: dict[str, Any]) -> bool:
     """Whether a field is a path whose content, recorded in another field, is unchanged."""
-    content = {"checkpoint": "content", "text_file": "text_content"}.get(name, "")
+    contents = {"checkpoint": "content", "text_file": "text_content", "task": "task_content"}
+    content = contents.get(name, "")
     return about.get(content) is not None and about[content] == before.get(content)
 
 

@@ -16,7 +16,7 @@ import seqio
 from gkd_jax import gkd, sharding
 from gkd_jax.batch import Batch, TopK
 from gkd_jax.input import eval_batches, named_tasks, teacher_cache
-from gkd_jax.input.data import DataConfig, place
+from gkd_jax.input.data import DataConfig, check_ids, place
 from gkd_jax.models import lm
 from gkd_jax.storage import checkpoints, content, tokenizer_files
 from gkd_jax.storage.pretrained import ModelConfig, place_params, with_local_files
@@ -61,8 +61,9 @@ def run(
     named_tasks.check_split(task, data.split)
     named_tasks.check_teacher_inputs(str(data.task), task, data)
     num_pieces = vocabularies.num_pieces(vocabulary)
+    shared = check_vocabularies(vocabulary, {"model": model}, frozenset())
+    num_pieces = num_pieces if shared is None else min(num_pieces, shared)
     config = model.config(num_pieces)
-    check_vocabularies(vocabulary, {"model": model}, frozenset())
     check_special_ids(config, vocabulary)
     device_mesh = sharding.make_mesh(mesh)
     sharding.check_batch_size(data.batch_size, device_mesh)
@@ -77,7 +78,7 @@ def run(
 
     jitted = jax.jit(score, out_shardings=sharding.replicated(device_mesh))
     params = place_params(model, config, device_mesh)
-    about = _about(model, data, vocabulary, k, temperature)
+    about = _about(model, data, vocabulary, num_pieces, k, temperature)
     batches = eval_batches.eval_batches(
         task,
         feature_lengths=data.feature_lengths,
@@ -87,27 +88,38 @@ def run(
         use_cached=data.use_cached,
         seed=data.seed,
     )
-    _write(output, about, batches, lambda batch: jitted(params, place(batch, device_mesh)))
+
+    def scored(batch: Batch) -> TopK:
+        check_ids(batch, num_pieces)
+        return jitted(params, place(batch, device_mesh))
+
+    _write(output, about, batches, scored)
 
 
 def _about(
     model: ModelConfig,
     data: DataConfig,
     vocabulary: seqio.Vocabulary,
+    num_pieces: int,
     k: int,
     temperature: float,
 ) -> dict[str, Any]:
     """The contents of about.json, which tell another teacher and other data apart."""
     return {
         "task": data.task,
+        "task_content": named_tasks.content_of(str(data.task), data.split),
         "split": data.split,
         "feature_lengths": dict(data.feature_lengths),
         "batch_size": data.batch_size,
         "num_examples": data.num_examples,
         "vocabulary": vocabularies.content_hash(vocabulary),
-        "num_pieces": vocabularies.num_pieces(vocabulary),
+        "num_pieces": num_pieces,
         "seed": data.seed,
         "use_cached": data.use_cached,
+        "eval_fraction": data.eval_fraction,
+        "long_prompts": data.long_prompts,
+        "template_variables": dict(data.template_variables),
+        "teacher_template": data.teacher_template,
         "teacher": str(checkpoints.find_step(model.checkpoint) or model.checkpoint)
         if model.checkpoint
         else None,

@@ -187,6 +187,29 @@ def shape_of(batch: Batch) -> Shape:
     return tuple(array.shape[1] for array in arrays if array is not None)
 
 
+def check_ids(batch: Batch, num_pieces: int) -> None:
+    """Checks that all models know every token of a batch, which lies on the host.
+
+    A tokenizer may have further tokens at its end that one of the models lacks. Such an id would
+    read a row of an embedding that nobody trained, or none at all.
+
+    Args:
+        batch: a batch of the data set.
+        num_pieces: the number of ids, counted from 0, that the vocabulary and the models share.
+
+    Raises:
+        ValueError: if the batch has another id.
+    """
+    for name in FEATURES:
+        ids = getattr(batch, name)
+        if ids is not None and ids.size and (largest := int(np.max(ids))) >= num_pieces:
+            raise ValueError(
+                f"{name!r} of a batch have the id {largest}, and the vocabulary and the models "
+                f"share the ids below {num_pieces} alone: leave texts with this token out, or take "
+                "models with the same tokens (SeqKD works with different tokenizers)"
+            )
+
+
 class Shard(NamedTuple):
     """The part of a stream's examples that a process reads.
 

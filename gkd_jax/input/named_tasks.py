@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 import dataclasses
 import difflib
+import hashlib
+import os
+import pathlib
 from typing import Any
 
 import seqio
@@ -178,6 +181,36 @@ def _jsonl_options(config: DataConfig, beside: Sequence[str]) -> jsonl.Options:
         teacher_template=config.teacher_template,
         teachers=task_names.teachers_of(path, beside),
     )
+
+
+def file_of(name: str, split: str) -> pathlib.Path | None:
+    """Returns the local file from which a split of a JSONL task is read.
+
+    The result is None for other tasks, for remote files, and for a file that another run has still
+    to write.
+
+    Args:
+        name: the name of the task, perhaps a path.
+        split: a split. One that has no file of its own is held out of the training file.
+
+    Raises:
+        FileNotFoundError: if the path is a folder without a file of any split.
+    """
+    path, _ = task_names.split(name)
+    if not task_names.is_path(name) or "://" in path:
+        return None
+    found = jsonl.find_splits(os.path.expanduser(path))
+    file = found.get(split.partition("[")[0], found.get("train"))
+    return pathlib.Path(file) if file is not None and os.path.isfile(file) else None
+
+
+def content_of(name: str, split: str) -> str | None:
+    """Returns the SHA-256 of the file of a split (see `file_of`); None if there is none."""
+    file = file_of(name, split)
+    if file is None:
+        return None
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def check_split(task: seqio.Task | seqio.Mixture, split: str) -> None:

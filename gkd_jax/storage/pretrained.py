@@ -99,7 +99,8 @@ class ModelConfig:
 
         Raises:
             FileNotFoundError: if there is no such checkpoint.
-            ValueError: if the checkpoint has other sizes than `size`, or is no checkpoint.
+            ValueError: if the checkpoint has other sizes than `size`, or an embedding with fewer
+                rows than ids, or is no checkpoint.
         """
         chosen = None
         if self.size is not None:
@@ -109,7 +110,7 @@ class ModelConfig:
             if chosen is not None:
                 _check_sizes(self.checkpoint, self.size, stored, chosen)
             chosen = stored
-            _warn_of_spare_rows(self.checkpoint, stored.vocab_size, num_pieces)
+            _check_rows(self.checkpoint, stored.vocab_size, num_pieces)
         assert chosen is not None
         here = self.on(jax.default_backend())
         names = [field.name for field in dataclasses.fields(ExecutionSettings)]
@@ -202,7 +203,13 @@ def public_checkpoint(*, family: str, size: str) -> str:
     return f"gs://t5-data/pretrained_models/t5x/{family}_{size}/checkpoint_{step}"
 
 
-def _warn_of_spare_rows(path: str, rows: int, num_pieces: int) -> None:
+def _check_rows(path: str, rows: int, num_pieces: int) -> None:
+    """Refuses an embedding with fewer rows than the vocabulary has pieces, and warns of more."""
+    if rows < num_pieces:
+        raise ValueError(
+            f"{path} has {rows} embedding rows, fewer than the vocabulary's {num_pieces} pieces: "
+            "tokens that were added to a tokenizer need rows (`resize_token_embeddings`)"
+        )
     if rows > num_pieces:
         print(
             f"WARNING: {path} has {rows} embedding rows for {num_pieces} pieces of the vocabulary: "

@@ -24,13 +24,14 @@ def check_vocabularies(
         pending: the checkpoints that must not be opened.
 
     Returns:
-        The number of ids that mean the same token to the run's vocabulary and to the tokenizers of
-        all Hugging Face folders; None if no model comes from such a folder.
+        The number of ids that mean the same token to the run's vocabulary and to all models: those
+        of the tokenizers in Hugging Face folders, and those that a checkpoint of gkd_jax was
+        trained with. None if no model states a number.
 
     Raises:
         ValueError: if a model has another vocabulary; the message names the model.
     """
-    shared = None
+    stated: list[int] = []
     for name, model in chosen.items():
         if model.checkpoint is None or model.checkpoint in pending:
             continue
@@ -45,16 +46,19 @@ def check_vocabularies(
                 student_name="this run's vocabulary",
                 teacher_name=f"{name} {path}",
             )
-            shared = found if shared is None else min(shared, found)
+            stated.append(found)
             continue
-        found = checkpoints.read_description(step_folder)["vocabulary"]
+        about = checkpoints.read_description(step_folder)
+        found = about["vocabulary"]
         expected = vocabularies.content_hash(vocabulary)
         if found and found != expected:
             raise ValueError(
                 f"the {name}'s checkpoint {model.checkpoint!r} was trained with another vocabulary "
                 f"(content {found[:12]}) than this task's (content {expected[:12]})"
             )
-    return shared
+        if about.get("num_pieces") is not None:
+            stated.append(about["num_pieces"])
+    return min(stated, default=None)
 
 
 def check_special_ids(

@@ -18,10 +18,10 @@ import numpy as np
 from gkd_jax import gkd
 from gkd_jax.batch import Batch
 from gkd_jax.evaluation import made_by
-from gkd_jax.input import data, teacher_cache
+from gkd_jax.input import data, named_tasks, teacher_cache
 from gkd_jax.models import lm
 from gkd_jax.storage import checkpoints, content
-from gkd_jax.text import files, task_names, vocabularies
+from gkd_jax.text import files, vocabularies
 from gkd_jax.training.program import Program
 from gkd_jax.training.recipe import MAY_CHANGE, Recipe, describe, differences, is_below, is_path
 from gkd_jax.training.source import Source
@@ -39,8 +39,10 @@ def describe_run(
         macros: the gin macros as they are written.
     """
     recipe = program.recipe
-    paths = dict.fromkeys(_files(recipe).values())
-    made = [found for path in paths if (found := made_by.read_made_by(path))]
+    paths = (named_tasks.file_of(task, recipe.data.split) for task in recipe.data.task_rows)
+    made = [
+        found for path in dict.fromkeys(paths) if path and (found := made_by.read_made_by(path))
+    ]
     teacher = gkd.teacher_now(program.learner, program.state, program.teacher)
     return {
         "name": name,
@@ -70,24 +72,19 @@ def _contents(recipe: Recipe, source: Source) -> dict[str, str]:
         if model.checkpoint is not None:
             found[f"{name}.checkpoint"] = content.content_id(model.checkpoint)
     cache = recipe.data.teacher_cache
-    for field, path in _files(recipe).items():
-        with path.open("rb") as file:
-            found[field] = hashlib.file_digest(file, "sha256").hexdigest()
+    for task in recipe.data.task_rows:
+        hashed = named_tasks.content_of(task, recipe.data.split)
+        if hashed is not None:
+            found[_task_field(recipe, task)] = hashed
     if cache is not None:
         about = json.dumps(teacher_cache.read_about(cache), sort_keys=True)
         found["data.teacher_cache"] = hashlib.sha256(about.encode()).hexdigest()
     return found
 
 
-def _files(recipe: Recipe) -> dict[str, pathlib.Path]:
-    """Field name -> the file of that task, for each task that is a file."""
-    found = {}
-    for task in recipe.data.task_rows:
-        path = pathlib.Path(task_names.split(task)[0])
-        if path.is_file():
-            field = "data.task" if isinstance(recipe.data.task, str) else f"data.task.{task}"
-            found[field] = path
-    return found
+def _task_field(recipe: Recipe, task: str) -> str:
+    """Returns the name of the field that holds a task."""
+    return "data.task" if isinstance(recipe.data.task, str) else f"data.task.{task}"
 
 
 def batch_hash(batch: Batch) -> str:

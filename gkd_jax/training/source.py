@@ -55,16 +55,27 @@ def open_source(
         if recipe.method.uses_dataset() and (check_remote or not remote):
             why = "only with ON_POLICY_FRACTION 1 is nothing learnt from the data set's targets"
             named_tasks.check_targets(task, recipe.data.split, why)
-    cached_k = _check_cache(recipe, vocabulary, pending)
     num_pieces = vocabularies.num_pieces(vocabulary, check_remote=check_remote)
     shared = vocabulary_checks.check_vocabularies(vocabulary, recipe.models, pending)
     num_pieces = num_pieces if shared is None else min(num_pieces, shared)
+    cached_k, num_pieces = _check_cache(recipe, vocabulary, num_pieces, pending)
     ends = None if remote and not check_remote else vocabularies.end_ids(vocabulary) or None
     return Source(tasks, vocabulary, num_pieces, cached_k, ends)
 
 
-def _check_cache(recipe: Recipe, vocabulary: Any, pending: frozenset[str]) -> int:
-    """Returns the k of the recipe's teacher cache, 0 without one, after checking that it fits.
+def _check_cache(
+    recipe: Recipe, vocabulary: Any, num_pieces: int, pending: frozenset[str]
+) -> tuple[int, int]:
+    """Checks that the recipe's teacher cache fits the run, if there is one.
+
+    Args:
+        recipe: the configuration of the run.
+        vocabulary: the vocabulary of the run.
+        num_pieces: the number of ids that the vocabulary and the models share.
+        pending: checkpoints that are not opened.
+
+    Returns:
+        The k of the cache, 0 without one, and the number of ids that the cache shares as well.
 
     Raises:
         ValueError: if the method, the temperature, the vocabulary or the teacher is not that of the
@@ -72,7 +83,7 @@ def _check_cache(recipe: Recipe, vocabulary: Any, pending: frozenset[str]) -> in
     """
     path, method = recipe.data.teacher_cache, recipe.method
     if path is None:
-        return 0
+        return 0, num_pieces
     about = teacher_cache.read_about(path)
     if method.divergence is None or (method.mixing == "example" and method.uses_samples()):
         raise ValueError(
@@ -100,6 +111,12 @@ def _check_cache(recipe: Recipe, vocabulary: Any, pending: frozenset[str]) -> in
             f"teacher_cache={path!r} was made with another vocabulary (content "
             f"{about['vocabulary'][:12]}) than this task's (content {expected[:12]})"
         )
+    if about["num_pieces"] > num_pieces:
+        raise ValueError(
+            f"teacher_cache={path!r} has probabilities of {about['num_pieces']} ids, and the "
+            f"vocabulary and the models of this run share only {num_pieces}: score with the "
+            "student's tokenizer as VOCABULARY"
+        )
     if recipe.self_teacher is not None:
         raise ValueError(
             f"teacher_cache={path!r} holds the scores of a frozen teacher, got the teacher "
@@ -115,4 +132,4 @@ def _check_cache(recipe: Recipe, vocabulary: Any, pending: frozenset[str]) -> in
                 f"{str(expected)[:12]}), and TEACHER_CHECKPOINT is another: {checkpoint!r} "
                 f"(content {found[:12]})"
             )
-    return about["k"]
+    return about["k"], about["num_pieces"]
