@@ -14,6 +14,7 @@ Axes: B any leading axes, V vocabulary.
 import dataclasses
 import functools
 import inspect
+import numbers
 from typing import Any
 
 import jax
@@ -58,9 +59,9 @@ class JSD:
     scale: str = "paper"
 
     def __post_init__(self):
-        if not 0 < self.beta < 1:
+        if not isinstance(self.beta, numbers.Real) or not 0 < self.beta < 1:
             raise ValueError(
-                f"beta must lie strictly between 0 and 1, got {self.beta}; the limits at 0 and 1 "
+                f"beta must lie strictly between 0 and 1, got {self.beta!r}; the limits at 0 and 1 "
                 "are forward_kl and reverse_kl"
             )
         if self.scale not in ("paper", "unit"):

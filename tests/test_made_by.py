@@ -162,6 +162,11 @@ def test_a_folder_or_a_damaged_record_is_refused(models, output, tmp_path):
 def test_another_text_file_of_the_same_name_is_something_else(models, tmp_path):
     lines, output = tmp_path / "lines.txt", tmp_path / "out.jsonl"
     lines.write_text("Ada has 3 apples.\nBen has 4 coins.\n")
+    # The task is there for its vocabulary alone, and needs no split.
+    task = tmp_path / "task.jsonl"
+    task.write_text('{"inputs": "Ada", "targets": "7"}\n')
+    data = dataclasses.replace(DATA, task=str(task), vocabulary="arithmetic")
+    run(models, tmp_path / "other.jsonl", text_file=str(lines), data=data, dry_run=True)
     run(models, output, text_file=str(lines))
     assert record_of(output)["num_lines"] == 2
     lines.write_text("Ada has 3 apples.\nBen has 5 coins.\n")

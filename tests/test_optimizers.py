@@ -238,7 +238,7 @@ def test_max_grad_norm_clips_the_global_norm_first(make):
 @pytest.mark.parametrize("make", [optimizers.Adafactor, optimizers.AdamW])
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan")])
 def test_max_grad_norm_is_checked(make, value):
-    with pytest.raises(ValueError, match=f"max_grad_norm must be positive or None, got {value}"):
+    with pytest.raises(ValueError, match=f"max_grad_norm must be .* or None, got {value}"):
         make(max_grad_norm=value)
 
 

@@ -211,6 +211,8 @@ def test_every_type_is_checked_where_it_is_declared():
     settings.check_types(Settings(number=1, count=2, words=("a",)))
     for wrong, said in (
         ({"number": "3e-4"}, "number must be a number, got '3e-4'"),
+        ({"number": 1e400}, "number must be a number, got inf"),
+        ({"number": float("nan")}, "number must be a number, got nan"),
         ({"count": 2.5e3}, "count must be an integer or None, got 2500.0"),
         ({"count": True}, "count must be an integer or None, got True"),
         ({"words": "abc"}, "words must be a tuple, got 'abc'"),

@@ -222,11 +222,15 @@ def operative() -> str:
     return gin.operative_config_str()
 
 
+# What gin adds about the text of one binding: the text is the user's, and its lines are not.
+_WHERE = re.compile(r"\n\s*In bindings string line")
+
+
 def one_message(error: BaseException) -> str:
     """Returns an error's message on one line, without the lines that gin adds about its calls."""
     lines = [
         line
-        for line in str(error).splitlines()
+        for line in _WHERE.split(str(error))[0].splitlines()
         if line.strip() and not line.lstrip().startswith(("In call to configurable", "In file "))
     ]
     return " ".join(line.strip() for line in lines) or type(error).__name__

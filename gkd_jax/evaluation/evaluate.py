@@ -115,6 +115,7 @@ class EvalConfig:
             raise ValueError(
                 f"decoding must be 'greedy', 'sample', 'beam' or 'likeliest', got {self.decoding!r}"
             )
+        settings.check_seed("seed", self.seed)
         if not isinstance(self.num_beams, int) or self.num_beams < 1:
             raise ValueError(f"num_beams must be a positive integer, got {self.num_beams!r}")
         if not self.alpha >= 0:

@@ -26,6 +26,7 @@ from gkd_jax.models import lm
 from gkd_jax.storage import checkpoints, content, tokenizer_files
 from gkd_jax.storage.pretrained import (
     ModelConfig,
+    check_exists,
     is_remote,
     place_params,
     with_local_files,
@@ -75,13 +76,16 @@ def _prepare(
     evaluation: EvalConfig,
     mesh: sharding.MeshConfig,
     dry_run: bool,
+    *,
+    reads_split: bool = True,
 ) -> _Decoding:
     if model.memory != "device":
         raise ValueError(f"a model decodes in memory='device', got {model.memory!r}")
     task, vocabulary = named_tasks.open_task(
         data, tokenizer=tokenizer_files.find(model.checkpoint), check_remote=not dry_run
     )
-    named_tasks.check_split(task, evaluation.split)
+    if reads_split:
+        named_tasks.check_split(task, evaluation.split)
     num_pieces = vocabularies.num_pieces(vocabulary, check_remote=not dry_run)
     if not dry_run:
         shared = check_vocabularies(vocabulary, {"model": model}, frozenset())
@@ -134,6 +138,7 @@ def evaluate_checkpoint(
         dry_run: check everything, but decode nothing.
     """
     model, commits = with_local_files(model, dry_run=dry_run)
+    check_exists(model.checkpoint)
     data, _ = tokenizer_files.with_local_vocabulary(data, commits, dry_run=dry_run)
     ready = _prepare(model, data, evaluation, mesh, dry_run)
     if dry_run:
@@ -187,13 +192,14 @@ def run(
             make it at all.
     """
     model, commits = with_local_files(model, dry_run=dry_run)
+    check_exists(model.checkpoint)
     data, _ = tokenizer_files.with_local_vocabulary(data, commits, dry_run=dry_run)
     about = _about(model, data, evaluation, text_file)
     if not dry_run or not is_remote(model.checkpoint):  # a dry run stays off the network
         if model.checkpoint is not None:
             about["content"] = content.content_id(model.checkpoint)
         _on_first_process(made_by.check, output, about)
-    ready = _prepare(model, data, evaluation, mesh, dry_run)
+    ready = _prepare(model, data, evaluation, mesh, dry_run, reads_split=text_file is None)
     if dry_run:
         print("dry run: all is well", file=sys.stderr)
         return

@@ -17,7 +17,7 @@ from gkd_jax.batch import Batch
 from gkd_jax.input import data, eval_batches
 from gkd_jax.models import lm
 from gkd_jax.storage import hub, pretrained
-from gkd_jax.text import text_metrics, vocabularies
+from gkd_jax.text import settings, text_metrics, vocabularies
 
 
 Texts = Sequence[str]
@@ -51,6 +51,9 @@ class Brevity:
     """Minus the number of words by which an output exceeds `limit`."""
 
     limit: int = 30
+
+    def __post_init__(self):
+        settings.check_types(self)
 
     def __call__(self, prompts: Texts, outputs: Texts, references: Texts) -> np.ndarray:
         del prompts, references
@@ -94,6 +97,7 @@ class Entailment:
     batch_size: int = 32
 
     def __post_init__(self):
+        settings.check_types(self)
         for field in ("{premise}", "{hypothesis}"):
             if field not in self.template:
                 raise ValueError(f"template must contain {field}, got {self.template!r}")

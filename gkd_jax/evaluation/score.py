@@ -19,7 +19,12 @@ from gkd_jax.input import eval_batches, named_tasks, teacher_cache
 from gkd_jax.input.data import DataConfig, check_ids, place
 from gkd_jax.models import lm
 from gkd_jax.storage import checkpoints, content, tokenizer_files
-from gkd_jax.storage.pretrained import ModelConfig, place_params, with_local_files
+from gkd_jax.storage.pretrained import (
+    ModelConfig,
+    check_exists,
+    place_params,
+    with_local_files,
+)
 from gkd_jax.storage.vocabulary_checks import check_special_ids, check_vocabularies
 from gkd_jax.text import vocabularies
 
@@ -52,6 +57,7 @@ def run(
     """
     _check(k, temperature, output)
     model, commits = with_local_files(model, dry_run=dry_run)
+    check_exists(model.checkpoint)
     data, _ = tokenizer_files.with_local_vocabulary(data, commits, dry_run=dry_run)
     task, vocabulary = named_tasks.open_task(data, tokenizer=tokenizer_files.find(model.checkpoint))
     if isinstance(task, seqio.Mixture):

@@ -110,6 +110,9 @@ class DataConfig:
             raise ValueError(f"batch_size must be a positive integer, got {self.batch_size!r}")
         if self.num_examples is not None and self.num_examples < 1:
             raise ValueError(f"num_examples must be positive or None, got {self.num_examples}")
+        settings.check_seed("seed", self.seed)
+        if not all(isinstance(length, int) and length > 0 for length in self.length_buckets):
+            raise ValueError(f"length_buckets must be positive integers, got {self.length_buckets}")
         if tuple(sorted(set(self.length_buckets))) != tuple(self.length_buckets):
             raise ValueError(f"length_buckets must increase, got {self.length_buckets}")
         if not isinstance(self.task, str):

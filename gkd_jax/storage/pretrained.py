@@ -6,6 +6,7 @@ and `load_model` loads a checkpoint outside a run.
 
 from collections.abc import Callable, Mapping
 import dataclasses
+import os
 import resource
 import sys
 from typing import Any
@@ -176,6 +177,20 @@ def remote_checkpoints(*models: ModelConfig) -> frozenset[str]:
                 )
             remote.add(model.checkpoint)
     return frozenset(remote)
+
+
+def check_exists(checkpoint: str | None) -> None:
+    """Checks that there is a folder at the path of a checkpoint, unless it is remote.
+
+    Raises:
+        FileNotFoundError: if nothing is there.
+        NotADirectoryError: if a file is there.
+    """
+    if checkpoint is None or is_remote(checkpoint) or os.path.isdir(checkpoint):
+        return
+    if os.path.exists(checkpoint):
+        raise NotADirectoryError(f"no checkpoint at {checkpoint!r}: it is a file, not a folder")
+    raise FileNotFoundError(f"no checkpoint at {checkpoint!r}: there is no such file or folder")
 
 
 def is_remote(checkpoint: str | None) -> bool:

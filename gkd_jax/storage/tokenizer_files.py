@@ -63,16 +63,20 @@ def find(checkpoint: str | None) -> str | None:
     step_folder = checkpoints.find_step(checkpoint)
     if step_folder is None:
         return checkpoint if os.path.isfile(os.path.join(checkpoint, "config.json")) else None
-    return _of_run(step_folder, checkpoints.read_description(step_folder)["vocabulary"])
+    return _of_run(step_folder, checkpoints.read_description(step_folder)["vocabulary"], ())
 
 
-def _of_run(step_folder: epath.Path, expected: str) -> str | None:
+def _of_run(step_folder: epath.Path, expected: str, later: tuple[epath.Path, ...]) -> str | None:
     """Returns the folder for one of our step folders.
 
     Args:
         step_folder: the folder of the step.
         expected: the content hash that the vocabulary must have.
+        later: the step folders of the runs that started from this one. Since folders may be
+            renamed, a run can seem to have started from itself.
     """
+    if step_folder in later:
+        return None
     if (step_folder / HF_FILES).is_dir():
         return str(step_folder / HF_FILES)
     record = step_folder.parent.parent / "run.json"
@@ -86,7 +90,7 @@ def _of_run(step_folder: epath.Path, expected: str) -> str | None:
         # If the student started from another run, look for that run's tokenizer.
         earlier = checkpoints.find_step(place)
         if earlier is not None:
-            found = _of_run(earlier, expected)
+            found = _of_run(earlier, expected, (*later, step_folder))
             if found is not None:
                 return found
         elif _has_vocabulary(place, expected):

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 import dataclasses
 import functools
 import inspect
+import math
 import numbers
 import types
 import typing
@@ -28,8 +29,8 @@ class SettingError(ValueError):
 def check_types(config: Any) -> None:
     """Raises SettingError if the value of a dataclass's field does not have the declared type.
 
-    Numbers, strings, booleans, None, tuples, mappings and functions are told apart. The elements of
-    tuples and mappings and any other types are not checked.
+    Finite numbers, strings, booleans, None, tuples, mappings and functions are told apart. The
+    elements of tuples and mappings and any other types are not checked.
     """
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -38,6 +39,12 @@ def check_types(config: Any) -> None:
                 f"{field.name} must be {_type_name(field.type)}, got {value!r}",
                 f"{type(config).__name__}.{field.name}",
             )
+
+
+def check_seed(name: str, value: int) -> None:
+    """Raises ValueError for a seed that JAX's 32 bits do not tell from another seed."""
+    if not 0 <= value < 2**32:
+        raise ValueError(f"{name} must be an integer of at least 0 and below 2**32, got {value!r}")
 
 
 _NAMES = {
@@ -57,7 +64,8 @@ def _fits(value: Any, kind: Any) -> bool:
     if kind is int:
         return isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if kind is float:
-        return isinstance(value, numbers.Real) and not isinstance(value, bool)
+        is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        return is_number and math.isfinite(value)  # 1e400 is infinite
     if kind in (str, bool, types.NoneType):
         return isinstance(value, kind)
     if origin is tuple:
@@ -75,7 +83,9 @@ def _type_name(kind: Any) -> str:
     if typing.get_origin(kind) is tuple:
         return "a tuple"
     if typing.get_origin(kind) is Callable:
-        return "a function, such as a schedule"
+        return "a function (@module.name)"
+    if isinstance(origin := typing.get_origin(kind), type) and issubclass(origin, Mapping):
+        return "a mapping"
     return _NAMES.get(kind, getattr(kind, "__name__", str(kind)))
 
 

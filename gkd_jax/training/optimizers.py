@@ -91,6 +91,12 @@ class AdamW:
     def __post_init__(self):
         settings.check_types(self)
         _check_max_grad_norm(self.max_grad_norm)
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+        for name in ("eps", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
 
     def __call__(self, schedule: Schedule) -> optax.GradientTransformation:
         """Returns the optimizer whose learning rate follows `schedule`."""
@@ -165,6 +171,13 @@ class Adafactor:
     def __post_init__(self):
         settings.check_types(self)
         _check_max_grad_norm(self.max_grad_norm)
+        for name in ("decay_rate", "clipping_threshold", "epsilon"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if not self.min_parameter_scale >= 0:
+            raise ValueError(
+                f"min_parameter_scale must be at least 0, got {self.min_parameter_scale}"
+            )
 
     def __call__(self, schedule: Schedule) -> optax.GradientTransformation:
         """Returns the optimizer whose relative step size follows `schedule`."""

@@ -92,8 +92,7 @@ class TrainConfig:
             raise ValueError(f"best_mode must be 'max' or 'min', got {self.best_mode!r}")
         if self.best_metric is not None and self.eval_period is None:
             raise ValueError(f"best_metric={self.best_metric!r} needs EVAL_PERIOD, got None")
-        if not isinstance(self.seed, int) or self.seed < 0:
-            raise ValueError(f"seed must be an integer of at least 0, got {self.seed!r}")
+        settings.check_seed("seed", self.seed)
 
 
 def _check_positive(name: str, value: Any, alternative: str = "") -> None:

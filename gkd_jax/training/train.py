@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 import contextlib
 import dataclasses
 import functools
+import os
 import pathlib
 import sys
 import time
@@ -69,6 +70,8 @@ def train(
     recipe, commits = _with_local_files(recipe, pathlib.Path(model_dir), dry_run)
     if dry_run:
         pending |= pretrained.remote_checkpoints(*recipe.models.values())
+    folder = pathlib.Path(model_dir)
+    _check_places(recipe, folder, pending)
     source = open_source(recipe, pending=pending, check_remote=not dry_run)
     program = build(
         recipe,
@@ -80,13 +83,10 @@ def train(
     vocabulary_checks.check_special_ids(
         program.models.student, source.vocabulary, check_remote=not dry_run
     )
-    folder = pathlib.Path(model_dir)
     evaluate = None
     if recipe.evaluation is not None:
         evaluate = Evaluations(program, source, folder, check_remote=not dry_run)
     print(plan(program), file=sys.stderr)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"MODEL_DIR must be a folder, and {model_dir!r} is a file")
     if dry_run:
         _check_dry(folder, program, source, name, pending, allow_changes)
         return
@@ -181,6 +181,29 @@ def train(
             print(f"best checkpoint: step {best[0]}, {recipe.train.best_metric} {best[1]:.4g}")
 
 
+def _check_places(recipe: Recipe, folder: pathlib.Path, pending: frozenset[str]) -> None:
+    """Checks that the models are where the recipe says, and that MODEL_DIR can be written.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: if a checkpoint is missing.
+        ValueError: if MODEL_DIR cannot be a folder, or is the folder of a model.
+    """
+    for name, model in recipe.models.items():
+        if model.checkpoint in pending:
+            continue
+        pretrained.check_exists(model.checkpoint)
+        if model.checkpoint is not None and folder.exists() and folder.samefile(model.checkpoint):
+            raise ValueError(
+                f"MODEL_DIR {str(folder)!r} is the folder of the {name}'s checkpoint: a run needs "
+                "a folder of its own"
+            )
+    above = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not above.is_dir():
+        raise ValueError(f"MODEL_DIR must be a folder, and {str(above)!r} is a file")
+    if not os.access(above, os.W_OK):
+        raise ValueError(f"MODEL_DIR {str(folder)!r}: {str(above)!r} cannot be written to")
+
+
 def _with_local_files(
     recipe: Recipe, folder: pathlib.Path, dry_run: bool
 ) -> tuple[Recipe, dict[str, str]]:
@@ -265,8 +288,9 @@ class _Run:
         """
         about = run_record.describe_run(program, source, name=name or folder.name, macros=macros)
         before, changed = run_record.read(folder), []
+        allowed = _allowed(about, allow_changes)
         if before is not None:
-            changed = run_record.changes(folder, before, about, _allowed(about, allow_changes))
+            changed = run_record.changes(folder, before, about, allowed)
             about["changes"] = before.get("changes", [])
             about["first_batch"] = before.get("first_batch")
         description = checkpoints.describe_model(
