@@ -448,6 +448,14 @@ def test_seeds_that_each_trained_their_own_teachers_are_one_group(tmp_path):
         assert both["error"] == pytest.approx(statistics.stdev(values) / math.sqrt(3))
 
 
+def test_a_field_that_newer_runs_leave_unset_parts_no_runs(tmp_path):
+    for seed, unset in ((0, {}), (1, {"data__added_later": None}), (2, {"data__added_later": 7})):
+        run = seeded(about(divergence=JSD_01, fraction=1.0, **unset), seed)
+        write_run(tmp_path / f"run{seed}", run, {"accuracy": 50.0})
+    groups = Study(reading.find([str(tmp_path)])).groups
+    assert sorted(len(group.runs) for group in groups) == [1, 2]
+
+
 def test_paths_of_equal_contents_are_one_group(tmp_path):
     for seed in (0, 1):
         run = seeded(about(divergence="forward_kl", start=f"copy{seed}"), seed)
@@ -670,6 +678,8 @@ def test_leads_over_the_same_seeds_are_judged_seed_by_seed():
     assert lead.error == pytest.approx(1.473, abs=1e-3)
     assert lead.exceeds_noise
     assert not best.over(SeedValues([(7, 70.9), (8, 69.1), (9, 43.6)])).exceeds_noise
+    # A single seed is compared with the other's value of that seed.
+    assert SeedValues([(1, 59.6)]).over(best) == pytest.approx((0.0, math.nan, None), nan_ok=True)
     # Two runs of one seed cannot be told apart, so nothing is paired.
     twice = SeedValues([(0, 69.1), (0, 43.6), (2, 70.9)])
     assert not best.over(twice).exceeds_noise

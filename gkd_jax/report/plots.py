@@ -147,7 +147,9 @@ def bars(ax: Any, panel: Panel, narrow: bool) -> float:
         reach = max(row.mean + (0 if math.isnan(row.error) else row.error), 0)
         reach = reach if math.isnan(row.paper_value) else max(reach, row.paper_value)
         text = f"{row.mean:.1f}" + ("" if math.isnan(row.gain) else f"  ({row.gain:+.1f})")
-        ax.annotate(text, (reach, place), (6, 0), textcoords="offset points", va="center")
+        ground = {"facecolor": PAGE, "edgecolor": "none", "pad": 1}  # over the reference's line
+        look = {"textcoords": "offset points", "va": "center", "bbox": ground, "zorder": 5}
+        ax.annotate(text, (reach, place), (6, 0), **look)
         if narrow:
             ax.text(left, place - 0.42, textwrap.shorten(row.label, 54, placeholder="…"))
     right = high + (0.45 if narrow else 0.15) * span

@@ -33,17 +33,18 @@ class SeedValues:
     def over(self, other: "SeedValues") -> Lead:
         """Returns the lead over other values.
 
-        Values of the same seeds are compared seed by seed (a paired t-test), because runs of one
-        seed share their data and often their start and their teacher. Values of other seeds are
-        compared by Welch's t-test.
+        Values whose seeds the other values have too are compared seed by seed (a paired t-test),
+        because runs of one seed share their data and often their start and their teacher. Values of
+        other seeds are compared by Welch's t-test.
         """
-        lead, mine, theirs = self.mean - other.mean, dict(self._pairs), dict(other._pairs)
-        if len(mine) == len(self) and len(theirs) == len(other) and mine.keys() == theirs.keys():
+        mine, theirs = dict(self._pairs), dict(other._pairs)
+        if len(mine) == len(self) and len(theirs) == len(other) and mine.keys() <= theirs.keys():
             differences = [mine[seed] - theirs[seed] for seed in mine]
+            lead = statistics.fmean(differences) if mine else math.nan
             error = _standard_error(differences)
             test: Any = stats.ttest_1samp(differences, 0) if error > 0 else None
         else:
-            error = math.hypot(self.error, other.error)
+            lead, error = self.mean - other.mean, math.hypot(self.error, other.error)
             pair = (self._values, other._values)
             test = stats.ttest_ind(*pair, equal_var=False) if error > 0 else None
         if math.isnan(error):

@@ -69,8 +69,7 @@ class Group:
 
     def identity_without(self, *names: str) -> frozenset[tuple[str, Any]]:
         """A value that is equal for groups which differ only in fields that begin with `names`."""
-        items = self.identity.items()
-        return frozenset((name, value) for name, value in items if not name.startswith(names))
+        return frozenset(one for one in _set_fields(self.identity) if not one[0].startswith(names))
 
 
 class Study:
@@ -93,7 +92,7 @@ class Study:
                 self.left_out[run.slug] = reason
                 continue
             identity, seed = _configuration(runs, run)
-            _, seeds = grouped.setdefault(frozenset(identity.items()), (identity, {}))
+            _, seeds = grouped.setdefault(_set_fields(identity), (identity, {}))
             held = seeds.setdefault(seed, run)
             if held is not run:
                 self.left_out[run.slug] = f"same configuration and seed as {held.name}"
@@ -232,12 +231,17 @@ def _configuration(runs: Sequence[Run], run: Run) -> tuple[dict[str, Any], tuple
             continue
         made_by, made_with = _configuration([one for one in runs if one is not run], maker)
         step = checkpoint.partition("/checkpoints/")[2]
-        text = repr((sorted(made_by.items()), step))
+        text = repr((sorted(_set_fields(made_by)), step))
         identity.pop(f"{role}.checkpoint", None)
         identity.pop(f"contents.{role}.checkpoint", None)
         identity[f"{role}.made_by"] = hashlib.sha256(text.encode()).hexdigest()
         seeds += made_with
     return identity, tuple(seeds)
+
+
+def _set_fields(identity: dict[str, Any]) -> frozenset[tuple[str, Any]]:
+    """The fields that are not None: older runs lack a field that newer runs leave unset."""
+    return frozenset((name, value) for name, value in identity.items() if value is not None)
 
 
 def _labelled(groups: list[Group]) -> list[Group]:
