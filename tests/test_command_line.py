@@ -1,5 +1,7 @@
 """Every command line gives a recipe, or one line of error that names the wrong argument."""
 
+import importlib
+import json
 import pathlib
 import subprocess
 import sys
@@ -8,7 +10,7 @@ from hypothesis import given, settings, strategies
 import pytest
 
 from gkd_jax import main
-from gkd_jax.command_line import flags
+from gkd_jax.command_line import flags, process
 from gkd_jax.text import extras
 
 
@@ -99,3 +101,12 @@ def test_missing_packages_are_installed_by_their_own_names(monkeypatch):
     monkeypatch.setattr(extras.importlib.metadata, "requires", lambda name: found)
     assert extras.install_command("report") == "pip install 'pandas>=2.2'"
     assert extras.install_command("tpu") == "pip install 'jax[tpu]'"
+
+
+def test_packages_are_hidden_for_a_while_unless_they_are_imported(monkeypatch):
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
+    with process._as_if_missing("colorsys", "json"):
+        with pytest.raises(ImportError):
+            importlib.import_module("colorsys")
+        assert importlib.import_module("json") is json
+    assert importlib.import_module("colorsys").rgb_to_hsv(0, 0, 1) == (2 / 3, 1, 1)

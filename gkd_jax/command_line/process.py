@@ -10,6 +10,9 @@ import tempfile
 from gkd_jax.command_line.flags import UsageError
 
 
+_OPTIONAL_FOR_KERAS = ("IPython", "matplotlib", "pandas")
+
+
 def set_up(*, reads_data: bool, tfds_data_dir: str | None = None) -> None:
     """Sets up memory, compilation cache and processes, and TensorFlow if the command reads data.
 
@@ -54,12 +57,28 @@ def _import_tensorflow() -> None:
     from absl import logging
 
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    with _quiet_stderr():
+    with _quiet_stderr(), _as_if_missing(*_OPTIONAL_FOR_KERAS):
         import tensorflow as tf
 
         tf.config.set_visible_devices([], "GPU")
         import seqio  # noqa: F401
     logging.set_verbosity(logging.ERROR)  # seqio's warnings are about how it was called
+
+
+@contextlib.contextmanager
+def _as_if_missing(*packages: str):
+    """Lets imports of packages fail as if they were not installed; imported ones are left alone.
+
+    TensorFlow imports Keras, which imports these packages where they are installed, for figures and
+    tables that no command makes through it. Without them a command starts 0.7 s sooner.
+    """
+    hidden = [name for name in packages if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for name in hidden:
+            del sys.modules[name]
 
 
 @contextlib.contextmanager
