@@ -95,11 +95,17 @@ def _problem(below: Callable[[int], int]) -> tuple[str, str]:
     return " ".join([*sentences, question]), " ".join([*steps, f"The answer is {value}."])
 
 
+@functools.cache
+def _tensors(split: str) -> dict[str, tf.Tensor]:
+    questions, chains = zip(*problems()[split], strict=True)
+    with tf.init_scope():
+        return {"inputs": tf.constant(questions), "targets": tf.constant(chains)}
+
+
 def _dataset(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
     del shuffle_files, seed  # The problems are fixed, and the training stream shuffles them.
-    questions, chains = zip(*problems()[split], strict=True)
     # The dataset is made from tensors, because the position of a Python generator cannot be saved.
-    return tf.data.Dataset.from_tensor_slices({"inputs": list(questions), "targets": list(chains)})
+    return tf.data.Dataset.from_tensor_slices(_tensors(split))
 
 
 features.register(

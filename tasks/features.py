@@ -41,16 +41,21 @@ numbers of tokens before the cut as `*_tokens`.
 _ENCODE_ROWS = (seqio.SentencePieceVocabulary, TokenizerVocabulary, WordVocabulary)
 
 
-def only_tokenizes(task: Any) -> bool:
-    """Returns whether `tokenize_rows` does all that a task does with the examples of its source.
+def source_texts(task: Any, split: str) -> tf.data.Dataset | None:
+    """Returns the examples of a task's source if `tokenize_rows` makes the task's examples of them.
 
-    It does if the task has no preprocessors apart from those in `TOKENIZE`, and if its vocabularies
-    encode vectors of texts.
+    It does if the task has no preprocessors apart from those in `TOKENIZE`, if its vocabularies
+    encode vectors of texts, and if all features of the source are scalars. Otherwise the result is
+    None, and seqio must make the examples one by one.
     """
     if not isinstance(task, seqio.Task) or tuple(task.preprocessors) != TOKENIZE:
-        return False
-    vocabulary_of_each = [feature.vocabulary for feature in task.output_features.values()]
-    return all(isinstance(vocabulary, _ENCODE_ROWS) for vocabulary in vocabulary_of_each)
+        return None
+    vocabularies_of_task = [feature.vocabulary for feature in task.output_features.values()]
+    if not all(isinstance(vocabulary, _ENCODE_ROWS) for vocabulary in vocabularies_of_task):
+        return None
+    texts = task.source.get_dataset(split=split, shuffle=False)
+    spec: Any = texts.element_spec
+    return texts if all(one.shape.rank == 0 for one in spec.values()) else None
 
 
 def tokenize_rows(
@@ -58,19 +63,26 @@ def tokenize_rows(
     *,
     output_features: Mapping[str, seqio.Feature],
     lengths: Mapping[str, int],
-) -> dict[str, tf.RaggedTensor]:
+) -> dict[str, tf.Tensor | tf.RaggedTensor]:
     """Returns what `TOKENIZE` and seqio's cut make of texts, for many examples at once.
 
     Args:
-        texts: the features of the examples, which are vectors with one text per example.
+        texts: the features of the examples of a source, whose first axis is the example.
         output_features: the features of the task.
         lengths: the largest number of tokens of each feature, including EOS.
+
+    Returns:
+        The features that each example of the task has, with ragged rows of ids.
     """
     ids = {
         name: feature.vocabulary.encode_tf(texts[name]) for name, feature in output_features.items()
     }
+    made: dict[str, Any] = dict(texts)
+    for name, feature in output_features.items():
+        made[f"{name}_pretokenized"] = texts[name]
+        made[f"{name}_tokens"] = tf.cast(ids[name].row_lengths(), tf.int32) + int(feature.add_eos)
     ended = seqio.preprocessors.append_eos_after_trim_impl(ids, output_features, lengths)
-    return {name: ended[name][:, : lengths[name]] for name in lengths}
+    return made | {name: ended[name][:, : lengths[name]] for name in ended}
 
 
 def output_features(

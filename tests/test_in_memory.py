@@ -6,7 +6,7 @@ import pytest
 import seqio
 import tensorflow as tf
 
-from gkd_jax.input import data, in_memory, streams
+from gkd_jax.input import data, fit, in_memory, streams
 from gkd_jax.tasks import arithmetic, features
 from gkd_jax.text import vocabularies
 from gkd_jax.text.tokenizer_folder import TokenizerVocabulary
@@ -125,10 +125,11 @@ def test_many_texts_are_tokenized_as_seqio_tokenizes_each(tmp_path, kind, length
     else:
         vocabulary = TokenizerVocabulary(small_tokenizers.write(tmp_path / "llama", "llama"))
     texts = ["Ada has 7 eggs.", "", "naïve 東京 eggs, 12?", "a " * 50]
+    columns = {"inputs": texts, "targets": texts[::-1], "chat": texts, "number": [1, 2, 3, 4]}
 
     def source(split, shuffle_files, seed=None):
         del split, shuffle_files, seed
-        return tf.data.Dataset.from_tensor_slices({"inputs": texts, "targets": texts[::-1]})
+        return tf.data.Dataset.from_tensor_slices(columns)
 
     task = seqio.Task(
         "texts",
@@ -136,15 +137,37 @@ def test_many_texts_are_tokenized_as_seqio_tokenizes_each(tmp_path, kind, length
         preprocessors=features.TOKENIZE,
         output_features=features.output_features(vocabulary),
     )
-    assert features.only_tokenizes(task)
-    rows = features.tokenize_rows(
-        {"inputs": tf.constant(texts), "targets": tf.constant(texts[::-1])},
-        output_features=task.output_features,
-        lengths=lengths,
+    ours = list(fit.in_order(task, "train", lengths))
+    theirs = list(task.get_dataset(lengths, split="train", shuffle=False).as_numpy_iterator())
+    assert len(ours) == len(theirs) == 4
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.keys() == other.keys()
+        assert {"inputs_pretokenized", "targets_tokens", "chat", "number"} < mine.keys()
+        for name, value in other.items():
+            assert np.asarray(mine[name]).dtype == np.asarray(value).dtype
+            np.testing.assert_array_equal(mine[name], value)
+    assert len(list(fit.in_order(task, "train", lengths, num_examples=3))) == 3
+
+
+def test_sources_with_vectors_are_left_to_seqio():
+    def source(split, shuffle_files, seed=None):
+        del split, shuffle_files, seed
+        rows = tf.ragged.constant([[1], [2, 3]])
+        examples = {"inputs": ["7", "7 eggs"], "targets": ["1", "2"], "choices": rows}
+        return tf.data.Dataset.from_tensor_slices(examples)
+
+    task = seqio.Task(
+        "vectors",
+        source=seqio.FunctionDataSource(source, splits=["train"]),
+        preprocessors=features.TOKENIZE,
+        output_features=features.output_features(vocabularies.arithmetic()),
     )
-    each = list(task.get_dataset(lengths, split="train", shuffle=False).as_numpy_iterator())
-    for name in lengths:
-        assert rows[name].to_list() == [one[name].tolist() for one in each]
+    lengths = {"inputs": 4, "targets": 4}
+    assert features.source_texts(task, "train") is None
+    assert len(list(fit.in_order(task, "train", lengths))) == 2
+    config = data.DataConfig(task="vectors", feature_lengths=lengths, batch_size=2)
+    batch = next(streams.TrainIterator(task, config))
+    assert sorted(batch.input_lengths) == [2, 3]
 
 
 def test_rows_of_one_known_length_make_batches_too(monkeypatch):

@@ -44,14 +44,10 @@ def eval_batches(
         use_cached: whether the task is read from seqio's cache.
         seed: the seed of tasks whose examples depend on a seed. Training passes `DataConfig.seed`.
     """
-    fit.warn_once(
-        task, split, feature_lengths, num_examples=num_examples, use_cached=use_cached, seed=seed
-    )
-    dataset = fit.in_order(task, split, feature_lengths, use_cached=use_cached, seed=seed)
-    if num_examples is not None:
-        dataset = dataset.take(num_examples)
+    read = {"num_examples": num_examples, "use_cached": use_cached, "seed": seed}
+    fit.warn_once(task, split, feature_lengths, **read)
     rows: list[dict[str, Any]] = []
-    for example in dataset.as_numpy_iterator():
+    for example in fit.in_order(task, split, feature_lengths, **read):
         rows.append(example)
         if len(rows) == batch_size:
             yield fill_batch(rows, feature_lengths, batch_size)

@@ -1,15 +1,18 @@
 """Reads a split in its own order, and warns once about examples that do not fit the lengths."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 import sys
 from typing import Any, NamedTuple
 
 import jax
 
+from gkd_jax.tasks import features  # pyright: ignore[reportMissingImports]
+
 
 LOOKED_AT = 500
 """Examples of a split that a warning is about, at most."""
 
+_ROWS_AT_ONCE = 256
 _warned: set[tuple] = set()
 
 
@@ -77,19 +80,33 @@ def in_order(
     split: str,
     lengths: Mapping[str, int],
     *,
+    num_examples: int | None = None,
     use_cached: bool = False,
     seed: int | None = None,
-) -> Any:
-    """Returns the examples of a split once, in their own order, as a `tf.data.Dataset`.
+) -> Iterator[dict[str, Any]]:
+    """Yields the examples of a split once, in their own order, as NumPy arrays.
 
     Args:
         task: a seqio task or mixture.
         split: the split of the task.
         lengths: the largest number of tokens of each feature.
+        num_examples: how many of the first examples are read; None means all.
         use_cached: whether the task is read from seqio's cache.
         seed: the seed of tasks whose examples depend on a seed.
     """
-    return task.get_dataset(
+    limit = -1 if num_examples is None else num_examples
+    texts = None if use_cached else features.source_texts(task, split)
+    if texts is not None:
+        # seqio traces a graph for each preprocessor, and calls it for each example.
+        for some in texts.take(limit).batch(_ROWS_AT_ONCE):
+            made = features.tokenize_rows(
+                some, output_features=task.output_features, lengths=lengths
+            )
+            columns = {name: list(values.numpy()) for name, values in made.items()}
+            for row in zip(*columns.values(), strict=True):
+                yield dict(zip(columns, row, strict=True))
+        return
+    dataset = task.get_dataset(
         dict(lengths),
         split=split,
         use_cached=use_cached,
@@ -98,6 +115,7 @@ def in_order(
         num_epochs=1,
         try_in_mem_cache=False,
     )
+    yield from dataset.take(limit).as_numpy_iterator()
 
 
 def warn_once(
@@ -115,16 +133,17 @@ def warn_once(
     only once for a task, split and lengths.
 
     Args:
-        task, split, lengths, use_cached, seed: see `in_order`.
-        num_examples: how many of the first examples of the split are used; None means all.
+        task, split, lengths, num_examples, use_cached, seed: see `in_order`.
     """
     about = (task.name, split, tuple(sorted(lengths.items())))
     if about in _warned or jax.process_index() != 0:
         return
     _warned.add(about)
-    dataset = in_order(task, split, lengths, use_cached=use_cached, seed=seed)
     looked_at = min(LOOKED_AT, num_examples or LOOKED_AT)
-    found = count(dataset.take(looked_at).as_numpy_iterator(), lengths)
+    found = count(
+        in_order(task, split, lengths, num_examples=looked_at, use_cached=use_cached, seed=seed),
+        lengths,
+    )
     said = found.sentence(lengths)
     if said:
         first = f" (of the first {found.examples})" if found.examples == LOOKED_AT else ""

@@ -83,6 +83,7 @@ class Shuffled:
         """
         size = (self.size - index + num_shards - 1) // num_shards
 
+        @tf.autograph.experimental.do_not_convert  # converting takes seconds, and changes nothing
         def chosen(first: Any) -> Mapping[str, tf.RaggedTensor]:
             steps = first + tf.range(batch_size, dtype=tf.int64)
             return self.rows(index + num_shards * _order(steps, seed, size))

@@ -150,14 +150,16 @@ def _in_memory(task: Any, config: DataConfig) -> in_memory.Shuffled | None:
     )
     if size is None or size > in_memory.LARGEST:
         return None
-    if features.only_tokenizes(task) and not config.use_cached:
-        source = task.source.get_dataset(split=config.split, shuffle=False)
-        tokenize = functools.partial(
-            features.tokenize_rows,
-            output_features=task.output_features,
-            lengths=dict(config.feature_lengths),
-        )
-        return in_memory.Texts(source.take(config.num_examples or -1), tokenize)
+    texts = None if config.use_cached else features.source_texts(task, config.split)
+    if texts is not None:
+
+        def tokenize(some):
+            rows = features.tokenize_rows(
+                some, output_features=task.output_features, lengths=config.feature_lengths
+            )
+            return {name: rows[name] for name in config.features()}
+
+        return in_memory.Texts(texts.take(config.num_examples or -1), tokenize)
     whole = _read(task, config, shuffle=False, num_epochs=1).take(config.num_examples or -1)
     return in_memory.Examples(whole, config.features())
 
@@ -197,6 +199,7 @@ def _padding(
     Weights and lengths are made before padding, because ids alone do not tell padding from tokens.
     """
 
+    @tf.autograph.experimental.do_not_convert
     def pad(rows: Mapping[str, _Rows]) -> dict[str, tf.Tensor]:
         found: dict[str, tf.Tensor] = {}
         for name, length in zip(config.features(), shape, strict=True):
