@@ -3,10 +3,12 @@
 import pathlib
 
 import jax
+import small_tokenizers
 
-from gkd_jax import gkd, sharding
+from gkd_jax import convert, gkd, sharding
 from gkd_jax.input.data import DataConfig
-from gkd_jax.models import t5
+from gkd_jax.models import lm, t5
+from gkd_jax.models.decoder_config import DecoderConfig
 from gkd_jax.storage import checkpoints, pretrained
 import gkd_jax.tasks.arithmetic  # noqa: F401
 from gkd_jax.text import vocabularies
@@ -37,6 +39,24 @@ def write_teacher(folder):
     params = t5.init(config, jax.random.key(1))
     checkpoints.write_params(str(folder), config, params, content, vocabulary.vocab_size)
     return str(folder)
+
+
+def write_decoder(folder, tokenizer, rows, seed):
+    """Writes a random Qwen3 with a tokenizer as a Hugging Face folder."""
+    config = DecoderConfig(
+        vocab_size=rows,
+        d_model=16,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=8,
+        d_ff=16,
+        num_layers=1,
+        qk_norm=True,
+    )
+    params = lm.init(config, jax.random.key(seed))
+    convert.write_hf(str(folder), config, params)
+    small_tokenizers.write(folder, "qwen", tokenizer)
+    return pretrained.ModelConfig(checkpoint=str(folder))
 
 
 def step_lines(model_dir):

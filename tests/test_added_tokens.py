@@ -2,40 +2,21 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
 import small_runs
+from small_runs import write_decoder
 import small_tokenizers
 
-from gkd_jax import convert, divergences, gkd
+from gkd_jax import divergences, gkd
 from gkd_jax.evaluation import infer, score
 from gkd_jax.evaluation.evaluate import EvalConfig
 from gkd_jax.input.data import DataConfig
-from gkd_jax.models import lm
-from gkd_jax.models.decoder_config import DecoderConfig
 from gkd_jax.storage.pretrained import ModelConfig
 from gkd_jax.training import train
 
 
 MESSAGE = "have the id {}, .* share the ids below {} alone"
-
-
-def write_model(folder, tokenizer, rows, seed):
-    config = DecoderConfig(
-        vocab_size=rows,
-        d_model=16,
-        num_heads=2,
-        num_kv_heads=1,
-        head_dim=8,
-        d_ff=16,
-        num_layers=1,
-        qk_norm=True,
-    )
-    params = lm.init(config, jax.random.key(seed))
-    convert.write_hf(str(folder), config, params)
-    small_tokenizers.write(folder, "qwen", tokenizer)
-    return ModelConfig(checkpoint=str(folder))
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +28,9 @@ def pair(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     tokenizer = small_tokenizers.train("qwen")
     count = tokenizer.get_vocab_size()
-    teacher = write_model(folder / "teacher", tokenizer, count + 8, 1)
+    teacher = write_decoder(folder / "teacher", tokenizer, count + 8, 1)
     tokenizer.add_special_tokens(["<|tool|>"])
-    student = write_model(folder / "student", tokenizer, count + 1, 0)
+    student = write_decoder(folder / "student", tokenizer, count + 1, 0)
     return student, teacher, count
 
 
@@ -115,7 +96,7 @@ def test_a_token_without_a_row_is_refused(pair, tmp_path):
     student, _, count = pair
     tokenizer = small_tokenizers.train("qwen")
     tokenizer.add_special_tokens(["<|tool|>"])
-    small = write_model(tmp_path / "small", tokenizer, count, 0)
+    small = write_decoder(tmp_path / "small", tokenizer, count, 0)
     with pytest.raises(ValueError, match=f"{count} embedding rows, .* {count + 1} pieces"):
         losses(tmp_path / "run", small, data=data(tmp_path, student))
 

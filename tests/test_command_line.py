@@ -55,6 +55,16 @@ print(built, refused)
 """
 
 
+def test_a_home_folder_is_meant_by_its_sign(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    given = ["--input=~/run", "--output=~/out/hf", "--to=hf"]
+    values, _, _ = flags.parse("convert", given)
+    assert (values.input, values.output) == ("/home/ada/run", "/home/ada/out/hf")
+    values, _, _ = flags.parse("train", ["--gin_file=~/a.gin", "--gin_file=gin/gkd.gin"])
+    assert values.gin_file == ["/home/ada/a.gin", "gin/gkd.gin"]
+    assert values.tfds_data_dir is None
+
+
 def test_400_random_values_make_a_recipe_or_one_line_that_names_them():
     done = subprocess.run([sys.executable, "-c", FUZZ], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -69,6 +69,7 @@ DAMAGE = {
     ),
     "parameters cut short": lambda step: largest_file(step / "params" / "d").write_bytes(b"x"),
     "a missing file": lambda step: largest_file(step / "params" / "d").unlink(),
+    "no structure": lambda step: (step / "opt_state" / "_METADATA").unlink(),
     "no stream": lambda step: shutil.rmtree(step / "stream"),
     "bad JSON": lambda step: (step / "model" / "metadata").write_text("{"),
 }

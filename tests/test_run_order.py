@@ -58,6 +58,12 @@ def test_an_evaluation_that_fails_costs_no_weights(tmp_path, monkeypatch):
     assert checkpoints.saved_steps(tmp_path / "run") == [2, 3]
     steps = [line["step"] for line in metrics.read(tmp_path / "run" / "metrics.jsonl")]
     assert steps == [0, 1, 2, 3]  # an evaluation at step 0, and every step's numbers
+    shutil.rmtree(tmp_path / "run" / "checkpoints")  # as if it had failed before the first one
+    monkeypatch.undo()
+    other = optimizers.Linear(learning_rate=0.5)
+    run(tmp_path / "run", evaluation=EVALUATION, schedule=other)
+    lines = metrics.read(tmp_path / "run" / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 3]  # none of the earlier start
 
 
 @pytest.mark.parametrize("broken", [2, 4])

@@ -110,7 +110,7 @@ def test_dry_run_writes_nothing(tmp_path):
 
 def test_metrics_of_a_truncated_last_line_are_dropped(teacher_dir, tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
+    path.write_text('{"stop": 1}\n{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
     writer = metrics.Writer(str(tmp_path), resume_step=2)
     writer.write(3, {"train/loss": 1.0})
     writer.close()

@@ -6,6 +6,7 @@ This module imports nothing slow, so that `--help` answers at once.
 from collections.abc import Iterable
 import dataclasses
 import difflib
+import os
 import re
 from typing import Any
 
@@ -110,6 +111,9 @@ USAGE = (
 )
 
 
+_PATHS = {"gin_file", "tfds_data_dir", "input", "output", "sweep_file", "archive"}
+
+
 def define(command: str) -> flags.FlagValues:
     """Returns the flags of a command with their defaults."""
     values = flags.FlagValues()
@@ -200,6 +204,11 @@ def parse(command: str, arguments: Iterable[str]) -> tuple[Any, list[tuple[str, 
         extra = values(["gkd-jax", *others])[1:]
     except flags.Error as error:
         raise UsageError(f"{command}: {error}") from None
+    for name in _PATHS & {*values}:  # a shell expands no `~` behind the `=` of a flag
+        given = values[name].value
+        if given:
+            expand = os.path.expanduser
+            values[name].value = [*map(expand, given)] if type(given) is list else expand(given)
     if extra and command != "report":
         raise UsageError(f"{command} takes flags only, got {extra[0]!r}")
     if bindings and not COMMANDS[command].reads_gin and command != "sweep":

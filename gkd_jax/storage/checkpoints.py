@@ -43,6 +43,7 @@ from gkd_jax.storage import fingerprints
 
 
 FOLDER = "checkpoints"
+_TREE_FILE = "_METADATA"  # Orbax's record of the structure of an item
 DAMAGED = "damaged"
 
 
@@ -252,6 +253,9 @@ class Checkpoints:
                 f"checkpoint {step} has no moving average of the student's parameters, which is "
                 "the teacher: begin in another MODEL_DIR with this one as STUDENT_CHECKPOINT"
             )
+        for name in wanted:  # without this file, Orbax returns a tree of another form
+            if not (self._folder / str(step) / name / _TREE_FILE).exists():
+                raise fingerprints.DamagedError(f"there is no file {name}/{_TREE_FILE}")
         position = None if stream is None else StreamRestore(stream)
         items: dict[str, Any] = {
             name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()

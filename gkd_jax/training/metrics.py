@@ -29,15 +29,16 @@ class Writer:
     """Appends the numbers of each step to MODEL_DIR/metrics.jsonl and MODEL_DIR/tensorboard.
 
     When a run resumes, lines of metrics.jsonl after the restored step are dropped, because their
-    steps are run again. In a job of several processes, only the first one writes; the others are
-    `silent`.
+    steps are run again. When it begins, all lines are, which are those of a start that failed
+    before its first checkpoint, perhaps of another configuration. In a job of several processes,
+    only the first one writes; the others are `silent`.
     """
 
     def __init__(
         self,
         model_dir: str,
         *,
-        resume_step: int,
+        resume_step: int | None,
         silent: bool = False,
         also: Sequence[Tracker] = (),
     ):
@@ -45,7 +46,7 @@ class Writer:
 
         Args:
             model_dir: the folder of the run.
-            resume_step: the step from which the run goes on.
+            resume_step: the step from which the run goes on; None if it begins.
             silent: True writes nothing.
             also: functions that are given the numbers of each step as well.
         """
@@ -58,7 +59,8 @@ class Writer:
             return
         path = self._folder / "metrics.jsonl"
         if path.exists():
-            kept = [line for line in read(path) if line["step"] <= resume_step]
+            last = -1 if resume_step is None else resume_step
+            kept = [line for line in read(path) if line["step"] <= last]
             for line in kept:
                 self._samples.see(line)
             files.write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
@@ -204,11 +206,11 @@ class SampleWatch:
 
 
 def read(path: pathlib.Path) -> list[dict[str, Any]]:
-    """Returns the lines of a metrics.jsonl, without those that a crash has cut short.
+    """Returns the lines of a metrics.jsonl, without those that a crash has cut short or changed.
 
     There are none if the file does not exist.
     """
-    return files.read_records(path)[0]
+    return [line for line in files.read_records(path)[0] if isinstance(line.get("step"), int)]
 
 
 def values_by_step(path: pathlib.Path, name: str) -> dict[int, float]:

@@ -105,7 +105,7 @@ def train(
         saved = run.checkpoints
         writer = metrics.Writer(
             model_dir,
-            resume_step=start,
+            resume_step=None if run.is_new else start,
             silent=jax.process_index() > 0,
             also=recipe.train.metrics_to,
         )
