@@ -16,12 +16,11 @@ import math
 from typing import Any, NamedTuple
 
 import jax
-from jax import lax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from gkd_jax.batch import Batch
-from gkd_jax.models import decoder_block, kv_cache, layers, parameters, quantized, rope
+from gkd_jax.models import decoder_block, kv_cache, layers, parameters, quantized, rope, stacks
 from gkd_jax.models.decoder_config import DecoderConfig, Rope, from_fields
 from gkd_jax.models.grouped_attention import NOWHERE, Sight, masked_scores
 from gkd_jax.models.kv_cache import Segments
@@ -51,7 +50,7 @@ class Cache(NamedTuple):
     """The state of decoding; step t writes place t mod T of `keys` and `values`.
 
     Keys and values of all layers are stacked on axis 0, or tuples with one array for each layer
-    where the layers are a tuple too (see `parameters.unstack`). Those of decoded tokens are in
+    where the layers are a tuple too (see `stacks.unstack`). Those of decoded tokens are in
     segments (see `kv_cache`). Where `starts` is None, all rows began at 0.
     """
 
@@ -303,7 +302,7 @@ def decode_step(
     rotation = decoder_block.rotations(config, in_text[:, None])
     windows, kinds = decoder_block.per_layer(config)
 
-    def run_layer(x, layer, window, kind, past, keys, values, index):
+    def run_layer(x, keys, values, layer, index, window, kind, prompt_keys, prompt_values):
         layer, window = quantized.restore(layer), jnp.asarray(window)
         normed = decoder_block.norm(config, layer["pre_self_attention_layer_norm"], x)
         query, key, value = decoder_block.heads(
@@ -312,41 +311,25 @@ def decode_step(
         keys = kv_cache.write(keys, key, time, index)
         values = kv_cache.write(values, value, time, index)
         own = kv_cache.parts(keys, values, time, index, window)
-        seen = _seen(cache, past[0].shape[2], sum(part.keys.shape[-2] for part in own), window)
+        seen = _seen(cache, prompt_keys.shape[2], sum(part.keys.shape[-2] for part in own), window)
 
         def score(products):
             scale, softcap = decoder_block.score_scale(config), config.attention_softcap
             return masked_scores(products, seen, scale=scale, softcap=softcap)
 
-        mixed = kv_cache.attend(query, [kv_cache.Part(*past), *own], score)
+        mixed = kv_cache.attend(query, [kv_cache.Part(prompt_keys, prompt_values), *own], score)
         return decoder_block.rest(config, layer, x, mixed, None), keys, values
 
-    keys, values = cache.keys, cache.values
-    prompt = (cache.prompt_keys, cache.prompt_values)
-    decode = _unstack(config, params["decoder"]["layers"])
-    x = decoder_block.embed(config, params, tokens[:, None])
-    if isinstance(decode, tuple):
-        keys, values = list(keys), list(values)
-        for i, layer in enumerate(decode):
-            past = (prompt[0][i], prompt[1][i])
-            x, keys[i], values[i] = run_layer(
-                x, layer, windows[i], kinds[i], past, keys[i], values[i], None
-            )
-        keys, values = tuple(keys), tuple(values)
-    else:
-
-        def body(carry, layer_inputs):
-            layer, index, window, kind, past = layer_inputs
-            x, keys, values = carry
-            return run_layer(x, layer, window, kind, past, keys, values, index), None
-
-        indices = jnp.arange(config.num_layers)
-        (x, keys, values), _ = lax.scan(
-            body,
-            (x, keys, values),
-            (decode, indices, windows, kinds, prompt),
-            unroll=min(config.scan_unroll, config.num_layers),
-        )
+    x, keys, values = stacks.decode(
+        config,
+        run_layer,
+        (decoder_block.embed(config, params, tokens[:, None]), cache.keys, cache.values),
+        _unstack(config, params["decoder"]["layers"]),
+        windows,
+        kinds,
+        cache.prompt_keys,
+        cache.prompt_values,
+    )
     states = decoder_block.final_norm(config, params, x)[:, 0]
     cache = cache._replace(keys=keys, values=values, time=time + 1)
     return apply_head(config, params, states), cache
@@ -367,7 +350,7 @@ def _seen(
 
 
 def _unstack(config: DecoderConfig, stacked: Any) -> Any:
-    return parameters.unstack(config, stacked, config.num_layers)
+    return stacks.unstack(config, stacked, config.num_layers)
 
 
 def _run(
@@ -396,7 +379,7 @@ def _run(
         seen = jnp.concatenate([held, positions], axis=1)
     keys = [None] * 2 if dropout_key is None else list(jax.random.split(dropout_key))
 
-    def block(x, layer, window, kind, past, key):
+    def run_layer(x, layer, window, kind, past, key):
         layer = quantized.restore(layer)
         normed = decoder_block.norm(config, layer["pre_self_attention_layer_norm"], x)
         query, own_keys, own_values = decoder_block.heads(
@@ -411,20 +394,14 @@ def _run(
         )
         return decoder_block.rest(config, layer, x, mixed, key), (own_keys, own_values)
 
-    if config.remat:
-        block = jax.checkpoint(block, prevent_cse=False)
-
-    def body(x, layer_inputs):
-        layer, window, kind, past, key = layer_inputs
-        if config.layers_on_host:
-            layer = jax.device_put(layer, jax.memory.Space.Device)
-        return block(x, layer, window, kind, past, key)
-
     x = decoder_block.dropout(config, decoder_block.embed(config, params, tokens), keys[0])
-    layer_keys = None if keys[1] is None else jax.random.split(keys[1], config.num_layers)
-    return lax.scan(
-        body,
+    return stacks.scan(
+        config,
+        run_layer,
         x,
-        (params["decoder"]["layers"], windows, kinds, past, layer_keys),
-        unroll=min(config.scan_unroll, config.num_layers),
+        params["decoder"]["layers"],
+        windows,
+        kinds,
+        past,
+        dropout_key=keys[1],
     )

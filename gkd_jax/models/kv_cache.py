@@ -58,24 +58,25 @@ def write(
     segments: Segments,
     new: Float[Array, "N H 1 K"],
     time: Int[Array, ""],
-    layer: Int[Array, ""] | None,
+    layer: Int[Array, ""] | int,
 ) -> Segments:
     """Writes the keys (or values) of one token of each row.
 
     Args:
-        segments: the cache of one layer or, with a `layer`, that of all layers.
+        segments: the cache of one layer, or that of all layers, stacked on axis 0.
         new: the keys of the token.
         time: the number of tokens decoded before.
         layer: the number of the layer in stacked segments.
     """
-    if layer is not None:
+    stacked = _is_stacked(segments[0])
+    if stacked:
         new = new[None]
     ring_place = time % sum(segment.shape[-2] for segment in segments)
     found, start = [], 0
     for segment in segments:
         size = segment.shape[-2]
         place = jnp.clip(ring_place - start, 0, size - 1)
-        at = (0, 0, place, 0) if layer is None else (layer, 0, 0, place, 0)
+        at = (layer, 0, 0, place, 0) if stacked else (0, 0, place, 0)
         start += size
         here = new
         if segment is not segments[-1]:
@@ -104,25 +105,25 @@ class Part(NamedTuple):
     """Keys and values that a query attends to.
 
     Attributes:
-        keys: of one layer or, with a `layer`, of all layers.
+        keys: of one layer, or of all layers, stacked on axis 0.
         values: like the keys.
         is_read: whether any key of this part counts; None where some always do.
         scope: `share_scope` of the tokens of a whole sequence for which `is_read` holds.
-        layer: the number of the layer.
+        layer: the number of the layer in stacked keys and values.
     """
 
     keys: Float[Array, "*L N H T K"]
     values: Float[Array, "*L N H T K"]
     is_read: Bool[Array, ""] | None = None
     scope: str = ""
-    layer: Int[Array, ""] | None = None
+    layer: Int[Array, ""] | int = 0
 
 
 def parts(
     keys: Segments,
     values: Segments,
     time: Int[Array, ""],
-    layer: Int[Array, ""] | None,
+    layer: Int[Array, ""] | int,
     window: Int[Array, ""] | None = None,
 ) -> list[Part]:
     """Returns the segments as parts, of which the token of a time reads those in its window."""
@@ -183,7 +184,7 @@ def _product_if_read(
     """Returns a float32 product with the keys or the values of a part, or zeros."""
 
     def run(x, y):
-        if part.layer is not None:
+        if _is_stacked(y):
             y = lax.dynamic_index_in_dim(y, part.layer, keepdims=False)
         return multiply(x, y, y.dtype.name)
 
@@ -226,6 +227,11 @@ def put_prompts(cache: Any, names: tuple[str, ...], new: Any, rows: Int[Array, "
     fields = {name: jax.tree.map(put, getattr(cache, name), getattr(new, name)) for name in names}
     now = jnp.full((rows.size,), cache.time)
     return cache._replace(**fields, starts=put(cache.starts, now))
+
+
+def _is_stacked(x: jax.Array) -> bool:
+    """Returns whether keys or values are those of all layers, [L N H T K]."""
+    return x.ndim == 5
 
 
 def _row_axis(x: jax.Array) -> int:

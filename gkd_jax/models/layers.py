@@ -333,7 +333,7 @@ class DecoderLayer(nn.Module):
         x: Float[Array, "B 1 D"],
         self_keys: Segments,
         self_values: Segments,
-        index: Int[Array, ""] | None,
+        index: Int[Array, ""] | int,
         time: Int[Array, ""],
         self_bias: Float[Array, "#B H 1 T"],
         cross_keys: Float[Array, "B H S2 K"],
@@ -347,9 +347,9 @@ class DecoderLayer(nn.Module):
 
         Args:
             x: the states at this position.
-            self_keys, self_values: the KV cache of this layer; with an `index`, the cache of all
-                layers stacked on axis 0.
-            index: the number of this layer in a stacked cache; None for a cache of this layer.
+            self_keys, self_values: the KV cache of this layer, or that of all layers, stacked on
+                axis 0.
+            index: the number of this layer in a stacked cache.
             time: the number of tokens decoded before.
             self_bias: the position bias of all places of the cache, and the mask of those that
                 hold no token of a row.

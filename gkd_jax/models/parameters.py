@@ -10,7 +10,6 @@ from typing import Any
 import jax
 
 from gkd_jax.models import quantized
-from gkd_jax.models.execution import ExecutionSettings
 from gkd_jax.sharding import constrain
 
 
@@ -83,22 +82,3 @@ def for_decoding(params: Params, dtype: str) -> Params:
         return constrain(x, [None if axis == "embed" else axis for axis in axes])
 
     return jax.tree_util.tree_map_with_path(lay_out, params, logical_axes(params))
-
-
-def unstack(
-    config: ExecutionSettings, layers: Params | tuple[Params, ...], num_layers: int
-) -> Params | tuple[Params, ...]:
-    """Returns the layers as decoding runs them: a tuple where it is unrolled, else stacked.
-
-    In an unrolled loop, slices of a stack would be copied for every token. Layers that are a tuple
-    already are returned as they are.
-
-    Args:
-        config: the model's config, or its execution settings alone.
-        layers: the layers of the decoder.
-        num_layers: the number of these layers.
-    """
-    unrolled = config.unroll_decoding or config.scan_unroll >= num_layers
-    if isinstance(layers, tuple) or not unrolled:
-        return layers
-    return tuple(jax.tree.map(lambda x, i=i: x[i], layers) for i in range(num_layers))

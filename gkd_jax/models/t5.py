@@ -11,7 +11,6 @@ from Shazeer (2020), "GLU Variants Improve Transformer".
 Axes: B batch, S source, T target, V vocabulary, D model, H heads, K head dim, F mlp, L layers.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from flax import linen as nn
@@ -21,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from gkd_jax.batch import Batch
-from gkd_jax.models import blocks, kv_cache, layers, parameters, quantized
+from gkd_jax.models import blocks, kv_cache, layers, parameters, quantized, stacks
 from gkd_jax.models.attention import Padding
 from gkd_jax.models.kv_cache import Segments
 from gkd_jax.models.parameters import Params, logical_axes, num_params
@@ -60,7 +59,7 @@ class Cache(NamedTuple):
     """The state of decoding; step t writes place t mod T of the self-attention keys and values.
 
     Keys and values of all layers are stacked on axis 0, or tuples with one array for each layer
-    where the layers are a tuple too (see `parameters.unstack`). Those of self-attention are in
+    where the layers are a tuple too (see `stacks.unstack`). Those of self-attention are in
     segments (see `kv_cache`). `bias` is the position bias of keys by their age, from T - 1 down to
     0, twice; P = L if each layer has its own, else 1. Where `starts` is None, all rows began at 0.
     """
@@ -154,11 +153,11 @@ def encode(
             padding,
             deterministic=key is None,
             rngs=None if key is None else {"dropout": key},
-        )
+        ), None
 
     keys = _split(dropout_key, 3)
     x = _dropout(config, _embed(config, params, inputs), keys[0])
-    x = _run_stack(config, run_layer, x, stack["layers"], keys[1])
+    x, _ = stacks.scan(config, run_layer, x, stack["layers"], dropout_key=keys[1])
     x = _norm(config, stack["encoder_norm"], x)
     first = jnp.full((inputs.shape[0],), START_ID, jnp.int32)
     return Context(_dropout(config, x, keys[2]), mask, first)
@@ -209,11 +208,11 @@ def hidden(
             padding,
             deterministic=key is None,
             rngs=None if key is None else {"dropout": key},
-        )
+        ), None
 
     x = _embed(config, params, shift_right(batch.targets))
     x = _dropout(config, x, keys[0])
-    x = _run_stack(config, run_layer, x, stack["layers"], keys[1])
+    x, _ = stacks.scan(config, run_layer, x, stack["layers"], dropout_key=keys[1])
     x = _norm(config, stack["decoder_norm"], x)
     return _dropout(config, x, keys[2])
 
@@ -265,7 +264,7 @@ def decode_params(config: T5Config, params: Params) -> Params:
 
 
 def _unstack(config: T5Config, stacked: Any) -> Any:
-    return parameters.unstack(config, stacked, config.num_decoder_layers)
+    return stacks.unstack(config, stacked, config.num_decoder_layers)
 
 
 def init_cache(
@@ -336,10 +335,9 @@ def decode_step(
     bias = lax.dynamic_slice_in_dim(cache.bias, of_place_0, length, axis=2)[:, :, None]
     own = kv_cache.ages(cache, length)[None] <= kv_cache.row_positions(cache)[:, None]
     own_bias = layers.hide_padding(own).bias
-    stack, indices = params["decoder"], jnp.arange(config.num_decoder_layers)
-    decode = _unstack(config, stack["layers"])
+    stack = params["decoder"]
 
-    def run_layer(layer_params, x, self_keys, self_values, index, cross_keys, cross_values):
+    def run_layer(x, self_keys, self_values, layer_params, index, cross_keys, cross_values):
         layer_index = 0 if bias.shape[0] == 1 else index
         return _apply(
             layer,
@@ -347,7 +345,7 @@ def decode_step(
             x,
             self_keys,
             self_values,
-            None if isinstance(decode, tuple) else index,
+            index,
             time,
             lax.dynamic_index_in_dim(bias, layer_index) + own_bias,
             cross_keys,
@@ -356,27 +354,14 @@ def decode_step(
             method="decode",
         )
 
-    def run_scanned(carry, layer_inputs):
-        (x, keys, values), (layer_params, index, *cross) = carry, layer_inputs
-        return run_layer(layer_params, x, keys, values, index, cross[0], cross[1]), None
-
-    x = _embed(config, params, tokens[:, None])
-    cross = (cache.cross_keys, cache.cross_values)
-    keys, values = cache.self_keys, cache.self_values
-    if isinstance(decode, tuple):
-        keys, values = list(keys), list(values)
-        for i, layer_params in enumerate(decode):
-            x, keys[i], values[i] = run_layer(
-                layer_params, x, keys[i], values[i], i, cross[0][i], cross[1][i]
-            )
-        keys, values = tuple(keys), tuple(values)
-    else:
-        (x, keys, values), _ = lax.scan(
-            run_scanned,
-            (x, keys, values),
-            (decode, indices, *cross),
-            unroll=min(config.scan_unroll, config.num_decoder_layers),
-        )
+    x, keys, values = stacks.decode(
+        config,
+        run_layer,
+        (_embed(config, params, tokens[:, None]), cache.self_keys, cache.self_values),
+        _unstack(config, stack["layers"]),
+        cache.cross_keys,
+        cache.cross_values,
+    )
     x = _norm(config, stack["decoder_norm"], x)
     step_logits = apply_head(config, params, x[:, 0])
     return step_logits, cache._replace(self_keys=keys, self_values=values, time=time + 1)
@@ -389,29 +374,6 @@ def _embed(config: T5Config, params: Params, tokens: Int[Array, "B T"]) -> Float
     embedding = params["token_embedder"]["embedding"]
     x = jnp.take(embedding, tokens, axis=0).astype(config.dtype)
     return constrain(x, layers.ACTIVATIONS)
-
-
-def _run_stack(
-    config: T5Config,
-    run_layer: Callable[..., Float[Array, "B T D"]],
-    x: Float[Array, "B T D"],
-    stacked: Params,
-    key: Key[Array, ""] | None,
-) -> Float[Array, "B T D"]:
-    """Runs x through stacked layers by `lax.scan`; a dropout key is split between the layers."""
-    num_layers = jax.tree.leaves(stacked)[0].shape[0]
-    if config.remat:
-        run_layer = jax.checkpoint(run_layer, prevent_cse=False)
-
-    def body(carry, layer_inputs):
-        layer_params, layer_key = layer_inputs
-        if config.layers_on_host:
-            layer_params = jax.device_put(layer_params, jax.memory.Space.Device)
-        return run_layer(carry, layer_params, layer_key), None
-
-    keys = None if key is None else jax.random.split(key, num_layers)
-    x, _ = lax.scan(body, x, (stacked, keys), unroll=min(config.scan_unroll, num_layers))
-    return x
 
 
 def _position_bias(

@@ -1,0 +1,106 @@
+"""Runs a model's layers, whose parameters are stacked on axis 0: over whole texts, or in decoding.
+
+Over whole texts the layers are scanned, so that compile time does not grow with depth. Decoding
+scans them too, or runs them one by one where a config says so (`unstack`).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+from jaxtyping import Array, Key
+
+from gkd_jax.models.execution import ExecutionSettings
+from gkd_jax.models.parameters import Params
+
+
+def scan(
+    config: ExecutionSettings,
+    run_layer: Callable[..., tuple[jax.Array, Any]],
+    x: jax.Array,
+    stacked: Params,
+    *per_layer: Any,
+    dropout_key: Key[Array, ""] | None,
+) -> tuple[jax.Array, Any]:
+    """Runs whole texts through all layers.
+
+    Args:
+        config: the model's config.
+        run_layer: a function (x, layer, *per_layer, key) -> (x, outputs) of one layer.
+        x: the input of the first layer.
+        stacked: the parameters of the layers.
+        per_layer: further arguments of each layer, stacked on axis 0; None stays None.
+        dropout_key: the key that is split between the layers; None turns dropout off.
+
+    Returns:
+        The output of the last layer, and the stacked outputs of all layers.
+    """
+    num_layers = jax.tree.leaves(stacked)[0].shape[0]
+    keys = None if dropout_key is None else jax.random.split(dropout_key, num_layers)
+    if config.remat:
+        run_layer = jax.checkpoint(run_layer, prevent_cse=False)
+
+    def body(x, layer_inputs):
+        layer, *others = layer_inputs
+        if config.layers_on_host:
+            layer = jax.device_put(layer, jax.memory.Space.Device)
+        return run_layer(x, layer, *others)
+
+    unroll = min(config.scan_unroll, num_layers)
+    return lax.scan(body, x, (stacked, *per_layer, keys), unroll=unroll)
+
+
+def unstack(
+    config: ExecutionSettings, layers: Params | tuple[Params, ...], num_layers: int
+) -> Params | tuple[Params, ...]:
+    """Returns the layers as decoding runs them: a tuple where it is unrolled, else stacked.
+
+    In an unrolled loop, slices of a stack would be copied for every token. Layers that are a tuple
+    already are returned as they are.
+
+    Args:
+        config: the model's config, or its execution settings alone.
+        layers: the layers of the decoder.
+        num_layers: the number of these layers.
+    """
+    unrolled = config.unroll_decoding or config.scan_unroll >= num_layers
+    if isinstance(layers, tuple) or not unrolled:
+        return layers
+    return tuple(jax.tree.map(lambda x, i=i: x[i], layers) for i in range(num_layers))
+
+
+def decode(
+    config: ExecutionSettings,
+    run_layer: Callable[..., tuple[jax.Array, Any, Any]],
+    carry: tuple[jax.Array, Any, Any],
+    layers: Params | tuple[Params, ...],
+    *per_layer: Any,
+) -> tuple[jax.Array, Any, Any]:
+    """Runs one token of each row through all layers.
+
+    Args:
+        config: the model's config.
+        run_layer: a function (x, keys, values, layer, index, *per_layer) -> (x, keys, values) of
+            layer number `index`. The keys and values are the KV cache of this layer, or that of all
+            layers where they are stacked.
+        carry: the input of the first layer, and the keys and values of the KV cache.
+        layers: the result of `unstack`.
+        per_layer: further arguments of each layer, stacked on axis 0; tuples where the layers are.
+
+    Returns:
+        The output of the last layer, and the keys and values of the new KV cache.
+    """
+    if not isinstance(layers, tuple):
+
+        def body(carry, layer_inputs):
+            return run_layer(*carry, *layer_inputs), None
+
+        num_layers = jax.tree.leaves(layers)[0].shape[0]
+        inputs = (layers, jnp.arange(num_layers), *per_layer)
+        return lax.scan(body, carry, inputs, unroll=min(config.scan_unroll, num_layers))[0]
+    x, keys, values = carry[0], list(carry[1]), list(carry[2])
+    for i, (layer, *own) in enumerate(zip(layers, *per_layer, strict=True)):
+        x, keys[i], values[i] = run_layer(x, keys[i], values[i], layer, i, *own)
+    return x, tuple(keys), tuple(values)
