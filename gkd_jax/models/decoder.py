@@ -206,15 +206,8 @@ def apply_head(
     config: DecoderConfig, params: Params, states: Float[Array, "*B D"]
 ) -> Float[Array, "*B V"]:
     """Returns the float32 logits of hidden states."""
-    if config.tie_embeddings:
-        embedding = params["token_embedder"]["embedding"]
-        out = layers.project(states, embedding, config.dtype, transposed=True)
-    else:
-        kernel = quantized.restore(params["decoder"]["logits_dense"]["kernel"])
-        out = layers.project(states, kernel, config.dtype)
-    if config.final_softcap is not None:
-        out = config.final_softcap * jnp.tanh(out / config.final_softcap)
-    return constrain(out, ("batch", "length", "vocab")) if out.ndim == 3 else out
+    tied, softcap = config.tie_embeddings, config.final_softcap
+    return layers.apply_head(params, states, config.dtype, tied=tied, softcap=softcap)
 
 
 def _lengths(input_lengths: Int[Array, " B"] | None) -> Int[Array, " B"]:
@@ -377,7 +370,7 @@ def _run(
         # Entries of the cache after the tokens of a prompt are padding, which no query may see.
         held = jnp.where(place < context.lengths[:, None], place, NOWHERE)
         seen = jnp.concatenate([held, positions], axis=1)
-    keys = [None] * 2 if dropout_key is None else list(jax.random.split(dropout_key))
+    keys = layers.split_key(dropout_key, 2)
 
     def run_layer(x, layer, window, kind, past, key):
         layer = quantized.restore(layer)

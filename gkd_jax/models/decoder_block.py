@@ -107,7 +107,7 @@ def rest(
         mixed: the output of the attention heads.
         key: the key of dropout; None turns dropout off.
     """
-    keys = [None] * 2 if key is None else list(jax.random.split(key))
+    keys = layers.split_key(key, 2)
     mixed = mixed.swapaxes(1, 2).reshape(*x.shape[:2], config.num_heads * config.head_dim)
     y = _linear(config, layer["self_attention"]["out"], mixed)
     if config.post_norms:

@@ -8,17 +8,19 @@ Axes: B batch, T queries, S keys, D model, H heads, K head dim, F mlp.
 """
 
 import math
+from typing import Any
 
 from flax import linen as nn
 import jax
 from jax import lax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from gkd_jax import sharding
-from gkd_jax.models import kv_cache
+from gkd_jax.models import kv_cache, quantized
 from gkd_jax.models.attention import Heads, Padding, PositionBiases, attend
 from gkd_jax.models.kv_cache import Segments
+from gkd_jax.models.parameters import Params
 from gkd_jax.models.products import product, product_with_transpose
 from gkd_jax.sharding import constrain
 
@@ -62,6 +64,39 @@ def project(
     multiply = product_with_transpose if transposed else product
     out = multiply(x.reshape(-1, x.shape[-1]), kernel, dtype)
     return out.reshape(*x.shape[:-1], out.shape[-1])
+
+
+def apply_head(
+    params: Params,
+    states: Float[Array, "*B D"],
+    dtype: str,
+    *,
+    tied: bool,
+    softcap: float | None = None,
+) -> Float[Array, "*B V"]:
+    """Returns the float32 logits of hidden states, for any family.
+
+    Args:
+        params: the parameters of the whole model.
+        states: hidden states.
+        dtype: the compute dtype.
+        tied: the head is the transposed embedding.
+        softcap: c in c tanh(x / c), which bounds the logits; None is off.
+    """
+    if tied:
+        embedding = params["token_embedder"]["embedding"]
+        out = project(states, embedding, dtype, transposed=True)
+    else:
+        kernel = quantized.restore(params["decoder"]["logits_dense"]["kernel"])
+        out = project(states, kernel, dtype)
+    if softcap is not None:
+        out = softcap * jnp.tanh(out / softcap)
+    return constrain(out, ("batch", "length", "vocab")) if out.ndim == 3 else out
+
+
+def split_key(key: Key[Array, ""] | None, num: int) -> list[Any]:
+    """Splits a key of dropout; without a key, returns `num` times None."""
+    return [None] * num if key is None else list(jax.random.split(key, num))
 
 
 class RMSNorm(nn.Module):

@@ -139,23 +139,12 @@ def encode(
     else:
         mask = jnp.arange(inputs.shape[1])[None] < input_lengths[:, None]
     padding = layers.hide_padding(mask, input_lengths)
-    position_bias = None
-    if not config.per_layer_relpos:
-        rows, length = inputs.shape
-        position_bias = _position_bias(config, stack, "encoder", length, rows)
+    position_bias = _position_bias(config, stack, "encoder", *inputs.shape)
 
     def run_layer(x, layer_params, key):
-        return _apply(
-            layer,
-            layer_params,
-            x,
-            position_bias,
-            padding,
-            deterministic=key is None,
-            rngs=None if key is None else {"dropout": key},
-        ), None
+        return _apply_dropping(key, layer, layer_params, x, position_bias, padding), None
 
-    keys = _split(dropout_key, 3)
+    keys = layers.split_key(dropout_key, 3)
     x = _dropout(config, _embed(config, params, inputs), keys[0])
     x, _ = stacks.scan(config, run_layer, x, stack["layers"], dropout_key=keys[1])
     x = _norm(config, stack["encoder_norm"], x)
@@ -186,29 +175,17 @@ def hidden(
         context: `encode`'s result, where the caller has it already.
         dropout_key: the key of dropout; None turns dropout off.
     """
-    keys = _split(dropout_key, 4)
+    keys = layers.split_key(dropout_key, 4)
     if context is None:
         context = encode(config, params, batch.inputs, batch.input_lengths, dropout_key=keys[3])
     context = repeat(context, batch.targets.shape[0] // context.states.shape[0])
     encoded = context.states
     stack, layer = params["decoder"], blocks.decoder_layer(config)
     padding = layers.hide_padding(context.mask)
-    position_bias = None
-    if not config.per_layer_relpos:
-        rows, length = batch.targets.shape
-        position_bias = _position_bias(config, stack, "decoder", length, rows)
+    position_bias = _position_bias(config, stack, "decoder", *batch.targets.shape)
 
     def run_layer(x, layer_params, key):
-        return _apply(
-            layer,
-            layer_params,
-            x,
-            encoded,
-            position_bias,
-            padding,
-            deterministic=key is None,
-            rngs=None if key is None else {"dropout": key},
-        ), None
+        return _apply_dropping(key, layer, layer_params, x, encoded, position_bias, padding), None
 
     x = _embed(config, params, shift_right(batch.targets))
     x = _dropout(config, x, keys[0])
@@ -236,15 +213,7 @@ def apply_head(
     """Returns the float32 logits of hidden states."""
     if config.scale_logits:
         states = states * config.d_model**-0.5
-    if config.tie_embeddings:
-        embedding = params["token_embedder"]["embedding"]
-        out = layers.project(states, embedding, config.dtype, transposed=True)
-    else:
-        kernel = quantized.restore(params["decoder"]["logits_dense"]["kernel"])
-        out = layers.project(states, kernel, config.dtype)
-    if out.ndim == 3:
-        out = constrain(out, ("batch", "length", "vocab"))
-    return out
+    return layers.apply_head(params, states, config.dtype, tied=config.tie_embeddings)
 
 
 def shift_right(targets: Int[Array, "B T"]) -> Int[Array, "B T"]:
@@ -377,9 +346,11 @@ def _embed(config: T5Config, params: Params, tokens: Int[Array, "B T"]) -> Float
 
 
 def _position_bias(
-    config: T5Config, stack: Params, name: str, length: int, num_rows: int
-) -> Float[Array, "G H T T"]:
-    """Returns the position bias that all layers of a stack share."""
+    config: T5Config, stack: Params, name: str, num_rows: int, length: int
+) -> Float[Array, "G H T T"] | None:
+    """Returns the position bias that all layers of a stack share; None if each has its own."""
+    if config.per_layer_relpos:
+        return None
     copies = layers.bias_copies(num_rows)
     return _apply(blocks.relpos(config, name), stack["relpos_bias"], length, length, copies)
 
@@ -390,6 +361,14 @@ def _apply(module: nn.Module, params: Params, *args: Any, **options: Any) -> Any
     The result has the type Any, because Flax's own type allows for mutated variables in it.
     """
     return module.apply({"params": quantized.restore(params)}, *args, **options)
+
+
+def _apply_dropping(
+    key: Key[Array, ""] | None, module: nn.Module, params: Params, *args: Any
+) -> Any:
+    """Calls a module that has dropout; without a key, it drops nothing."""
+    rngs = None if key is None else {"dropout": key}
+    return _apply(module, params, *args, deterministic=key is None, rngs=rngs)
 
 
 def _norm(config: T5Config, params: Params, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -403,9 +382,4 @@ def _dropout(
     if key is None or config.dropout_rate == 0:
         return x
     dropout = nn.Dropout(config.dropout_rate, broadcast_dims=(-2,))
-    return _apply(dropout, {}, x, deterministic=False, rngs={"dropout": key})
-
-
-def _split(key: Key[Array, ""] | None, num: int) -> list[Any]:
-    """Splits a key; without a key, returns `num` times None."""
-    return [None] * num if key is None else list(jax.random.split(key, num))
+    return _apply_dropping(key, dropout, {}, x)
