@@ -38,6 +38,7 @@ RULES: Rules = {
     "kv": None,
     "relpos_buckets": None,
 }
+ACTIVATIONS = ("batch", "length", "embed_activations")  # logical axes of hidden states [B T D]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -214,7 +214,7 @@ KNOW_NO_FAMILY = (
     *("storage/checkpoints.py", "storage/pretrained.py", "planning"),
 )
 FAMILIES = {
-    *("t5", "t5_config", "blocks"),
+    *("t5", "t5_config", "t5_layers", "blocks"),
     *("decoder", "decoder_config", "decoder_block", "decoder_sizes"),
 }
 
@@ -262,7 +262,7 @@ def test_no_data_is_executed():
         ("gkd_jax/gkd.py", "from . import program", True),
         ("gkd_jax/gkd.py", "from gkd_jax import Batch", True),
         ("gkd_jax/gkd.py", "from gkd_jax import nowhere_in_the_table", True),
-        ("gkd_jax/models/t5.py", "from gkd_jax.models import layers", False),
+        ("gkd_jax/models/t5.py", "from gkd_jax.models import t5_layers", False),
         ("gkd_jax/models/t5.py", "from ..gkd import update", True),
         ("gkd_jax/__main__.py", "from gkd_jax.main import main", False),
         ("gkd_jax/report.py", "from gkd_jax import main", True),

@@ -10,7 +10,7 @@ import pytest
 from random_models import random_params
 
 from gkd_jax.batch import Batch
-from gkd_jax.models import layers, lm, t5
+from gkd_jax.models import lm, t5, t5_layers
 
 
 T5_1_1 = t5.T5Config(
@@ -119,7 +119,7 @@ def _naive_bucket(distance, bidirectional, buckets, max_distance):
 @pytest.mark.parametrize("bidirectional", [True, False])
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (5, 5), (40, 40), (7, 3), (2, 9)])
 def test_relative_position_bias_equals_a_table(bidirectional, queries, keys):
-    module = layers.RelativePositionBias(
+    module = t5_layers.RelativePositionBias(
         num_heads=3, buckets=8, max_distance=20, bidirectional=bidirectional
     )
     table = np.random.default_rng(0).normal(size=(3, 8)).astype(np.float32)
@@ -136,7 +136,7 @@ def test_buckets_equal_hugging_face(bidirectional):
     torch = pytest.importorskip("torch")
     modeling = pytest.importorskip("transformers.models.t5.modeling_t5")
     distances = np.arange(-3000, 3001)
-    got = layers.relative_position_bucket(jnp.asarray(distances), bidirectional, 32, 128)
+    got = t5_layers.relative_position_bucket(jnp.asarray(distances), bidirectional, 32, 128)
     expected = modeling.T5Attention._relative_position_bucket(
         torch.tensor(distances), bidirectional=bidirectional, num_buckets=32, max_distance=128
     )

@@ -10,6 +10,7 @@ XLA may recognise the second computation as a copy of the first, and keep the sc
 Axes: B batch, H heads, T queries, S keys, K head dim.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -17,10 +18,12 @@ from jax import lax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from gkd_jax import sharding
 from gkd_jax.models import cudnn
 from gkd_jax.models.products import product, product_of_transpose, product_with_transpose
 
 
+_SCORES_IN_CACHE = 2**23  # the most attention scores (float32) that stay in a CPU's cache
 Heads = Float[Array, "B H S K"]
 PositionBiases = tuple[Float[Array, "#G #H T S"], ...]
 
@@ -190,3 +193,12 @@ def _sum_to(x: Float[Array, "*B H T S"], shape: tuple[int, ...]) -> Float[Array,
         x = jnp.sum(x.reshape(shape[0], -1, *x.shape[1:]), axis=1)
     axes = tuple(axis for axis, size in enumerate(shape) if size == 1 and x.shape[axis] != 1)
     return jnp.sum(x, axis=axes, keepdims=True)
+
+
+def gains_by_row(queries: Float[Array, "B H T K"], keys: Float[Array, "B G S K"]) -> bool:
+    """Returns whether a CPU attends faster for one row of the batch at a time.
+
+    It does if the scores of all rows exceed its cache, and if the batch is not sharded.
+    """
+    large = math.prod(queries.shape[:3]) * keys.shape[2] > _SCORES_IN_CACHE
+    return large and sharding.num_batch_shards() == 1

@@ -1,16 +1,16 @@
-"""Builds the modules of `gkd_jax.models.layers` with the sizes of a `T5Config`."""
+"""Builds the modules of `gkd_jax.models.t5_layers` with the sizes of a `T5Config`."""
 
 from typing import Any
 
 from flax import linen as nn
 
-from gkd_jax.models import layers
+from gkd_jax.models import t5_layers
 from gkd_jax.models.t5_config import T5Config
 
 
-def relpos(config: T5Config, stack: str) -> layers.RelativePositionBias:
+def relpos(config: T5Config, stack: str) -> t5_layers.RelativePositionBias:
     """Returns the position bias of a stack, "encoder" or "decoder"."""
-    return layers.RelativePositionBias(
+    return t5_layers.RelativePositionBias(
         num_heads=config.num_heads,
         buckets=config.relpos_buckets,
         max_distance=config.relpos_max_distance,
@@ -18,8 +18,8 @@ def relpos(config: T5Config, stack: str) -> layers.RelativePositionBias:
     )
 
 
-def _attention(config: T5Config) -> layers.Attention:
-    return layers.Attention(
+def _attention(config: T5Config) -> t5_layers.Attention:
+    return t5_layers.Attention(
         num_heads=config.num_heads,
         head_dim=config.head_dim,
         d_model=config.d_model,
@@ -31,7 +31,7 @@ def _attention(config: T5Config) -> layers.Attention:
 
 def _block(config: T5Config, stack: str) -> dict[str, Any]:
     """Returns the parts that encoder and decoder layers have in common, by field name."""
-    mlp = layers.MLP(
+    mlp = t5_layers.MLP(
         d_ff=config.d_ff,
         d_model=config.d_model,
         activations=config.mlp_activations,
@@ -40,27 +40,27 @@ def _block(config: T5Config, stack: str) -> dict[str, Any]:
     )
     return {
         "mlp": mlp,
-        "pre_mlp_layer_norm": layers.RMSNorm(config.layer_norm_epsilon, config.dtype),
+        "pre_mlp_layer_norm": t5_layers.RMSNorm(config.layer_norm_epsilon, config.dtype),
         "dropout": nn.Dropout(config.dropout_rate, broadcast_dims=(-2,)),
         "relpos_bias": relpos(config, stack) if config.per_layer_relpos else None,
     }
 
 
-def encoder_layer(config: T5Config) -> layers.EncoderLayer:
+def encoder_layer(config: T5Config) -> t5_layers.EncoderLayer:
     """Returns one layer of the encoder."""
-    return layers.EncoderLayer(
+    return t5_layers.EncoderLayer(
         attention=_attention(config),
-        pre_attention_layer_norm=layers.RMSNorm(config.layer_norm_epsilon, config.dtype),
+        pre_attention_layer_norm=t5_layers.RMSNorm(config.layer_norm_epsilon, config.dtype),
         **_block(config, "encoder"),
     )
 
 
-def decoder_layer(config: T5Config) -> layers.DecoderLayer:
+def decoder_layer(config: T5Config) -> t5_layers.DecoderLayer:
     """Returns one layer of the decoder."""
-    return layers.DecoderLayer(
+    return t5_layers.DecoderLayer(
         self_attention=_attention(config),
         encoder_decoder_attention=_attention(config),
-        pre_self_attention_layer_norm=layers.RMSNorm(config.layer_norm_epsilon, config.dtype),
-        pre_cross_attention_layer_norm=layers.RMSNorm(config.layer_norm_epsilon, config.dtype),
+        pre_self_attention_layer_norm=t5_layers.RMSNorm(config.layer_norm_epsilon, config.dtype),
+        pre_cross_attention_layer_norm=t5_layers.RMSNorm(config.layer_norm_epsilon, config.dtype),
         **_block(config, "decoder"),
     )

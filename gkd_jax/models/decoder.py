@@ -20,12 +20,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from gkd_jax.batch import Batch
-from gkd_jax.models import decoder_block, kv_cache, layers, parameters, quantized, rope, stacks
+from gkd_jax.models import decoder_block, embedding, kv_cache, parameters, quantized, rope, stacks
 from gkd_jax.models.decoder_config import DecoderConfig, Rope, from_fields
 from gkd_jax.models.grouped_attention import NOWHERE, Sight, masked_scores
 from gkd_jax.models.kv_cache import Segments
 from gkd_jax.models.parameters import Params, logical_axes, num_params
-from gkd_jax.sharding import constrain
+from gkd_jax.sharding import ACTIVATIONS, constrain
 
 
 __all__ = ["DecoderConfig", "Params", "Rope", "from_fields", "logical_axes", "num_params"]
@@ -110,9 +110,9 @@ def init(config: DecoderConfig, key: Key[Array, ""]) -> Params:
     if config.post_norms:
         for name in ("post_self_attention_layer_norm", "post_mlp_layer_norm"):
             stack[name] = norm(depth, width)
-    embedding = _INIT_STD * jax.random.normal(next(keys), (config.vocab_size, width))
+    embeddings = _INIT_STD * jax.random.normal(next(keys), (config.vocab_size, width))
     params: Params = {
-        "token_embedder": {"embedding": embedding},
+        "token_embedder": {"embedding": embeddings},
         "decoder": {"layers": stack, "decoder_norm": norm(width)},
     }
     if not config.tie_embeddings:
@@ -199,7 +199,7 @@ def hidden(
         tokens = jnp.concatenate([context.first[:, None], batch.targets[:, :-1]], axis=1)
         positions = context.lengths[:, None] + jnp.arange(length)[None]
         states, _ = _run(config, params, tokens, positions, context, dropout_key)
-    return constrain(decoder_block.final_norm(config, params, states), layers.ACTIVATIONS)
+    return constrain(decoder_block.final_norm(config, params, states), ACTIVATIONS)
 
 
 def apply_head(
@@ -207,7 +207,7 @@ def apply_head(
 ) -> Float[Array, "*B V"]:
     """Returns the float32 logits of hidden states."""
     tied, softcap = config.tie_embeddings, config.final_softcap
-    return layers.apply_head(params, states, config.dtype, tied=tied, softcap=softcap)
+    return embedding.apply_head(params, states, config.dtype, tied=tied, softcap=softcap)
 
 
 def _lengths(input_lengths: Int[Array, " B"] | None) -> Int[Array, " B"]:
@@ -313,10 +313,11 @@ def decode_step(
         mixed = kv_cache.attend(query, [kv_cache.Part(prompt_keys, prompt_values), *own], score)
         return decoder_block.rest(config, layer, x, mixed, None), keys, values
 
+    x = decoder_block.embed(config, params, tokens[:, None])
     x, keys, values = stacks.decode(
         config,
         run_layer,
-        (decoder_block.embed(config, params, tokens[:, None]), cache.keys, cache.values),
+        (x, cache.keys, cache.values),
         _unstack(config, params["decoder"]["layers"]),
         windows,
         kinds,
@@ -370,7 +371,7 @@ def _run(
         # Entries of the cache after the tokens of a prompt are padding, which no query may see.
         held = jnp.where(place < context.lengths[:, None], place, NOWHERE)
         seen = jnp.concatenate([held, positions], axis=1)
-    keys = layers.split_key(dropout_key, 2)
+    keys = stacks.split_key(dropout_key, 2)
 
     def run_layer(x, layer, window, kind, past, key):
         layer = quantized.restore(layer)

@@ -15,11 +15,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 import numpy as np
 
-from gkd_jax.models import grouped_attention, layers, rope, splash
+from gkd_jax.models import embedding, grouped_attention, rope, splash, stacks
+from gkd_jax.models.attention import gains_by_row
 from gkd_jax.models.decoder_config import DecoderConfig
 from gkd_jax.models.grouped_attention import NO_WINDOW, Sight
 from gkd_jax.models.parameters import Params
-from gkd_jax.sharding import constrain, num_shards
+from gkd_jax.models.products import project
+from gkd_jax.sharding import ACTIVATIONS, constrain, num_shards
 
 
 def attend(
@@ -57,7 +59,7 @@ def attend(
         sight,
         scale=score_scale(config),
         softcap=config.attention_softcap,
-        by_row=config.attention_by_row and layers.gains_by_row(query, keys),
+        by_row=config.attention_by_row and gains_by_row(query, keys),
         is_causal=is_causal and not any(config.windows),
     )
 
@@ -107,16 +109,16 @@ def rest(
         mixed: the output of the attention heads.
         key: the key of dropout; None turns dropout off.
     """
-    keys = layers.split_key(key, 2)
+    keys = stacks.split_key(key, 2)
     mixed = mixed.swapaxes(1, 2).reshape(*x.shape[:2], config.num_heads * config.head_dim)
     y = _linear(config, layer["self_attention"]["out"], mixed)
     if config.post_norms:
         y = norm(config, layer["post_self_attention_layer_norm"], y)
-    x = constrain(x + dropout(config, y, keys[0]), layers.ACTIVATIONS)
+    x = constrain(x + dropout(config, y, keys[0]), ACTIVATIONS)
     y = _mlp(config, layer["mlp"], norm(config, layer["pre_mlp_layer_norm"], x))
     if config.post_norms:
         y = norm(config, layer["post_mlp_layer_norm"], y)
-    return constrain(x + dropout(config, y, keys[1]), layers.ACTIVATIONS)
+    return constrain(x + dropout(config, y, keys[1]), ACTIVATIONS)
 
 
 def _mlp(config: DecoderConfig, mlp: Params, x: Float[Array, "N T D"]) -> Float[Array, "N T D"]:
@@ -131,7 +133,7 @@ def _mlp(config: DecoderConfig, mlp: Params, x: Float[Array, "N T D"]) -> Float[
 
 def _linear(config: DecoderConfig, linear: Params, x: Float[Array, "*B D"]) -> jax.Array:
     """Returns x @ kernel + bias, rounded to the compute dtype once, after the bias."""
-    out = layers.project(x, linear["kernel"], config.dtype)
+    out = project(x, linear["kernel"], config.dtype)
     if "bias" in linear:
         out = out + linear["bias"].astype(jnp.float32).reshape((1,) * (out.ndim - 1) + (-1,))
     return out.astype(config.dtype)
@@ -162,11 +164,8 @@ def embed(
     config: DecoderConfig, params: Params, tokens: Int[Array, "N T"]
 ) -> Float[Array, "N T D"]:
     """Returns the embeddings of tokens in the compute dtype."""
-    embedding = params["token_embedder"]["embedding"]
-    x = jnp.take(embedding, tokens, axis=0).astype(config.dtype)
-    if config.scale_embedding:  # like transformers, round sqrt(D) to the compute dtype too
-        x = x * jnp.asarray(math.sqrt(config.d_model), config.dtype)
-    return constrain(x, layers.ACTIVATIONS)
+    scale = math.sqrt(config.d_model) if config.scale_embedding else None
+    return embedding.embed(params, tokens, config.dtype, scale=scale)
 
 
 def dropout(config: DecoderConfig, x: jax.Array, key: Key[Array, ""] | None) -> jax.Array:

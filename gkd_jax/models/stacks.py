@@ -104,3 +104,8 @@ def decode(
     for i, (layer, *own) in enumerate(zip(layers, *per_layer, strict=True)):
         x, keys[i], values[i] = run_layer(x, keys[i], values[i], layer, i, *own)
     return x, tuple(keys), tuple(values)
+
+
+def split_key(key: Key[Array, ""] | None, num: int) -> list[Any]:
+    """Splits a key of dropout; without a key, returns `num` times None."""
+    return [None] * num if key is None else list(jax.random.split(key, num))

@@ -20,12 +20,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from gkd_jax.batch import Batch
-from gkd_jax.models import blocks, kv_cache, layers, parameters, quantized, stacks
+from gkd_jax.models import blocks, embedding, kv_cache, parameters, quantized, stacks, t5_layers
 from gkd_jax.models.attention import Padding
 from gkd_jax.models.kv_cache import Segments
 from gkd_jax.models.parameters import Params, logical_axes, num_params
 from gkd_jax.models.t5_config import T5Config, t5_1_0, t5_1_1
-from gkd_jax.sharding import constrain
 
 
 __all__ = [
@@ -82,14 +81,14 @@ class Cache(NamedTuple):
 def init(config: T5Config, key: Key[Array, ""]) -> Params:
     """Returns random float32 parameters with the distributions of T5X's initialisation."""
     keys = iter(jax.random.split(key, 6))
-    embedding = jax.random.normal(next(keys), (config.vocab_size, config.d_model))
+    embeddings = jax.random.normal(next(keys), (config.vocab_size, config.d_model))
     params: Params = {
-        "token_embedder": {"embedding": embedding},
+        "token_embedder": {"embedding": embeddings},
         "encoder": _init_stack(config, next(keys), blocks.encoder_layer(config), "encoder"),
         "decoder": _init_stack(config, next(keys), blocks.decoder_layer(config), "decoder"),
     }
     if not config.tie_embeddings:
-        kernel = layers.fan_in_truncated(next(keys), (config.d_model, config.vocab_size))
+        kernel = t5_layers.fan_in_truncated(next(keys), (config.d_model, config.vocab_size))
         params["decoder"]["logits_dense"] = {"kernel": kernel}
     return params
 
@@ -138,14 +137,14 @@ def encode(
         mask = inputs != PAD_ID
     else:
         mask = jnp.arange(inputs.shape[1])[None] < input_lengths[:, None]
-    padding = layers.hide_padding(mask, input_lengths)
+    padding = t5_layers.hide_padding(mask, input_lengths)
     position_bias = _position_bias(config, stack, "encoder", *inputs.shape)
 
     def run_layer(x, layer_params, key):
         return _apply_dropping(key, layer, layer_params, x, position_bias, padding), None
 
-    keys = layers.split_key(dropout_key, 3)
-    x = _dropout(config, _embed(config, params, inputs), keys[0])
+    keys = stacks.split_key(dropout_key, 3)
+    x = _dropout(config, embedding.embed(params, inputs, config.dtype), keys[0])
     x, _ = stacks.scan(config, run_layer, x, stack["layers"], dropout_key=keys[1])
     x = _norm(config, stack["encoder_norm"], x)
     first = jnp.full((inputs.shape[0],), START_ID, jnp.int32)
@@ -175,19 +174,19 @@ def hidden(
         context: `encode`'s result, where the caller has it already.
         dropout_key: the key of dropout; None turns dropout off.
     """
-    keys = layers.split_key(dropout_key, 4)
+    keys = stacks.split_key(dropout_key, 4)
     if context is None:
         context = encode(config, params, batch.inputs, batch.input_lengths, dropout_key=keys[3])
     context = repeat(context, batch.targets.shape[0] // context.states.shape[0])
     encoded = context.states
     stack, layer = params["decoder"], blocks.decoder_layer(config)
-    padding = layers.hide_padding(context.mask)
+    padding = t5_layers.hide_padding(context.mask)
     position_bias = _position_bias(config, stack, "decoder", *batch.targets.shape)
 
     def run_layer(x, layer_params, key):
         return _apply_dropping(key, layer, layer_params, x, encoded, position_bias, padding), None
 
-    x = _embed(config, params, shift_right(batch.targets))
+    x = embedding.embed(params, shift_right(batch.targets), config.dtype)
     x = _dropout(config, x, keys[0])
     x, _ = stacks.scan(config, run_layer, x, stack["layers"], dropout_key=keys[1])
     x = _norm(config, stack["decoder_norm"], x)
@@ -213,7 +212,7 @@ def apply_head(
     """Returns the float32 logits of hidden states."""
     if config.scale_logits:
         states = states * config.d_model**-0.5
-    return layers.apply_head(params, states, config.dtype, tied=config.tie_embeddings)
+    return embedding.apply_head(params, states, config.dtype, tied=config.tie_embeddings)
 
 
 def shift_right(targets: Int[Array, "B T"]) -> Int[Array, "B T"]:
@@ -298,12 +297,12 @@ def decode_step(
     The first tokens to feed are `Context.first`.
     """
     layer = blocks.decoder_layer(config)
-    padding = layers.hide_padding(cache.mask)
+    padding = t5_layers.hide_padding(cache.mask)
     time, length = cache.time, cache.bias.shape[-1] // 2
     of_place_0 = length - 1 - time % length
     bias = lax.dynamic_slice_in_dim(cache.bias, of_place_0, length, axis=2)[:, :, None]
     own = kv_cache.ages(cache, length)[None] <= kv_cache.row_positions(cache)[:, None]
-    own_bias = layers.hide_padding(own).bias
+    own_bias = t5_layers.hide_padding(own).bias
     stack = params["decoder"]
 
     def run_layer(x, self_keys, self_values, layer_params, index, cross_keys, cross_values):
@@ -326,7 +325,11 @@ def decode_step(
     x, keys, values = stacks.decode(
         config,
         run_layer,
-        (_embed(config, params, tokens[:, None]), cache.self_keys, cache.self_values),
+        (
+            embedding.embed(params, tokens[:, None], config.dtype),
+            cache.self_keys,
+            cache.self_values,
+        ),
         _unstack(config, stack["layers"]),
         cache.cross_keys,
         cache.cross_values,
@@ -339,19 +342,13 @@ def decode_step(
 # Parts --------------------------------------------------------------------------------------------
 
 
-def _embed(config: T5Config, params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    embedding = params["token_embedder"]["embedding"]
-    x = jnp.take(embedding, tokens, axis=0).astype(config.dtype)
-    return constrain(x, layers.ACTIVATIONS)
-
-
 def _position_bias(
     config: T5Config, stack: Params, name: str, num_rows: int, length: int
 ) -> Float[Array, "G H T T"] | None:
     """Returns the position bias that all layers of a stack share; None if each has its own."""
     if config.per_layer_relpos:
         return None
-    copies = layers.bias_copies(num_rows)
+    copies = t5_layers.bias_copies(num_rows)
     return _apply(blocks.relpos(config, name), stack["relpos_bias"], length, length, copies)
 
 
@@ -372,7 +369,7 @@ def _apply_dropping(
 
 
 def _norm(config: T5Config, params: Params, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    norm = layers.RMSNorm(config.layer_norm_epsilon, config.dtype)
+    norm = t5_layers.RMSNorm(config.layer_norm_epsilon, config.dtype)
     return _apply(norm, params, x)
 
 

@@ -8,26 +8,22 @@ Axes: B batch, T queries, S keys, D model, H heads, K head dim, F mlp.
 """
 
 import math
-from typing import Any
 
 from flax import linen as nn
 import jax
 from jax import lax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int
 
 from gkd_jax import sharding
-from gkd_jax.models import kv_cache, quantized
-from gkd_jax.models.attention import Heads, Padding, PositionBiases, attend
+from gkd_jax.models import kv_cache
+from gkd_jax.models.attention import Heads, Padding, PositionBiases, attend, gains_by_row
 from gkd_jax.models.kv_cache import Segments
-from gkd_jax.models.parameters import Params
-from gkd_jax.models.products import product, product_with_transpose
-from gkd_jax.sharding import constrain
+from gkd_jax.models.products import matmul
+from gkd_jax.sharding import ACTIVATIONS, constrain
 
 
-_SCORES_IN_CACHE = 2**23  # the most attention scores (float32) that stay in a CPU's cache
 MASKED = -1e10  # T5X's additive mask: exp(MASKED - max) is exactly 0 in float32
-ACTIVATIONS = ("batch", "length", "embed_activations")  # logical axes of [B S D] and [B T D]
 fan_in_normal = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 fan_in_truncated = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
 
@@ -43,60 +39,6 @@ class Dense(nn.Module):
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B F"]:
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         return matmul(x, kernel, self.dtype)
-
-
-def matmul(
-    x: Float[Array, "*B D"], kernel: Float[Array, "D F"], dtype: str
-) -> Float[Array, "*B F"]:
-    """Returns x @ kernel in `dtype`; operands are cast to `dtype`, sums are float32."""
-    return project(x, kernel, dtype).astype(dtype)
-
-
-def project(
-    x: Float[Array, "*B D"], kernel: Float[Array, "..."], dtype: str, *, transposed: bool = False
-) -> Float[Array, "*B F"]:
-    """Returns x @ kernel in float32; operands are cast to `dtype`.
-
-    The kernel is [D, F], or [F, D] if `transposed`.
-    """
-    # The leading axes of x are merged into one. If they were kept apart, the kernel's gradient
-    # would contract over two axes, which takes twice the time on CPU.
-    multiply = product_with_transpose if transposed else product
-    out = multiply(x.reshape(-1, x.shape[-1]), kernel, dtype)
-    return out.reshape(*x.shape[:-1], out.shape[-1])
-
-
-def apply_head(
-    params: Params,
-    states: Float[Array, "*B D"],
-    dtype: str,
-    *,
-    tied: bool,
-    softcap: float | None = None,
-) -> Float[Array, "*B V"]:
-    """Returns the float32 logits of hidden states, for any family.
-
-    Args:
-        params: the parameters of the whole model.
-        states: hidden states.
-        dtype: the compute dtype.
-        tied: the head is the transposed embedding.
-        softcap: c in c tanh(x / c), which bounds the logits; None is off.
-    """
-    if tied:
-        embedding = params["token_embedder"]["embedding"]
-        out = project(states, embedding, dtype, transposed=True)
-    else:
-        kernel = quantized.restore(params["decoder"]["logits_dense"]["kernel"])
-        out = project(states, kernel, dtype)
-    if softcap is not None:
-        out = softcap * jnp.tanh(out / softcap)
-    return constrain(out, ("batch", "length", "vocab")) if out.ndim == 3 else out
-
-
-def split_key(key: Key[Array, ""] | None, num: int) -> list[Any]:
-    """Splits a key of dropout; without a key, returns `num` times None."""
-    return [None] * num if key is None else list(jax.random.split(key, num))
 
 
 class RMSNorm(nn.Module):
@@ -175,15 +117,6 @@ class Attention(nn.Module):
     def _join_heads(self, mixed: Float[Array, "B H T K"]) -> Float[Array, "B T D"]:
         mixed = mixed.swapaxes(1, 2)
         return self.out(mixed.reshape(*mixed.shape[:2], self.num_heads * self.head_dim))
-
-
-def gains_by_row(queries: Float[Array, "B H T K"], keys: Float[Array, "B G S K"]) -> bool:
-    """Returns whether a CPU attends faster for one row of the batch at a time.
-
-    It does if the scores of all rows exceed its cache, and if the batch is not sharded.
-    """
-    large = math.prod(queries.shape[:3]) * keys.shape[2] > _SCORES_IN_CACHE
-    return large and sharding.num_batch_shards() == 1
 
 
 class MLP(nn.Module):
