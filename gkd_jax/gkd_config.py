@@ -102,12 +102,7 @@ class GKDConfig:
             raise ValueError("sampling.temperature must be positive in training, got 0 (greedy)")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing must lie in [0, 1), got {self.label_smoothing}")
-        if not isinstance(self.num_samples, int) or self.num_samples < 1:
-            raise ValueError(f"num_samples must be a positive integer, got {self.num_samples!r}")
-        for name in ("loss_parts", "decode_rows"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} must be a positive integer or None, got {value!r}")
+        settings.check_positive(self, "num_samples", "loss_parts", "decode_rows")
         if self.rl is not None:
             if self.on_policy_fraction == 0:
                 raise ValueError("a reward needs samples: on_policy_fraction must not be 0")

@@ -169,7 +169,7 @@ BAD = {
     "--gin.EVAL_DECODING='best'": "'beam' or 'likeliest', got 'best'",
     "--gin.EVAL_SPLIT='dev'": "has no split 'dev', expected one of ['train', 'validation', 'test']",
     "--gin.DATA_DIR='/no/such/dir'": "there is no folder '/no/such/dir'",
-    "--gin.NUM_EXAMPLES=0": "num_examples must be positive or None, got 0",
+    "--gin.NUM_EXAMPLES=0": "num_examples must be a positive integer or None, got 0",
     "--gin.EVAL_NUM_EXAMPLES=-1": "num_examples must be at least 0 (no evaluation) or None, got -1",
     "--gin.DATA_DIR=$NO_SUCH_NAME/x": "DATA_DIR='$NO_SUCH_NAME/x' holds a variable",
     "--gin.VOCABULARY=~nobody_here/x": "VOCABULARY='~nobody_here/x' holds a variable or a user",

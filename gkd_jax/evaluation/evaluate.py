@@ -116,14 +116,12 @@ class EvalConfig:
                 f"decoding must be 'greedy', 'sample', 'beam' or 'likeliest', got {self.decoding!r}"
             )
         settings.check_seed("seed", self.seed)
-        if not isinstance(self.num_beams, int) or self.num_beams < 1:
-            raise ValueError(f"num_beams must be a positive integer, got {self.num_beams!r}")
+        settings.check_positive(self, "num_beams", "num_samples")
+        settings.check_positive(self, "batch_size", "decode_rows", "target_length")
         if not self.alpha >= 0:
             raise ValueError(f"alpha must be at least 0 (no length penalty), got {self.alpha}")
         if self.decoding == "sample" and not self.temperature > 0:
             raise ValueError(f"temperature must be positive to sample, got {self.temperature}")
-        if not isinstance(self.num_samples, int) or self.num_samples < 1:
-            raise ValueError(f"num_samples must be a positive integer, got {self.num_samples!r}")
         if self.num_samples > 1 and self.decoding != "sample":
             raise ValueError(
                 f"num_samples={self.num_samples} needs decoding='sample', got {self.decoding!r}"
@@ -134,10 +132,6 @@ class EvalConfig:
             raise ValueError(
                 f"num_examples must be at least 0 (no evaluation) or None, got {self.num_examples}"
             )
-        for name in ("batch_size", "decode_rows", "target_length"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} must be a positive integer or None, got {value!r}")
         if self.decode_rows and (self.calculator or self.decoding not in ("greedy", "sample")):
             how = "the calculator" if self.calculator else repr(self.decoding)
             raise ValueError(

@@ -106,10 +106,7 @@ class DataConfig:
         for name, length in self.feature_lengths.items():
             if not isinstance(length, int) or length < 1:
                 raise ValueError(f"feature_lengths[{name!r}] must be positive, got {length!r}")
-        if not isinstance(self.batch_size, int) or self.batch_size < 1:
-            raise ValueError(f"batch_size must be a positive integer, got {self.batch_size!r}")
-        if self.num_examples is not None and self.num_examples < 1:
-            raise ValueError(f"num_examples must be positive or None, got {self.num_examples}")
+        settings.check_positive(self, "batch_size", "num_examples")
         settings.check_seed("seed", self.seed)
         if not all(isinstance(length, int) and length > 0 for length in self.length_buckets):
             raise ValueError(f"length_buckets must be positive integers, got {self.length_buckets}")

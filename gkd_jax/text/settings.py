@@ -47,6 +47,16 @@ def check_seed(name: str, value: int) -> None:
         raise ValueError(f"{name} must be an integer of at least 0 and below 2**32, got {value!r}")
 
 
+def check_positive(config: Any, *names: str) -> None:
+    """Raises ValueError if an integer field of a dataclass is not positive; None passes."""
+    kinds = {field.name: field.type for field in dataclasses.fields(config)}
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            or_none = " or None" if types.NoneType in typing.get_args(kinds[name]) else ""
+            raise ValueError(f"{name} must be a positive integer{or_none}, got {value!r}")
+
+
 _NAMES = {
     int: "an integer",
     float: "a number",

@@ -68,21 +68,21 @@ class TrainConfig:
 
     def __post_init__(self):
         settings.check_types(self)
-        for name in ("train_steps", "num_microbatches", "log_period"):
-            _check_positive(name, getattr(self, name))
+        settings.check_positive(self, "train_steps", "num_microbatches", "log_period")
+        settings.check_positive(self, "eval_period", "keep", "keep_period")
         if isinstance(self.save_period, str):
             save_times.seconds(self.save_period)
-        else:
-            _check_positive("save_period", self.save_period, " or a time such as '10 minutes'")
+        elif self.save_period < 1:
+            raise ValueError(
+                "save_period must be a positive integer or a time such as '10 minutes', got "
+                f"{self.save_period!r}"
+            )
         if self.sample_ahead and isinstance(self.save_period, str):
             raise ValueError(
                 "with sample_ahead a save decides which weights draw the samples of the next step, "
                 "so that saving by the clock would make a run that cannot be repeated: give "
                 f"SAVE_PERIOD as a number of steps, such as 1000, got {self.save_period!r}"
             )
-        for name in ("eval_period", "keep", "keep_period"):
-            if getattr(self, name) is not None:
-                _check_positive(name, getattr(self, name), " or None")
         if not all(callable(tracker) for tracker in self.metrics_to):
             raise ValueError(
                 "metrics_to must be a tuple of functions (step, values) such as "
@@ -93,11 +93,6 @@ class TrainConfig:
         if self.best_metric is not None and self.eval_period is None:
             raise ValueError(f"best_metric={self.best_metric!r} needs EVAL_PERIOD, got None")
         settings.check_seed("seed", self.seed)
-
-
-def _check_positive(name: str, value: Any, alternative: str = "") -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be a positive integer{alternative}, got {value!r}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
