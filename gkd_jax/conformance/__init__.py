@@ -37,8 +37,9 @@ Axes: B batch, S source, T target, V vocabulary, D model.
 
 from typing import Any, NamedTuple
 
-from gkd_jax.conformance.checks import CHECKS, TITLES, NotGivenError, Target
+from gkd_jax.conformance.checks import CHECKS, TITLES
 from gkd_jax.conformance.references import Measurement
+from gkd_jax.conformance.target import NotGivenError, Target
 
 
 class Verdict(NamedTuple):
