@@ -115,6 +115,22 @@ def sample_targets(
     return batch._replace(targets=targets, weights=weights, teacher=None), drawn
 
 
+class TaughtRows(NamedTuple):
+    """Some rows of a batch with the teacher that scores them.
+
+    Attributes:
+        models: the sizes of the student and of the teacher.
+        teacher_params: the teacher's parameters.
+        batch: the rows.
+        advantages: the advantage of each row of targets; None without a reward.
+    """
+
+    models: ModelPair
+    teacher_params: lm.Params | None
+    batch: Batch
+    advantages: jax.Array | None = None
+
+
 def per_token_loss(
     config: GKDConfig,
     models: ModelPair,
@@ -125,9 +141,8 @@ def per_token_loss(
     step: Int[Array, ""] | int = 0,
 ) -> Float[Array, "N T"]:
     """Returns the divergence at each target position, or the target's cross-entropy, in nats."""
-    return _token_values(
-        config, models, student_params, teacher_params, batch, dropout_key, step
-    ).loss
+    rows = TaughtRows(models, teacher_params, batch)
+    return _token_values(config, student_params, rows, dropout_key, step).loss
 
 
 class _TokenValues(NamedTuple):
@@ -139,16 +154,15 @@ class _TokenValues(NamedTuple):
 
 def _token_values(
     config: GKDConfig,
-    models: ModelPair,
     student_params: lm.Params,
-    teacher_params: lm.Params | None,
-    batch: Batch,
+    rows: TaughtRows,
     dropout_key: Key[Array, ""] | None,
     step: Int[Array, ""] | int,
     *,
     with_log_probs: bool = False,
 ) -> _TokenValues:
-    """Computes both models' states for the whole batch, and logits for one part of T at a time."""
+    """Computes both models' states for all rows, and logits for one part of T at a time."""
+    models, teacher_params, batch, _ = rows
     states = [lm.hidden(models.student, student_params, batch, dropout_key=dropout_key)]
     heads = [lm.head_params(student_params)]
     if config.divergence is not None and batch.teacher is None:
@@ -243,22 +257,6 @@ def teacher_now(learner: Learner, state: TrainState, frozen: lm.Params | None) -
     return frozen
 
 
-class TaughtRows(NamedTuple):
-    """Some rows of a batch with the teacher that scores them.
-
-    Attributes:
-        models: the sizes of the student and of the teacher.
-        teacher_params: the teacher's parameters.
-        batch: the rows.
-        advantages: the advantage of each row of targets; None without a reward.
-    """
-
-    models: ModelPair
-    teacher_params: lm.Params | None
-    batch: Batch
-    advantages: jax.Array | None = None
-
-
 def rows_by_teacher(
     learner: Learner,
     teacher_params: lm.Params | None,
@@ -324,7 +322,7 @@ def update(
     count = jnp.maximum(count, 1.0)  # a batch without any target has loss 0 and gradient 0
     num_tokens = jnp.maximum(jnp.sum(batch.weights), 1.0)
     num_sequences = jnp.maximum(jnp.sum(jnp.any(batch.weights > 0, axis=1)), 1.0)
-    alpha = 1.0 if advantages is None or config.rl is None else config.rl.alpha
+    alpha = _divergence_share(config, advantages)
 
     def numerator(params, rows, key):
         # The policy loss is a mean over sequences for any reduction. The gradient is divided by
@@ -334,7 +332,7 @@ def update(
         found = []
         for index, part in enumerate(taught):
             own_key = key if key is None or len(taught) == 1 else jax.random.fold_in(key, index)
-            found.append(_loss_sums(config, params, part, own_key, state.step, alpha, policy_scale))
+            found.append(_loss_sums(config, params, part, own_key, state.step, policy_scale))
         totals, sums = zip(*found, strict=True)
         return functools.reduce(jnp.add, totals), sums
 
@@ -372,6 +370,11 @@ def update(
     return TrainState(state.step + 1, params, opt_state, average), metrics
 
 
+def _divergence_share(config: GKDConfig, advantages: jax.Array | None) -> float:
+    """Returns alpha of Eq. 5, which is 1 where no reward joins the divergence."""
+    return 1.0 if advantages is None or config.rl is None else config.rl.alpha
+
+
 def _divergences(
     learner: Learner, taught: list[TaughtRows], parts: tuple[LossSums, ...]
 ) -> dict[str, Float[Array, ""]]:
@@ -396,30 +399,22 @@ def _loss_sums(
     rows: TaughtRows,
     dropout_key: Key[Array, ""] | None,
     step: Int[Array, ""],
-    alpha: float,
     policy_scale: Float[Array, ""],
 ) -> tuple[Float[Array, ""], LossSums]:
     """Returns the numerator of the loss over some rows, and the sums that the metrics need.
 
     `policy_scale` multiplies the policy loss in the numerator; see `update`.
     """
-    batch = rows.batch
+    alpha, weights = _divergence_share(config, rows.advantages), rows.batch.weights
     values, log_probs = _token_values(
-        config,
-        rows.models,
-        params,
-        rows.teacher_params,
-        batch,
-        dropout_key,
-        step,
-        with_log_probs=alpha < 1,
+        config, params, rows, dropout_key, step, with_log_probs=alpha < 1
     )
-    loss, _ = config.reduction(values, batch.weights)
-    tokens, _ = losses.token_mean(values, batch.weights)
-    sequences, _ = losses.sequence_mean(values, batch.weights)
+    loss, _ = config.reduction(values, weights)
+    tokens, _ = losses.token_mean(values, weights)
+    sequences, _ = losses.sequence_mean(values, weights)
     policy, total = jnp.zeros(()), loss
     if log_probs is not None:
         assert rows.advantages is not None
-        policy = policy_loss(log_probs, batch.weights, rows.advantages)
+        policy = policy_loss(log_probs, weights, rows.advantages)
         total = alpha * loss + (1 - alpha) * policy_scale * policy
     return total, LossSums(loss, tokens, sequences, policy)
