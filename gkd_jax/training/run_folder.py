@@ -1,0 +1,195 @@
+"""`RunFolder`: the MODEL_DIR of a run, from which the run begins or resumes."""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import functools
+import pathlib
+import sys
+from typing import Any
+
+import jax
+
+from gkd_jax.gkd import TrainState
+from gkd_jax.input import data, streams
+from gkd_jax.storage import checkpoints, pretrained
+from gkd_jax.text import files, task_names, vocabularies
+from gkd_jax.training import metrics, run_record
+from gkd_jax.training.plan import model_info
+from gkd_jax.training.program import Program, initial_state
+from gkd_jax.training.source import Source
+
+
+@dataclasses.dataclass(kw_only=True)
+class RunFolder:
+    """The MODEL_DIR of a run, with what it holds and what this start changes.
+
+    Attributes:
+        program: the run's shapes and jitted functions.
+        source: the opened task.
+        folder: the MODEL_DIR.
+        about: the contents of run.json, as this start will write them.
+        changes: the differences to the run that the folder holds (`run_record.changes`).
+        is_new: whether the folder holds no checkpoint yet.
+        description: the model's description, saved with every checkpoint.
+    """
+
+    program: Program
+    source: Source
+    folder: pathlib.Path
+    about: dict[str, Any]
+    changes: list[dict[str, Any]]
+    is_new: bool
+    description: dict[str, Any]
+
+    @classmethod
+    def open(
+        cls,
+        program: Program,
+        source: Source,
+        folder: pathlib.Path,
+        *,
+        name: str = "",
+        allow_changes: Sequence[str] = (),
+        macros: Mapping[str, str] = {},
+    ) -> "RunFolder":
+        """Compares a recipe with what MODEL_DIR holds; writes nothing.
+
+        Args:
+            program: the run's shapes and jitted functions.
+            source: the opened task.
+            folder: the MODEL_DIR.
+            name: the name of the run within a study; "" takes the folder's name.
+            allow_changes: names of the recipe's fields that a resumed run may change, as
+                `run_record.fields_named` reads them.
+            macros: the gin macros of the run.
+
+        Raises:
+            ValueError: if the folder holds a run with another configuration, or if the recipe has
+                no field of a name in `allow_changes`.
+        """
+        about = run_record.describe_run(program, source, name=name or folder.name, macros=macros)
+        before, changed = run_record.read(folder), []
+        # A name that is no field is refused even where there is nothing to resume.
+        allowed = [
+            field for name in allow_changes for field in run_record.fields_named(about, name)
+        ]
+        if before is not None:
+            changed = run_record.changes(folder, before, about, allowed)
+            about["changes"] = before.get("changes", [])
+            about["first_batch"] = before.get("first_batch")
+        description = checkpoints.describe_model(
+            program.models.student,
+            vocabularies.content_hash(source.vocabulary),
+            source.num_pieces,
+        )
+        return cls(
+            program=program,
+            source=source,
+            folder=folder,
+            about=about,
+            changes=changed,
+            is_new=before is None,
+            description=description,
+        )
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the newest checkpoint is of the last step or a later one, and was evaluated."""
+        newest = max(checkpoints.saved_steps(self.folder), default=-1)
+        last = self.program.recipe.train.train_steps
+        return newest >= last and not self.lacks_evaluation(newest)
+
+    def lacks_evaluation(self, done: int) -> bool:
+        """Whether the evaluation after `done` steps is due and not in metrics.jsonl.
+
+        A step is saved before it is evaluated, so a run that ended during the evaluation has the
+        checkpoint alone.
+        """
+        recipe = self.program.recipe
+        last = recipe.train.train_steps
+        period = recipe.train.eval_period or last
+        if recipe.evaluation is None or done > last or (done < last and done % period):
+            return False
+        lines = metrics.read(self.folder / "metrics.jsonl")
+        return not any(
+            line["step"] == done and any(name.startswith("eval/") for name in line)
+            for line in lines
+        )
+
+    @functools.cached_property
+    def checkpoints(self) -> checkpoints.Checkpoints:
+        """Opens the checkpoints of the folder, which is made if it does not exist."""
+        config, evaluation = self.program.recipe.train, self.program.recipe.evaluation
+        best_metric = None
+        if config.best_metric is not None and evaluation is not None:
+            task = evaluation.task or self.program.recipe.data.task
+            where = f"{task_names.display_name(task)}/" if isinstance(task, str) else ""
+            best_metric = f"eval/{where}{config.best_metric}"
+        scores = {}
+        if best_metric is not None and not self.is_new:
+            scores = metrics.values_by_step(self.folder / "metrics.jsonl", best_metric)
+        return checkpoints.Checkpoints(
+            str(self.folder),
+            keep=config.keep,
+            keep_period=config.keep_period,
+            best_metric=best_metric,
+            best_mode=config.best_mode,
+            scores=scores,
+        )
+
+    def begin(self) -> tuple[int, TrainState, streams.TrainIterator]:
+        """Returns the number of steps done, the state after them, and the stream at that step."""
+        program, recipe = self.program, self.program.recipe
+        shard = data.process_shard(recipe.data, program.mesh)
+        stream = streams.TrainIterator(self.source.tasks, recipe.data, shard)
+        self._check_first_batch(run_record.batch_hash(stream.peek()), shard)
+        if self.is_new:
+            params = pretrained.initial_params(
+                recipe.student,
+                program.models.student,
+                program.state.params,
+                jax.random.key(recipe.train.seed),
+                "student",
+            )
+            return 0, initial_state(program, params), stream
+        new_stream = any(change["field"].startswith("data.") for change in self.changes)
+        step, state = self.checkpoints.restore_newest(program.state, None if new_stream else stream)
+        print(f"resumed from step {step} of {self.folder}", file=sys.stderr)
+        for change in self.changes:
+            said = f"{change['field']} is {change['new']!r} from here on, not {change['old']!r}"
+            print(f"step {step}: {said}", file=sys.stderr)
+        longer = any(change["field"] == "train.train_steps" for change in self.changes)
+        if longer and recipe.schedule.cooldown_steps:
+            print(
+                f"WARNING: with {recipe.train.train_steps} steps the cool-down of "
+                f"{recipe.schedule.cooldown_steps} steps lies elsewhere than it did",
+                file=sys.stderr,
+            )
+        self.about["changes"] += [{"step": step, **change} for change in self.changes]
+        return step, state, stream
+
+    def _check_first_batch(self, found: str, shard: data.Shard) -> None:
+        """Checks that a resumed run reads the same data, wherever the files are now.
+
+        Raises:
+            ValueError: if the first batch differs from the recorded one, although no field of the
+                data was changed on purpose.
+        """
+        recorded = self.about.get("first_batch")
+        self.about["first_batch"] = found
+        changed = any(change["field"].startswith("data.") for change in self.changes)
+        if recorded is None or changed or shard != data.WHOLE:
+            return
+        if recorded != found:
+            raise ValueError(
+                f"MODEL_DIR {str(self.folder)!r} holds a run on other data: the first batch of "
+                f"task {self.program.recipe.data.name!r} is not what it was. Take another MODEL_DIR"
+            )
+
+    def write(self, config_text: str) -> None:
+        """Writes config.gin, model_info.txt and run.json to the folder."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if jax.process_index() == 0:
+            files.write_whole(self.folder / "config.gin", config_text)
+            files.write_whole(self.folder / "model_info.txt", model_info(self.program))
+            run_record.write(self.folder, self.about)
