@@ -20,7 +20,7 @@ from gkd_jax.input.data import DataConfig
 from gkd_jax.sharding import MeshConfig
 from gkd_jax.storage import checkpoints, content, fingerprints
 from gkd_jax.storage.pretrained import ModelConfig, load_model
-from gkd_jax.training import metrics, optimizers, train
+from gkd_jax.training import metrics, optimizers, samples, train
 
 
 pytestmark = pytest.mark.usefixtures("shared_steps")
@@ -357,7 +357,7 @@ train.train(**options({folder!r}, steps=8, train=config))
 def test_samples_that_go_wrong_are_warned_of_once(name, good, bad, said):
     usual = {"sample_length": 10.0, "truncated_fraction": 0.1, "sample_entropy": 1.0}
     usual = {f"train/{key}": value for key, value in {**usual, "distinct_2": 0.9}.items()}
-    watch = metrics.SampleWatch(window=5)
+    watch = samples.SampleWatch(window=5)
 
     def warnings(value):
         return [w for _ in range(10) for w in watch.see({**usual, f"train/{name}": value})]

@@ -22,7 +22,7 @@ from gkd_jax.models import lm, t5
 from gkd_jax.storage import checkpoints, pretrained, vocabulary_checks
 from gkd_jax.text import vocabularies
 from gkd_jax.text.word_vocabulary import WordVocabulary
-from gkd_jax.training import metrics, train_state
+from gkd_jax.training import samples, train_state
 
 
 STUDENT = t5.T5Config(
@@ -149,7 +149,7 @@ class GKDJax:
         return np.asarray(drawn.tokens), np.asarray(drawn.weights)
 
     def sample_statistics(self, tokens, weights):
-        return metrics.sample_statistics(tokens, weights, t5.EOS_IDS)
+        return samples.sample_statistics(tokens, weights, t5.EOS_IDS)
 
     def is_on_policy(self, seed, step, on_policy_fraction):
         return gkd.is_on_policy(

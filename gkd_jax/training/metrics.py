@@ -1,24 +1,20 @@
 """Writes and reads the numbers of a run.
 
-`Writer` writes metrics.jsonl and TensorBoard files in MODEL_DIR, and `SampleWatch` warns of samples
-that go wrong. `read`, `values_by_step` and `study_table` read metrics.jsonl, and `DeviceClock`
-measures device time.
+`Writer` writes metrics.jsonl and TensorBoard files in MODEL_DIR, and `read`, `values_by_step` and
+`study_table` read metrics.jsonl.
 """
 
-import collections
 from collections.abc import Callable, Mapping, Sequence
-import concurrent.futures
 import json
 import pathlib
 import sys
-import time
 from typing import Any
 
-import jax
 import numpy as np
 import tensorflow as tf
 
 from gkd_jax.text import files
+from gkd_jax.training import samples
 
 
 Tracker = Callable[[int, Mapping[str, float]], None]
@@ -53,7 +49,7 @@ class Writer:
         self._folder = pathlib.Path(model_dir)
         self._also = () if silent else tuple(also)
         self._file = None
-        self._samples = SampleWatch()
+        self._samples = samples.SampleWatch()
         self._tensorboard = tf.summary.create_noop_writer()
         if silent:
             return
@@ -114,97 +110,6 @@ class Writer:
         self._tensorboard.close()
 
 
-def sample_statistics(
-    tokens: np.ndarray, weights: np.ndarray, eos_ids: Sequence[int]
-) -> dict[str, float]:
-    """Returns statistics that show whether samples go wrong.
-
-    Args:
-        tokens: sampled ids [N, T].
-        weights: an array [N, T] that is 1 where a token counts, 0 elsewhere.
-        eos_ids: the ids that end a sample; without any, every sample is truncated.
-
-    Returns:
-        `length`, the mean number of tokens of a sample; `truncated_fraction`, the share of samples
-        of which no token that counts is one of `eos_ids`; and `distinct_2`, the share of distinct
-        bigrams.
-    """
-    # An id that pads rows may be one that ends texts, so the weights must say which tokens count.
-    ends = np.isin(tokens, eos_ids) & (weights > 0)
-    return {
-        "length": float(weights.sum(1).mean()),
-        "truncated_fraction": float((~ends.any(1)).mean()),
-        "distinct_2": _distinct_bigrams(tokens, weights),
-    }
-
-
-def _distinct_bigrams(tokens: np.ndarray, weights: np.ndarray) -> float:
-    """Returns the share of distinct bigrams within a sample, averaged over samples.
-
-    The share falls when samples repeat themselves. It is 1 if no sample has a bigram.
-    """
-    shares = []
-    for row, length in zip(tokens, weights.sum(1).astype(int), strict=True):
-        pairs = list(zip(row[: length - 1].tolist(), row[1:length].tolist(), strict=True))
-        if pairs:
-            shares.append(len(set(pairs)) / len(pairs))
-    return float(np.mean(shares)) if shares else 1.0
-
-
-class SampleWatch:
-    """Warns when the student's samples grow, are truncated, repeat themselves or lose entropy.
-
-    These are the ways in which on-policy training goes wrong. The means over the latest `window`
-    sampled steps are compared with those over the first. Each kind of warning is given once.
-    """
-
-    def __init__(self, window: int = 50):
-        self._window = window
-        self._first: dict[str, float] | None = None
-        self._latest: collections.deque[Mapping[str, Any]] = collections.deque(maxlen=window)
-        self._said: set[str] = set()
-
-    def see(self, values: Mapping[str, Any]) -> list[str]:
-        """Takes the numbers of one more step and returns the new warnings."""
-        if "train/sample_length" not in values:
-            return []
-        self._latest.append(values)
-        if len(self._latest) < self._window:
-            return []
-        now = {
-            name: sum(line[f"train/{name}"] for line in self._latest) / self._window
-            for name in ("sample_length", "truncated_fraction", "sample_entropy", "distinct_2")
-        }
-        first = self._first = self._first or now
-        found = {
-            "samples grow": (
-                now["sample_length"] > 1.5 * first["sample_length"],
-                "{sample_length:.1f} tokens",
-            ),
-            "most samples reach the target length before they end": (
-                now["truncated_fraction"] > 0.5,
-                "{truncated_fraction:.0%}",
-            ),
-            "samples repeat themselves": (
-                now["distinct_2"] < 0.6 * first["distinct_2"],
-                "{distinct_2:.2f} of their bigrams are distinct",
-            ),
-            "the student's entropy collapses": (
-                now["sample_entropy"] < 0.1 * first["sample_entropy"],
-                "{sample_entropy:.3f} nats a token",
-            ),
-        }
-        warnings = []
-        for fault, (is_wrong, number) in found.items():
-            if is_wrong and fault not in self._said:
-                self._said.add(fault)
-                warnings.append(
-                    f"{fault}: {number.format(**now)} in the last {self._window} sampled steps; "
-                    f"{number.format(**first)} in the first"
-                )
-        return warnings
-
-
 def read(path: pathlib.Path) -> list[dict[str, Any]]:
     """Returns the lines of a metrics.jsonl, without those that a crash has cut short or changed.
 
@@ -216,36 +121,6 @@ def read(path: pathlib.Path) -> list[dict[str, Any]]:
 def values_by_step(path: pathlib.Path, name: str) -> dict[int, float]:
     """Returns one number of a metrics.jsonl by step; empty if the file does not exist."""
     return {line["step"]: line[name] for line in read(path) if name in line}
-
-
-class DeviceClock:
-    """Measures how long the device works on each result, without making the caller wait.
-
-    The time of a result begins when the result before it is ready or, if that is later, when the
-    result is dispatched. It ends when the result is ready.
-    """
-
-    def __init__(self):
-        self._waiter = concurrent.futures.ThreadPoolExecutor(1)
-        self._free_at = 0.0
-
-    def close(self) -> None:
-        self._waiter.shutdown()
-
-    def seconds(self, began: float, result: jax.Array) -> concurrent.futures.Future[float]:
-        """Returns the seconds of a result as a future. Call this in the order of dispatch.
-
-        Args:
-            began: the `time.monotonic()` of the dispatch.
-            result: an array of the dispatched computation.
-        """
-
-        def wait() -> float:
-            jax.block_until_ready(result)
-            before, self._free_at = self._free_at, time.monotonic()
-            return self._free_at - max(began, before)
-
-        return self._waiter.submit(wait)
 
 
 def study_table(root: pathlib.Path, phases: Sequence[str]) -> str:

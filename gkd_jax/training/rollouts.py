@@ -21,9 +21,9 @@ from gkd_jax.input.teacher_cache import TeacherCache
 from gkd_jax.models import lm
 from gkd_jax.sampling import Sample
 from gkd_jax.text import vocabularies
-from gkd_jax.training.metrics import DeviceClock
 from gkd_jax.training.program import Program, Steps
 from gkd_jax.training.source import Source
+from gkd_jax.training.throughput import DeviceClock
 
 
 class Rollout(NamedTuple):

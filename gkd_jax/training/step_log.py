@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from gkd_jax.training import metrics, throughput
+from gkd_jax.training import metrics, samples, throughput
 from gkd_jax.training.program import Program
 from gkd_jax.training.progress import Progress
 from gkd_jax.training.rollouts import Rewards, Rollout
@@ -141,7 +141,7 @@ def _sample_numbers(step: _Step, eos_ids: tuple[int, ...]) -> dict[str, float]:
         weights = np.asarray(jax.device_get(sample.weights))
         tokens = np.asarray(jax.device_get(sample.tokens))
         log_probs = np.asarray(jax.device_get(sample.log_probs))
-        found = metrics.sample_statistics(tokens, weights, eos_ids)
+        found = samples.sample_statistics(tokens, weights, eos_ids)
         numbers["train/sample_length"] = found["length"]
         numbers["train/truncated_fraction"] = found["truncated_fraction"]
         numbers["train/sample_entropy"] = float(-(log_probs * weights).sum() / weights.sum())

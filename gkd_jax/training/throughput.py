@@ -1,6 +1,8 @@
-"""How fast a run is: tokens a second, the share of the devices' peak, and device memory."""
+"""How fast a run is: the time of the device, the share of its peak, and its memory."""
 
 from collections.abc import Sequence
+import concurrent.futures
+import time
 
 import jax
 
@@ -80,3 +82,33 @@ def device_memory() -> dict[str, float]:
         for theirs, ours in names.items()
         if all(theirs in stats for stats in found)
     }
+
+
+class DeviceClock:
+    """Measures how long the device works on each result, without making the caller wait.
+
+    The time of a result begins when the result before it is ready or, if that is later, when the
+    result is dispatched. It ends when the result is ready.
+    """
+
+    def __init__(self):
+        self._waiter = concurrent.futures.ThreadPoolExecutor(1)
+        self._free_at = 0.0
+
+    def close(self) -> None:
+        self._waiter.shutdown()
+
+    def seconds(self, began: float, result: jax.Array) -> concurrent.futures.Future[float]:
+        """Returns the seconds of a result as a future. Call this in the order of dispatch.
+
+        Args:
+            began: the `time.monotonic()` of the dispatch.
+            result: an array of the dispatched computation.
+        """
+
+        def wait() -> float:
+            jax.block_until_ready(result)
+            before, self._free_at = self._free_at, time.monotonic()
+            return self._free_at - max(began, before)
+
+        return self._waiter.submit(wait)

@@ -21,6 +21,7 @@ from gkd_jax.training import (
     run_record,
     save_times,
     teachers,
+    throughput,
 )
 from gkd_jax.training.evaluations import Evaluations
 from gkd_jax.training.plan import plan
@@ -111,7 +112,7 @@ def train(
         )
         closing.callback(writer.close)
         closing.callback(saved.close)
-        clock = metrics.DeviceClock()
+        clock = throughput.DeviceClock()
         closing.callback(clock.close)
 
         #### Compilation of every kind of step #####################################################
