@@ -99,7 +99,7 @@ def test_rows_of_a_cache_are_taken():
         cache = decoder.init_cache(chosen, params, context, 4)
         _, cache = decoder.decode_step(chosen, params, context.first, cache)
         _, cache = decoder.decode_step(chosen, params, jnp.asarray(targets[:, 0]), cache)
-        swapped = decoder.take_rows(cache, jnp.asarray([[1, 0]]), True)
+        swapped = lm.take_rows(chosen, cache, jnp.asarray([[1, 0]]))
         tokens = jnp.asarray(targets[:, 1])
         logits, _ = decoder.decode_step(chosen, params, tokens, cache)
         found, _ = decoder.decode_step(chosen, params, tokens[::-1], swapped)

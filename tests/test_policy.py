@@ -214,7 +214,7 @@ KNOW_NO_FAMILY = (
     *("storage/checkpoints.py", "storage/pretrained.py", "planning"),
 )
 FAMILIES = {
-    *("t5", "t5_config", "t5_layers", "blocks"),
+    *("t5", "t5_config", "t5_layers", "t5_modules"),
     *("decoder", "decoder_config", "decoder_block", "decoder_sizes"),
 }
 

@@ -34,7 +34,9 @@ _INIT_STD = 0.02
 # Sampling has no default ids here, because every tokenizer has its own.
 BANNED_IDS: tuple[int, ...] = ()
 EOS_IDS: tuple[int, ...] = ()
-_OF_PROMPTS = ("prompt_keys", "prompt_values", "lengths")  # fields of the cache
+# Fields of the cache: those of the decoded tokens, and those of the prompts.
+TOKEN_FIELDS = ("keys", "values")
+PROMPT_FIELDS = ("prompt_keys", "prompt_values", "lengths")
 
 
 class Context(NamedTuple):
@@ -260,27 +262,13 @@ def init_cache(
         context: the prompts to continue.
         length: the largest number of tokens to decode, T.
     """
-    unstacked = isinstance(_unstack(config, params["decoder"]["layers"]), tuple)
-    rows = context.first.shape[0]
-    shape = (rows, config.num_kv_heads, length, config.head_dim)
-    if unstacked:
-        keys, values = tuple(context.keys), tuple(context.values)
-        empty = (kv_cache.empty(shape, config.dtype, config.cache_segment),) * len(keys)
-    else:
-        keys, values = context.keys, context.values
-        empty = kv_cache.empty((config.num_layers, *shape), config.dtype, config.cache_segment)
+    one_by_one = isinstance(_unstack(config, params["decoder"]["layers"]), tuple)
+    keys, values = context.keys, context.values
+    if one_by_one:
+        keys, values = tuple(keys), tuple(values)
+    shape = (context.first.shape[0], config.num_kv_heads, length, config.head_dim)
+    empty = kv_cache.empty(config, shape, config.num_layers, one_by_one)
     return Cache(keys, values, empty, empty, context.lengths, jnp.zeros((), jnp.int32))
-
-
-def take_rows(cache: Cache, rows: Int[Array, "shards n"], same_prompts: bool) -> Cache:
-    """Returns a cache whose rows continue the tokens of `rows`; see `lm.take_rows`."""
-    names = ("keys", "values") + (() if same_prompts else (*_OF_PROMPTS, "starts"))
-    return kv_cache.take_rows(cache, names, rows)
-
-
-def put_prompts(cache: Cache, new: Cache, rows: Int[Array, "shards n"]) -> Cache:
-    """Returns a cache in which `rows` begin with the prompts of `new`; see `lm.put_prompts`."""
-    return kv_cache.put_prompts(cache, _OF_PROMPTS, new, rows)
 
 
 def decode_step(

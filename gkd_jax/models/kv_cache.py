@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from gkd_jax import sharding
+from gkd_jax.models.execution import ExecutionSettings
 from gkd_jax.models.products import product, product_with_transpose
 
 
@@ -42,7 +43,24 @@ def stretches(length: int, first: int = FIRST) -> list[tuple[int, int]]:
     return found
 
 
-def empty(shape: tuple[int, ...], dtype: str, first: int = FIRST) -> Segments:
+def empty(
+    config: ExecutionSettings, shape: tuple[int, int, int, int], num_layers: int, one_by_one: bool
+) -> Segments | tuple[Segments, ...]:
+    """Returns the empty cache of all layers.
+
+    Args:
+        config: the model's config.
+        shape: the shape of one layer's keys, [N H T K].
+        num_layers: the number of layers.
+        one_by_one: whether decoding runs the layers one by one; the cache is then a tuple with one
+            entry for each layer, and otherwise stacked.
+    """
+    if one_by_one:
+        return (_segments(shape, config.dtype, config.cache_segment),) * num_layers
+    return _segments((num_layers, *shape), config.dtype, config.cache_segment)
+
+
+def _segments(shape: tuple[int, ...], dtype: str, first: int) -> Segments:
     """Returns the segments of an empty cache of this whole shape, [N H T K] or [L N H T K]."""
     *before, num_heads, length, head_dim = shape
     heads = "heads" if num_heads % sharding.num_shards("heads") == 0 else None

@@ -7,7 +7,7 @@ Training, sampling and evaluation run models through these functions only. A fam
 implements them for its own frozen config, and the config's property `family` is this module. A
 config has at least `vocab_size`, `d_model` and the `ExecutionSettings`. Parameters are nested dicts
 with T5X's names (`gkd_jax.models.parameters`). The family's constants `BANNED_IDS` and `EOS_IDS`
-are the defaults of sampling.
+are the defaults of sampling, and `TOKEN_FIELDS` and `PROMPT_FIELDS` name fields of its cache.
 
 A model first reads a prompt and then continues it. Reading gives a `Context`: the encoder's states
 in an encoder-decoder, the KV cache of the prompt in a decoder-only model. Several samples of one
@@ -23,7 +23,7 @@ import jax
 from jaxtyping import Array, Float, Int, Key
 
 from gkd_jax.batch import Batch
-from gkd_jax.models import decoder, decoder_config, t5, t5_config
+from gkd_jax.models import decoder, decoder_config, kv_cache, t5, t5_config
 from gkd_jax.models.execution import ExecutionSettings
 from gkd_jax.models.parameters import Params, as_shapes, logical_axes, num_params
 
@@ -182,7 +182,9 @@ def take_rows(
             prompt have), so that what belongs to the prompt is not moved. Otherwise the prompts
             move with their rows, and there may be fewer rows than before.
     """
-    return config.family.take_rows(cache, rows, same_prompts)
+    family = config.family
+    names = family.TOKEN_FIELDS + (() if same_prompts else (*family.PROMPT_FIELDS, "starts"))
+    return kv_cache.take_rows(cache, names, rows)
 
 
 def put_prompts(config: Config, cache: Cache, new: Cache, rows: Int[Array, "shards n"]) -> Cache:
@@ -194,7 +196,7 @@ def put_prompts(config: Config, cache: Cache, new: Cache, rows: Int[Array, "shar
         new: an empty cache of the new prompts.
         rows: for each shard of the batch, the rows that begin, numbered within the shard.
     """
-    return config.family.put_prompts(cache, new, rows)
+    return kv_cache.put_prompts(cache, config.family.PROMPT_FIELDS, new, rows)
 
 
 def family_name(config: Config) -> str:

@@ -20,7 +20,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from gkd_jax.batch import Batch
-from gkd_jax.models import blocks, embedding, kv_cache, parameters, quantized, stacks, t5_layers
+from gkd_jax.models import (
+    embedding,
+    kv_cache,
+    parameters,
+    quantized,
+    stacks,
+    t5_layers,
+    t5_modules,
+)
 from gkd_jax.models.attention import Padding
 from gkd_jax.models.kv_cache import Segments
 from gkd_jax.models.parameters import Params, logical_axes, num_params
@@ -43,7 +51,9 @@ START_ID = 0  # the decoder's first input
 # The defaults of sampling.
 BANNED_IDS = (PAD_ID,)
 EOS_IDS = (1,)
-_OF_PROMPTS = ("cross_keys", "cross_values", "mask")  # fields of the cache
+# Fields of the cache: those of the decoded tokens, and those of the prompts.
+TOKEN_FIELDS = ("self_keys", "self_values")
+PROMPT_FIELDS = ("cross_keys", "cross_values", "mask")
 
 
 class Context(NamedTuple):
@@ -84,8 +94,8 @@ def init(config: T5Config, key: Key[Array, ""]) -> Params:
     embeddings = jax.random.normal(next(keys), (config.vocab_size, config.d_model))
     params: Params = {
         "token_embedder": {"embedding": embeddings},
-        "encoder": _init_stack(config, next(keys), blocks.encoder_layer(config), "encoder"),
-        "decoder": _init_stack(config, next(keys), blocks.decoder_layer(config), "decoder"),
+        "encoder": _init_stack(config, next(keys), t5_modules.encoder_layer(config), "encoder"),
+        "decoder": _init_stack(config, next(keys), t5_modules.decoder_layer(config), "decoder"),
     }
     if not config.tie_embeddings:
         kernel = t5_layers.fan_in_truncated(next(keys), (config.d_model, config.vocab_size))
@@ -106,7 +116,7 @@ def _init_stack(config: T5Config, key: Key[Array, ""], layer: nn.Module, name: s
     layer_key, bias_key = jax.random.split(key)
     stack: Params = {"layers": jax.vmap(init_layer)(jax.random.split(layer_key, num_layers))}
     if not config.per_layer_relpos:
-        variables = blocks.relpos(config, name).init(bias_key, 1, 1)
+        variables = t5_modules.relpos(config, name).init(bias_key, 1, 1)
         stack["relpos_bias"] = variables["params"]
     stack[f"{name}_norm"] = {"scale": jnp.ones((config.d_model,))}
     return stack
@@ -132,7 +142,7 @@ def encode(
         input_lengths: the number of tokens of each prompt; without lengths, id 0 is padding.
         dropout_key: the key of dropout; None turns dropout off.
     """
-    stack, layer = params["encoder"], blocks.encoder_layer(config)
+    stack, layer = params["encoder"], t5_modules.encoder_layer(config)
     if input_lengths is None:
         mask = inputs != PAD_ID
     else:
@@ -179,7 +189,7 @@ def hidden(
         context = encode(config, params, batch.inputs, batch.input_lengths, dropout_key=keys[3])
     context = repeat(context, batch.targets.shape[0] // context.states.shape[0])
     encoded = context.states
-    stack, layer = params["decoder"], blocks.decoder_layer(config)
+    stack, layer = params["decoder"], t5_modules.decoder_layer(config)
     padding = t5_layers.hide_padding(context.mask)
     position_bias = _position_bias(config, stack, "decoder", *batch.targets.shape)
 
@@ -251,7 +261,7 @@ def init_cache(
         context: the encoder's states.
         length: the largest number of tokens to decode, T.
     """
-    stack, layer = params["decoder"], blocks.decoder_layer(config)
+    stack, layer = params["decoder"], t5_modules.decoder_layer(config)
 
     def project(layer_params):
         return _apply(layer, layer_params, context.states, method="cross_keys_values")
@@ -259,34 +269,22 @@ def init_cache(
     def layer_bias(layer_params):
         return _apply(layer, layer_params, length, method="bias_by_age")[0]
 
-    decode = _unstack(config, stack["layers"])
+    layers = _unstack(config, stack["layers"])
+    one_by_one = isinstance(layers, tuple)
+    if one_by_one:
+        cross = tuple(zip(*(project(layer_params) for layer_params in layers), strict=True))
+    else:
+        cross = jax.lax.map(project, layers)
     shape = (context.states.shape[0], config.num_heads, length, config.head_dim)
-    if isinstance(decode, tuple):
-        cross = tuple(zip(*(project(layer_params) for layer_params in decode), strict=True))
-        empty = (kv_cache.empty(shape, config.dtype, config.cache_segment),) * len(decode)
-    else:
-        cross = jax.lax.map(project, decode)
-        shape = (config.num_decoder_layers, *shape)
-        empty = kv_cache.empty(shape, config.dtype, config.cache_segment)
+    empty = kv_cache.empty(config, shape, config.num_decoder_layers, one_by_one)
     if not config.per_layer_relpos:
-        bias = _apply(blocks.relpos(config, "decoder"), stack["relpos_bias"], length, 1)[..., 0]
-    elif isinstance(decode, tuple):
-        bias = jnp.stack([layer_bias(layer_params) for layer_params in decode])
+        bias = _apply(t5_modules.relpos(config, "decoder"), stack["relpos_bias"], length, 1)[..., 0]
+    elif one_by_one:
+        bias = jnp.stack([layer_bias(layer_params) for layer_params in layers])
     else:
-        bias = jax.vmap(layer_bias)(decode)
+        bias = jax.vmap(layer_bias)(layers)
     bias = jnp.tile(bias[..., ::-1], (1, 1, 2))
     return Cache(empty, empty, cross[0], cross[1], context.mask, bias, jnp.zeros((), jnp.int32))
-
-
-def take_rows(cache: Cache, rows: Int[Array, "shards n"], same_prompts: bool) -> Cache:
-    """Returns a cache whose rows continue the tokens of `rows`; see `lm.take_rows`."""
-    names = ("self_keys", "self_values") + (() if same_prompts else (*_OF_PROMPTS, "starts"))
-    return kv_cache.take_rows(cache, names, rows)
-
-
-def put_prompts(cache: Cache, new: Cache, rows: Int[Array, "shards n"]) -> Cache:
-    """Returns a cache in which `rows` begin with the prompts of `new`; see `lm.put_prompts`."""
-    return kv_cache.put_prompts(cache, _OF_PROMPTS, new, rows)
 
 
 def decode_step(
@@ -296,7 +294,7 @@ def decode_step(
 
     The first tokens to feed are `Context.first`.
     """
-    layer = blocks.decoder_layer(config)
+    layer = t5_modules.decoder_layer(config)
     padding = t5_layers.hide_padding(cache.mask)
     time, length = cache.time, cache.bias.shape[-1] // 2
     of_place_0 = length - 1 - time % length
@@ -349,7 +347,7 @@ def _position_bias(
     if config.per_layer_relpos:
         return None
     copies = t5_layers.bias_copies(num_rows)
-    return _apply(blocks.relpos(config, name), stack["relpos_bias"], length, length, copies)
+    return _apply(t5_modules.relpos(config, name), stack["relpos_bias"], length, length, copies)
 
 
 def _apply(module: nn.Module, params: Params, *args: Any, **options: Any) -> Any:
