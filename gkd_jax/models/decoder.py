@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from gkd_jax.batch import Batch
-from gkd_jax.models import decoder_block, embedding, kv_cache, parameters, quantized, rope, stacks
+from gkd_jax.models import decoder_block, embedding, kv_cache, parameters, quantized, stacks
 from gkd_jax.models.decoder_config import DecoderConfig, Rope, from_fields
 from gkd_jax.models.grouped_attention import NOWHERE, Sight, masked_scores
 from gkd_jax.models.kv_cache import Segments
@@ -280,15 +280,12 @@ def decode_step(
     """
     time = cache.time
     in_text = cache.lengths + kv_cache.row_positions(cache)
-    rotation = decoder_block.rotations(config, in_text[:, None])
+    rotations = decoder_block.rotations(config, in_text[:, None])
     windows, kinds = decoder_block.per_layer(config)
 
     def run_layer(x, keys, values, layer, index, window, kind, prompt_keys, prompt_values):
         layer, window = quantized.restore(layer), jnp.asarray(window)
-        normed = decoder_block.norm(config, layer["pre_self_attention_layer_norm"], x)
-        query, key, value = decoder_block.heads(
-            config, layer["self_attention"], normed, rope.select(rotation, kind)
-        )
+        query, key, value = decoder_block.heads(config, layer, x, rotations, kind)
         keys = kv_cache.write(keys, key, time, index)
         values = kv_cache.write(values, value, time, index)
         own = kv_cache.parts(keys, values, time, index, window)
@@ -349,7 +346,7 @@ def _run(
         The hidden states before the last norm, and the keys and values of these tokens in each
         layer, stacked.
     """
-    rotation = decoder_block.rotations(config, positions)
+    rotations = decoder_block.rotations(config, positions)
     windows, kinds = decoder_block.per_layer(config)
     seen = positions
     past = None
@@ -363,10 +360,7 @@ def _run(
 
     def run_layer(x, layer, window, kind, past, key):
         layer = quantized.restore(layer)
-        normed = decoder_block.norm(config, layer["pre_self_attention_layer_norm"], x)
-        query, own_keys, own_values = decoder_block.heads(
-            config, layer["self_attention"], normed, rope.select(rotation, kind)
-        )
+        query, own_keys, own_values = decoder_block.heads(config, layer, x, rotations, kind)
         all_keys, all_values = own_keys, own_values
         if past is not None:
             all_keys = jnp.concatenate([past[0], own_keys], axis=2)

@@ -65,12 +65,25 @@ def attend(
 
 
 def heads(
-    config: DecoderConfig, attention: Params, x: Float[Array, "N T D"], rotation: rope.Rotation
+    config: DecoderConfig,
+    layer: Params,
+    x: Float[Array, "N T D"],
+    rotations: rope.Rotation,
+    kind: Int[Array, ""] | np.integer,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns the queries [N H T K], and the keys and values [N G T K].
+    """Returns the queries [N H T K], and the keys and values [N G T K], of a layer's input.
 
     Queries and keys are normalised (where `config.qk_norm` is set) and rotated by their positions.
+
+    Args:
+        config: the model's config.
+        layer: the parameters of the layer.
+        x: the input of the layer.
+        rotations: the rotations of all kinds; see `rotations`.
+        kind: the index of the layer's kind.
     """
+    attention, x = layer["self_attention"], norm(config, layer["pre_self_attention_layer_norm"], x)
+    rotation = rope.select(rotations, kind)
 
     def split(name: str, num: int) -> jax.Array:
         y = _linear(config, attention[name], x)
