@@ -9,7 +9,7 @@ from gkd_jax import convert, gkd, sharding
 from gkd_jax.input.data import DataConfig
 from gkd_jax.models import lm, t5
 from gkd_jax.models.decoder_config import DecoderConfig
-from gkd_jax.storage import checkpoints, pretrained
+from gkd_jax.storage import pretrained, saved_model
 import gkd_jax.tasks.arithmetic  # noqa: F401
 from gkd_jax.text import vocabularies
 from gkd_jax.training import metrics, optimizers
@@ -37,7 +37,7 @@ def write_teacher(folder):
     config, vocabulary = small("tiny", 256), vocabularies.arithmetic()
     content = vocabularies.content_hash(vocabulary)
     params = t5.init(config, jax.random.key(1))
-    checkpoints.write_params(str(folder), config, params, content, vocabulary.vocab_size)
+    saved_model.write_params(str(folder), config, params, content, vocabulary.vocab_size)
     return str(folder)
 
 

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from gkd_jax import convert, load_model
 from gkd_jax.models import decoder, lm, t5
 from gkd_jax.models.execution import ExecutionSettings
-from gkd_jax.storage import checkpoints, conversion
+from gkd_jax.storage import conversion, saved_model
 from gkd_jax.storage.content import check_finite, content_id
 
 
@@ -66,7 +66,7 @@ def write(folder, form, params):
         return folder
     if form == "t5x":
         return convert.write_t5x(folder, CONFIG, params, step=7)
-    checkpoints.write_params(folder, CONFIG, params, "")
+    saved_model.write_params(folder, CONFIG, params, "")
     return folder
 
 
@@ -107,7 +107,7 @@ def test_an_id_knows_the_architecture_and_no_execution_setting(config, tmp_path)
     assert fields == {*EXECUTION, *ARCHITECTURE[config]}
     assert {field.name for field in dataclasses.fields(ExecutionSettings)} == {*EXECUTION}
     folder = str(tmp_path / "model")
-    checkpoints.write_params(folder, config, lm.init(config, jax.random.key(0)), "")
+    saved_model.write_params(folder, config, lm.init(config, jax.random.key(0)), "")
     stored = tmp_path / "model" / "model" / "metadata"
     about = json.loads(stored.read_text())
     before = content_id(folder)

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from gkd_jax import convert, load_model, main
 from gkd_jax.models import lm, t5
-from gkd_jax.storage import checkpoints
+from gkd_jax.storage import saved_model
 from gkd_jax.storage.conversion import FORMATS, convert_checkpoint
 from gkd_jax.text import vocabularies
 from gkd_jax.text.word_vocabulary import WordVocabulary
@@ -26,7 +26,7 @@ def sources(tmp_path_factory):
     """The same model in each format."""
     folder = tmp_path_factory.mktemp("sources")
     params = t5.init(CONFIG, jax.random.key(0))
-    checkpoints.write_params(str(folder / "gkd"), CONFIG, params, "a hash", PIECES)
+    saved_model.write_params(str(folder / "gkd"), CONFIG, params, "a hash", PIECES)
     convert.write_hf(str(folder / "hf"), CONFIG, params, num_pieces=PIECES)
     convert.write_t5x(str(folder), CONFIG, params, step=7)
     (folder / "checkpoint_7").rename(folder / "t5x")
@@ -110,9 +110,9 @@ def test_it_says_what_it_wrote(to, sources, tmp_path, capsys):
     expected, found = load_model(str(sources / "gkd"))[1], load_model(str(written))[1]
     jax.tree.map(np.testing.assert_array_equal, found, expected)
     if to == "gkd":
-        step_folder = checkpoints.find_step(str(output))
+        step_folder = saved_model.find_step(str(output))
         assert step_folder is not None
-        stored = checkpoints.read_description(step_folder)
+        stored = saved_model.read_description(step_folder)
         assert (stored["vocabulary"], stored["num_pieces"]) == ("a hash", PIECES)
 
 
@@ -131,7 +131,7 @@ def started(tmp_path):
     vocabulary = vocabularies.of_folder(str(hf))
     step = tmp_path / "run" / "checkpoints" / "5"
     content = vocabularies.content_hash(vocabulary)
-    checkpoints.write_params(str(step), CONFIG, params, content, vocabulary.vocab_size)
+    saved_model.write_params(str(step), CONFIG, params, content, vocabulary.vocab_size)
     record(tmp_path / "run", str(hf))
     return tmp_path
 
@@ -160,7 +160,7 @@ def test_another_tokenizer_than_the_runs_is_not_copied(started, capsys):
     pieces = WordVocabulary(["other"])
     other = vocabularies.content_hash(pieces)
     params = t5.init(CONFIG, jax.random.key(0))
-    checkpoints.write_params(str(started / "run" / "checkpoints" / "9"), CONFIG, params, other)
+    saved_model.write_params(str(started / "run" / "checkpoints" / "9"), CONFIG, params, other)
     convert_checkpoint(str(started / "run"), str(started / "out"), to="hf")
     assert not (started / "out" / "spiece.model").exists()
     assert "no tokenizer was copied" in capsys.readouterr().err
@@ -172,7 +172,7 @@ def test_another_tokenizer_than_the_runs_is_not_copied(started, capsys):
 @pytest.mark.parametrize(("pieces", "rows"), [(PIECES, 64), (63, 64), (64, 64)])
 def test_ids_that_no_piece_has_are_suppressed(pieces, rows, tmp_path):
     params = t5.init(CONFIG, jax.random.key(0))
-    checkpoints.write_params(str(tmp_path / "gkd"), CONFIG, params, "", pieces)
+    saved_model.write_params(str(tmp_path / "gkd"), CONFIG, params, "", pieces)
     convert_checkpoint(str(tmp_path / "gkd"), str(tmp_path / "hf"), to="hf")
     generation = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
     assert generation.get("suppress_tokens", []) == list(range(pieces, rows))

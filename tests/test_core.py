@@ -29,12 +29,12 @@ from gkd_jax import Batch, gkd_config, load_model, sample
 from gkd_jax import divergences, gkd
 from gkd_jax.models import lm, t5
 from gkd_jax.sampling import SamplingConfig
-from gkd_jax.storage import checkpoints
+from gkd_jax.storage import saved_model
 from gkd_jax.training import optimizers, train_state
 
 config = t5.t5_1_1("32x2", 128)
 params = lm.init(config, jax.random.key(0))
-checkpoints.write_params(sys.argv[1], config, params, "")
+saved_model.write_params(sys.argv[1], config, params, "")
 config, params = load_model(sys.argv[1])
 inputs = np.arange(3, 15, dtype=np.int32).reshape(2, 6)
 greedy = SamplingConfig(temperature=0.0)

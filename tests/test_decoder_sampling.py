@@ -18,7 +18,7 @@ from gkd_jax.decoding.beam_search import beam_search
 from gkd_jax.models import decoder, lm
 from gkd_jax.models.decoder_config import DecoderConfig
 from gkd_jax.sampling import SamplingConfig, sample
-from gkd_jax.storage import checkpoints
+from gkd_jax.storage import saved_model
 from gkd_jax.storage.conversion import convert_checkpoint
 
 
@@ -218,14 +218,14 @@ def test_theirs_to_ours_to_theirs_is_the_same_bytes(tmp_path, dtype):
     assert (tmp_path / "c" / "tokenizer.json").read_text() == "{}"
     fields = json.loads((tmp_path / "c" / "config.json").read_text())
     assert fields["eos_token_id"] == [5, 9]
-    step_folder = checkpoints.find_step(str(tmp_path / "b"))
+    step_folder = saved_model.find_step(str(tmp_path / "b"))
     assert step_folder is not None
-    assert checkpoints.read_description(step_folder)["family"] == "decoder"
+    assert saved_model.read_description(step_folder)["family"] == "decoder"
 
 
 def test_the_card_of_a_run_says_what_it_was(tmp_path):
     params = decoder.init(SMALL, jax.random.key(0))
-    checkpoints.write_params(str(tmp_path / "run" / "checkpoints" / "7"), SMALL, params, "")
+    saved_model.write_params(str(tmp_path / "run" / "checkpoints" / "7"), SMALL, params, "")
     recipe = {
         "student": {"checkpoint": "small-model"},
         "teacher": {"checkpoint": "large-model"},

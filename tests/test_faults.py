@@ -18,7 +18,7 @@ from gkd_jax.evaluation import evaluate
 from gkd_jax.input import streams
 from gkd_jax.input.data import DataConfig
 from gkd_jax.sharding import MeshConfig
-from gkd_jax.storage import checkpoints, content, fingerprints
+from gkd_jax.storage import content, fingerprints, saved_model
 from gkd_jax.storage.pretrained import ModelConfig, load_model
 from gkd_jax.training import metrics, optimizers, samples, train
 
@@ -174,7 +174,7 @@ def broken_teacher(finished, tmp_path, monkeypatch):
     table = np.array(params["token_embedder"]["embedding"])
     table[20] = np.nan
     params["token_embedder"]["embedding"] = jax.numpy.asarray(table)
-    checkpoints.write_params(str(tmp_path / "teacher"), config, params, "")
+    saved_model.write_params(str(tmp_path / "teacher"), config, params, "")
     return str(tmp_path / "teacher")
 
 

@@ -11,7 +11,7 @@ from gkd_jax.evaluation import decodings, infer, made_by
 from gkd_jax.evaluation.evaluate import EvalConfig
 from gkd_jax.input.data import DataConfig
 from gkd_jax.models import t5
-from gkd_jax.storage import checkpoints, pretrained
+from gkd_jax.storage import pretrained, saved_model
 
 
 DATA = DataConfig(task="arithmetic", feature_lengths=LENGTHS, batch_size=8)
@@ -24,7 +24,7 @@ def models(tmp_path_factory):
     config = small("tiny", vocab_size=256)
     for seed in (0, 1):
         params = t5.init(config, jax.random.key(seed))
-        checkpoints.write_params(str(folder / str(seed)), config, params, "")
+        saved_model.write_params(str(folder / str(seed)), config, params, "")
     return folder
 
 

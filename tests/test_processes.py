@@ -21,7 +21,7 @@ import gin
 from gkd_jax import main, sharding
 from gkd_jax.batch import Batch
 from gkd_jax.input import data, named_tasks, streams
-from gkd_jax.storage import checkpoints
+from gkd_jax.storage import saved_model
 from gkd_jax.training import metrics, rollouts
 
 
@@ -93,7 +93,7 @@ def test_two_processes_equal_one_and_resume_each_other_s_checkpoints(tmp_path, c
     run_here(alone, "--gin.TRAIN_STEPS=6")
     codes, texts = statuses(start(together, "--gin.TRAIN_STEPS=4", "--gin.SAVE_PERIOD=0.01 s"))
     assert codes == [0, 0], texts
-    assert len(checkpoints.saved_steps(together)) == 2  # by the clock of process 0, and at the end
+    assert len(saved_model.saved_steps(together)) == 2  # by the clock of process 0, and at the end
     capfd.readouterr()
     run_here(together, "--gin.TRAIN_STEPS=6")
     assert "resumed from step 4" in capfd.readouterr().err

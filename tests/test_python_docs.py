@@ -14,7 +14,7 @@ import gkd_jax
 from gkd_jax import convert
 from gkd_jax.models import t5
 from gkd_jax.sampling import SamplingConfig, sample
-from gkd_jax.storage import checkpoints
+from gkd_jax.storage import saved_model
 
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -36,7 +36,7 @@ def models(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for seed, name in enumerate(("student", "teacher")):
         params = t5.init(CONFIG, jax.random.key(seed))
-        checkpoints.write_params(name, CONFIG, params, "a hash", 100 + seed)
+        saved_model.write_params(name, CONFIG, params, "a hash", 100 + seed)
 
 
 def test_the_page_runs(models, tmp_path):

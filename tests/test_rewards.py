@@ -11,7 +11,7 @@ from gkd_jax import losses
 from gkd_jax.batch import Batch
 from gkd_jax.evaluation import evaluate, rewards
 from gkd_jax.models import t5
-from gkd_jax.storage import checkpoints
+from gkd_jax.storage import saved_model
 from gkd_jax.storage.pretrained import ModelConfig
 import gkd_jax.tasks.rte  # noqa: F401
 from gkd_jax.text import vocabularies
@@ -46,7 +46,7 @@ def classifier(tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("nli") / "model")
     config = tiny_t5(384)
     params = t5.init(config, jax.random.key(0))
-    checkpoints.write_params(folder, config, params, "")
+    saved_model.write_params(folder, config, params, "")
     return folder, config, params
 
 

@@ -11,7 +11,7 @@ from small_runs import LENGTHS, options
 from gkd_jax.evaluation import evaluate
 from gkd_jax.input import streams
 from gkd_jax.input.data import DataConfig
-from gkd_jax.storage import checkpoints
+from gkd_jax.storage import checkpoints, saved_model
 from gkd_jax.training import metrics, optimizers, train
 from gkd_jax.training.evaluations import Evaluations
 from gkd_jax.training.recipe import TrainConfig
@@ -55,7 +55,7 @@ def test_an_evaluation_that_fails_costs_no_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "score", lambda *arguments: next(calls)(*arguments))
     with pytest.raises(RuntimeError, match="the metric is broken"):
         run(tmp_path / "run", evaluation=EVALUATION)
-    assert checkpoints.saved_steps(tmp_path / "run") == [2, 3]
+    assert saved_model.saved_steps(tmp_path / "run") == [2, 3]
     steps = [line["step"] for line in metrics.read(tmp_path / "run" / "metrics.jsonl")]
     assert steps == [0, 1, 2, 3]  # an evaluation at step 0, and every step's numbers
     shutil.rmtree(tmp_path / "run" / "checkpoints")  # as if it had failed before the first one
@@ -209,7 +209,7 @@ def test_a_file_system_that_hiccups_damages_nothing(error, run_dir, monkeypatch)
     monkeypatch.setattr(checkpoints.Checkpoints, "_restore", hiccups)
     with pytest.raises(type(error)):
         run(run_dir, steps=5)
-    assert checkpoints.saved_steps(run_dir) == [2, 3]
+    assert saved_model.saved_steps(run_dir) == [2, 3]
     assert contents(run_dir) == before
     monkeypatch.undo()
     run(run_dir, steps=4)

@@ -26,7 +26,7 @@ from gkd_jax.input.data import DataConfig, Shard
 from gkd_jax.models import lm
 from gkd_jax.models.decoder_config import DecoderConfig
 from gkd_jax.planning import hlo
-from gkd_jax.storage import checkpoints, pretrained
+from gkd_jax.storage import pretrained, saved_model
 from gkd_jax.tasks import features
 from gkd_jax.text import vocabularies
 from gkd_jax.training import metrics, program, train, train_state
@@ -336,7 +336,7 @@ def test_a_run_goes_on_bit_by_bit_and_other_teachers_are_refused_by_name(
             assert one[f"train/{name}"] == other[f"train/{name}"]
     target = program.build(options("", steps=1)["recipe"], 149).state.params
     read = [
-        checkpoints.read_params(checkpoints.find_step(str(folder)), target)
+        saved_model.read_params(saved_model.find_step(str(folder)), target)
         for folder in (whole[0], tmp_path / "parts")
     ]
     jax.tree.map(np.testing.assert_array_equal, *read)

@@ -16,7 +16,7 @@ from gkd_jax import divergences, sharding
 from gkd_jax.evaluation import evaluate
 from gkd_jax.input.data import DataConfig
 from gkd_jax.models import lm
-from gkd_jax.storage import checkpoints, pretrained
+from gkd_jax.storage import pretrained, saved_model
 import gkd_jax.tasks.arithmetic  # noqa: F401
 from gkd_jax.training import metrics, optimizers, train
 
@@ -62,7 +62,7 @@ def test_a_stopped_run_goes_on_exactly_as_one_never_stopped(teacher_dir, tmp_pat
     train.train(**options(tmp_path / "whole", steps=8, **on_policy(teacher_dir)))
     often = train.TrainConfig(train_steps=5, save_period="0.000000001 s", keep=None)
     train.train(**options(tmp_path / "parts", steps=5, train=often, **on_policy(teacher_dir)))
-    assert checkpoints.saved_steps(tmp_path / "parts") == [1, 2, 3, 4, 5]
+    assert saved_model.saved_steps(tmp_path / "parts") == [1, 2, 3, 4, 5]
     train.train(**options(tmp_path / "parts", steps=8, **on_policy(teacher_dir)))
     whole, parts = lines(tmp_path / "whole"), lines(tmp_path / "parts")
     assert [line["step"] for line in parts] == list(range(1, 9))
@@ -145,7 +145,7 @@ def test_a_teacher_without_weights_is_said_loudly(tmp_path, capfd):
 
 
 def test_a_bfloat16_teacher_is_held_in_bfloat16(teacher_dir):
-    config = checkpoints.read_config(checkpoints.find_step(str(teacher_dir)))
+    config = saved_model.read_config(saved_model.find_step(str(teacher_dir)))
     target = lm.abstract_params(config, "bfloat16")
     params = pretrained.load_params(str(teacher_dir), target, config)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"bfloat16"}
@@ -174,7 +174,7 @@ def test_a_signal_loses_nothing_that_was_saved(tmp_path, number, status):
     process.send_signal(number)
     _, err = process.communicate(timeout=120)
     assert process.returncode == status, err[-2000:]
-    saved = checkpoints.find_step(str(tmp_path))
+    saved = saved_model.find_step(str(tmp_path))
     assert saved is not None
     step = int(saved.name)
     if number == signal.SIGTERM:

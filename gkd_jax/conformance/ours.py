@@ -19,7 +19,7 @@ from gkd_jax.batch import Batch
 from gkd_jax.gkd_config import Divergence
 from gkd_jax.input import teacher_cache
 from gkd_jax.models import lm, t5
-from gkd_jax.storage import checkpoints, pretrained, vocabulary_checks
+from gkd_jax.storage import pretrained, saved_model, vocabulary_checks
 from gkd_jax.text import vocabularies
 from gkd_jax.text.word_vocabulary import WordVocabulary
 from gkd_jax.training import samples, train_state
@@ -167,7 +167,7 @@ class GKDJax:
         with tempfile.TemporaryDirectory() as folder:
             checkpoint = f"{folder}/checkpoint"
             content = vocabularies.content_hash(student)
-            checkpoints.write_params(checkpoint, STUDENT, _student_params(), content)
+            saved_model.write_params(checkpoint, STUDENT, _student_params(), content)
             model = pretrained.ModelConfig(checkpoint=checkpoint)
             vocabulary_checks.check_vocabularies(teacher, {"student": model}, frozenset())
 

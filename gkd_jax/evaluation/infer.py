@@ -23,7 +23,7 @@ from gkd_jax.evaluation.evaluate import EvalConfig
 from gkd_jax.input import eval_batches, named_tasks
 from gkd_jax.input.data import DataConfig
 from gkd_jax.models import lm
-from gkd_jax.storage import checkpoints, content, tokenizer_files
+from gkd_jax.storage import content, saved_model, tokenizer_files
 from gkd_jax.storage.pretrained import (
     ModelConfig,
     check_exists,
@@ -150,7 +150,7 @@ def evaluate_checkpoint(
     if jax.process_index() == 0:
         folder = pathlib.Path(output_dir)
         evaluate.write_rows(folder / "predictions.jsonl", decoded, ready.vocabulary)
-        step_folder = checkpoints.find_step(model.checkpoint) if model.checkpoint else None
+        step_folder = saved_model.find_step(model.checkpoint) if model.checkpoint else None
         about = {
             **settings.describe(evaluation),
             "checkpoint": model.checkpoint,

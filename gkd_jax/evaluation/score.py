@@ -18,7 +18,7 @@ from gkd_jax.batch import Batch, TopK
 from gkd_jax.input import eval_batches, named_tasks, teacher_cache
 from gkd_jax.input.data import DataConfig, check_ids, place
 from gkd_jax.models import lm
-from gkd_jax.storage import checkpoints, content, tokenizer_files
+from gkd_jax.storage import content, saved_model, tokenizer_files
 from gkd_jax.storage.pretrained import (
     ModelConfig,
     check_exists,
@@ -126,7 +126,7 @@ def _about(
         "long_prompts": data.long_prompts,
         "template_variables": dict(data.template_variables),
         "teacher_template": data.teacher_template,
-        "teacher": str(checkpoints.find_step(model.checkpoint) or model.checkpoint)
+        "teacher": str(saved_model.find_step(model.checkpoint) or model.checkpoint)
         if model.checkpoint
         else None,
         "teacher_content": content.content_id(model.checkpoint) if model.checkpoint else None,

@@ -18,7 +18,6 @@ from collections.abc import Mapping, Sequence
 import dataclasses
 import itertools
 import json
-import os
 import pathlib
 import re
 import sys
@@ -38,11 +37,9 @@ from orbax.checkpoint.checkpoint_managers import (
 )
 
 from gkd_jax.gkd import TrainState
-from gkd_jax.models import lm
-from gkd_jax.storage import fingerprints
+from gkd_jax.storage import fingerprints, saved_model
 
 
-FOLDER = "checkpoints"
 _TREE_FILE = "_METADATA"  # Orbax's record of the structure of an item
 DAMAGED = "damaged"
 
@@ -129,7 +126,7 @@ class Checkpoints:
             best_mode: whether the best value is the "max" or the "min".
             scores: the values of `best_metric` from earlier starts of the run, by step.
         """
-        self._folder = epath.Path(model_dir).resolve() / FOLDER
+        self._folder = epath.Path(model_dir).resolve() / saved_model.FOLDER
         self._best_metric, self._best_mode = best_metric, best_mode
         self._scores = dict(scores)
         policies: list[PreservationPolicy] = [LatestN(n=keep)]
@@ -220,7 +217,7 @@ class Checkpoints:
             step: the number of updates done.
             state: the state after these updates.
             stream: the training data, whose position is saved.
-            description: the result of `describe_model`.
+            description: the result of `saved_model.describe_model`.
         """
         if step in self._orbax.all_steps():
             return
@@ -244,7 +241,7 @@ class Checkpoints:
 
         If one process cannot read its part of the data's position, all processes raise together.
         """
-        stored = read_description(self._folder / str(step)).get("fingerprints", {})
+        stored = saved_model.read_description(self._folder / str(step)).get("fingerprints", {})
         wanted = _items(target)
         for name, tree in wanted.items():
             _check_arrays(step, stored.get(name), tree)
@@ -310,96 +307,4 @@ def _check_arrays(step: int, stored: Mapping[str, int] | None, target: Any) -> N
         raise ValueError(
             f"checkpoint {step} is of another model or optimizer: only one of the two has "
             f"{', '.join(unexpected[:4])}{' ...' if len(unexpected) > 4 else ''}"
-        )
-
-
-def saved_steps(model_dir: str | os.PathLike[str]) -> list[int]:
-    """Returns the steps of the complete checkpoints of a MODEL_DIR, in ascending order."""
-    folder = epath.Path(model_dir) / FOLDER
-    if not folder.is_dir():
-        return []
-    return sorted(
-        int(child.name)
-        for child in folder.iterdir()
-        if child.name.isdecimal() and (child / "params").is_dir()
-    )
-
-
-def describe_model(
-    config: lm.Config, vocabulary_hash: str, num_pieces: int | None = None
-) -> dict[str, Any]:
-    """Returns the JSON that is stored beside a step's parameters.
-
-    Args:
-        config: the model's sizes.
-        vocabulary_hash: the `vocabularies.content_hash` of the vocabulary; "" if unknown.
-        num_pieces: the number of ids that the vocabulary has; None if unknown. Further rows of the
-            embedding only round its size up.
-    """
-    about: dict[str, Any] = {
-        "family": lm.family_name(config),
-        "config": dataclasses.asdict(config),
-        "vocabulary": vocabulary_hash,
-    }
-    return about if num_pieces is None else {**about, "num_pieces": num_pieces}
-
-
-def find_step(path: str) -> epath.Path | None:
-    """Returns `path` if it is a step folder, the newest step folder of a MODEL_DIR, else None."""
-    folder = epath.Path(path)
-    if (folder / "params").is_dir() and (folder / "model").is_dir():
-        return folder
-    steps = saved_steps(path)
-    return folder / FOLDER / str(steps[-1]) if steps else None
-
-
-def read_description(step_folder: epath.Path) -> dict[str, Any]:
-    """Returns the JSON beside a step's parameters; see `describe_model`."""
-    return json.loads((step_folder / "model" / "metadata").read_text())
-
-
-def read_config(step_folder: epath.Path) -> lm.Config:
-    """Returns the sizes of the model in a step folder."""
-    about = read_description(step_folder)
-    return lm.from_fields(about.get("family", "t5"), about["config"])
-
-
-def read_params(step_folder: epath.Path, target: lm.Params) -> lm.Params:
-    """Returns the parameters in a step folder, with the shapes, dtypes and shardings of `target`.
-
-    Raises:
-        DamagedError: if all dtypes of `target` are float32 and the bytes of an array differ from
-            the bytes that were written; the message names the arrays.
-    """
-    with ocp.StandardCheckpointer() as checkpointer:
-        params = checkpointer.restore(step_folder.resolve() / "params", target)
-    # Parameters are written in float32, and a fingerprint is valid for the written dtype only.
-    if all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params)):
-        stored = read_description(step_folder).get("fingerprints", {})
-        fingerprints.check(params, stored.get("params"))
-    return params
-
-
-def write_params(
-    folder: str,
-    config: lm.Config,
-    params: lm.Params,
-    vocabulary_hash: str,
-    num_pieces: int | None = None,
-    more: dict[str, Any] | None = None,
-) -> None:
-    """Writes a model without training state to the step folder `folder`.
-
-    The JSON beside the parameters is the result of `describe_model` with the entries of `more`.
-    """
-    target = epath.Path(folder).resolve()
-    about = {**describe_model(config, vocabulary_hash, num_pieces), **(more or {})}
-    about["fingerprints"] = {"params": fingerprints.of_tree(params)}
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler("params", "model")) as checkpointer:
-        checkpointer.save(
-            target,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(params),
-                model=ocp.args.JsonSave(about),
-            ),
         )

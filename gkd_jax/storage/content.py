@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from gkd_jax import convert
 from gkd_jax.models import lm
-from gkd_jax.storage import checkpoints
+from gkd_jax.storage import saved_model
 
 
 _ENDS = 2**20  # The number of bytes that are read at each end of a file.
@@ -39,12 +39,12 @@ def content_id(path: str) -> str:
         FileNotFoundError: if there is no such folder.
         ValueError: if the folder is no checkpoint.
     """
-    step_folder = checkpoints.find_step(path)
+    step_folder = saved_model.find_step(path)
     if step_folder is not None:
-        stored = checkpoints.read_description(step_folder)
+        stored = saved_model.read_description(step_folder)
         fingerprints = stored.get("fingerprints", {}).get("params")
         if fingerprints:
-            architecture = lm.architecture(checkpoints.read_config(step_folder))
+            architecture = lm.architecture(saved_model.read_config(step_folder))
             text = json.dumps([architecture, fingerprints], sort_keys=True)
             return hashlib.sha256(text.encode()).hexdigest()
         return _hash_of_files(step_folder / "params", ".*")

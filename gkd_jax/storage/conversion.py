@@ -13,7 +13,7 @@ from gkd_jax.convert import hf_folder
 from gkd_jax.convert.stored import as_dtype
 from gkd_jax.models import lm
 from gkd_jax.models.t5_config import T5Config
-from gkd_jax.storage import checkpoints, hub, model_card, pretrained, tokenizer_files
+from gkd_jax.storage import hub, model_card, pretrained, saved_model, tokenizer_files
 
 
 FORMATS = ("hf", "t5x", "gkd")
@@ -62,8 +62,8 @@ def convert_checkpoint(
     config = pretrained.load_config(source)
     if to == "t5x" and lm.family_name(config) != "t5":
         raise ValueError(f"{source!r} is no T5, and T5X's format is for those alone")
-    step_folder = checkpoints.find_step(source)
-    about = {} if step_folder is None else checkpoints.read_description(step_folder)
+    step_folder = saved_model.find_step(source)
+    about = {} if step_folder is None else saved_model.read_description(step_folder)
     step = _step_of(source) if step is None else step
     if step_folder is None:
         convert.check_arrays(source, config)
@@ -138,7 +138,7 @@ def _write_own(
     """
     vocabulary, num_pieces = about.get("vocabulary", ""), about.get("num_pieces")
     more = {"dtype": about["dtype"]}
-    checkpoints.write_params(output, config, params, vocabulary, num_pieces, more)
+    saved_model.write_params(output, config, params, vocabulary, num_pieces, more)
     if beside is not None:
         hf_folder.copy_companions(
             pathlib.Path(beside), pathlib.Path(output) / tokenizer_files.HF_FILES
@@ -159,6 +159,6 @@ def _check_output(output: str) -> None:
 
 def _step_of(source: str) -> int:
     """Returns the step in the name of a checkpoint's folder; 0 if the name has no step."""
-    name = (checkpoints.find_step(source) or epath.Path(source)).name
+    name = (saved_model.find_step(source) or epath.Path(source)).name
     match = re.fullmatch(r"(?:checkpoint_)?(\d+)", name)
     return int(match[1]) if match else 0

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from gkd_jax import convert, sharding
 from gkd_jax.models import kv_cache, lm, quantized
 from gkd_jax.models.execution import ExecutionSettings, check_dtype
-from gkd_jax.storage import checkpoints, content, hub
+from gkd_jax.storage import content, hub, saved_model
 from gkd_jax.text import settings
 
 
@@ -351,9 +351,9 @@ def load_config(path: str) -> lm.Config:
     path = hub.local_folder(path)
     if not epath.Path(path).exists():
         raise FileNotFoundError(f"no checkpoint at {path!r}: there is no such file or folder")
-    step_folder = checkpoints.find_step(path)
+    step_folder = saved_model.find_step(path)
     return (
-        convert.read_config(path) if step_folder is None else checkpoints.read_config(step_folder)
+        convert.read_config(path) if step_folder is None else saved_model.read_config(step_folder)
     )
 
 
@@ -370,9 +370,9 @@ def load_params(path: str, target: lm.Params, config: lm.Config) -> lm.Params:
             infinity; the message names the arrays.
     """
     path = hub.local_folder(path)
-    step_folder = checkpoints.find_step(path)
+    step_folder = saved_model.find_step(path)
     if step_folder is not None:
-        params = checkpoints.read_params(step_folder, target)
+        params = saved_model.read_params(step_folder, target)
     else:
         leaf = jax.tree.leaves(target)[0]
         shardings = None if leaf.sharding is None else jax.tree.map(lambda x: x.sharding, target)
@@ -405,10 +405,10 @@ def num_pieces(*paths: str) -> int:
 
 
 def _num_pieces(path: str) -> int:
-    step_folder = checkpoints.find_step(path)
+    step_folder = saved_model.find_step(path)
     rows = load_config(path).vocab_size
     if step_folder is not None:
-        return checkpoints.read_description(step_folder).get("num_pieces") or rows
+        return saved_model.read_description(step_folder).get("num_pieces") or rows
     from gkd_jax.text import vocabularies  # brings TensorFlow and seqio
 
     if not vocabularies.has_tokenizer(path):

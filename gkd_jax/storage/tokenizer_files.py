@@ -9,7 +9,7 @@ import pathlib
 from etils import epath
 
 from gkd_jax.input.data import DataConfig
-from gkd_jax.storage import checkpoints, hub
+from gkd_jax.storage import hub, saved_model
 from gkd_jax.text import vocabularies
 
 
@@ -60,10 +60,10 @@ def find(checkpoint: str | None) -> str | None:
     """
     if checkpoint is None or "://" in checkpoint or not os.path.isdir(checkpoint):
         return None
-    step_folder = checkpoints.find_step(checkpoint)
+    step_folder = saved_model.find_step(checkpoint)
     if step_folder is None:
         return checkpoint if os.path.isfile(os.path.join(checkpoint, "config.json")) else None
-    return _of_run(step_folder, checkpoints.read_description(step_folder)["vocabulary"], ())
+    return _of_run(step_folder, saved_model.read_description(step_folder)["vocabulary"], ())
 
 
 def _of_run(step_folder: epath.Path, expected: str, later: tuple[epath.Path, ...]) -> str | None:
@@ -88,7 +88,7 @@ def _of_run(step_folder: epath.Path, expected: str, later: tuple[epath.Path, ...
         if not place or "://" in place or not pathlib.Path(place).is_dir():
             continue
         # If the student started from another run, look for that run's tokenizer.
-        earlier = checkpoints.find_step(place)
+        earlier = saved_model.find_step(place)
         if earlier is not None:
             found = _of_run(earlier, expected, (*later, step_folder))
             if found is not None:

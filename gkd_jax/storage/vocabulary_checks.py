@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import seqio
 
 from gkd_jax.models import lm
-from gkd_jax.storage import checkpoints
+from gkd_jax.storage import saved_model
 from gkd_jax.storage.pretrained import ModelConfig
 from gkd_jax.text import comparison, vocabularies
 
@@ -35,7 +35,7 @@ def check_vocabularies(
     for name, model in chosen.items():
         if model.checkpoint is None or model.checkpoint in pending:
             continue
-        step_folder = checkpoints.find_step(model.checkpoint)
+        step_folder = saved_model.find_step(model.checkpoint)
         if step_folder is None:
             path = model.checkpoint
             if "://" in path or not vocabularies.has_tokenizer(path):
@@ -48,7 +48,7 @@ def check_vocabularies(
             )
             stated.append(found)
             continue
-        about = checkpoints.read_description(step_folder)
+        about = saved_model.read_description(step_folder)
         found = about["vocabulary"]
         expected = vocabularies.content_hash(vocabulary)
         if found and found != expected:

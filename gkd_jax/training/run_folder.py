@@ -11,7 +11,7 @@ import jax
 
 from gkd_jax.gkd import TrainState
 from gkd_jax.input import data, streams
-from gkd_jax.storage import checkpoints, pretrained
+from gkd_jax.storage import checkpoints, pretrained, saved_model
 from gkd_jax.text import files, task_names, vocabularies
 from gkd_jax.training import metrics, run_record
 from gkd_jax.training.plan import model_info
@@ -77,7 +77,7 @@ class RunFolder:
             changed = run_record.changes(folder, before, about, allowed)
             about["changes"] = before.get("changes", [])
             about["first_batch"] = before.get("first_batch")
-        description = checkpoints.describe_model(
+        description = saved_model.describe_model(
             program.models.student,
             vocabularies.content_hash(source.vocabulary),
             source.num_pieces,
@@ -95,7 +95,7 @@ class RunFolder:
     @property
     def is_finished(self) -> bool:
         """Whether the newest checkpoint is of the last step or a later one, and was evaluated."""
-        newest = max(checkpoints.saved_steps(self.folder), default=-1)
+        newest = max(saved_model.saved_steps(self.folder), default=-1)
         last = self.program.recipe.train.train_steps
         return newest >= last and not self.lacks_evaluation(newest)
 

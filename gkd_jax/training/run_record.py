@@ -20,7 +20,7 @@ from gkd_jax.batch import Batch
 from gkd_jax.evaluation import made_by
 from gkd_jax.input import data, named_tasks, teacher_cache
 from gkd_jax.models import lm
-from gkd_jax.storage import checkpoints, content
+from gkd_jax.storage import checkpoints, content, saved_model
 from gkd_jax.text import files, vocabularies
 from gkd_jax.training.program import Program
 from gkd_jax.training.recipe import MAY_CHANGE, Recipe, describe, differences, is_below, is_path
@@ -106,7 +106,7 @@ def read(folder: pathlib.Path) -> dict[str, Any] | None:
         ValueError: if all checkpoints of the run are damaged, or its run.json cannot be read.
     """
     path = folder / "run.json"
-    if not checkpoints.saved_steps(folder):
+    if not saved_model.saved_steps(folder):
         aside = folder / checkpoints.DAMAGED
         if aside.is_dir() and any(aside.iterdir()):
             raise ValueError(

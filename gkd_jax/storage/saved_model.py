@@ -1,0 +1,112 @@
+"""Reads and writes the model in a step's folder: its parameters, and the JSON beside them.
+
+`gkd_jax.storage.checkpoints` says what else the folder of a step holds.
+"""
+
+import dataclasses
+import json
+import os
+from typing import Any
+
+from etils import epath
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from gkd_jax.models import lm
+from gkd_jax.storage import fingerprints
+
+
+FOLDER = "checkpoints"  # of a MODEL_DIR, with one folder for each saved step
+
+
+def saved_steps(model_dir: str | os.PathLike[str]) -> list[int]:
+    """Returns the steps of the complete checkpoints of a MODEL_DIR, in ascending order."""
+    folder = epath.Path(model_dir) / FOLDER
+    if not folder.is_dir():
+        return []
+    return sorted(
+        int(child.name)
+        for child in folder.iterdir()
+        if child.name.isdecimal() and (child / "params").is_dir()
+    )
+
+
+def describe_model(
+    config: lm.Config, vocabulary_hash: str, num_pieces: int | None = None
+) -> dict[str, Any]:
+    """Returns the JSON that is stored beside a step's parameters.
+
+    Args:
+        config: the model's sizes.
+        vocabulary_hash: the `vocabularies.content_hash` of the vocabulary; "" if unknown.
+        num_pieces: the number of ids that the vocabulary has; None if unknown. Further rows of the
+            embedding only round its size up.
+    """
+    about: dict[str, Any] = {
+        "family": lm.family_name(config),
+        "config": dataclasses.asdict(config),
+        "vocabulary": vocabulary_hash,
+    }
+    return about if num_pieces is None else {**about, "num_pieces": num_pieces}
+
+
+def find_step(path: str) -> epath.Path | None:
+    """Returns `path` if it is a step folder, the newest step folder of a MODEL_DIR, else None."""
+    folder = epath.Path(path)
+    if (folder / "params").is_dir() and (folder / "model").is_dir():
+        return folder
+    steps = saved_steps(path)
+    return folder / FOLDER / str(steps[-1]) if steps else None
+
+
+def read_description(step_folder: epath.Path) -> dict[str, Any]:
+    """Returns the JSON beside a step's parameters; see `describe_model`."""
+    return json.loads((step_folder / "model" / "metadata").read_text())
+
+
+def read_config(step_folder: epath.Path) -> lm.Config:
+    """Returns the sizes of the model in a step folder."""
+    about = read_description(step_folder)
+    return lm.from_fields(about.get("family", "t5"), about["config"])
+
+
+def read_params(step_folder: epath.Path, target: lm.Params) -> lm.Params:
+    """Returns the parameters in a step folder, with the shapes, dtypes and shardings of `target`.
+
+    Raises:
+        DamagedError: if all dtypes of `target` are float32 and the bytes of an array differ from
+            the bytes that were written; the message names the arrays.
+    """
+    with ocp.StandardCheckpointer() as checkpointer:
+        params = checkpointer.restore(step_folder.resolve() / "params", target)
+    # Parameters are written in float32, and a fingerprint is valid for the written dtype only.
+    if all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params)):
+        stored = read_description(step_folder).get("fingerprints", {})
+        fingerprints.check(params, stored.get("params"))
+    return params
+
+
+def write_params(
+    folder: str,
+    config: lm.Config,
+    params: lm.Params,
+    vocabulary_hash: str,
+    num_pieces: int | None = None,
+    more: dict[str, Any] | None = None,
+) -> None:
+    """Writes a model without training state to the step folder `folder`.
+
+    The JSON beside the parameters is the result of `describe_model` with the entries of `more`.
+    """
+    target = epath.Path(folder).resolve()
+    about = {**describe_model(config, vocabulary_hash, num_pieces), **(more or {})}
+    about["fingerprints"] = {"params": fingerprints.of_tree(params)}
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler("params", "model")) as checkpointer:
+        checkpointer.save(
+            target,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(params),
+                model=ocp.args.JsonSave(about),
+            ),
+        )
