@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from gkd_jax.divergences import forward_kl, jsd, reverse_kl, total_variation
     from gkd_jax.models.t5_config import T5Config
     from gkd_jax.sampling import jitted_sample as sample
-    from gkd_jax.storage.pretrained import load_model, num_pieces
+    from gkd_jax.storage.loading import load_model, num_pieces
 
 __version__ = "0.1.0"
 __all__ = [
@@ -32,8 +32,8 @@ _PLACES = {
     "T5Config": ("models.t5_config", "T5Config"),
     "forward_kl": ("divergences", "forward_kl"),
     "jsd": ("divergences", "jsd"),
-    "load_model": ("storage.pretrained", "load_model"),
-    "num_pieces": ("storage.pretrained", "num_pieces"),
+    "load_model": ("storage.loading", "load_model"),
+    "num_pieces": ("storage.loading", "num_pieces"),
     "reverse_kl": ("divergences", "reverse_kl"),
     "sample": ("sampling", "jitted_sample"),
     "total_variation": ("divergences", "total_variation"),

@@ -19,7 +19,8 @@ from gkd_jax.input import streams
 from gkd_jax.input.data import DataConfig
 from gkd_jax.sharding import MeshConfig
 from gkd_jax.storage import content, fingerprints, saved_model
-from gkd_jax.storage.pretrained import ModelConfig, load_model
+from gkd_jax.storage.loading import load_model
+from gkd_jax.storage.pretrained import ModelConfig
 from gkd_jax.training import metrics, optimizers, samples, train
 
 

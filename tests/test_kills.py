@@ -18,7 +18,7 @@ import pytest
 
 import gin
 from gkd_jax import main, sharding
-from gkd_jax.storage.pretrained import load_model
+from gkd_jax.storage.loading import load_model
 from gkd_jax.training import metrics
 
 

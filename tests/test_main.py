@@ -11,7 +11,7 @@ import pytest
 
 import gin
 from gkd_jax import main
-from gkd_jax.storage import pretrained
+from gkd_jax.storage import loading
 
 
 pytestmark = pytest.mark.usefixtures("fresh_gin")
@@ -69,9 +69,9 @@ def test_gkd_trains_evaluates_and_converts(tmp_path, capfd):
     for form in ("hf", "t5x", "gkd"):
         target = tmp_path / form
         assert run("convert", f"--input={tmp_path}/run", f"--output={target}", f"--to={form}") == 0
-    config, _ = pretrained.load_model(str(tmp_path / "gkd"))
-    assert pretrained.load_config(str(tmp_path / "hf")).d_model == config.d_model
-    assert pretrained.load_config(str(tmp_path / "t5x" / "checkpoint_2")).d_model == config.d_model
+    config, _ = loading.load_model(str(tmp_path / "gkd"))
+    assert loading.load_config(str(tmp_path / "hf")).d_model == config.d_model
+    assert loading.load_config(str(tmp_path / "t5x" / "checkpoint_2")).d_model == config.d_model
 
 
 def test_an_override_may_name_a_function(tmp_path, capfd):

@@ -211,7 +211,8 @@ def test_functions_and_files_are_short():
 # These know models by `gkd_jax.models.lm` alone. Whoever reads a family's files is elsewhere.
 KNOW_NO_FAMILY = (
     *("gkd.py", "gkd_config.py", "sampling.py", "decoding", "evaluation", "training"),
-    *("storage/checkpoints.py", "storage/saved_model.py", "storage/pretrained.py", "planning"),
+    *(f"storage/{name}.py" for name in ("checkpoints", "loading", "pretrained", "saved_model")),
+    "planning",
 )
 FAMILIES = {
     *("t5", "t5_config", "t5_layers", "t5_modules"),

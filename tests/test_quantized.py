@@ -11,7 +11,7 @@ from gkd_jax.batch import Batch
 from gkd_jax.evaluation import evaluate
 from gkd_jax.models import lm, quantized, t5
 from gkd_jax.sampling import SamplingConfig, sample
-from gkd_jax.storage import pretrained
+from gkd_jax.storage import loading, pretrained
 from gkd_jax.training import metrics, train
 
 
@@ -78,9 +78,9 @@ def test_a_run_with_a_teacher_in_8_bits_on_a_mesh(tmp_path):
     assert "encoder/layers/mlp/wi_0/kernel/values" in teacher_info
     assert "encoder/layers/mlp/wi_0/kernel/scales" in teacher_info
     mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=4, tensor=1))
-    config = pretrained.load_config(path)
+    config = loading.load_config(path)
     split = pretrained.place_params(teacher, config, mesh)
-    whole = quantized.quantize(pretrained.load_model(path)[1])
+    whole = quantized.quantize(loading.load_model(path)[1])
     jax.tree.map(np.testing.assert_array_equal, split, whole)
 
 

@@ -26,7 +26,7 @@ from gkd_jax.input.data import DataConfig, Shard
 from gkd_jax.models import lm
 from gkd_jax.models.decoder_config import DecoderConfig
 from gkd_jax.planning import hlo
-from gkd_jax.storage import pretrained, saved_model
+from gkd_jax.storage import loading, pretrained, saved_model
 from gkd_jax.tasks import features
 from gkd_jax.text import vocabularies
 from gkd_jax.training import metrics, program, train, train_state
@@ -416,7 +416,7 @@ def test_the_evaluation_s_divergence_is_that_from_the_teacher_of_the_task(checkp
     rows = Batch(prompt[None], targets[None], np.ones((1, len(targets))))
     log_p, log_q = (
         special.log_softmax(
-            np.asarray(logits(*pretrained.load_model(str(path)), rows)[0], np.float64)[
+            np.asarray(logits(*loading.load_model(str(path)), rows)[0], np.float64)[
                 :, : len(vocabulary.pieces)
             ],
             axis=-1,

@@ -23,7 +23,7 @@ from gkd_jax.input import data, named_tasks, streams
 from gkd_jax.input.data import DataConfig
 from gkd_jax.models import lm
 from gkd_jax.models.decoder_config import DecoderConfig
-from gkd_jax.storage import pretrained
+from gkd_jax.storage import loading, pretrained
 from gkd_jax.tasks import rows
 from gkd_jax.text import teacher_template, vocabularies
 from gkd_jax.text.tokenizer_folder import TokenizerVocabulary
@@ -372,7 +372,7 @@ def test_evaluation_and_report_show_both_prompts(tmp_path, teacher):
     for model, prompt in ((teacher.checkpoint, line["teacher_inputs"]), (folder, line["inputs"])):
         ids = np.asarray([*vocabulary.encode(prompt), 1], np.int32)
         one = Batch(ids[None], targets[None], np.ones((1, len(targets))))
-        scores = np.asarray(logits(*pretrained.load_model(str(model)), one)[0], np.float64)
+        scores = np.asarray(logits(*loading.load_model(str(model)), one)[0], np.float64)
         found.append(special.log_softmax(scores[:, : len(vocabulary.pieces)], axis=-1))
     log_p, log_q = found
     expected = (np.exp(log_p) * (log_p - log_q)).sum(axis=-1)

@@ -16,7 +16,7 @@ from gkd_jax import divergences, sharding
 from gkd_jax.evaluation import evaluate
 from gkd_jax.input.data import DataConfig
 from gkd_jax.models import lm
-from gkd_jax.storage import pretrained, saved_model
+from gkd_jax.storage import loading, pretrained, saved_model
 import gkd_jax.tasks.arithmetic  # noqa: F401
 from gkd_jax.training import metrics, optimizers, train
 
@@ -29,7 +29,7 @@ def lines(model_dir):
 
 
 def final_params(model_dir):
-    return pretrained.load_model(str(model_dir))[1]
+    return loading.load_model(str(model_dir))[1]
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +147,7 @@ def test_a_teacher_without_weights_is_said_loudly(tmp_path, capfd):
 def test_a_bfloat16_teacher_is_held_in_bfloat16(teacher_dir):
     config = saved_model.read_config(saved_model.find_step(str(teacher_dir)))
     target = lm.abstract_params(config, "bfloat16")
-    params = pretrained.load_params(str(teacher_dir), target, config)
+    params = loading.load_params(str(teacher_dir), target, config)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"bfloat16"}
 
 

@@ -5,7 +5,7 @@
     write_hf("out", config, params)
 
 The functions detect the format of a folder from its files. Checkpoints in gkd_jax's own format
-("gkd") are read by `gkd_jax.storage.checkpoints` instead.
+("gkd") are read by `gkd_jax.storage.saved_model` instead.
 """
 
 import os

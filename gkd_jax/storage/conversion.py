@@ -13,7 +13,7 @@ from gkd_jax.convert import hf_folder
 from gkd_jax.convert.stored import as_dtype
 from gkd_jax.models import lm
 from gkd_jax.models.t5_config import T5Config
-from gkd_jax.storage import hub, model_card, pretrained, saved_model, tokenizer_files
+from gkd_jax.storage import hub, loading, model_card, pretrained, saved_model, tokenizer_files
 
 
 FORMATS = ("hf", "t5x", "gkd")
@@ -32,7 +32,7 @@ def convert_checkpoint(
     """Writes a checkpoint in another format, and prints to standard error what it wrote.
 
     Args:
-        source: the path of the checkpoint to read; see `pretrained.load_config`.
+        source: the path of the checkpoint to read; see `loading.load_config`.
         output: the local folder to create.
         to: the format to write: "hf", "t5x" (in a folder `checkpoint_<step>` inside `output`) or
             "gkd".
@@ -59,7 +59,7 @@ def convert_checkpoint(
         )
         return
     source = hub.local_folder(source)
-    config = pretrained.load_config(source)
+    config = loading.load_config(source)
     if to == "t5x" and lm.family_name(config) != "t5":
         raise ValueError(f"{source!r} is no T5, and T5X's format is for those alone")
     step_folder = saved_model.find_step(source)
@@ -84,7 +84,7 @@ def convert_checkpoint(
     # Load in bfloat16 only if that loses nothing: then the host needs half of the memory.
     narrow = dtype == stored == "bfloat16" and to != "gkd"
     shapes = lm.abstract_params(config, "bfloat16" if narrow else "float32")
-    params = pretrained.load_params(source, shapes, config)
+    params = loading.load_params(source, shapes, config)
     beside = tokenizer_files.find(source)
     if to == "hf":
         _write_hf(output, config, params, about, dtype, beside, step_folder)

@@ -1,7 +1,6 @@
 """Creates a run's models: from a checkpoint of any format, or of some size with random weights.
 
-`ModelConfig` states which model is wanted, `initial_params` loads or initialises its parameters,
-and `load_model` loads a checkpoint outside a run.
+`ModelConfig` states which model is wanted; `initial_params` loads or initialises its parameters.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,14 +10,13 @@ import resource
 import sys
 from typing import Any
 
-from etils import epath
 import jax
 from jax.sharding import Mesh
 
-from gkd_jax import convert, sharding
+from gkd_jax import sharding
 from gkd_jax.models import kv_cache, lm, quantized
 from gkd_jax.models.execution import ExecutionSettings, check_dtype
-from gkd_jax.storage import content, hub, saved_model
+from gkd_jax.storage import hub, loading
 from gkd_jax.text import settings
 
 
@@ -107,7 +105,7 @@ class ModelConfig:
         if self.size is not None:
             chosen = self.architecture(self.size, vocab_size=-(-num_pieces // 128) * 128)
         if self.checkpoint is not None and not pending:
-            stored = load_config(self.checkpoint)
+            stored = loading.load_config(self.checkpoint)
             if chosen is not None:
                 _check_sizes(self.checkpoint, self.size, stored, chosen)
             chosen = stored
@@ -312,7 +310,7 @@ def initial_params(
         params = initial_params(full, config, frozen_shapes(full, config, mesh), key, name)
         return jax.jit(quantized.quantize, out_shardings=where, donate_argnums=0)(params)
     if model.checkpoint is not None:
-        params = load_params(model.checkpoint, target, config)
+        params = loading.load_params(model.checkpoint, target, config)
         # Linux reports ru_maxrss in KiB.
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         print(
@@ -334,83 +332,3 @@ def initial_params(
 def _random_params(config: lm.Config, dtype: Any, key: jax.Array) -> lm.Params:
     """Returns random parameters of a dtype, of which `initial_params` compiles one program."""
     return jax.tree.map(lambda x: x.astype(dtype), lm.init(config, key))
-
-
-def load_config(path: str) -> lm.Config:
-    """Returns the sizes of the model in a checkpoint of any format.
-
-    Args:
-        path: a MODEL_DIR (which refers to its newest step), one of its folders
-            `checkpoints/<step>`, a Hugging Face folder (local only) or a T5X `checkpoint_<step>`;
-            local or gs://; or a name on the Hugging Face hub, such as "google/flan-t5-small".
-
-    Raises:
-        FileNotFoundError: if there is no such file or folder, nor such a model on the hub.
-        ValueError: if the folder has none of the formats; the message says what was looked for.
-    """
-    path = hub.local_folder(path)
-    if not epath.Path(path).exists():
-        raise FileNotFoundError(f"no checkpoint at {path!r}: there is no such file or folder")
-    step_folder = saved_model.find_step(path)
-    return (
-        convert.read_config(path) if step_folder is None else saved_model.read_config(step_folder)
-    )
-
-
-def load_params(path: str, target: lm.Params, config: lm.Config) -> lm.Params:
-    """Returns the parameters in a checkpoint of any format.
-
-    Args:
-        path: the checkpoint; see `load_config`.
-        target: `ShapeDtypeStruct`s with the wanted dtypes and, for sharded arrays, shardings.
-        config: the result of `load_config`.
-
-    Raises:
-        ValueError: if arrays are damaged or do not fit the model, or if an array has a NaN or an
-            infinity; the message names the arrays.
-    """
-    path = hub.local_folder(path)
-    step_folder = saved_model.find_step(path)
-    if step_folder is not None:
-        params = saved_model.read_params(step_folder, target)
-    else:
-        leaf = jax.tree.leaves(target)[0]
-        shardings = None if leaf.sharding is None else jax.tree.map(lambda x: x.sharding, target)
-        params = convert.read_params(path, config, dtype=leaf.dtype, shardings=shardings)
-    content.check_finite(params, path)
-    return params
-
-
-def load_model(path: str) -> tuple[lm.Config, lm.Params]:
-    """Returns the sizes and the float32 parameters of the model in a checkpoint of any format.
-
-    See `load_config` for the formats, and `load_config` and `load_params` for the errors.
-    """
-    path = hub.local_folder(path)
-    config = load_config(path)
-    return config, load_params(path, lm.abstract_params(config), config)
-
-
-def num_pieces(*paths: str) -> int:
-    """Returns the number of ids that the vocabularies of some checkpoints share.
-
-    An embedding often has more rows than the vocabulary has ids, and those rows must be neither
-    sampled nor distilled. A checkpoint of gkd_jax stores the number of ids, and a Hugging Face
-    folder has it in its tokenizer. Where neither is there, the rows of the embedding count.
-
-    Args:
-        paths: checkpoints, each as for `load_config`; a student and its teacher, say.
-    """
-    return min(_num_pieces(hub.local_folder(path)) for path in paths)
-
-
-def _num_pieces(path: str) -> int:
-    step_folder = saved_model.find_step(path)
-    rows = load_config(path).vocab_size
-    if step_folder is not None:
-        return saved_model.read_description(step_folder).get("num_pieces") or rows
-    from gkd_jax.text import vocabularies  # brings TensorFlow and seqio
-
-    if not vocabularies.has_tokenizer(path):
-        return rows
-    return min(vocabularies.num_pieces(vocabularies.of_folder(path)), rows)
