@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from gkd_jax import convert
 from gkd_jax.models import lm
-from gkd_jax.storage import saved_model
+from gkd_jax.storage import fingerprints, saved_model
 
 
 _ENDS = 2**20  # The number of bytes that are read at each end of a file.
@@ -42,10 +42,10 @@ def content_id(path: str) -> str:
     step_folder = saved_model.find_step(path)
     if step_folder is not None:
         stored = saved_model.read_description(step_folder)
-        fingerprints = stored.get("fingerprints", {}).get("params")
-        if fingerprints:
+        marks = stored.get("fingerprints", {}).get("params")
+        if marks:
             architecture = lm.architecture(saved_model.read_config(step_folder))
-            text = json.dumps([architecture, fingerprints], sort_keys=True)
+            text = json.dumps([architecture, marks], sort_keys=True)
             return hashlib.sha256(text.encode()).hexdigest()
         return _hash_of_files(step_folder / "params", ".*")
     if convert.detect(path) == "hf":
@@ -97,10 +97,9 @@ def check_finite(params: Any, path: str) -> None:
         ValueError: if an array has a NaN or an infinity; the message names the arrays, and the
             layers of arrays that stack the layers of a model.
     """
-    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
-    names = [jax.tree_util.keystr(keys, simple=True, separator="/") for keys, _ in leaves]
+    names = fingerprints.array_names(params)
     stacked = tuple("/layers/" in name for name in names)
-    flags = jax.device_get(_finite([leaf for _, leaf in leaves], stacked))
+    flags = jax.device_get(_finite(jax.tree.leaves(params), stacked))
     wrong = list(_not_finite(names, flags))
     if wrong:
         more = f" and {len(wrong) - _MOST_NAMES} more" if len(wrong) > _MOST_NAMES else ""

@@ -6,7 +6,7 @@ import functools
 import os
 import pathlib
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import seqio
@@ -20,6 +20,18 @@ from gkd_jax.text import task_names, vocabularies
 from gkd_jax.training import teachers
 from gkd_jax.training.program import Program
 from gkd_jax.training.source import Source
+
+
+class _Evaluated(NamedTuple):
+    """A task that is decoded and scored.
+
+    Attributes:
+        task: the seqio task; of a mixture, one of its tasks.
+        in_recipe: the name of the task, or of its mixture, in the recipe.
+    """
+
+    task: Any
+    in_recipe: str
 
 
 class Evaluations:
@@ -50,7 +62,7 @@ class Evaluations:
         self._lengths["targets"] = self._config.target_length or self._lengths["targets"]
         self._batch_size = self._config.batch_size or recipe.data.batch_size
         self._config.check_mesh(self._batch_size, program.mesh)
-        self._tasks = {name: rest for name, *rest in self._open(source, check_remote)}
+        self._tasks = dict(self._open(source, check_remote))
         self._divergences: dict[gkd.ModelPair, evaluate.TokenDivergence] = {}
         self._program, self._source = program, source
 
@@ -79,8 +91,8 @@ class Evaluations:
             self._divergences[models] = evaluate.teacher_divergence(models, self._mesh)
         return evaluate.Teacher(self._divergences[models], params)
 
-    def _open(self, source: Source, check_remote: bool) -> Iterator[tuple[str, Any, str]]:
-        """Yields (name in metrics, task, name in the recipe) for everything that is evaluated."""
+    def _open(self, source: Source, check_remote: bool) -> Iterator[tuple[str, _Evaluated]]:
+        """Yields (name in metrics, task) for everything that is evaluated."""
         name, tasks = self._config.task, source.tasks
         if name is not None and name in tasks:
             tasks = {name: tasks[name]}
@@ -99,7 +111,8 @@ class Evaluations:
             is_mixture = isinstance(task, seqio.Mixture)
             for part in task.tasks if is_mixture else [task]:
                 named_tasks.check_split(part, self._config.split)
-                yield part.name if is_mixture else task_names.display_name(name), part, name
+                shown = part.name if is_mixture else task_names.display_name(name)
+                yield shown, _Evaluated(part, name)
 
     def check_first_examples(self) -> None:
         """Reads a batch of each task, so that unreadable data stop the run before it trains.
