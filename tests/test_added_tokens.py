@@ -1,6 +1,8 @@
 """A tokenizer with further tokens than a model knows: such a token is refused, never looked up."""
 
+import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -113,3 +115,12 @@ def test_a_trained_student_keeps_the_ids_of_its_run(pair, tmp_path):
             data=data(tmp_path, student, prompt="<|tool|> has"),
             output=str(tmp_path / "scores"),
         )
+
+
+def test_a_decoder_without_a_tokenizer_does_not_get_t5_s(pair, tmp_path):
+    student, teacher, _ = pair
+    bare = shutil.copytree(student.checkpoint, tmp_path / "bare")
+    (bare / "tokenizer.json").unlink()
+    chosen = dataclasses.replace(data(tmp_path, student), vocabulary=None)
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer in .*bare', whose model .* 'qwen3'"):
+        losses(tmp_path / "run", ModelConfig(checkpoint=str(bare)), data=chosen, teacher=teacher)

@@ -320,6 +320,10 @@ def test_memory_of_attention_grows_with_the_length_alone():
     [
         ({"num_heads": 5}, "num_heads must be a multiple of num_kv_heads=2, got 5"),
         ({"head_dim": 5}, "head_dim must be even"),
+        (
+            {"layer_norm_epsilon": -1.0},
+            r"layer_norm_epsilon must be a number in \(0, 1\), got -1.0",
+        ),
         ({"activation": "relu"}, "activation must be one of silu"),
         ({"windows": (4,)}, "windows must have 2 entries, got 1"),
         ({"windows": (4, -1)}, "windows must be positive, or 0"),

@@ -80,6 +80,14 @@ def test_an_override_may_name_a_function(tmp_path, capfd):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_schedule_may_be_named_on_the_command_line(tmp_path, capfd):
+    settings = {"init_value": 0.0, "end_value": 1.0, "transition_steps": 3}
+    given = [f"--gin.optax.linear_schedule.{name}={value}" for name, value in settings.items()]
+    fraction = "--gin.ON_POLICY_FRACTION=@optax.linear_schedule()"
+    assert train(tmp_path, fraction, *given, LENGTHS, "--dry_run") == 0
+    assert "on-policy fraction" in capfd.readouterr().err
+
+
 RECIPES = sorted(
     path.relative_to(ROOT).as_posix()
     for path in [*(ROOT / "gin").glob("*.gin"), ROOT / "gin" / "sweeps" / "word_problems.gin"]

@@ -13,7 +13,10 @@ import seqio
 from gkd_jax import tasks  # pyright: ignore[reportAttributeAccessIssue]
 from gkd_jax.input.data import TEACHER_INPUTS, DataConfig
 from gkd_jax.tasks import features, folder, jsonl  # pyright: ignore[reportMissingImports]
-from gkd_jax.text import task_names, vocabularies
+from gkd_jax.text import task_names, tokenizer_folder, vocabularies
+
+
+_T5_TYPES = ("t5", "mt5", "umt5")
 
 
 def find_task(name: str, vocabulary: seqio.Vocabulary | None) -> seqio.Task | seqio.Mixture:
@@ -94,6 +97,8 @@ def open_task(
             f"got the task {config.task!r}"
         )
     if task_names.is_path(config.task):
+        if vocabulary is None and tokenizer is not None:
+            _check_has_t5_vocabulary(tokenizer)
         task = jsonl.make_task(
             config.task,
             vocabulary=vocabulary or vocabularies.t5_default(),
@@ -105,6 +110,16 @@ def open_task(
         task.output_features["targets"].vocabulary, check_remote=check_remote
     )
     return task, task.output_features["targets"].vocabulary
+
+
+def _check_has_t5_vocabulary(folder: str) -> None:
+    """Raises FileNotFoundError if a Hugging Face folder without a tokenizer is no T5's."""
+    kind = tokenizer_folder.read_json(folder, "config.json").get("model_type")
+    if kind not in _T5_TYPES:
+        raise FileNotFoundError(
+            f"there is no tokenizer in {folder!r}, whose model is a {kind!r} and not a T5 (whose "
+            "public vocabulary is known): copy its tokenizer.json there, or name it as VOCABULARY"
+        )
 
 
 def open_tasks(

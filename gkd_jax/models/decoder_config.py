@@ -122,6 +122,10 @@ class DecoderConfig(ExecutionSettings):
                 f"num_heads must be a multiple of num_kv_heads={self.num_kv_heads}, "
                 f"got {self.num_heads}"
             )
+        if not 0 < self.layer_norm_epsilon < 1:
+            raise ValueError(
+                f"layer_norm_epsilon must be a number in (0, 1), got {self.layer_norm_epsilon!r}"
+            )
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
         if self.activation not in ACTIVATIONS:
