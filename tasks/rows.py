@@ -385,7 +385,24 @@ def _chat_example(row: Row, vocabulary: seqio.Vocabulary, variables: dict[str, A
         whole = _render(vocabulary, messages, row.tools, variables, add_generation_prompt=False)
         targets = _answer_ids(vocabulary, prompt, whole, row.target.get("content"))
         target = vocabulary.decode(targets)
+        _check_calls(row.target, target)
     return Example(_array(inputs), _array(targets), prompt, target, described, row.line)
+
+
+def _check_calls(message: Mapping[str, Any], printed: str) -> None:
+    """Raises ValueError if the text of an answer lacks a call of a tool that the message has.
+
+    Not every chat template prints calls. The answer would then be a text without them, and often
+    one without any token but the end.
+    """
+    for call in message.get("tool_calls") or ():
+        function = call.get("function", call) if isinstance(call, dict) else None
+        name = function.get("name") if isinstance(function, dict) else None
+        if not isinstance(name, str) or name not in printed:
+            raise ValueError(
+                f"the answer's 'tool_calls' have a call of {name!r}, which the chat template does "
+                f"not print: the answer would be {printed[:60]!r}"
+            )
 
 
 def _answer_ids(

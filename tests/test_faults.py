@@ -18,7 +18,7 @@ from gkd_jax.evaluation import evaluate
 from gkd_jax.input import streams
 from gkd_jax.input.data import DataConfig
 from gkd_jax.sharding import MeshConfig
-from gkd_jax.storage import content, fingerprints, saved_model
+from gkd_jax.storage import checkpoints, content, fingerprints, saved_model
 from gkd_jax.storage.loading import load_model
 from gkd_jax.storage.pretrained import ModelConfig
 from gkd_jax.training import metrics, optimizers, samples, train
@@ -120,6 +120,19 @@ def test_fingerprints_see_every_flipped_bit_and_every_swap():
     swapped = x.copy()
     swapped[0, 0], swapped[2, 4] = x[2, 4], x[0, 0]
     assert fingerprints.of_tree({"x": swapped}) != before
+
+
+def test_a_checkpoint_that_cannot_be_written_is_no_mistake_of_the_user(run_dir, monkeypatch):
+    """TensorStore raises ValueError at a limit of the size of files: the exit status must be 1."""
+
+    def full(self):
+        raise ValueError("OUT_OF_RANGE: Failed writing: File too large")
+
+    manager = checkpoints.ocp.CheckpointManager
+    monkeypatch.setattr(manager, "wait_until_finished", full)
+    saved = checkpoints.Checkpoints(str(run_dir))
+    with pytest.raises(OSError, match="a checkpoint cannot be written: OUT_OF_RANGE"):
+        saved.wait()
 
 
 def test_a_half_written_checkpoint_is_not_taken(run_dir, capfd):
@@ -244,7 +257,7 @@ def test_an_empty_dataset_is_an_error_not_a_wait(tmp_path):
 
 def test_a_model_dir_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(OSError, match="file"):
+    with pytest.raises(ValueError, match=r"MODEL_DIR must be a folder, and '.*file' is a file"):
         train.train(**options(tmp_path / "file" / "run"))
 
 

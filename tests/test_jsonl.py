@@ -219,6 +219,17 @@ def test_variables_and_tools_reach_the_template(folders):
     assert json.loads(made.chat) == {"messages": CHAT, "tools": tools}
 
 
+def test_calls_that_a_template_leaves_out_are_refused(folders):
+    call = {"type": "function", "function": {"name": "count_eggs", "arguments": {}}}
+    answer = {"role": "assistant", "content": "", "tool_calls": [call]}
+    row = {"messages": [{"role": "user", "content": "How many?"}, answer]}
+    vocabulary = TokenizerVocabulary(folders["llama"])  # whose template prints contents alone
+    with pytest.raises(ValueError, match=r"line 1: .* a call of 'count_eggs', which .* not print"):
+        example(vocabulary, row)
+    printed = {**answer, "content": "count_eggs()"}
+    assert example(vocabulary, {"messages": [row["messages"][0], printed]}).target == "count_eggs()"
+
+
 def test_a_rendered_chat_read_as_a_text_begins_once(folders):
     """A rendered chat already begins with BOS, which is not added again."""
     vocabulary = TokenizerVocabulary(folders["llama"])

@@ -14,7 +14,8 @@ gives a folder its final name only when the folder is complete. `fingerprints` t
 stored bytes are those that were written.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -223,18 +224,24 @@ class Checkpoints:
             return
         items = _items(state)
         marks = {name: fingerprints.of_tree(tree) for name, tree in items.items()}
-        self._orbax.save(
-            step,
-            args=ocp.args.Composite(
-                **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
-                stream=StreamSave(stream),
-                model=ocp.args.JsonSave({**description, "fingerprints": marks}),
-            ),
-        )
+        with _writing():
+            self._orbax.save(
+                step,
+                args=ocp.args.Composite(
+                    **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
+                    stream=StreamSave(stream),
+                    model=ocp.args.JsonSave({**description, "fingerprints": marks}),
+                ),
+            )
 
     def wait(self) -> None:
-        """Waits until all saved checkpoints are written."""
-        self._orbax.wait_until_finished()
+        """Waits until all saved checkpoints are written.
+
+        Raises:
+            OSError: if one cannot be written, for example because the disk is full.
+        """
+        with _writing():
+            self._orbax.wait_until_finished()
 
     def _restore(self, step: int, target: TrainState, stream: Any) -> TrainState:
         """Restores one step; see `restore_newest` for the arguments.
@@ -271,8 +278,21 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits until all saved checkpoints are written, then releases Orbax's resources."""
-        self._orbax.wait_until_finished()
+        self.wait()
         self._orbax.close()
+
+
+@contextlib.contextmanager
+def _writing() -> Iterator[None]:
+    """Raises OSError in place of the ValueError by which TensorStore tells of some full disks.
+
+    A ValueError would count as a mistake in the configuration.
+    """
+    try:
+        yield
+    except ValueError as error:
+        reason = (str(error).strip() or "ValueError").splitlines()[0][:300]
+        raise OSError(f"a checkpoint cannot be written: {reason}") from error
 
 
 def _items(state: TrainState) -> dict[str, Any]:
