@@ -116,7 +116,6 @@ setup(
         "safetensors>=0.8",
         "sentencepiece>=0.2,<0.3",
         "seqio>=0.0.20,<0.1",
-        # tf.summary writes through it, but tensorflow 2.21 no longer installs it.
         "tensorboard>=2.19,<3",
         "tensorflow>=2.19,<3",
         "tensorflow-datasets>=4.9.8,<5",

@@ -28,7 +28,7 @@ from jaxtyping import Array, Float, Int, Key
 import numpy as np
 import optax
 
-from gkd_jax import accumulation, losses
+from gkd_jax import accumulation, losses, sharding
 from gkd_jax.batch import Batch, TopK
 from gkd_jax.gkd_config import GKDConfig, Learner, LiveStudent, ModelPair, MovingAverage
 from gkd_jax.input.teacher_cache import outcomes
@@ -64,8 +64,7 @@ def is_on_policy(seed: int, step: int, config: GKDConfig) -> bool:
     u = int(np.random.Philox(key=seed, counter=step).random_raw() >> np.uint64(11)) * 2.0**-53
     if not callable(fraction):
         return u < fraction
-    # A computation on the CPU does not wait for the update that the accelerator still works on.
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+    with jax.default_device(sharding.host_device()):
         return u < float(fraction(step))
 
 

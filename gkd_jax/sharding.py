@@ -359,6 +359,17 @@ def platform() -> str | None:
     return None if active is None else active[0].devices.flat[0].platform
 
 
+def host_device() -> Any:
+    """Returns the CPU, for `jax.default_device`; None (the default) where JAX may not use the CPU.
+
+    A small computation there does not wait for the step that an accelerator still works on.
+    """
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS leaves the CPU out
+        return None
+
+
 def on_each_device(
     function: Callable[..., jax.Array],
     inputs: Sequence[Sequence[str | None]],

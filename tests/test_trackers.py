@@ -6,6 +6,7 @@ import types
 
 import pytest
 from small_runs import options
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gkd_jax.training import metrics, trackers, train
 from gkd_jax.training.recipe import TrainConfig, describe
@@ -72,3 +73,14 @@ def test_a_run_gives_every_line_to_any_function(tmp_path):
     json.dumps(describe(TrainConfig(train_steps=2, metrics_to=(trackers.MLflow(),))))
     train.train(**options(tmp_path, steps=2, train=config))
     assert seen == [line["step"] for line in metrics.read(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+def test_tensorboard_reads_every_number(tmp_path):
+    writer = metrics.Writer(str(tmp_path), resume_step=0)
+    for step in (1, 2):
+        writer.write(step, {"train/loss": 0.5 * step, "eval/task/accuracy": 7.0})
+    writer.close()
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert sorted(board.Tags()["scalars"]) == ["eval/task/accuracy", "train/loss"]
+    found = [(event.step, event.value) for event in board.Scalars("train/loss")]
+    assert found == [(1, 0.5), (2, 1.0)]

@@ -8,10 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 import json
 import pathlib
 import sys
+import time
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
+from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboard.summary.writer import event_file_writer
 
 from gkd_jax.text import files
 from gkd_jax.training import samples
@@ -50,7 +53,7 @@ class Writer:
         self._also = () if silent else tuple(also)
         self._file = None
         self._samples = samples.SampleWatch()
-        self._tensorboard = tf.summary.create_noop_writer()
+        self._tensorboard = None
         if silent:
             return
         path = self._folder / "metrics.jsonl"
@@ -61,7 +64,7 @@ class Writer:
                 self._samples.see(line)
             files.write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a")
-        self._tensorboard = tf.summary.create_file_writer(str(self._folder / "tensorboard"))
+        self._tensorboard = event_file_writer.EventFileWriter(str(self._folder / "tensorboard"))
 
     def write(
         self,
@@ -76,16 +79,17 @@ class Writer:
             values: the numbers of the step, by name.
             before_warning: called before a warning is printed.
         """
-        if self._file is None:
+        if self._file is None or self._tensorboard is None:
             return
         for warning in self._samples.see(values):
             before_warning()
             print(f"WARNING: step {step}: {warning}", file=sys.stderr)
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
-        with self._tensorboard.as_default(step=step):
-            for name, value in values.items():
-                tf.summary.scalar(name, value)
+        # One event holds all numbers: `tf.summary.scalar` takes half a millisecond for each.
+        numbers = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        summary = Summary(value=numbers)
+        self._tensorboard.add_event(Event(wall_time=time.time(), step=step, summary=summary))
         for tracker in self._also:
             tracker(step, values)
 
@@ -107,7 +111,8 @@ class Writer:
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
-        self._tensorboard.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
 
 
 def read(path: pathlib.Path) -> list[dict[str, Any]]:

@@ -36,12 +36,13 @@ def _distinct_bigrams(tokens: np.ndarray, weights: np.ndarray) -> float:
 
     The share falls when samples repeat themselves. It is 1 if no sample has a bigram.
     """
-    shares = []
-    for row, length in zip(tokens, weights.sum(1).astype(int), strict=True):
-        pairs = list(zip(row[: length - 1].tolist(), row[1:length].tolist(), strict=True))
-        if pairs:
-            shares.append(len(set(pairs)) / len(pairs))
-    return float(np.mean(shares)) if shares else 1.0
+    pairs = np.maximum(weights.sum(1).astype(int) - 1, 0)
+    codes = (tokens[:, :-1].astype(np.int64) << 32) | tokens[:, 1:]
+    codes[np.arange(codes.shape[1]) >= pairs[:, None]] = -1
+    # In a sorted row each code that differs from the one before it is a new one; -1 does not count.
+    distinct = (np.diff(np.sort(codes, axis=1), axis=1, prepend=-1) != 0).sum(1)
+    has_pairs = pairs > 0
+    return float(np.mean(distinct[has_pairs] / pairs[has_pairs])) if has_pairs.any() else 1.0
 
 
 class SampleWatch:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from gkd_jax import sharding
 from gkd_jax.training import metrics, samples, throughput
 from gkd_jax.training.program import Program
 from gkd_jax.training.progress import Progress
@@ -32,7 +33,7 @@ class StepLog:
 
     def __init__(self, writer: metrics.Writer, progress: Progress, program: Program):
         self._writer, self._progress, self._program = writer, progress, program
-        self._schedule = program.recipe.learning_rate()
+        self._learning_rate = jax.jit(program.recipe.learning_rate())
         self._eos_ids = program.method.sampling.ids(program.models.student)[1]
         self._peak = throughput.peak_flops()
         self._held: _Step | None = None
@@ -69,10 +70,12 @@ class StepLog:
             return
         values = {name: float(value) for name, value in jax.device_get(step.values).items()}
         sampled = step.rollout.sample_seconds
+        with jax.default_device(sharding.host_device()):
+            learning_rate = float(self._learning_rate(step.number))
         line = {
             **{f"train/{name}": value for name, value in values.items()},
             "train/on_policy": float(step.rollout.sample is not None),
-            "train/learning_rate": float(self._schedule(step.number)),
+            "train/learning_rate": learning_rate,
             **_sample_numbers(step, self._eos_ids),
             "time/sample_s": sampled.result() if sampled else 0.0,
             "time/update_s": step.update_seconds.result(),
