@@ -6,12 +6,13 @@ import shutil
 
 import pytest
 import seqio
-from small_runs import LENGTHS, options
+from small_runs import LENGTHS, options, small
 
 from gkd_jax.evaluation import evaluate
 from gkd_jax.input import streams
 from gkd_jax.input.data import DataConfig
 from gkd_jax.storage import checkpoints, saved_model
+from gkd_jax.storage.pretrained import ModelConfig
 from gkd_jax.training import metrics, optimizers, train
 from gkd_jax.training.evaluations import Evaluations
 from gkd_jax.training.recipe import TrainConfig
@@ -172,6 +173,12 @@ def test_a_row_that_was_edited_is_other_data(place, tmp_path):
     arguments = options(tmp_path / "run", steps=1, data=data, train=TrainConfig(train_steps=2))
     with pytest.raises(ValueError, match=r"another configuration's run: data.task 'content"):
         train.train(**arguments, dry_run=True)
+
+
+def test_a_remote_student_does_not_stand_in_the_way_of_a_model_dir_that_exists(tmp_path):
+    student = ModelConfig(checkpoint="gs://bucket/model", size="tiny", architecture=small)
+    recipe = options(tmp_path, steps=1, student=student)["recipe"]
+    train._check_places(recipe, tmp_path, frozenset())
 
 
 def test_a_finished_run_is_not_written_again(run_dir, capfd):

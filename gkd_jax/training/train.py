@@ -190,10 +190,11 @@ def _check_places(recipe: Recipe, folder: pathlib.Path, pending: frozenset[str])
         ValueError: if MODEL_DIR cannot be a folder, or is the folder of a model.
     """
     for name, model in recipe.models.items():
-        if model.checkpoint in pending:
+        place = model.checkpoint
+        if place is None or place in pending or pretrained.is_remote(place):
             continue
-        pretrained.check_exists(model.checkpoint)
-        if model.checkpoint is not None and folder.exists() and folder.samefile(model.checkpoint):
+        pretrained.check_exists(place)
+        if folder.exists() and folder.samefile(place):
             raise ValueError(
                 f"MODEL_DIR {str(folder)!r} is the folder of the {name}'s checkpoint: a run needs "
                 "a folder of its own"
