@@ -379,6 +379,11 @@ def test_seeds_that_each_trained_their_own_start_are_one_group(tmp_path):
             run = seeded(about(divergence=JSD_01, fraction=1.0, start=str(folder)), seed)
             run["contents"]["student.checkpoint"] = f"hash of {name}, seed {seed}"
             write_run(tmp_path / f"s{seed}" / f"gkd_{name}", run, {"accuracy": value})
+        # The data of SeqKD, which the seed's own model wrote, are another file for each seed.
+        wrote = {"checkpoint": str(tmp_path / f"s{seed}" / "longer"), "split": "train"}
+        taught = {**seeded(about(task=f"outputs{seed}.jsonl"), seed), "targets_made_by": wrote}
+        taught["contents"]["data.task"] = f"hash of outputs, seed {seed}"
+        write_run(tmp_path / f"s{seed}" / "seqkd", taught, {"accuracy": value})
     elsewhere = seeded(about(divergence=JSD_01, fraction=1.0, start="/elsewhere/start"), 7)
     elsewhere["contents"]["student.checkpoint"] = "hash of a start that is in no study"
     write_run(tmp_path / "gkd", elsewhere, {"accuracy": 50.0})
@@ -391,6 +396,8 @@ def test_seeds_that_each_trained_their_own_start_are_one_group(tmp_path):
         gkd = [group for group in found if group.role == "distillation"]
         names = sorted(sorted(run.name for run in group.runs) for group in gkd)
         seeds = sorted(ACCURACY)
+        (seqkd,) = (group for group in found if group.method.kind == "seqkd")
+        assert [run.name for run in seqkd.runs] == [f"s{seed}/seqkd" for seed in seeds]
         expected = [[f"s{seed}/gkd_{name}" for seed in seeds] for name in ("longer", "start")]
         assert names == [["gkd"], *expected]
 

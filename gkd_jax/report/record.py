@@ -208,9 +208,14 @@ class Run:
 
     @property
     def checkpoints(self) -> dict[str, str]:
-        """The checkpoint of each model: "student", "teacher", or "teacher.models.TASK"."""
-        named = ((_ROLE.fullmatch(name), value) for name, value in self.fields.items())
-        return {found[1]: value for found, value in named if found and isinstance(value, str)}
+        """The checkpoint of each model: "student", "teacher", or "teacher.models.TASK".
+
+        "data.targets" is the model that wrote the training data of SeqKD.
+        """
+        named = [(_ROLE.fullmatch(name), value) for name, value in self.fields.items()]
+        roles = {found[1]: value for found, value in named if found and isinstance(value, str)}
+        wrote = as_object(self.about.get("targets_made_by")).get("checkpoint")
+        return {**roles, "data.targets": wrote} if isinstance(wrote, str) else roles
 
     @property
     def train_steps(self) -> int | None:

@@ -232,8 +232,9 @@ def _configuration(runs: Sequence[Run], run: Run) -> tuple[dict[str, Any], tuple
         made_by, made_with = _configuration([one for one in runs if one is not run], maker)
         step = checkpoint.partition("/checkpoints/")[2]
         text = repr((sorted(_set_fields(made_by)), step))
-        identity.pop(f"{role}.checkpoint", None)
-        identity.pop(f"contents.{role}.checkpoint", None)
+        for name in ["data.task"] if role == "data.targets" else [f"{role}.checkpoint"]:
+            identity.pop(name, None)
+            identity.pop(f"contents.{name}", None)
         identity[f"{role}.made_by"] = hashlib.sha256(text.encode()).hexdigest()
         seeds += made_with
     return identity, tuple(seeds)
