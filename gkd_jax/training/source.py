@@ -111,12 +111,6 @@ def _check_cache(
             f"teacher_cache={path!r} was made with another vocabulary (content "
             f"{about['vocabulary'][:12]}) than this task's (content {expected[:12]})"
         )
-    if about["num_pieces"] > num_pieces:
-        raise ValueError(
-            f"teacher_cache={path!r} has probabilities of {about['num_pieces']} ids, and the "
-            f"vocabulary and the models of this run share only {num_pieces}: score with the "
-            "student's tokenizer as VOCABULARY"
-        )
     if recipe.self_teacher is not None:
         raise ValueError(
             f"teacher_cache={path!r} holds the scores of a frozen teacher, got the teacher "
@@ -132,4 +126,10 @@ def _check_cache(
                 f"{str(expected)[:12]}), and TEACHER_CHECKPOINT is another: {checkpoint!r} "
                 f"(content {found[:12]})"
             )
+    if about["num_pieces"] > num_pieces:
+        raise ValueError(
+            f"teacher_cache={path!r} has probabilities of {about['num_pieces']} ids, and the "
+            f"vocabulary and the models of this run share only {num_pieces}: score with the "
+            "student's tokenizer as VOCABULARY"
+        )
     return about["k"], about["num_pieces"]
