@@ -4,13 +4,13 @@ import jax
 import numpy as np
 import pytest
 import seqio
+import small_tokenizers
 import tensorflow as tf
 
 from gkd_jax.input import data, fit, in_memory, streams
 from gkd_jax.tasks import arithmetic, features
 from gkd_jax.text import vocabularies
 from gkd_jax.text.tokenizer_folder import TokenizerVocabulary
-from tests import small_tokenizers
 
 
 SIZE = 700
