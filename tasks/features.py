@@ -41,14 +41,14 @@ numbers of tokens before the cut as `*_tokens`.
 _ENCODE_ROWS = (seqio.SentencePieceVocabulary, TokenizerVocabulary, WordVocabulary)
 
 
-def source_texts(task: Any, split: str) -> tf.data.Dataset | None:
+def source_texts(task: Any, split: str, *, use_cached: bool = False) -> tf.data.Dataset | None:
     """Returns the examples of a task's source if `tokenize_rows` makes the task's examples of them.
 
     It does if the task has no preprocessors apart from those in `TOKENIZE`, if its vocabularies
-    encode vectors of texts, and if all features of the source are scalars. Otherwise the result is
-    None, and seqio must make the examples one by one.
+    encode vectors of texts, if all features of the source are scalars, and if the task is not read
+    from seqio's cache. Otherwise the result is None, and seqio must make the examples one by one.
     """
-    if not isinstance(task, seqio.Task) or tuple(task.preprocessors) != TOKENIZE:
+    if use_cached or not isinstance(task, seqio.Task) or tuple(task.preprocessors) != TOKENIZE:
         return None
     vocabularies_of_task = [feature.vocabulary for feature in task.output_features.values()]
     if not all(isinstance(vocabulary, _ENCODE_ROWS) for vocabulary in vocabularies_of_task):

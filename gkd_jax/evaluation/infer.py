@@ -31,9 +31,9 @@ from gkd_jax.storage.pretrained import (
     place_params,
     with_local_files,
 )
-from gkd_jax.storage.vocabulary_checks import check_special_ids, check_vocabularies
+from gkd_jax.storage.vocabulary_checks import check_special_ids, shared_pieces
 from gkd_jax.tasks import rows  # pyright: ignore[reportMissingImports]
-from gkd_jax.text import files, settings, task_names, vocabularies
+from gkd_jax.text import files, settings, task_names
 
 
 _OF_DATA = ("task", "data_dir", "vocabulary", "extra_ids", "long_prompts")
@@ -86,10 +86,8 @@ def _prepare(
     )
     if reads_split:
         named_tasks.check_split(task, evaluation.split)
-    num_pieces = vocabularies.num_pieces(vocabulary, check_remote=not dry_run)
-    if not dry_run:
-        shared = check_vocabularies(vocabulary, {"model": model}, frozenset())
-        num_pieces = num_pieces if shared is None else min(num_pieces, shared)
+    compared = {} if dry_run else {"model": model}  # a dry run reads no checkpoint's vocabulary
+    num_pieces = shared_pieces(vocabulary, compared, check_remote=not dry_run)
     config = model.config(num_pieces, pending=dry_run and is_remote(model.checkpoint))
     check_special_ids(config, vocabulary, check_remote=not dry_run)
     device_mesh = sharding.make_mesh(mesh)

@@ -25,7 +25,7 @@ from gkd_jax.storage.pretrained import (
     place_params,
     with_local_files,
 )
-from gkd_jax.storage.vocabulary_checks import check_special_ids, check_vocabularies
+from gkd_jax.storage.vocabulary_checks import check_special_ids, shared_pieces
 from gkd_jax.text import vocabularies
 
 
@@ -66,9 +66,7 @@ def run(
         )
     named_tasks.check_split(task, data.split)
     named_tasks.check_teacher_inputs(str(data.task), task, data)
-    num_pieces = vocabularies.num_pieces(vocabulary)
-    shared = check_vocabularies(vocabulary, {"model": model}, frozenset())
-    num_pieces = num_pieces if shared is None else min(num_pieces, shared)
+    num_pieces = shared_pieces(vocabulary, {"model": model})
     config = model.config(num_pieces)
     check_special_ids(config, vocabulary)
     device_mesh = sharding.make_mesh(mesh)

@@ -95,7 +95,7 @@ def in_order(
         seed: the seed of tasks whose examples depend on a seed.
     """
     limit = -1 if num_examples is None else num_examples
-    texts = None if use_cached else features.source_texts(task, split)
+    texts = features.source_texts(task, split, use_cached=use_cached)
     if texts is not None:
         # seqio traces a graph for each preprocessor, and calls it for each example.
         for some in texts.take(limit).batch(_ROWS_AT_ONCE):

@@ -104,17 +104,16 @@ def _batches(task: Any, config: DataConfig, shard: Shard) -> tf.data.Dataset:
             use_cached=config.use_cached,
             seed=config.seed,
         )
-    batch_size = config.batch_size // shard.num_shards
-    if len(tasks) > 1:
-        rows = _in_blocks([_rows(one, config, shard) for one in tasks], config)
-    elif len(config.shapes()) > 1:
-        return _in_buckets(_rows(tasks[0], config, shard), config, batch_size)
-    elif source := _in_memory(tasks[0], config):
-        # All rows of a batch are tokenized at once, which costs a tenth of one row after the other.
-        return _endless(source, batch_size, config, shard).map(_padding(config, config.shapes()[0]))
-    else:
-        rows = _rows(tasks[0], config, shard)
-    return _padded(rows, config, batch_size, config.shapes()[0])
+    batch_size, shapes = config.batch_size // shard.num_shards, config.shapes()
+    sources = [_in_memory(one, config) for one in tasks]
+    if len(sources) == 1 and len(shapes) == 1 and sources[0] is not None:
+        # The rows of a batch are neighbours in the source, so they are made all at once.
+        return _endless(sources[0], batch_size, config, shard).map(_padding(config, shapes[0]))
+    parts = [_rows(one, source, config, shard) for one, source in zip(tasks, sources, strict=True)]
+    rows = parts[0] if len(parts) == 1 else _in_blocks(parts, config)
+    if len(shapes) > 1:
+        return _in_buckets(rows, config, batch_size)
+    return _padded(rows, config, batch_size, shapes[0])
 
 
 def _in_blocks(datasets: Sequence[tf.data.Dataset], config: DataConfig) -> tf.data.Dataset:
@@ -124,13 +123,21 @@ def _in_blocks(datasets: Sequence[tf.data.Dataset], config: DataConfig) -> tf.da
     return tf.data.Dataset.choose_from_datasets(list(datasets), choices)
 
 
-def _rows(task: Any, config: DataConfig, shard: Shard) -> tf.data.Dataset:
+def _rows(
+    task: Any, source: in_memory.Shuffled | None, config: DataConfig, shard: Shard
+) -> tf.data.Dataset:
     """Returns the endless shuffled rows of a task: vectors of ids.
 
     All examples of a small source are shuffled in memory. The first `num_examples` of a large
     source are shuffled in a buffer of 50,000, and a whole large source is shuffled by seqio.
+
+    Args:
+        task: the task.
+        source: the result of `_in_memory`.
+        config: the configuration of the data.
+        shard: the part of the examples that this process reads.
     """
-    if source := _in_memory(task, config):
+    if source is not None:
         return _endless(source, in_memory.ROWS_AT_ONCE, config, shard).unbatch()
     if config.num_examples is not None:
         part = _read(task, config, shuffle=False, num_epochs=1).take(config.num_examples)
@@ -150,7 +157,7 @@ def _in_memory(task: Any, config: DataConfig) -> in_memory.Shuffled | None:
     )
     if size is None or size > in_memory.LARGEST:
         return None
-    texts = None if config.use_cached else features.source_texts(task, config.split)
+    texts = features.source_texts(task, config.split, use_cached=config.use_cached)
     if texts is not None:
 
         def tokenize(some):

@@ -61,6 +61,23 @@ def check_vocabularies(
     return min(stated, default=None)
 
 
+def shared_pieces(
+    vocabulary: seqio.Vocabulary,
+    chosen: Mapping[str, ModelConfig],
+    pending: frozenset[str] = frozenset(),
+    *,
+    check_remote: bool = True,
+) -> int:
+    """Returns the number of ids that a run's vocabulary and all its models share.
+
+    See `check_vocabularies` for the first three arguments and the errors. A vocabulary in a remote
+    file is read only with `check_remote`.
+    """
+    num_pieces = vocabularies.num_pieces(vocabulary, check_remote=check_remote)
+    stated = check_vocabularies(vocabulary, chosen, pending)
+    return num_pieces if stated is None else min(num_pieces, stated)
+
+
 def check_special_ids(
     config: lm.Config, vocabulary: seqio.Vocabulary, *, check_remote: bool = True
 ) -> None:

@@ -55,9 +55,9 @@ def open_source(
         if recipe.method.uses_dataset() and (check_remote or not remote):
             why = "only with ON_POLICY_FRACTION 1 is nothing learnt from the data set's targets"
             named_tasks.check_targets(task, recipe.data.split, why)
-    num_pieces = vocabularies.num_pieces(vocabulary, check_remote=check_remote)
-    shared = vocabulary_checks.check_vocabularies(vocabulary, recipe.models, pending)
-    num_pieces = num_pieces if shared is None else min(num_pieces, shared)
+    num_pieces = vocabulary_checks.shared_pieces(
+        vocabulary, recipe.models, pending, check_remote=check_remote
+    )
     cached_k, num_pieces = _check_cache(recipe, vocabulary, num_pieces, pending)
     ends = None if remote and not check_remote else vocabularies.end_ids(vocabulary) or None
     return Source(tasks, vocabulary, num_pieces, cached_k, ends)
