@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from gkd_jax import convert, load_model, main
+from gkd_jax import convert, load_model, main, sampling
 from gkd_jax.models import lm, t5
 from gkd_jax.storage import saved_model
 from gkd_jax.storage.conversion import FORMATS, convert_checkpoint
@@ -151,8 +151,8 @@ def test_the_tokenizer_of_the_folder_that_a_run_started_from_is_copied(started, 
         for name in ("spiece.model", "tokenizer_config.json"):
             assert (output / name).read_bytes() == (started / "hf" / name).read_bytes()
         generation = json.loads((output / "generation_config.json").read_text())
-        expected = None if source == "hf" else [60, 61, 62, 63]
-        assert generation.get("suppress_tokens") == expected
+        expected = [0] if source == "hf" else [0, 60, 61, 62, 63]
+        assert generation["suppress_tokens"] == expected
     assert "no tokenizer" not in capsys.readouterr().err
 
 
@@ -175,7 +175,7 @@ def test_ids_that_no_piece_has_are_suppressed(pieces, rows, tmp_path):
     saved_model.write_params(str(tmp_path / "gkd"), CONFIG, params, "", pieces)
     convert_checkpoint(str(tmp_path / "gkd"), str(tmp_path / "hf"), to="hf")
     generation = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
-    assert generation.get("suppress_tokens", []) == list(range(pieces, rows))
+    assert generation["suppress_tokens"] == [0, *range(pieces, rows)]
 
 
 @pytest.mark.parametrize("options", [{}, {"do_sample": True}, {"num_beams": 3}])
@@ -195,3 +195,27 @@ def test_an_exported_model_never_generates_them(options, tmp_path):
         tokens = model.generate(torch.tensor(np.asarray(inputs)), max_new_tokens=8, **options)
         has_spare = bool((tokens >= PIECES).any())
         assert has_spare == (pieces is None)
+
+
+def test_an_exported_t5_generates_what_gkd_decodes(tmp_path):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    params = t5.init(CONFIG, jax.random.key(0))
+    # The two kinds of id that gkd_jax never decodes, the pad and the spare, are the likeliest.
+    never = jnp.r_[0, PIECES : CONFIG.vocab_size]
+    kernel = params["decoder"]["logits_dense"]["kernel"]
+    params["decoder"]["logits_dense"]["kernel"] = kernel.at[:, never].multiply(100.0)
+    folder = str(tmp_path / "hf")
+    convert.write_hf(folder, CONFIG, params, num_pieces=PIECES)
+    model = transformers.T5ForConditionalGeneration.from_pretrained(folder).eval()
+    inputs = np.random.default_rng(1).integers(2, PIECES, (8, 6))
+    tokens = model.generate(torch.tensor(inputs), max_new_tokens=8, do_sample=False, num_beams=1)
+    greedy = sampling.SamplingConfig(
+        temperature=0.0, banned_ids=sampling.banned_tail(CONFIG, PIECES)
+    )
+    drawn = sampling.sample(
+        CONFIG, params, jnp.asarray(inputs, jnp.int32), max_length=8, sampling=greedy
+    )
+    expected = np.zeros((8, 8), np.int64)
+    expected[:, : tokens.shape[1] - 1] = tokens[:, 1:].numpy()
+    np.testing.assert_array_equal(drawn.tokens, expected)

@@ -150,6 +150,14 @@ def test_end_ids_are_those_of_generation_and_the_tokenizer(folders, kind, tmp_pa
     assert other.pad_id == (3 if kind == "llama" else vocabulary.pad_id)
 
 
+@pytest.mark.parametrize("ids", ["5", [5, "9"], -1, True, [5.0]])
+def test_an_end_id_that_is_no_id_is_named(ids, tmp_path):
+    small_tokenizers.write(tmp_path, "qwen")
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    with pytest.raises(ValueError, match=r"generation_config.json.*eos_token_id.*got"):
+        TokenizerVocabulary(tmp_path)
+
+
 def test_id_zero_and_unknown_ids_decode_like_others(folders):
     vocabulary = TokenizerVocabulary(folders["qwen"])
     assert vocabulary.pieces[0] == "!"

@@ -103,6 +103,15 @@ def test_evaluation_scores_every_example_once(teacher_dir, tmp_path):
     assert set(json.loads(rows[0])) == {"inputs", "targets", "prediction"}
 
 
+def test_the_table_of_a_study_has_a_column_for_each_score_of_any_run(tmp_path):
+    (tmp_path / "a").mkdir()
+    lines = ['{"step": 2, "eval/x/accuracy": 1.0}', '{"step": 4, "eval/x/accuracy": 25.0}']
+    (tmp_path / "a" / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    table = metrics.study_table(tmp_path, ("a", "b"))
+    assert table == "| run | x/accuracy |\n|---|---|\n| a | 25.0 |\n| b |  |"
+    assert metrics.study_table(tmp_path, ("b",)) == "| run |\n|---|\n| b |"
+
+
 def test_dry_run_writes_nothing(tmp_path):
     train.train(**options(tmp_path / "none", steps=2), dry_run=True)
     assert not (tmp_path / "none").exists()

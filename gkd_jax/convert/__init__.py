@@ -144,7 +144,8 @@ def write_hf(
         dtype: the dtype of the stored weights: "float32", "bfloat16" or "float16".
         num_pieces: the number of pieces in the vocabulary; None if unknown. An embedding may have
             more rows than that. Training does not change these spare rows, so their ids are
-            written into generation_config.json as `suppress_tokens` and are never generated.
+            written into generation_config.json as `suppress_tokens` and are never generated. Of a
+            T5 the pad id, which gkd_jax never decodes either, is written there in any case.
         source: a Hugging Face folder whose tokenizer and other companion files are copied.
         card: the text of README.md; None writes no README.md.
 

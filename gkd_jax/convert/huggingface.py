@@ -199,12 +199,14 @@ def _has_own_head(arrays: dict[str, Stored]) -> bool:
 
 
 def write_generation(folder: pathlib.Path, config: t5.T5Config, num_pieces: int | None) -> None:
-    """Writes generation_config.json, which suppresses the ids that no vocabulary piece has.
+    """Writes generation_config.json, with which transformers generates what gkd_jax decodes.
 
-    Settings that are in the folder already are kept, apart from the keys written here.
+    gkd_jax never decodes the pad id 0, nor the ids that no vocabulary piece has. transformers by
+    itself decodes any id, so all of these are suppressed. Settings that are in the folder already
+    are kept, apart from the keys written here.
     """
-    spare = [] if num_pieces is None else list(range(num_pieces, config.vocab_size))
-    fields = {**_SPECIAL_IDS, **({"suppress_tokens": spare} if spare else {})}
+    spare = [] if num_pieces is None else range(num_pieces, config.vocab_size)
+    fields = {**_SPECIAL_IDS, "suppress_tokens": [_SPECIAL_IDS["pad_token_id"], *spare]}
     file = folder / hf_folder.GENERATION
     before = hf_folder.read_json(file) if file.is_file() else {}
     hf_folder.write_json(file, {**before, **fields})

@@ -349,14 +349,21 @@ def _end_ids(folder: str, named: int | None) -> tuple[int, ...]:
 
     The first is the tokenizer's own EOS (`named`), if it has one. The others are those at which
     transformers' `generate` stops.
+
+    Raises:
+        ValueError: if `eos_token_id` in the folder is neither an id nor a list of ids.
     """
-    listed: Any = None
+    ids = [] if named is None else [named]
     for name in ("generation_config.json", "config.json"):
-        listed = _text_config(read_json(folder, name)).get("eos_token_id")
-        if listed is not None:
-            break
-    listed = listed if isinstance(listed, list) else [listed]
-    ids = [index for index in (named, *listed) if isinstance(index, int)]
+        found = _text_config(read_json(folder, name)).get("eos_token_id")
+        if found is None:
+            continue
+        listed = found if isinstance(found, list) else [found]
+        if not all(type(index) is int and index >= 0 for index in listed):
+            source = os.path.join(folder, name)
+            files.fault(source, None, f"eos_token_id must be an id or a list of ids, got {found!r}")
+        ids += listed
+        break
     return tuple(dict.fromkeys(ids))
 
 

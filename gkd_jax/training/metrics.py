@@ -148,11 +148,11 @@ def study_table(root: pathlib.Path, phases: Sequence[str]) -> str:
             if name.startswith("eval/")
         }
     names = list(dict.fromkeys(name for row in rows.values() for name in row))
-    lines = ["| run | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    table = [["run", *names]]
     for phase, row in rows.items():
-        cells = [_cell(name, row[name]) if name in row else "" for name in names]
-        lines.append(f"| {phase} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        table.append([phase, *(_cell(name, row[name]) if name in row else "" for name in names)])
+    head, *body = (f"| {' | '.join(cells)} |" for cells in table)
+    return "\n".join([head, "|" + "---|" * len(table[0]), *body])
 
 
 def _cell(name: str, value: float) -> str:
