@@ -10,6 +10,7 @@ import re
 import statistics
 import struct
 
+import numpy as np
 import pytest
 
 from gkd_jax import report
@@ -1184,6 +1185,28 @@ def test_the_papers_map_and_curves_stand_beside_the_same_recipes(tmp_path, monke
     assert len(ours.rows) == 9
 
 
+def test_the_reward_over_the_steps_is_the_mean_of_the_seeds(tmp_path, monkeypatch):
+    for alpha, seed in itertools.product((0.0, 0.9), (0, 1, 2)):
+        rl = {"type": "RLConfig", "reward": "brevity", "alpha": alpha}
+        run = seeded(about(divergence="forward_kl", fraction=1.0, method__rl=rl), seed)
+        folder = write_run(tmp_path / f"{alpha}_{seed}", run, {"accuracy": 50.0})
+        lines = [{"step": 2 * n, "train/reward": n * alpha + seed**2} for n in range(1, 41)]
+        with (folder / "metrics.jsonl").open("a") as metrics:
+            metrics.writelines(json.dumps(line) + "\n" for line in lines)
+    drawn = []
+    monkeypatch.setattr(
+        plots, "render", lambda _, given, x, y="": drawn.append((x, given)) or (b"", "", "")
+    )
+    (tmp_path / "figures").mkdir()
+    figures.draw(read_study(tmp_path), tmp_path / "figures")
+    ((panel,),) = (given for x, given in drawn if x == "step")
+    assert panel.rows["line"].nunique() == 2
+    (line,) = (rows for label, rows in panel.rows.groupby("line") if "GKD" in str(label))
+    assert list(line["x"]) == list(range(2, 81, 4))  # every second of forty points
+    np.testing.assert_allclose(line["y"], line["x"] / 2 * 0.9 + 5 / 3)
+    np.testing.assert_allclose(line["error"], np.std([0, 1, 4], ddof=1) / np.sqrt(3))
+
+
 def test_percentages_end_at_100_and_no_label_is_cut(everything):
     """In every figure all texts are inside the picture."""
     _, _, made = everything
@@ -1243,7 +1266,7 @@ def test_an_archive_makes_the_same_report_and_holds_no_paths(tmp_path):
     assert [line["name"] for line in lines] == ["gkd0", "gkd1", "gkd2", "sft", "started"]
     assert str(tmp_path) not in kept.read_text()
     assert "/data/" not in kept.read_text()
-    assert len(kept.read_text()) < 30_000
+    assert len(kept.read_text()) < 40_000
     again = tmp_path / "again.jsonl"
     archive.write([str(kept)], str(again))
     assert again.read_text() == kept.read_text()
@@ -1279,6 +1302,17 @@ def test_a_run_on_several_tasks_stands_apart_in_the_table_of_each(tmp_path):
         "40.00",
     )
     assert "one for each task (" in (tmp_path / "out" / "runs" / "several.html").read_text()
+
+
+def test_an_archive_keeps_about_twenty_lines_of_the_training_of_a_run(tmp_path):
+    for steps in (7, 1000):
+        run = about(divergence="forward_kl", train__train_steps=steps)
+        write_run(tmp_path / str(steps), run, {"accuracy": 1.0}, steps=steps)
+    archive.write([str(tmp_path)], str(tmp_path / "kept.jsonl"))
+    for line in map(json.loads, (tmp_path / "kept.jsonl").read_text().splitlines()):
+        steps = [one["step"] for one in line["metrics"] if "train/loss" in one]
+        expected = range(1, 8) if line["name"] == "7" else [1, *range(50, 1001, 50)]
+        assert steps == list(expected)
 
 
 def test_an_archive_must_be_a_jsonl_file(tmp_path):

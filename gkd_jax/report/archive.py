@@ -14,7 +14,7 @@ from gkd_jax.report import reading
 from gkd_jax.text import files
 
 
-_EVERY = 50  # steps between kept lines of training
+_KEPT = 20  # lines of training kept of a run
 # The path in the name of a field that ends in the name of a task, such as data.task./data/x.jsonl.
 _PATH = re.compile(r"(?:^|(?<=\w\.))/.*")
 
@@ -23,7 +23,7 @@ def write(run_dirs: Sequence[str], output: str) -> None:
     """Writes the finished runs below `run_dirs` to the archive `output`.
 
     `report.write` makes the same tables and figures from the archive. Of metrics.jsonl the archive
-    keeps evaluations, every 50th step and the last step, with numbers to 6 digits; of run.json
+    keeps evaluations, the first step and about twenty more, with numbers to 6 digits; of run.json
     everything except the macros. Absolute paths are shortened: the folder of a run becomes the name
     of the run, other paths below a run directory the part after it, and all others their last part.
 
@@ -52,7 +52,7 @@ def write(run_dirs: Sequence[str], output: str) -> None:
 
 def _is_kept(line: dict[str, Any], last: int) -> bool:
     evaluated = any(name.startswith("eval/") for name in line)
-    return evaluated or line["step"] % _EVERY == 0 or line["step"] == last
+    return evaluated or line["step"] % max(1, last // _KEPT) == 0 or line["step"] in (1, last)
 
 
 def _small(value: Any, named: Mapping[pathlib.Path, str]) -> Any:

@@ -1,7 +1,7 @@
 """Chooses which runs make which figure of the paper. A figure needs at least two points.
 
-Each generator `_bars`, `_maps`, `_lambda`, `_data`, `_rl` and `_diversity` yields the sketches of
-one kind of figure, and `draw` renders them.
+Each generator `_bars`, `_maps`, `_lambda`, `_data`, `_rl`, `_diversity` and `_rewards` yields the
+sketches of one kind of figure, and `draw` renders them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,6 +22,7 @@ from gkd_jax.text import files
 _REWARDS = ("entailed", "entailment", "exact_answer", "brevity", "reward")
 _LEAST_CELLS = 6  # cells of a map; the bars show fewer of them better
 _SERIES = ("accent", "warm", "jsd_0_5", "total_variation", "jsd_0_1", "grey")
+_POINTS = 25  # of a curve over steps, at most
 _MAPS = ("Fig. 6", "Fig. 7", "Fig. A.12", "Fig. A.13", "Fig. A.14")
 
 
@@ -104,7 +105,8 @@ def _sketches(study: Study) -> Iterator[tuple[str, _Sketch]]:
                     for sketch in kind(view):
                         about = f"{sketch.caption} {task}, {metric}, {setting}."
                         yield task, sketch._replace(caption=about)
-        yield from ((task, sketch) for sketch in _diversity(study, task))
+        for kind in (_diversity, _rewards):
+            yield from ((task, sketch) for sketch in kind(study, task))
 
 
 def _lines(rows: Table, line: Any, x: Any, colour: Any) -> Table:
@@ -279,3 +281,28 @@ def _diversity(study: Study, task: str) -> Iterator[_Sketch]:
         caption = f"{task}. T: of the samples; 100 is no diversity; as in Fig. 4 of the paper."
         title, x = "Quality and diversity", "Self-BLEU (lower is more diverse)"
         yield _Sketch("quality_diversity", title, caption, plots.curves, panels, x, metric)
+
+
+def _rewards(study: Study, task: str) -> Iterator[_Sketch]:
+    """RL and RL + GKD: curves of the samples' reward over the steps of training."""
+    groups = [group for group in study.of_task(task) if group.role == "rl"]
+    panels = []
+    for size in sizes(groups):
+        points = [
+            (group.label, _SERIES[index % len(_SERIES)], step, reward)
+            for index, group in enumerate(one for one in groups if one.size == size)
+            for run in group.runs
+            for step, reward in run.curve("train/reward")
+        ]
+        found = pd.DataFrame(points, columns=pd.Index(["line", "series", "x", "reward"]))
+        by_step = found.groupby(["line", "series", "x"], sort=False)["reward"]
+        lines = by_step.agg(y="mean", error="sem").reset_index()
+        steps = sorted(lines["x"].unique())
+        if len(steps) > 1:
+            drawn = lines[lines["x"].isin(steps[:: math.ceil(len(steps) / _POINTS)])]
+            colours = drawn["series"].map(COLOURS)
+            panels.append(Panel(size, drawn.assign(colour=colours, dashed=False, note="")))
+    if panels:
+        caption = f"{task}. The mean over the samples of a step; whiskers of one standard error."
+        title, y = "Reward of the samples", "reward"
+        yield _Sketch("reward_steps", title, caption, plots.curves, panels, "step", y)
