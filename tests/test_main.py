@@ -133,7 +133,9 @@ def test_wrong_usage(case, capfd):
 
 BAD = {
     "--gin.DROPOUT_RAT=0.2": "did you mean 'DROPOUT_RATE'",
-    "--gin.gkd.GKDConfig.lamda=1": "lamda",
+    "--gin.gkd.GKDConfig.lamda=1": "GKDConfig has no parameter 'lamda'; its parameters are on_pol",
+    "--gin.gkd.GKDConfig.tempertaure=2": "(did you mean 'teacher_temperature'?); its parameters",
+    "--gin.optax.adamw.weight_decey=2": "'weight_decey' (did you mean 'weight_decay'?)",
     "--gin.ON_POLICY_FRACTION=1.5": "on_policy_fraction must lie in [0, 1], got 1.5",
     "--gin.TEACHER_TEMPERATURE=0.0": "teacher_temperature must be positive, got 0",
     "--gin.SAMPLING_TEMPERATURE=-1.0": "temperature must be at least 0",

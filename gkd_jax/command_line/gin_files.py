@@ -5,6 +5,7 @@ No package outside `command_line/` imports gin.
 
 from collections.abc import Callable, Iterable, Mapping
 import contextlib
+import inspect
 import logging
 import os
 import pathlib
@@ -50,7 +51,7 @@ def parse(
         except OSError as error:
             raise UsageError(f"--gin_file: cannot read {name!r}: {error}") from None
         except Exception as error:
-            raise UsageError(f"{name}: {one_message(error)}") from error
+            raise UsageError(f"{name}: {_rejected(error)}") from error
     header = _imports()
     for name, value in bindings:
         if "." not in name:
@@ -58,7 +59,7 @@ def parse(
         try:
             gin.parse_config(f"{header}{name} = {_as_gin(value)}")
         except Exception as error:
-            raise UsageError(f"--gin.{name}={value}: {one_message(error)}") from error
+            raise UsageError(f"--gin.{name}={value}: {_rejected(error)}") from error
     _check_references()
     _expand_paths()
     missing = [name for name, value in macros().items() if value == REQUIRED]
@@ -69,6 +70,20 @@ def parse(
         raise UsageError(
             "; ".join(f"{name} is required: --gin.{name}=\"'...'\"" for name in missing)
         )
+
+
+def _rejected(error: Exception) -> str:
+    """Returns why gin rejects a binding; for an unknown parameter, which parameters there are."""
+    message = one_message(error)
+    unknown = re.search(r"Configurable '([\w.]+)' doesn't have a parameter named '(\w+)'", message)
+    if not unknown:
+        return message
+    owner, name = unknown.groups()
+    known = inspect.signature(gin.config.parse_value(f"@{owner}").configurable.wrapped).parameters
+    return (
+        f"{owner} has no parameter {name!r}{suggestion(name, known)}; "
+        f"its parameters are {', '.join(known)}"
+    )
 
 
 def _recipe(name: str, package: pathlib.Path) -> str:
