@@ -938,7 +938,9 @@ def test_relations_that_the_text_of_the_paper_states():
     assert max(gap for pair, gap in apart.items() if pair != ("Fig. 1", "Fig. 9")) < 0.31
     # "53 % higher over ImitKD and 162 % over f-distill, averaged across small and base".
     gains = {
-        (n.cell.divergence, n.cell.size): n.gain for n in paper.numbers() if n.figure == "Fig. A.15"
+        (n.cell.method.divergence, n.cell.size): n.gain
+        for n in paper.numbers()
+        if n.figure == "Fig. A.15"
     }
     for other, ratio in (("forward_kl", 1.53), ("total_variation", 2.62)):
         ratios = [gains["jsd(0.1)", size] / gains[other, size] for size in ("small", "base")]
@@ -1234,6 +1236,19 @@ def test_one_run_makes_no_figure(tmp_path):
     write_run(tmp_path / "run", about(divergence=JSD_09), {"accuracy": 1.0, "entailed": 2.0})
     report.write([str(tmp_path)], str(tmp_path / "out"))
     assert not list((tmp_path / "out" / "figures").iterdir())
+
+
+def test_a_decoding_without_a_reward_has_no_figure_of_rewards(tmp_path):
+    for alpha in (0.05, 0.25):
+        rl = {"type": "RLConfig", "reward": "Entailment", "alpha": alpha}
+        run = about(divergence=JSD_09, fraction=1.0, method__rl=rl)
+        final = {"accuracy": 50.0, "entailed": 20.0}
+        write_run(tmp_path / str(alpha), run, final, evals=[(BEAM, {"accuracy": 55.0})])
+    report.write([str(tmp_path)], str(tmp_path / "out"))
+    figures = {path.name for path in (tmp_path / "out" / "figures").iterdir()}
+    # The bars are of both decodings, the rewards only of the greedy one.
+    expected = {"arithmetic_methods.png", "arithmetic_methods_2.png", "arithmetic_rl_alpha.png"}
+    assert figures == expected
 
 
 def test_labels_are_not_read_as_formulas(tmp_path):

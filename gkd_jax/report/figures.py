@@ -1,7 +1,7 @@
 """Chooses which runs make which figure of the paper. A figure needs at least two points.
 
-Each generator `_bars`, `_maps`, `_lambda`, `_data`, `_rl`, `_diversity` and `_rewards` yields the
-sketches of one kind of figure, and `draw` renders them.
+`_bars`, `_maps`, `_lambda`, `_data`, `_rl`, `_diversity` and `_rewards` make the sketches of one
+kind of figure each, and `draw` renders them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,7 @@ import pandas as pd
 from gkd_jax.report import paper, plots
 from gkd_jax.report.plots import COLOURS, Panel
 from gkd_jax.report.record import Setting, divergence_name, said
-from gkd_jax.report.study import Study, Table, divergence_order, sizes
+from gkd_jax.report.study import Group, Study, Table, divergence_order, sizes
 from gkd_jax.text import files
 
 
@@ -24,10 +24,6 @@ _LEAST_CELLS = 6  # cells of a map; the bars show fewer of them better
 _SERIES = ("accent", "warm", "jsd_0_5", "total_variation", "jsd_0_1", "grey")
 _POINTS = 25  # of a curve over steps, at most
 _MAPS = ("Fig. 6", "Fig. 7", "Fig. A.12", "Fig. A.13", "Fig. A.14")
-
-
-Figure = dict[str, str]
-"""A drawn figure: `file` (a PNG below figures/), `title`, `caption`, SVGs `wide` and `narrow`."""
 
 
 class _Sketch(NamedTuple):
@@ -74,39 +70,39 @@ class _View(NamedTuple):
         return Panel(", ".join([rows["size"].iloc[0], *shared]), drawn, **options)
 
 
-def draw(study: Study, folder: pathlib.Path) -> dict[str, list[Figure]]:
+def draw(study: Study, folder: pathlib.Path) -> dict[str, list[dict[str, str]]]:
     """Draws every figure that the study can show.
 
     Returns:
-        Task -> its figures, in the paper's order.
+        Task -> its figures, in the paper's order, each with `file` (the name of a PNG in `folder`),
+        `title`, `caption` and the SVGs `wide` and `narrow`.
     """
-    drawn: dict[str, list[Figure]] = {}
+    drawn: dict[str, list[dict[str, str]]] = {}
     used: list[str] = []
-    with plots.style():
-        for task, sketch in _sketches(study):
-            stem = re.sub(r"[^A-Za-z0-9_.-]+", "_", f"{task}_{sketch.name}").lower()
-            used.append(stem)
-            name = f"{stem}_{used.count(stem)}" if used.count(stem) > 1 else stem
-            png, wide, narrow = plots.render(sketch.draw, sketch.panels, sketch.x, sketch.y)
-            files.write_whole(folder / f"{name}.png", png)
-            figure = {"file": f"{name}.png", "title": sketch.title, "caption": sketch.caption}
-            drawn.setdefault(task, []).append({**figure, "wide": wide, "narrow": narrow})
+    for task, sketch in _sketches(study):
+        if not sketch.panels:
+            continue
+        stem = re.sub(r"[^A-Za-z0-9_.-]+", "_", f"{task}_{sketch.name}").lower()
+        used.append(stem)
+        name = f"{stem}_{used.count(stem)}" if used.count(stem) > 1 else stem
+        png, wide, narrow = plots.render(sketch.draw, sketch.panels, sketch.x, sketch.y)
+        files.write_whole(folder / f"{name}.png", png)
+        figure = {"file": f"{name}.png", "title": sketch.title, "caption": sketch.caption}
+        drawn.setdefault(task, []).append({**figure, "wide": wide, "narrow": narrow})
     return drawn
 
 
 def _sketches(study: Study) -> Iterator[tuple[str, _Sketch]]:
+    """Yields (task, sketch) of every figure; one that the study cannot show has no panels."""
     for task in study.tasks():
-        for setting in study.settings(task):
-            metric = study.metrics(task)[0]
-            rows = study.table(task, setting, metric)
-            if setting.is_main and len(rows):
-                view = _View(study, task, setting, metric, rows)
-                for kind in (_bars, _maps, _lambda, _data, _rl):
-                    for sketch in kind(view):
-                        about = f"{sketch.caption} {task}, {metric}, {setting}."
-                        yield task, sketch._replace(caption=about)
-        for kind in (_diversity, _rewards):
-            yield from ((task, sketch) for sketch in kind(study, task))
+        metric = next(iter(study.metrics(task)), "")
+        for setting in (one for one in study.settings(task) if one.is_main):
+            view = _View(study, task, setting, metric, study.table(task, setting, metric))
+            for sketch in (*_bars(view), *_maps(view), _lambda(view), _data(view), _rl(view)):
+                about = f"{sketch.caption} {task}, {metric}, {setting}."
+                yield task, sketch._replace(caption=about)
+        yield task, _diversity(study, task, metric)
+        yield task, _rewards(study, task)
 
 
 def _lines(rows: Table, line: Any, x: Any, colour: Any) -> Table:
@@ -127,17 +123,16 @@ def _bars(view: _View) -> Iterator[_Sketch]:
     for size in sizes(methods["group"]):
         rows = methods[methods["size"] == size]
         teacher = view.of_parent(rows, "teacher")
-        pairs = zip(rows["role"], rows["fraction"], strict=True)
-        rows = rows.assign(colour=[_shade(role, fraction) for role, fraction in pairs])
+        rows = rows.assign(colour=rows["group"].map(_shade))
         panel = Panel("", rows, None if teacher is None else ("teacher", teacher))
         if len(rows) > 1:
             yield _Sketch("methods", f"Methods, {size}", caption, plots.bars, [panel], view.metric)
 
 
-def _shade(role: str, fraction: float) -> str:
+def _shade(group: Group) -> str:
     """The colour of a bar: the darker, the more a method trains on the student's own samples."""
-    mix = ("pale", "middle", "accent")[(fraction > 0) + (fraction >= 1)]
-    return COLOURS[{"distillation": mix, "seqkd": "grey", "rl": "warm"}.get(role, "light")]
+    mix = ("pale", "middle", "accent")[(group.fraction > 0) + (group.fraction >= 1)]
+    return COLOURS[{"distillation": mix, "seqkd": "grey", "rl": "warm"}.get(group.role, "light")]
 
 
 def _grids(view: _View) -> Iterator[Table]:
@@ -184,23 +179,16 @@ def _paper_map(view: _View, rows: Table, signed: bool) -> Iterator[Panel]:
     where = paper.cell(rows["group"].iloc[0].first, view.task)
     if where is None or view.metric != paper.metric_of(view.task):
         return
-    found = [
-        (number.figure, divergence, fraction, number.gain if signed else number.value, math.nan)
-        for fraction, drawn in ((1.0, 1.0), (0.5, 1.0), (0.0, None))
-        for divergence in paper.DIVERGENCES
-        for number in paper.matching(
-            where._replace(fraction=fraction, divergence=divergence, sampling_temperature=drawn),
-            view.setting,
-        )
-        if number.figure in _MAPS and (number.gain is not None or not signed)
-    ]
-    if found:
-        columns = pd.Index(["figure", "divergence", "fraction", "mean", "error"])
-        cells = _cells(pd.DataFrame(found, columns=columns), signed)
-        yield Panel(f"{where.size}, the paper ({found[0][0]})", cells)
+    numbers = paper.matching(where, view.setting, any_of=("method", "sampling_temperature"))
+    numbers = [one for one in numbers if one.figure in _MAPS and not (signed and one.gain is None)]
+    if numbers:
+        values = [one.gain if signed else one.value for one in numbers]
+        methods = pd.DataFrame(one.cell.method for one in numbers)
+        cells = _cells(methods.assign(mean=values, error=math.nan), signed)
+        yield Panel(f"{where.size}, the paper ({numbers[0].figure})", cells)
 
 
-def _lambda(view: _View) -> Iterator[_Sketch]:
+def _lambda(view: _View) -> _Sketch:
     """Fig. 8: curves over lambda."""
     panels, ticks = [], [(x, f"{x}%") for x in (0, 25, 50, 75, 100)]
     for rows in _grids(view):
@@ -211,13 +199,12 @@ def _lambda(view: _View) -> Iterator[_Sketch]:
             x, colours = 100 * rows["fraction"], of.map(plots.colour)
             drawn = _lines(rows, of.map(divergence_name), x, colours)
             panels.append(view.panel(rows, drawn, ticks=ticks))
-    if panels:
-        caption = "Whiskers of one standard error; as in Fig. 8 of the paper."
-        title, x = "From fixed data to own samples", "λ: steps on the student's own samples"
-        yield _Sketch("lambda", title, caption, plots.curves, panels, x, view.metric)
+    caption = "Whiskers of one standard error; as in Fig. 8 of the paper."
+    title, x = "From fixed data to own samples", "λ: steps on the student's own samples"
+    return _Sketch("lambda", title, caption, plots.curves, panels, x, view.metric)
 
 
-def _data(view: _View) -> Iterator[_Sketch]:
+def _data(view: _View) -> _Sketch:
     """Fig. 3: curves over the number of training examples."""
     rows = view.rows[view.rows["role"].isin(["distillation", "seqkd", "sft"])]
     alike: Table = rows["group"].map(
@@ -234,34 +221,30 @@ def _data(view: _View) -> Iterator[_Sketch]:
         colours = [COLOURS[_SERIES[names.index(label) % len(_SERIES)]] for label in labels]
         lines = _lines(here, labels, [amounts.index(a) for a in here["amount"]], colours)
         panels.append(view.panel(here, lines, ticks=ticks))
-    if panels:
-        caption = "On-policy methods use their inputs only; as in Fig. 3 of the paper."
-        x = "training examples"
-        yield _Sketch("data", "Less data", caption, plots.curves, panels, x, view.metric)
+    caption = "On-policy methods use their inputs only; as in Fig. 3 of the paper."
+    x = "training examples"
+    return _Sketch("data", "Less data", caption, plots.curves, panels, x, view.metric)
 
 
-def _rl(view: _View) -> Iterator[_Sketch]:
+def _rl(view: _View) -> _Sketch:
     """Fig. 5: RL + GKD, the reward over the task's metric for each alpha."""
-    reward = next((name for name in _REWARDS if name in view.study.metrics(view.task)), None)
+    reward = next((name for name in _REWARDS if name in view.study.metrics(view.task)), "")
+    rewards = view.study.table(view.task, view.setting, reward)
     rows = view.rows[view.rows["role"] == "rl"]
-    if reward is None or len(rows) < 2:
-        return
+    rows = rows.merge(rewards[["group", "mean", "error"]], on="group", suffixes=("", "_of_reward"))
     notes = [f"alpha {said(group.method.alpha)}" for group in rows["group"]]
-    rows = _lines(rows, "RL + GKD", rows["mean"], COLOURS["accent"])[: len(rows)].assign(note=notes)
-    rewards = view.study.table(view.task, view.setting, reward).set_index("group")
-    groups = rows["group"]
-    rows = rows.assign(y=groups.map(rewards["mean"]), error=groups.map(rewards["error"]))
-    sized = rows.dropna(subset="y").groupby("size", sort=False)
+    rows = rows.assign(line="RL + GKD", colour=COLOURS["accent"], dashed=False, note=notes)
+    rows = rows.assign(x=rows["mean"], y=rows["mean_of_reward"], error=rows["error_of_reward"])
+    sized = rows.groupby("size", sort=False)
     panels = [view.panel(some, some) for _, some in sized if len(some) > 1]
     caption = "alpha weighs distillation, 1 - alpha the reward; as in Fig. 5 of the paper."
-    if panels:
-        title, y = "Reward and teacher", reward.replace("_", " ")
-        yield _Sketch("rl_alpha", title, caption, plots.curves, panels, view.metric, y)
+    title, y = "Reward and teacher", reward.replace("_", " ")
+    return _Sketch("rl_alpha", title, caption, plots.curves, panels, view.metric, y)
 
 
-def _diversity(study: Study, task: str) -> Iterator[_Sketch]:
+def _diversity(study: Study, task: str, metric: str) -> _Sketch:
     """Fig. 4: quality over Self-BLEU for every group sampled at two temperatures or more."""
-    found, metric = [], next(iter(study.metrics(task)), "")
+    found = []
     for setting in (one for one in study.settings(task) if one.decoding == "sample"):
         rows, across = (study.table(task, setting, name) for name in (metric, "self_bleu"))
         if len(rows) and len(across):
@@ -277,13 +260,12 @@ def _diversity(study: Study, task: str) -> Iterator[_Sketch]:
         x = lines["x"].where(~lines["dashed"], pd.Series(theirs, lines.index))
         notes = [f"T {temperature:g}" for temperature in lines["temperature"]]
         panels.append(Panel(size, lines.assign(x=x, note=notes)))
-    if panels:
-        caption = f"{task}. T: of the samples; 100 is no diversity; as in Fig. 4 of the paper."
-        title, x = "Quality and diversity", "Self-BLEU (lower is more diverse)"
-        yield _Sketch("quality_diversity", title, caption, plots.curves, panels, x, metric)
+    caption = f"{task}. T: of the samples; 100 is no diversity; as in Fig. 4 of the paper."
+    title, x = "Quality and diversity", "Self-BLEU (lower is more diverse)"
+    return _Sketch("quality_diversity", title, caption, plots.curves, panels, x, metric)
 
 
-def _rewards(study: Study, task: str) -> Iterator[_Sketch]:
+def _rewards(study: Study, task: str) -> _Sketch:
     """RL and RL + GKD: curves of the samples' reward over the steps of training."""
     groups = [group for group in study.of_task(task) if group.role == "rl"]
     panels = []
@@ -296,13 +278,12 @@ def _rewards(study: Study, task: str) -> Iterator[_Sketch]:
         ]
         found = pd.DataFrame(points, columns=pd.Index(["line", "series", "x", "reward"]))
         by_step = found.groupby(["line", "series", "x"], sort=False)["reward"]
-        lines = by_step.agg(y="mean", error="sem").reset_index()
+        lines: Table = by_step.agg(y="mean", error="sem").reset_index()
         steps = sorted(lines["x"].unique())
         if len(steps) > 1:
             drawn = lines[lines["x"].isin(steps[:: math.ceil(len(steps) / _POINTS)])]
             colours = drawn["series"].map(COLOURS)
             panels.append(Panel(size, drawn.assign(colour=colours, dashed=False, note="")))
-    if panels:
-        caption = f"{task}. The mean over the samples of a step; whiskers of one standard error."
-        title, y = "Reward of the samples", "reward"
-        yield _Sketch("reward_steps", title, caption, plots.curves, panels, "step", y)
+    caption = f"{task}. The mean over the samples of a step; whiskers of one standard error."
+    title, y = "Reward of the samples", "reward"
+    return _Sketch("reward_steps", title, caption, plots.curves, panels, "step", y)

@@ -14,7 +14,6 @@ import numpy as np
 import pandas as pd
 
 from gkd_jax.report import answer, paper, plots, samples
-from gkd_jax.report.figures import Figure
 from gkd_jax.report.record import Run, finite, said, short_count
 from gkd_jax.report.study import Study, Table, sizes
 
@@ -48,10 +47,14 @@ def environment() -> jinja2.Environment:
     return env
 
 
-def report(study: Study, drawn: dict[str, list[Figure]]) -> tuple[str, str]:
+def report(study: Study, drawn: dict[str, list[dict[str, str]]]) -> tuple[str, str]:
     """The whole report as one HTML file, and as Markdown with links to figures/ and runs/."""
     tasks = [_task(study, task, drawn.get(task, [])) for task in study.tasks()]
-    usual = {(task, *study.settings(task)[:1]): study.metrics(task)[:1] for task in study.tasks()}
+    usual = {
+        (task, setting): study.metrics(task)[0]
+        for task in study.tasks()
+        for setting in study.settings(task)[:1]
+    }
     runs = [(run, _numbers(study, run, usual)) for run in study.runs]
     whole, plain = (environment().get_template(f"report.{end}") for end in ("html", "md"))
     values = {"study": study, "tasks": tasks, "runs": runs}
@@ -83,17 +86,16 @@ def markdown(text: Any) -> str:
     return re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", shown_text)
 
 
-def _numbers(study: Study, run: Run, usual: Mapping[Any, Sequence[str]]) -> list[str]:
+def _numbers(study: Study, run: Run, usual: Mapping[Any, str]) -> list[str]:
     """The numbers of a run in the list of runs: of each task the primary metric, decoded as usual.
 
     A run without such a number shows the first metric of its last evaluation, and the step of that
     if it is not the run's last.
     """
     found = [
-        f"{values[name]:.4g} {name}"
+        f"{values[usual[key]]:.4g} {usual[key]}"
         for key, values in run.finals.items()
-        for name in usual.get(key, ())
-        if name in values
+        if usual.get(key) in values
     ]
     steps = [one.step for one in run.evaluations if one.step is not None]
     if found or not steps:
@@ -109,7 +111,7 @@ def _numbers(study: Study, run: Run, usual: Mapping[Any, Sequence[str]]) -> list
     return list(dict.fromkeys(last))
 
 
-def _task(study: Study, task: str, figures: Sequence[Figure]) -> dict[str, Any]:
+def _task(study: Study, task: str, figures: Sequence[dict[str, str]]) -> dict[str, Any]:
     metrics, decodings = study.metrics(task), []
     for setting in study.settings(task):
         tables = {name: study.table(task, setting, name) for name in metrics}
@@ -150,7 +152,7 @@ def _recipe(study: Study, task: str) -> Iterator[tuple[str, str, str]]:
     known, tables = paper.task_of(task), paper.content()["hyperparameters"]
     theirs = tables.get("flan" if known in ("mmlu", "bbh") else known, {})
     groups = [one for one in study.of_task(task) if one.role == "distillation"]
-    for name in tables["xsum"] if groups else ():
+    for name in tables["xsum"]:
         values = [said(group.first.fields[name]) for group in groups if name in group.first.fields]
         if values:
             field = name.partition(".")[2].replace("_", " ").replace(".", ", ")

@@ -4,17 +4,14 @@
 decoded alike.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import functools
 import importlib.resources
 import json
 import re
 from typing import Any, NamedTuple
 
-from gkd_jax.report.record import Run, Setting
-
-
-DIVERGENCES = ("forward_kl", "jsd(0.1)", "jsd(0.5)", "jsd(0.9)", "reverse_kl")
+from gkd_jax.report.record import Method, Run, Setting
 
 
 class Cell(NamedTuple):
@@ -24,9 +21,7 @@ class Cell(NamedTuple):
         task: the paper's task: "xsum", "wmt", "gsm8k", "mmlu" or "bbh".
         size: the student's size: "small", "base", "large" or "xl".
         teacher: the teacher's size; None for SFT and SeqKD.
-        method: "SFT" or "SeqKD", else "".
-        divergence: the divergence, such as "jsd(0.1)"; None for SFT and SeqKD.
-        fraction: the paper's lambda.
+        method: the method: SFT, SeqKD or a distillation.
         teacher_temperature: the teacher's temperature in the divergence; None without one.
         sampling_temperature: the student's temperature in training; None if it samples nothing.
         examples: the number of training examples; None is all.
@@ -35,9 +30,7 @@ class Cell(NamedTuple):
     task: str
     size: str
     teacher: str | None
-    method: str
-    divergence: str | None
-    fraction: Any
+    method: Method
     teacher_temperature: Any
     sampling_temperature: Any
     examples: Any
@@ -100,19 +93,23 @@ def cell(run: Run, task: str) -> Cell | None:
         task=known,
         size=size,
         teacher=_size(run, "teacher") if distils else None,
-        method={"sft": "SFT", "seqkd": "SeqKD"}.get(method.kind, ""),
-        divergence=method.divergence if distils else None,
-        fraction=method.fraction,
+        method=method,
         teacher_temperature=fields.get("method.teacher_temperature") if distils else None,
         sampling_temperature=fields.get("method.sampling.temperature") if method.fraction else None,
         examples=fields.get("data.num_examples"),
     )
 
 
-def matching(cell: Cell, setting: Setting) -> Iterator[Number]:
-    """Yields the numbers with this cell, decoding and split, if all examples were evaluated."""
+def matching(cell: Cell, setting: Setting, any_of: Sequence[str] = ()) -> Iterator[Number]:
+    """Yields the numbers with this cell, decoding and split, if all examples were evaluated.
+
+    The fields `any_of` of the cell may have any value.
+    """
     decoding = setting._replace(num_samples=None, target_length=None)
-    return (one for one in numbers() if one.cell == cell and one.setting == decoding)
+    for one in numbers():
+        wanted = cell._replace(**{name: getattr(one.cell, name) for name in any_of})
+        if one.cell == wanted and one.setting == decoding:
+            yield one
 
 
 def beside(run: Run, task: str, setting: Setting, metric: str, *, started: bool) -> Number | None:
@@ -122,29 +119,25 @@ def beside(run: Run, task: str, setting: Setting, metric: str, *, started: bool)
     number, because the paper's SFT starts from public checkpoints.
     """
     where = cell(run, task)
-    if where is None or metric != metric_of(task) or (started and where.method == "SFT"):
+    if where is None or metric != metric_of(task) or (started and where.method.kind == "sft"):
         return None
     return next(matching(where, setting), None)
 
 
 def _size(run: Run, role: str) -> str | None:
     """The name of a model's size; without a recorded name, the size of about as many parameters."""
-    name, count = run.fields.get(f"{role}.size"), run.parameters(role)
-    close = [
-        size for size, n in content()["parameters"].items() if count and abs(count - n) < 0.05 * n
-    ]
+    name, count = run.fields.get(f"{role}.size"), run.parameters(role) or 0
+    known = content()["parameters"].items()
+    close = [size for size, number in known if abs(count - number) < 0.05 * number]
     return name if isinstance(name, str) else next(iter(close), None)
 
 
 def _number(row: dict[str, Any]) -> Number:
-    beta, distils = row["beta"], row["divergence"] is not None
-    values = {name: row[name] for name in Cell._fields if name in row}
-    values["divergence"] = row["divergence"] if beta is None else f"jsd({beta:g})"
-    values["method"] = "" if distils else row["method"]
+    kind = {"SFT": "sft", "SeqKD": "seqkd"}.get(row["method"], "distillation")
+    divergence = row["divergence"] if row["beta"] is None else f"jsd({row['beta']:g})"
+    method = Method(kind, divergence or "", row["lambda"])
+    where = {name: row[name] for name in Cell._fields if name != "method"}
     beams = {"num_beams": 4, "alpha": 0.6} if row["decoding"] == "beam" else {}
     decoded = {name: row[name] for name in ("decoding", "temperature", "calculator", "split")}
-    where = Cell(**values, fraction=row["lambda"])
-    setting = Setting(**decoded, **beams)
-    return Number(
-        row["figure"], where, setting, row["value"], row.get("gain"), row.get("self_bleu")
-    )
+    cell, setting = Cell(**where, method=method), Setting(**decoded, **beams)
+    return Number(row["figure"], cell, setting, row["value"], row.get("gain"), row.get("self_bleu"))

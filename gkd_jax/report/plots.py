@@ -4,8 +4,7 @@
 so there is no window and no global state.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-import contextlib
+from collections.abc import Callable, Sequence
 import importlib.resources
 import io
 import math
@@ -17,6 +16,7 @@ import warnings
 import matplotlib
 from matplotlib.colors import LinearSegmentedColormap, Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
+import numpy as np
 
 from gkd_jax.report.study import Table
 
@@ -57,34 +57,28 @@ def colour(divergence: str) -> str:
     return COLOURS.get(re.sub(r"\W+", "_", divergence).strip("_"), COLOURS["grey"])
 
 
-@contextlib.contextmanager
-def style() -> Iterator[None]:
-    """Applies the style of the report's figures while the context lasts."""
-    with matplotlib.rc_context(fname=str(TEMPLATES / "report.mplstyle")), warnings.catch_warnings():
-        # A label in a script that the font lacks is drawn as boxes in the PNG.
-        warnings.filterwarnings("ignore", message=".*[Gg]lyph.*")
-        yield
-
-
 def render(draw: Draw, panels: Sequence[Panel], x: str, y: str = "") -> tuple[bytes, str, str]:
     """Draws a figure of panels with `draw`, whose axes are named `x` and `y`.
 
     Returns:
         A PNG, an SVG for a wide page and an SVG for a phone; equal arguments give equal results.
     """
-    wide, narrow = (_figure(draw, panels, x, y, on_phone) for on_phone in (False, True))
-    png = io.BytesIO()
-    wide.savefig(png, dpi=100, facecolor="white", metadata={"Software": None})
-    return png.getvalue(), _svg(wide), _svg(narrow)
+    with matplotlib.rc_context(fname=str(TEMPLATES / "report.mplstyle")), warnings.catch_warnings():
+        # A label in a script that the font lacks is drawn as boxes in the PNG.
+        warnings.filterwarnings("ignore", message=".*[Gg]lyph.*")
+        wide, narrow = (_figure(draw, panels, x, y, on_phone) for on_phone in (False, True))
+        png = io.BytesIO()
+        wide.savefig(png, dpi=100, facecolor="white", metadata={"Software": None})
+        return png.getvalue(), _svg(wide), _svg(narrow)
 
 
 def _figure(draw: Draw, panels: Sequence[Panel], x: str, y: str, narrow: bool) -> Any:
     columns = 1 if narrow else min(len(panels), 3)
     figure = Figure(figsize=(_NARROW if narrow else _WIDE, 3), layout="constrained")
     places = figure.subplots(math.ceil(len(panels) / columns), columns, squeeze=False)
-    heights = [draw(ax, panel, narrow) for ax, panel in zip(places.flat, panels, strict=False)]
-    handles: dict[str, Any] = {}
+    heights, handles = [], {}
     for ax, panel in zip(places.flat, panels, strict=False):
+        heights.append(draw(ax, panel, narrow))
         if panel.reference:
             label = "{} {:.1f}".format(*panel.reference)
             ax.axvline(panel.reference[1], color=MUTED, linestyle=(0, (4, 3)), label=label)
@@ -108,10 +102,10 @@ def _figure(draw: Draw, panels: Sequence[Panel], x: str, y: str, narrow: bool) -
 def _svg(figure: Any) -> str:
     """A figure as inline SVG, whose colours are the CSS variables of the page."""
     file = io.StringIO()
-    figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    text = file.getvalue()
-    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    text = re.sub(r'<g id="[^"]*">', "<g>", text).replace("'DejaVu Sans'", "system-ui, sans-serif")
+    no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(file, format="svg", transparent=True, metadata=no_metadata)
+    text = file.getvalue().replace("'DejaVu Sans'", "system-ui, sans-serif")
+    text = re.sub(r'<g id="[^"]*">', "<g>", text[text.index("<svg") :])
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r'\1 class="plot"', text, count=1)
     for name, colour in COLOURS.items():
@@ -125,11 +119,11 @@ def bars(ax: Any, panel: Panel, narrow: bool) -> float:
     Columns: `label`, `mean`, `error`, `colour`, `gain`, `paper_value`. On a phone the labels stand
     above the bars.
     """
-    rows = panel.rows
-    errors, reference = rows["error"].fillna(0), panel.reference[1] if panel.reference else None
-    ends = [*(rows["mean"] - errors), *(rows["mean"] + errors), *rows["paper_value"].dropna()]
-    ends += [] if reference is None else [reference]
-    low, high = min(ends), max(ends)
+    rows, errors = panel.rows, panel.rows["error"].fillna(0)
+    _, reference = panel.reference or ("", math.nan)
+    reaches = np.fmax(rows["mean"] + errors, rows["paper_value"])
+    low = np.nanmin([*(rows["mean"] - errors), *rows["paper_value"], reference])
+    high = np.nanmax([*reaches, reference])
     dots = low > 0 and high - low < _CLOSE * high
     span = (high - low if dots else max(high, 0) - min(low, 0)) or 1.0
     left = low - 0.12 * span if dots else min(low, 0) - (0.3 * span if low < 0 else 0)
@@ -138,14 +132,12 @@ def bars(ax: Any, panel: Panel, narrow: bool) -> float:
         ax.scatter(rows["mean"], places, color=rows["colour"], s=48, zorder=3)
     else:
         ax.barh(places, rows["mean"], 0.5 if narrow else 0.7, color=rows["colour"], zorder=2)
-    whiskers = [error if error else math.nan for error in errors]
+    whiskers = errors.where(errors > 0)
     ax.errorbar(rows["mean"], places, xerr=whiskers, color=INK, fmt="none", elinewidth=1, zorder=3)
     if rows["paper_value"].notna().any():
         look = {"edgecolor": INK, "facecolor": PAGE, "marker": "D", "s": 18, "zorder": 4}
         ax.scatter(rows["paper_value"], places, label="the paper", **look)
-    for place, row in zip(places, rows.itertuples(), strict=True):
-        reach = max(row.mean + (0 if math.isnan(row.error) else row.error), 0)
-        reach = reach if math.isnan(row.paper_value) else max(reach, row.paper_value)
+    for place, reach, row in zip(places, reaches.clip(lower=0), rows.itertuples(), strict=True):
         text = f"{row.mean:.1f}" + ("" if math.isnan(row.gain) else f"  ({row.gain:+.1f})")
         ground = {"facecolor": PAGE, "edgecolor": "none", "pad": 1}  # over the reference's line
         look = {"textcoords": "offset points", "va": "center", "bbox": ground, "zorder": 5}
@@ -179,9 +171,7 @@ def heat_map(ax: Any, panel: Panel, narrow: bool) -> float:
     ax.pcolormesh(table.to_numpy(), cmap=shades, norm=norm, edgecolor=PAGE, linewidth=2)
     digits = ("+.2f" if values.abs().max() < 2 else "+.1f") if signed else ".1f"
     for cell in panel.rows.itertuples():
-        if math.isnan(cell.mean):
-            continue
-        place = (list(columns).index(cell.column) + 0.5, list(rows).index(cell.row) + 0.5)
+        place = (table.columns.get_loc(cell.column) + 0.5, table.index.get_loc(cell.row) + 0.5)
         red, green, blue, _ = shades(norm(cell.mean))
         dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.55
         text = f"{cell.mean:{digits}}" + ("" if math.isnan(cell.error) else f"\n±{cell.error:.1f}")
@@ -189,8 +179,8 @@ def heat_map(ax: Any, panel: Panel, narrow: bool) -> float:
         look = {"ha": "center", "va": "center", "color": "white" if dark else "#22262c"}
         ax.text(*place, text, fontweight=weight, fontsize=8.5, **look)
     ax.set_ylim(len(rows), 0)
-    ax.set_xticks([index + 0.5 for index in range(len(columns))], columns)
-    ax.set_yticks([index + 0.5 for index in range(len(rows))], rows)
+    ax.set_xticks(np.arange(len(columns)) + 0.5, columns)
+    ax.set_yticks(np.arange(len(rows)) + 0.5, rows)
     ax.tick_params(length=0, labelsize=8)
     ax.spines[:].set_visible(False)
     return 0.48 * len(rows) + 0.8

@@ -5,7 +5,6 @@ Unreadable parts are left out and listed in `Run.problems`.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-import json
 import os
 import pathlib
 import re
@@ -17,6 +16,7 @@ from gkd_jax.text import files
 
 # These folders hold many files and no runs.
 _NOT_SEARCHED = frozenset({"checkpoints", "damaged", "tensorboard", "eval"})
+_METRIC = re.compile(r"eval/(?P<task>.+)/(?P<metric>[^/]*)")
 _Found = dict[pathlib.Path, dict[str, Any]]
 """What was read of each run, in the form of an archive's line, by the run's folder."""
 
@@ -39,30 +39,18 @@ def find(run_dirs: Sequence[str]) -> list[Run]:
             continue
         if not root.is_dir():
             raise FileNotFoundError(f"RUN_DIR {run_dir!r} is neither a folder nor a .jsonl file")
-        for folder, names in _folders(root):
+        for path, inside, names in os.walk(root):
+            inside[:] = sorted(set(inside) - _NOT_SEARCHED)  # os.walk enters only these
+            folder = pathlib.Path(path)
             if "metrics.jsonl" in names and folder not in found:
-                inside = folder.relative_to(root).as_posix()
-                found[folder] = _content(folder, root.name if inside == "." else inside)
+                name = root.name if folder == root else folder.relative_to(root).as_posix()
+                found[folder] = _content(folder, name)
             elif "metrics.json" in names:
                 evaluations[folder / "metrics.json"] = None
     if not found:
         raise FileNotFoundError(f"no metrics.jsonl below {', '.join(map(str, run_dirs))}")
     _add_evaluations(found, evaluations)
     return [_run(*one) for one in _named(found)]
-
-
-def _read_object(path: pathlib.Path) -> dict[str, Any] | None:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def _folders(root: pathlib.Path) -> Iterator[tuple[pathlib.Path, list[str]]]:
-    for folder, inside, names in os.walk(root):
-        inside[:] = sorted(set(inside) - _NOT_SEARCHED)
-        yield pathlib.Path(folder), names
 
 
 def _damaged(name: str, count: int) -> list[str]:
@@ -74,24 +62,23 @@ def _content(folder: pathlib.Path, name: str) -> dict[str, Any]:
     lines, damaged = files.read_records(folder / "metrics.jsonl")
     kept = [line for line in lines if whole(line.get("step")) is not None]
     problems = _damaged("metrics.jsonl", damaged + len(lines) - len(kept))
-    about = _read_object(folder / "run.json")
+    about = files.read_record(folder / "run.json")
     if about is None:
         exists = (folder / "run.json").exists()
         problems.append("run.json cannot be read" if exists else "no run.json")
     samples: dict[str, list[tuple[int, pathlib.Path]]] = {}
-    for path in sorted((folder / "eval").rglob("*.jsonl")):
-        if path.stem.isdigit() and path.is_file():
-            task = path.parent.relative_to(folder / "eval").as_posix()
-            samples.setdefault(task, []).append((int(path.stem), path))
+    decoded = [path for path in (folder / "eval").rglob("*.jsonl") if path.stem.isdecimal()]
+    for path in sorted(decoded, key=lambda path: (path.parent, int(path.stem))):
+        task = path.parent.relative_to(folder / "eval").as_posix()
+        samples.setdefault(task, []).append((int(path.stem), path))
     read = {"name": name, "run": about, "metrics": kept, "evaluations": []}
-    samples = {task: sorted(found) for task, found in samples.items()}
     return {**read, "samples": samples, "problems": problems}
 
 
 def _add_evaluations(found: _Found, paths: Iterable[pathlib.Path]) -> None:
     """Adds each evaluation to the run in whose folder it lies, or whose checkpoint it names."""
     for path in paths:
-        content = _read_object(path)
+        content = files.read_record(path)
         checkpoint = as_object(as_object(content).get("evaluation")).get("checkpoint")
         made = pathlib.Path(checkpoint).resolve() if isinstance(checkpoint, str) else path
         around = [folder for folder in found if path.is_relative_to(folder)]
@@ -105,17 +92,16 @@ def _add_evaluations(found: _Found, paths: Iterable[pathlib.Path]) -> None:
 def _named(found: _Found) -> Iterator[tuple[str, str, pathlib.Path, dict[str, Any]]]:
     """Yields (name, file name, folder, content) of each run, with unique names.
 
-    A name that two RUN_DIRs share is extended by the folder above it.
+    A name that several RUN_DIRs share is extended by the folders above it.
     """
-    short = [str(read.get("name")) for read in found.values()]
-    longer = [
-        "/".join(folder.parts[-name.count("/") - 2 :])
-        for folder, name in zip(found, short, strict=True)
-    ]
-    names = [a if short.count(a) == 1 else b for a, b in zip(short, longer, strict=True)]
+    names = [str(read.get("name")) for read in found.values()]
+    while len(set(names)) < len(names):
+        names = [
+            name if names.count(name) == 1 else "/".join(folder.parts[-name.count("/") - 2 :])
+            for folder, name in zip(found, names, strict=True)
+        ]
     slugs: list[str] = []
     for name, (folder, read) in zip(names, found.items(), strict=True):
-        name = name if names.count(name) == 1 else str(folder)
         slug = re.sub(r"[^A-Za-z0-9_.-]+", "_", name).strip("._")[-80:] or "run"
         while slug.lower() in slugs:
             slug += "_"
@@ -154,9 +140,8 @@ def _of_line(line: dict[str, Any], setting: Setting) -> Iterator[Evaluation]:
     """Yields the evaluations in a line of metrics.jsonl, whose names are eval/TASK/METRIC."""
     tasks: dict[str, dict[str, float]] = {}
     for name, value in line.items():
-        prefix, _, rest = name.partition("/")
-        task, _, metric = rest.rpartition("/")
-        if prefix == "eval" and task and finite(value) is not None:
-            tasks.setdefault(task, {})[metric] = float(value)
+        parts = _METRIC.fullmatch(name)
+        if parts and finite(value) is not None:
+            tasks.setdefault(parts["task"], {})[parts["metric"]] = float(value)
     for task, values in tasks.items():
         yield Evaluation(task, setting, line["step"], values)

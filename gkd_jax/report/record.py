@@ -66,8 +66,9 @@ class Setting(NamedTuple):
         unused = {one for names in decodings.USED_BY.values() for one in names}.difference(used)
         known = {key: v for key, v in config.items() if key not in unused | _NOT_DECODING and v}
         others = [f"{key} {said(v)}" for key, v in known.items() if key not in cls._fields]
-        plain = {key: v for key, v in known.items() if key in cls._fields}
-        plain = {key: v for key, v in plain.items() if isinstance(v, str | int | float)}
+        plain = {
+            key: v for key in cls._fields if isinstance(v := known.get(key), str | int | float)
+        }
         return cls(**plain, others=tuple(others))
 
     @property
@@ -199,6 +200,12 @@ class Run:
         """The task on which the recipe evaluates, named as in its metrics."""
         task = self.fields.get("evaluation.task") or self.fields.get("data.task")
         return display_name(task) if isinstance(task, str) else None
+
+    @functools.cached_property
+    def tasks(self) -> frozenset[str]:
+        """The tasks that the run was evaluated on, and the task that its recipe evaluates."""
+        evaluated = frozenset(one.task for one in self.evaluations)
+        return evaluated | {self.task} if self.task else evaluated
 
     @property
     def several_tasks(self) -> str:

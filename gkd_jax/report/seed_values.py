@@ -25,7 +25,9 @@ class SeedValues:
     def __init__(self, pairs: Sequence[tuple[Any, float]]):
         self._pairs, self._values = pairs, [value for _, value in pairs]
         self.mean = statistics.fmean(self._values) if pairs else math.nan
-        self.error = _standard_error(self._values)
+        self.error = math.nan
+        if len(pairs) > 1:
+            self.error = statistics.stdev(self._values) / math.sqrt(len(pairs))
 
     def __len__(self) -> int:
         return len(self._values)
@@ -39,10 +41,9 @@ class SeedValues:
         """
         mine, theirs = dict(self._pairs), dict(other._pairs)
         if len(mine) == len(self) and len(theirs) == len(other) and mine.keys() <= theirs.keys():
-            differences = [mine[seed] - theirs[seed] for seed in mine]
-            lead = statistics.fmean(differences) if mine else math.nan
-            error = _standard_error(differences)
-            test: Any = stats.ttest_1samp(differences, 0) if error > 0 else None
+            differences = SeedValues([(seed, mine[seed] - theirs[seed]) for seed in mine])
+            lead, error = differences.mean, differences.error
+            test: Any = stats.ttest_1samp(differences._values, 0) if error > 0 else None
         else:
             lead, error = self.mean - other.mean, math.hypot(self.error, other.error)
             pair = (self._values, other._values)
@@ -56,7 +57,3 @@ class SeedValues:
         digits = 4 if 0 < abs(self.mean) < 0.1 else 2 if abs(self.mean) < 100 else 1
         error = "" if math.isnan(self.error) else f" ± {self.error:.{digits}f}"
         return f"{self.mean:.{digits}f}{error}"
-
-
-def _standard_error(values: Sequence[float]) -> float:
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan

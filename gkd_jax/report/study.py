@@ -18,12 +18,17 @@ from gkd_jax.report.seed_values import SeedValues
 _PRIMARY = ("rouge2", "bleu", "accuracy", "exact_match", "accuracy_with_calculator")
 # Metrics that describe a student, but do not say how good it is.
 _NOT_QUALITY = ("teacher_divergence", "self_bleu", "entailment", "entailed", "brevity")
-_DIVERGENCES = (*paper.DIVERGENCES, "total_variation", "")
+_DIVERGENCES = ("forward_kl", "jsd(0.1)", "jsd(0.5)", "jsd(0.9)", "reverse_kl")
+_DIVERGENCES += ("total_variation", "")
 _ROLES = ("teacher", "start", "sft", "seqkd", "distillation", "rl", "unknown")
 _TITLES = {"start": "Student before", "teacher": "Teacher"}
 _IN_TITLE = tuple(f"method.divergence{field}" for field in ("", ".type", ".beta"))
 # Sections of a recipe that labels omit, because their fields are clear without them.
 _PLAIN = ("method", "schedule", "train", "data", "optimizer", "rl", "contents")
+
+_OF_GROUP = ("label", "size", "role", "fraction", "amount")
+_COLUMNS = ("group", *_OF_GROUP, "divergence", "values", "mean", "error", "n", "text")
+_COLUMNS += ("gain", "gain_error", "paper", "paper_value")
 
 Table = Any  # a pandas.DataFrame, whose columns no type checker knows
 
@@ -42,7 +47,7 @@ class Group:
 
     runs: tuple[Run, ...]
     identity: dict[str, Any]
-    role: str
+    role: str = ""
     label: str = ""
 
     @property
@@ -96,37 +101,32 @@ class Study:
             held = seeds.setdefault(seed, run)
             if held is not run:
                 self.left_out[run.slug] = f"same configuration and seed as {held.name}"
-        members = [(identity, tuple(seeds.values())) for identity, seeds in grouped.values()]
-        finished = [run for _, some in members for run in some]
+        groups = [
+            Group(runs=tuple(seeds.values()), identity=identity)
+            for identity, seeds in grouped.values()
+        ]
+        self._shown = [run for group in groups for run in group.runs]
         self._made = {  # (group's first run, role) -> the run that made its start or teacher
-            (one[0].slug, role): _maker(finished, one[0], role)
-            for _, one in members
-            for role in one[0].checkpoints
+            (group.first.slug, role): _maker(self._shown, group.first, role)
+            for group in groups
+            for role in group.first.checkpoints
         }
-        self.groups = _labelled(
-            [
-                Group(runs=some, identity=identity, role=self._role(some))
-                for identity, some in members
-            ]
-        )
+        self.groups = _labelled([dataclasses.replace(one, role=self._role(one)) for one in groups])
         self._group_of = {run.slug: group for group in self.groups for run in group.runs}
 
-    def _role(self, runs: Sequence[Run]) -> str:
-        role, slugs = runs[0].method.kind, {run.slug for run in runs}
-        for part, name in (("teacher", "teacher"), ("student", "start")):
-            made = {run.slug for (_, of), run in self._made.items() if of.startswith(part) and run}
-            role = name if role in ("sft", "teacher") and made & slugs else role
-        return role
+    def _role(self, group: Group) -> str:
+        made = {of.partition(".")[0] for (_, of), run in self._made.items() if run in group.runs}
+        if group.method.kind == "sft" and made & {"student", "teacher"}:
+            return "start" if "student" in made else "teacher"
+        return group.method.kind
 
     def tasks(self) -> list[str]:
         """Every task that is evaluated, or that a recipe evaluates."""
-        found = {evaluation.task for run in self.runs for evaluation in run.evaluations}
-        return sorted(found | {run.task for run in self.runs if run.task})
+        return sorted({task for run in self.runs for task in run.tasks})
 
     def settings(self, task: str) -> list[Setting]:
         """The ways in which final checkpoints were decoded, the most used first."""
-        runs = [run for group in self.groups for run in group.runs]
-        found = [setting for run in runs for of, setting in run.finals if of == task]
+        found = [setting for run in self._shown for of, setting in run.finals if of == task]
         return sorted(set(found), key=lambda one: (not one.is_main, -found.count(one), str(one)))
 
     def metrics(self, task: str) -> list[str]:
@@ -139,11 +139,7 @@ class Study:
 
     def of_task(self, task: str) -> list[Group]:
         """The groups that were evaluated on a task, or whose recipe evaluates it."""
-        return [
-            group
-            for group in self.groups
-            if any(r.task == task or any(e.task == task for e in r.evaluations) for r in group.runs)
-        ]
+        return [one for one in self.groups if any(task in run.tasks for run in one.runs)]
 
     def parent(self, group: Group, role: str) -> Group | None:
         """The group whose checkpoint is the start ("student") or the teacher of this one."""
@@ -165,12 +161,10 @@ class Study:
             start = self.parent(group, "student")
             found, before = (_values(one, task, setting, metric) for one in (group, start))
             gain = found.over(before)
-            started = start is not None
-            known = paper.beside(group.first, task, setting, metric, started=started)
-            of_group = ("label", "size", "role", "fraction", "amount")
+            known = paper.beside(group.first, task, setting, metric, started=start is not None)
             row: dict[str, Any] = {
                 "group": group,
-                **{name: getattr(group, name) for name in of_group},
+                **{name: getattr(group, name) for name in _OF_GROUP},
                 "divergence": group.method.divergence,
                 "values": found,
                 "mean": found.mean,
@@ -183,7 +177,7 @@ class Study:
                 "paper_value": known.value if known else math.nan,
             }
             rows += [row] if len(found) else []
-        return pd.DataFrame(rows)
+        return pd.DataFrame(rows, columns=pd.Index(_COLUMNS))
 
 
 def _values(group: Group | None, task: str, setting: Setting, metric: str) -> SeedValues:
@@ -258,10 +252,11 @@ def _labelled(groups: list[Group]) -> list[Group]:
         alike.setdefault((title, group.first.task), []).append(group)
     labelled = []
     for (title, _), members in alike.items():
-        labels: list[str] = []
         for everything in (False, True):  # name every difference only if two labels are equal
             names = dict.fromkeys(
-                name for size in sizes(members) for name in _differing(members, size, everything)
+                name
+                for size in sizes(members)
+                for name in _differing([one for one in members if one.size == size], everything)
             )
             said_of = [[_said(name, group) for name in names] for group in members]
             labels = [" · ".join(dict.fromkeys([title, *parts])) for parts in said_of]
@@ -275,19 +270,17 @@ def _labelled(groups: list[Group]) -> list[Group]:
     return sorted(labelled, key=_order)
 
 
-def _differing(groups: Sequence[Group], size: str, everything: bool) -> list[str]:
-    """The names of the fields that differ among groups of one size.
+def _differing(groups: Sequence[Group], everything: bool) -> list[str]:
+    """The names of the fields that differ among groups.
 
     Without `everything` only groups that have a field are compared in it, and the divergence is
     left out, because the title names it.
     """
-    members = [group.identity for group in groups if group.size == size]
-    every = dict.fromkeys(name for fields in members for name in fields)
-    values = {
-        name: {repr(fields.get(name)) for fields in members if everything or name in fields}
-        for name in every
-    }
-    differ = [name for name, found in values.items() if len(found) > 1]
+    shown = [{name: repr(value) for name, value in one.identity.items()} for one in groups]
+    fields: Table = pd.DataFrame(shown)
+    if everything:
+        fields = fields.fillna(repr(None))
+    differ = [name for name in fields if fields[name].nunique() > 1]
     return [name for name in differ if everything or name not in _IN_TITLE]
 
 

@@ -1,6 +1,5 @@
 """Writes the README.md of an exported model: its origin, its training and its last evaluation."""
 
-import json
 import pathlib
 from typing import Any
 
@@ -13,9 +12,8 @@ def of_run(folder: pathlib.Path) -> str | None:
     Args:
         folder: the run's MODEL_DIR.
     """
-    try:
-        run = json.loads((folder / "run.json").read_text("utf-8"))
-    except (OSError, ValueError):
+    run = files.read_record(folder / "run.json")
+    if run is None:
         return None
     recipe = run.get("recipe", {})
     student, teacher = recipe.get("student") or {}, recipe.get("teacher") or {}

@@ -179,6 +179,15 @@ def read_records(path: pathlib.Path) -> tuple[list[dict[str, Any]], int]:
     return objects, len(values) - len(objects)
 
 
+def read_record(path: pathlib.Path) -> dict[str, Any] | None:
+    """Returns the JSON object in a file of a run; None if there is no file, or a damaged one."""
+    try:
+        value = _parsed(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
 def _parsed(text: str) -> Any:
     """Returns the JSON value in a text; None if it has none."""
     try:
