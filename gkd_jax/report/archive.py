@@ -37,15 +37,14 @@ def write(run_dirs: Sequence[str], output: str) -> None:
     named = {pathlib.Path(run_dir).resolve(): "" for run_dir in run_dirs}
     named |= {run.folder: run.name for run in runs}
     text = ""
-    for run in runs:
+    for run in (one for one in runs if one.finished):
         content = {
             "name": run.name,
             "run": {name: value for name, value in run.about.items() if name != "macros"},
             "metrics": [line for line in run.lines if _is_kept(line, run.last_step)],
             "evaluations": run.decoded,
         }
-        if run.finished:
-            text += json.dumps(_small(content, named), ensure_ascii=False) + "\n"
+        text += json.dumps(_small(content, named), ensure_ascii=False) + "\n"
     pathlib.Path(output).parent.mkdir(parents=True, exist_ok=True)
     files.write_whole(pathlib.Path(output), text)
 

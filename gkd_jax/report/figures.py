@@ -207,10 +207,8 @@ def _lambda(view: _View) -> _Sketch:
 def _data(view: _View) -> _Sketch:
     """Fig. 3: curves over the number of training examples."""
     rows = view.rows[view.rows["role"].isin(["distillation", "seqkd", "sft"])]
-    alike: Table = rows["group"].map(
-        lambda group: hash(group.identity_without("data.num_examples"))
-    )
-    rows = rows[alike.duplicated(keep=False)].sort_values("amount", kind="stable")
+    alike = [hash(group.identity_without("data.num_examples")) for group in rows["group"]]
+    rows = rows[pd.Index(alike).duplicated(keep=False)].sort_values("amount", kind="stable")
     amounts = sorted(rows["amount"].unique())
     ticks = [(i, "all" if a == math.inf else f"{a:,.0f}") for i, a in enumerate(amounts)]
     panels = []
@@ -235,8 +233,7 @@ def _rl(view: _View) -> _Sketch:
     notes = [f"alpha {said(group.method.alpha)}" for group in rows["group"]]
     rows = rows.assign(line="RL + GKD", colour=COLOURS["accent"], dashed=False, note=notes)
     rows = rows.assign(x=rows["mean"], y=rows["mean_of_reward"], error=rows["error_of_reward"])
-    sized = rows.groupby("size", sort=False)
-    panels = [view.panel(some, some) for _, some in sized if len(some) > 1]
+    panels = [view.panel(one, one) for _, one in rows.groupby("size", sort=False) if len(one) > 1]
     caption = "alpha weighs distillation, 1 - alpha the reward; as in Fig. 5 of the paper."
     title, y = "Reward and teacher", reward.replace("_", " ")
     return _Sketch("rl_alpha", title, caption, plots.curves, panels, view.metric, y)

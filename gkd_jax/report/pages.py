@@ -197,10 +197,11 @@ def _charts(run: Run) -> Iterator[dict[str, Any] | None]:
         yield _chart(title, [(name, run.curve(metric)) for metric, name in metrics.items()])
 
 
-def _chart(
-    title: str, curves: Sequence[tuple[str, Sequence[tuple[float, float]]]]
-) -> dict[str, Any] | None:
-    """A small chart as SVG paths of (_WIDTH, _HEIGHT) pixels; None if no curve has two points."""
+def _chart(title: str, curves: Sequence[tuple[str, Any]]) -> dict[str, Any] | None:
+    """A small chart as SVG paths of (_WIDTH, _HEIGHT) pixels; None if no curve has two points.
+
+    Each curve is its name and its points (step, value).
+    """
     found = [(name, np.array(points)) for name, points in curves if len(points) > 1]
     if not found:
         return None

@@ -27,8 +27,7 @@ CSS = (TEMPLATES / "style.css").read_text(encoding="utf-8")
 COLOURS = dict(re.findall(r"--(\w+): (#\w{6})", CSS.partition("@media")[0]))
 INK, MUTED, PAGE = COLOURS["ink"], COLOURS["muted"], COLOURS["page"]
 _WIDE, _NARROW = 11.8, 3.6  # widths in inches, at 100 pixels per inch
-# If the values differ by less than this share of the largest, bars from zero would look alike, and
-# dots are drawn instead.
+# Values that differ by less than this share of the largest are dots: bars would look alike.
 _CLOSE = 0.35
 
 
@@ -106,8 +105,7 @@ def _svg(figure: Any) -> str:
     figure.savefig(file, format="svg", transparent=True, metadata=no_metadata)
     text = file.getvalue().replace("'DejaVu Sans'", "system-ui, sans-serif")
     text = re.sub(r'<g id="[^"]*">', "<g>", text[text.index("<svg") :])
-    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
-    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r'\1 class="plot"', text, count=1)
+    text = re.sub(r' width="[^"]*" height="[^"]*"', ' class="plot"', text, count=1)
     for name, colour in COLOURS.items():
         text = text.replace(colour, f"var(--{name})")
     return text
@@ -158,9 +156,7 @@ def heat_map(ax: Any, panel: Panel, narrow: bool) -> float:
     Columns: `row`, `column`, `mean`, `error`, `signed` (whether the values are gains, whose colours
     are centred on zero). Each map has its own colour scale: a reader looks for its best cell.
     """
-    rows, columns = panel.rows["row"].unique(), panel.rows["column"].unique()
-    table = panel.rows.pivot(index="row", columns="column", values="mean")
-    table = table.reindex(index=rows, columns=columns)
+    table = panel.rows.pivot_table("mean", "row", "column", sort=False)
     values, signed = panel.rows["mean"], panel.rows["signed"].any()
     low, high = values.min(), values.max()
     colours, norm = ["#eaf0f5", "#a9c3da", "#3f739f"], Normalize(low, max(high, low + 1e-6))
@@ -178,12 +174,12 @@ def heat_map(ax: Any, panel: Panel, narrow: bool) -> float:
         weight = "bold" if cell.mean == high else "normal"
         look = {"ha": "center", "va": "center", "color": "white" if dark else "#22262c"}
         ax.text(*place, text, fontweight=weight, fontsize=8.5, **look)
-    ax.set_ylim(len(rows), 0)
-    ax.set_xticks(np.arange(len(columns)) + 0.5, columns)
-    ax.set_yticks(np.arange(len(rows)) + 0.5, rows)
+    ax.set_ylim(len(table), 0)
+    ax.set_xticks(np.arange(len(table.columns)) + 0.5, table.columns)
+    ax.set_yticks(np.arange(len(table)) + 0.5, table.index)
     ax.tick_params(length=0, labelsize=8)
     ax.spines[:].set_visible(False)
-    return 0.48 * len(rows) + 0.8
+    return 0.48 * len(table) + 0.8
 
 
 def curves(ax: Any, panel: Panel, narrow: bool) -> float:

@@ -140,8 +140,7 @@ def _of_line(line: dict[str, Any], setting: Setting) -> Iterator[Evaluation]:
     """Yields the evaluations in a line of metrics.jsonl, whose names are eval/TASK/METRIC."""
     tasks: dict[str, dict[str, float]] = {}
     for name, value in line.items():
-        parts = _METRIC.fullmatch(name)
-        if parts and finite(value) is not None:
+        if (parts := _METRIC.fullmatch(name)) and finite(value) is not None:
             tasks.setdefault(parts["task"], {})[parts["metric"]] = float(value)
     for task, values in tasks.items():
         yield Evaluation(task, setting, line["step"], values)

@@ -25,7 +25,7 @@ _TITLES = {"start": "Student before", "teacher": "Teacher"}
 _IN_TITLE = tuple(f"method.divergence{field}" for field in ("", ".type", ".beta"))
 # Sections of a recipe that labels omit, because their fields are clear without them.
 _PLAIN = ("method", "schedule", "train", "data", "optimizer", "rl", "contents")
-
+# Columns of `Study.table`; the first ones are properties of the group.
 _OF_GROUP = ("label", "size", "role", "fraction", "amount")
 _COLUMNS = ("group", *_OF_GROUP, "divergence", "values", "mean", "error", "n", "text")
 _COLUMNS += ("gain", "gain_error", "paper", "paper_value")
@@ -252,12 +252,9 @@ def _labelled(groups: list[Group]) -> list[Group]:
         alike.setdefault((title, group.first.task), []).append(group)
     labelled = []
     for (title, _), members in alike.items():
+        by_size = [[one for one in members if one.size == size] for size in sizes(members)]
         for everything in (False, True):  # name every difference only if two labels are equal
-            names = dict.fromkeys(
-                name
-                for size in sizes(members)
-                for name in _differing([one for one in members if one.size == size], everything)
-            )
+            names = dict.fromkeys(name for some in by_size for name in _differing(some, everything))
             said_of = [[_said(name, group) for name in names] for group in members]
             labels = [" · ".join(dict.fromkeys([title, *parts])) for parts in said_of]
             rows = [(label, group.size) for label, group in zip(labels, members, strict=True)]
