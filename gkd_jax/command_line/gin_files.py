@@ -12,6 +12,8 @@ import pathlib
 import re
 from typing import Any
 
+from gin.config import parse_value
+
 import gin
 import gkd_jax
 from gkd_jax.command_line.flags import UsageError, suggestion
@@ -79,7 +81,7 @@ def _rejected(error: Exception) -> str:
     if not unknown:
         return message
     owner, name = unknown.groups()
-    known = inspect.signature(gin.config.parse_value(f"@{owner}").configurable.wrapped).parameters
+    known = inspect.signature(parse_value(f"@{owner}").configurable.wrapped).parameters
     return (
         f"{owner} has no parameter {name!r}{suggestion(name, known)}; "
         f"its parameters are {', '.join(known)}"
