@@ -139,6 +139,23 @@ def test_bad_json_lines_name_file_line_and_what_was_expected(tmp_path, line, mes
     assert len(str(error.value)) < 400 + len(str(path))
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", ": expected a JSON object, got a list"),
+        ("3", ": expected a JSON object, got 3"),
+        ('{\n"a": }', ", line 2: not JSON"),
+        ("", ", line 1: not JSON"),
+    ],
+)
+def test_a_file_without_an_object_is_named(tmp_path, content, message):
+    path = write(tmp_path / "x.json", content)
+    with pytest.raises(ValueError, match=re.escape(f"{path}{message}")):
+        files.read_json_object(path)
+    assert files.read_record(path) is None
+    assert files.read_json_object(write(tmp_path / "y.json", '{"a": 1}')) == {"a": 1}
+
+
 def test_escaped_pairs_are_text(tmp_path):
     path = write(tmp_path / "x.jsonl", '{"inputs": "\\ud83d\\ude00", "targets": "\\\\ud83d"}\n')
     assert jsonl.read_rows(path) == [{"inputs": "\U0001f600", "targets": "\\ud83d"}]

@@ -155,7 +155,7 @@ def test_a_folder_or_a_damaged_record_is_refused(models, output, tmp_path):
     with pytest.raises(ValueError, match="is a folder"):
         run(models, tmp_path)
     made_by.path_of(output).write_text("{")
-    with pytest.raises(ValueError, match=r"made_by\.json is not JSON"):
+    with pytest.raises(ValueError, match=r"made_by\.json, line 1: not JSON"):
         run(models, output)
 
 

@@ -170,11 +170,11 @@ def test_a_file_of_another_size_is_refused(tmp_path):
         teacher_cache.TeacherCache(str(tmp_path))
     with pytest.raises(FileNotFoundError, match="no teacher cache"):
         teacher_cache.read_about(str(tmp_path / "none"))
-    for content, said in (("{", "is not JSON"), ("[]", "must hold an object")):
+    for content, said in (("{", ", line 1: not JSON"), ("[]", ": expected a JSON object")):
         (tmp_path / "about.json").write_text(content)
-        with pytest.raises(ValueError, match=rf"damaged teacher cache: .*about\.json {said}"):
+        with pytest.raises(ValueError, match=rf"about\.json{said}"):
             teacher_cache.read_about(str(tmp_path))
-        with pytest.raises(ValueError, match=rf"damaged teacher cache: .*about\.json {said}"):
+        with pytest.raises(ValueError, match=rf"about\.json{said}"):
             teacher_cache.Writer(str(tmp_path), ABOUT)
 
 

@@ -19,6 +19,7 @@ import safetensors.numpy
 
 from gkd_jax.convert.stored import Index, Stored
 from gkd_jax.convert.writing import Unwritten
+from gkd_jax.text.files import read_json_object as read_json
 
 
 WEIGHTS = "model.safetensors"
@@ -54,24 +55,6 @@ def local(path: str) -> pathlib.Path:
     if "://" in path:
         raise ValueError(f"a Hugging Face folder must be local, got {path}: copy it first")
     return pathlib.Path(path)
-
-
-def read_json(file: pathlib.Path) -> dict[str, Any]:
-    """Returns the object in a JSON file.
-
-    Raises:
-        FileNotFoundError: if the file is missing.
-        ValueError: if the file is not JSON, or holds another JSON value than an object.
-    """
-    if not file.is_file():
-        raise FileNotFoundError(f"no file {file}")
-    try:
-        fields = json.loads(file.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{file}: expected an object, got {type(fields).__name__}")
-    return fields
 
 
 def write_json(file: pathlib.Path, fields: dict[str, Any]) -> None:

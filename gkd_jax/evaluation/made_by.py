@@ -33,15 +33,7 @@ def read_made_by(output: str | os.PathLike[str]) -> dict[str, Any] | None:
         ValueError: if the record is damaged.
     """
     path = path_of(output)
-    if not path.is_file():
-        return None
-    try:
-        record = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"{path}: expected an object, got {type(record).__name__}")
-    return record
+    return files.read_json_object(path) if path.is_file() else None
 
 
 def check(output: str | os.PathLike[str], about: dict[str, Any]) -> None:

@@ -122,7 +122,7 @@ class Writer:
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / "about.json"
         if path.exists():
-            before = _read_json(path)
+            before = files.read_json_object(path)
             before.pop("num_rows", None)
             changed = [
                 f"{k} {before.get(k)!r} -> {v!r}" for k, v in about.items() if before.get(k) != v
@@ -193,16 +193,6 @@ def _layout(name: str, about: dict[str, Any]) -> tuple[np.dtype, int]:
     return np.dtype(np.float32), about["k"] if name == "log_probs" else 1
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        about = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"damaged teacher cache: {path} is not JSON: {error}") from None
-    if not isinstance(about, dict):
-        raise ValueError(f"damaged teacher cache: {path} must hold an object, got {about!r}")
-    return about
-
-
 def read_about(folder: str) -> dict[str, Any]:
     """Returns what a cache was made from: the content of its `about.json`.
 
@@ -213,7 +203,7 @@ def read_about(folder: str) -> dict[str, Any]:
     path = pathlib.Path(folder) / "about.json"
     if not path.exists():
         raise FileNotFoundError(f"no teacher cache at {folder!r}: it has no about.json")
-    about = _read_json(path)
+    about = files.read_json_object(path)
     if "num_rows" not in about:
         raise ValueError(
             f"the teacher cache {folder!r} is not whole: run `gkd-jax score` to its end"

@@ -134,6 +134,19 @@ def parse_json(text: str, path: str | os.PathLike, line: int | None) -> Any:
     return value
 
 
+def read_json_object(path: str | os.PathLike) -> dict[str, Any]:
+    """Returns the JSON object that a file holds.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file cannot be read or holds no JSON object; the message names the file.
+    """
+    value = parse_json(read_text(path), path, None)
+    if not isinstance(value, dict):
+        fault(path, None, f"expected a JSON object, got {_shown(value)}")
+    return value
+
+
 def parse_objects(
     lines: Sequence[str], path: str | os.PathLike, keys: Sequence[str] = ()
 ) -> list[dict[str, Any]]:

@@ -260,14 +260,10 @@ def read_json(folder: str, name: str) -> dict[str, Any]:
     Raises:
         ValueError: if the file holds no JSON object; the message names the file.
     """
-    path = os.path.join(folder, name)
     try:
-        value = files.parse_json(files.read_text(path), path, None)
+        return files.read_json_object(os.path.join(folder, name))
     except FileNotFoundError:
         return {}
-    if not isinstance(value, dict):
-        files.fault(path, None, f"expected a JSON object, got {type(value).__name__}")
-    return value
 
 
 def hash_pieces(pieces: Iterable[str]) -> str:
