@@ -21,6 +21,7 @@ from gkd_jax.convert.t5x_write import write_t5x
 from gkd_jax.convert.writing import complete_folder, unwritten
 from gkd_jax.models import t5
 from gkd_jax.models.decoder_config import DecoderConfig
+from gkd_jax.text.files import read_json_object
 
 
 __all__ = [
@@ -50,7 +51,7 @@ def read_config(path: str) -> t5.T5Config | DecoderConfig:
     """
     if _foreign(path) == "hf":
         folder = hf_folder.local(path)
-        fields = hf_folder.read_json(folder / "config.json")
+        fields = read_json_object(folder / "config.json")
         if fields.get("model_type") in decoder_fields.MODEL_TYPES:
             return decoder_huggingface.read_config(folder, fields)
         return huggingface.read_config(path)
@@ -144,8 +145,8 @@ def write_hf(
         dtype: the dtype of the stored weights: "float32", "bfloat16" or "float16".
         num_pieces: the number of pieces in the vocabulary; None if unknown. An embedding may have
             more rows than that. Training does not change these spare rows, so their ids are
-            written into generation_config.json as `suppress_tokens` and are never generated. Of a
-            T5 the pad id, which gkd_jax never decodes either, is written there in any case.
+            written into generation_config.json as `suppress_tokens` and are never generated. For
+            a T5 the pad id is always written there, because gkd_jax never decodes it.
         source: a Hugging Face folder whose tokenizer and other companion files are copied.
         card: the text of README.md; None writes no README.md.
 

@@ -9,6 +9,7 @@ from gkd_jax.convert.layout import Entry, Layout, Part, flatten
 from gkd_jax.convert.stored import Stored, check, same
 from gkd_jax.models import lm
 from gkd_jax.models.decoder_config import DecoderConfig
+from gkd_jax.text.files import read_json_object
 
 
 __all__ = ["config_fields", "hf_layout", "open_model", "read_config", "write_generation"]
@@ -148,6 +149,6 @@ def write_generation(folder: pathlib.Path, config: DecoderConfig, num_pieces: in
     if not spare:
         return
     file = folder / hf_folder.GENERATION
-    fields = hf_folder.read_json(file) if file.is_file() else hf_folder.token_ids(folder)
+    fields = read_json_object(file) if file.is_file() else hf_folder.token_ids(folder)
     suppressed = sorted({*(fields.get("suppress_tokens") or ()), *spare})
     hf_folder.write_json(file, {**fields, "suppress_tokens": suppressed})

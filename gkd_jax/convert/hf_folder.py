@@ -19,7 +19,7 @@ import safetensors.numpy
 
 from gkd_jax.convert.stored import Index, Stored
 from gkd_jax.convert.writing import Unwritten
-from gkd_jax.text.files import read_json_object as read_json
+from gkd_jax.text.files import read_json_object
 
 
 WEIGHTS = "model.safetensors"
@@ -91,7 +91,7 @@ def token_ids(folder: pathlib.Path) -> dict[str, Any]:
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     found: dict[str, Any] = {}
     for file in (folder / "config.json", folder / GENERATION):
-        fields = read_json(file) if file.is_file() else {}
+        fields = read_json_object(file) if file.is_file() else {}
         fields = {**(fields.get("text_config") or {}), **fields}
         found |= {name: fields[name] for name in names if fields.get(name) is not None}
     return found
@@ -120,7 +120,7 @@ def open_weights(folder: pathlib.Path) -> dict[str, Stored]:
     if (folder / WEIGHTS).is_file():
         return _open_file(folder / WEIGHTS)
     index = folder / WEIGHTS_INDEX
-    places = read_json(index).get("weight_map")
+    places = read_json_object(index).get("weight_map")
     if not isinstance(places, dict):
         raise ValueError(f"{index}: expected an object weight_map, got {places!r}")
     for file in places.values():

@@ -7,6 +7,7 @@ from gkd_jax.convert import hf_folder
 from gkd_jax.convert.layout import Layout, hf_layout
 from gkd_jax.convert.stored import Stored, check, same
 from gkd_jax.models import t5
+from gkd_jax.text.files import read_json_object
 
 
 _SHARED, _HEAD = "shared.weight", "lm_head.weight"
@@ -60,7 +61,7 @@ def read_config(path: str) -> t5.T5Config:
             is not supported.
     """
     folder = hf_folder.local(path)
-    fields = hf_folder.read_json(folder / "config.json")
+    fields = read_json_object(folder / "config.json")
     kind = fields.get("model_type")
     if kind not in _ARCHITECTURES:
         raise ValueError(
@@ -100,7 +101,7 @@ def _check_special_ids(folder: pathlib.Path, config: dict[str, Any]) -> None:
     """
     files = {"config.json": config}
     if (folder / hf_folder.GENERATION).is_file():
-        files[hf_folder.GENERATION] = hf_folder.read_json(folder / hf_folder.GENERATION)
+        files[hf_folder.GENERATION] = read_json_object(folder / hf_folder.GENERATION)
     wrong = []
     for file, fields in files.items():
         for name, usual in _SPECIAL_IDS.items():
@@ -208,7 +209,7 @@ def write_generation(folder: pathlib.Path, config: t5.T5Config, num_pieces: int 
     spare = [] if num_pieces is None else range(num_pieces, config.vocab_size)
     fields = {**_SPECIAL_IDS, "suppress_tokens": [_SPECIAL_IDS["pad_token_id"], *spare]}
     file = folder / hf_folder.GENERATION
-    before = hf_folder.read_json(file) if file.is_file() else {}
+    before = read_json_object(file) if file.is_file() else {}
     hf_folder.write_json(file, {**before, **fields})
 
 

@@ -349,18 +349,15 @@ def _end_ids(folder: str, named: int | None) -> tuple[int, ...]:
     Raises:
         ValueError: if `eos_token_id` in the folder is neither an id nor a list of ids.
     """
-    ids = [] if named is None else [named]
+    found, source = None, ""
     for name in ("generation_config.json", "config.json"):
-        found = _text_config(read_json(folder, name)).get("eos_token_id")
         if found is None:
-            continue
-        listed = found if isinstance(found, list) else [found]
-        if not all(type(index) is int and index >= 0 for index in listed):
-            source = os.path.join(folder, name)
-            files.fault(source, None, f"eos_token_id must be an id or a list of ids, got {found!r}")
-        ids += listed
-        break
-    return tuple(dict.fromkeys(ids))
+            found, source = _text_config(read_json(folder, name)).get("eos_token_id"), name
+    listed = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(type(index) is int and index >= 0 for index in listed):
+        message = f"eos_token_id must be an id or a list of ids, got {found!r}"
+        files.fault(os.path.join(folder, source), None, message)
+    return tuple(dict.fromkeys([*([] if named is None else [named]), *listed]))
 
 
 def _read_template(
