@@ -167,7 +167,8 @@ def _token_values(
     if config.divergence is not None and batch.teacher is None:
         assert models.teacher is not None
         assert teacher_params is not None
-        states.append(lm.hidden(models.teacher, teacher_params, batch.as_teacher_reads()))
+        with sharding.use_sizes(models.teacher_mesh):
+            states.append(lm.hidden(models.teacher, teacher_params, batch.as_teacher_reads()))
         heads.append(lm.head_params(teacher_params))
     temperature = config.teacher_temperature
     temperature = temperature(step) if callable(temperature) else temperature
@@ -184,8 +185,7 @@ def _token_values(
         elif cached is not None:
             loss = config.divergence(*outcomes(logits, cached))
         else:
-            assert models.teacher is not None
-            teacher_logits = lm.apply_head(models.teacher, heads[1], states[1])
+            teacher_logits = _teacher_logits(models, heads[1], states[1])
             teacher_logits = of_pieces(teacher_logits / temperature, models.num_pieces)
             loss = config.divergence(logits, jax.lax.stop_gradient(teacher_logits))
         return _TokenValues(loss, log_probs)
@@ -196,6 +196,16 @@ def _token_values(
     )
     inputs = (states, batch.targets, batch.weights, batch.teacher)
     return accumulation.map_length_parts(of_part, heads, inputs, parts)
+
+
+def _teacher_logits(models: ModelPair, head: lm.Params, states: jax.Array) -> jax.Array:
+    """Returns the teacher's logits, sharded like the student's if the teacher has its own mesh."""
+    assert models.teacher is not None
+    with sharding.use_sizes(models.teacher_mesh):
+        logits = lm.apply_head(models.teacher, head, states)
+    if models.teacher_mesh is None:
+        return logits
+    return sharding.constrain(logits, ("batch", "length", "vocab"))
 
 
 def sample_log_probs(

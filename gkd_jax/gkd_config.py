@@ -12,6 +12,7 @@ from gkd_jax import divergences, losses
 from gkd_jax.models import lm
 from gkd_jax.rl import RLConfig
 from gkd_jax.sampling import SamplingConfig
+from gkd_jax.sharding import MeshConfig
 from gkd_jax.text import settings
 
 
@@ -156,11 +157,14 @@ class ModelPair:
         teacher: the teacher's, or None where nothing is distilled.
         num_pieces: pieces of the shared vocabulary. Ids beyond it exist only to round the
             embedding up (32128 for 32100): they are left out of every softmax.
+        teacher_mesh: the axis sizes of the teacher's own mesh over the same devices; None if it has
+            the student's.
     """
 
     student: lm.Config
     teacher: lm.Config | None
     num_pieces: int
+    teacher_mesh: MeshConfig | None = None
 
     def __post_init__(self):
         for name, config in (("student", self.student), ("teacher", self.teacher)):

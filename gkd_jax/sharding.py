@@ -92,17 +92,41 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     sizes = config.sizes(len(devices))
     # Auto axes let GSPMD propagate shardings from annotations; jax.make_mesh's default is Explicit.
     types = (AxisType.Auto,) * len(MESH_AXES)
-    num_slices = len({getattr(device, "slice_index", 0) for device in devices})
+    num_slices = _num_slices(devices)
     if num_slices == 1:
         return Mesh(_place(sizes, devices), MESH_AXES, axis_types=types)
     data, fsdp, tensor = sizes
+    _check_slices(data, num_slices)
+    # The network between slices is slow. Along the data axis only gradients are sent, once a step.
+    grid = _place((data // num_slices, fsdp, tensor), devices, num_slices)
+    return Mesh(grid, MESH_AXES, axis_types=types)
+
+
+def with_sizes(mesh: Mesh, config: MeshConfig | None) -> Mesh:
+    """Returns a mesh of the same devices, in the same order, with other sizes of its axes.
+
+    One jitted function may use both meshes, because it needs only that the devices and their order
+    are the same. A None for `config` returns the mesh itself.
+
+    Raises:
+        ValueError: if the axes do not fit the number of devices or slices.
+    """
+    if config is None:
+        return mesh
+    sizes = config.sizes(mesh.size)
+    _check_slices(sizes[0], _num_slices(list(mesh.devices.flat)))
+    return Mesh(mesh.devices.reshape(sizes), MESH_AXES, axis_types=mesh.axis_types)
+
+
+def _num_slices(devices: Sequence[Any]) -> int:
+    return len({getattr(device, "slice_index", 0) for device in devices})
+
+
+def _check_slices(data: int, num_slices: int) -> None:
     if data % num_slices:
         raise ValueError(
             f"data={data} does not divide over {num_slices} slices: only it crosses them"
         )
-    # The network between slices is slow. Along the data axis only gradients are sent, once a step.
-    grid = _place((data // num_slices, fsdp, tensor), devices, num_slices)
-    return Mesh(grid, MESH_AXES, axis_types=types)
 
 
 def _place(sizes: tuple[int, int, int], devices: Sequence[Any], num_slices: int = 1) -> np.ndarray:
@@ -228,6 +252,20 @@ def use(mesh: Mesh, rules: Rules = RULES) -> Iterator[None]:
         yield
     finally:
         _active.reset(token)
+
+
+@contextlib.contextmanager
+def use_sizes(config: MeshConfig | None) -> Iterator[None]:
+    """Gives the mesh of `use` other axis sizes (`with_sizes`) for what is traced in this context.
+
+    Outside `use`, and for None, nothing changes.
+    """
+    active = _active.get()
+    if active is None or config is None:
+        yield
+        return
+    with use(with_sizes(active[0], config), active[1]):
+        yield
 
 
 def _mesh_and_rules() -> tuple[Mesh, Rules]:

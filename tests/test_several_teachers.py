@@ -403,6 +403,25 @@ def test_one_device_with_teachers_on_the_host_equals_eight(
             assert a[f"train/{name}"] == pytest.approx(b[f"train/{name}"], rel=1e-3)
 
 
+def test_teachers_on_meshes_of_their_own_give_the_same_numbers(tmp_path, checkpoint, whole):
+    teacher = teachers_of(checkpoint)
+    sizes = [
+        sharding.MeshConfig(data=4, tensor=2),
+        sharding.MeshConfig(data=2, fsdp=4),
+    ]
+    models = {
+        task: dataclasses.replace(model, mesh=own)
+        for (task, model), own in zip(teacher.models.items(), sizes, strict=True)
+    }
+    evaluation = evaluate.EvalConfig(num_examples=3)
+    found = run(tmp_path, 3, TaskTeachers(models=models), evaluation=evaluation)
+    for a, b in zip(whole[1][:3], found, strict=True):
+        for name in NUMBERS:
+            assert a[f"train/{name}"] == pytest.approx(b[f"train/{name}"], rel=1e-3)
+    described = (tmp_path / "model_info.txt").read_text()
+    assert "tensor" in described.split("teacher of arithmetic_backwards")[0].split("teacher of")[1]
+
+
 logits = jax.jit(lm.logits, static_argnums=0)
 
 

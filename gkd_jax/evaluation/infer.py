@@ -90,7 +90,7 @@ def _prepare(
     num_pieces = shared_pieces(vocabulary, compared, check_remote=not dry_run)
     config = model.config(num_pieces, pending=dry_run and is_remote(model.checkpoint))
     check_special_ids(config, vocabulary, check_remote=not dry_run)
-    device_mesh = sharding.make_mesh(mesh)
+    device_mesh = sharding.make_mesh(model.mesh or mesh)
     batch_size = evaluation.batch_size or data.batch_size
     evaluation.check_mesh(batch_size, device_mesh)
     lengths = {name: data.feature_lengths[name] for name in ("inputs", "targets")}

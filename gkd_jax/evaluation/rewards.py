@@ -155,7 +155,8 @@ class Entailment:
         num_pieces = self._vocabulary.vocab_size
         config = self.model.config(num_pieces)
         # Every process scores all rows by itself; the weights are sharded over its own devices.
-        mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=-1), jax.local_devices())
+        sizes = self.model.mesh or sharding.MeshConfig(data=1, fsdp=-1)
+        mesh = sharding.make_mesh(sizes, jax.local_devices())
         sharding.check_batch_size(self.batch_size, mesh)
         params = pretrained.place_params(self.model, config, mesh)
 

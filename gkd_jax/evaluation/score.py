@@ -69,7 +69,7 @@ def run(
     num_pieces = shared_pieces(vocabulary, {"model": model})
     config = model.config(num_pieces)
     check_special_ids(config, vocabulary)
-    device_mesh = sharding.make_mesh(mesh)
+    device_mesh = sharding.make_mesh(model.mesh or mesh)
     sharding.check_batch_size(data.batch_size, device_mesh)
     k = min(k, num_pieces)
     if dry_run:

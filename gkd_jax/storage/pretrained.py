@@ -57,6 +57,8 @@ class ModelConfig:
             CPUs, 1,024 on GPUs and all positions on TPUs (see `kv_cache`).
         attention_by_row: whether attention over long inputs computes one batch row at a time, so
             that the scores stay in the CPU's cache; None means yes on CPU and no elsewhere.
+        mesh: the axis sizes of this model's own mesh over the devices of the run; None means those
+            of the run. A student has the mesh of the run.
     """
 
     architecture: Callable[..., lm.Config] = lm.DEFAULT_ARCHITECTURE
@@ -71,6 +73,7 @@ class ModelConfig:
     unroll_decoding: bool | None = None
     cache_segment: int | None = None
     attention_by_row: bool | None = None
+    mesh: sharding.MeshConfig | None = None
 
     def __post_init__(self):
         settings.check_types(self)
@@ -260,9 +263,16 @@ def place_params(model: ModelConfig, config: lm.Config, mesh: Mesh) -> lm.Params
 def frozen_shapes(model: ModelConfig, config: lm.Config, mesh: Mesh) -> lm.Params:
     """Returns the shapes, dtypes and shardings of the parameters of a model that is not trained.
 
+    Args:
+        model: states the dtype of the parameters, where they are kept and their own mesh.
+        config: the model's sizes.
+        mesh: the mesh of the run, whose devices the model's own mesh has too.
+
     Raises:
-        ValueError: if `model.memory` is "host" and the backend has no pinned host memory.
+        ValueError: if `model.memory` is "host" and the backend has no pinned host memory, or if the
+            model's own mesh does not fit the devices or the parameters.
     """
+    mesh = sharding.with_sizes(mesh, model.mesh)
     shapes = lm.abstract_params(config, model.param_dtype)
     placed = sharding.tree_shardings(shapes, lm.logical_axes(shapes), mesh)
     if model.memory == "host":

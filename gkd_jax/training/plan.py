@@ -15,7 +15,10 @@ def plan(program: Program) -> str:
     """A summary of the run in a few lines, printed when it starts."""
     recipe, models, method = program.recipe, program.models, program.method
     config = recipe.data
-    mesh = " x ".join(f"{name}={size}" for name, size in program.mesh.shape.items())
+    meshes = [_mesh_text(program.mesh)]
+    for name, model in recipe.teachers.items():
+        if model.mesh is not None:
+            meshes.append(f"{name}: {_mesh_text(sharding.with_sizes(program.mesh, model.mesh))}")
     shapes = ", ".join("/".join(map(str, shape)) for shape in config.shapes())
     lines = [
         f"task       {config.name} ({config.split}), batch {config.batch_size}, "
@@ -30,9 +33,13 @@ def plan(program: Program) -> str:
         + (f", {method.num_samples} samples a prompt" if method.num_samples > 1 else "")
         + (f", reward {_text(method.rl.reward)}, alpha {method.rl.alpha}" if method.rl else ""),
         f"steps      {recipe.train.train_steps}",
-        f"mesh       {mesh}",
+        f"mesh       {'; '.join(meshes)}",
     ]
     return "\n".join(lines)
+
+
+def _mesh_text(mesh: Mesh) -> str:
+    return " x ".join(f"{name}={size}" for name, size in mesh.shape.items())
 
 
 def _text(value: Any) -> str:
@@ -56,7 +63,9 @@ def model_info(program: Program) -> str:
             assert models.teacher is not None
             described = _describe(params, shardings_of(params))
             text += f"\n\nteacher{name and f' of {name}'}\n{described}"
-            text += _replicated_heads(models.teacher, program.mesh)
+            text += _replicated_heads(
+                models.teacher, sharding.with_sizes(program.mesh, models.teacher_mesh)
+            )
     return text + "\n"
 
 

@@ -147,7 +147,7 @@ def build(
     _check_batch(recipe.data.batch_size, recipe.train.num_microbatches, mesh)
     if method.decode_rows is not None:
         sharding.check_batch_size(method.decode_rows, mesh, name="decode_rows")
-    teachers.check_blocks(recipe, mesh)
+    teachers.check_rows(recipe, mesh)
 
     banned = banned_tail(models.student, models.num_pieces)
     ends = eos_ids if method.sampling.eos_ids is None else method.sampling.eos_ids
@@ -208,6 +208,10 @@ def _check_student(student: ModelConfig, method: gkd.GKDConfig) -> None:
             f"a student is trained in param_dtype='float32', got {student.param_dtype!r}; "
             "dtype is that of its matrix products"
         )
+    if student.mesh is not None:
+        raise ValueError(
+            f"a student has the mesh of the run, sharding.MeshConfig(), got mesh={student.mesh}"
+        )
     if student.memory != "device":
         raise ValueError(f"a student is trained in memory='device', got {student.memory!r}")
 
@@ -243,10 +247,13 @@ def _models(num_pieces: int, recipe: Recipe, pending: frozenset[str]) -> gkd.Mod
         return model.config(num_pieces, pending=model.checkpoint in pending)
 
     student = config(recipe.student)
-    teacher = None if recipe.self_teacher is None else student
+    teacher, teacher_mesh = None if recipe.self_teacher is None else student, None
     if "teacher" in recipe.teachers:
-        teacher = config(recipe.teachers["teacher"])
-    return gkd.ModelPair(student=student, teacher=teacher, num_pieces=num_pieces)
+        frozen = recipe.teachers["teacher"]
+        teacher, teacher_mesh = config(frozen), frozen.mesh
+    return gkd.ModelPair(
+        student=student, teacher=teacher, num_pieces=num_pieces, teacher_mesh=teacher_mesh
+    )
 
 
 def _check_batch(batch_size: int, num_microbatches: int, mesh: Mesh) -> None:
@@ -357,7 +364,8 @@ def phases(program: Program) -> dict[str, tuple[Any, tuple[Any, ...]]]:
                 for models, own, rows, _ in gkd.rows_by_teacher(learner, params, batch):
                     assert models.teacher is not None
                     assert own is not None
-                    logits.append(lm.logits(models.teacher, own, rows.as_teacher_reads()))
+                    with sharding.use_sizes(models.teacher_mesh):
+                        logits.append(lm.logits(models.teacher, own, rows.as_teacher_reads()))
                 return logits
 
         where = sharding.batch_sharding(program.mesh)

@@ -256,6 +256,8 @@ MAY_CHANGE = (
     "method.decode_rows",
     "evaluation",
     "mesh",
+    "teacher.mesh",
+    "teacher.models.*.mesh",
 )
 
 # Fields that hold paths. Their contents are compared instead, so that a folder may move but not be
@@ -287,5 +289,12 @@ def is_path(name: str) -> bool:
 
 
 def is_below(name: str, fields: tuple[str, ...]) -> bool:
-    """Whether a dotted name equals one of the fields or is nested inside one."""
-    return any(name == field or name.startswith(f"{field}.") for field in fields)
+    """Whether a dotted name equals one of the fields or is nested inside one.
+
+    A `*` in a field stands for any text, as in "teacher.models.*.mesh".
+    """
+    return any(
+        name == field or name.startswith(f"{field}.") or fnmatch.fnmatchcase(name, pattern)
+        for field in fields
+        for pattern in (field, f"{field}.*")
+    )

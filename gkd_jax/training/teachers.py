@@ -39,24 +39,31 @@ def task_teachers(
         model = recipe.teacher.models[task]
         sizes = model.config(num_pieces, pending=model.checkpoint in pending)
         try:
-            pair = gkd.ModelPair(student=student, teacher=sizes, num_pieces=num_pieces)
+            pair = gkd.ModelPair(
+                student=student, teacher=sizes, num_pieces=num_pieces, teacher_mesh=model.mesh
+            )
         except ValueError as error:
             raise ValueError(f"task {task!r}: {error}") from None
         found.append(TaskTeacher(task=task, models=pair, num_rows=num_rows))
     return tuple(found)
 
 
-def check_blocks(recipe: Recipe, mesh: Mesh) -> None:
+def check_rows(recipe: Recipe, mesh: Mesh) -> None:
     """Checks that each device has the same share of every teacher's rows in each microbatch.
 
     Raises:
-        ValueError: if it does not.
+        ValueError: if it does not, or if a teacher's own mesh does not fit the devices.
     """
-    if not isinstance(recipe.teacher, TaskTeachers):
-        return
-    rows = recipe.data.task_rows
-    num_shards, num_parts = sharding.batch_shards(mesh), recipe.train.num_microbatches
-    if math.gcd(*rows.values()) % (num_shards * num_parts):
+    rows, num_parts = recipe.data.task_rows, recipe.train.num_microbatches
+    several = isinstance(recipe.teacher, TaskTeachers)
+    for name, model in recipe.teachers.items():
+        own_mesh = sharding.with_sizes(mesh, model.mesh)
+        own_rows = rows[name.removeprefix("teacher.models.")] if several else sum(rows.values())
+        if model.mesh is not None:
+            what = f"the rows of {name} in a microbatch"
+            sharding.check_batch_size(own_rows // num_parts, own_mesh, what)
+    num_shards = sharding.batch_shards(mesh)
+    if several and math.gcd(*rows.values()) % (num_shards * num_parts):
         raise ValueError(
             "each device scores as many rows of each teacher in each microbatch: data x fsdp "
             f"({num_shards}) x num_microbatches ({num_parts}) = {num_shards * num_parts} must "
