@@ -62,8 +62,8 @@ class SamplingConfig:
         Raises:
             ValueError: where no sequence could end.
         """
-        banned = config.family.BANNED_IDS if self.banned_ids is None else self.banned_ids
-        ends = config.family.EOS_IDS if self.eos_ids is None else self.eos_ids
+        banned = lm.banned_ids(config) if self.banned_ids is None else self.banned_ids
+        ends = lm.eos_ids(config) if self.eos_ids is None else self.eos_ids
         _check_ids(banned, ends)
         return tuple(banned), tuple(ends)
 
@@ -90,7 +90,7 @@ class Sample(NamedTuple):
 
 def banned_tail(config: lm.Config, num_pieces: int) -> tuple[int, ...]:
     """A T5's pad, and the ids of the embedding that no piece of the vocabulary has."""
-    return (*config.family.BANNED_IDS, *range(num_pieces, config.vocab_size))
+    return (*lm.banned_ids(config), *range(num_pieces, config.vocab_size))
 
 
 class _Rows(NamedTuple):

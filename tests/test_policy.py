@@ -2,6 +2,7 @@
 
 import ast
 from collections.abc import Iterator
+import graphlib
 import pathlib
 
 import pytest
@@ -170,6 +171,38 @@ def test_modules_import_from_lower_layers_only():
         for violation in layer_violations(parse(path), relative(path), modules)
     ]
     assert not found, "\n".join(dict.fromkeys(found))
+
+
+def module_name(path: str) -> str:
+    return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def circle(sources: dict[str, ast.AST]) -> list[str] | None:
+    """Modules of which each imports the next, and the last is the first; None if there are none."""
+    modules = {module_name(path) for path in sources}
+    graph = {}
+    for path, tree in sources.items():
+        reached = {(f"{module}.{name}", module) for _, module, name in imports(tree, path)}
+        graph[module_name(path)] = {
+            full if full in modules else module for full, module in reached
+        } & modules
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return error.args[1][::-1]
+    return None
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    found = circle({relative(path): parse(path) for path in SOURCE_FILES})
+    assert found is None, " imports ".join(found)
+
+
+def test_circle_rule_sees_a_planted_circle():
+    first, second = "from p import b", "def f():\n    from p.a import x"
+    planted = {"p/a.py": ast.parse(first), "p/b.py": ast.parse(second)}
+    assert circle(planted) == ["p.a", "p.b", "p.a"]
+    assert circle({**planted, "p/b.py": ast.parse("import math")}) is None
 
 
 @pytest.mark.parametrize(

@@ -145,7 +145,7 @@ def write_generation(folder: pathlib.Path, config: DecoderConfig, num_pieces: in
     has a generation_config.json, transformers reads the special ids in that file alone, so a new
     file repeats those of config.json.
     """
-    spare = [] if num_pieces is None else list(range(num_pieces, config.vocab_size))
+    spare = hf_folder.spare_ids(config.vocab_size, num_pieces)
     if not spare:
         return
     file = folder / hf_folder.GENERATION

@@ -110,6 +110,11 @@ def eos_ids(folder: pathlib.Path) -> tuple[int, ...]:
     return tuple(ids)
 
 
+def spare_ids(vocab_size: int, num_pieces: int | None) -> range:
+    """Returns the ids of an embedding that no piece has; none if `num_pieces` is not known."""
+    return range(vocab_size if num_pieces is None else num_pieces, vocab_size)
+
+
 def open_weights(folder: pathlib.Path) -> dict[str, Stored]:
     """Returns the arrays in the weight files of a folder by name, without reading their values.
 

@@ -206,7 +206,7 @@ def write_generation(folder: pathlib.Path, config: t5.T5Config, num_pieces: int 
     itself decodes any id, so all of these are suppressed. Settings that are in the folder already
     are kept, apart from the keys written here.
     """
-    spare = [] if num_pieces is None else range(num_pieces, config.vocab_size)
+    spare = hf_folder.spare_ids(config.vocab_size, num_pieces)
     fields = {**_SPECIAL_IDS, "suppress_tokens": [_SPECIAL_IDS["pad_token_id"], *spare]}
     file = folder / hf_folder.GENERATION
     before = read_json_object(file) if file.is_file() else {}

@@ -181,7 +181,7 @@ def make_decoder(
         mesh: the mesh on which the model runs.
         length: the largest number of tokens to decode.
     """
-    ends = _vocabularies().end_ids(vocabulary) or config.family.EOS_IDS
+    ends = _vocabularies().end_ids(vocabulary) or lm.eos_ids(config)
     sampling = SamplingConfig(
         temperature=evaluation.temperature if evaluation.decoding == "sample" else 0.0,
         banned_ids=banned_tail(config, num_pieces),

@@ -23,7 +23,7 @@ from gkd_jax.batch import Batch
 from gkd_jax.models import decoder_block, embedding, kv_cache, parameters, quantized, stacks
 from gkd_jax.models.decoder_config import DecoderConfig, Rope, from_fields
 from gkd_jax.models.grouped_attention import NOWHERE, Sight, masked_scores
-from gkd_jax.models.kv_cache import Segments
+from gkd_jax.models.kv_cache import LayerCache, Segments
 from gkd_jax.models.parameters import Params, logical_axes, num_params
 from gkd_jax.sharding import ACTIVATIONS, constrain
 
@@ -286,9 +286,8 @@ def decode_step(
     def run_layer(x, keys, values, layer, index, window, kind, prompt_keys, prompt_values):
         layer, window = quantized.restore(layer), jnp.asarray(window)
         query, key, value = decoder_block.heads(config, layer, x, rotations, kind)
-        keys = kv_cache.write(keys, key, time, index)
-        values = kv_cache.write(values, value, time, index)
-        own = kv_cache.parts(keys, values, time, index, window)
+        written = kv_cache.write(LayerCache(keys, values, time, index), key, value)
+        own = kv_cache.parts(written, window)
         seen = _seen(cache, prompt_keys.shape[2], sum(part.keys.shape[-2] for part in own), window)
 
         def score(products):
@@ -296,7 +295,8 @@ def decode_step(
             return masked_scores(products, seen, scale=scale, softcap=softcap)
 
         mixed = kv_cache.attend(query, [kv_cache.Part(prompt_keys, prompt_values), *own], score)
-        return decoder_block.rest(config, layer, x, mixed, None), keys, values
+        x = decoder_block.rest(config, layer, x, mixed, None)
+        return x, written.keys, written.values
 
     x = decoder_block.embed(config, params, tokens[:, None])
     x, keys, values = stacks.decode(

@@ -5,8 +5,7 @@ a config from a Hugging Face folder.
 """
 
 import dataclasses
-from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 from gkd_jax.models.execution import ExecutionSettings
 
@@ -65,6 +64,7 @@ class DecoderConfig(ExecutionSettings):
     """The architecture of one decoder-only model, and the settings by which it is run.
 
     Attributes:
+        family: the name of the module with a decoder-only model's functions, in `lm`.
         vocab_size: the rows of the embedding, V. There may be more rows than the tokenizer has ids.
         d_model: the width of the hidden states, D.
         num_heads, num_kv_heads: the numbers of query heads, H, and of key heads, G. Query head h
@@ -89,6 +89,8 @@ class DecoderConfig(ExecutionSettings):
         layer_norm_epsilon: the epsilon of the RMS norms.
         max_length: the longest text that the model was made for, in tokens. It is not enforced.
     """
+
+    family: ClassVar[str] = "decoder"
 
     vocab_size: int
     d_model: int
@@ -142,13 +144,6 @@ class DecoderConfig(ExecutionSettings):
             raise ValueError(
                 f"rope_of_layer must index {len(self.ropes)} ropes, got {self.rope_of_layer}"
             )
-
-    @property
-    def family(self) -> ModuleType:
-        """The module with the functions of `gkd_jax.models.lm`."""
-        from gkd_jax.models import decoder  # here, because decoder imports this module
-
-        return decoder
 
 
 def from_fields(fields: dict[str, Any]) -> DecoderConfig:

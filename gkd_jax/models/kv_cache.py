@@ -72,20 +72,41 @@ def _segments(shape: tuple[int, ...], dtype: str, first: int) -> Segments:
     )
 
 
+class LayerCache(NamedTuple):
+    """The KV cache of decoded tokens as one layer writes and reads it at one step.
+
+    Attributes:
+        keys: the segments of this layer, or those of all layers, stacked on axis 0.
+        values: like the keys.
+        time: the number of tokens decoded before.
+        layer: the number of this layer in stacked segments.
+    """
+
+    keys: Segments
+    values: Segments
+    time: Int[Array, ""]
+    layer: Int[Array, ""] | int
+
+
 def write(
+    cache: LayerCache, key: Float[Array, "N H 1 K"], value: Float[Array, "N H 1 K"]
+) -> LayerCache:
+    """Returns the cache with the key and the value of one more token of each row.
+
+    Only this token is written, so that XLA can update the cache in place.
+    """
+    keys, values, time, layer = cache
+    return cache._replace(
+        keys=_write(keys, key, time, layer), values=_write(values, value, time, layer)
+    )
+
+
+def _write(
     segments: Segments,
     new: Float[Array, "N H 1 K"],
     time: Int[Array, ""],
     layer: Int[Array, ""] | int,
 ) -> Segments:
-    """Writes the keys (or values) of one token of each row.
-
-    Args:
-        segments: the cache of one layer, or that of all layers, stacked on axis 0.
-        new: the keys of the token.
-        time: the number of tokens decoded before.
-        layer: the number of the layer in stacked segments.
-    """
     stacked = _is_stacked(segments[0])
     if stacked:
         new = new[None]
@@ -137,14 +158,9 @@ class Part(NamedTuple):
     layer: Int[Array, ""] | int = 0
 
 
-def parts(
-    keys: Segments,
-    values: Segments,
-    time: Int[Array, ""],
-    layer: Int[Array, ""] | int,
-    window: Int[Array, ""] | None = None,
-) -> list[Part]:
-    """Returns the segments as parts, of which the token of a time reads those in its window."""
+def parts(cache: LayerCache, window: Int[Array, ""] | None = None) -> list[Part]:
+    """Returns the segments as parts, of which the token of this step reads those in its window."""
+    keys, values, time, layer = cache
     found, start, length = [], 0, sum(segment.shape[-2] for segment in keys)
     for k, v in zip(keys, values, strict=True):
         stop = start + k.shape[-2]

@@ -1,13 +1,14 @@
-"""The functions that every family of models offers, called by the family of a config.
+"""The functions that every family of models offers, called by the config of a model.
 
     config, params = load_model("path")
     logits = lm.logits(config, params, batch)
 
 Training, sampling and evaluation run models through these functions only. A family is a module that
-implements them for its own frozen config, and the config's property `family` is this module. A
-config has at least `vocab_size`, `d_model` and the `ExecutionSettings`. Parameters are nested dicts
-with T5X's names (`gkd_jax.models.parameters`). The family's constants `BANNED_IDS` and `EOS_IDS`
-are the defaults of sampling, and `TOKEN_FIELDS` and `PROMPT_FIELDS` name fields of its cache.
+implements them for its own frozen config, and the config's constant `family` is the module's name.
+A config has at least `vocab_size`, `d_model` and the `ExecutionSettings`. Parameters are nested
+dicts with T5X's names (`gkd_jax.models.parameters`). The family's constants `BANNED_IDS` and
+`EOS_IDS` are the defaults of sampling, and `TOKEN_FIELDS` and `PROMPT_FIELDS` name fields of its
+cache.
 
 A model first reads a prompt and then continues it. Reading gives a `Context`: the encoder's states
 in an encoder-decoder, the KV cache of the prompt in a decoder-only model. Several samples of one
@@ -17,13 +18,14 @@ Axes: B prompts, N rows (N = B x samples a prompt), S prompt, T target, V vocabu
 """
 
 import dataclasses
+from types import ModuleType
 from typing import Any
 
 import jax
 from jaxtyping import Array, Float, Int, Key
 
 from gkd_jax.batch import Batch
-from gkd_jax.models import decoder, decoder_config, kv_cache, t5, t5_config
+from gkd_jax.models import decoder, kv_cache, t5
 from gkd_jax.models.execution import ExecutionSettings
 from gkd_jax.models.parameters import Params, as_shapes, logical_axes, num_params
 
@@ -41,16 +43,17 @@ Config = t5.T5Config | decoder.DecoderConfig
 Context = t5.Context | decoder.Context
 Cache = t5.Cache | decoder.Cache
 DEFAULT_ARCHITECTURE = t5.t5_1_1
-# A family's name in checkpoints, its module, and the function that restores a config from JSON.
-_FAMILIES = {
-    "t5": (t5, t5_config.from_fields),
-    "decoder": (decoder, decoder_config.from_fields),
-}
+# The modules of the families, by the name that a config has and that checkpoints store.
+_FAMILIES: dict[str, ModuleType] = {"t5": t5, "decoder": decoder}
+
+
+def _family(config: Config) -> ModuleType:
+    return _FAMILIES[config.family]
 
 
 def init(config: Config, key: Key[Array, ""]) -> Params:
     """Returns random float32 parameters."""
-    return config.family.init(config, key)
+    return _family(config).init(config, key)
 
 
 def abstract_params(config: Config, dtype: str = "float32") -> Params:
@@ -83,12 +86,12 @@ def encode(
     Raises:
         ValueError: if a decoder-only model is given no lengths.
     """
-    return config.family.encode(config, params, inputs, input_lengths, dropout_key=dropout_key)
+    return _family(config).encode(config, params, inputs, input_lengths, dropout_key=dropout_key)
 
 
 def repeat(config: Config, context: Context, num: int) -> Context:
     """Returns the context with each row repeated `num` times; the copies are neighbours."""
-    return config.family.repeat(context, num)
+    return _family(config).repeat(context, num)
 
 
 def hidden(
@@ -109,14 +112,14 @@ def hidden(
         context: `encode`'s result, where the caller has it already.
         dropout_key: the key of dropout; None turns dropout off.
     """
-    return config.family.hidden(config, params, batch, context=context, dropout_key=dropout_key)
+    return _family(config).hidden(config, params, batch, context=context, dropout_key=dropout_key)
 
 
 def apply_head(
     config: Config, params: Params, states: Float[Array, "*B D"]
 ) -> Float[Array, "*B V"]:
     """Returns the float32 logits of hidden states."""
-    return config.family.apply_head(config, params, states)
+    return _family(config).apply_head(config, params, states)
 
 
 def head_params(params: Params) -> Params:
@@ -144,7 +147,7 @@ def decode_params(config: Config, params: Params) -> Params:
 
     They have the compute dtype and are not sharded over `fsdp`.
     """
-    return config.family.decode_params(config, params)
+    return _family(config).decode_params(config, params)
 
 
 def init_cache(config: Config, params: Params, context: Context, length: int) -> Cache:
@@ -156,7 +159,7 @@ def init_cache(config: Config, params: Params, context: Context, length: int) ->
         context: what is continued.
         length: the most tokens.
     """
-    return config.family.init_cache(config, params, context, length)
+    return _family(config).init_cache(config, params, context, length)
 
 
 def decode_step(
@@ -166,7 +169,7 @@ def decode_step(
 
     The first tokens to feed are `Context.first`.
     """
-    return config.family.decode_step(config, params, tokens, cache)
+    return _family(config).decode_step(config, params, tokens, cache)
 
 
 def take_rows(
@@ -182,7 +185,7 @@ def take_rows(
             prompt have), so that what belongs to the prompt is not moved. Otherwise the prompts
             move with their rows, and there may be fewer rows than before.
     """
-    family = config.family
+    family = _family(config)
     names = family.TOKEN_FIELDS + (() if same_prompts else (*family.PROMPT_FIELDS, "starts"))
     return kv_cache.take_rows(cache, names, rows)
 
@@ -196,12 +199,17 @@ def put_prompts(config: Config, cache: Cache, new: Cache, rows: Int[Array, "shar
         new: an empty cache of the new prompts.
         rows: for each shard of the batch, the rows that begin, numbered within the shard.
     """
-    return kv_cache.put_prompts(cache, config.family.PROMPT_FIELDS, new, rows)
+    return kv_cache.put_prompts(cache, _family(config).PROMPT_FIELDS, new, rows)
 
 
-def family_name(config: Config) -> str:
-    """Returns the name of a model's family, as checkpoints store it."""
-    return next(name for name, (module, _) in _FAMILIES.items() if module is config.family)
+def banned_ids(config: Config) -> tuple[int, ...]:
+    """Returns the ids that sampling never draws by default: a T5's pad, and none elsewhere."""
+    return _family(config).BANNED_IDS
+
+
+def eos_ids(config: Config) -> tuple[int, ...]:
+    """Returns the ids that end a sequence by default; () where every tokenizer has its own."""
+    return _family(config).EOS_IDS
 
 
 def architecture(config: Config) -> dict[str, Any]:
@@ -216,7 +224,7 @@ def architecture(config: Config) -> dict[str, Any]:
     for field in dataclasses.fields(ExecutionSettings):
         del own[field.name]
     fields = {name: values[name] for name in own if getattr(config, name) != own[name]}
-    return {"family": family_name(config), **fields}
+    return {"family": config.family, **fields}
 
 
 def from_fields(name: str, fields: dict[str, Any]) -> Config:
@@ -231,4 +239,4 @@ def from_fields(name: str, fields: dict[str, Any]) -> Config:
     """
     if name not in _FAMILIES:
         raise ValueError(f"family must be one of {', '.join(_FAMILIES)}, got {name!r}")
-    return _FAMILIES[name][1](fields)
+    return _FAMILIES[name].from_fields(fields)

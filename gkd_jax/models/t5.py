@@ -30,9 +30,9 @@ from gkd_jax.models import (
     t5_modules,
 )
 from gkd_jax.models.attention import Padding
-from gkd_jax.models.kv_cache import Segments
+from gkd_jax.models.kv_cache import LayerCache, Segments
 from gkd_jax.models.parameters import Params, logical_axes, num_params
-from gkd_jax.models.t5_config import T5Config, t5_1_0, t5_1_1
+from gkd_jax.models.t5_config import T5Config, from_fields, t5_1_0, t5_1_1
 
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "Context",
     "Params",
     "T5Config",
+    "from_fields",
     "logical_axes",
     "num_params",
     "t5_1_0",
@@ -305,20 +306,11 @@ def decode_step(
 
     def run_layer(x, self_keys, self_values, layer_params, index, cross_keys, cross_values):
         layer_index = 0 if bias.shape[0] == 1 else index
-        return _apply(
-            layer,
-            layer_params,
-            x,
-            self_keys,
-            self_values,
-            index,
-            time,
-            lax.dynamic_index_in_dim(bias, layer_index) + own_bias,
-            cross_keys,
-            cross_values,
-            padding,
-            method="decode",
-        )
+        self_bias = lax.dynamic_index_in_dim(bias, layer_index) + own_bias
+        before = LayerCache(self_keys, self_values, time, index)
+        encoded = t5_layers.Encoded(cross_keys, cross_values, padding)
+        x, after = _apply(layer, layer_params, x, before, self_bias, encoded, method="decode")
+        return x, after.keys, after.values
 
     x, keys, values = stacks.decode(
         config,

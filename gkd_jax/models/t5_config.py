@@ -5,8 +5,7 @@ file for the student and another for the teacher would silently give both models
 """
 
 import dataclasses
-from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 from gkd_jax.models.execution import ExecutionSettings
 
@@ -16,6 +15,7 @@ class T5Config(ExecutionSettings):
     """The architecture of one T5, and the settings by which it is run.
 
     Attributes:
+        family: the name of the module with a T5's functions, in `lm`.
         vocab_size: the rows of the embedding, V. There may be more rows than the vocabulary has
             pieces (32128 for 32100).
         d_model, num_heads, head_dim, d_ff: the sizes D, H, K and F.
@@ -28,6 +28,8 @@ class T5Config(ExecutionSettings):
         per_layer_relpos: every layer has a position bias of its own (umT5, T5X's scanned T5).
         layer_norm_epsilon: the epsilon of the RMS norms.
     """
+
+    family: ClassVar[str] = "t5"
 
     vocab_size: int
     d_model: int
@@ -52,13 +54,6 @@ class T5Config(ExecutionSettings):
                 f"mlp_activations must be one or more of {sorted(known)}, "
                 f"got {self.mlp_activations!r}"
             )
-
-    @property
-    def family(self) -> ModuleType:
-        """The module with the functions of `gkd_jax.models.lm`."""
-        from gkd_jax.models import t5  # here, because t5 imports this module
-
-        return t5
 
 
 def from_fields(fields: dict[str, Any]) -> T5Config:

@@ -8,6 +8,7 @@ Axes: B batch, T queries, S keys, D model, H heads, K head dim, F mlp.
 """
 
 import math
+from typing import NamedTuple
 
 from flax import linen as nn
 import jax
@@ -18,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from gkd_jax import sharding
 from gkd_jax.models import kv_cache
 from gkd_jax.models.attention import Heads, Padding, PositionBiases, attend, gains_by_row
-from gkd_jax.models.kv_cache import Segments
+from gkd_jax.models.kv_cache import LayerCache
 from gkd_jax.models.products import matmul
 from gkd_jax.sharding import ACTIVATIONS, constrain
 
@@ -257,6 +258,14 @@ class EncoderLayer(nn.Module):
         return constrain(x + self.dropout(y, deterministic=deterministic), ACTIVATIONS)
 
 
+class Encoded(NamedTuple):
+    """What cross-attention reads: keys and values of the encoder's states, and their padding."""
+
+    keys: Heads
+    values: Heads
+    padding: Padding
+
+
 class DecoderLayer(nn.Module):
     """One decoder layer: causal self-attention, cross-attention and an MLP.
 
@@ -293,45 +302,32 @@ class DecoderLayer(nn.Module):
         biases = (position_bias, causal_bias(x.shape[1]))
         y = self.self_attention(normed, keys, values, biases, None, deterministic=deterministic)
         x = constrain(x + self.dropout(y, deterministic=deterministic), ACTIVATIONS)
-        cross = self.cross_keys_values(encoded)
-        return self._cross_attention_and_mlp(x, *cross, padding, deterministic=deterministic)
+        cross = Encoded(*self.cross_keys_values(encoded), padding)
+        return self._cross_attention_and_mlp(x, cross, deterministic=deterministic)
 
     def decode(
         self,
         x: Float[Array, "B 1 D"],
-        self_keys: Segments,
-        self_values: Segments,
-        index: Int[Array, ""] | int,
-        time: Int[Array, ""],
+        cache: LayerCache,
         self_bias: Float[Array, "#B H 1 T"],
-        cross_keys: Float[Array, "B H S2 K"],
-        cross_values: Float[Array, "B H S2 K"],
-        padding: Padding,
-    ) -> tuple[Float[Array, "B 1 D"], Segments, Segments]:
+        encoded: Encoded,
+    ) -> tuple[Float[Array, "B 1 D"], LayerCache]:
         """Runs the layer on one position of each row and returns its output and the new KV cache.
 
-        The key and value of this position are written into the cache before the attention. Only
-        one token is written, so that XLA can update the cache in place.
+        The key and value of this position are written into the cache before the attention.
 
         Args:
             x: the states at this position.
-            self_keys, self_values: the KV cache of this layer, or that of all layers, stacked on
-                axis 0.
-            index: the number of this layer in a stacked cache.
-            time: the number of tokens decoded before.
+            cache: the KV cache of self-attention.
             self_bias: the position bias of all places of the cache, and the mask of those that
                 hold no token of a row.
-            cross_keys, cross_values: the projected states of the encoder.
-            padding: the padding of the encoder's states.
+            encoded: what cross-attention reads.
         """
         normed = self.pre_self_attention_layer_norm(x)
         key, value = self.self_attention.keys_values(normed)
-        self_keys = kv_cache.write(self_keys, key, time, index)
-        self_values = kv_cache.write(self_values, value, time, index)
-        parts = kv_cache.parts(self_keys, self_values, time, index)
-        x = x + self.self_attention.decode(normed, parts, self_bias)
-        x = self._cross_attention_and_mlp(x, cross_keys, cross_values, padding, deterministic=True)
-        return x, self_keys, self_values
+        cache = kv_cache.write(cache, key, value)
+        x = x + self.self_attention.decode(normed, kv_cache.parts(cache), self_bias)
+        return self._cross_attention_and_mlp(x, encoded, deterministic=True), cache
 
     def cross_keys_values(self, encoded: Float[Array, "B S D"]) -> tuple[Heads, Heads]:
         return self.encoder_decoder_attention.keys_values(encoded)
@@ -341,7 +337,8 @@ class DecoderLayer(nn.Module):
         assert self.relpos_bias is not None
         return self.relpos_bias(length, 1)[..., 0]
 
-    def _cross_attention_and_mlp(self, x, keys, values, padding, *, deterministic):
+    def _cross_attention_and_mlp(self, x, encoded, *, deterministic):
+        keys, values, padding = encoded
         normed = self.pre_cross_attention_layer_norm(x)
         y = self.encoder_decoder_attention(
             normed, keys, values, (), padding, deterministic=deterministic

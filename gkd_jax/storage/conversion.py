@@ -60,7 +60,7 @@ def convert_checkpoint(
         return
     source = hub.local_folder(source)
     config = loading.load_config(source)
-    if to == "t5x" and lm.family_name(config) != "t5":
+    if to == "t5x" and config.family != "t5":
         raise ValueError(f"{source!r} is no T5, and T5X's format is for those alone")
     step_folder = saved_model.find_step(source)
     about = {} if step_folder is None else saved_model.read_description(step_folder)

@@ -44,7 +44,7 @@ def describe_model(
             embedding only round its size up.
     """
     about: dict[str, Any] = {
-        "family": lm.family_name(config),
+        "family": config.family,
         "config": dataclasses.asdict(config),
         "vocabulary": vocabulary_hash,
     }

@@ -95,10 +95,10 @@ def check_special_ids(
         ValueError: if the vocabulary has other special ids; the message names them.
     """
     remote = "://" in getattr(vocabulary, "sentencepiece_model_file", "")
-    if not config.family.EOS_IDS or (remote and not check_remote):
+    if not lm.eos_ids(config) or (remote and not check_remote):
         return
     ends, pad, unknown = vocabularies.end_ids(vocabulary), vocabulary.pad_id, vocabulary.unk_id
-    expected = config.family.EOS_IDS, config.family.BANNED_IDS[0]
+    expected = lm.eos_ids(config), lm.banned_ids(config)[0]
     if (ends, pad) != expected or unknown == pad:
         raise ValueError(
             f"a T5 needs a vocabulary with pad {expected[1]}, end of text {expected[0][0]} and a "
