@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from gkd_jax.input.dataset_options import untuned
 from gkd_jax.tasks import features  # pyright: ignore[reportMissingImports]
 
 
@@ -98,7 +99,7 @@ def in_order(
     texts = features.source_texts(task, split, use_cached=use_cached)
     if texts is not None:
         # seqio traces a graph for each preprocessor, and calls it for each example.
-        for some in texts.take(limit).batch(_ROWS_AT_ONCE):
+        for some in untuned(texts.take(limit).batch(_ROWS_AT_ONCE)):
             made = features.tokenize_rows(
                 some, output_features=task.output_features, lengths=lengths
             )
@@ -115,7 +116,7 @@ def in_order(
         num_epochs=1,
         try_in_mem_cache=False,
     )
-    yield from dataset.take(limit).as_numpy_iterator()
+    yield from untuned(dataset.take(limit)).as_numpy_iterator()
 
 
 def warn_once(

@@ -13,6 +13,8 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
+from gkd_jax.input.dataset_options import untuned
+
 
 LARGEST = 100_000
 """Examples of the largest source that is shuffled whole; seqio's window serves larger ones."""
@@ -125,7 +127,7 @@ class Texts(Shuffled):
             dataset: the examples.
             tokenize: makes rows of ids from features that are vectors of texts.
         """
-        batches: Any = dataset.batch(_READ_AT_ONCE)
+        batches: Any = untuned(dataset.batch(_READ_AT_ONCE))
         rows = list(batches)
         spec: Any = dataset.element_spec
         names: list[str] = list(spec)
@@ -148,7 +150,7 @@ class Examples(Shuffled):
         ids: dict[str, list[np.ndarray]] = {name: [] for name in features}
         lengths: dict[str, list[np.ndarray]] = {name: [] for name in features}
         chosen = dataset.map(lambda x: {name: tf.cast(x[name], tf.int32) for name in features})
-        batches: Any = chosen.ragged_batch(_READ_AT_ONCE)
+        batches: Any = untuned(chosen.ragged_batch(_READ_AT_ONCE))
         for rows in batches:
             for name in features:
                 ids[name].append(ragged(rows[name]).flat_values.numpy())

@@ -21,6 +21,7 @@ import tensorflow as tf
 from gkd_jax.batch import Batch
 from gkd_jax.input import fit, in_memory
 from gkd_jax.input.data import TEACHER_INPUTS, WHOLE, DataConfig, Shape, Shard
+from gkd_jax.input.dataset_options import untuned
 from gkd_jax.tasks import features  # pyright: ignore[reportMissingImports]
 
 
@@ -44,10 +45,7 @@ class TrainIterator:
             shard: the part of the examples that this process reads.
         """
         dataset = _batches(task, config, shard)
-        options = tf.data.Options()
-        options.deterministic = True
-        options.threading.private_threadpool_size = 1
-        self._iterator = iter(dataset.with_options(options).prefetch(2))
+        self._iterator = iter(untuned(dataset, num_threads=1).prefetch(2))
         self._checkpoint = tf.train.Checkpoint(iterator=self._iterator)
         self._file = "iterator"
         if shard != WHOLE:

@@ -1,0 +1,34 @@
+"""The options of tf.data datasets: a fixed order, and no thread that outlives the last example."""
+
+import numpy as np
+from small_runs import LENGTHS
+import tensorflow as tf
+
+from gkd_jax.input import named_tasks, streams
+from gkd_jax.input.data import DataConfig
+from gkd_jax.input.dataset_options import untuned
+import gkd_jax.tasks.arithmetic  # noqa: F401
+
+
+def test_the_elements_stay_and_nothing_is_tuned():
+    numbers = (
+        tf.data.Dataset.range(20)
+        .shuffle(20, seed=3, reshuffle_each_iteration=False)
+        .map(lambda x: 2 * x)
+    )
+    plain = untuned(numbers, num_threads=1)
+    np.testing.assert_array_equal(
+        list(plain.as_numpy_iterator()), list(numbers.as_numpy_iterator())
+    )
+    options = plain.options()
+    assert options.deterministic
+    assert not options.autotune.enabled
+    assert options.threading.private_threadpool_size == 1
+    assert untuned(numbers).options().threading.private_threadpool_size is None
+
+
+def test_the_stream_of_training_is_not_tuned():
+    config = DataConfig(task="arithmetic", feature_lengths=LENGTHS, batch_size=4, num_examples=8)
+    task, _ = named_tasks.open_task(config)
+    stream = streams.TrainIterator(task, config)
+    assert not stream._iterator._dataset.options().autotune.enabled
