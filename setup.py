@@ -134,5 +134,5 @@ setup(
         "wandb": ["wandb>=0.19"],
         "mlflow": ["mlflow-skinny>=2.20"],
     },
-    entry_points={"console_scripts": ["gkd-jax = gkd_jax.main:main"]},
+    entry_points={"console_scripts": ["gkd-jax = gkd_jax.__main__:program"]},
 )

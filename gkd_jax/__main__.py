@@ -1,7 +1,38 @@
-"""`python -m gkd_jax` is `gkd-jax`."""
+"""`program`: the process `gkd-jax`, which is also `python -m gkd_jax`."""
+
+import atexit
+import os
+import sys
 
 from gkd_jax.main import main
 
 
+def program() -> None:
+    """Runs the command of the process's arguments, and ends the process as soon as it is done.
+
+    Python would go on to free every module. With TensorFlow and JAX that takes more than a second,
+    and has no use. Functions that other packages registered with `atexit` run as always, and
+    threads that are no daemons are waited for.
+    """
+    status = [1]  # that of an exception that `main` lets pass
+    # Functions of `atexit` run in the reverse order, so the first one that is registered runs last.
+    atexit.register(lambda: _end(status[0]))
+    try:
+        main()
+        status[0] = 0
+    except SystemExit as ending:
+        status[0] = ending.code if isinstance(ending.code, int) else int(ending.code is not None)
+        raise
+
+
+def _end(status: int) -> None:
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:  # the reader of a pipe is gone
+        status = status or 1
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    main()
+    program()

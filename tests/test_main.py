@@ -286,3 +286,23 @@ def test_freed_memory_is_kept_unless_the_user_chose_otherwise(chosen):
         [sys.executable, "-c", _FAULTS], env=environment, check=True, capture_output=True, text=True
     ).stdout
     assert (int(output) > 10 * 4096 / 2) == chosen
+
+
+@pytest.mark.parametrize(
+    ("last", "status"), [("pass", 0), ("sys.exit(3)", 3), ("sys.exit('no')", 1), ("1 / 0", 1)]
+)
+def test_the_process_ends_with_its_status_after_what_atexit_does(last, status):
+    code = f"""
+import atexit, sys, gkd_jax.__main__
+
+def main():
+    atexit.register(print, "late")
+    print("done")
+    {last}
+
+gkd_jax.__main__.main = main
+gkd_jax.__main__.program()
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (status, "done\nlate\n")
+    assert ("ZeroDivisionError" in ended.stderr) == (last == "1 / 0")
