@@ -116,7 +116,8 @@ def in_order(
         num_epochs=1,
         try_in_mem_cache=False,
     )
-    yield from untuned(dataset.take(limit)).as_numpy_iterator()
+    examples: Any = untuned(dataset.take(limit))
+    yield from examples.as_numpy_iterator()
 
 
 def warn_once(
