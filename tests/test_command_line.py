@@ -120,3 +120,15 @@ def test_packages_are_hidden_for_a_while_unless_they_are_imported(monkeypatch):
             importlib.import_module("colorsys")
         assert importlib.import_module("json") is json
     assert importlib.import_module("colorsys").rgb_to_hsv(0, 0, 1) == (2 / 3, 1, 1)
+
+
+def test_ctrl_c_after_the_work_is_done_is_silent():
+    script = (
+        "import atexit, os, signal; from gkd_jax.main import main; "
+        "atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT)); main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, "--version"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count(".") == 2

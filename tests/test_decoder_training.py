@@ -14,7 +14,7 @@ import small_tokenizers
 from gkd_jax import divergences, gkd, rl, sharding
 from gkd_jax.batch import Batch
 from gkd_jax.input.data import DataConfig
-from gkd_jax.models.decoder_config import DecoderConfig
+from gkd_jax.models.decoder_config import DecoderConfig, Rope
 from gkd_jax.sampling import Sample
 from gkd_jax.storage import pretrained
 from gkd_jax.training import metrics, plan, program, train
@@ -27,7 +27,7 @@ from gkd_jax.training.step_log import StepLog
 pytestmark = pytest.mark.usefixtures("shared_steps")
 
 
-def small(size, vocab_size, num_kv_heads=1):
+def small(size, vocab_size, num_kv_heads=1, **more):
     del size
     return DecoderConfig(
         vocab_size=vocab_size,
@@ -38,6 +38,7 @@ def small(size, vocab_size, num_kv_heads=1):
         d_ff=32,
         num_layers=2,
         qk_norm=True,
+        **more,
     )
 
 
@@ -132,6 +133,70 @@ def test_a_sample_is_truncated_if_none_of_its_tokens_is_an_end_id_of_the_run(tmp
     (line,) = metrics.read(tmp_path / "metrics.jsonl")
     assert line["train/truncated_fraction"] == 0.5
     assert line["train/sample_length"] == 2.0
+
+
+@pytest.mark.parametrize(
+    ("lengths", "said"),
+    [
+        ({"inputs": 48, "targets": 16}, ""),
+        ({"inputs": 49, "targets": 16}, "texts of 65 tokens (49 of the prompt and 16 of the answ"),
+        ({"inputs": 48, "targets": 15, "teacher_inputs": 60}, "60 of the prompt and 15 of the"),
+    ],
+)
+def test_texts_longer_than_a_model_was_made_for_are_warned_of_once(lengths, said, tmp_path, capfd):
+    sizes = {"student": 64, "teacher": 64}
+    models = {
+        name: pretrained.ModelConfig(
+            architecture=functools.partial(small, max_length=length), size="tiny"
+        )
+        for name, length in sizes.items()
+    }
+    template = "{inputs} {targets}" if "teacher_inputs" in lengths else None
+    data = DataConfig(
+        task="arithmetic", feature_lengths=lengths, batch_size=8, teacher_template=template
+    )
+    options = small_runs.options(
+        tmp_path / "run", steps=1, divergence=divergences.reverse_kl, data=data, **models
+    )
+    train.train(**options, dry_run=True)
+    printed = capfd.readouterr().err
+    warnings = [line for line in printed.splitlines() if "max_position_embeddings" in line]
+    # Only the teacher reads the longer prompts of its own.
+    wrong = [name for name in sizes if said and not (name == "student" and "60" in said)]
+    assert len(warnings) == len(wrong)
+    for name, line in zip(wrong, warnings, strict=True):
+        assert said in line
+        assert f"the {name} was made for texts of at most 64 " in line
+
+
+def test_the_context_counts_the_scaling_of_yarn():
+    rope = Rope(kind="yarn", factor=4.0, original_length=16)
+    assert small("tiny", 128, max_length=16, ropes=(rope,)).context_length == 64
+    assert small("tiny", 128, max_length=16).context_length == 16
+    assert small_runs.small("tiny", 128).context_length is None
+
+
+def test_a_dry_run_finds_weights_that_are_cut(tmp_path):
+    tokenizer = small_tokenizers.train("qwen")
+    student = small_runs.write_decoder(tmp_path / "model", tokenizer, 1000, seed=0)
+    file = tmp_path / "model" / "model.safetensors"
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"inputs": "How many?", "targets": "Two."}) + "\n")
+    options = small_runs.options(
+        tmp_path / "run",
+        steps=1,
+        student=student,
+        data=DataConfig(task=str(data), feature_lengths=small_runs.LENGTHS, batch_size=8),
+    )
+    train.train(**options, dry_run=True)
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"model\.safetensors is cut, damaged or no safetensors"):
+        train.train(**options, dry_run=True)
+    index = {"weight_map": {"model.norm.weight": "model-00002-of-00002.safetensors"}}
+    file.unlink()
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(FileNotFoundError, match=r"no file .*model-00002-of-00002\.safetensors"):
+        train.train(**options, dry_run=True)
 
 
 @pytest.mark.parametrize(("num_kv_heads", "is_said"), [(1, True), (2, False)])

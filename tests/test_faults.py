@@ -180,16 +180,24 @@ def test_lengths_periods_and_meshes_may_change(run_dir):
 # Numbers ------------------------------------------------------------------------------------------
 
 
+WORD = 46  # occurs in some of the first batches, and not in others
+
+
+def write_broken_teacher(finished, folder, words):
+    """Writes a teacher whose logits are NaN if one of the words occurs in the targets."""
+    config, params = load_model(str(finished))
+    table = np.array(params["token_embedder"]["embedding"])
+    table[words] = np.nan
+    params["token_embedder"]["embedding"] = jax.numpy.asarray(table)
+    saved_model.write_params(str(folder), config, params, "")
+    return str(folder)
+
+
 @pytest.fixture
 def broken_teacher(finished, tmp_path, monkeypatch):
     """A teacher that loads, but whose logits are NaN if one word occurs in the targets."""
     monkeypatch.setattr(content, "check_finite", lambda params, path: None)
-    config, params = load_model(str(finished))
-    table = np.array(params["token_embedder"]["embedding"])
-    table[20] = np.nan
-    params["token_embedder"]["embedding"] = jax.numpy.asarray(table)
-    saved_model.write_params(str(tmp_path / "teacher"), config, params, "")
-    return str(tmp_path / "teacher")
+    return write_broken_teacher(finished, tmp_path / "teacher", WORD)
 
 
 def distil(folder, teacher, **more):
@@ -208,7 +216,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_batch(broken_teac
     batch = np.load(tmp_path / "run" / f"nonfinite_{step}.npz")
     assert set(batch) == {"inputs", "targets", "weights", "input_lengths"}
     assert batch["inputs"].shape == (8, 48)
-    assert (batch["inputs"] == 20).any() or (batch["targets"] == 20).any()
+    assert (batch["inputs"] == WORD).any() or (batch["targets"] == WORD).any()
 
 
 def test_steps_that_are_not_finite_can_be_skipped_and_are_counted(broken_teacher, tmp_path):
@@ -216,9 +224,22 @@ def test_steps_that_are_not_finite_can_be_skipped_and_are_counted(broken_teacher
     train.train(**distil(tmp_path / "run", broken_teacher, train=trainer))
     lines = metrics.read(tmp_path / "run" / "metrics.jsonl")
     assert len(lines) == 6
-    assert sum(line["train/skipped"] for line in lines) > 0
+    assert {line["train/skipped"] for line in lines} == {0.0, 1.0}
     for leaf in jax.tree.leaves(load_model(str(tmp_path / "run"))[1]):
         assert np.isfinite(leaf).all()
+
+
+def test_a_run_whose_steps_were_all_skipped_fails_whenever_it_is_started(
+    finished, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(content, "check_finite", lambda params, path: None)
+    teacher = write_broken_teacher(finished, tmp_path / "teacher", slice(None))
+    folder = tmp_path / "run"
+    trainer = train.TrainConfig(train_steps=2, skip_nonfinite=True)
+    for _ in range(2):
+        with pytest.raises(FloatingPointError, match=r"all 2 steps were skipped.*metrics\.jsonl"):
+            train.train(**distil(folder, teacher, train=trainer))
+        assert saved_model.saved_steps(folder) == [2]
 
 
 # Data ---------------------------------------------------------------------------------------------

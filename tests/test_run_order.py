@@ -6,14 +6,16 @@ import shutil
 
 import pytest
 import seqio
+import small_runs
 from small_runs import LENGTHS, options, small
+import small_tokenizers
 
 from gkd_jax.evaluation import evaluate
 from gkd_jax.input import streams
 from gkd_jax.input.data import DataConfig
 from gkd_jax.storage import checkpoints, saved_model
 from gkd_jax.storage.pretrained import ModelConfig
-from gkd_jax.training import metrics, optimizers, train
+from gkd_jax.training import metrics, optimizers, program, run_record, source, train
 from gkd_jax.training.evaluations import Evaluations
 from gkd_jax.training.recipe import TrainConfig
 
@@ -156,6 +158,36 @@ def test_a_refused_resume_changes_nothing(change, said, steps, run_dir):
         run(run_dir, steps=steps, **change)
     assert said in str(error.value)
     assert contents(run_dir) == before
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    """run.json of a run that finds its tokenizer beside the student, and of one that names it."""
+    folder = tmp_path_factory.mktemp("records")
+    tokenizer = small_tokenizers.train("qwen")
+    student = small_runs.write_decoder(folder / "model", tokenizer, 1000, seed=0)
+    small_tokenizers.write(folder / "same", "qwen", tokenizer)
+    file = folder / "data.jsonl"
+    file.write_text(json.dumps({"inputs": "How many?", "targets": "Two."}) + "\n")
+    fields = {"task": str(file), "feature_lengths": LENGTHS, "batch_size": 8}
+
+    def record(vocabulary):
+        data = DataConfig(**fields, vocabulary=vocabulary)
+        recipe = options(folder / "run", steps=1, student=student, data=data)["recipe"]
+        opened = source.open_source(recipe)
+        built = program.build(recipe, opened.num_pieces, eos_ids=opened.eos_ids)
+        return run_record.describe_run(built, opened, name="", macros={})
+
+    return {name: record(name and str(folder / name)) for name in (None, "same")}
+
+
+@pytest.mark.parametrize(("before", "now"), [(None, "same"), ("same", None)])
+def test_a_tokenizer_may_be_named_that_was_found_by_itself(before, now, records, tmp_path):
+    assert run_record.changes(tmp_path, records[before], records[now]) == []
+    contents = {**records[now]["contents"], "data.vocabulary": "0" * 64}
+    other = {**records[now], "contents": contents}
+    with pytest.raises(ValueError, match=r"another configuration's run: data\.vocabulary 'content"):
+        run_record.changes(tmp_path, records[before], other)
 
 
 @pytest.mark.parametrize("place", ["data.jsonl", "folder/train.jsonl"])

@@ -10,6 +10,7 @@ import logging
 import os
 import pathlib
 import re
+import sys
 from typing import Any
 
 from gin.config import parse_value
@@ -75,17 +76,30 @@ def parse(
 
 
 def _rejected(error: Exception) -> str:
-    """Returns why gin rejects a binding; for an unknown parameter, which parameters there are."""
+    """Returns why gin rejects a binding; for an unknown name, which known name is the nearest."""
     message = one_message(error)
     unknown = re.search(r"Configurable '([\w.]+)' doesn't have a parameter named '(\w+)'", message)
-    if not unknown:
-        return message
-    owner, name = unknown.groups()
-    known = inspect.signature(parse_value(f"@{owner}").configurable.wrapped).parameters
-    return (
-        f"{owner} has no parameter {name!r}{suggestion(name, known)}; "
-        f"its parameters are {', '.join(known)}"
-    )
+    if unknown:
+        owner, name = unknown.groups()
+        known = inspect.signature(parse_value(f"@{owner}").configurable.wrapped).parameters
+        return (
+            f"{owner} has no parameter {name!r}{suggestion(name, known)}; "
+            f"its parameters are {', '.join(known)}"
+        )
+    unknown = re.search(r"<module '([\w.]+)'.*> has no attribute (\w+)", message)
+    if unknown:
+        module, name = unknown.groups()
+        offered = vars(sys.modules[module]).items()
+        known = [key for key, value in offered if callable(value) and not key.startswith("_")]
+        return f"{module} has no function or class {name!r}{suggestion(name, known)}"
+    unknown = re.search(r"'(\w+)' was not provided by an import statement", message)
+    if unknown:
+        known = [line.split()[-1].rpartition(".")[2] for line in _imports().splitlines()[1:]]
+        return (
+            f"the gin files import no module {unknown[1]!r}{suggestion(unknown[1], known)}; "
+            f"they import {', '.join(known)}"
+        )
+    return message
 
 
 def _recipe(name: str, package: pathlib.Path) -> str:

@@ -42,17 +42,20 @@ def read_config(path: str) -> t5.T5Config | DecoderConfig:
     """Returns the sizes of the model in a Hugging Face or T5X checkpoint.
 
     Weights are read only where the sizes depend on them: a Hugging Face T5's output head is
-    compared with its embedding. A run chooses dropout and the compute dtype, so these fields of
-    the returned config have their defaults.
+    compared with its embedding. But every weight file of a Hugging Face folder must be there and
+    have the size that its header states. A run chooses dropout and the compute dtype, so these
+    fields of the returned config have their defaults.
 
     Raises:
         FileNotFoundError: if the folder or one of its files is missing.
-        ValueError: if the folder is no checkpoint, or holds an architecture that is not supported.
+        ValueError: if the folder is no checkpoint, if a weight file is cut or damaged, or if the
+            architecture is not supported.
     """
     if _foreign(path) == "hf":
         folder = hf_folder.local(path)
         fields = read_json_object(folder / "config.json")
         if fields.get("model_type") in decoder_fields.MODEL_TYPES:
+            hf_folder.open_weights(folder)  # a file that is missing or cut is named at once
             return decoder_huggingface.read_config(folder, fields)
         return huggingface.read_config(path)
     return t5x.infer_config(path, t5x.open_arrays(path))

@@ -24,6 +24,7 @@ from gkd_jax.input import eval_batches, named_tasks
 from gkd_jax.input.data import DataConfig
 from gkd_jax.models import lm
 from gkd_jax.storage import content, saved_model, tokenizer_files
+from gkd_jax.storage.context_checks import warn_of_long_texts
 from gkd_jax.storage.pretrained import (
     ModelConfig,
     check_exists,
@@ -95,6 +96,7 @@ def _prepare(
     evaluation.check_mesh(batch_size, device_mesh)
     lengths = {name: data.feature_lengths[name] for name in ("inputs", "targets")}
     lengths["targets"] = evaluation.target_length or lengths["targets"]
+    warn_of_long_texts(config, "model", lengths["inputs"], lengths["targets"])
     decoder = params = None
     if not dry_run:
         decoder = evaluate.make_decoder(

@@ -19,6 +19,7 @@ from gkd_jax.input import eval_batches, named_tasks, teacher_cache
 from gkd_jax.input.data import DataConfig, check_ids, place
 from gkd_jax.models import lm
 from gkd_jax.storage import content, saved_model, tokenizer_files
+from gkd_jax.storage.context_checks import warn_of_long_texts
 from gkd_jax.storage.pretrained import (
     ModelConfig,
     check_exists,
@@ -69,6 +70,8 @@ def run(
     num_pieces = shared_pieces(vocabulary, {"model": model})
     config = model.config(num_pieces)
     check_special_ids(config, vocabulary)
+    prompt, target, *own = data.shapes()[-1]
+    warn_of_long_texts(config, "teacher", own[0] if own else prompt, target)
     device_mesh = sharding.make_mesh(model.mesh or mesh)
     sharding.check_batch_size(data.batch_size, device_mesh)
     k = min(k, num_pieces)

@@ -87,7 +87,8 @@ class DecoderConfig(ExecutionSettings):
             layer the first kind.
         tie_embeddings: the output head is the transposed embedding.
         layer_norm_epsilon: the epsilon of the RMS norms.
-        max_length: the longest text that the model was made for, in tokens. It is not enforced.
+        max_length: the longest text that the model was made for, in tokens (`context_length` counts
+            the scaling of "yarn" as well). It is not enforced.
     """
 
     family: ClassVar[str] = "decoder"
@@ -144,6 +145,12 @@ class DecoderConfig(ExecutionSettings):
             raise ValueError(
                 f"rope_of_layer must index {len(self.ropes)} ropes, got {self.rope_of_layer}"
             )
+
+    @property
+    def context_length(self) -> int:
+        """The longest text that the model was made for, in tokens of prompt and answer."""
+        scaled = (rope.original_length * rope.factor for rope in self.ropes if rope.kind == "yarn")
+        return max([self.max_length, *map(int, scaled)])
 
 
 def from_fields(fields: dict[str, Any]) -> DecoderConfig:

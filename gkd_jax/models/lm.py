@@ -5,10 +5,10 @@
 
 Training, sampling and evaluation run models through these functions only. A family is a module that
 implements them for its own frozen config, and the config's constant `family` is the module's name.
-A config has at least `vocab_size`, `d_model` and the `ExecutionSettings`. Parameters are nested
-dicts with T5X's names (`gkd_jax.models.parameters`). The family's constants `BANNED_IDS` and
-`EOS_IDS` are the defaults of sampling, and `TOKEN_FIELDS` and `PROMPT_FIELDS` name fields of its
-cache.
+A config has at least `vocab_size`, `d_model`, `context_length` and the `ExecutionSettings`.
+Parameters are nested dicts with T5X's names (`gkd_jax.models.parameters`). The family's constants
+`BANNED_IDS` and `EOS_IDS` are the defaults of sampling, and `TOKEN_FIELDS` and `PROMPT_FIELDS` name
+fields of its cache.
 
 A model first reads a prompt and then continues it. Reading gives a `Context`: the encoder's states
 in an encoder-decoder, the KV cache of the prompt in a decoder-only model. Several samples of one

@@ -16,6 +16,8 @@ class T5Config(ExecutionSettings):
 
     Attributes:
         family: the name of the module with a T5's functions, in `lm`.
+        context_length: the longest text that the model was made for; None, because the buckets of
+            distances have no end.
         vocab_size: the rows of the embedding, V. There may be more rows than the vocabulary has
             pieces (32128 for 32100).
         d_model, num_heads, head_dim, d_ff: the sizes D, H, K and F.
@@ -30,6 +32,7 @@ class T5Config(ExecutionSettings):
     """
 
     family: ClassVar[str] = "t5"
+    context_length: ClassVar[None] = None
 
     vocab_size: int
     d_model: int

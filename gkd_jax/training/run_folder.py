@@ -116,6 +116,23 @@ class RunFolder:
             for line in lines
         )
 
+    def check_learnt(self) -> None:
+        """Checks that not every step of a run that has ended was skipped.
+
+        Raises:
+            FloatingPointError: if `skip_nonfinite` skipped all steps. The checkpoints stay.
+        """
+        file = self.folder / "metrics.jsonl"
+        skipped = [line["train/skipped"] for line in metrics.read(file) if "train/skipped" in line]
+        if skipped and all(skipped):
+            raise FloatingPointError(
+                f"all {len(skipped)} steps were skipped, because their loss or gradient was not "
+                f"finite: the student learnt nothing, and its checkpoint holds the weights of the "
+                f"start. {file} has train/loss and train/grad_norm of each step. Without "
+                "train.TrainConfig.skip_nonfinite a run in another MODEL_DIR stops at its first "
+                "such step and stores the batch"
+            )
+
     @functools.cached_property
     def checkpoints(self) -> checkpoints.Checkpoints:
         """Opens the checkpoints of the folder, which is made if it does not exist."""

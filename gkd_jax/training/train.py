@@ -12,7 +12,7 @@ import jax
 
 from gkd_jax.gkd import teacher_now
 from gkd_jax.input import data
-from gkd_jax.storage import pretrained, tokenizer_files, vocabulary_checks
+from gkd_jax.storage import context_checks, pretrained, tokenizer_files, vocabulary_checks
 from gkd_jax.training import (
     interrupts,
     metrics,
@@ -63,6 +63,8 @@ def train(
 
     Raises:
         ValueError: if anything is wrong with the recipe, the data or MODEL_DIR.
+        FloatingPointError: if the loss or the gradient of a step is not finite; with
+            `skip_nonfinite`, if those of all steps are not.
         SystemExit: after a signal, once a checkpoint is saved.
     """
     #### Checks, before anything is written ########################################################
@@ -86,6 +88,7 @@ def train(
     if recipe.evaluation is not None:
         evaluate = Evaluations(program, source, folder, check_remote=not dry_run)
     print(plan(program), file=sys.stderr)
+    _warn_of_long_texts(program)
     if dry_run:
         _check_dry(folder, program, source, pending, allow_changes)
         return
@@ -94,6 +97,7 @@ def train(
     )
     run.about["hub"] = commits
     if run.is_finished:
+        run.check_learnt()
         print(f"{model_dir} has its {recipe.train.train_steps} steps already", file=sys.stderr)
         return
     if evaluate is not None:
@@ -180,6 +184,7 @@ def train(
                 raise SystemExit(interruption.status)
         if (best := saved.best()) is not None:
             print(f"best checkpoint: step {best[0]}, {recipe.train.best_metric} {best[1]:.4g}")
+    run.check_learnt()
 
 
 def _check_places(recipe: Recipe, folder: pathlib.Path, pending: frozenset[str]) -> None:
@@ -204,6 +209,19 @@ def _check_places(recipe: Recipe, folder: pathlib.Path, pending: frozenset[str])
         raise ValueError(f"MODEL_DIR must be a folder, and {str(above)!r} is a file")
     if not os.access(above, os.W_OK):
         raise ValueError(f"MODEL_DIR {str(folder)!r}: {str(above)!r} cannot be written to")
+
+
+def _warn_of_long_texts(program: Program) -> None:
+    """Warns of models that were made for shorter texts than those of the run."""
+    recipe, models = program.recipe, program.models
+    prompt, target, *teachers = recipe.data.shapes()[-1]
+    evaluated = None if recipe.evaluation is None else recipe.evaluation.target_length
+    context_checks.warn_of_long_texts(
+        models.student, "student", prompt, max(target, evaluated or target)
+    )
+    read = teachers[0] if program.reads_own_prompts else prompt
+    for config in dict.fromkeys(config for config, _ in program.learner.teachers):
+        context_checks.warn_of_long_texts(config, "teacher", read, target)
 
 
 def _with_local_files(
