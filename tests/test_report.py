@@ -403,6 +403,36 @@ def test_seeds_that_each_trained_their_own_start_are_one_group(tmp_path):
         assert names == [["gkd"], *expected]
 
 
+def test_starts_are_named_by_their_folders_and_by_a_hash_where_names_are_equal(tmp_path):
+    for study, names in (("a", ("start", "longer")), ("b", ("start",))):
+        for steps, name in zip((20, 40) if study == "a" else (30,), names, strict=True):
+            for seed in (0, 1):
+                folder = tmp_path / study / f"{name}-RANDOM_SEED={seed}"
+                start = seeded(about(train__train_steps=steps), seed)
+                write_run(folder, start, {"accuracy": 1.0}, steps=steps)
+                run = seeded(about(divergence=JSD_01, fraction=1.0, start=str(folder)), seed)
+                write_run(folder.with_name(f"gkd_{name}_{seed}"), run, {"accuracy": 9.0})
+
+    def labels(root):
+        groups = Study(reading.find([str(root)])).groups
+        return {one.label: len(one.runs) for one in groups if one.role == "distillation"}
+
+    title = "On-policy GKD, JSD(0.1) · student made by"
+    assert labels(tmp_path / "a") == {f"{title} longer": 2, f"{title} start": 2}
+    whole = labels(tmp_path)  # two configurations made a start of one name
+    assert list(whole.values()) == [2, 2, 2]
+    assert all(re.fullmatch(rf"{re.escape(title)} [0-9a-f]{{8}}", label) for label in whole)
+
+
+def test_a_start_of_no_study_is_named_by_its_path(tmp_path):
+    for name, step in (("flan", ""), ("flan", "/checkpoints/7"), ("public", "")):
+        run = about(divergence=JSD_01, fraction=1.0, start=f"/models/{name}{step}")
+        run["contents"]["student.checkpoint"] = f"hash of {name} {step}"
+        write_run(tmp_path / f"{name}{step[-1:]}", run, {"accuracy": 1.0})
+    found = sorted(group.label.rpartition(" · ")[2] for group in read_study(tmp_path).groups)
+    assert found == [f"student checkpoint {name}" for name in ("flan", "flan at step 7", "public")]
+
+
 def test_seeds_that_each_trained_their_own_teachers_are_one_group(tmp_path):
     """Of several teachers, too; a teacher's other task, or a task's other rows, are no repeat."""
     teachers = {"arithmetic": "numbers", "/data/texts.jsonl": "texts"}

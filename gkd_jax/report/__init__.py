@@ -5,14 +5,9 @@
 
 OUTPUT receives `report.html` (a single file), `report.md`, `figures/*.png` and `runs/*.html`.
 
-| module | holds |
-|---|---|
-| `record` | one run: recipe, curves, evaluations, and what identifies its configuration |
-| `reading`, `archive` | reading runs from folders and from archives; writing archives |
-| `study`, `answer` | groups of runs that differ only in the seed; which method is best |
-| `paper` | the paper's numbers (`paper.json`), and which of them compare with a run |
-| `figures`, `plots` | which runs make which figure; drawing the figures |
-| `samples`, `pages` | tables of decoded texts; HTML and Markdown (`templates/`) |
+`reading` reads each run, from its folder or from an `archive`, as a `record.Run`. `study` groups
+the runs, `answer` says which method is best, `paper` has the numbers to compare with, `figures`
+chooses what `plots` draws, and `pages` writes the texts, with tables of decoded `samples`.
 """
 
 from collections.abc import Sequence

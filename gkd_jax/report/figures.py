@@ -1,8 +1,4 @@
-"""Chooses which runs make which figure of the paper. A figure needs at least two points.
-
-`_bars`, `_maps`, `_lambda`, `_data`, `_rl`, `_diversity` and `_rewards` make the sketches of one
-kind of figure each, and `draw` renders them.
-"""
+"""Chooses which runs make which figure of the paper. A figure needs at least two points."""
 
 from collections.abc import Iterator, Sequence
 import math
@@ -268,19 +264,18 @@ def _rewards(study: Study, task: str) -> _Sketch:
     panels = []
     for size in sizes(groups):
         points = [
-            (group.label, _SERIES[index % len(_SERIES)], step, reward)
+            (group.label, COLOURS[_SERIES[index % len(_SERIES)]], step, reward)
             for index, group in enumerate(one for one in groups if one.size == size)
             for run in group.runs
             for step, reward in run.curve("train/reward")
         ]
-        found = pd.DataFrame(points, columns=pd.Index(["line", "series", "x", "reward"]))
-        by_step = found.groupby(["line", "series", "x"], sort=False)["reward"]
+        found = pd.DataFrame(points, columns=pd.Index(["line", "colour", "x", "reward"]))
+        by_step = found.groupby(["line", "colour", "x"], sort=False)["reward"]
         lines: Table = by_step.agg(y="mean", error="sem").reset_index()
         steps = sorted(lines["x"].unique())
         if len(steps) > 1:
             drawn = lines[lines["x"].isin(steps[:: math.ceil(len(steps) / _POINTS)])]
-            colours = drawn["series"].map(COLOURS)
-            panels.append(Panel(size, drawn.assign(colour=colours, dashed=False, note="")))
+            panels.append(Panel(size, drawn.assign(dashed=False, note="")))
     caption = f"{task}. The mean over the samples of a step; whiskers of one standard error."
     title, y = "Reward of the samples", "reward"
     return _Sketch("reward_steps", title, caption, plots.curves, panels, "step", y)

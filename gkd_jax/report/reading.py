@@ -117,12 +117,11 @@ def _run(name: str, slug: str, folder: pathlib.Path, read: dict[str, Any]) -> Ru
     evaluations = [one for line in lines for one in _of_line(line, setting)]
     for content in decoded:
         how = as_object(content.get("evaluation"))
+        setting, step = Setting.of(how), whole(how.get("step"))
         for task, values in content.items():
             if task != "evaluation" and isinstance(values, dict):
                 numbers = {key: float(v) for key, v in values.items() if finite(v) is not None}
-                evaluations.append(
-                    Evaluation(task, Setting.of(how), whole(how.get("step")), numbers)
-                )
+                evaluations.append(Evaluation(task, setting, step, numbers))
     return Run(
         name=name,
         slug=slug,

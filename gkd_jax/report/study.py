@@ -150,11 +150,10 @@ class Study:
         """A table with one row for each group that has a final value, in the order of the groups.
 
         Returns:
-            Columns `group`, `label`, `size`, `role`, `divergence`, `fraction` (lambda), `amount`
-            (training examples, infinite for all), `values` (`SeedValues`), `mean`, `error` (the
-            standard error; NaN for one seed), `n` (seeds), `text` ("1.20 ± 0.10"), `gain` over the
-            student before and `gain_error` (NaN if unknown), `paper` (a `paper.Number` or None),
-            and `paper_value` (or NaN).
+            The columns `group`, with its `label`, `size`, `role`, `divergence`, `fraction` and
+            `amount`; `values` (`SeedValues`), with `mean`, `error`, `n` (seeds) and `text` ("1.20 ±
+            0.10"); `gain` over the student before, with `gain_error`; `paper` (a `paper.Number` or
+            None), with `paper_value`. A number that is not known is NaN.
         """
         rows = []
         for group in self.of_task(task):
@@ -255,8 +254,8 @@ def _labelled(groups: list[Group]) -> list[Group]:
         by_size = [[one for one in members if one.size == size] for size in sizes(members)]
         for everything in (False, True):  # name every difference only if two labels are equal
             names = dict.fromkeys(name for some in by_size for name in _differing(some, everything))
-            said_of = [[_said(name, group) for name in names] for group in members]
-            labels = [" · ".join(dict.fromkeys([title, *parts])) for parts in said_of]
+            columns = [[title] * len(members), *(_said(name, members) for name in names)]
+            labels = [" · ".join(dict.fromkeys(parts)) for parts in zip(*columns, strict=True)]
             rows = [(label, group.size) for label, group in zip(labels, members, strict=True)]
             if len(set(rows)) == len(rows):
                 break
@@ -281,19 +280,31 @@ def _differing(groups: Sequence[Group], everything: bool) -> list[str]:
     return [name for name in differ if everything or name not in _IN_TITLE]
 
 
-def _said(name: str, group: Group) -> str:
-    """One field of a label, such as "learning rate 0.001"."""
-    value = group.identity.get(name)
+def _said(name: str, groups: Sequence[Group]) -> list[str]:
+    """One field of the label of each group, such as "learning rate 0.001"."""
+    values = [group.identity.get(name) for group in groups]
     section, _, field = name.rpartition(".")
     if name == "data.num_examples":
-        return f"{'all' if value is None else said(value)} examples"
+        return [f"{'all' if value is None else said(value)} examples" for value in values]
     if name == "train.train_steps":
-        return f"{said(value)} steps"
+        return [f"{said(value)} steps" for value in values]
     if section.startswith("contents") or field == "made_by":
-        value = str(value)[:8]  # a hash
+        places = [_place(name, group) for group in groups]
+        # The hash itself is said only where contents and names are not one to one.
+        clear = len(set(places)) == len(set(values))
+        values = places if clear else [said(value)[:8] for value in values]
     kept = [word for word in section.split(".") if word not in _PLAIN or field == "type"]
-    words = [*kept, *([] if field == "type" else [field]), said(value)]
-    return " ".join(words).replace("_", " ").strip()
+    words = [*kept, *([] if field == "type" else [field])]
+    return [" ".join([*words, said(value)]).replace("_", " ").strip() for value in values]
+
+
+def _place(name: str, group: Group) -> str:
+    """The name of the checkpoint or file whose hash is a field of a group; the hash without one."""
+    run, by_hash = group.first, said(group.identity.get(name))[:8]
+    path = run.checkpoints.get(name.removesuffix(".made_by"))
+    path = path or run.fields.get(name.removeprefix("contents.")) or by_hash
+    place = pathlib.PurePath(str(path).replace("/checkpoints/", " at step ")).name
+    return place.partition("-RANDOM_SEED=")[0]
 
 
 def _order(group: Group) -> tuple[Any, ...]:
