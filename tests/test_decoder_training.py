@@ -13,6 +13,7 @@ import small_tokenizers
 
 from gkd_jax import divergences, gkd, rl, sharding
 from gkd_jax.batch import Batch
+from gkd_jax.evaluation import evaluate, infer, score
 from gkd_jax.input.data import DataConfig
 from gkd_jax.models.decoder_config import DecoderConfig, Rope
 from gkd_jax.sampling import Sample
@@ -167,6 +168,20 @@ def test_texts_longer_than_a_model_was_made_for_are_warned_of_once(lengths, said
     for name, line in zip(wrong, warnings, strict=True):
         assert said in line
         assert f"the {name} was made for texts of at most 64 " in line
+
+
+@pytest.mark.parametrize("command", ["eval", "score"])
+def test_commands_that_read_one_model_warn_as_well(command, tmp_path, capfd):
+    short = functools.partial(small, max_length=64)
+    data = DataConfig(task="arithmetic", feature_lengths=small_runs.LENGTHS, batch_size=8)
+    chosen = {"model": pretrained.ModelConfig(architecture=short, size="tiny"), "data": data}
+    if command == "eval":
+        how = evaluate.EvalConfig(target_length=20)  # 48 + 20
+        infer.evaluate_checkpoint(**chosen, evaluation=how, output_dir=str(tmp_path), dry_run=True)
+    else:
+        score.run(**chosen, output=str(tmp_path / "cache"), dry_run=True)
+    expected = {"eval": "texts of 68 tokens", "score": "texts of 80 tokens"}
+    assert expected[command] in capfd.readouterr().err
 
 
 def test_the_context_counts_the_scaling_of_yarn():
