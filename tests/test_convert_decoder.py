@@ -346,9 +346,11 @@ def test_damage_is_named(tmp_path):
 
 def test_a_missing_shard_is_named(tmp_path):
     decoder_models.save(decoder_models.theirs("qwen3"), tmp_path / "x", max_shard_size="20KB")
+    config = convert.read_config(str(tmp_path / "x"))
     shard = sorted((tmp_path / "x").glob("model-*.safetensors"))[1]
     shard.unlink()
-    config = convert.read_config(str(tmp_path / "x"))
+    with pytest.raises(FileNotFoundError, match=shard.name):
+        convert.read_config(str(tmp_path / "x"))
     with pytest.raises(FileNotFoundError, match=shard.name):
         convert.read_params(str(tmp_path / "x"), config)
 
