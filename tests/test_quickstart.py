@@ -45,12 +45,10 @@ def test_the_quickstart_ends_with_its_table_and_a_rerun_has_nothing_to_do(tmp_pa
     # Wide margins: rounding alone moves these by several points.
     assert accuracy["teacher"] > 85
     for method in ("sft", "supervised_kd", "on_policy_gkd"):
-        assert accuracy["student"] + 10 < accuracy[method] < accuracy["teacher"]
-    for method in ("supervised_kd", "on_policy_gkd"):
-        assert 0 < divergence[method] < 0.15
-    # The method at work: in three seeds it was 9 to 13 points ahead of the better of the two.
-    assert accuracy["on_policy_gkd"] > 5 + max(accuracy["sft"], accuracy["supervised_kd"])
-    assert divergence["on_policy_gkd"] < divergence["supervised_kd"]
+        assert accuracy["student"] < accuracy[method] < accuracy["teacher"]
+    # The method at work.
+    assert accuracy["on_policy_gkd"] > 20 + max(accuracy["sft"], accuracy["supervised_kd"])
+    assert 0 < divergence["on_policy_gkd"] < divergence["supervised_kd"]
     written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     again = run()
     assert again.returncode == 0, again.stderr[-3000:]
