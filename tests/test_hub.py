@@ -23,7 +23,7 @@ from gkd_jax.models import t5
 from gkd_jax.storage import hub, pretrained
 from gkd_jax.storage.conversion import convert_checkpoint
 from gkd_jax.text import tokenizer_folder, vocabularies
-from gkd_jax.training import sizes, train
+from gkd_jax.training import train, vocabulary_size
 
 
 pytestmark = pytest.mark.usefixtures("shared_steps")
@@ -258,7 +258,8 @@ def test_a_dry_run_and_precompile_leave_a_vocabulary_of_the_hub_alone(served, to
     run = options(tmp_path / "run", steps=1, data=data_of(NAME), student=student)
     with pytest.raises(ValueError, match=f"no vocabulary at '{NAME}'.* a dry run does not look"):
         train.train(**run, dry_run=True)
-    assert sizes.num_pieces_of(run["recipe"]) == 32128  # the rows of the model's embedding
+    # The number is that of the rows of the model's embedding.
+    assert vocabulary_size.num_pieces_of(run["recipe"]) == 32128
     assert not served.asked
 
 

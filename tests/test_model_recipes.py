@@ -7,7 +7,7 @@ import pytest
 import gin
 from gkd_jax.command_line import gin_files
 from gkd_jax.models import lm
-from gkd_jax.training import program, sizes
+from gkd_jax.training import program, vocabulary_size
 
 
 pytestmark = pytest.mark.usefixtures("fresh_gin")
@@ -39,7 +39,7 @@ def test_all_recipes_are_tested():
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_recipe_builds_from_sizes_alone(name):
     recipe = recipe_of(name)
-    built = program.build(recipe, sizes.num_pieces_of(recipe))
+    built = program.build(recipe, vocabulary_size.num_pieces_of(recipe))
     assert built.teacher is not None
     found = lm.num_params(built.state.params), lm.num_params(built.teacher)
     assert found == PARAMETERS[name]

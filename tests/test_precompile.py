@@ -20,7 +20,7 @@ from gkd_jax.input import data
 from gkd_jax.planning import hlo, hlo_loops, hlo_text, precompile, topologies
 from gkd_jax.storage import pretrained
 import gkd_jax.tasks.arithmetic  # noqa: F401
-from gkd_jax.training import optimizers, program, sizes, train
+from gkd_jax.training import optimizers, program, train, vocabulary_size
 from gkd_jax.training.recipe import Recipe, TrainConfig
 
 
@@ -51,7 +51,7 @@ def options(**more):
 
 
 def build(recipe):
-    return program.build(recipe, sizes.num_pieces_of(recipe))
+    return program.build(recipe, vocabulary_size.num_pieces_of(recipe))
 
 
 @pytest.fixture(scope="module")

@@ -51,7 +51,7 @@ from gkd_jax.input import data
 from gkd_jax.models import lm
 from gkd_jax.planning import bench_sampling, hlo, hlo_text
 from gkd_jax.storage.pretrained import initial_params
-from gkd_jax.training import program, sizes, teachers, throughput
+from gkd_jax.training import program, teachers, throughput, vocabulary_size
 from gkd_jax.training.recipe import Recipe
 
 
@@ -97,7 +97,7 @@ def bench(
     jax.config.update("jax_enable_compilation_cache", False)
     sampling = dataclasses.replace(method.sampling, eos_ids=())
     recipe = dataclasses.replace(recipe, method=dataclasses.replace(method, sampling=sampling))
-    built = program.build(recipe, sizes.num_pieces_of(recipe))
+    built = program.build(recipe, vocabulary_size.num_pieces_of(recipe))
     if dry_run:
         print("dry run: all is well", file=sys.stderr)
         return

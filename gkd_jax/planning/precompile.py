@@ -32,7 +32,7 @@ from gkd_jax.planning.topologies import CUDA_PLUGINS, GIB, Chip, describe_topolo
 from gkd_jax.storage import pretrained
 from gkd_jax.storage.pretrained import ModelConfig
 from gkd_jax.text import files
-from gkd_jax.training import program, sizes
+from gkd_jax.training import program, vocabulary_size
 from gkd_jax.training.recipe import Recipe
 
 
@@ -76,7 +76,7 @@ def precompile(
         recipe = recipe.with_models(models)
     built = program.build(
         recipe,
-        sizes.num_pieces_of(recipe),
+        vocabulary_size.num_pieces_of(recipe),
         pending=_absent_checkpoints(*recipe.models.values()),
         devices=devices,
     )

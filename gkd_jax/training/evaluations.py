@@ -124,14 +124,13 @@ class Evaluations:
         for name, (task, _) in self._tasks.items():
             where = f"the evaluation's task {name!r}, split {self._config.split!r}"
             try:
-                batches = self._batches(task, num_examples=self._config.num_examples)
-                first = next(batches, None)
+                first = next(self._batches(task), None)
             except Exception as error:
                 raise ValueError(f"{where}, cannot be read: {error}") from error
             if first is None:
                 raise ValueError(f"{where}, has no examples")
 
-    def _batches(self, task: Any, *, num_examples: int | None) -> Iterator[eval_batches.EvalBatch]:
+    def _batches(self, task: Any) -> Iterator[eval_batches.EvalBatch]:
         # A task without prompts of the teacher's own is scored behind the student's.
         lengths = {k: v for k, v in self._lengths.items() if k in task.output_features}
         return eval_batches.eval_batches(
@@ -139,7 +138,7 @@ class Evaluations:
             feature_lengths=lengths,
             split=self._config.split,
             batch_size=self._batch_size,
-            num_examples=num_examples,
+            num_examples=self._config.num_examples,
             use_cached=self._data.use_cached,
         )
 
@@ -159,9 +158,8 @@ class Evaluations:
         """
         found: dict[str, float] = {}
         for name, (task, in_recipe) in self._tasks.items():
-            batches = self._batches(task, num_examples=self._config.num_examples)
             teacher = self._teacher(in_recipe, teacher_params)
-            rows = list(self._decoder(params, batches, teacher=teacher))
+            rows = list(self._decoder(params, self._batches(task), teacher=teacher))
             values = evaluate.score(task, rows, self._config)
             if jax.process_index() == 0:
                 path = self._folder / "eval" / os.path.basename(name) / f"{step}.jsonl"

@@ -138,15 +138,14 @@ def study_table(root: pathlib.Path, phases: Sequence[str]) -> str:
     rows: dict[str, dict[str, Any]] = {}
     for phase in phases:
         evaluations = [
-            line
+            {
+                name.removeprefix("eval/"): value
+                for name, value in line.items()
+                if name.startswith("eval/")
+            }
             for line in read(root / phase / "metrics.jsonl")
-            if any(name.startswith("eval/") for name in line)
         ]
-        rows[phase] = {
-            name.removeprefix("eval/"): value
-            for name, value in (evaluations[-1] if evaluations else {}).items()
-            if name.startswith("eval/")
-        }
+        rows[phase] = next(filter(None, reversed(evaluations)), {})
     names = list(dict.fromkeys(name for row in rows.values() for name in row))
     table = [["run", *names]]
     for phase, row in rows.items():

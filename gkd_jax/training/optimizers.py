@@ -39,7 +39,7 @@ class Linear:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
         for name in ("warmup_steps", "cooldown_steps"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 0:
+            if value < 0:
                 raise ValueError(f"{name} must be an integer of at least 0, got {value!r}")
 
     def over(self, total_steps: int) -> Schedule:

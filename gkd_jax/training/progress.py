@@ -1,7 +1,7 @@
 """`Progress`: what a run prints to the terminal while it trains."""
 
 from collections.abc import Mapping
-import math
+import datetime
 import sys
 import time
 
@@ -29,7 +29,7 @@ class Progress:
         self._total, self._start, self._every = total, start, every
         self._name = f"{name}: " if name else ""
         self._began = time.monotonic()
-        self._sums = dict.fromkeys(("time/sample_s", "time/update_s", "time/step_s"), 0.0)
+        self._sampling = self._updating = 0.0  # seconds of the device, over all steps
         self._bar = None
         if sys.stderr.isatty() and not silent:
             self._bar = tqdm.tqdm(
@@ -48,8 +48,8 @@ class Progress:
             done: the number of steps done so far.
             values: the numbers of the step.
         """
-        for name in self._sums:
-            self._sums[name] += values.get(name, 0.0)
+        self._sampling += values.get("time/sample_s", 0.0)
+        self._updating += values.get("time/update_s", 0.0)
         if self._silent:
             return
         if self._bar is not None:
@@ -62,12 +62,12 @@ class Progress:
 
     def _line(self, done: int, values: Mapping[str, float]) -> str:
         per_step = (time.monotonic() - self._began) / max(done - self._start, 1)
-        sampling, updating = self._sums["time/sample_s"], self._sums["time/update_s"]
-        busy = max(sampling + updating, 1e-9)
-        shares = f"sample {sampling / busy:.0%}, update {updating / busy:.0%}"
+        busy = max(self._sampling + self._updating, 1e-9)
+        shares = f"sample {self._sampling / busy:.0%}, update {self._updating / busy:.0%}"
         loss, seconds, *speed = _numbers({**values, "time/step_s": per_step})
         parts = [f"step {done}/{self._total}", loss, f"{seconds} ({shares})", *speed]
-        return self._name + "  ".join([*parts, f"eta {_clock(per_step * (self._total - done))}"])
+        left = datetime.timedelta(seconds=round(per_step * (self._total - done)))
+        return self._name + "  ".join([*parts, f"eta {left}"])
 
     def clear(self) -> None:
         """Takes the bar off the terminal, so that something else can be printed there.
@@ -84,28 +84,12 @@ class Progress:
 
 
 def _numbers(values: Mapping[str, float]) -> list[str]:
-    """What a line says of a step: its loss, its time and, where they are known, its speed."""
-    found = [f"loss {values['train/loss']:.4f}"]
-    if "time/step_s" in values:
-        found.append(f"{values['time/step_s'] * 1e3:.0f} ms/step")
-    if "time/tokens_per_s" in values:
-        found.append(f"{_short(values['time/tokens_per_s'])} tokens/s")
+    """The loss, time and speed of a step, and, where it is known, its share of the peak."""
+    found = [
+        f"loss {values['train/loss']:.4f}",
+        f"{values['time/step_s'] * 1e3:.0f} ms/step",
+        f"{tqdm.tqdm.format_sizeof(values['time/tokens_per_s'])} tokens/s",
+    ]
     if "time/model_flops_share" in values:
         found.append(f"{values['time/model_flops_share']:.0%} of peak")
     return found
-
-
-def _short(number: float) -> str:
-    """1234 -> "1.23k"."""
-    for size, unit in ((1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.3g}{unit}"
-    return f"{number:.3g}"
-
-
-def _clock(seconds: float) -> str:
-    if not math.isfinite(seconds):
-        return "-"
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -18,8 +18,16 @@ from gkd_jax.training.progress import Progress
 from gkd_jax.training.rollouts import Rewards, Rollout
 
 
-class _Step(NamedTuple):
-    """A step that was dispatched to the device, and whose results nobody has waited for."""
+class Step(NamedTuple):
+    """A step that was dispatched to the device, and whose results nobody has waited for.
+
+    Attributes:
+        number: the step, counted from 0.
+        rollout: the batch that the step trains on.
+        rewards: the rewards of its samples; None without a reward.
+        values: the metrics that the update returns.
+        update_seconds: a future of the seconds for which the update occupies the device.
+    """
 
     number: int
     rollout: Rollout
@@ -36,28 +44,13 @@ class StepLog:
         self._learning_rate = jax.jit(program.recipe.learning_rate())
         self._eos_ids = program.method.sampling.ids(program.models.student)[1]
         self._peak = throughput.peak_flops()
-        self._held: _Step | None = None
+        self._held: Step | None = None
         self._ended_at = 0.0
 
-    def add(
-        self,
-        step: int,
-        rollout: Rollout,
-        rewards: Rewards | None,
-        values: Mapping[str, jax.Array | float],
-        update_seconds: concurrent.futures.Future[float],
-    ) -> None:
-        """Writes the previous step and holds this one, which was just dispatched.
-
-        Args:
-            step: the step, counted from 0.
-            rollout: the batch that the step trains on.
-            rewards: the rewards of its samples; None without a reward.
-            values: the metrics that the update returns.
-            update_seconds: a future of the seconds for which the update occupies the device.
-        """
+    def add(self, step: Step) -> None:
+        """Writes the previous step and holds this one, which was just dispatched."""
         self.flush()
-        self._held = _Step(step, rollout, rewards, values, update_seconds)
+        self._held = step
 
     def flush(self) -> None:
         """Waits for the results of the held step and writes its line.
@@ -91,7 +84,7 @@ class StepLog:
             self._stop_at_nonfinite(step, values)
 
     def _speed(
-        self, step: _Step, values: Mapping[str, float], busy: float, sampled_tokens: float
+        self, step: Step, values: Mapping[str, float], busy: float, sampled_tokens: float
     ) -> dict[str, float]:
         """The time of the step on the clock, its tokens a second, and its share of the peak.
 
@@ -118,7 +111,7 @@ class StepLog:
         )
         return {**found, "time/model_flops_share": flops / seconds / self._peak}
 
-    def _stop_at_nonfinite(self, step: _Step, values: dict[str, float]) -> None:
+    def _stop_at_nonfinite(self, step: Step, values: dict[str, float]) -> None:
         kind = "dataset" if step.rollout.sample is None else "on-policy"
         batch = step.rollout.batch
         arrays = batch._asdict() | (batch.teacher._asdict() if batch.teacher else {})
@@ -131,7 +124,7 @@ class StepLog:
         )
 
 
-def _sample_numbers(step: _Step, eos_ids: tuple[int, ...]) -> dict[str, float]:
+def _sample_numbers(step: Step, eos_ids: tuple[int, ...]) -> dict[str, float]:
     """The metrics of a step's samples and rewards; {} if the step has none.
 
     Args:

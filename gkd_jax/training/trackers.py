@@ -8,7 +8,7 @@ can import it. In a job of several processes only the first one calls them.
 
 from collections.abc import Mapping
 import dataclasses
-from types import ModuleType
+import importlib
 from typing import Any
 
 from gkd_jax.text import settings
@@ -79,9 +79,8 @@ class MLflow:
 
 def _client(name: str) -> Any:
     try:
-        module: ModuleType = __import__(name)
+        return importlib.import_module(name)
     except ModuleNotFoundError:
         raise ModuleNotFoundError(
             f"METRICS_TO needs {name}, which is not installed: {install_command(name)}"
         ) from None
-    return module

@@ -30,7 +30,7 @@ from gkd_jax.training.recipe import Recipe, TrainConfig
 from gkd_jax.training.rollouts import Rollouts
 from gkd_jax.training.run_folder import RunFolder
 from gkd_jax.training.source import Source, open_source
-from gkd_jax.training.step_log import StepLog
+from gkd_jax.training.step_log import Step, StepLog
 
 
 __all__ = ["TrainConfig", "train"]
@@ -165,7 +165,7 @@ def train(
             if recipe.train.sample_ahead and rollout.sample is not None:
                 values = {**values, "staleness": float(rollout.is_early)}
             # While the device works on this step, the host waits for the previous step and logs it.
-            log.add(step, rollout, rewards, values, clock.seconds(began, values["loss"]))
+            log.add(Step(step, rollout, rewards, values, clock.seconds(began, values["loss"])))
 
             stopping |= told_to_stop(done)
             stops = stopping and not rollouts.is_ahead
