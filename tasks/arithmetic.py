@@ -111,7 +111,6 @@ def _dataset(split: str, shuffle_files: bool, seed: int | None = None) -> tf.dat
 features.register(
     TASK,
     source=seqio.FunctionDataSource(_dataset, splits=list(SIZES), num_input_examples=SIZES),
-    preprocessors=[],
     metric_fns=[text_metrics.answer_accuracy],
     vocabulary=vocabularies.arithmetic(),
 )
@@ -137,7 +136,6 @@ features.register(
         splits=list(SIZES),
         num_input_examples={split: 2 * size for split, size in SIZES.items()},
     ),
-    preprocessors=[],
     metric_fns=[text_metrics.answer_accuracy],
     vocabulary=vocabularies.arithmetic(),
 )
@@ -157,7 +155,6 @@ features.register(
     source=seqio.FunctionDataSource(
         _dataset_backwards, splits=list(SIZES), num_input_examples=SIZES
     ),
-    preprocessors=[],
     metric_fns=[text_metrics.exact_match],
     vocabulary=vocabularies.arithmetic(),
 )

@@ -34,7 +34,7 @@ from typing import Any
 import seqio
 import tensorflow as tf
 
-from gkd_jax.tasks import few_shot, folder
+from gkd_jax.tasks import features, few_shot, folder
 from gkd_jax.text import files, text_metrics
 
 
@@ -168,11 +168,12 @@ def _dataset(
 def _register(kind: str, name: str, names: Sequence[str]) -> None:
     """Registers a task of the kind "direct" or "cot" that is made of some of the files."""
     whole = len(names) == len(FILES)
-    few_shot.register(
+    features.register(
         name,
         source=seqio.FunctionDataSource(
             functools.partial(_dataset, names=names, cot=kind == "cot"), splits=["test"]
         ),
+        tokenize=few_shot.TOKENIZE,
         metric_fns=[text_metrics.grouped_exact_match, *([mean_over_tasks] if whole else [])],
         postprocess_fn=cot_answer if kind == "cot" else direct_answer,
     )

@@ -31,7 +31,7 @@ TOKENIZE = (
     seqio.CacheDatasetPlaceholder(),
     seqio.preprocessors.append_eos_after_trim,
 )
-"""The preprocessors that end every task.
+"""The preprocessors that end every task without few-shot prompts.
 
 They turn texts into ids that end in EOS. The texts stay in the example as `*_pretokenized`, and the
 numbers of tokens before the cut as `*_tokens`.
@@ -163,7 +163,8 @@ def register(
     name: str,
     *,
     source: seqio.DataSource,
-    preprocessors: Sequence[Callable],
+    preprocessors: Sequence[Callable] = (),
+    tokenize: Sequence[Callable] = TOKENIZE,
     metric_fns: Sequence[Callable],
     postprocess_fn: Callable | None = None,
     vocabulary: seqio.Vocabulary | None = None,
@@ -176,7 +177,8 @@ def register(
     Args:
         name: the task's name.
         source: the source of the examples.
-        preprocessors: preprocessors that run before those in `TOKENIZE`.
+        preprocessors: preprocessors that run before those in `tokenize`.
+        tokenize: the preprocessors that make ids, `TOKENIZE` or `few_shot.TOKENIZE`.
         metric_fns: seqio metric functions.
         postprocess_fn: seqio's postprocessor of targets and predictions.
         vocabulary: the vocabulary of both features; None means T5's.
@@ -186,7 +188,7 @@ def register(
     return seqio.TaskRegistry.add(
         name,
         source=source,
-        preprocessors=[*preprocessors, *TOKENIZE],
+        preprocessors=[*preprocessors, *tokenize],
         output_features=output_features(vocabulary),
         metric_fns=list(metric_fns),
         postprocess_fn=postprocess_fn,

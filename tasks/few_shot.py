@@ -4,7 +4,7 @@ A task makes examples with a `header`, `shots` (worked examples) and a `question
 joins them to `inputs`, with as many of the first shots as fit into the feature length.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 import itertools
 import os
 import re
@@ -133,35 +133,17 @@ def join_prompt(
     return dataset.map(joined, num_parallel_calls=tf.data.AUTOTUNE)
 
 
-def register(
-    name: str,
-    *,
-    source: seqio.DataSource,
-    preprocessors: Sequence[Callable] = (),
-    metric_fns: Sequence[Callable],
-    postprocess_fn: Callable,
-) -> seqio.Task:
-    """Registers a task with few-shot prompts, or returns the task that has this name already.
+TOKENIZE = (
+    join_prompt,
+    seqio.preprocessors.tokenize,
+    features.count_tokens,
+    seqio.preprocessors.append_eos_after_trim,
+)
+"""The preprocessors that end every task with few-shot prompts.
 
-    The preprocessors must produce the examples that `join_prompt` needs. seqio cannot cache the
-    task, because its prompts depend on the feature lengths.
-    """
-    if name in seqio.TaskRegistry.names():
-        return seqio.TaskRegistry.get(name)
-    return seqio.TaskRegistry.add(
-        name,
-        source=source,
-        preprocessors=[
-            *preprocessors,
-            join_prompt,
-            seqio.preprocessors.tokenize,
-            features.count_tokens,
-            seqio.preprocessors.append_eos_after_trim,
-        ],
-        output_features=features.output_features(),
-        metric_fns=list(metric_fns),
-        postprocess_fn=postprocess_fn,
-    )
+seqio cannot cache such a task, because its prompts depend on the feature lengths. `TOKENIZE` of
+`features` is therefore the same with a place for a cache.
+"""
 
 
 def until_next_question(text: str) -> str:

@@ -58,7 +58,6 @@ def mixture_task(
         source=seqio.FunctionDataSource(
             functools.partial(_dataset, name=name, folder=where, maximum=maximum), splits=["train"]
         ),
-        preprocessors=[],
         metric_fns=[text_metrics.exact_match],
     )
 

@@ -124,10 +124,11 @@ features.register(
     preprocessors=[question_to_answer],
     metric_fns=[text_metrics.answer_accuracy],
 )
-few_shot.register(
+features.register(
     "gsm8k_cot",
     source=_SOURCE,
     preprocessors=[question_to_answer, add_cot_prompt],
+    tokenize=few_shot.TOKENIZE,
     metric_fns=[text_metrics.answer_accuracy],
     postprocess_fn=first_answer,
 )

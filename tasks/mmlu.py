@@ -29,7 +29,7 @@ import os
 import seqio
 import tensorflow as tf
 
-from gkd_jax.tasks import few_shot, folder
+from gkd_jax.tasks import features, few_shot, folder
 from gkd_jax.text import text_metrics
 
 
@@ -111,11 +111,12 @@ def _dataset(
 
 def _register(name: str, subjects: Sequence[str]) -> None:
     """Registers a task that is made of some of the subjects."""
-    few_shot.register(
+    features.register(
         name,
         source=seqio.FunctionDataSource(
             functools.partial(_dataset, subjects=subjects), splits=list(SPLITS)
         ),
+        tokenize=few_shot.TOKENIZE,
         metric_fns=[text_metrics.grouped_exact_match],
         postprocess_fn=few_shot.with_group,
     )

@@ -47,7 +47,6 @@ def _dataset(split: str, shuffle_files: bool, seed: int | None = None) -> tf.dat
 features.register(
     TASK,
     source=seqio.FunctionDataSource(_dataset, splits=list(FILES)),
-    preprocessors=[],
     metric_fns=[text_metrics.bleu],
 )
 

@@ -53,6 +53,5 @@ def _dataset(split: str, shuffle_files: bool, seed: int | None = None) -> tf.dat
 features.register(
     "rte",
     source=seqio.FunctionDataSource(_dataset, splits=list(SPLITS)),
-    preprocessors=[],
     metric_fns=[text_metrics.exact_match],
 )

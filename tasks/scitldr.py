@@ -15,6 +15,7 @@ import seqio
 import tensorflow as tf
 
 from gkd_jax.tasks import features, folder
+from gkd_jax.tasks.few_shot import one_line
 from gkd_jax.text import files, text_metrics
 
 
@@ -31,7 +32,7 @@ def _dataset(split: str, shuffle_files: bool, seed: int | None = None) -> tf.dat
     parsed = files.parse_objects(folder.read_lines(data_dir, FILES[split]), path)
     for number, row in enumerate(parsed, start=1):
         source, target = (_texts(row, key, path, number) for key in ("source", "target"))
-        rows.append((PREFIX + _clean(" ".join(source)), [_clean(text) for text in target]))
+        rows.append((PREFIX + one_line(" ".join(source)), [one_line(text) for text in target]))
     return tf.data.Dataset.from_tensor_slices(
         {
             "inputs": [inputs for inputs, _ in rows],
@@ -50,11 +51,6 @@ def _texts(row: dict[str, Any], key: str, path: str, line: int) -> list[str]:
     return texts
 
 
-def _clean(text: str) -> str:
-    """Returns a text in which every sequence of white space is one space."""
-    return " ".join(text.split())
-
-
 def all_references(
     text: str, *, example: Mapping[str, Any], is_target: bool = False
 ) -> str | list[str]:
@@ -68,7 +64,6 @@ def all_references(
 features.register(
     TASK,
     source=seqio.FunctionDataSource(_dataset, splits=list(FILES)),
-    preprocessors=[],
     metric_fns=[text_metrics.rouge],
     postprocess_fn=all_references,
 )
