@@ -301,7 +301,7 @@ def test_text_of_a_tpu_program():
     # Scores stay on the chip: x twice, g once, its sixteenth rows, and the counters.
     slices = 2 * (4 * 6 * 32 * 8 * 2) + scattered + 16 * 32 * 4
     assert 24 * slices <= cost.traffic <= 24 * (slices + 64)
-    assert precompile.largest_arrays(module, 1)[0] == (
+    assert precompile.largest_arrays(module)[0] == (
         "scores.3 f32[4,6,32,32]",
         4 * 6 * 32 * 32 * 4,
     )

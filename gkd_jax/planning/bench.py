@@ -38,6 +38,7 @@ import json
 import resource
 import sys
 import time
+import timeit
 from typing import Any
 
 import jax
@@ -267,11 +268,5 @@ def copy_gb_per_s() -> float:
 
 
 def _fastest(function: Callable[[], jax.Array]) -> float:
-    """Returns the seconds of the fastest of seven calls, after one that compiles."""
-    function().block_until_ready()
-    times = []
-    for _ in range(7):
-        began = time.perf_counter()
-        function().block_until_ready()
-        times.append(time.perf_counter() - began)
-    return min(times)
+    """Returns the seconds of the fastest of eight calls, of which the first one compiles."""
+    return min(timeit.repeat(lambda: function().block_until_ready(), number=1, repeat=8))

@@ -28,15 +28,17 @@ import numpy as np
 
 from gkd_jax import gkd, sharding
 from gkd_jax.planning import hlo, hlo_text, kernels
-from gkd_jax.planning.topologies import CUDA_PLUGINS, GIB, Chip, describe_topology, platform_of
+from gkd_jax.planning.topologies import CUDA_PLUGINS, Chip, describe_topology, platform_of
 from gkd_jax.storage import pretrained
 from gkd_jax.storage.pretrained import ModelConfig
 from gkd_jax.text import files
 from gkd_jax.training import program, vocabulary_size
 from gkd_jax.training.recipe import Recipe
+from gkd_jax.training.throughput import GIB
 
 
 RESOURCES = ("compute", "hbm", "interconnect")
+_MOST_ARRAYS = 8  # The number of arrays that a message about memory names.
 
 
 class DoesNotFitError(Exception):
@@ -205,7 +207,7 @@ def _cache_path(text: str, topology: str, full: bool) -> pathlib.Path | None:
     return root / "precompile" / f"{hashlib.sha256(parts.encode()).hexdigest()}.json"
 
 
-def largest_arrays(module: hlo_text.Module, count: int = 8) -> list[tuple[str, int]]:
+def largest_arrays(module: hlo_text.Module) -> list[tuple[str, int]]:
     """Returns (origin and shape, bytes) of the largest arrays of a program and its arguments."""
     sizes: dict[str, int] = {}
     fused = {
@@ -223,10 +225,10 @@ def largest_arrays(module: hlo_text.Module, count: int = 8) -> list[tuple[str, i
                 dims = ",".join(map(str, shape.dims))
                 label = f"{instruction.op_name} {shape.dtype}[{dims}]"
                 sizes[label] = max(sizes.get(label, 0), shape.nbytes)
-    return sorted(sizes.items(), key=lambda item: -item[1])[:count]
+    return sorted(sizes.items(), key=lambda item: -item[1])[:_MOST_ARRAYS]
 
 
-def largest_values(jaxpr: Any, count: int = 8) -> list[tuple[str, int]]:
+def largest_values(jaxpr: Any) -> list[tuple[str, int]]:
     """Returns (operation and shape, bytes over all devices) of a traced program's largest values.
 
     It stands in for `largest_arrays` where a program could not be compiled. Some of the values
@@ -249,7 +251,7 @@ def largest_values(jaxpr: Any, count: int = 8) -> list[tuple[str, int]]:
                     visit(getattr(parameter, "jaxpr", parameter))
 
     visit(jaxpr)
-    return sorted(sizes.items(), key=lambda item: -item[1])[:count]
+    return sorted(sizes.items(), key=lambda item: -item[1])[:_MOST_ARRAYS]
 
 
 # Cost ---------------------------------------------------------------------------------------------

@@ -14,10 +14,9 @@ from typing import Any, NamedTuple
 import jax
 
 from gkd_jax.text.extras import install_command
-from gkd_jax.training.throughput import PEAK_FLOPS
+from gkd_jax.training.throughput import GIB, PEAK_FLOPS
 
 
-GIB = 2**30
 CUDA_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")  # of the extras gpu and gpu-cuda12
 
 
