@@ -243,12 +243,12 @@ def test_what_goes_with_the_weights_is_copied(tmp_path):
     names = {file.name for file in (tmp_path / "out").iterdir()}
     copied = {"tokenizer.json", "chat_template.jinja", "LICENSE", "generation_config.json"}
     assert names == {*copied, "config.json", TENSORS, "README.md"}
-    assert hf_folder.eos_ids(tmp_path / "out") == (5, 9)
+    assert hf_folder.token_ids(tmp_path / "out")["eos_token_id"] == [5, 9]
     fields = json.loads((tmp_path / "out" / "config.json").read_text())
     assert fields["eos_token_id"] == [5, 9]
     (tmp_path / "out" / "generation_config.json").unlink()
     edit(tmp_path / "out", {"eos_token_id": 7})
-    assert hf_folder.eos_ids(tmp_path / "out") == (7,)
+    assert hf_folder.token_ids(tmp_path / "out")["eos_token_id"] == 7
 
 
 @pytest.mark.parametrize("options", [{}, {"do_sample": True}, {"num_beams": 3}])

@@ -5,7 +5,7 @@ from typing import Any
 
 from gkd_jax.convert import decoder_fields, hf_folder
 from gkd_jax.convert.decoder_fields import config_fields
-from gkd_jax.convert.layout import Entry, Layout, Part, flatten
+from gkd_jax.convert.layout import Entry, Layout, flatten, hf_part
 from gkd_jax.convert.stored import Stored, check, same
 from gkd_jax.models import lm
 from gkd_jax.models.decoder_config import DecoderConfig
@@ -108,7 +108,7 @@ def _plain(name: str) -> str:
 
 
 def hf_layout(config: DecoderConfig) -> Layout:
-    """Returns the layout of transformers' causal language models; kernels are transposed."""
+    """Returns the layout of transformers' causal language models."""
     norms = _NORMS_WITH_POST if config.post_norms else _NORMS
     layout = {}
     for path, leaf in flatten(lm.abstract_params(config)).items():
@@ -118,7 +118,7 @@ def hf_layout(config: DecoderConfig) -> Layout:
             module = where.removeprefix("decoder/layers/")
             name = f"{_NAMES.get(module) or norms[module]}.{suffix}"
             parts = tuple(
-                _part(f"model.layers.{layer}.{name}", leaf.shape[1:], kind)
+                hf_part(f"model.layers.{layer}.{name}", leaf.shape[1:], kind)
                 for layer in range(config.num_layers)
             )
             layout[path] = Entry(leaf.shape, parts, by_layer=True)
@@ -128,14 +128,8 @@ def hf_layout(config: DecoderConfig) -> Layout:
                 "decoder/decoder_norm": "model.norm.weight",
                 "decoder/logits_dense": _HEAD,
             }[where]
-            layout[path] = Entry(leaf.shape, (_part(name, leaf.shape, kind),), by_layer=False)
+            layout[path] = Entry(leaf.shape, (hf_part(name, leaf.shape, kind),), by_layer=False)
     return layout
-
-
-def _part(name: str, shape: tuple[int, ...], kind: str) -> Part:
-    if kind == "kernel":
-        return Part(name, shape[::-1], ((1,), (0,)))
-    return Part(name, shape, tuple((axis,) for axis in range(len(shape))))
 
 
 def write_generation(folder: pathlib.Path, config: DecoderConfig, num_pieces: int | None) -> None:

@@ -97,19 +97,6 @@ def token_ids(folder: pathlib.Path) -> dict[str, Any]:
     return found
 
 
-def eos_ids(folder: pathlib.Path) -> tuple[int, ...]:
-    """Returns every id that ends a text, or () if the folder states none; see `token_ids`.
-
-    Raises:
-        ValueError: if the stated ids are not integers of at least 0.
-    """
-    stated = token_ids(folder).get("eos_token_id", [])
-    ids = stated if isinstance(stated, list) else [stated]
-    if not all(type(token) is int and token >= 0 for token in ids):
-        raise ValueError(f"{folder}: eos_token_id must be ids, got {stated!r}")
-    return tuple(ids)
-
-
 def spare_ids(vocab_size: int, num_pieces: int | None) -> range:
     """Returns the ids of an embedding that no piece has; none if `num_pieces` is not known."""
     return range(vocab_size if num_pieces is None else num_pieces, vocab_size)

@@ -129,28 +129,33 @@ _HF_POSITION = "SelfAttention.relative_attention_bias.weight"
 
 
 def hf_layout(config: t5.T5Config) -> Layout:
-    """Returns the layout of transformers' T5, mT5 and umT5.
-
-    Kernels and position biases are stored transposed, because torch's layers hold them so.
-    """
+    """Returns the layout of transformers' T5, mT5 and umT5."""
     layout = {}
     for path, leaf in flatten(lm.abstract_params(config)).items():
         names = path.split("/")
         if "layers" in names:
             shape = leaf.shape[1:]
             parts = tuple(
-                _hf_part(_hf_layer_name(names, layer), shape, names)
+                hf_part(_hf_layer_name(names, layer), shape, names[-1])
                 for layer in range(leaf.shape[0])
             )
             layout[path] = Entry(leaf.shape, parts, by_layer=True)
         else:
-            part = _hf_part(_hf_name(names), leaf.shape, names)
+            part = hf_part(_hf_name(names), leaf.shape, names[-1])
             layout[path] = Entry(leaf.shape, (part,), by_layer=False)
     return layout
 
 
-def _hf_part(name: str, shape: tuple[int, ...], names: list[str]) -> Part:
-    if names[-1] in ("kernel", "rel_embedding"):
+def hf_part(name: str, shape: tuple[int, ...], kind: str) -> Part:
+    """Returns the array of transformers that holds a parameter, or a layer of a parameter.
+
+    Args:
+        name: the name of the stored array.
+        shape: the shape of the parameter, or of its layer.
+        kind: the last component of the parameter's path. A "kernel" and a "rel_embedding" are
+            stored transposed, because torch's layers hold them so.
+    """
+    if kind in ("kernel", "rel_embedding"):
         return Part(name, shape[::-1], ((1,), (0,)))
     return Part(name, shape, _identity(len(shape)))
 

@@ -63,9 +63,8 @@ def as_dtype(dtype: Any) -> np.dtype:
     Raises:
         ValueError: for any other dtype.
     """
-    name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
-    check_dtype(name)
-    return BFLOAT16 if name == "bfloat16" else np.dtype(np.float32)
+    check_dtype(dtype if isinstance(dtype, str) else np.dtype(dtype).name)
+    return np.dtype(dtype)
 
 
 def as_stored_dtype(dtype: str) -> np.dtype:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 import contextlib
+import os
 import pathlib
 import secrets
 import shutil
@@ -14,6 +15,18 @@ from gkd_jax.convert.layout import Layout, Part, flatten, to_stored
 from gkd_jax.models.parameters import Params
 
 
+def check_output(path: str) -> None:
+    """Raises ValueError if a path exists, is remote, or cannot become a folder."""
+    if "://" in path:
+        raise ValueError(f"output must be a local folder, got {path}: write locally, then copy")
+    final = pathlib.Path(path)
+    if final.exists():
+        raise ValueError(f"output {path!r} exists already: give a new folder")
+    parent = next(folder for folder in final.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ValueError(f"output {path!r} cannot be made: {parent} is no folder to write to")
+
+
 @contextlib.contextmanager
 def complete_folder(path: str) -> Iterator[pathlib.Path]:
     """Yields a temporary folder that is renamed to `path` when the body of the `with` succeeds.
@@ -22,13 +35,10 @@ def complete_folder(path: str) -> Iterator[pathlib.Path]:
     temporary folder is removed.
 
     Raises:
-        ValueError: if `path` exists or is remote.
+        ValueError: if `path` exists or cannot be created (see `check_output`).
     """
-    if "://" in path:
-        raise ValueError(f"output must be a local folder, got {path}: write locally, then copy")
+    check_output(path)
     final = pathlib.Path(path)
-    if final.exists():
-        raise ValueError(f"output {path} exists already: give a new folder")
     final.parent.mkdir(parents=True, exist_ok=True)
     folder = final.with_name(f"{final.name}.tmp-{secrets.token_hex(4)}")
     folder.mkdir()
@@ -66,18 +76,14 @@ def unwritten(layout: Layout, params: Params) -> list[Unwritten]:
         ValueError: if a part of a parameter is only on the devices of another process.
     """
     leaves = flatten(params)
-    _check_on_this_host(leaves)
-    return [
-        Unwritten(part, leaves[path], layer if entry.by_layer else None)
-        for path, entry in layout.items()
-        for layer, part in enumerate(entry.parts)
-    ]
-
-
-def _check_on_this_host(leaves: dict[str, Any]) -> None:
     for path, leaf in leaves.items():
         if not getattr(leaf, "is_fully_addressable", True):
             raise ValueError(
                 f"{path} is spread over several processes: save a checkpoint of the run and "
                 "convert that on one"
             )
+    return [
+        Unwritten(part, leaves[path], layer if entry.by_layer else None)
+        for path, entry in layout.items()
+        for layer, part in enumerate(entry.parts)
+    ]

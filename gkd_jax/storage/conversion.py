@@ -1,6 +1,5 @@
 """Implements `gkd-jax convert`, which reads a checkpoint in any format and writes it in another."""
 
-import os
 import pathlib
 import re
 import sys
@@ -11,6 +10,7 @@ from etils import epath
 from gkd_jax import convert
 from gkd_jax.convert import hf_folder
 from gkd_jax.convert.stored import as_dtype
+from gkd_jax.convert.writing import check_output
 from gkd_jax.models import lm
 from gkd_jax.models.t5_config import T5Config
 from gkd_jax.storage import hub, loading, model_card, pretrained, saved_model, tokenizer_files
@@ -52,7 +52,7 @@ def convert_checkpoint(
         raise ValueError(f"to must be one of {', '.join(FORMATS)}, got {to!r}")
     if dtype != STORED:
         as_dtype(dtype)
-    _check_output(output)
+    check_output(output)
     if dry_run and pretrained.is_remote(source):
         print(
             f"dry run: all is well, but {source} is remote and was not looked at", file=sys.stderr
@@ -143,18 +143,6 @@ def _write_own(
         hf_folder.copy_companions(
             pathlib.Path(beside), pathlib.Path(output) / tokenizer_files.HF_FILES
         )
-
-
-def _check_output(output: str) -> None:
-    """Raises ValueError if `output` cannot become a new local folder."""
-    if "://" in output:
-        raise ValueError(f"output must be a local folder, got {output}: write locally, then copy")
-    path = pathlib.Path(output)
-    if path.exists():
-        raise ValueError(f"output {output!r} exists already: convert writes to a new folder")
-    parent = next(folder for folder in path.absolute().parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ValueError(f"output {output!r} cannot be made: {parent} is no folder to write to")
 
 
 def _step_of(source: str) -> int:
