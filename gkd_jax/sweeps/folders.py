@@ -35,13 +35,10 @@ def records(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
 
 def recorded(folder: pathlib.Path, marker: str) -> dict[str, Any] | None:
     """Returns the content of a marker file; None if there is none, and {} if it is damaged."""
-    try:
-        record = json.loads((folder / marker).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    path = folder / marker
+    if not path.exists():
         return None
-    except (ValueError, OSError):
-        return {}
-    return record if isinstance(record, dict) else {}
+    return files.read_record(path) or {}
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
