@@ -14,7 +14,8 @@ from gkd_jax import convert, load_model
 from gkd_jax.models import decoder, lm, t5
 from gkd_jax.models.execution import ExecutionSettings
 from gkd_jax.storage import conversion, saved_model
-from gkd_jax.storage.content import check_finite, content_id
+from gkd_jax.storage.content import content_id
+from gkd_jax.storage.loading import check_finite
 
 
 CONFIG = t5.t5_1_1("32x2", vocab_size=32)

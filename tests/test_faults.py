@@ -18,7 +18,7 @@ from gkd_jax.evaluation import evaluate
 from gkd_jax.input import streams
 from gkd_jax.input.data import DataConfig
 from gkd_jax.sharding import MeshConfig
-from gkd_jax.storage import checkpoints, content, fingerprints, saved_model
+from gkd_jax.storage import checkpoints, fingerprints, loading, saved_model
 from gkd_jax.storage.loading import load_model
 from gkd_jax.storage.pretrained import ModelConfig
 from gkd_jax.training import metrics, optimizers, samples, train
@@ -196,7 +196,7 @@ def write_broken_teacher(finished, folder, words):
 @pytest.fixture
 def broken_teacher(finished, tmp_path, monkeypatch):
     """A teacher that loads, but whose logits are NaN if one word occurs in the targets."""
-    monkeypatch.setattr(content, "check_finite", lambda params, path: None)
+    monkeypatch.setattr(loading, "check_finite", lambda params, path: None)
     return write_broken_teacher(finished, tmp_path / "teacher", WORD)
 
 
@@ -232,7 +232,7 @@ def test_steps_that_are_not_finite_can_be_skipped_and_are_counted(broken_teacher
 def test_a_run_whose_steps_were_all_skipped_fails_whenever_it_is_started(
     finished, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(content, "check_finite", lambda params, path: None)
+    monkeypatch.setattr(loading, "check_finite", lambda params, path: None)
     teacher = write_broken_teacher(finished, tmp_path / "teacher", slice(None))
     folder = tmp_path / "run"
     trainer = train.TrainConfig(train_steps=2, skip_nonfinite=True)

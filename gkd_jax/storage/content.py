@@ -1,4 +1,4 @@
-"""Identifies a checkpoint by its content, and checks that its parameters are finite."""
+"""Identifies a checkpoint by its content."""
 
 from collections.abc import Iterator
 import concurrent.futures
@@ -6,20 +6,16 @@ import hashlib
 import json
 import os
 import re
-from typing import Any
 
 from etils import epath
-import jax
-import jax.numpy as jnp
 
 from gkd_jax import convert
 from gkd_jax.models import lm
-from gkd_jax.storage import fingerprints, saved_model
+from gkd_jax.storage import saved_model
 
 
 _ENDS = 2**20  # The number of bytes that are read at each end of a file.
 _READERS = 16  # The number of files read concurrently, enough to hide the latency of a bucket.
-_MOST_NAMES = 10  # The number of arrays that one error message names.
 
 
 def content_id(path: str) -> str:
@@ -84,44 +80,3 @@ def _size_and_ends(file: epath.Path) -> tuple[int, bytes]:
             opened.seek(max(size - _ENDS, _ENDS))
             ends += opened.read(_ENDS)
     return size, ends
-
-
-def check_finite(params: Any, path: str) -> None:
-    """Checks that all parameters are finite, because other models decode empty texts silently.
-
-    Args:
-        params: the loaded parameters, sharded or not.
-        path: the checkpoint's path, for the error message.
-
-    Raises:
-        ValueError: if an array has a NaN or an infinity; the message names the arrays, and the
-            layers of arrays that stack the layers of a model.
-    """
-    names = fingerprints.array_names(params)
-    stacked = tuple("/layers/" in name for name in names)
-    flags = jax.device_get(_finite(jax.tree.leaves(params), stacked))
-    wrong = list(_not_finite(names, flags))
-    if wrong:
-        more = f" and {len(wrong) - _MOST_NAMES} more" if len(wrong) > _MOST_NAMES else ""
-        raise ValueError(
-            f"the checkpoint {path!r} holds numbers that are not finite (NaN or infinity), in "
-            f"{', '.join(wrong[:_MOST_NAMES])}{more}"
-        )
-
-
-def _not_finite(names: list[str], flags: list[Any]) -> Iterator[str]:
-    for name, flag in zip(names, flags, strict=True):
-        if flag.ndim == 0 and not flag:
-            yield name
-        elif flag.ndim:
-            yield from (f"{name} (layer {layer})" for layer in (~flag).nonzero()[0])
-
-
-def _all_finite(leaves: list[jax.Array], stacked: tuple[bool, ...]) -> list[jax.Array]:
-    return [
-        jnp.all(jnp.isfinite(leaf), axis=tuple(range(int(by_layer), leaf.ndim)))
-        for leaf, by_layer in zip(leaves, stacked, strict=True)
-    ]
-
-
-_finite = jax.jit(_all_finite, static_argnums=1)

@@ -1,11 +1,18 @@
 """Loads a checkpoint of any format: its config, its parameters, and its number of ids."""
 
+from collections.abc import Iterator
+from typing import Any
+
 from etils import epath
 import jax
+import jax.numpy as jnp
 
 from gkd_jax import convert
 from gkd_jax.models import lm
-from gkd_jax.storage import content, hub, saved_model
+from gkd_jax.storage import fingerprints, hub, saved_model
+
+
+_MOST_NAMES = 10  # The number of arrays that one error message names.
 
 
 def load_config(path: str) -> lm.Config:
@@ -49,8 +56,49 @@ def load_params(path: str, target: lm.Params, config: lm.Config) -> lm.Params:
         leaf = jax.tree.leaves(target)[0]
         shardings = None if leaf.sharding is None else jax.tree.map(lambda x: x.sharding, target)
         params = convert.read_params(path, config, dtype=leaf.dtype, shardings=shardings)
-    content.check_finite(params, path)
+    check_finite(params, path)
     return params
+
+
+def check_finite(params: Any, path: str) -> None:
+    """Checks that all parameters are finite, because other models decode empty texts silently.
+
+    Args:
+        params: the loaded parameters, sharded or not.
+        path: the checkpoint's path, for the error message.
+
+    Raises:
+        ValueError: if an array has a NaN or an infinity; the message names the arrays, and the
+            layers of arrays that stack the layers of a model.
+    """
+    names = fingerprints.array_names(params)
+    stacked = tuple("/layers/" in name for name in names)
+    flags = jax.device_get(_finite(jax.tree.leaves(params), stacked))
+    wrong = list(_not_finite(names, flags))
+    if wrong:
+        more = f" and {len(wrong) - _MOST_NAMES} more" if len(wrong) > _MOST_NAMES else ""
+        raise ValueError(
+            f"the checkpoint {path!r} holds numbers that are not finite (NaN or infinity), in "
+            f"{', '.join(wrong[:_MOST_NAMES])}{more}"
+        )
+
+
+def _not_finite(names: list[str], flags: list[Any]) -> Iterator[str]:
+    for name, flag in zip(names, flags, strict=True):
+        if flag.ndim == 0 and not flag:
+            yield name
+        elif flag.ndim:
+            yield from (f"{name} (layer {layer})" for layer in (~flag).nonzero()[0])
+
+
+def _all_finite(leaves: list[jax.Array], stacked: tuple[bool, ...]) -> list[jax.Array]:
+    return [
+        jnp.all(jnp.isfinite(leaf), axis=tuple(range(int(by_layer), leaf.ndim)))
+        for leaf, by_layer in zip(leaves, stacked, strict=True)
+    ]
+
+
+_finite = jax.jit(_all_finite, static_argnums=1)
 
 
 def load_model(path: str) -> tuple[lm.Config, lm.Params]:
