@@ -115,7 +115,7 @@ class EvalConfig:
             raise ValueError(
                 f"decoding must be 'greedy', 'sample', 'beam' or 'likeliest', got {self.decoding!r}"
             )
-        settings.check_seed("seed", self.seed)
+        settings.check_seed(self.seed)
         settings.check_positive(self, "num_beams", "num_samples")
         settings.check_positive(self, "batch_size", "decode_rows", "target_length")
         if not self.alpha >= 0:

@@ -91,7 +91,7 @@ class DataConfig:
         if not self.task:
             raise ValueError(f"task must be the name of a seqio task, got {self.task!r}")
         given = self.feature_lengths
-        if not isinstance(given, Mapping) or {*given, TEACHER_INPUTS} != {*FEATURES}:
+        if {*given, TEACHER_INPUTS} != {*FEATURES}:
             raise ValueError(
                 "feature_lengths must be {'inputs': ..., 'targets': ...}, and may have "
                 f"{TEACHER_INPUTS!r}, got {given!r}"
@@ -107,7 +107,7 @@ class DataConfig:
             if not isinstance(length, int) or length < 1:
                 raise ValueError(f"feature_lengths[{name!r}] must be positive, got {length!r}")
         settings.check_positive(self, "batch_size", "num_examples")
-        settings.check_seed("seed", self.seed)
+        settings.check_seed(self.seed)
         if not all(isinstance(length, int) and length > 0 for length in self.length_buckets):
             raise ValueError(f"length_buckets must be positive integers, got {self.length_buckets}")
         if tuple(sorted(set(self.length_buckets))) != tuple(self.length_buckets):

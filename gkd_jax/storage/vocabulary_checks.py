@@ -94,8 +94,8 @@ def check_special_ids(
     Raises:
         ValueError: if the vocabulary has other special ids; the message names them.
     """
-    remote = "://" in getattr(vocabulary, "sentencepiece_model_file", "")
-    if not lm.eos_ids(config) or (remote and not check_remote):
+    unread = vocabularies.is_remote(vocabulary) and not check_remote
+    if unread or not lm.eos_ids(config):
         return
     ends, pad, unknown = vocabularies.end_ids(vocabulary), vocabulary.pad_id, vocabulary.unk_id
     expected = lm.eos_ids(config), lm.banned_ids(config)[0]

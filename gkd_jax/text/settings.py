@@ -41,10 +41,10 @@ def check_types(config: Any) -> None:
             )
 
 
-def check_seed(name: str, value: int) -> None:
+def check_seed(seed: int) -> None:
     """Raises ValueError for a seed that JAX's 32 bits do not tell from another seed."""
-    if not 0 <= value < 2**32:
-        raise ValueError(f"{name} must be an integer of at least 0 and below 2**32, got {value!r}")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be an integer of at least 0 and below 2**32, got {seed!r}")
 
 
 def check_positive(config: Any, *names: str) -> None:

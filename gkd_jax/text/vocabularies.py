@@ -186,6 +186,11 @@ def piece(vocabulary: seqio.Vocabulary, token: int) -> str:
     return vocabulary.decode([token])
 
 
+def is_remote(vocabulary: seqio.Vocabulary) -> bool:
+    """Returns whether a vocabulary is read from a remote file."""
+    return "://" in getattr(vocabulary, "sentencepiece_model_file", "")
+
+
 def check_readable(vocabulary: seqio.Vocabulary, *, check_remote: bool = True) -> None:
     """Checks the file of a SentencePiece vocabulary, which seqio opens only on first use.
 
@@ -199,8 +204,7 @@ def check_readable(vocabulary: seqio.Vocabulary, *, check_remote: bool = True) -
     """
     if not isinstance(vocabulary, seqio.SentencePieceVocabulary):
         return
-    path = vocabulary.sentencepiece_model_file
-    remote = "://" in path
+    path, remote = vocabulary.sentencepiece_model_file, is_remote(vocabulary)
     if remote and not check_remote:
         return
     try:
@@ -229,9 +233,10 @@ def num_pieces(vocabulary: seqio.Vocabulary, *, check_remote: bool = True) -> in
     Raises:
         ValueError: if a remote file would have to be read and may not be; the message names it.
     """
-    path = getattr(vocabulary, "sentencepiece_model_file", "")
-    if check_remote or "://" not in path:
+    if check_remote or not is_remote(vocabulary):
         return vocabulary.vocab_size
+    assert isinstance(vocabulary, seqio.SentencePieceVocabulary)
+    path = vocabulary.sentencepiece_model_file
     if path == T5_PATH:
         return 32_000 + vocabulary.extra_ids
     raise ValueError(

@@ -92,7 +92,7 @@ class TrainConfig:
             raise ValueError(f"best_mode must be 'max' or 'min', got {self.best_mode!r}")
         if self.best_metric is not None and self.eval_period is None:
             raise ValueError(f"best_metric={self.best_metric!r} needs EVAL_PERIOD, got None")
-        settings.check_seed("seed", self.seed)
+        settings.check_seed(self.seed)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -48,19 +48,19 @@ def open_source(
     tasks, vocabulary = named_tasks.open_tasks(
         recipe.data, tokenizer=tokenizer, check_remote=check_remote
     )
-    remote = "://" in getattr(vocabulary, "sentencepiece_model_file", "")
+    is_read = check_remote or not vocabularies.is_remote(vocabulary)
     for name, task in tasks.items():
         named_tasks.check_split(task, recipe.data.split)
         named_tasks.check_teacher_inputs(name, task, recipe.data)
-        if recipe.method.uses_dataset() and (check_remote or not remote):
+        if recipe.method.uses_dataset() and is_read:
             why = "only with ON_POLICY_FRACTION 1 is nothing learnt from the data set's targets"
             named_tasks.check_targets(task, recipe.data.split, why)
     num_pieces = vocabulary_checks.shared_pieces(
         vocabulary, recipe.models, pending, check_remote=check_remote
     )
     cached_k, num_pieces = _check_cache(recipe, vocabulary, num_pieces, pending)
-    ends = None if remote and not check_remote else vocabularies.end_ids(vocabulary) or None
-    return Source(tasks, vocabulary, num_pieces, cached_k, ends)
+    ends = vocabularies.end_ids(vocabulary) if is_read else ()
+    return Source(tasks, vocabulary, num_pieces, cached_k, ends or None)
 
 
 def _check_cache(
