@@ -7,7 +7,8 @@ import seqio
 import small_tokenizers
 import tensorflow as tf
 
-from gkd_jax.input import data, fit, in_memory, streams
+from gkd_jax.input import data, in_memory, streams
+from gkd_jax.input.split import Split
 from gkd_jax.tasks import arithmetic, features
 from gkd_jax.text import vocabularies
 from gkd_jax.text.tokenizer_folder import TokenizerVocabulary
@@ -137,7 +138,7 @@ def test_many_texts_are_tokenized_as_seqio_tokenizes_each(tmp_path, kind, length
         preprocessors=features.TOKENIZE,
         output_features=features.output_features(vocabulary),
     )
-    ours = list(fit.in_order(task, "train", lengths))
+    ours = list(Split(task, "train", lengths).in_order())
     theirs = list(task.get_dataset(lengths, split="train", shuffle=False).as_numpy_iterator())
     assert len(ours) == len(theirs) == 4
     for mine, other in zip(ours, theirs, strict=True):
@@ -146,7 +147,7 @@ def test_many_texts_are_tokenized_as_seqio_tokenizes_each(tmp_path, kind, length
         for name, value in other.items():
             assert np.asarray(mine[name]).dtype == np.asarray(value).dtype
             np.testing.assert_array_equal(mine[name], value)
-    assert len(list(fit.in_order(task, "train", lengths, num_examples=3))) == 3
+    assert len(list(Split(task, "train", lengths, num_examples=3).in_order())) == 3
 
 
 def test_sources_with_vectors_are_left_to_seqio():
@@ -164,7 +165,7 @@ def test_sources_with_vectors_are_left_to_seqio():
     )
     lengths = {"inputs": 4, "targets": 4}
     assert features.source_texts(task, "train") is None
-    assert len(list(fit.in_order(task, "train", lengths))) == 2
+    assert len(list(Split(task, "train", lengths).in_order())) == 2
     config = data.DataConfig(task="vectors", feature_lengths=lengths, batch_size=2)
     batch = next(streams.TrainIterator(task, config))
     assert sorted(batch.input_lengths) == [2, 3]
@@ -203,6 +204,6 @@ def test_large_and_unknown_sources_keep_seqio_s_window(task, monkeypatch):
 
 def test_the_number_of_examples_is_the_source_s():
     task = seqio.TaskRegistry.get("arithmetic")
-    assert in_memory.number_of_examples(task, "train", None) == arithmetic.SIZES["train"]
-    assert in_memory.number_of_examples(task, "train", 2500) == 2500
-    assert in_memory.number_of_examples(task, "validation", 2500) == 512
+    assert in_memory.number_of_examples(Split(task, "train", {}, None)) == arithmetic.SIZES["train"]
+    assert in_memory.number_of_examples(Split(task, "train", {}, 2500)) == 2500
+    assert in_memory.number_of_examples(Split(task, "validation", {}, 2500)) == 512

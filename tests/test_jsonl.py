@@ -12,6 +12,7 @@ import small_tokenizers
 import transformers
 
 from gkd_jax.input import data, eval_batches, named_tasks, streams
+from gkd_jax.input.split import Split
 from gkd_jax.tasks import arithmetic, jsonl, rows
 from gkd_jax.text import task_names, vocabularies
 from gkd_jax.text.tokenizer_folder import TokenizerVocabulary
@@ -441,8 +442,7 @@ def test_the_stream_gives_lengths_and_can_be_saved(tmp_path, folders):
 def test_evaluation_gives_lengths_and_fills_up_with_rows_of_one_token(tmp_path, folders):
     path = write(tmp_path / "data.jsonl", pairs(3))
     task = open_task(path, vocabulary=str(folders["qwen"]))
-    settings = {"feature_lengths": LENGTHS, "split": "train", "batch_size": 2}
-    batches = list(eval_batches.eval_batches(task, **settings))
+    batches = list(eval_batches.eval_batches(Split(task, "train", LENGTHS), 2))
     assert [len(batch.examples) for batch in batches] == [2, 1]
     expected = [len(vocabularies.of_folder(folders["qwen"]).encode(f"in {i}")) for i in range(3)]
     assert [int(n) for batch in batches for n in batch.batch.input_lengths] == [*expected, 1]

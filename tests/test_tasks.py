@@ -10,6 +10,7 @@ import seqio
 import tensorflow as tf
 
 from gkd_jax.input import fit
+from gkd_jax.input.split import Split
 from gkd_jax.tasks import (
     arithmetic,
     bbh,
@@ -555,11 +556,11 @@ def test_what_does_not_fit_is_said_once(capsys, monkeypatch):
         len(question) + 1 > 100 for question, _ in arithmetic.problems()["validation"][:50]
     )
     for _ in range(2):
-        fit.warn_once(task, "validation", lengths, num_examples=50)
+        fit.warn_once(Split(task, "validation", lengths, num_examples=50))
     said = capsys.readouterr().err
     assert said.count("WARNING") == 1
     assert f"{longer} of 50 examples ({2 * longer:.1f} %) have longer inputs than 100" in said
-    fit.warn_once(task, "validation", {"inputs": 500, "targets": 500})
+    fit.warn_once(Split(task, "validation", {"inputs": 500, "targets": 500}))
     assert not capsys.readouterr().err
     # A task that does not say what was there before: what fills its length counts.
     rows = [{"inputs": [1] * size, "targets": [1]} for size in (3, 4)]

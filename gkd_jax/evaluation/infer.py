@@ -22,6 +22,7 @@ from gkd_jax.evaluation import decodings, evaluate, made_by
 from gkd_jax.evaluation.evaluate import EvalConfig
 from gkd_jax.input import eval_batches, named_tasks
 from gkd_jax.input.data import DataConfig
+from gkd_jax.input.split import Split
 from gkd_jax.models import lm
 from gkd_jax.storage import content, saved_model, tokenizer_files
 from gkd_jax.storage.context_checks import warn_of_long_texts
@@ -61,14 +62,10 @@ class _Decoding:
     lengths: dict[str, int]
 
     def batches(self, config: DataConfig, evaluation: EvalConfig):
-        return eval_batches.eval_batches(
-            self.task,
-            feature_lengths=self.lengths,
-            split=evaluation.split,
-            batch_size=self.batch_size,
-            num_examples=evaluation.num_examples,
-            use_cached=config.use_cached,
+        split = Split(
+            self.task, evaluation.split, self.lengths, evaluation.num_examples, config.use_cached
         )
+        return eval_batches.eval_batches(split, self.batch_size)
 
 
 def _prepare(

@@ -17,6 +17,7 @@ from gkd_jax import gkd, sharding
 from gkd_jax.batch import Batch, TopK
 from gkd_jax.input import eval_batches, named_tasks, teacher_cache
 from gkd_jax.input.data import DataConfig, check_ids, place
+from gkd_jax.input.split import Split
 from gkd_jax.models import lm
 from gkd_jax.storage import content, saved_model, tokenizer_files
 from gkd_jax.storage.context_checks import warn_of_long_texts
@@ -86,15 +87,7 @@ def run(
     jitted = jax.jit(score, out_shardings=sharding.replicated(device_mesh))
     params = place_params(model, config, device_mesh)
     about = _about(model, data, vocabulary, num_pieces, k, temperature)
-    batches = eval_batches.eval_batches(
-        task,
-        feature_lengths=data.feature_lengths,
-        split=data.split,
-        batch_size=data.batch_size,
-        num_examples=data.num_examples,
-        use_cached=data.use_cached,
-        seed=data.seed,
-    )
+    batches = eval_batches.eval_batches(Split.of(task, data), data.batch_size)
 
     def scored(batch: Batch) -> TopK:
         check_ids(batch, num_pieces)

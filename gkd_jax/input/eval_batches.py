@@ -8,6 +8,7 @@ import numpy as np
 from gkd_jax.batch import Batch
 from gkd_jax.input import fit
 from gkd_jax.input.data import TEACHER_INPUTS
+from gkd_jax.input.split import Split
 
 
 class EvalBatch(NamedTuple):
@@ -23,37 +24,22 @@ class EvalBatch(NamedTuple):
     examples: list[dict[str, Any]]
 
 
-def eval_batches(
-    task: Any,
-    *,
-    feature_lengths: Mapping[str, int],
-    split: str,
-    batch_size: int,
-    num_examples: int | None = None,
-    use_cached: bool = False,
-    seed: int | None = None,
-) -> Iterator[EvalBatch]:
+def eval_batches(split: Split, batch_size: int) -> Iterator[EvalBatch]:
     """Yields the examples of a split once, in their own order, in batches of one shape.
 
     Args:
-        task: a seqio task or mixture.
-        feature_lengths: {"inputs": S, "targets": T}. Longer sequences are cut, shorter ones padded.
-        split: the split of the task.
+        split: the examples. Longer sequences than its lengths are cut, shorter ones padded.
         batch_size: the number of rows of every batch.
-        num_examples: how many of the first examples are read; None means all.
-        use_cached: whether the task is read from seqio's cache.
-        seed: the seed of tasks whose examples depend on a seed. Training passes `DataConfig.seed`.
     """
-    read = {"num_examples": num_examples, "use_cached": use_cached, "seed": seed}
-    fit.warn_once(task, split, feature_lengths, **read)
+    fit.warn_once(split)
     rows: list[dict[str, Any]] = []
-    for example in fit.in_order(task, split, feature_lengths, **read):
+    for example in split.in_order():
         rows.append(example)
         if len(rows) == batch_size:
-            yield fill_batch(rows, feature_lengths, batch_size)
+            yield fill_batch(rows, split.lengths, batch_size)
             rows = []
     if rows:
-        yield fill_batch(rows, feature_lengths, batch_size)
+        yield fill_batch(rows, split.lengths, batch_size)
 
 
 def fill_batch(

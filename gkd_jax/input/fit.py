@@ -1,19 +1,17 @@
-"""Reads a split in its own order, and warns once about examples that do not fit the lengths."""
+"""Counts the examples that do not fit the feature lengths, and warns about them once."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 import sys
 from typing import Any, NamedTuple
 
 import jax
 
-from gkd_jax.input.dataset_options import untuned
-from gkd_jax.tasks import features  # pyright: ignore[reportMissingImports]
+from gkd_jax.input.split import Split
 
 
 LOOKED_AT = 500
 """Examples of a split that a warning is about, at most."""
 
-_ROWS_AT_ONCE = 256
 _warned: set[tuple] = set()
 
 
@@ -76,81 +74,23 @@ def count(examples: Iterable[Mapping[str, Any]], lengths: Mapping[str, int]) -> 
     return Fit(total, cut, fewer, none)
 
 
-def in_order(
-    task: Any,
-    split: str,
-    lengths: Mapping[str, int],
-    *,
-    num_examples: int | None = None,
-    use_cached: bool = False,
-    seed: int | None = None,
-) -> Iterator[dict[str, Any]]:
-    """Yields the examples of a split once, in their own order, as NumPy arrays.
-
-    Args:
-        task: a seqio task or mixture.
-        split: the split of the task.
-        lengths: the largest number of tokens of each feature.
-        num_examples: how many of the first examples are read; None means all.
-        use_cached: whether the task is read from seqio's cache.
-        seed: the seed of tasks whose examples depend on a seed.
-    """
-    limit = -1 if num_examples is None else num_examples
-    texts = features.source_texts(task, split, use_cached=use_cached)
-    if texts is not None:
-        # seqio traces a graph for each preprocessor, and calls it for each example.
-        for some in untuned(texts.take(limit).batch(_ROWS_AT_ONCE)):
-            made = features.tokenize_rows(
-                some, output_features=task.output_features, lengths=lengths
-            )
-            columns = {name: list(values.numpy()) for name, values in made.items()}
-            for row in zip(*columns.values(), strict=True):
-                yield dict(zip(columns, row, strict=True))
-        return
-    dataset = task.get_dataset(
-        dict(lengths),
-        split=split,
-        use_cached=use_cached,
-        shuffle=False,
-        seed=seed,
-        num_epochs=1,
-        try_in_mem_cache=False,
-    )
-    examples: Any = untuned(dataset.take(limit))
-    yield from examples.as_numpy_iterator()
-
-
-def warn_once(
-    task: Any,
-    split: str,
-    lengths: Mapping[str, int],
-    *,
-    num_examples: int | None = None,
-    use_cached: bool = False,
-    seed: int | None = None,
-) -> None:
+def warn_once(split: Split) -> None:
     """Prints a warning to standard error if examples of a split do not fit the feature lengths.
 
     Only the first examples of the split are examined (at most `LOOKED_AT`), by process 0 only, and
     only once for a task, split and lengths.
-
-    Args:
-        task, split, lengths, num_examples, use_cached, seed: see `in_order`.
     """
-    about = (task.name, split, tuple(sorted(lengths.items())))
+    about = (split.task.name, split.name, tuple(sorted(split.lengths.items())))
     if about in _warned or jax.process_index() != 0:
         return
     _warned.add(about)
-    looked_at = min(LOOKED_AT, num_examples or LOOKED_AT)
-    found = count(
-        in_order(task, split, lengths, num_examples=looked_at, use_cached=use_cached, seed=seed),
-        lengths,
-    )
-    said = found.sentence(lengths)
+    first = split._replace(num_examples=min(LOOKED_AT, split.num_examples or LOOKED_AT))
+    found = count(first.in_order(), split.lengths)
+    said = found.sentence(split.lengths)
     if said:
-        first = f" (of the first {found.examples})" if found.examples == LOOKED_AT else ""
+        which = f" (of the first {found.examples})" if found.examples == LOOKED_AT else ""
         print(
-            f"WARNING: task {task.name!r}, split {split!r}{first}: {said}. "
+            f"WARNING: task {split.task.name!r}, split {split.name!r}{which}: {said}. "
             "TASK_FEATURE_LENGTHS sets the lengths.",
             file=sys.stderr,
         )

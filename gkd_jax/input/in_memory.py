@@ -14,6 +14,7 @@ import seqio
 import tensorflow as tf
 
 from gkd_jax.input.dataset_options import untuned
+from gkd_jax.input.split import Split
 
 
 LARGEST = 100_000
@@ -27,26 +28,22 @@ _Ragged: Any = tf.RaggedTensor  # pyright does not see its class methods
 _KEY = 498247692  # the first part of the keys that `tf.random.experimental.index_shuffle` makes
 
 
-def number_of_examples(
-    task: seqio.Task | seqio.Mixture, split: str, limit: int | None, *, use_cached: bool = False
-) -> int | None:
+def number_of_examples(split: Split) -> int | None:
     """Returns the largest number of examples that a pass over a split has; None if unknown.
 
-    Args:
-        task: a task or a mixture. A mixture repeats its tasks at rates and has no passes; the
-            result for a mixture is `limit`.
-        split: the split of the task.
-        limit: how many of the first examples are used; None means all.
-        use_cached: whether the task is read from seqio's cache.
+    A mixture repeats its tasks at rates and has no passes; the result for a mixture is the split's
+    own limit.
     """
+    task, limit = split.task, split.num_examples
     if isinstance(task, seqio.Mixture):
         return limit
-    if use_cached and task.supports_caching:
-        size = int(task.get_cached_stats(split)["examples"])
+    if split.use_cached and task.supports_caching:
+        size = int(task.get_cached_stats(split.name)["examples"])
     else:
-        size = task.source.num_input_examples(split)
+        size = task.source.num_input_examples(split.name)
     if size is None:  # The dataset of a table in memory knows its size.
-        found = int(task.source.get_dataset(split=split, shuffle=False).cardinality().numpy())
+        dataset = task.source.get_dataset(split=split.name, shuffle=False)
+        found = int(dataset.cardinality().numpy())
         size = found if found >= 0 else None
     return min((count for count in (size, limit) if count is not None), default=None)
 

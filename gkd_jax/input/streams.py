@@ -22,7 +22,7 @@ from gkd_jax.batch import Batch
 from gkd_jax.input import fit, in_memory
 from gkd_jax.input.data import TEACHER_INPUTS, WHOLE, DataConfig, Shape, Shard
 from gkd_jax.input.dataset_options import untuned
-from gkd_jax.tasks import features  # pyright: ignore[reportMissingImports]
+from gkd_jax.input.split import Split
 
 
 _Rows = tf.RaggedTensor | tf.Tensor
@@ -93,21 +93,20 @@ def _batches(task: Any, config: DataConfig, shard: Shard) -> tf.data.Dataset:
     Warns of examples that do not fit the lengths.
     """
     tasks = list(task.values()) if isinstance(task, Mapping) else [task]
-    for one in tasks:
-        fit.warn_once(
-            one,
-            config.split,
-            config.feature_lengths,
-            num_examples=config.num_examples,
-            use_cached=config.use_cached,
-            seed=config.seed,
-        )
+    splits = [Split.of(one, config) for one in tasks]
+    for split in splits:
+        fit.warn_once(split)
     batch_size, shapes = config.batch_size // shard.num_shards, config.shapes()
-    sources = [_in_memory(one, config) for one in tasks]
+    sources = [_in_memory(split, config.features()) for split in splits]
     if len(sources) == 1 and len(shapes) == 1 and sources[0] is not None:
         # The rows of a batch are neighbours in the source, so they are made all at once.
         return _endless(sources[0], batch_size, config, shard).map(_padding(config, shapes[0]))
-    parts = [_rows(one, source, config, shard) for one, source in zip(tasks, sources, strict=True)]
+    parts = [
+        _large(split, shard)
+        if source is None
+        else _endless(source, in_memory.ROWS_AT_ONCE, config, shard).unbatch()
+        for split, source in zip(splits, sources, strict=True)
+    ]
     rows = parts[0] if len(parts) == 1 else _in_blocks(parts, config)
     if len(shapes) > 1:
         return _in_buckets(rows, config, batch_size)
@@ -121,70 +120,58 @@ def _in_blocks(datasets: Sequence[tf.data.Dataset], config: DataConfig) -> tf.da
     return tf.data.Dataset.choose_from_datasets(list(datasets), choices)
 
 
-def _rows(
-    task: Any, source: in_memory.Shuffled | None, config: DataConfig, shard: Shard
-) -> tf.data.Dataset:
-    """Returns the endless shuffled rows of a task: vectors of ids.
+def _in_memory(split: Split, names: Sequence[str]) -> in_memory.Shuffled | None:
+    """Returns the examples of a small source, all of which are shuffled in memory.
 
-    All examples of a small source are shuffled in memory. The first `num_examples` of a large
-    source are shuffled in a buffer of 50,000, and a whole large source is shuffled by seqio.
+    The result is None if the source is large or of unknown size.
 
     Args:
-        task: the task.
-        source: the result of `_in_memory`.
-        config: the configuration of the data.
-        shard: the part of the examples that this process reads.
+        split: the examples.
+        names: the features of an example that are read.
     """
-    if source is not None:
-        return _endless(source, in_memory.ROWS_AT_ONCE, config, shard).unbatch()
-    if config.num_examples is not None:
-        part = _read(task, config, shuffle=False, num_epochs=1).take(config.num_examples)
-        return (
-            part.shard(shard.num_shards, shard.index)
-            .shuffle(50_000, seed=config.seed, reshuffle_each_iteration=True)
-            .repeat()
-        )
-    parts = None if shard == WHOLE else seqio.ShardInfo(shard.index, shard.num_shards)
-    return _read(task, config, shuffle=True, num_epochs=None, shard_info=parts)
-
-
-def _in_memory(task: Any, config: DataConfig) -> in_memory.Shuffled | None:
-    """Returns the examples of a small source; None if the source is large or of unknown size."""
-    size = in_memory.number_of_examples(
-        task, config.split, config.num_examples, use_cached=config.use_cached
-    )
+    size = in_memory.number_of_examples(split)
     if size is None or size > in_memory.LARGEST:
         return None
-    texts = features.source_texts(task, config.split, use_cached=config.use_cached)
-    if texts is not None:
+    texts = split.texts()
+    if texts is None:
+        return in_memory.Examples(split.dataset(), names)
 
-        def tokenize(some):
-            rows = features.tokenize_rows(
-                some, output_features=task.output_features, lengths=config.feature_lengths
-            )
-            return {name: rows[name] for name in config.features()}
+    def tokenize(some):
+        rows = split.tokenize(some)
+        return {name: rows[name] for name in names}
 
-        return in_memory.Texts(texts.take(config.num_examples or -1), tokenize)
-    whole = _read(task, config, shuffle=False, num_epochs=1).take(config.num_examples or -1)
-    return in_memory.Examples(whole, config.features())
+    return in_memory.Texts(texts, tokenize)
+
+
+def _large(split: Split, shard: Shard) -> tf.data.Dataset:
+    """Returns the endless shuffled rows of a large source: vectors of ids.
+
+    The first `num_examples` of a source are shuffled in a buffer of 50,000, and a whole source is
+    shuffled by seqio.
+    """
+    if split.num_examples is not None:
+        return (
+            split.dataset()
+            .shard(shard.num_shards, shard.index)
+            .shuffle(50_000, seed=split.seed, reshuffle_each_iteration=True)
+            .repeat()
+        )
+    return split.task.get_dataset(
+        dict(split.lengths),
+        split=split.name,
+        use_cached=split.use_cached,
+        shuffle=True,
+        seed=split.seed,
+        num_epochs=None,
+        shard_info=None if shard == WHOLE else seqio.ShardInfo(shard.index, shard.num_shards),
+        try_in_mem_cache=False,
+    )
 
 
 def _endless(
     source: in_memory.Shuffled, batch_size: int, config: DataConfig, shard: Shard
 ) -> tf.data.Dataset:
     return source.batches(config.seed, batch_size, num_shards=shard.num_shards, index=shard.index)
-
-
-def _read(task: Any, config: DataConfig, **settings: Any) -> tf.data.Dataset:
-    """Returns seqio's dataset of a task's tokenized examples."""
-    return task.get_dataset(
-        dict(config.feature_lengths),
-        split=config.split,
-        use_cached=config.use_cached,
-        seed=config.seed,
-        try_in_mem_cache=False,
-        **settings,
-    )
 
 
 def _padded(

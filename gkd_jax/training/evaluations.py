@@ -14,6 +14,7 @@ import seqio
 from gkd_jax import gkd
 from gkd_jax.evaluation import evaluate
 from gkd_jax.input import eval_batches, named_tasks
+from gkd_jax.input.split import Split
 from gkd_jax.models import lm
 from gkd_jax.storage import tokenizer_files
 from gkd_jax.text import task_names, vocabularies
@@ -133,14 +134,9 @@ class Evaluations:
     def _batches(self, task: Any) -> Iterator[eval_batches.EvalBatch]:
         # A task without prompts of the teacher's own is scored behind the student's.
         lengths = {k: v for k, v in self._lengths.items() if k in task.output_features}
-        return eval_batches.eval_batches(
-            task,
-            feature_lengths=lengths,
-            split=self._config.split,
-            batch_size=self._batch_size,
-            num_examples=self._config.num_examples,
-            use_cached=self._data.use_cached,
-        )
+        config = self._config
+        split = Split(task, config.split, lengths, config.num_examples, self._data.use_cached)
+        return eval_batches.eval_batches(split, self._batch_size)
 
     def __call__(
         self, params: lm.Params, teacher_params: lm.Params | None, step: int
