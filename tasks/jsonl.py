@@ -13,7 +13,7 @@ A path may end in ":" and a value of the field `teacher`, such as `data.jsonl:ma
 has the rows with this value (`gkd_jax.text.task_names`).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
 import hashlib
@@ -76,7 +76,6 @@ def make_task(
     *,
     vocabulary: seqio.Vocabulary,
     options: Options = Options(),
-    metric_fns: Sequence[Callable] = (text_metrics.exact_match,),
 ) -> seqio.Task:
     """Returns the task of a JSONL file or of a folder of JSONL files, without registering it.
 
@@ -84,8 +83,6 @@ def make_task(
         path: the file or folder, local or `gs://`, perhaps with a selection of rows.
         vocabulary: the vocabulary of the model.
         options: settings for turning rows into examples.
-        metric_fns: seqio metric functions of `targets` and `predictions`. Rows without a target are
-            left out of the metrics.
 
     Raises:
         FileNotFoundError: if the folder has no file of any split.
@@ -101,7 +98,7 @@ def make_task(
         ),
         preprocessors=[functools.partial(_same_vocabulary, vocabulary=vocabulary)],
         postprocess_fn=_postprocess,
-        metric_fns=[_of_rows_with_targets(metric_fn) for metric_fn in metric_fns],
+        metric_fns=[_exact_match],
     )
 
 
@@ -110,20 +107,6 @@ def task_name(path: str | os.PathLike) -> str:
     absolute = _absolute(path)
     stem = re.sub(r"\W+", "_", os.path.basename(absolute).split(".")[0])
     return f"jsonl_{stem}_{hashlib.sha256(absolute.encode()).hexdigest()[:8]}"
-
-
-def read_rows(path: str | os.PathLike) -> list[dict[str, str]]:
-    """Returns `inputs` and `targets` of every line of a file in which each line has both.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if a line is not as expected; the message names the file and the line.
-    """
-    objects = files.parse_objects(files.read_lines(path), path, ("inputs", "targets"))
-    return [
-        {key: files.string(row, key, path, number) for key in ("inputs", "targets")}
-        for number, row in enumerate(objects, start=1)
-    ]
 
 
 def is_held_out(index: int, options: Options) -> bool:
@@ -381,22 +364,14 @@ def _same_vocabulary(
     return dataset
 
 
-def _of_rows_with_targets(metric_fn: Callable) -> Callable:
-    """Returns a metric function that leaves out rows whose target is None.
-
-    If no row has a target, the result of the returned function is {}.
-    """
-
-    @functools.wraps(metric_fn)
-    def of_those(targets, predictions):
-        kept = [
-            (target, prediction)
-            for target, prediction in zip(targets, predictions, strict=True)
-            if target is not None
-        ]
-        return metric_fn(*map(list, zip(*kept, strict=True))) if kept else {}
-
-    return of_those
+def _exact_match(targets: Sequence[str | None], predictions: Sequence[str]) -> dict[str, float]:
+    """Returns the exact match of the rows that have a target; {} if none has."""
+    kept = [
+        (target, prediction)
+        for target, prediction in zip(targets, predictions, strict=True)
+        if target is not None
+    ]
+    return text_metrics.exact_match(*zip(*kept, strict=True)) if kept else {}
 
 
 def _absolute(path: str | os.PathLike) -> str:

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 import pytest
 
-from gkd_jax.tasks import bbh, flan, jsonl, mmlu, multi30k, rte
+from gkd_jax.tasks import bbh, flan, mmlu, multi30k, rte
 from gkd_jax.text import files, vocabularies
 
 
@@ -135,7 +135,7 @@ def test_folders_and_missing_files(tmp_path):
 def test_bad_json_lines_name_file_line_and_what_was_expected(tmp_path, line, message):
     path = write(tmp_path / "x.jsonl", json.dumps(GOOD) + "\n" + line + "\n")
     with pytest.raises(ValueError, match=re.escape(f"{path}, line 2: ") + ".*" + message) as error:
-        jsonl.read_rows(path)
+        flan.read_file(str(path))
     assert len(str(error.value)) < 400 + len(str(path))
 
 
@@ -158,7 +158,7 @@ def test_a_file_without_an_object_is_named(tmp_path, content, message):
 
 def test_escaped_pairs_are_text(tmp_path):
     path = write(tmp_path / "x.jsonl", '{"inputs": "\\ud83d\\ude00", "targets": "\\\\ud83d"}\n')
-    assert jsonl.read_rows(path) == [{"inputs": "\U0001f600", "targets": "\\ud83d"}]
+    assert flan.read_file(str(path)) == [{"inputs": "\U0001f600", "targets": "\\ud83d"}]
 
 
 def test_a_vocabulary_that_is_none_is_named(tmp_path):
@@ -200,8 +200,8 @@ def readers(folder: pathlib.Path, content: bytes):
     """(path, reader) for every kind of file, each written with this content."""
     for name in ("x.jsonl", "x.jsonl.gz", "x.tsv", "x.txt", "dev.tsv", "val.en", "val.de"):
         write(folder / name, content)
-    yield "x.jsonl", lambda: jsonl.read_rows(folder / "x.jsonl")
-    yield "x.jsonl.gz", lambda: jsonl.read_rows(folder / "x.jsonl.gz")
+    yield "x.jsonl", lambda: flan.read_file(str(folder / "x.jsonl"))
+    yield "x.jsonl.gz", lambda: flan.read_file(str(folder / "x.jsonl.gz"))
     yield "x.tsv", lambda: flan.read_file(str(folder / "x.tsv"))
     yield "x.txt", lambda: files.read_lines(folder / "x.txt")
     yield "dev.tsv", lambda: rte.read_rows(str(folder), "dev.tsv")

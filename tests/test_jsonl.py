@@ -13,7 +13,7 @@ import transformers
 
 from gkd_jax.input import data, eval_batches, named_tasks, streams
 from gkd_jax.input.split import Split
-from gkd_jax.tasks import arithmetic, jsonl, rows
+from gkd_jax.tasks import arithmetic, flan, jsonl, rows
 from gkd_jax.text import task_names, vocabularies
 from gkd_jax.text.tokenizer_folder import TokenizerVocabulary
 
@@ -557,7 +557,7 @@ def test_rows_and_tasks_name_the_same_teachers(tmp_path, changed, names, message
 
 def test_missing_and_empty_files(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"absent\.jsonl"):
-        jsonl.read_rows(tmp_path / "absent.jsonl")
+        flan.read_file(str(tmp_path / "absent.jsonl"))
     path = write(tmp_path / "empty.jsonl", [])
     with pytest.raises(ValueError, match=r"empty\.jsonl: .*empty file"):
         texts(open_task(path))

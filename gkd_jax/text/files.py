@@ -147,19 +147,16 @@ def read_json_object(path: str | os.PathLike) -> dict[str, Any]:
     return value
 
 
-def parse_objects(
-    lines: Sequence[str], path: str | os.PathLike, keys: Sequence[str] = ()
-) -> list[dict[str, Any]]:
+def parse_objects(lines: Sequence[str], path: str | os.PathLike) -> list[dict[str, Any]]:
     """Returns the JSON object in each line.
 
     Args:
         lines: the lines of a JSONL file.
         path: the file, for error messages.
-        keys: the keys that every object must have.
 
     Raises:
-        ValueError: if there are no lines, or if a line is empty, is no JSON object or lacks a key;
-            the message names the file and the line.
+        ValueError: if there are no lines, or if a line is empty or is no JSON object; the message
+            names the file and the line.
     """
     rows = []
     for number, line in enumerate(lines, start=1):
@@ -168,9 +165,6 @@ def parse_objects(
         row = parse_json(line, path, number)
         if not isinstance(row, dict):
             fault(path, number, f"expected a JSON object, got {line[:60]!r}")
-        for key in keys:
-            if key not in row:
-                fault(path, number, f"key {key!r} is missing")
         rows.append(row)
     if not rows:
         fault(path, None, "expected a JSON object a line, got an empty file")
