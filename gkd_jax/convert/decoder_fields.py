@@ -182,8 +182,9 @@ def read(fields: dict[str, Any]) -> DecoderConfig:
     if known["head_dim"] is None:
         known["head_dim"] = known["hidden_size"] // heads
     attention_bias, mlp_bias = bool(known["attention_bias"]), bool(known["mlp_bias"])
-    windows = _windows(kind, fields, known)
-    ropes, rope_of_layer = rope_fields.read(kind, known, _layer_types(kind, known))
+    types = _layer_types(kind, known)
+    windows = _windows(kind, fields, known, types)
+    ropes, rope_of_layer = rope_fields.read(kind, known, types)
     return DecoderConfig(
         **{ours: known[theirs] for theirs, ours in _SIZES.items()},
         activation=_activation(known, "hidden_activation" if gemma else "hidden_act"),
@@ -258,13 +259,16 @@ def _layer_types(kind: str, known: dict[str, Any]) -> list[str]:
     return list(stated)
 
 
-def _windows(kind: str, fields: dict[str, Any], known: dict[str, Any]) -> tuple[int, ...]:
+def _windows(
+    kind: str, fields: dict[str, Any], known: dict[str, Any], types: list[str]
+) -> tuple[int, ...]:
     """Returns the attention window of each layer in tokens, as `DecoderConfig.windows` holds it.
 
     Args:
         kind: the model type.
         fields: the keys in the `config.json`.
         known: `fields` completed with the defaults of the class.
+        types: the type of each layer.
     """
     window = known["sliding_window"]
     if kind == "llama":
@@ -277,7 +281,6 @@ def _windows(kind: str, fields: dict[str, Any], known: dict[str, Any]) -> tuple[
         return ()
     if type(window) is not int or window < 1:
         raise ValueError(f"sliding_window must be a positive integer or null, got {window!r}")
-    types = _layer_types(kind, known)
     if "sliding_attention" not in types:
         return ()
     return tuple(window if name == "sliding_attention" else 0 for name in types)
@@ -286,7 +289,7 @@ def _windows(kind: str, fields: dict[str, Any], known: dict[str, Any]) -> tuple[
 # Writing ------------------------------------------------------------------------------------------
 
 
-def model_type(config: DecoderConfig) -> str:
+def _model_type(config: DecoderConfig) -> str:
     """Returns the `model_type` whose class in transformers computes this model.
 
     Raises:
@@ -302,14 +305,11 @@ def model_type(config: DecoderConfig) -> str:
     else:
         kind = "mistral" if windows and all(windows) else "llama"
     # The guess is right only if reading the written fields gives the same model again.
-    if read(_fields(kind, config)) != _architecture(config):
+    # `config.json` does not store the execution settings, so what is read has their defaults.
+    settings = dataclasses.asdict(ExecutionSettings())
+    if read(_fields(kind, config)) != dataclasses.replace(config, **settings):
         raise ValueError(f"no class of transformers has these switches together: {config}")
     return kind
-
-
-def _architecture(config: DecoderConfig) -> DecoderConfig:
-    """Returns `config` with the default execution settings, which `config.json` does not store."""
-    return dataclasses.replace(config, **dataclasses.asdict(ExecutionSettings()))
 
 
 def config_fields(config: DecoderConfig, dtype: str) -> dict[str, Any]:
@@ -322,7 +322,7 @@ def config_fields(config: DecoderConfig, dtype: str) -> dict[str, Any]:
     Raises:
         ValueError: if no class of transformers computes the model.
     """
-    kind = model_type(config)
+    kind = _model_type(config)
     return {
         "architectures": [_ARCHITECTURES[kind]],
         "model_type": kind,
