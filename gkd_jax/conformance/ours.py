@@ -36,7 +36,6 @@ STUDENT = t5.T5Config(
     relpos_buckets=8,
     relpos_max_distance=20,
 )
-PIECES = 32  # The other 8 ids of the embedding have no piece.
 LENGTH = 6
 # The logit of ids without a piece. It is so large that a softmax that wrongly includes these ids
 # gives a clearly different loss.

@@ -134,9 +134,9 @@ def _sample_numbers(step: Step, eos_ids: tuple[int, ...]) -> dict[str, float]:
     numbers: dict[str, float] = {}
     sample = step.rollout.sample
     if sample is not None:
-        weights = np.asarray(jax.device_get(sample.weights))
-        tokens = np.asarray(jax.device_get(sample.tokens))
-        log_probs = np.asarray(jax.device_get(sample.log_probs))
+        tokens, weights, log_probs = jax.device_get(
+            (sample.tokens, sample.weights, sample.log_probs)
+        )
         found = samples.sample_statistics(tokens, weights, eos_ids)
         numbers["train/sample_length"] = found["length"]
         numbers["train/truncated_fraction"] = found["truncated_fraction"]
