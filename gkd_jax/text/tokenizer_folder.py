@@ -68,7 +68,8 @@ class TokenizerVocabulary(seqio.Vocabulary):
             if f"{name}_token" in names
         }
         self.eos_ids = _end_ids(self.folder, self._ids.get("eos"))
-        self._pad_id = self._ids.get("pad", self._named_pad())
+        stated, _ = _stated(self.folder, "pad_token_id")
+        self._pad_id = self._ids.get("pad", stated if isinstance(stated, int) else None)
         self._adds_specials = False
         self.chat_template = _read_template(self.folder, config, names)
 
@@ -232,14 +233,6 @@ class TokenizerVocabulary(seqio.Vocabulary):
 
         return tf.numpy_function(decode, [ids], tf.string, stateful=False)
 
-    def _named_pad(self) -> int | None:
-        """Returns the pad id that the model's configuration states; None if it states none."""
-        for name in ("generation_config.json", "config.json"):
-            found = _text_config(read_json(self.folder, name)).get("pad_token_id")
-            if isinstance(found, int):
-                return found
-        return None
-
     def __reduce__(self) -> tuple[Any, ...]:
         return _again, (self.folder, self._adds_specials)
 
@@ -334,10 +327,19 @@ def _special_tokens(folder: str, config: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def _text_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Returns a model's configuration; the keys of a composite model's `text_config` are added."""
-    inner = config.get("text_config")
-    return {**inner, **config} if isinstance(inner, dict) else config
+def _stated(folder: str, key: str) -> tuple[Any, str]:
+    """Returns the value of a key of the model's configuration, and the file that states it.
+
+    `generation_config.json` overrides `config.json`, and a composite model has the keys of its text
+    model in `text_config`. If no file states the key, the value is None.
+    """
+    for name in ("generation_config.json", "config.json"):
+        config = read_json(folder, name)
+        inner = config.get("text_config")
+        found = {**(inner if isinstance(inner, dict) else {}), **config}.get(key)
+        if found is not None:
+            return found, name
+    return None, ""
 
 
 def _end_ids(folder: str, named: int | None) -> tuple[int, ...]:
@@ -349,10 +351,7 @@ def _end_ids(folder: str, named: int | None) -> tuple[int, ...]:
     Raises:
         ValueError: if `eos_token_id` in the folder is neither an id nor a list of ids.
     """
-    found, source = None, ""
-    for name in ("generation_config.json", "config.json"):
-        if found is None:
-            found, source = _text_config(read_json(folder, name)).get("eos_token_id"), name
+    found, source = _stated(folder, "eos_token_id")
     listed = found if isinstance(found, list) else [] if found is None else [found]
     if not all(type(index) is int and index >= 0 for index in listed):
         message = f"eos_token_id must be an id or a list of ids, got {found!r}"
