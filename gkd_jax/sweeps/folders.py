@@ -81,9 +81,5 @@ def survey(runs: Sequence[Run], root: pathlib.Path) -> tuple[set[str], dict[str,
 
 def put_aside(folder: pathlib.Path) -> pathlib.Path:
     """Renames a folder to one that is free, and returns the new path."""
-    for number in itertools.count(1):
-        target = folder.with_name(f"{folder.name}.replaced_{number}")
-        if not target.exists():
-            folder.rename(target)
-            return target
-    raise AssertionError
+    places = (folder.with_name(f"{folder.name}.replaced_{n}") for n in itertools.count(1))
+    return folder.rename(next(place for place in places if not place.exists()))
