@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import signal
 import sys
 
 from gkd_jax.main import main
@@ -23,6 +24,8 @@ def program() -> None:
     except SystemExit as ending:
         status[0] = ending.code if isinstance(ending.code, int) else int(ending.code is not None)
         raise
+    finally:  # Ctrl-C while Python itself ends would print a traceback, and end nothing
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _end(status: int) -> None:

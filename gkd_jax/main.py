@@ -7,7 +7,6 @@ configuration, 143 after SIGTERM, 130 after Ctrl-C. `train` saves a checkpoint a
 """
 
 from collections.abc import Sequence
-import signal
 import sys
 import traceback
 
@@ -37,9 +36,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             traceback.print_exc()
         print(f"gkd-jax: error: {_message(error)}", file=sys.stderr)
         sys.exit(2 if isinstance(error, _CONFIGURATION_ERRORS) else 1)
-    finally:
-        if argv is None:  # Ctrl-C while Python itself ends would print a traceback, and end nothing
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 _CONFIGURATION_ERRORS = (

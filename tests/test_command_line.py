@@ -124,8 +124,10 @@ def test_packages_are_hidden_for_a_while_unless_they_are_imported(monkeypatch):
 
 def test_ctrl_c_after_the_work_is_done_is_silent():
     script = (
-        "import atexit, os, signal; from gkd_jax.main import main; "
-        "atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT)); main()"
+        "import atexit, os, signal, gkd_jax.__main__ as process; command = process.main\n"
+        "def main():\n"
+        "    atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT)); command()\n"
+        "process.main = main; process.program()"
     )
     done = subprocess.run(
         [sys.executable, "-c", script, "--version"], capture_output=True, text=True, cwd=ROOT
