@@ -59,16 +59,18 @@ class Split(NamedTuple):
 
     def dataset(self) -> tf.data.Dataset:
         """Returns seqio's dataset of the tokenized examples."""
-        dataset = self.task.get_dataset(
+        return self.read(shuffle=False, num_epochs=1).take(self._limit)
+
+    def read(self, **settings: Any) -> tf.data.Dataset:
+        """Returns seqio's dataset of the whole split, with more arguments of `get_dataset`."""
+        return self.task.get_dataset(
             dict(self.lengths),
             split=self.name,
             use_cached=self.use_cached,
-            shuffle=False,
             seed=self.seed,
-            num_epochs=1,
             try_in_mem_cache=False,
+            **settings,
         )
-        return dataset.take(self._limit)
 
     def texts(self) -> tf.data.Dataset | None:
         """Returns the examples before they are tokenized; None if `tokenize` cannot do that."""

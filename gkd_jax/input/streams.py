@@ -156,16 +156,8 @@ def _large(split: Split, shard: Shard) -> tf.data.Dataset:
             .shuffle(50_000, seed=split.seed, reshuffle_each_iteration=True)
             .repeat()
         )
-    return split.task.get_dataset(
-        dict(split.lengths),
-        split=split.name,
-        use_cached=split.use_cached,
-        shuffle=True,
-        seed=split.seed,
-        num_epochs=None,
-        shard_info=None if shard == WHOLE else seqio.ShardInfo(shard.index, shard.num_shards),
-        try_in_mem_cache=False,
-    )
+    part = None if shard == WHOLE else seqio.ShardInfo(shard.index, shard.num_shards)
+    return split.read(shuffle=True, num_epochs=None, shard_info=part)
 
 
 def _endless(
