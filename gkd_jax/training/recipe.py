@@ -294,7 +294,9 @@ def is_below(name: str, fields: tuple[str, ...]) -> bool:
     A `*` in a field stands for any text, as in "teacher.models.*.mesh".
     """
     return any(
-        name == field or name.startswith(f"{field}.") or fnmatch.fnmatchcase(name, pattern)
+        name == field
+        or name.startswith(f"{field}.")
+        or fnmatch.fnmatchcase(name, field)
+        or fnmatch.fnmatchcase(name, f"{field}.*")
         for field in fields
-        for pattern in (field, f"{field}.*")
     )

@@ -56,12 +56,6 @@ def check_rows(recipe: Recipe, mesh: Mesh) -> None:
     """
     rows, num_parts = recipe.data.task_rows, recipe.train.num_microbatches
     several = isinstance(recipe.teacher, TaskTeachers)
-    for name, model in recipe.teachers.items():
-        own_mesh = sharding.with_sizes(mesh, model.mesh)
-        own_rows = rows[name.removeprefix("teacher.models.")] if several else sum(rows.values())
-        if model.mesh is not None:
-            what = f"the rows of {name} in a microbatch"
-            sharding.check_batch_size(own_rows // num_parts, own_mesh, what)
     num_shards = sharding.batch_shards(mesh)
     if several and math.gcd(*rows.values()) % (num_shards * num_parts):
         raise ValueError(
@@ -69,6 +63,11 @@ def check_rows(recipe: Recipe, mesh: Mesh) -> None:
             f"({num_shards}) x num_microbatches ({num_parts}) = {num_shards * num_parts} must "
             f"divide the rows of every task, got {rows}"
         )
+    for name, model in recipe.teachers.items():
+        own_rows = rows[name.removeprefix("teacher.models.")] if several else sum(rows.values())
+        own_mesh = sharding.with_sizes(mesh, model.mesh)
+        what = f"the rows of {name} in a microbatch"
+        sharding.check_batch_size(own_rows // num_parts, own_mesh, what)
 
 
 def abstract_params(recipe: Recipe, learner: gkd.Learner, mesh: Mesh) -> lm.Params | None:
