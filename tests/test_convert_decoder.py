@@ -1,7 +1,9 @@
 """Hugging Face folders of decoder-only models are read, written and refused as documented."""
 
 import dataclasses
+import itertools
 import json
+import math
 
 import decoder_models
 import jax
@@ -300,22 +302,78 @@ def test_an_exported_model_never_generates_ids_that_no_piece_has(
         ("llama", {"residual_scale": 2.0}, "the key residual_scale=2.0 is not known"),
         ("gpt_oss", {}, "model_type must be one of llama, .*gemma3, got 'gpt_oss'"),
         ("llama", {"hidden_act": "relu"}, "hidden_act must be one of silu, .*got 'relu'"),
-        ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2}}, "kind must be one of"),
+        ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2}}, "rope_type must be one of"),
         ("llama", {"rope_scaling": {"type": "llama3", "factor": 2}}, "needs low_freq_factor"),
-        ("llama", {"rope_scaling": {"type": "linear"}}, "'linear' needs a factor"),
+        ("llama", {"rope_scaling": {"type": "linear"}}, "'linear' needs factor"),
         ("llama", {"rope_scaling": {"mrope_section": [1]}}, "not known: mrope_section"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 changes"),
         ("llama", {"sliding_window": 3}, "llama has no sliding_window"),
         ("qwen3", {"layer_types": ["linear_attention"]}, "layer_types must be 32 of"),
         ("gemma3_text", {"use_bidirectional_attention": True}, "changes the numbers"),
         ("gemma3_text", {"rope_parameters": {"rope_type": "default"}}, "must be given for"),
-        ("qwen3", {"num_key_value_heads": 5}, "num_heads must be a multiple"),
+        ("qwen3", {"num_key_value_heads": 5}, "num_attention_heads must be a multiple"),
+        ("llama", {"final_logit_softcapping": 3.0}, "the key final_logit_softcapping=3.0 is not"),
+        ("llama", {"num_hidden_layers": 1, "layer_types": ["sliding_attention"]}, "of llama must"),
+        (
+            "qwen2",
+            {"num_hidden_layers": 1, "layer_types": ["sliding_attention"]},
+            "use_sliding_window must be true, got False",
+        ),
+        ("gemma2", {"sliding_window": None}, "sliding_window must be a positive integer, got None"),
+        ("gemma2", {"final_logit_softcapping": 0.0}, "final_logit_softcapping must be a positive"),
+        ("llama", {"rope_scaling": {"rope_type": None}}, "rope_type must be .*got None"),
+        ("llama", {"hidden_size": 30, "num_attention_heads": 4}, "hidden_size must be a multiple"),
         ("gemma3", {}, "needs an object text_config"),
     ],
 )
 def test_what_changes_the_numbers_is_refused(kind, changes, message):
     with pytest.raises(ValueError, match=message):
         decoder_fields.read({"model_type": kind, **changes})
+
+
+WRONG = (None, "2", "", -1, 0, 1.5, True, [], ["a"], {}, {"a": 1}, 10**30, math.nan, math.inf)
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_a_value_of_another_kind_is_read_as_nothing_else_or_named_with_its_key(kind):
+    """A file may hold any JSON: a `config.json` that a script wrote, or that was edited."""
+    fields = json.loads(CLASSES[kind](num_hidden_layers=3).to_json_string(use_diff=False))
+    fields |= {"rope_scaling": None, "rope_theta": 1e4, "sliding_window_pattern": 6}
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+    rope |= {"rope_theta": 1e4, "beta_fast": 32, "beta_slow": 1, "attention_factor": 1.0}
+    if not kind.startswith("gemma3"):
+        fields = {**fields, "sliding_window_pattern": None, "rope_parameters": rope}
+    refused = 0
+    for key, value in itertools.product(fields, WRONG):
+        changed = {**fields, key: value}
+        if key in ("rope_theta", "rope_scaling"):
+            del changed["rope_parameters"]
+        refused += _is_refused_by_name(changed, key)
+    assert refused > 200
+    for key, value in itertools.product(rope, WRONG):
+        _is_refused_by_name({**fields, "rope_scaling": {**rope, key: value}}, key)
+
+
+def _is_refused_by_name(fields, key):
+    try:
+        config = decoder_fields.read(fields)
+    except ValueError as error:
+        if key not in str(error):
+            raise
+        return True
+    assert all(type(x) is int for x in (config.num_layers, config.d_model, *config.windows))
+    return False
+
+
+@pytest.mark.parametrize("pattern", [1, 2, 3, 6, 9])
+@pytest.mark.parametrize("key", ["sliding_window_pattern", "_sliding_window_pattern"])
+def test_the_layers_of_a_pattern_are_those_of_transformers(pattern, key):
+    stated = {"num_hidden_layers": 7, "sliding_window": 5, key: pattern}
+    theirs = transformers.Gemma3TextConfig(**stated).layer_types
+    # Newer files have both keys, of which transformers reads the one without an underscore.
+    ours = decoder_fields.read({"model_type": "gemma3_text", "_sliding_window_pattern": 6} | stated)
+    expected = tuple(5 if name == "sliding_attention" else 0 for name in theirs)
+    assert (ours.windows or (0,) * 7) == expected
 
 
 def test_keys_without_effect_are_taken():

@@ -198,6 +198,35 @@ def test_another_way_to_decode_is_refused_by_name(tmp_path, file, fields, messag
 
 
 @pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        # transformers obeys these two, and not `feed_forward_proj`.
+        ({"dense_act_fn": "relu"}, 'dense_act_fn must be "gelu_new" or absent, got .relu.'),
+        ({"is_gated_act": False}, "is_gated_act must be true or absent, got False"),
+        ({"quantization_config": {"bits": 8}}, "quantization_config must be null or absent"),
+        ({"num_layers": 10**30}, "num_layers must be at most 10000, got 10000000"),
+        ({"relative_attention_max_distance": 4}, "max_distance more than half of it, got 8 and 4"),
+        ({"relative_attention_num_buckets": 2}, "num_buckets must be at least 4.* got 2 and 20"),
+        ({"scale_decoder_outputs": "no"}, "scale_decoder_outputs must be true or false, got 'no'"),
+        ({"model_type": ["t5"]}, r"model_type must be one of t5, .*got \['t5'\]"),
+    ],
+)
+def test_what_transformers_computes_otherwise_or_not_at_all_is_refused(tmp_path, fields, message):
+    folder, _ = make_folder(tmp_path / "theirs", "t5_1_1")
+    edit_json(tmp_path / "theirs" / "config.json", **fields)
+    with pytest.raises(ValueError, match=f"config.json: .*{message}"):
+        convert.read_config(folder)
+
+
+def test_an_mt5_is_never_scaled_whatever_its_file_says(tmp_path):
+    folder, _ = make_folder(tmp_path / "theirs", "mt5")
+    edit_json(tmp_path / "theirs" / "config.json", scale_decoder_outputs=True)
+    model = transformers.MT5ForConditionalGeneration.from_pretrained(folder).eval()
+    config = convert.read_config(folder)
+    assert_equal_models(config, convert.read_params(folder, config), model)
+
+
+@pytest.mark.parametrize(
     "fields",
     [
         {"decoder_start_token_id": 0, "eos_token_id": [1], "pad_token_id": 0},

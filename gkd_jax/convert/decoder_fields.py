@@ -9,7 +9,7 @@ gkd_jax does not implement is an error that names the key.
 import dataclasses
 from typing import Any
 
-from gkd_jax.convert import rope_fields
+from gkd_jax.convert import field_values, rope_fields
 from gkd_jax.convert.rope_fields import LAYER_TYPES
 from gkd_jax.models.decoder_config import DecoderConfig
 from gkd_jax.models.execution import ExecutionSettings
@@ -119,9 +119,16 @@ _SIZES = {
 }
 # The keys that `read` and `rope_fields.read` use.
 _READ = frozenset().union(*_DEFAULTS.values()) | {
-    *("model_type", "rope_scaling", "rope_parameters", "layer_types", "_sliding_window_pattern"),
+    *("model_type", "rope_scaling", "rope_parameters", "layer_types"),
     *("original_max_position_embeddings", "attn_logit_softcapping"),
 }
+# Of these, the keys that no other class of transformers reads.
+_GEMMA_ALONE = frozenset(
+    {
+        *("attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar"),
+        *("sliding_window_pattern", "rope_local_base_freq"),
+    }
+)
 # Keys that do not change the logits of the model, whatever their values are.
 WITHOUT_EFFECT = frozenset(
     {
@@ -137,6 +144,8 @@ WITHOUT_EFFECT = frozenset(
         *("transformers.js_config", "unsloth_version", "unsloth_fixed", "tie_encoder_decoder"),
         *("eoi_token_index", "boi_token_index", "image_token_index", "mm_tokens_per_image"),
         *("max_window_layers", "use_sliding_window"),
+        # transformers writes it beside `layer_types`, and never reads it.
+        "_sliding_window_pattern",
     }
 )
 # Keys that do not change the logits if they have one of these values; other values are an error.
@@ -171,22 +180,22 @@ def read(fields: dict[str, Any]) -> DecoderConfig:
             raise ValueError(f"gemma3 needs an object text_config, got {inner!r}")
         outer_tie = {"tie_word_embeddings": fields.get("tie_word_embeddings", True)}
         fields, kind = {**inner, **outer_tie}, "gemma3_text"
-    if kind not in _DEFAULTS:
+    if not isinstance(kind, str) or kind not in _DEFAULTS:
         raise ValueError(f"model_type must be one of {', '.join(MODEL_TYPES)}, got {kind!r}")
-    _check_keys(fields)
+    _check_keys(kind, fields)
     known = {**_DEFAULTS[kind], **fields}
     gemma = kind.startswith("gemma")
-    heads = known["num_attention_heads"]
-    if known["num_key_value_heads"] is None:
-        known["num_key_value_heads"] = heads
-    if known["head_dim"] is None:
-        known["head_dim"] = known["hidden_size"] // heads
-    attention_bias, mlp_bias = bool(known["attention_bias"]), bool(known["mlp_bias"])
+    sizes = _sizes(known)
+    attention_bias = field_values.switch(known, "attention_bias")
+    mlp_bias = field_values.switch(known, "mlp_bias")
     types = _layer_types(kind, known)
     windows = _windows(kind, fields, known, types)
     ropes, rope_of_layer = rope_fields.read(kind, known, types)
+    scale = field_values.positive(known, "query_pre_attn_scalar") ** -0.5 if gemma else None
+    attention_softcap = field_values.positive_or_null(known, "attn_logit_softcapping")
+    final_softcap = field_values.positive_or_null(known, "final_logit_softcapping")
     return DecoderConfig(
-        **{ours: known[theirs] for theirs, ours in _SIZES.items()},
+        **sizes,
         activation=_activation(known, "hidden_activation" if gemma else "hidden_act"),
         qkv_bias=kind == "qwen2" or (attention_bias and kind != "mistral"),
         out_bias=attention_bias and kind not in ("qwen2", "mistral"),
@@ -195,25 +204,60 @@ def read(fields: dict[str, Any]) -> DecoderConfig:
         unit_offset=gemma,
         post_norms=gemma,
         scale_embedding=gemma,
-        attention_scale=float(known["query_pre_attn_scalar"]) ** -0.5 if gemma else None,
-        attention_softcap=known["attn_logit_softcapping"] if kind == "gemma2" else None,
+        attention_scale=scale,
+        attention_softcap=attention_softcap if kind == "gemma2" else None,
         # transformers' class for the composite model applies no soft cap to the logits, even if
         # its text_config states one.
-        final_softcap=None if composite else known.get("final_logit_softcapping"),
+        final_softcap=None if composite else final_softcap,
         windows=windows,
         ropes=ropes,
         rope_of_layer=rope_of_layer,
-        tie_embeddings=bool(known["tie_word_embeddings"]),
-        layer_norm_epsilon=known["rms_norm_eps"],
+        tie_embeddings=field_values.switch(known, "tie_word_embeddings"),
+        layer_norm_epsilon=_epsilon(known),
     )
 
 
-def _check_keys(fields: dict[str, Any]) -> None:
+def _sizes(known: dict[str, Any]) -> dict[str, Any]:
+    """Returns the sizes of a model by the names of `DecoderConfig`'s fields.
+
+    Raises:
+        ValueError: if a size is no positive integer, or if two sizes do not fit each other.
+    """
+    field_values.size(known, "num_hidden_layers", field_values.MOST_LAYERS)
+    heads, width = (field_values.size(known, key) for key in ("num_attention_heads", "hidden_size"))
+    if known["num_key_value_heads"] is None:
+        known = {**known, "num_key_value_heads": heads}
+    if known["head_dim"] is None:
+        if width % heads:
+            raise ValueError(
+                f"hidden_size must be a multiple of num_attention_heads={heads} where head_dim is "
+                f"absent, got {width}"
+            )
+        known = {**known, "head_dim": width // heads}
+    key_heads = field_values.size(known, "num_key_value_heads")
+    if heads % key_heads:
+        raise ValueError(
+            f"num_attention_heads must be a multiple of num_key_value_heads={key_heads}, "
+            f"got {heads}"
+        )
+    return {ours: field_values.size(known, theirs) for theirs, ours in _SIZES.items()}
+
+
+def _epsilon(known: dict[str, Any]) -> float:
+    epsilon = field_values.positive(known, "rms_norm_eps")
+    if epsilon >= 1:
+        raise ValueError(f"rms_norm_eps must be a number in (0, 1), got {epsilon!r}")
+    return epsilon
+
+
+def _check_keys(kind: str, fields: dict[str, Any]) -> None:
     """Raises ValueError for a key that may change the logits and that `read` does not handle."""
     for name, value in fields.items():
         if name in _ONLY and value not in _ONLY[name]:
             raise ValueError(f"{name}={value!r} changes the numbers and is not supported")
         known = name in _READ or name in WITHOUT_EFFECT or name in _ONLY
+        if name in _GEMMA_ALONE and not kind.startswith("gemma"):
+            known = False
         if not known and value is not None:
             raise ValueError(
                 f"the key {name}={value!r} is not known: it may change what the model computes"
@@ -222,7 +266,7 @@ def _check_keys(fields: dict[str, Any]) -> None:
 
 def _activation(known: dict[str, Any], key: str) -> str:
     name = known[key]
-    if name not in _ACTIVATIONS:
+    if not isinstance(name, str) or name not in _ACTIVATIONS:
         raise ValueError(f"{key} must be one of {', '.join(_ACTIVATIONS)}, got {name!r}")
     return _ACTIVATIONS[name]
 
@@ -240,23 +284,32 @@ def _layer_types(kind: str, known: dict[str, Any]) -> list[str]:
     elif kind == "mistral":
         derived = ["sliding_attention"] * num_layers
     elif kind in ("qwen2", "qwen3"):
-        border = known["max_window_layers"] if known["use_sliding_window"] else num_layers
+        border = num_layers
+        if field_values.switch(known, "use_sliding_window") and known["sliding_window"] is not None:
+            border = known["max_window_layers"]
+            if type(border) is not int or border < 0:
+                raise ValueError(f"max_window_layers must be an integer from 0, got {border!r}")
         derived = [LAYER_TYPES[layer >= border] for layer in range(num_layers)]
     else:
         pattern = 2
         if kind == "gemma3_text":
-            pattern = known.get("_sliding_window_pattern") or known["sliding_window_pattern"]
+            pattern = field_values.size(known, "sliding_window_pattern")
         derived = [LAYER_TYPES[(layer + 1) % pattern != 0] for layer in range(num_layers)]
     stated = known.get("layer_types")
-    if stated is None or kind in ("llama", "mistral"):
-        if stated is not None and stated != derived and known["sliding_window"] is not None:
-            raise ValueError(f"layer_types of {kind} must be {derived}, got {stated}")
+    if stated is None:
         return derived
-    if len(stated) != num_layers or not set(stated) <= set(LAYER_TYPES):
+    one_type = kind == "llama" or (kind == "mistral" and known["sliding_window"] is not None)
+    if one_type and stated != derived:
+        raise ValueError(f"layer_types of {kind} must be {derived}, got {stated!r}")
+    if (
+        not isinstance(stated, list)
+        or len(stated) != num_layers
+        or not all(name in LAYER_TYPES for name in stated)
+    ):
         raise ValueError(
-            f"layer_types must be {num_layers} of {', '.join(LAYER_TYPES)}, got {stated}"
+            f"layer_types must be {num_layers} of {', '.join(LAYER_TYPES)}, got {stated!r}"
         )
-    return list(stated)
+    return derived if kind == "mistral" else stated
 
 
 def _windows(
@@ -275,14 +328,14 @@ def _windows(
         if fields.get("sliding_window") is not None:
             raise ValueError(f"llama has no sliding_window, got {window!r}")
         return ()
+    if "sliding_attention" not in types or (kind == "mistral" and window is None):
+        return ()
     if kind in ("qwen2", "qwen3") and not known["use_sliding_window"]:
-        return ()
-    if window is None:
-        return ()
-    if type(window) is not int or window < 1:
-        raise ValueError(f"sliding_window must be a positive integer or null, got {window!r}")
-    if "sliding_attention" not in types:
-        return ()
+        raise ValueError(
+            "layer_types has sliding_attention, for which use_sliding_window must be true, got "
+            f"{known['use_sliding_window']!r}"
+        )
+    window = field_values.size(known, "sliding_window")
     return tuple(window if name == "sliding_attention" else 0 for name in types)
 
 

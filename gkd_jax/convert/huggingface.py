@@ -1,9 +1,10 @@
 """Reads and writes T5, mT5 and umT5 models in Hugging Face folders: config.json and safetensors."""
 
+import json
 import pathlib
 from typing import Any
 
-from gkd_jax.convert import hf_folder
+from gkd_jax.convert import field_values, hf_folder
 from gkd_jax.convert.layout import Layout, hf_layout
 from gkd_jax.convert.stored import Stored, check, same
 from gkd_jax.models import t5
@@ -63,7 +64,7 @@ def read_config(path: str) -> t5.T5Config:
     folder = hf_folder.local(path)
     fields = read_json_object(folder / "config.json")
     kind = fields.get("model_type")
-    if kind not in _ARCHITECTURES:
+    if not isinstance(kind, str) or kind not in _ARCHITECTURES:
         raise ValueError(
             f"{folder}/config.json: model_type must be one of {', '.join(_ARCHITECTURES)}, "
             f"got {kind!r}"
@@ -79,6 +80,12 @@ def read_config(path: str) -> t5.T5Config:
     absent = [name for name in needed if name not in fields]
     if absent:
         raise ValueError(f"{folder}/config.json lacks {', '.join(absent)}")
+    for name, usual in _implied(activations).items():
+        if fields.get(name) not in (None, usual):
+            raise ValueError(
+                f"{folder}/config.json: {name} must be {json.dumps(usual)} or absent, got "
+                f"{fields[name]!r}"
+            )
     _check_special_ids(folder, fields)
     has_own_head = _has_own_head(hf_folder.open_weights(folder))
     try:
@@ -91,6 +98,17 @@ def read_config(path: str) -> t5.T5Config:
         )
     except ValueError as error:
         raise ValueError(f"{folder}/config.json: {error}") from error
+
+
+def _implied(activations: str) -> dict[str, Any]:
+    """Returns the keys that transformers obeys although the model has one value for them only."""
+    names = activations.split("-")
+    return {
+        "is_gated_act": len(names) > 1,
+        "dense_act_fn": "relu" if names[-1] == "relu" else "gelu_new",
+        "is_encoder_decoder": True,
+        "quantization_config": None,
+    }
 
 
 def _check_special_ids(folder: pathlib.Path, config: dict[str, Any]) -> None:
@@ -141,9 +159,16 @@ def _numbers(fields: dict[str, Any]) -> dict[str, Any]:
     if numbers["num_decoder_layers"] is None:
         numbers["num_decoder_layers"] = fields["num_layers"]
     for theirs, ours in _SIZES.items():
-        number = numbers[ours]
-        if type(number) is not int or number < 1:
-            raise ValueError(f"{theirs} must be a positive integer, got {number!r}")
+        largest = field_values.MOST_LAYERS if theirs.endswith("_layers") else None
+        field_values.size({theirs: numbers[ours]}, theirs, largest)
+    buckets, distance = numbers["relpos_buckets"], numbers["relpos_max_distance"]
+    # The buckets of distances from `buckets // 2` on grow up to the largest distance.
+    if buckets < 4 or distance <= buckets // 2:
+        raise ValueError(
+            "relative_attention_num_buckets must be at least 4, and "
+            "relative_attention_max_distance more than half of it, got "
+            f"{buckets} and {distance}"
+        )
     epsilon = fields.get("layer_norm_epsilon", 1e-6)
     if type(epsilon) is not float or not 0 < epsilon < 1:
         raise ValueError(f"layer_norm_epsilon must be a number in (0, 1), got {epsilon!r}")
@@ -181,11 +206,12 @@ def open_model(path: str, config: t5.T5Config) -> tuple[Layout, dict[str, Stored
 
 def _is_scaled(fields: dict[str, Any]) -> bool:
     """Returns whether hidden states are divided by sqrt(D) before the output head."""
-    scaled = fields.get("scale_decoder_outputs")
-    # mT5 never scales, although transformers 5 stores `tie_word_embeddings` as true for mT5.
-    if scaled is None:
-        scaled = fields["model_type"] != "mt5" and fields.get("tie_word_embeddings") is not False
-    return bool(scaled)
+    # transformers never scales an mT5, whatever these two keys say.
+    if fields["model_type"] == "mt5":
+        return False
+    if fields.get("scale_decoder_outputs") is None:
+        return fields.get("tie_word_embeddings") is not False
+    return field_values.switch(fields, "scale_decoder_outputs")
 
 
 def _has_own_head(arrays: dict[str, Stored]) -> bool:

@@ -3,7 +3,8 @@
 import math
 from typing import Any
 
-from gkd_jax.models.decoder_config import DecoderConfig, Rope
+from gkd_jax.convert import field_values
+from gkd_jax.models.decoder_config import ROPE_KINDS, DecoderConfig, Rope
 
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -31,79 +32,110 @@ def read(
     """
     if kind != "gemma3_text":
         stated = known.get("rope_scaling") or known.get("rope_parameters") or {}
-        return (_rope(stated, known["rope_theta"], known),), ()
-    stated = known.get("rope_parameters") or {}
+        return (_rope(stated, "rope_theta", known),), ()
+    stated = _object(known.get("rope_parameters") or {}, "rope_parameters")
     if stated and not set(stated) <= set(LAYER_TYPES):
         raise ValueError(
             f"rope_parameters of gemma3 must be given for {' and '.join(LAYER_TYPES)}, "
             f"got {sorted(stated)}"
         )
-    full = {**(stated.get("full_attention") or {}), **(known.get("rope_scaling") or {})}
+    full = {
+        **_object(stated.get("full_attention") or {}, "rope_parameters"),
+        **_object(known.get("rope_scaling") or {}, "rope_scaling"),
+    }
     sliding = stated.get("sliding_attention") or {}
     ropes = (
-        _rope(full, known["rope_theta"], known),
-        _rope(sliding, known["rope_local_base_freq"], known),
+        _rope(full, "rope_theta", known),
+        _rope(sliding, "rope_local_base_freq", known),
     )
     return ropes, tuple(LAYER_TYPES.index(name) for name in types)
 
 
-def _rope(stated: Any, theta: float, known: dict[str, Any]) -> Rope:
+def _object(stated: Any, key: str) -> dict[str, Any]:
+    if not isinstance(stated, dict):
+        raise ValueError(f"{key} must be an object, got {stated!r}")
+    return stated
+
+
+def _rope(stated: Any, theta_key: str, known: dict[str, Any]) -> Rope:
     """Returns one kind of rotary embeddings.
 
     Args:
         stated: the object `rope_scaling`, or (a part of) the object `rope_parameters`.
-        theta: the base of the frequencies if `stated` has none.
+        theta_key: the key in `known` with the base of the frequencies if `stated` has none.
         known: the keys of the `config.json`, completed with defaults.
     """
-    if not isinstance(stated, dict):
-        raise ValueError(f"rope_scaling and rope_parameters must be objects, got {stated!r}")
+    stated = _object(stated, "rope_scaling or rope_parameters")
     unknown = sorted(name for name in stated if name not in _ROPE_KEYS)
     if unknown:
-        raise ValueError(f"rotary embeddings have keys that are not known: {', '.join(unknown)}")
+        raise ValueError(
+            "rope_scaling or rope_parameters has keys that are not known: " + ", ".join(unknown)
+        )
     if stated.get("partial_rotary_factor") not in (None, 1.0):
         raise ValueError(
             "partial_rotary_factor changes the numbers and is not supported, got "
             f"{stated['partial_rotary_factor']!r}"
         )
-    kind = stated.get("rope_type", stated.get("type", "default"))
-    fields: dict[str, Any] = {"kind": kind, "theta": float(stated.get("rope_theta") or theta)}
+    # null means what an absent key means, except that transformers takes a null `truncate` as
+    # false, and a null kind of frequencies as an error.
+    named = ("truncate", "rope_type", "type")
+    given = {name: x for name, x in stated.items() if x is not None or name in named}
+    kind = given.get("rope_type", given.get("type", "default"))
+    if kind not in ROPE_KINDS:
+        raise ValueError(f"rope_type must be one of {', '.join(ROPE_KINDS)}, got {kind!r}")
+    theta = (given, "rope_theta") if "rope_theta" in given else (known, theta_key)
+    fields: dict[str, Any] = {"kind": kind, "theta": field_values.positive(*theta)}
     if kind in ("linear", "llama3", "yarn"):
-        if kind != "yarn" and not stated.get("factor"):
-            raise ValueError(f"rope_type {kind!r} needs a factor, got {stated}")
-        original = (
-            known.get("original_max_position_embeddings")
-            or stated.get("original_max_position_embeddings")
-            or known["max_position_embeddings"]
-        )
-        factor = float(stated.get("factor") or known["max_position_embeddings"] / original)
-        fields["factor"] = factor
-        if kind != "linear":
-            fields["original_length"] = original
-    if kind == "llama3":
-        for name in ("low_freq_factor", "high_freq_factor"):
-            if name not in stated:
-                raise ValueError(f"rope_type 'llama3' needs {name}, got {stated}")
-            fields[name] = float(stated[name])
-    if kind == "yarn":
-        fields |= {
-            "beta_fast": float(stated.get("beta_fast") or 32),
-            "beta_slow": float(stated.get("beta_slow") or 1),
-            "truncate": stated.get("truncate", True),
-            "attention_factor": _attention_factor(stated, factor),
-        }
+        fields |= _scaling(kind, given, known)
     return Rope(**fields)
 
 
-def _attention_factor(stated: dict[str, Any], factor: float) -> float:
+def _scaling(kind: str, given: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
+    """Returns the fields of `Rope` that say how the frequencies are scaled."""
+    needed = {
+        "linear": ("factor",),
+        "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+        "yarn": (),
+    }
+    for name in needed[kind]:
+        if name not in given:
+            raise ValueError(f"rope_type {kind!r} needs {name}, got {given}")
+    name = "original_max_position_embeddings"
+    places = ((known, name), (given, name), (known, "max_position_embeddings"))
+    original = next(
+        field_values.size(*place) for place in places if place[0].get(place[1]) is not None
+    )
+    factor = known["max_position_embeddings"] / original
+    if "factor" in given:
+        factor = field_values.positive(given, "factor")
+    fields: dict[str, Any] = {"factor": factor}
+    if kind != "linear":
+        fields["original_length"] = original
+    if kind == "llama3":
+        names = ("low_freq_factor", "high_freq_factor")
+        fields |= {name: field_values.positive(given, name) for name in names}
+    if kind == "yarn":
+        bounds = {"beta_fast": 32.0, "beta_slow": 1.0, **given}
+        fields |= {
+            "beta_fast": field_values.positive(bounds, "beta_fast"),
+            "beta_slow": field_values.positive(bounds, "beta_slow"),
+            "truncate": field_values.switch({"truncate": True, **given}, "truncate"),
+            "attention_factor": _attention_factor(given, factor),
+        }
+    return fields
+
+
+def _attention_factor(given: dict[str, Any], factor: float) -> float:
     """Returns the factor by which YaRN multiplies the cosines and sines."""
 
     def by_scale(weight: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
-    if stated.get("attention_factor") is not None:
-        return float(stated["attention_factor"])
-    if stated.get("mscale") and stated.get("mscale_all_dim"):
-        return by_scale(stated["mscale"]) / by_scale(stated["mscale_all_dim"])
+    if "attention_factor" in given:
+        return field_values.positive(given, "attention_factor")
+    if given.get("mscale") and given.get("mscale_all_dim"):
+        scales = [field_values.positive(given, name) for name in ("mscale", "mscale_all_dim")]
+        return by_scale(scales[0]) / by_scale(scales[1])
     return by_scale(1.0)
 
 
