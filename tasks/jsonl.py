@@ -132,6 +132,7 @@ def find_splits(path: str) -> dict[str, str]:
 
     Raises:
         FileNotFoundError: if the path is a folder without a file of any split.
+        ValueError: if the path is a file whose name has another ending.
     """
     if path.endswith(task_names.ENDINGS):
         validation = _validation_file(path)
@@ -141,6 +142,11 @@ def find_splits(path: str) -> dict[str, str]:
         for split in SPLITS
         if (file := _existing(os.path.join(path, f"{split}.jsonl"))) is not None
     }
+    if not found and os.path.isfile(path):
+        raise ValueError(
+            f"the name of a file with one JSON object a line must end in "
+            f"{' or '.join(task_names.ENDINGS)}, got {path!r}"
+        )
     if not found:
         raise FileNotFoundError(
             f"expected a JSONL file or a folder with {', '.join(f'{s}.jsonl' for s in SPLITS)} "

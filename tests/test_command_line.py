@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -10,10 +11,11 @@ from hypothesis import given, settings, strategies
 import pytest
 
 from gkd_jax import main
-from gkd_jax.command_line import flags, process
+from gkd_jax.command_line import flags, gin_files, process
 from gkd_jax.text import extras
 
 
+NEEDED = [("MODEL_DIR", "/tmp/run"), ("MIXTURE_OR_TASK_NAME", "arithmetic")]
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # In a process of its own: here, signatures are checked before a configuration can speak.
 FUZZ = r"""
@@ -63,6 +65,29 @@ def test_a_home_folder_is_meant_by_its_sign(monkeypatch):
     values, _, _ = flags.parse("train", ["--gin_file=~/a.gin", "--gin_file=gin/gkd.gin"])
     assert values.gin_file == ["/home/ada/a.gin", "gin/gkd.gin"]
     assert values.tfds_data_dir is None
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/a/it's.jsonl",
+        '/a"b',
+        "./lr=0.1,beta=1/run",
+        "~/a (1)#2",
+        "/a[1]*%BETA{@}\\",
+        "gs://b/a=b",
+        ".",
+    ],
+)
+def test_a_path_needs_no_quotes_whatever_its_signs(path, fresh_gin):
+    gin_files.parse(["gin/gkd.gin"], [*NEEDED, ("DATA_DIR", path)], ["."])
+    assert gin_files.macro("DATA_DIR", None) == os.path.expanduser(path)
+
+
+@pytest.mark.parametrize("value", ["a=b.jsonl", "a(b", "{'a'", "'a", "[1", "1 2"])
+def test_a_text_that_gin_cannot_read_is_answered_with_how_to_write_it(value, fresh_gin):
+    with pytest.raises(flags.UsageError, match=r"^--gin\.BETA=.*no value of gin;.*BETA=\"'...'\"$"):
+        gin_files.parse(["gin/gkd.gin"], [*NEEDED, ("BETA", value)], ["."])
 
 
 def test_400_random_values_make_a_recipe_or_one_line_that_names_them():

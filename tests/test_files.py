@@ -165,9 +165,10 @@ def test_a_vocabulary_that_is_none_is_named(tmp_path):
     path = write(tmp_path / "spiece.model", POINTER)
     with pytest.raises(ValueError, match=r"spiece\.model, line 1: .*Git LFS pointer"):
         vocabularies.load(str(path))
-    write(path, "nothing")
-    with pytest.raises(ValueError, match=r"spiece\.model: expected a SentencePiece model"):
-        vocabularies.load(str(path))
+    for content, found in (("nothing", "a file that is none"), ("", "an empty file")):
+        write(path, content)
+        with pytest.raises(ValueError, match=rf"spiece\.model: expected a Sent.* got {found}"):
+            vocabularies.load(str(path))
 
 
 # Any bytes ----------------------------------------------------------------------------------------

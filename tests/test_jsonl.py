@@ -286,6 +286,14 @@ def test_a_validation_file_is_not_its_own(tmp_path):
     assert list(open_task(path).splits) == ["train"]
 
 
+def test_a_folder_without_a_slash_is_answered_with_one(tmp_path, monkeypatch):
+    write(tmp_path / "chats" / "train.jsonl", pairs(3))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"unknown task or mixture 'chats'; write '\./chats'"):
+        open_task("chats")
+    assert texts(open_task("./chats")) == ["in 0", "in 1", "in 2"]
+
+
 def test_folders_have_the_splits_that_are_there(tmp_path):
     write(tmp_path / "chats" / "train.jsonl.gz", pairs(3))
     write(tmp_path / "chats" / "test.jsonl", pairs(1, "test"))
@@ -295,6 +303,9 @@ def test_folders_have_the_splits_that_are_there(tmp_path):
         assert texts(task, "test") == ["test 0"]
     with pytest.raises(FileNotFoundError, match=r"expected .*train\.jsonl.*none at .*absent"):
         open_task(tmp_path / "absent")
+    write(tmp_path / "data.json", pairs(3))
+    with pytest.raises(ValueError, match=r"must end in \.jsonl or \.jsonl\.gz, got .*data\.json"):
+        open_task(tmp_path / "data.json")
     with pytest.raises(FileNotFoundError, match=r"there is no file .*absent\.jsonl"):
         open_task(tmp_path / "absent.jsonl").get_dataset(LENGTHS, split="train")
 

@@ -11,6 +11,7 @@ import os
 import pathlib
 import re
 import sys
+import tokenize
 from typing import Any
 
 from gin.config import parse_value
@@ -23,6 +24,8 @@ from gkd_jax.command_line.flags import UsageError, suggestion
 REQUIRED = "%gin.REQUIRED"
 # A path or a few words. Gin rejects them without quotes, and they can only be meant as a string.
 _BARE = re.compile(r"[\w./~:$+ -]*[A-Za-z/~][\w./~:$+ -]*")
+# The beginning of a path, with which no value of gin begins: what follows may be any character.
+_PATH = re.compile(r"\.{0,2}/|~|\w+://|\.{1,2}$")
 
 
 def parse(
@@ -61,6 +64,11 @@ def parse(
             _check_macro(name)
         try:
             gin.parse_config(f"{header}{name} = {_as_gin(value)}")
+        except (SyntaxError, tokenize.TokenError) as error:
+            raise UsageError(
+                f"--gin.{name}={value}: this is no value of gin; a text with such signs needs "
+                f"quotes within quotes: --gin.{name}=\"'...'\""
+            ) from error
         except Exception as error:
             raise UsageError(f"--gin.{name}={value}: {_rejected(error)}") from error
     _check_references()
@@ -137,6 +145,8 @@ def _imports() -> str:
 
 def _as_gin(value: str) -> str:
     """Returns a value in gin's syntax; a path or a word without quotes is quoted."""
+    if _PATH.match(value):
+        return repr(value)
     if value in ("None", "True", "False") or not _BARE.fullmatch(value):
         return value
     try:

@@ -33,6 +33,11 @@ def find_task(name: str, vocabulary: seqio.Vocabulary | None) -> seqio.Task | se
     tasks.register()
     known = set(seqio.TaskRegistry.names()) | set(seqio.MixtureRegistry.names())
     if name not in known:
+        if os.path.exists(name):
+            raise ValueError(
+                f"unknown task or mixture {name!r}; write './{name}' for the file or folder that "
+                "has this name"
+            )
         close = difflib.get_close_matches(name, sorted(known), n=12, cutoff=0.0)
         raise ValueError(
             f"unknown task or mixture {name!r}, expected one of the {len(known)} registered, "

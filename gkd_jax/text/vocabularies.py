@@ -216,8 +216,11 @@ def check_readable(vocabulary: seqio.Vocabulary, *, check_remote: bool = True) -
     if not found:
         hint = "" if remote else ", nor is it 'bytes', 'arithmetic' or 't5'"
         raise FileNotFoundError(f"vocabulary {path!r}: there is no such file{hint}")
+    content = files.read_bytes(path)
+    if not content:  # of which sentencepiece makes a processor without pieces
+        files.fault(path, None, "expected a SentencePiece model, got an empty file")
     try:
-        sentencepiece.SentencePieceProcessor(model_proto=files.read_bytes(path))
+        sentencepiece.SentencePieceProcessor(model_proto=content)
     except RuntimeError as error:
         files.fault(path, None, f"expected a SentencePiece model, got a file that is none: {error}")
 
