@@ -159,6 +159,64 @@ def test_a_folder_or_a_damaged_record_is_refused(models, output, tmp_path):
         run(models, output)
 
 
+def evaluate(models, folder, **more):
+    chosen = pretrained.ModelConfig(checkpoint=str(models / "0"))
+    infer.evaluate_checkpoint(
+        model=chosen, data=DATA, output_dir=str(folder), **{"evaluation": EVALUATION, **more}
+    )
+
+
+def test_an_evaluation_replaces_another_and_no_file_of_the_users(models, tmp_path, monkeypatch):
+    evaluate(models, tmp_path / "ours")
+    (tmp_path / "ours" / "metrics.json").unlink()  # as if it had been killed while writing
+    with (tmp_path / "ours" / "predictions.jsonl").open("r+b") as file:
+        file.truncate(200)
+    evaluate(models, tmp_path / "ours")
+    assert len((tmp_path / "ours" / "predictions.jsonl").read_text().splitlines()) == 20
+    # What is wrong is found before the first batch is decoded, and in a dry run, too.
+    monkeypatch.setattr(infer.evaluate, "make_decoder", None)
+    for number, (name, content) in enumerate(
+        [("metrics.json", '{"a": 1}'), ("metrics.json", "[1"), ("predictions.jsonl", "a line\n")]
+    ):
+        mine = tmp_path / str(number) / name
+        mine.parent.mkdir()
+        mine.write_text(content)
+        for dry_run in (True, False):
+            with pytest.raises(ValueError, match=rf"{name} exists and was not made by `eval`"):
+                evaluate(models, mine.parent, dry_run=dry_run)
+        assert mine.read_text() == content
+
+
+def test_an_output_that_cannot_be_made_is_said_before_a_model_is_read(models, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for place, said in {
+        tmp_path / "file" / "x": "must be a folder, and '.*file' is a file",
+        tmp_path / "link" / "x": "must be a folder, and '.*link' is a link that leads nowhere",
+        "gs://bucket/x": "must be local, got 'gs:/",
+    }.items():
+        with pytest.raises(ValueError, match=said):
+            evaluate(models, place, dry_run=True)
+        with pytest.raises(ValueError, match=said):
+            run(models, f"{place}/out.jsonl", dry_run=True)
+
+
+def test_no_examples_are_no_success(models, tmp_path):
+    none = dataclasses.replace(EVALUATION, num_examples=0)
+    with pytest.raises(ValueError, match="num_examples must be a positive integer or None, got 0"):
+        run(models, tmp_path / "out.jsonl", evaluation=none)
+    with pytest.raises(ValueError, match="num_examples must be a positive integer or None, got 0"):
+        evaluate(models, tmp_path, evaluation=none)
+    lines = tmp_path / "lines.txt"
+    lines.write_text("Ada has 3.\nBen has 4.\nCleo has 5.\n")
+    two = dataclasses.replace(EVALUATION, num_examples=2)
+    run(models, tmp_path / "two.jsonl", evaluation=two, text_file=str(lines))
+    texts = [
+        json.loads(line)["inputs"] for line in (tmp_path / "two.jsonl").read_text().splitlines()
+    ]
+    assert texts == ["Ada has 3.", "Ben has 4."]
+
+
 def test_another_text_file_of_the_same_name_is_something_else(models, tmp_path):
     lines, output = tmp_path / "lines.txt", tmp_path / "out.jsonl"
     lines.write_text("Ada has 3 apples.\nBen has 4 coins.\n")

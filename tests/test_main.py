@@ -120,6 +120,11 @@ WRONG = {
     ),
     "no recipe of that name": (["train", "--gin_file=quickstar"], "quickstar"),
     "report of nothing": (["report", "/no/such/run", "--output=/tmp/x"], "no '/no/such/run'"),
+    "a step where none is written": (
+        ["convert", "--input=/no/such", "--output=/tmp/x", "--to=hf", "--step=5"],
+        "--step is the step of a T5X checkpoint, got --to=hf",
+    ),
+    "an empty flag": (["convert", "--input=", "--output=/tmp/x", "--to=hf"], "needs --input"),
     "gin where none is read": (["convert", "--gin.X=1"], "convert reads no gin files"),
 }
 
@@ -168,6 +173,7 @@ BAD = {
     "--gin.OPTIMIZER=@optimizers.adamw --gin.optimizers.adamw.b1=1.0": "b1 must lie in [0, 1)",
     "--gin.STUDENT_CHECKPOINT=./README.md": "no checkpoint at './README.md': it is a file",
     "--gin.MODEL_DIR=./README.md/run": "README.md' is a file",
+    "--gin.MODEL_DIR=gs://bucket/run": "MODEL_DIR must be local, got 'gs:/bucket/run'",
     "--gin.MODEL_DIR=./tests --gin.STUDENT_CHECKPOINT=./tests": "is the folder of the student's",
     "--gin.DIVERGENCE=@divergences.kl": "divergences.kl",
     "--gin.sharding.MeshConfig.tensor=3": "does not fit 8 devices",

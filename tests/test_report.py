@@ -1366,6 +1366,19 @@ def test_an_archive_must_be_a_jsonl_file(tmp_path):
         archive.write([str(tmp_path)], str(tmp_path / "kept"))
 
 
+@pytest.mark.parametrize("content", ['{"inputs": "a", "targets": "b"}\n', "a line\n"])
+def test_a_file_of_the_users_is_no_archive(tmp_path, content):
+    write_study(tmp_path / "study")
+    mine = tmp_path / "data.jsonl"
+    mine.write_text(content)
+    with pytest.raises(ValueError, match=r"data\.jsonl exists and is no archive of runs"):
+        archive.write([str(tmp_path / "study")], str(mine))
+    assert mine.read_text() == content
+    with pytest.raises((ValueError, FileNotFoundError), match=r"no (archive of|metrics)"):
+        report.write([str(mine)], str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_kept_studies_can_be_read():
     """The numbers of docs/results.md come from these files."""
     root = pathlib.Path(__file__).parent.parent / "docs" / "results"

@@ -153,8 +153,10 @@ def _convert(values: Any) -> None:
     from gkd_jax.storage import conversion
 
     for name in ("input", "output", "to"):
-        if getattr(values, name) is None:
+        if not getattr(values, name):
             raise UsageError(f"convert needs --{name}")
+    if values.step is not None and values.to != "t5x":
+        raise UsageError(f"--step is the step of a T5X checkpoint, got --to={values.to}")
     conversion.convert_checkpoint(
         values.input,
         values.output,
@@ -179,6 +181,8 @@ def _report(values: Any, run_dirs: list[str]) -> None:
     from gkd_jax import report
     from gkd_jax.report import archive
 
+    if values.archive is not None:
+        archive.check_output(values.archive)
     report.write(run_dirs, values.output)
     if values.archive is not None:
         archive.write(run_dirs, values.archive)

@@ -72,6 +72,8 @@ def _hint(folder: epath.Path, weights: list[str]) -> str:
         return "It has config.json but no model.safetensors or model.safetensors.index.json"
     if (folder / "checkpoints").is_dir():
         return "It is a MODEL_DIR whose checkpoints/ holds no complete step yet"
+    if own := sorted(child.name for child in folder.iterdir() if _is_step(child)):
+        return f"It contains the steps {', '.join(own[:5])} of a run: give one of these folders"
     steps = sorted(child.name for child in folder.iterdir() if child.name.startswith("checkpoint_"))
     if steps:
         return f"It contains {', '.join(steps[:5])}: give one of these folders"

@@ -13,6 +13,7 @@ import numpy as np
 
 from gkd_jax.convert.layout import Layout, Part, flatten, to_stored
 from gkd_jax.models.parameters import Params
+from gkd_jax.text import files
 
 
 def check_output(path: str) -> None:
@@ -20,11 +21,9 @@ def check_output(path: str) -> None:
     if "://" in path:
         raise ValueError(f"output must be a local folder, got {path}: write locally, then copy")
     final = pathlib.Path(path)
-    if final.exists():
+    if os.path.lexists(final):
         raise ValueError(f"output {path!r} exists already: give a new folder")
-    parent = next(folder for folder in final.absolute().parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ValueError(f"output {path!r} cannot be made: {parent} is no folder to write to")
+    files.check_can_be_folder(final, "output")
 
 
 @contextlib.contextmanager

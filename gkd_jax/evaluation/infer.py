@@ -77,6 +77,8 @@ def _prepare(
     *,
     reads_split: bool = True,
 ) -> _Decoding:
+    if evaluation.num_examples == 0:
+        raise ValueError("num_examples must be a positive integer or None, got 0")
     if model.memory != "device":
         raise ValueError(f"a model decodes in memory='device', got {model.memory!r}")
     task, vocabulary = named_tasks.open_task(
@@ -133,7 +135,12 @@ def evaluate_checkpoint(
         output_dir: the folder OUTPUT_DIR.
         mesh: the sizes of the mesh axes.
         dry_run: check everything, but decode nothing.
+
+    Raises:
+        ValueError: if OUTPUT_DIR cannot be made or holds such files of another origin, or if no
+            example is to be evaluated.
     """
+    _on_first_process(made_by.check_evaluation, output_dir)
     model, commits = with_local_files(model, dry_run=dry_run)
     check_exists(model.checkpoint)
     data, _ = tokenizer_files.with_local_vocabulary(data, commits, dry_run=dry_run)
@@ -141,11 +148,13 @@ def evaluate_checkpoint(
     if dry_run:
         print("dry run: all is well", file=sys.stderr)
         return
+    folder = pathlib.Path(output_dir)
+    if jax.process_index() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
     decoded = list(ready.decoder(ready.params, ready.batches(data, evaluation)))
     values = evaluate.score(ready.task, decoded, evaluation)
     name = task_names.display_name(data.name)
     if jax.process_index() == 0:
-        folder = pathlib.Path(output_dir)
         evaluate.write_rows(folder / "predictions.jsonl", decoded, ready.vocabulary)
         step_folder = saved_model.find_step(model.checkpoint) if model.checkpoint else None
         about = {
@@ -203,7 +212,7 @@ def run(
     if text_file is None:
         batches = ready.batches(data, evaluation)
     else:
-        batches = _text_batches(text_file, ready)
+        batches = _text_batches(text_file, ready, evaluation.num_examples)
     path = pathlib.Path(output)
     writes = jax.process_index() == 0
     if writes:
@@ -274,10 +283,12 @@ def _on_first_process(check: Callable[..., None], *arguments: Any) -> None:
         raise error or ValueError("the first process refuses the output: see its message")
 
 
-def _text_batches(text_file: str, ready: _Decoding) -> Iterator[eval_batches.EvalBatch]:
-    """Batches of the lines of a file, each a prompt; checks all lines before the first batch."""
+def _text_batches(
+    text_file: str, ready: _Decoding, num_lines: int | None
+) -> Iterator[eval_batches.EvalBatch]:
+    """Batches of the first lines of a file, each a prompt; checks all lines before a batch."""
     size, lengths = ready.batch_size, ready.lengths
-    prompts = rows.read_prompts(text_file, ready.vocabulary, lengths["inputs"])
+    prompts = rows.read_prompts(text_file, ready.vocabulary, lengths["inputs"])[:num_lines]
     starts = range(0, len(prompts), size)
     return (
         eval_batches.fill_batch(prompts[start : start + size], lengths, size) for start in starts

@@ -51,6 +51,7 @@ def check(output: str | os.PathLike[str], about: dict[str, Any]) -> None:
     path = pathlib.Path(output)
     if path.is_dir():
         raise ValueError(f"{path} is a folder, expected the name of a file to write")
+    files.check_can_be_folder(path.parent, "the folder of OUTPUT")
     if not path.exists():
         return
     before = read_made_by(path)
@@ -75,6 +76,32 @@ def check(output: str | os.PathLike[str], about: dict[str, Any]) -> None:
             f"{path} was changed after it was complete with {lines} lines: give another OUTPUT, or "
             "delete the file"
         )
+
+
+def check_evaluation(folder: str | os.PathLike[str]) -> None:
+    """Refuses a folder in which `eval` would write over files that it did not make.
+
+    A later evaluation takes the place of an earlier one in its folder.
+
+    Args:
+        folder: the folder of metrics.json and predictions.jsonl.
+
+    Raises:
+        ValueError: if the folder cannot be made, or if one of the two files has another origin.
+    """
+    files.check_can_be_folder(folder, "OUTPUT_DIR")
+    metrics, predictions = (
+        pathlib.Path(folder) / name for name in ("metrics.json", "predictions.jsonl")
+    )
+    scores = files.read_record(metrics)
+    lines, damaged = files.read_records(predictions)
+    for path, is_ours in (
+        (metrics, scores is not None and "evaluation" in scores),
+        # An evaluation that was killed leaves its last line cut short.
+        (predictions, all("prediction" in line for line in lines) and len(lines) >= damaged),
+    ):
+        if path.exists() and not is_ours:
+            raise ValueError(f"{path} exists and was not made by `eval`: give another OUTPUT_DIR")
 
 
 def _lies_elsewhere(name: str, before: dict[str, Any], about: dict[str, Any]) -> bool:

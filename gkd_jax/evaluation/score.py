@@ -28,7 +28,7 @@ from gkd_jax.storage.pretrained import (
     with_local_files,
 )
 from gkd_jax.storage.vocabulary_checks import check_special_ids, shared_pieces
-from gkd_jax.text import vocabularies
+from gkd_jax.text import files, vocabularies
 
 
 def run(
@@ -135,10 +135,7 @@ def _check(k: int, temperature: float, output: str) -> None:
         raise ValueError(f"k must be a positive integer, got {k!r}")
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
-    if "://" in output:
-        raise ValueError(
-            f"a teacher cache is mapped into memory: output must be local, got {output!r}"
-        )
+    files.check_can_be_folder(output, "OUTPUT")
 
 
 def _write(

@@ -39,7 +39,9 @@ def write(run_dirs: Sequence[str], output: str) -> None:
 
     Raises:
         FileNotFoundError: if a run folder does not exist, or none holds a metrics.jsonl.
+        ValueError: if `output` is no local folder, nor can become one.
     """
+    files.check_can_be_folder(output, "the folder of the report")
     study = Study(reading.find(run_dirs))
     folder = pathlib.Path(output)
     (folder / "figures").mkdir(parents=True, exist_ok=True)

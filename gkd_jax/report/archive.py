@@ -28,11 +28,10 @@ def write(run_dirs: Sequence[str], output: str) -> None:
     of the run, other paths below a run directory the part after it, and all others their last part.
 
     Raises:
-        ValueError: if `output` does not end in .jsonl.
+        ValueError: if `output` does not end in .jsonl, or is a file that is no archive.
         FileNotFoundError: as for `report.write`.
     """
-    if not output.endswith(".jsonl"):
-        raise ValueError(f"the archive must be a file that ends in .jsonl, got {output!r}")
+    check_output(output)
     runs = reading.find(run_dirs)
     named = {pathlib.Path(run_dir).resolve(): "" for run_dir in run_dirs}
     named |= {run.folder: run.name for run in runs}
@@ -47,6 +46,24 @@ def write(run_dirs: Sequence[str], output: str) -> None:
         text += json.dumps(_small(content, named), ensure_ascii=False) + "\n"
     pathlib.Path(output).parent.mkdir(parents=True, exist_ok=True)
     files.write_whole(pathlib.Path(output), text)
+
+
+def check_output(output: str) -> None:
+    """Checks that an archive can be written, over an earlier archive at most.
+
+    Raises:
+        ValueError: if the name does not end in .jsonl, if its folder cannot be made, or if the file
+            exists and is no archive.
+    """
+    path = pathlib.Path(output)
+    if path.suffix != ".jsonl":
+        raise ValueError(f"the archive must be a file that ends in .jsonl, got {output!r}")
+    files.check_can_be_folder(path.parent, "the folder of the archive")
+    if not path.exists():
+        return
+    lines, damaged = files.read_records(path)
+    if damaged or not all(map(reading.is_archived, lines)):
+        raise ValueError(f"{output} exists and is no archive of runs: give another file")
 
 
 def _is_kept(line: dict[str, Any], last: int) -> bool:

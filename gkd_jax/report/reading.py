@@ -26,6 +26,7 @@ def find(run_dirs: Sequence[str]) -> list[Run]:
 
     Raises:
         FileNotFoundError: if one is neither a folder nor a .jsonl file, or none holds a run.
+        ValueError: if a .jsonl file is no archive.
     """
     found: _Found = {}
     evaluations: dict[pathlib.Path, None] = {}
@@ -33,8 +34,10 @@ def find(run_dirs: Sequence[str]) -> list[Run]:
         root = pathlib.Path(run_dir).resolve()
         if root.is_file() and root.suffix == ".jsonl":
             lines, damaged = files.read_records(root)
+            if not any(map(is_archived, lines)):
+                raise ValueError(f"{run_dir} is no archive of runs, which --archive writes")
             problems = _damaged(root.name, damaged)
-            for line in lines:
+            for line in filter(is_archived, lines):
                 found.setdefault(root / str(line.get("name")), {**line, "problems": problems})
             continue
         if not root.is_dir():
@@ -51,6 +54,11 @@ def find(run_dirs: Sequence[str]) -> list[Run]:
         raise FileNotFoundError(f"no metrics.jsonl below {', '.join(map(str, run_dirs))}")
     _add_evaluations(found, evaluations)
     return [_run(*one) for one in _named(found)]
+
+
+def is_archived(line: dict[str, Any]) -> bool:
+    """Returns whether the object in a line of a file is that of an archived run."""
+    return isinstance(line.get("metrics"), list) and isinstance(line.get("name"), str)
 
 
 def _damaged(name: str, count: int) -> list[str]:

@@ -46,6 +46,7 @@ import sys
 from gkd_jax.sweeps import folders, rows
 from gkd_jax.sweeps.execution import Execution
 from gkd_jax.sweeps.rows import Row, Run
+from gkd_jax.text import files
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,6 +95,7 @@ def sweep(options: Options) -> int:
             if another command made a folder.
     """
     program = shlex.split(options.program)
+    files.check_can_be_folder(options.output, "--output")
     root = pathlib.Path(os.path.abspath(options.output))
     _check(options, program, root)
     runs = rows.expand(_rows(options), options.extra)

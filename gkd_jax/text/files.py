@@ -14,6 +14,7 @@ import io
 import json
 import os
 import pathlib
+import re
 from typing import Any, NoReturn
 import zlib
 
@@ -23,6 +24,7 @@ _GZIP = b"\x1f\x8b"
 _WIDE_MARKS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16"}
 _WIDE_MARKS |= {codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_BE: "UTF-16"}
 _CHUNK = 1 << 20
+_REMOTE = re.compile("(gs|s3|az|hdfs|https?|file):/")  # of gs://bucket, pathlib makes gs:/bucket
 
 
 def write_whole(path: pathlib.Path, content: str | bytes) -> None:
@@ -35,6 +37,30 @@ def write_whole(path: pathlib.Path, content: str | bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(temporary, path)
+
+
+def check_can_be_folder(path: str | os.PathLike, name: str) -> None:
+    """Checks that a path is a local folder, or that a folder can be made there.
+
+    Args:
+        path: the path, which need not exist.
+        name: what the folder is for, for the message.
+
+    Raises:
+        ValueError: if the path is remote, if a part of it is a file or a link that leads nowhere,
+            or if the folder to write to is not writable.
+    """
+    if _REMOTE.match(os.fspath(path)):
+        raise ValueError(
+            f"{name} must be local, got {os.fspath(path)!r}: write to a disk or to a mounted bucket"
+        )
+    folder = pathlib.Path(path).absolute()
+    parent = next(above for above in (folder, *folder.parents) if os.path.lexists(above))
+    if not parent.is_dir():
+        what = "a link that leads nowhere" if parent.is_symlink() else "a file"
+        raise ValueError(f"{name} must be a folder, and {str(parent)!r} is {what}")
+    if not os.access(parent, os.W_OK):
+        raise ValueError(f"{name} {os.fspath(path)!r}: {str(parent)!r} cannot be written to")
 
 
 def fault(path: str | os.PathLike, line: int | None, message: str) -> NoReturn:

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 import contextlib
 import dataclasses
-import os
 import pathlib
 import sys
 import time
@@ -13,6 +12,7 @@ import jax
 from gkd_jax.gkd import teacher_now
 from gkd_jax.input import data
 from gkd_jax.storage import context_checks, pretrained, tokenizer_files, vocabulary_checks
+from gkd_jax.text import files
 from gkd_jax.training import (
     interrupts,
     metrics,
@@ -204,11 +204,7 @@ def _check_places(recipe: Recipe, folder: pathlib.Path, pending: frozenset[str])
                 f"MODEL_DIR {str(folder)!r} is the folder of the {name}'s checkpoint: a run needs "
                 "a folder of its own"
             )
-    above = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not above.is_dir():
-        raise ValueError(f"MODEL_DIR must be a folder, and {str(above)!r} is a file")
-    if not os.access(above, os.W_OK):
-        raise ValueError(f"MODEL_DIR {str(folder)!r}: {str(above)!r} cannot be written to")
+    files.check_can_be_folder(folder, "MODEL_DIR")
 
 
 def _warn_of_long_texts(program: Program) -> None:
