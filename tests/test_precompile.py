@@ -17,7 +17,15 @@ from small_runs import small
 import gin
 from gkd_jax import divergences, gkd, main, rl, sharding
 from gkd_jax.input import data
-from gkd_jax.planning import hlo, hlo_loops, hlo_text, precompile, topologies
+from gkd_jax.planning import (
+    analysis,
+    hlo,
+    hlo_loops,
+    hlo_text,
+    precompile,
+    roofline,
+    topologies,
+)
 from gkd_jax.storage import pretrained
 import gkd_jax.tasks.arithmetic  # noqa: F401
 from gkd_jax.training import optimizers, program, train, vocabulary_size
@@ -141,16 +149,16 @@ def test_analyses_are_cached_by_program(monkeypatch, tmp_path):
     cache = tmp_path / "precompile"
     monkeypatch.setenv("GKD_JAX_COMPILATION_CACHE", str(tmp_path))
     function = jax.jit(lambda x: x @ x)
-    first = precompile.analyse(function, (F32((8, 8), jnp.float32),))
+    first = analysis.analyse(function, (F32((8, 8), jnp.float32),))
     assert len(list(cache.iterdir())) == 1
     with monkeypatch.context() as patched:
         patched.setattr(hlo_text, "parse", lambda text: pytest.fail("compiled again"))
-        again = precompile.analyse(function, (F32((8, 8), jnp.float32),))
+        again = analysis.analyse(function, (F32((8, 8), jnp.float32),))
     assert again == json.loads(json.dumps(first))
-    assert precompile.analyse(function, (F32((9, 9), jnp.float32),))["flops"] == 2 * 9**3
+    assert analysis.analyse(function, (F32((9, 9), jnp.float32),))["flops"] == 2 * 9**3
     assert len(list(cache.iterdir())) == 2
     monkeypatch.setenv("GKD_JAX_COMPILATION_CACHE", "")
-    precompile.analyse(function, (F32((7, 7), jnp.float32),))
+    analysis.analyse(function, (F32((7, 7), jnp.float32),))
     assert len(list(cache.iterdir())) == 2
 
 
@@ -215,7 +223,7 @@ def test_flops_of_the_teacher_against_the_formula():
     teacher = pretrained.ModelConfig(architecture=small, size="tiny", scan_unroll=1)
     given = options(teacher=teacher, mesh=sharding.MeshConfig(data=8))
     built = build(given)
-    found = precompile.analyse(*program.phases(built)["score"])
+    found = analysis.analyse(*program.phases(built)["score"])
     config = built.models.teacher
     assert config is not None
     inner, wide, mlp = config.num_heads * config.head_dim, config.d_model, config.d_ff
@@ -301,7 +309,7 @@ def test_text_of_a_tpu_program():
     # Scores stay on the chip: x twice, g once, its sixteenth rows, and the counters.
     slices = 2 * (4 * 6 * 32 * 8 * 2) + scattered + 16 * 32 * 4
     assert 24 * slices <= cost.traffic <= 24 * (slices + 64)
-    assert precompile.largest_arrays(module)[0] == (
+    assert analysis.largest_arrays(module)[0] == (
         "scores.3 f32[4,6,32,32]",
         4 * 6 * 32 * 32 * 4,
     )
@@ -474,7 +482,7 @@ def test_counts_of_collectives_are_those_that_were_looked_at(axis):
     built = build(given)
     for phase, (function, arguments) in program.phases(built).items():
         found: dict[tuple[str, bool], float] = {}
-        for item in precompile.analyse(function, arguments)["collectives"]:
+        for item in analysis.analyse(function, arguments)["collectives"]:
             key = (item["kind"], item["loop"] != "")
             found[key] = found.get(key, 0) + item["count"]
         assert found == pytest.approx(GOLDEN[axis, phase], rel=0.2), (axis, phase)
@@ -490,7 +498,7 @@ def test_the_gradient_of_a_position_bias_is_not_summed_over_devices_at_every_lay
     )
     built = build(given)
     function, arguments = program.phases(built)["update"]
-    found = precompile.analyse(function, arguments)["collectives"]
+    found = analysis.analyse(function, arguments)["collectives"]
     sent = sum(item["bytes"] for item in found if item["kind"] == "all-reduce")
     assert 0 < sent < 2 * 256 * 256 * 4  # two heads
 
@@ -512,7 +520,7 @@ custom_call_target="__cublas$gemm", backend_config={"gemm_backend_config":{\
 
 # Time ---------------------------------------------------------------------------------------------
 
-CHIP = precompile.Chip(1.0, flops=100.0, hbm=10.0, interconnect=1.0)
+CHIP = topologies.Chip(1.0, flops=100.0, hbm=10.0, interconnect=1.0)
 
 
 def test_roofline_adds_loops_and_overlaps_within_one():
@@ -520,7 +528,7 @@ def test_roofline_adds_loops_and_overlaps_within_one():
         "": {"flops": 200.0, "traffic_bytes": 10.0, "wire_bytes": 0.0},  # 2 s of compute
         "64": {"flops": 100.0, "traffic_bytes": 50.0, "wire_bytes": 1.0},  # 5 s of HBM
     }
-    found = precompile.roofline({"loops": loops}, CHIP)
+    found = roofline.roofline({"loops": loops}, CHIP)
     assert found == {
         "compute": 3.0,
         "hbm": 6.0,
@@ -539,11 +547,11 @@ def test_roofline_adds_loops_and_overlaps_within_one():
     ],
 )
 def test_the_run_samples_as_often_as_the_coin_says(method, share):
-    assert precompile.sampled_share(method, 100) == pytest.approx(share)
+    assert roofline.sampled_share(method, 100) == pytest.approx(share)
 
 
 def test_chip_hours_of_a_run(monkeypatch, capsys):
-    chip = precompile.Chip(1.0, flops=1e9, hbm=1e9, interconnect=1e9, per_chip=2)
+    chip = topologies.Chip(1.0, flops=1e9, hbm=1e9, interconnect=1e9, per_chip=2)
     monkeypatch.setattr(precompile, "describe_topology", lambda *_: (chip, jax.devices()))
     found = report(capsys, options(train=TrainConfig(train_steps=900)))
     seconds = {name: phase["seconds"]["roofline"] for name, phase in found["phases"].items()}
@@ -575,7 +583,7 @@ def command(*arguments, study=TINY):
 @pytest.fixture
 def analysed(monkeypatch):
     """Replaces the analysis of every phase by that of a small product, which compiles at once."""
-    found = precompile.analyse(jax.jit(lambda x: x @ x), (F32((8, 8), jnp.float32),))
+    found = analysis.analyse(jax.jit(lambda x: x @ x), (F32((8, 8), jnp.float32),))
     monkeypatch.setattr(precompile, "analyse", lambda *_, **__: dict(found))
 
 
@@ -597,7 +605,7 @@ def test_command_compiles_one_run_of_a_study(capfd):
 
 
 def test_what_does_not_fit_ends_with_status_1_and_its_largest_arrays(monkeypatch, capfd):
-    small_chip = precompile.Chip(1e-4), jax.devices()
+    small_chip = topologies.Chip(1e-4), jax.devices()
     monkeypatch.setattr(precompile, "describe_topology", lambda *_: small_chip)
     real = precompile.precompile
     monkeypatch.setattr(
@@ -626,7 +634,7 @@ def test_largest_values_of_a_program_that_does_not_compile():
         return jnp.sum(lax.scan(turn, x, None, length=10)[1])
 
     traced = jax.jit(function).trace(F32((100,), jnp.float32))
-    (name, size), (second, half) = precompile.largest_values(traced.jaxpr.jaxpr)[:2]
+    (name, size), (second, half) = analysis.largest_values(traced.jaxpr.jaxpr)[:2]
     assert (name, size) == ("scan float32[10,100,100]", 10 * 100 * 100 * 4)
     assert half == 100 * 100 * 4
     assert "float32[100,100]" in second
@@ -703,8 +711,8 @@ def test_a_gpu_topology(capfd):
 
 @needs_libtpu
 def test_a_program_that_the_compiler_refuses():
-    _, devices = precompile.describe_topology("v5e:2x2")
+    _, devices = topologies.describe_topology("v5e:2x2")
     x = F32((2**16, 2**17), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(devices[0]))
-    found = precompile.analyse(jax.jit(lambda x: jnp.sin(x).T @ x), (x,), "v5e:2x2")
+    found = analysis.analyse(jax.jit(lambda x: jnp.sin(x).T @ x), (x,), "v5e:2x2")
     assert found["peak_bytes"] > 2**35
     assert found["largest"][0][1] >= 2**35

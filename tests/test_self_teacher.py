@@ -18,7 +18,7 @@ from gkd_jax.gkd_config import LiveStudent, MovingAverage
 from gkd_jax.input.data import DataConfig
 from gkd_jax.models import lm
 from gkd_jax.models.decoder_config import DecoderConfig
-from gkd_jax.planning import precompile
+from gkd_jax.planning import analysis, precompile
 from gkd_jax.storage import checkpoints, pretrained
 from gkd_jax.text import vocabularies
 from gkd_jax.training import program, recipe, train, train_state
@@ -208,7 +208,7 @@ def test_a_live_teacher_needs_no_memory_of_its_own():
     def update_of(teacher):
         made = options("", steps=1, teacher=teacher, divergence=divergences.forward_kl, data=HINTS)
         built = program.build(made["recipe"], 149)
-        found = precompile.analyse(*program.phases(built)["update"])
+        found = analysis.analyse(*program.phases(built)["update"])
         return built, found, precompile._resident_bytes(built, "sample")
 
     built, live, beside = update_of(LiveStudent())

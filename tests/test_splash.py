@@ -14,7 +14,7 @@ from gkd_jax import sharding
 from gkd_jax.batch import Batch
 from gkd_jax.models import decoder, decoder_sizes, lm, splash
 from gkd_jax.models.grouped_attention import NO_WINDOW
-from gkd_jax.planning import hlo, hlo_text, precompile, topologies
+from gkd_jax.planning import analysis, hlo, hlo_text, precompile_table, topologies
 
 
 ROWS, HEADS, KEY_HEADS, LENGTH, DIM = 2, 4, 2, 256, 64
@@ -151,7 +151,7 @@ def test_its_flops_and_traffic_on_a_tpu(monkeypatch, topology, heads, key_heads,
     arguments = [shape(n) for n in (heads, key_heads, key_heads, heads)]
     arguments.append(jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding.replicated(mesh)))
     monkeypatch.setenv("GKD_JAX_COMPILATION_CACHE", "")  # count anew
-    summary = precompile.analyse(jax.jit(gradients), tuple(arguments), topology)
+    summary = analysis.analyse(jax.jit(gradients), tuple(arguments), topology)
     assert summary["uncounted"] == []
     # Of 4 x 4 pairs of blocks, 10 meet without a window, and 7 with one of 512.
     pairs = np.mean([7 if window == 512 else 10 for window in windows])
@@ -199,4 +199,4 @@ frontend_attributes={kernel_metadata={
     assert summary["flops"] == summary["traffic_bytes"] == 0
     names = {"num_slices": 1, "num_devices": 1, "device_kind": "TPU", "effort": "-1", "fits": True}
     report = {**names, "topology": "v5e:2x2", "mesh": {}, "hbm_bytes": 1, "chip_hours": None}
-    assert "other_kernel" in precompile.table({**report, "phases": {"update": summary}})
+    assert "other_kernel" in precompile_table.table({**report, "phases": {"update": summary}})
