@@ -122,14 +122,13 @@ def read_file(path: str) -> list[dict[str, str]]:
     """
     if ".jsonl" not in os.path.basename(path):
         return _read_tsv(path)
+    found = []
     rows = files.parse_objects(folders.read_lines(*os.path.split(path)), path)
-    return [
-        {
-            key: files.string(row, key, path, number)
-            for key in ("inputs", "targets", *(["task_name"] if "task_name" in row else []))
-        }
-        for number, row in enumerate(rows, start=1)
-    ]
+    for number, row in enumerate(rows, start=1):
+        keys = ("inputs", "targets", *(["task_name"] if "task_name" in row else []))
+        with files.faults_in(path, number):
+            found.append({key: files.string(row, key) for key in keys})
+    return found
 
 
 def group_by_task(paths: Sequence[str]) -> list[list[dict[str, str]]]:

@@ -150,7 +150,7 @@ def tokenize(
     """
     examples = []
     for row in rows:
-        try:
+        with files.faults_in(path, row.line):
             if isinstance(row.prompt, str):
                 example = _text_example(row, vocabulary)
             else:
@@ -161,10 +161,8 @@ def tokenize(
                 if not ids or not text.strip():
                     raise ValueError("expected a teacher's prompt with text, got an empty one")
                 example = example._replace(teacher_inputs=_array(ids), teacher_prompt=text)
-        except ValueError as error:
-            files.fault(path, row.line, str(error))
-        if not example.inputs.size or not example.prompt.strip():
-            files.fault(path, row.line, "expected a prompt with text, got an empty one")
+            if not example.inputs.size or not example.prompt.strip():
+                raise ValueError("expected a prompt with text, got an empty one")
         examples.append(example)
     return examples
 
@@ -225,67 +223,73 @@ def read_prompts(
 
 def _row(row: dict[str, Any], path: str | os.PathLike, line: int) -> Row:
     """Returns the row of a JSON object in any of the forms of this module's docstring."""
-    read = _student_row(row, path, line)._replace(teacher=row.get("teacher"))
+    with files.faults_in(path, line):
+        prompt, target, tools = _prompt_and_target(row)
+        return Row(prompt, target, tools, line, _own_teacher_prompt(row), row.get("teacher"))
+
+
+def _own_teacher_prompt(row: dict[str, Any]) -> str | list[dict[str, Any]] | None:
     given = [key for key in ("teacher_inputs", "teacher_messages") if key in row]
     if len(given) > 1:
-        files.fault(path, line, "expected one of 'teacher_inputs' and 'teacher_messages', got both")
+        raise ValueError("expected one of 'teacher_inputs' and 'teacher_messages', got both")
     if given == ["teacher_inputs"]:
-        return read._replace(teacher_prompt=files.string(row, "teacher_inputs", path, line))
-    if given:
-        messages = _checked(row["teacher_messages"], "teacher_messages", path, line)
-        if messages[-1]["role"] == "assistant":
-            files.fault(path, line, "'teacher_messages' must end before the assistant's answer")
-        return read._replace(teacher_prompt=messages)
-    return read
-
-
-def _student_row(row: dict[str, Any], path: str | os.PathLike, line: int) -> Row:
-    """Returns the row without the prompt of the teacher."""
-    if "messages" in row:
-        return _chat_row(row, row["messages"], path, line)
-    key = next((key for key in _TARGET_OF if key in row), None)
-    if key is None:
-        files.fault(path, line, "expected 'inputs', 'prompt' or 'messages', got none of these keys")
-    target_key = _TARGET_OF[key]
-    others = {*_TARGET_OF.values()} & row.keys()
-    if target_key not in row and others:
-        files.fault(path, line, f"{key!r} goes with {target_key!r}, got {min(others)!r}")
-    if isinstance(row[key], list):
-        answer = row.get(target_key, [])
-        if not isinstance(answer, list):
-            files.fault(path, line, f"{target_key!r} must be messages, as {key!r} is")
-        return _chat_row(row, [*row[key], *answer], path, line)
-    prompt = files.string(row, key, path, line)
-    target = files.string(row, target_key, path, line) if target_key in row else None
-    return Row(prompt, target, None, line)
-
-
-def _checked(messages: Any, name: str, path: str | os.PathLike, line: int) -> list[dict[str, Any]]:
-    """Returns the messages, or raises ValueError if they are none."""
-    if not isinstance(messages, list) or not messages:
-        files.fault(path, line, f"{name!r} must be a list of messages that is not empty")
-    for number, message in enumerate(messages, start=1):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            files.fault(path, line, f"message {number} must be an object with a string 'role'")
-        content = message.get("content")
-        if not isinstance(content, str | list) and not (content is None and len(message) > 2):
-            files.fault(path, line, f"message {number} must have a string 'content'")
+        return files.string(row, "teacher_inputs")
+    if not given:
+        return None
+    messages = _checked(row["teacher_messages"], "teacher_messages")
+    if messages[-1]["role"] == "assistant":
+        raise ValueError("'teacher_messages' must end before the assistant's answer")
     return messages
 
 
-def _chat_row(row: dict[str, Any], messages: Any, path: str | os.PathLike, line: int) -> Row:
-    """Returns the row of a JSON object with messages; splits off a target at their end."""
-    messages = _checked(messages, "messages", path, line)
+def _prompt_and_target(row: dict[str, Any]) -> tuple[Any, Any, list[dict[str, Any]] | None]:
+    """Returns the prompt, the target and the tools; see `Row`."""
+    if "messages" in row:
+        return _of_chat(row, row["messages"])
+    key = next((key for key in _TARGET_OF if key in row), None)
+    if key is None:
+        raise ValueError("expected 'inputs', 'prompt' or 'messages', got none of these keys")
+    target_key = _TARGET_OF[key]
+    others = {*_TARGET_OF.values()} & row.keys()
+    if target_key not in row and others:
+        raise ValueError(f"{key!r} goes with {target_key!r}, got {min(others)!r}")
+    if isinstance(row[key], list):
+        answer = row.get(target_key, [])
+        if not isinstance(answer, list):
+            raise ValueError(f"{target_key!r} must be messages, as {key!r} is")
+        return _of_chat(row, [*row[key], *answer])
+    prompt = files.string(row, key)
+    return prompt, files.string(row, target_key) if target_key in row else None, None
+
+
+def _checked(messages: Any, name: str) -> list[dict[str, Any]]:
+    """Returns the messages, or raises ValueError if they are none."""
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"{name!r} must be a list of messages that is not empty")
+    for number, message in enumerate(messages, start=1):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise ValueError(f"message {number} must be an object with a string 'role'")
+        content = message.get("content")
+        if not isinstance(content, str | list) and not (content is None and len(message) > 2):
+            raise ValueError(f"message {number} must have a string 'content'")
+    return messages
+
+
+def _of_chat(
+    row: dict[str, Any], messages: Any
+) -> tuple[list[dict[str, Any]], dict[str, Any] | None, list[dict[str, Any]] | None]:
+    """Returns the prompt, the target and the tools of messages; the target may be their last."""
+    messages = _checked(messages, "messages")
     tools = row.get("tools")
     if tools is not None and not (
         isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)
     ):
-        files.fault(path, line, "'tools' must be a list of objects")
+        raise ValueError("'tools' must be a list of objects")
     if messages[-1]["role"] != "assistant":
-        return Row(messages, None, tools or None, line)
+        return messages, None, tools or None
     if len(messages) == 1:
-        files.fault(path, line, "expected a turn before the assistant's, got none")
-    return Row(messages[:-1], messages[-1], tools or None, line)
+        raise ValueError("expected a turn before the assistant's, got none")
+    return messages[:-1], messages[-1], tools or None
 
 
 def _text_example(row: Row, vocabulary: seqio.Vocabulary) -> Example:

@@ -31,7 +31,8 @@ def _dataset(split: str, shuffle_files: bool, seed: int | None = None) -> tf.dat
     rows = []
     parsed = files.parse_objects(folder.read_lines(data_dir, FILES[split]), path)
     for number, row in enumerate(parsed, start=1):
-        source, target = (_texts(row, key, path, number) for key in ("source", "target"))
+        with files.faults_in(path, number):
+            source, target = _texts(row, "source"), _texts(row, "target")
         rows.append((PREFIX + one_line(" ".join(source)), [one_line(text) for text in target]))
     return tf.data.Dataset.from_tensor_slices(
         {
@@ -43,11 +44,11 @@ def _dataset(split: str, shuffle_files: bool, seed: int | None = None) -> tf.dat
     )
 
 
-def _texts(row: dict[str, Any], key: str, path: str, line: int) -> list[str]:
+def _texts(row: dict[str, Any], key: str) -> list[str]:
     """Returns the list of strings under a key; raises ValueError for any other value."""
     texts = row.get(key)
     if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
-        files.fault(path, line, f"{key!r} must be a list of strings, got {str(texts)[:60]!r}")
+        raise ValueError(f"{key!r} must be a list of strings, got {str(texts)[:60]!r}")
     return texts
 
 

@@ -119,11 +119,9 @@ class TfdsOrFiles(seqio.TfdsDataSource):
         """Reads a JSONL file; the first row decides by which names the features are read."""
         rows = files.parse_objects(folder.read_lines(*os.path.split(path)), path)
         own = "inputs" not in rows[0] and self._fields["inputs"] in rows[0]
-        columns = {
-            theirs: [
-                files.string(row, theirs if own else ours, path, number)
-                for number, row in enumerate(rows, start=1)
-            ]
-            for ours, theirs in self._fields.items()
-        }
+        columns: dict[str, list[str]] = {theirs: [] for theirs in self._fields.values()}
+        for number, row in enumerate(rows, start=1):
+            with files.faults_in(path, number):
+                for ours, theirs in self._fields.items():
+                    columns[theirs].append(files.string(row, theirs if own else ours))
         return tf.data.Dataset.from_tensor_slices(columns)

@@ -8,7 +8,8 @@ file that breaks these rules causes a ValueError that names the file, the line a
 """
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+import contextlib
 import gzip
 import io
 import json
@@ -74,6 +75,15 @@ def fault(path: str | os.PathLike, line: int | None, message: str) -> NoReturn:
     place = os.fspath(path) if line is None else f"{os.fspath(path)}, line {line}"
     # Commands print the message as one line, so newlines from the file's content are removed.
     raise ValueError(f"{place}: {message}".replace("\n", " ")) from None
+
+
+@contextlib.contextmanager
+def faults_in(path: str | os.PathLike, line: int) -> Iterator[None]:
+    """Names a file and a line in every ValueError that is raised inside the `with`."""
+    try:
+        yield
+    except ValueError as error:
+        fault(path, line, str(error))
 
 
 def read_bytes(path: str | os.PathLike) -> bytes:
@@ -229,22 +239,18 @@ def _parsed(text: str) -> Any:
         return None
 
 
-def string(row: dict[str, Any], key: str, path: str | os.PathLike, line: int) -> str:
+def string(row: dict[str, Any], key: str) -> str:
     """Returns the string under a key of a JSON object.
 
-    Args:
-        row: the object.
-        key: the key.
-        path, line: the file and the number of the line, for error messages.
-
     Raises:
-        ValueError: if the key is missing, or if its value is no string.
+        ValueError: if the key is missing, or if its value is no string; inside `faults_in`, the
+            message names the file and the line.
     """
     if key not in row:
-        fault(path, line, f"key {key!r} is missing")
+        raise ValueError(f"key {key!r} is missing")
     value = row[key]
     if not isinstance(value, str):
-        fault(path, line, f"{key!r} must be a string, got {_shown(value)}")
+        raise ValueError(f"{key!r} must be a string, got {_shown(value)}")
     return value
 
 
