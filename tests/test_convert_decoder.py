@@ -16,9 +16,10 @@ import transformers
 
 from gkd_jax import convert, sharding
 from gkd_jax.batch import Batch
-from gkd_jax.convert import decoder_fields, hf_folder
+from gkd_jax.convert import decoder_fields
 from gkd_jax.models import decoder, decoder_config, lm
 from gkd_jax.models.decoder_config import DecoderConfig, Rope
+from gkd_jax.text import special_ids
 
 
 TENSORS = "model.safetensors"
@@ -245,12 +246,12 @@ def test_what_goes_with_the_weights_is_copied(tmp_path):
     names = {file.name for file in (tmp_path / "out").iterdir()}
     copied = {"tokenizer.json", "chat_template.jinja", "LICENSE", "generation_config.json"}
     assert names == {*copied, "config.json", TENSORS, "README.md"}
-    assert hf_folder.token_ids(tmp_path / "out")["eos_token_id"] == [5, 9]
+    assert special_ids.stated(tmp_path / "out")["eos_token_id"] == [5, 9]
     fields = json.loads((tmp_path / "out" / "config.json").read_text())
     assert fields["eos_token_id"] == [5, 9]
     (tmp_path / "out" / "generation_config.json").unlink()
     edit(tmp_path / "out", {"eos_token_id": 7})
-    assert hf_folder.token_ids(tmp_path / "out")["eos_token_id"] == 7
+    assert special_ids.stated(tmp_path / "out")["eos_token_id"] == 7
 
 
 @pytest.mark.parametrize("options", [{}, {"do_sample": True}, {"num_beams": 3}])

@@ -14,7 +14,7 @@ from tokenizers import processors
 import transformers
 
 from gkd_jax.storage import tokenizer_files
-from gkd_jax.text import comparison, tokenizer_folder, vocabularies
+from gkd_jax.text import comparison, files, vocabularies
 from gkd_jax.text.chat_template import ChatTemplate
 from gkd_jax.text.tokenizer_folder import TokenizerVocabulary
 
@@ -253,8 +253,8 @@ def test_a_folder_is_a_vocabulary_by_name(folders, tmp_path):
         vocabulary = vocabularies.load(spec)
         assert isinstance(vocabulary, TokenizerVocabulary)
         assert vocabularies.num_pieces(vocabulary) == vocabulary.vocab_size
-    assert vocabularies.has_tokenizer(folder)
-    assert not vocabularies.has_tokenizer(tmp_path)
+    assert vocabularies.in_folder(folder)
+    assert not vocabularies.in_folder(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no tokenizer in .*expected tokenizer\.json or"):
         vocabularies.of_folder(tmp_path)
     (tmp_path / "tokenizer.model").touch()
@@ -313,7 +313,7 @@ def test_t5_folders_have_their_sentinels_and_one_content_in_both_forms(shared, t
 def test_a_byt5_folder_has_bytes(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "ByT5Tokenizer"}')
     assert vocabularies.load(str(tmp_path)) == seqio.ByteVocabulary(extra_ids=125)
-    assert vocabularies.has_tokenizer(tmp_path)
+    assert vocabularies.in_folder(tmp_path)
 
 
 # Two models ---------------------------------------------------------------------------------------
@@ -494,7 +494,7 @@ def test_folders_without_files_beside_the_tokenizer(tmp_path):
     assert (vocabulary.eos_ids, vocabulary.eos_id, vocabulary.bos_id) == ((), None, None)
     assert vocabulary.chat_template is None
     assert vocabulary.decode(vocabulary.encode("7 eggs")) == "7 eggs"
-    assert tokenizer_folder.read_json(str(folder), "none.json") == {}
+    assert files.read_json_in(str(folder), "none.json") == {}
 
 
 def test_a_run_that_seems_to_have_started_from_itself_has_no_tokenizer(tmp_path):

@@ -1,18 +1,18 @@
 """Reads and writes decoder-only models in Hugging Face folders: config.json and safetensors."""
 
 import pathlib
-from typing import Any
 
-from gkd_jax.convert import decoder_fields, hf_folder
+from gkd_jax.convert import hf_folder
 from gkd_jax.convert.decoder_fields import config_fields
 from gkd_jax.convert.layout import Entry, Layout, flatten, hf_part
 from gkd_jax.convert.stored import Stored, check, same
 from gkd_jax.models import lm
 from gkd_jax.models.decoder_config import DecoderConfig
+from gkd_jax.text import special_ids
 from gkd_jax.text.files import read_json_object
 
 
-__all__ = ["config_fields", "hf_layout", "open_model", "read_config", "write_generation"]
+__all__ = ["config_fields", "hf_layout", "open_model", "write_generation"]
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Names of the text model's arrays start with one of these prefixes or with none of them. Longer
@@ -40,23 +40,6 @@ _NORMS_WITH_POST = {
     "pre_mlp_layer_norm": "pre_feedforward_layernorm",
     "post_mlp_layer_norm": "post_feedforward_layernorm",
 }
-
-
-def read_config(folder: pathlib.Path, fields: dict[str, Any]) -> DecoderConfig:
-    """Returns the sizes and switches of the model that the fields of a config.json describe.
-
-    Args:
-        folder: the folder of the config.json, for error messages.
-        fields: the object in the config.json.
-
-    Raises:
-        ValueError: if a key is unknown or has a value that is not supported; the message names the
-            file and the key.
-    """
-    try:
-        return decoder_fields.read(fields)
-    except ValueError as error:
-        raise ValueError(f"{folder}/config.json: {error}") from error
 
 
 def open_model(path: str, config: DecoderConfig) -> tuple[Layout, dict[str, Stored]]:
@@ -143,6 +126,6 @@ def write_generation(folder: pathlib.Path, config: DecoderConfig, num_pieces: in
     if not spare:
         return
     file = folder / hf_folder.GENERATION
-    fields = read_json_object(file) if file.is_file() else hf_folder.token_ids(folder)
+    fields = read_json_object(file) if file.is_file() else special_ids.stated(folder)
     suppressed = sorted({*(fields.get("suppress_tokens") or ()), *spare})
     hf_folder.write_json(file, {**fields, "suppress_tokens": suppressed})

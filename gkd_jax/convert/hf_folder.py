@@ -82,21 +82,6 @@ def copy_companions(source: pathlib.Path, folder: pathlib.Path) -> None:
             shutil.copy(file, folder)
 
 
-def token_ids(folder: pathlib.Path) -> dict[str, Any]:
-    """Returns `bos_token_id`, `eos_token_id` and `pad_token_id` of a folder, where they are stated.
-
-    generation_config.json overrides config.json: several ids end a text of an instruct model, and
-    only generation_config.json names all of these ids.
-    """
-    names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    found: dict[str, Any] = {}
-    for file in (folder / "config.json", folder / GENERATION):
-        fields = read_json_object(file) if file.is_file() else {}
-        fields = {**(fields.get("text_config") or {}), **fields}
-        found |= {name: fields[name] for name in names if fields.get(name) is not None}
-    return found
-
-
 def spare_ids(vocab_size: int, num_pieces: int | None) -> range:
     """Returns the ids of an embedding that no piece has; none if `num_pieces` is not known."""
     return range(vocab_size if num_pieces is None else num_pieces, vocab_size)

@@ -1,279 +1,85 @@
-"""Reads and writes T5, mT5 and umT5 models in Hugging Face folders: config.json and safetensors."""
+"""Reads and writes Hugging Face folders of any model family."""
 
-import json
+import dataclasses
+import os
 import pathlib
+import shutil
 from typing import Any
 
-from gkd_jax.convert import field_values, hf_folder
-from gkd_jax.convert.layout import Layout, hf_layout
-from gkd_jax.convert.stored import Stored, check, same
-from gkd_jax.models import t5
+from gkd_jax.convert import decoder_fields, decoder_huggingface, hf_folder, t5_huggingface
+from gkd_jax.convert.stored import as_stored_dtype
+from gkd_jax.convert.writing import complete_folder, unwritten
+from gkd_jax.models import lm
+from gkd_jax.models.decoder_config import DecoderConfig
+from gkd_jax.text import special_ids
 from gkd_jax.text.files import read_json_object
 
 
-_SHARED, _HEAD = "shared.weight", "lm_head.weight"
-_SAME_AS_SHARED = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
-# Old T5 files contain a position bias for the cross-attention. T5's cross-attention uses none, and
-# transformers ignores this array too.
-_UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
-_ACTIVATIONS = {
-    "relu": ("relu",),
-    "gelu_new": ("gelu",),
-    "gated-relu": ("relu", "linear"),
-    "gated-gelu": ("gelu", "linear"),
-    "gated-gelu_new": ("gelu", "linear"),
-}
-_ARCHITECTURES = {
-    "t5": "T5ForConditionalGeneration",
-    "mt5": "MT5ForConditionalGeneration",
-    "umt5": "UMT5ForConditionalGeneration",
-}
-_SIZES = {
-    "vocab_size": "vocab_size",
-    "d_model": "d_model",
-    "num_heads": "num_heads",
-    "d_kv": "head_dim",
-    "d_ff": "d_ff",
-    "num_layers": "num_encoder_layers",
-    "num_decoder_layers": "num_decoder_layers",
-    "relative_attention_num_buckets": "relpos_buckets",
-    "relative_attention_max_distance": "relpos_max_distance",
-}
-_SPECIAL_IDS = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
-# Generation settings with which transformers would generate other tokens than gkd_jax.
-_FORCED = (
-    *("forced_bos_token_id", "forced_eos_token_id", "forced_decoder_ids"),
-    *("begin_suppress_tokens", "bad_words_ids", "sequence_bias"),
-)
-_DEFAULTS = {"relative_attention_num_buckets": 32, "relative_attention_max_distance": 128}
-_MT5_VOCAB_SIZE = 250_112
-
-
-def read_config(path: str) -> t5.T5Config:
-    """Returns the sizes of the T5 in a folder.
-
-    The sizes come from config.json. Whether the output head is tied to the embedding comes from the
-    weights, because `tie_word_embeddings` has had several meanings in transformers: the head is
-    untied if `lm_head.weight` is stored and differs from `shared.weight`.
-
-    Raises:
-        FileNotFoundError: if a file is missing.
-        ValueError: if the model type is not supported, or if a field is missing or has a value that
-            is not supported.
-    """
+def read_config(path: str) -> lm.Config:
+    """Returns the sizes of the model in a folder; see `reading.read_config` for the errors."""
     folder = hf_folder.local(path)
     fields = read_json_object(folder / "config.json")
-    kind = fields.get("model_type")
-    if not isinstance(kind, str) or kind not in _ARCHITECTURES:
-        raise ValueError(
-            f"{folder}/config.json: model_type must be one of {', '.join(_ARCHITECTURES)}, "
-            f"got {kind!r}"
-        )
-    default = "relu" if kind == "t5" else "gated-gelu"
-    activations = fields.get("feed_forward_proj", default)
-    if not isinstance(activations, str) or activations not in _ACTIVATIONS:
-        raise ValueError(
-            f"{folder}/config.json: feed_forward_proj must be one of "
-            f"{', '.join(_ACTIVATIONS)}, got {activations!r}"
-        )
-    needed = ("vocab_size", "d_model", "num_heads", "d_kv", "d_ff", "num_layers")
-    absent = [name for name in needed if name not in fields]
-    if absent:
-        raise ValueError(f"{folder}/config.json lacks {', '.join(absent)}")
-    for name, usual in _implied(activations).items():
-        if fields.get(name) not in (None, usual):
-            raise ValueError(
-                f"{folder}/config.json: {name} must be {json.dumps(usual)} or absent, got "
-                f"{fields[name]!r}"
-            )
-    _check_special_ids(folder, fields)
-    has_own_head = _has_own_head(hf_folder.open_weights(folder))
+    arrays = hf_folder.open_weights(folder)  # a file that is missing or cut is named at once
+    is_decoder = fields.get("model_type") in decoder_fields.MODEL_TYPES
     try:
-        return t5.T5Config(
-            **_numbers(fields),
-            mlp_activations=_ACTIVATIONS[activations],
-            tie_embeddings=not has_own_head,
-            scale_logits=_is_scaled(fields),
-            per_layer_relpos=kind == "umt5",
-        )
+        config = decoder_fields.read(fields) if is_decoder else t5_huggingface.read_fields(fields)
     except ValueError as error:
         raise ValueError(f"{folder}/config.json: {error}") from error
+    if isinstance(config, DecoderConfig):
+        return config
+    t5_huggingface.check_special_ids(folder, fields)
+    return dataclasses.replace(config, tie_embeddings=not t5_huggingface.has_own_head(arrays))
 
 
-def _implied(activations: str) -> dict[str, Any]:
-    """Returns the keys that transformers obeys although the model has one value for them only."""
-    names = activations.split("-")
-    return {
-        "is_gated_act": len(names) > 1,
-        "dense_act_fn": "relu" if names[-1] == "relu" else "gelu_new",
-        "is_encoder_decoder": True,
-        "quantization_config": None,
-    }
-
-
-def _check_special_ids(folder: pathlib.Path, config: dict[str, Any]) -> None:
-    """Raises ValueError for a model whose special ids or decoding rules differ from those of T5.
-
-    gkd_jax's T5 has its special ids built in: id 0 is masked and starts a target, and id 1 ends a
-    target. Some models, such as MADLAD-400 and CodeT5, have the architecture of T5 but other ids.
-    """
-    files = {"config.json": config}
-    if (folder / hf_folder.GENERATION).is_file():
-        files[hf_folder.GENERATION] = read_json_object(folder / hf_folder.GENERATION)
-    wrong = []
-    for file, fields in files.items():
-        for name, usual in _SPECIAL_IDS.items():
-            given = fields.get(name)
-            if given is not None and given not in (usual, [usual]):
-                wrong.append(f"{file}: {name} must be {usual}, got {given!r}")
-        wrong += [
-            f"{file}: {name} must be absent, got {fields[name]!r}"
-            for name in _FORCED
-            if fields.get(name) is not None
-        ]
-        suppressed = fields.get("suppress_tokens")
-        if suppressed and not _is_tail(suppressed, config["vocab_size"]):
-            wrong.append(
-                f"{file}: suppress_tokens must be the last ids of the embedding, which no piece "
-                f"has, got {str(suppressed)[:60]}"
-            )
-    if wrong:
-        raise ValueError(f"{folder}: this model is not decoded as T5 is: {'; '.join(wrong)}")
-
-
-def _is_tail(ids: Any, vocab_size: Any) -> bool:
-    """Returns whether `ids`, apart from the pad id 0, are the last ids of a vocabulary."""
-    if not isinstance(ids, list) or not all(type(token) is int for token in ids):
-        return False
-    rest = sorted(set(ids) - {0})
-    return type(vocab_size) is int and rest == list(range(vocab_size - len(rest), vocab_size))
-
-
-def _numbers(fields: dict[str, Any]) -> dict[str, Any]:
-    """Returns the sizes in a config.json by the names of `T5Config`'s fields.
-
-    Raises:
-        ValueError: if a size is not a positive integer, or the epsilon no number in (0, 1).
-    """
-    numbers = {ours: fields.get(theirs, _DEFAULTS.get(theirs)) for theirs, ours in _SIZES.items()}
-    if numbers["num_decoder_layers"] is None:
-        numbers["num_decoder_layers"] = fields["num_layers"]
-    for theirs, ours in _SIZES.items():
-        largest = field_values.MOST_LAYERS if theirs.endswith("_layers") else None
-        field_values.size({theirs: numbers[ours]}, theirs, largest)
-    buckets, distance = numbers["relpos_buckets"], numbers["relpos_max_distance"]
-    # The buckets of distances from `buckets // 2` on grow up to the largest distance.
-    if buckets < 4 or distance <= buckets // 2:
-        raise ValueError(
-            "relative_attention_num_buckets must be at least 4, and "
-            "relative_attention_max_distance more than half of it, got "
-            f"{buckets} and {distance}"
-        )
-    epsilon = fields.get("layer_norm_epsilon", 1e-6)
-    if type(epsilon) is not float or not 0 < epsilon < 1:
-        raise ValueError(f"layer_norm_epsilon must be a number in (0, 1), got {epsilon!r}")
-    return {**numbers, "layer_norm_epsilon": epsilon}
-
-
-def open_model(path: str, config: t5.T5Config) -> tuple[Layout, dict[str, Stored]]:
-    """Returns the layout of a model and the stored arrays of a folder, which fit each other.
-
-    Raises:
-        FileNotFoundError: if a file is missing.
-        ValueError: if the arrays do not fit the model or a file is damaged.
-    """
-    folder = hf_folder.local(path)
-    arrays = hf_folder.open_weights(folder)
-    ignored = [*_SAME_AS_SHARED, _UNUSED]
-    # torch arrays that share memory are stored once, under any of their names.
-    if _SHARED not in arrays:
-        for name in (*_SAME_AS_SHARED, _HEAD):
-            if name in arrays and (name != _HEAD or config.tie_embeddings):
-                arrays[_SHARED] = arrays[name]
-                break
-    if config.tie_embeddings and not _has_own_head(arrays):
-        ignored.append(_HEAD)
-    for name in _SAME_AS_SHARED:
-        if name in arrays and _SHARED in arrays and not same(arrays[name], arrays[_SHARED]):
-            raise ValueError(
-                f"{path}: {name} differs from {_SHARED}: encoder and decoder must share one "
-                "embedding"
-            )
-    layout = hf_layout(config)
-    check(layout, arrays, path, ignored=ignored)
-    return layout, arrays
-
-
-def _is_scaled(fields: dict[str, Any]) -> bool:
-    """Returns whether hidden states are divided by sqrt(D) before the output head."""
-    # transformers never scales an mT5, whatever these two keys say.
-    if fields["model_type"] == "mt5":
-        return False
-    if fields.get("scale_decoder_outputs") is None:
-        return fields.get("tie_word_embeddings") is not False
-    return field_values.switch(fields, "scale_decoder_outputs")
-
-
-def _has_own_head(arrays: dict[str, Stored]) -> bool:
-    """Returns whether the stored output head differs from the embedding."""
-    head = arrays.get(_HEAD)
-    names = (_SHARED, *_SAME_AS_SHARED)
-    embedding = next((arrays[name] for name in names if name in arrays), None)
-    return head is not None and embedding is not None and not same(head, embedding)
-
-
-# Writing ------------------------------------------------------------------------------------------
-
-
-def write_generation(folder: pathlib.Path, config: t5.T5Config, num_pieces: int | None) -> None:
-    """Writes generation_config.json, with which transformers generates what gkd_jax decodes.
-
-    gkd_jax never decodes the pad id 0, nor the ids that no vocabulary piece has. transformers by
-    itself decodes any id, so all of these are suppressed. Settings that are in the folder already
-    are kept, apart from the keys written here.
-    """
-    spare = hf_folder.spare_ids(config.vocab_size, num_pieces)
-    fields = {**_SPECIAL_IDS, "suppress_tokens": [_SPECIAL_IDS["pad_token_id"], *spare]}
-    file = folder / hf_folder.GENERATION
-    before = read_json_object(file) if file.is_file() else {}
-    hf_folder.write_json(file, {**before, **fields})
-
-
-def config_fields(config: t5.T5Config, dtype: str) -> dict[str, Any]:
-    """Returns the fields of a T5's config.json.
+def write_hf(
+    path: str,
+    config: lm.Config,
+    params: lm.Params,
+    *,
+    dtype: str = "float32",
+    num_pieces: int | None = None,
+    source: str | os.PathLike[str] | None = None,
+    card: str | None = None,
+) -> None:
+    """Writes a folder that transformers loads with `from_pretrained`.
 
     Args:
+        path: the folder to create. It appears under this name only when it is complete.
         config: the model's sizes.
-        dtype: the name of the dtype of the stored weights.
+        params: the model's parameters.
+        dtype: the dtype of the stored weights: "float32", "bfloat16" or "float16".
+        num_pieces: the number of pieces in the vocabulary; None if unknown. An embedding may have
+            more rows than that. Training does not change these spare rows, so their ids are
+            written into generation_config.json as `suppress_tokens` and are never generated. For
+            a T5 the pad id is always written there, because gkd_jax never decodes it.
+        source: a Hugging Face folder whose tokenizer and other companion files are copied.
+        card: the text of README.md; None writes no README.md.
 
     Raises:
-        ValueError: if no class of transformers computes this T5.
+        ValueError: if the folder exists or is remote, or if transformers has no such model.
     """
-    # Several names may mean one activation; `reversed` makes the first of them the written one.
-    names = {acts: name for name, acts in reversed(_ACTIVATIONS.items())}
-    if config.mlp_activations not in names:
-        raise ValueError(
-            f"transformers' T5 knows mlp_activations {sorted(names)}, got {config.mlp_activations}"
-        )
-    kind = "t5"
-    if config.per_layer_relpos:
-        kind = "umt5"
-    elif config.vocab_size == _MT5_VOCAB_SIZE and not config.scale_logits:
-        kind = "mt5"
-    return {
-        "architectures": [_ARCHITECTURES[kind]],
-        "model_type": kind,
-        **{theirs: getattr(config, ours) for theirs, ours in _SIZES.items()},
-        "feed_forward_proj": names[config.mlp_activations],
-        "layer_norm_epsilon": config.layer_norm_epsilon,
-        "dropout_rate": config.dropout_rate,
-        "initializer_factor": 1.0,
-        "is_encoder_decoder": True,
-        "use_cache": True,
-        # transformers 4 decides by `tie_word_embeddings` whether to tie and to scale; transformers
-        # 5 decides by `scale_decoder_outputs` whether to scale.
-        "tie_word_embeddings": config.tie_embeddings,
-        "scale_decoder_outputs": config.scale_logits,
-        **_SPECIAL_IDS,
-        "torch_dtype": dtype,
-    }
+    family = family_of(config)
+    kind = as_stored_dtype(dtype)
+    fields = family.config_fields(config, dtype)
+    arrays = unwritten(family.hf_layout(config), params)
+    beside = None if source is None else pathlib.Path(source)
+    if beside is not None and family is decoder_huggingface:  # a T5's special ids are built in
+        fields |= special_ids.stated(beside)
+    with complete_folder(path) as folder:
+        hf_folder.write_weights(folder, arrays, kind)
+        hf_folder.write_json(folder / "config.json", fields)
+        for file in () if beside is None else hf_folder.companions(beside):
+            shutil.copy(file, folder)
+        family.write_generation(folder, config, num_pieces)
+        if card is not None:
+            (folder / "README.md").write_text(card, "utf-8")
+
+
+def check_hf(config: lm.Config) -> None:
+    """Raises ValueError if no class of transformers computes this model."""
+    family_of(config).config_fields(config, "float32")
+
+
+def family_of(config: lm.Config) -> Any:
+    """Returns the module with the functions for a model's family in Hugging Face folders."""
+    return decoder_huggingface if isinstance(config, DecoderConfig) else t5_huggingface

@@ -14,7 +14,8 @@ import numpy as np
 import tensorstore as ts
 
 from gkd_jax.convert import formats, msgpack_tree
-from gkd_jax.convert.stored import Index, Stored, in_memory
+from gkd_jax.convert.layout import Layout, t5x_layout
+from gkd_jax.convert.stored import Index, Stored, check, in_memory
 from gkd_jax.models import t5
 
 
@@ -28,7 +29,7 @@ class T5XArrays(NamedTuple):
     """The arrays of an opened checkpoint.
 
     Attributes:
-        arrays: the stored arrays by dotted name.
+        arrays: the stored arrays by their dotted names, without "target.".
         scanned: whether the checkpoint belongs to T5X's scanned network, which stacks its layers.
     """
 
@@ -55,14 +56,12 @@ def open_arrays(path: str) -> T5XArrays:
     else:
         inline, specs = _msgpack_specs(root)
     specs = {name: spec for name, spec in specs.items() if name.startswith(_TARGET)}
-    arrays = {
-        name: in_memory(name, array) for name, array in inline.items() if name.startswith(_TARGET)
-    }
-    arrays |= _open_zarr(specs)
-    if not arrays:
+    found = {name: in_memory(name, x) for name, x in inline.items() if name.startswith(_TARGET)}
+    found |= _open_zarr(specs)
+    if not found:
         raise ValueError(f"{path} holds no array whose name starts with {_TARGET!r}")
-    scanned = any(".encoder.encoder." in name for name in arrays)
-    return T5XArrays(arrays, scanned)
+    arrays = {name.removeprefix(_TARGET): array for name, array in found.items()}
+    return T5XArrays(arrays, any(name.startswith("encoder.encoder.") for name in arrays))
 
 
 def infer_config(path: str, opened: T5XArrays) -> t5.T5Config:
@@ -81,7 +80,7 @@ def infer_config(path: str, opened: T5XArrays) -> t5.T5Config:
         ValueError: if an array that the sizes are inferred from is missing or has the wrong rank,
             or if the sizes contradict each other.
     """
-    shapes = {name.removeprefix(_TARGET): a.shape for name, a in opened.arrays.items()}
+    shapes = {name: array.shape for name, array in opened.arrays.items()}
     scanned = opened.scanned
     layer = "encoder.encoder" if scanned else "encoder.layers_0"
 
@@ -117,6 +116,18 @@ def infer_config(path: str, opened: T5XArrays) -> t5.T5Config:
         relpos_buckets=bias_shape[-1],
         per_layer_relpos=per_layer,
     )
+
+
+def open_model(path: str, config: t5.T5Config) -> tuple[Layout, dict[str, Stored]]:
+    """Returns the layout of a model and the stored arrays of a checkpoint, which fit each other.
+
+    Raises:
+        FileNotFoundError, ValueError: see `open_arrays`, and ValueError if the arrays do not fit.
+    """
+    opened = open_arrays(path)
+    layout = t5x_layout(config, scanned=opened.scanned)
+    check(layout, opened.arrays, path)
+    return layout, opened.arrays
 
 
 def _num_layers(path: str, shapes: dict[str, tuple[int, ...]], stack: str, scanned: bool) -> int:

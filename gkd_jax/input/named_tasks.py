@@ -13,7 +13,7 @@ import seqio
 from gkd_jax import tasks  # pyright: ignore[reportAttributeAccessIssue]
 from gkd_jax.input.data import TEACHER_INPUTS, DataConfig
 from gkd_jax.tasks import features, folder, jsonl  # pyright: ignore[reportMissingImports]
-from gkd_jax.text import task_names, tokenizer_folder, vocabularies
+from gkd_jax.text import files, task_names, vocabularies
 
 
 _T5_TYPES = ("t5", "mt5", "umt5")
@@ -90,8 +90,7 @@ def open_task(
     folder.set_data_dir(config.data_dir)
     vocabulary = None
     if config.vocabulary is None and tokenizer is not None:
-        if vocabularies.has_tokenizer(tokenizer):
-            vocabulary = vocabularies.of_folder(tokenizer)
+        vocabulary = vocabularies.in_folder(tokenizer)
     elif config.vocabulary is not None:
         vocabulary = vocabularies.load(
             config.vocabulary, extra_ids=config.extra_ids, check_remote=check_remote
@@ -119,7 +118,7 @@ def open_task(
 
 def _check_has_t5_vocabulary(folder: str) -> None:
     """Raises FileNotFoundError if a Hugging Face folder without a tokenizer is no T5's."""
-    kind = tokenizer_folder.read_json(folder, "config.json").get("model_type")
+    kind = files.read_json_in(folder, "config.json").get("model_type")
     if kind not in _T5_TYPES:
         raise FileNotFoundError(
             f"there is no tokenizer in {folder!r}, whose model is a {kind!r} and not a T5 (whose "

@@ -131,6 +131,5 @@ def _num_pieces(path: str) -> int:
         return saved_model.read_description(step_folder).get("num_pieces") or rows
     from gkd_jax.text import vocabularies  # brings TensorFlow and seqio
 
-    if not vocabularies.has_tokenizer(path):
-        return rows
-    return min(vocabularies.num_pieces(vocabularies.of_folder(path)), rows)
+    vocabulary = vocabularies.in_folder(path)
+    return rows if vocabulary is None else min(vocabularies.num_pieces(vocabulary), rows)

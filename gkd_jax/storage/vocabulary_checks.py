@@ -38,11 +38,12 @@ def check_vocabularies(
         step_folder = saved_model.find_step(model.checkpoint)
         if step_folder is None:
             path = model.checkpoint
-            if "://" in path or not vocabularies.has_tokenizer(path):
+            own = None if "://" in path else vocabularies.in_folder(path)
+            if own is None:
                 continue
             found = comparison.shared_pieces(
                 vocabulary,
-                vocabularies.of_folder(path),
+                own,
                 student_name="this run's vocabulary",
                 teacher_name=f"{name} {path}",
             )

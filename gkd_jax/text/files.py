@@ -183,6 +183,18 @@ def read_json_object(path: str | os.PathLike) -> dict[str, Any]:
     return value
 
 
+def read_json_in(folder: str | os.PathLike[str], name: str) -> dict[str, Any]:
+    """Returns the JSON object in a file of a folder; {} if the folder has no such file.
+
+    Raises:
+        ValueError: if the file cannot be read or holds no JSON object; the message names the file.
+    """
+    try:
+        return read_json_object(os.path.join(folder, name))
+    except FileNotFoundError:
+        return {}
+
+
 def parse_objects(lines: Sequence[str], path: str | os.PathLike) -> list[dict[str, Any]]:
     """Returns the JSON object in each line.
 

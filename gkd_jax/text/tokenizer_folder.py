@@ -21,7 +21,7 @@ import seqio
 import tensorflow as tf
 import tokenizers
 
-from gkd_jax.text import files
+from gkd_jax.text import files, special_ids
 from gkd_jax.text.chat_template import ChatTemplate
 
 
@@ -59,7 +59,7 @@ class TokenizerVocabulary(seqio.Vocabulary):
         """
         super().__init__(extra_ids=0)
         self.folder = os.fspath(folder)
-        config = read_json(self.folder, CONFIG_FILE)
+        config = files.read_json_in(self.folder, CONFIG_FILE)
         names = _special_tokens(self.folder, config)
         self._tokenizer = _read_tokenizer(self.folder, config, names)
         self._ids = {
@@ -67,9 +67,10 @@ class TokenizerVocabulary(seqio.Vocabulary):
             for name in ("bos", "eos", "pad", "unk")
             if f"{name}_token" in names
         }
-        self.eos_ids = _end_ids(self.folder, self._ids.get("eos"))
-        stated, _ = _stated(self.folder, "pad_token_id")
-        self._pad_id = self._ids.get("pad", stated if isinstance(stated, int) else None)
+        stated = special_ids.stated(self.folder)
+        self.eos_ids = _end_ids(self.folder, stated.get("eos_token_id"), self._ids.get("eos"))
+        pad = stated.get("pad_token_id")
+        self._pad_id = self._ids.get("pad", pad if isinstance(pad, int) else None)
         self._adds_specials = False
         self.chat_template = _read_template(self.folder, config, names)
 
@@ -160,7 +161,7 @@ class TokenizerVocabulary(seqio.Vocabulary):
         unigram models (T5) the value is "unigram": they are compared by their pieces alone, as
         SentencePiece files are.
         """
-        model = read_json(self.folder, TOKENIZER_FILE)["model"]
+        model = files.read_json_in(self.folder, TOKENIZER_FILE)["model"]
         if model.get("type") == "Unigram":
             return "unigram"
         parts: list[Any] = [model.get("type"), _merges(model)]
@@ -247,18 +248,6 @@ class TokenizerVocabulary(seqio.Vocabulary):
         return hash((self.pieces[:100], self._adds_specials))
 
 
-def read_json(folder: str, name: str) -> dict[str, Any]:
-    """Returns the JSON object in a file of a folder; {} if the folder has no such file.
-
-    Raises:
-        ValueError: if the file holds no JSON object; the message names the file.
-    """
-    try:
-        return files.read_json_object(os.path.join(folder, name))
-    except FileNotFoundError:
-        return {}
-
-
 def hash_pieces(pieces: Iterable[str]) -> str:
     """Returns a SHA-256 of pieces in the order of ids.
 
@@ -317,7 +306,7 @@ def _special_tokens(folder: str, config: Mapping[str, Any]) -> dict[str, str]:
     found: dict[str, str] = {}
     extra = config.get("extra_special_tokens")
     extra = extra if isinstance(extra, dict) else {}
-    for values in (read_json(folder, "special_tokens_map.json"), extra, config):
+    for values in (files.read_json_in(folder, "special_tokens_map.json"), extra, config):
         for name, value in values.items():
             text = value.get("content") if isinstance(value, dict) else value
             if name.endswith("_token") and isinstance(text, str):
@@ -327,35 +316,23 @@ def _special_tokens(folder: str, config: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def _stated(folder: str, key: str) -> tuple[Any, str]:
-    """Returns the value of a key of the model's configuration, and the file that states it.
-
-    `generation_config.json` overrides `config.json`, and a composite model has the keys of its text
-    model in `text_config`. If no file states the key, the value is None.
-    """
-    for name in ("generation_config.json", "config.json"):
-        config = read_json(folder, name)
-        inner = config.get("text_config")
-        found = {**(inner if isinstance(inner, dict) else {}), **config}.get(key)
-        if found is not None:
-            return found, name
-    return None, ""
-
-
-def _end_ids(folder: str, named: int | None) -> tuple[int, ...]:
+def _end_ids(folder: str, stated: Any, named: int | None) -> tuple[int, ...]:
     """Returns the ids that end a text.
 
     The first is the tokenizer's own EOS (`named`), if it has one. The others are those at which
-    transformers' `generate` stops.
+    transformers' `generate` stops (`stated`: an id, a list of ids, or None).
 
     Raises:
-        ValueError: if `eos_token_id` in the folder is neither an id nor a list of ids.
+        ValueError: if `stated` is something else.
     """
-    found, source = _stated(folder, "eos_token_id")
-    listed = found if isinstance(found, list) else [] if found is None else [found]
+    listed = stated if isinstance(stated, list) else [] if stated is None else [stated]
     if not all(type(index) is int and index >= 0 for index in listed):
-        message = f"eos_token_id must be an id or a list of ids, got {found!r}"
-        files.fault(os.path.join(folder, source), None, message)
+        files.fault(
+            folder,
+            None,
+            "generation_config.json, or else config.json, must have an id or a list of ids as its "
+            f"eos_token_id, got {stated!r}",
+        )
     return tuple(dict.fromkeys([*([] if named is None else [named]), *listed]))
 
 

@@ -69,8 +69,8 @@ def t5_default() -> seqio.SentencePieceVocabulary:
     return seqio.SentencePieceVocabulary(T5_PATH, extra_ids=T5_EXTRA_IDS)
 
 
-def of_folder(path: str | os.PathLike) -> seqio.Vocabulary:
-    """Returns the vocabulary of a Hugging Face folder.
+def in_folder(path: str | os.PathLike) -> seqio.Vocabulary | None:
+    """Returns the vocabulary of a Hugging Face folder; None if there is no tokenizer in it.
 
     If the folder has a `spiece.model` (T5), SentencePiece reads this file, and the folder's
     configuration states the number of extra ids. Otherwise the library tokenizers reads the
@@ -80,11 +80,10 @@ def of_folder(path: str | os.PathLike) -> seqio.Vocabulary:
         path: a folder that `save_pretrained` wrote or that was downloaded from the Hub.
 
     Raises:
-        FileNotFoundError: if the folder has no tokenizer; the message names the expected files.
         ValueError: if a file is not as expected; the message names the file.
     """
     folder = os.fspath(path)
-    config = tokenizer_folder.read_json(folder, tokenizer_folder.CONFIG_FILE)
+    config = files.read_json_in(folder, tokenizer_folder.CONFIG_FILE)
     # T5, mT5 and umT5 use this file name. The SentencePiece files of other families are not read,
     # because they lack the tokens that tokenizer.json adds.
     if _exists(folder, SENTENCEPIECE_FILES[0]):
@@ -97,6 +96,19 @@ def of_folder(path: str | os.PathLike) -> seqio.Vocabulary:
         return TokenizerVocabulary(folder)
     if str(config.get("tokenizer_class", "")).startswith("ByT5"):
         return seqio.ByteVocabulary(extra_ids=config.get("extra_ids", 125))
+    return None
+
+
+def of_folder(path: str | os.PathLike) -> seqio.Vocabulary:
+    """Returns the vocabulary of a Hugging Face folder, which must have a tokenizer.
+
+    Raises:
+        FileNotFoundError: if the folder has no tokenizer; the message names the expected files.
+        ValueError: see `in_folder`.
+    """
+    found, folder = in_folder(path), os.fspath(path)
+    if found is not None:
+        return found
     other = [name for name in SENTENCEPIECE_FILES[1:] if _exists(folder, name)]
     hint = (
         f": it has {other[0]}, which `AutoTokenizer.from_pretrained(...).save_pretrained(...)` of "
@@ -108,16 +120,6 @@ def of_folder(path: str | os.PathLike) -> seqio.Vocabulary:
         f"there is no tokenizer in {folder!r}, expected {tokenizer_folder.TOKENIZER_FILE} or "
         f"{SENTENCEPIECE_FILES[0]}{hint}"
     )
-
-
-def has_tokenizer(path: str | os.PathLike) -> bool:
-    """Returns whether a folder has a tokenizer that `of_folder` reads."""
-    folder = os.fspath(path)
-    names = (SENTENCEPIECE_FILES[0], tokenizer_folder.TOKENIZER_FILE)
-    if any(_exists(folder, name) for name in names):
-        return True
-    config = tokenizer_folder.read_json(folder, tokenizer_folder.CONFIG_FILE)
-    return str(config.get("tokenizer_class", "")).startswith("ByT5")
 
 
 def _as_folder(spec: str) -> str | None:
@@ -144,7 +146,7 @@ def _extra_ids(folder: str, config: dict) -> int:
         return sum(text.startswith("<extra_id_") for text in added)
     # The folder lacks tokenizer_config.json. T5 has sentinel ids and mT5 has none, and only the
     # embedding of T5 has more rows than the pieces need.
-    model = tokenizer_folder.read_json(folder, "config.json")
+    model = files.read_json_in(folder, "config.json")
     file = os.path.join(folder, SENTENCEPIECE_FILES[0])
     rows = model.get("vocab_size")
     size = seqio.SentencePieceVocabulary(file).vocab_size

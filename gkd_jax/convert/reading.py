@@ -1,0 +1,99 @@
+"""Reads a checkpoint of Hugging Face or T5X, whose format is detected from its files."""
+
+from typing import Any
+
+from gkd_jax.convert import hf_folder, huggingface, t5x
+from gkd_jax.convert.formats import Format, detect
+from gkd_jax.convert.layout import Layout
+from gkd_jax.convert.stored import FLOATS, Stored, as_dtype, read_tree
+from gkd_jax.models import lm
+from gkd_jax.models.decoder_config import DecoderConfig
+
+
+def read_config(path: str) -> lm.Config:
+    """Returns the sizes of the model in a Hugging Face or T5X checkpoint.
+
+    Weights are read only where the sizes depend on them: a Hugging Face T5's output head is
+    compared with its embedding. But every weight file of a Hugging Face folder must be there and
+    have the size that its header states. A run chooses dropout and the compute dtype, so these
+    fields of the returned config have their defaults.
+
+    Raises:
+        FileNotFoundError: if the folder or one of its files is missing.
+        ValueError: if the folder is no checkpoint, if a weight file is cut or damaged, or if the
+            architecture is not supported.
+    """
+    if _foreign(path) == "hf":
+        return huggingface.read_config(path)
+    return t5x.infer_config(path, t5x.open_arrays(path))
+
+
+def read_params(
+    path: str,
+    config: lm.Config,
+    *,
+    dtype: Any | None = "float32",
+    shardings: Any | None = None,
+) -> lm.Params:
+    """Returns the parameters of a Hugging Face or T5X checkpoint.
+
+    Each process reads only the slices that its own devices hold. Every slice is read once and cast
+    to `dtype` while it is read.
+
+    Args:
+        path: the checkpoint's folder.
+        config: the expected sizes, for example the result of `read_config`.
+        dtype: the dtype in memory, "float32" or "bfloat16", by name or as a dtype; None keeps the
+            stored dtype.
+        shardings: a tree with the structure of the parameters and a `jax.sharding.Sharding` at each
+            leaf; None puts every array on the default device.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: if arrays do not fit the model (the message lists every array that is missing,
+            unexpected, or of another shape or dtype), or if the data of an array are damaged.
+    """
+    if dtype is not None:
+        as_dtype(dtype)
+    layout, arrays = _open(path, config)
+    return read_tree(layout, arrays, dtype, shardings)
+
+
+def check_arrays(path: str, config: lm.Config) -> None:
+    """Compares the names, shapes and dtypes of a checkpoint's arrays with those of a model.
+
+    No parameters are loaded.
+
+    Raises:
+        FileNotFoundError, ValueError: for the same mismatches as `read_params`.
+    """
+    _open(path, config)
+
+
+def _open(path: str, config: lm.Config) -> tuple[Layout, dict[str, Stored]]:
+    if _foreign(path) == "hf":
+        return huggingface.family_of(config).open_model(path, config)
+    if isinstance(config, DecoderConfig):
+        raise ValueError(f"{path} is a T5X checkpoint, which holds T5s, not a decoder-only model")
+    return t5x.open_model(path, config)
+
+
+def stored_dtype(path: str) -> str:
+    """Returns the name of the dtype of a checkpoint's weights; "float32" if there are several.
+
+    Args:
+        path: the folder of a Hugging Face or T5X checkpoint.
+    """
+    if _foreign(path) == "hf":
+        arrays = hf_folder.open_weights(hf_folder.local(path))
+    else:
+        arrays = t5x.open_arrays(path).arrays
+    found = {array.dtype.name for array in arrays.values() if array.dtype in FLOATS}
+    return found.pop() if len(found) == 1 else "float32"
+
+
+def _foreign(path: str) -> Format:
+    found = detect(path)
+    if found == "gkd":
+        raise ValueError(f"{path} is a checkpoint of gkd_jax: read it with gkd_jax.load_model")
+    return found
