@@ -97,6 +97,18 @@ def test_a_checkpoint_may_have_moved(models, output, tmp_path):
     assert output.read_bytes() == before
 
 
+def test_a_vocabulary_is_compared_by_its_content(models, output):
+    same = dataclasses.replace(DATA, vocabulary="arithmetic")  # the task's own by its name
+    run(models, output, data=same, dry_run=True)
+    other = dataclasses.replace(DATA, vocabulary="bytes")
+    with pytest.raises(ValueError, match=r"vocabulary None -> 'bytes'; .*vocabulary_content"):
+        run(models, output, data=other, dry_run=True)
+    record = record_of(output)  # as if the words of the vocabulary had been others
+    made_by.path_of(output).write_text(json.dumps({**record, "vocabulary_content": "0" * 64}))
+    with pytest.raises(ValueError, match="something else: vocabulary_content 000000000000"):
+        run(models, output, dry_run=True)
+
+
 CHANGES = {
     "checkpoint": ({"model": "1"}, "checkpoint .*/0' -> .*/1'; content"),
     "decoding": (

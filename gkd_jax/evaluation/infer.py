@@ -35,7 +35,7 @@ from gkd_jax.storage.pretrained import (
 )
 from gkd_jax.storage.vocabulary_checks import check_special_ids, shared_pieces
 from gkd_jax.tasks import rows  # pyright: ignore[reportMissingImports]
-from gkd_jax.text import files, settings, task_names
+from gkd_jax.text import files, settings, task_names, vocabularies
 
 
 _OF_DATA = ("task", "data_dir", "vocabulary", "extra_ids", "long_prompts")
@@ -68,7 +68,15 @@ class _Decoding:
         return eval_batches.eval_batches(split, self.batch_size)
 
 
+def _open_task(model: ModelConfig, data: DataConfig, dry_run: bool) -> tuple[Any, Any]:
+    """Returns the task and its vocabulary."""
+    tokenizer = tokenizer_files.find(model.checkpoint)
+    return named_tasks.open_task(data, tokenizer=tokenizer, check_remote=not dry_run)
+
+
 def _prepare(
+    task: Any,
+    vocabulary: Any,
     model: ModelConfig,
     data: DataConfig,
     evaluation: EvalConfig,
@@ -81,9 +89,6 @@ def _prepare(
         raise ValueError("num_examples must be a positive integer or None, got 0")
     if model.memory != "device":
         raise ValueError(f"a model decodes in memory='device', got {model.memory!r}")
-    task, vocabulary = named_tasks.open_task(
-        data, tokenizer=tokenizer_files.find(model.checkpoint), check_remote=not dry_run
-    )
     if reads_split:
         named_tasks.check_split(task, evaluation.split)
     compared = {} if dry_run else {"model": model}  # a dry run reads no checkpoint's vocabulary
@@ -144,7 +149,7 @@ def evaluate_checkpoint(
     model, commits = with_local_files(model, dry_run=dry_run)
     check_exists(model.checkpoint)
     data, _ = tokenizer_files.with_local_vocabulary(data, commits, dry_run=dry_run)
-    ready = _prepare(model, data, evaluation, mesh, dry_run)
+    ready = _prepare(*_open_task(model, data, dry_run), model, data, evaluation, mesh, dry_run)
     if dry_run:
         print("dry run: all is well", file=sys.stderr)
         return
@@ -201,11 +206,17 @@ def run(
     check_exists(model.checkpoint)
     data, _ = tokenizer_files.with_local_vocabulary(data, commits, dry_run=dry_run)
     about = _about(model, data, evaluation, text_file)
-    if not dry_run or not is_remote(model.checkpoint):  # a dry run stays off the network
+    task, vocabulary = _open_task(model, data, dry_run)
+    is_far = is_remote(model.checkpoint) or vocabularies.is_remote(vocabulary)
+    if not dry_run or not is_far:  # a dry run stays off the network
+        about["vocabulary_content"] = vocabularies.content_hash(vocabulary)
         if model.checkpoint is not None:
             about["content"] = content.content_id(model.checkpoint)
         _on_first_process(made_by.check, output, about)
-    ready = _prepare(model, data, evaluation, mesh, dry_run, reads_split=text_file is None)
+    reads_split = text_file is None
+    ready = _prepare(
+        task, vocabulary, model, data, evaluation, mesh, dry_run, reads_split=reads_split
+    )
     if dry_run:
         print("dry run: all is well", file=sys.stderr)
         return
@@ -247,7 +258,7 @@ def _line(row: evaluate.Row) -> dict[str, Any]:
 def _about(
     model: ModelConfig, data: DataConfig, evaluation: EvalConfig, text_file: str | None
 ) -> dict[str, Any]:
-    """Everything that determines the lines of an output, except the content of the checkpoint."""
+    """Everything that determines the lines of an output, except contents that must be read."""
     about: dict[str, Any] = {"checkpoint": model.checkpoint, "content": None}
     about |= {name: getattr(model, name) for name in ("size", "dtype", "param_dtype")}
     about |= {name: getattr(data, name) for name in _OF_DATA}

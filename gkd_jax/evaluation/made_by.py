@@ -15,6 +15,14 @@ from gkd_jax.text import files
 
 
 _DONE = "num_lines"
+# The fields that name something, and the fields with the hash of what they name.
+_CONTENT_OF = {
+    "checkpoint": "content",
+    "text_file": "text_content",
+    "task": "task_content",
+    "vocabulary": "vocabulary_content",
+    "extra_ids": "vocabulary_content",
+}
 
 
 def path_of(output: str | os.PathLike[str]) -> pathlib.Path:
@@ -105,9 +113,8 @@ def check_evaluation(folder: str | os.PathLike[str]) -> None:
 
 
 def _lies_elsewhere(name: str, before: dict[str, Any], about: dict[str, Any]) -> bool:
-    """Whether a field is a path whose content, recorded in another field, is unchanged."""
-    contents = {"checkpoint": "content", "text_file": "text_content", "task": "task_content"}
-    content = contents.get(name, "")
+    """Whether the content behind a field, which is recorded in another field, is unchanged."""
+    content = _CONTENT_OF.get(name, "")
     return about.get(content) is not None and about[content] == before.get(content)
 
 
