@@ -13,8 +13,8 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from gkd_jax.input.dataset_options import untuned
 from gkd_jax.input.split import Split
+from gkd_jax.input.untuned import untuned
 
 
 LARGEST = 100_000

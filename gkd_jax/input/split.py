@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from gkd_jax.input.data import DataConfig
-from gkd_jax.input.dataset_options import untuned
+from gkd_jax.input.untuned import untuned
 from gkd_jax.tasks import features  # pyright: ignore[reportMissingImports]
 
 

@@ -21,8 +21,8 @@ import tensorflow as tf
 from gkd_jax.batch import Batch
 from gkd_jax.input import fit, in_memory
 from gkd_jax.input.data import TEACHER_INPUTS, WHOLE, DataConfig, Shape, Shard
-from gkd_jax.input.dataset_options import untuned
 from gkd_jax.input.split import Split
+from gkd_jax.input.untuned import untuned
 
 
 _Rows = tf.RaggedTensor | tf.Tensor

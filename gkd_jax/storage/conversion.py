@@ -3,7 +3,7 @@
 import pathlib
 import re
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 from etils import epath
 
@@ -59,13 +59,12 @@ def convert_checkpoint(
         )
         return
     source = hub.local_folder(source)
-    config = loading.load_config(source)
+    opened = _open(source)
+    config = opened.config
     if to == "t5x" and config.family != "t5":
         raise ValueError(f"{source!r} is no T5, and T5X's format is for those alone")
-    step_folder = saved_model.find_step(source)
-    about = {} if step_folder is None else saved_model.read_description(step_folder)
     step = _step_of(source) if step is None else step
-    if step_folder is None:
+    if opened.step_folder is None:
         convert.check_arrays(source, config)
     if to == "hf":
         convert.check_hf(config)
@@ -79,69 +78,82 @@ def convert_checkpoint(
         )
         return
     print(f"reading {source} ({size})", file=sys.stderr)
-    stored = about.get("dtype", "float32") if step_folder else convert.stored_dtype(source)
+    stored = opened.dtype
     dtype = stored if dtype == STORED else dtype
     # Load in bfloat16 only if that loses nothing: then the host needs half of the memory.
     narrow = dtype == stored == "bfloat16" and to != "gkd"
     shapes = lm.abstract_params(config, "bfloat16" if narrow else "float32")
     params = loading.load_params(source, shapes, config)
-    beside = tokenizer_files.find(source)
     if to == "hf":
-        _write_hf(output, config, params, about, dtype, beside, step_folder)
+        _write_hf(output, opened, params, dtype)
     elif to == "t5x":
         assert isinstance(config, T5Config)
         # T5X has no float16; float32 represents every float16 number exactly.
         dtype = "float32" if dtype == "float16" else dtype
         convert.write_t5x(output, config, params, step=step, dtype=dtype)
     else:
-        _write_own(output, config, params, {**about, "dtype": stored}, beside)
+        _write_own(output, opened, params)
     print(f"wrote {what} as {to}: {size}", file=sys.stderr)
 
 
-def _write_hf(
-    output: str,
-    config: lm.Config,
-    params: lm.Params,
-    about: dict[str, Any],
-    dtype: str,
-    beside: str | None,
-    step_folder: epath.Path | None,
-) -> None:
-    """Writes a Hugging Face folder with the tokenizer's files and, for a run, a model card.
+class _Source(NamedTuple):
+    """The checkpoint that is converted.
 
-    Args:
-        output: the folder to create.
+    Attributes:
+        path: its folder.
         config: the model's sizes.
-        params: the model's parameters.
-        about: the JSON of the source's step folder; {} if the source is no checkpoint of gkd_jax.
-        dtype: the dtype of the stored weights.
-        beside: the folder whose tokenizer's files are copied; None copies none.
-        step_folder: the source's step folder; None if the source is no checkpoint of gkd_jax.
+        step_folder: the folder of the step; None if it is no checkpoint of gkd_jax.
+        about: the JSON of the step folder; {} without one.
+        tokenizer: the Hugging Face folder with its tokenizer; None if none is known.
     """
-    card = None
-    if step_folder is not None:
-        card = model_card.of_run(pathlib.Path(step_folder.parent.parent))
-    num_pieces = about.get("num_pieces")
+
+    path: str
+    config: lm.Config
+    step_folder: epath.Path | None
+    about: dict[str, Any]
+    tokenizer: str | None
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of the stored weights."""
+        if self.step_folder is None:
+            return convert.stored_dtype(self.path)
+        return self.about.get("dtype", "float32")
+
+
+def _open(path: str) -> _Source:
+    config, step_folder = loading.load_config(path), saved_model.find_step(path)
+    about = {} if step_folder is None else saved_model.read_description(step_folder)
+    return _Source(path, config, step_folder, about, tokenizer_files.find(path))
+
+
+def _write_hf(output: str, source: _Source, params: lm.Params, dtype: str) -> None:
+    """Writes a Hugging Face folder with the tokenizer's files and, for a run, a model card."""
+    run = None if source.step_folder is None else pathlib.Path(source.step_folder.parent.parent)
     convert.write_hf(
-        output, config, params, dtype=dtype, num_pieces=num_pieces, source=beside, card=card
+        output,
+        source.config,
+        params,
+        dtype=dtype,
+        num_pieces=source.about.get("num_pieces"),
+        source=source.tokenizer,
+        card=None if run is None else model_card.of_run(run),
     )
-    if beside is None:
+    if source.tokenizer is None:
         print("no tokenizer was copied: the source names no folder with its own", file=sys.stderr)
 
 
-def _write_own(
-    output: str, config: lm.Config, params: lm.Params, about: dict[str, Any], beside: str | None
-) -> None:
+def _write_own(output: str, source: _Source, params: lm.Params) -> None:
     """Writes a checkpoint of gkd_jax, with the source's dtype and the tokenizer's files.
 
     Both are kept so that a later conversion to Hugging Face reproduces the source.
     """
-    vocabulary, num_pieces = about.get("vocabulary", ""), about.get("num_pieces")
-    more = {"dtype": about["dtype"]}
-    saved_model.write_params(output, config, params, vocabulary, num_pieces, more)
-    if beside is not None:
+    vocabulary, num_pieces = source.about.get("vocabulary", ""), source.about.get("num_pieces")
+    more = {"dtype": source.dtype}
+    saved_model.write_params(output, source.config, params, vocabulary, num_pieces, more)
+    if source.tokenizer is not None:
         hf_folder.copy_companions(
-            pathlib.Path(beside), pathlib.Path(output) / tokenizer_files.HF_FILES
+            pathlib.Path(source.tokenizer), pathlib.Path(output) / tokenizer_files.HF_FILES
         )
 
 

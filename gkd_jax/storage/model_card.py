@@ -3,7 +3,7 @@
 import pathlib
 from typing import Any
 
-from gkd_jax.text import files
+from gkd_jax.text import files, task_names
 
 
 def of_run(folder: pathlib.Path) -> str | None:
@@ -32,10 +32,10 @@ def of_run(folder: pathlib.Path) -> str | None:
         f"- Steps: {(recipe.get('train') or {}).get('train_steps')}, "
         f"batches of {data.get('batch_size')} prompts",
     ]
-    metrics = _last_evaluation(folder / "metrics.jsonl")
+    metrics = task_names.last_evaluation(files.read_records(folder / "metrics.jsonl")[0])
     if metrics:
         lines += ["", "| metric | value |", "|---|---|"]
-        lines += [f"| {name} | {value:.4g} |" for name, value in sorted(metrics.items())]
+        lines += [f"| eval/{name} | {value:.4g} |" for name, value in sorted(metrics.items())]
     return "\n".join(lines) + "\n"
 
 
@@ -53,16 +53,3 @@ def _method(method: dict[str, Any]) -> str:
         settings = (f"{k}={v}" for k, v in divergence.items() if k != "type")
         divergence = f"{divergence.get('type')}({', '.join(settings)})"
     return f"{divergence}, on-policy fraction {method.get('on_policy_fraction')}"
-
-
-def _last_evaluation(path: pathlib.Path) -> dict[str, float]:
-    """Returns the metrics of the last line of a metrics.jsonl that has an evaluation."""
-    found: dict[str, float] = {}
-    for fields in files.read_records(path)[0]:
-        numbers = {
-            name: float(value)
-            for name, value in fields.items()
-            if name.startswith("eval") and isinstance(value, int | float)
-        }
-        found = numbers or found
-    return found

@@ -1,4 +1,4 @@
-"""The names of tasks.
+"""The names of tasks, in the settings and the metrics of a run.
 
     arithmetic                  a registered task
     ./data.jsonl, ./folder      a JSONL file, or a folder of such files
@@ -9,9 +9,10 @@ This module needs neither TensorFlow nor seqio, so that whatever reads a run's r
 names as the run.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 import os
 import re
+from typing import Any
 
 
 ENDINGS = (".jsonl", ".jsonl.gz")
@@ -45,3 +46,17 @@ def teachers_of(path: str, names: Iterable[str]) -> tuple[str, ...]:
     """Returns the values of `teacher` by which any of the names selects rows of a path."""
     parts = (split(name) for name in names)
     return tuple(teacher for file, teacher in parts if file == path and teacher is not None)
+
+
+def evaluation_in(line: Mapping[str, Any]) -> dict[str, float]:
+    """Returns the numbers of the evaluation in a line of metrics.jsonl, by TASK/METRIC."""
+    return {
+        name.removeprefix("eval/"): float(value)
+        for name, value in line.items()
+        if name.startswith("eval/") and isinstance(value, int | float)
+    }
+
+
+def last_evaluation(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Returns the numbers of the last evaluation in metrics.jsonl; {} if there is none."""
+    return next(filter(None, map(evaluation_in, reversed(lines))), {})

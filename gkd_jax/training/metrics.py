@@ -16,7 +16,7 @@ from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAt
 from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboard.summary.writer import event_file_writer
 
-from gkd_jax.text import files
+from gkd_jax.text import files, task_names
 from gkd_jax.training import samples
 
 
@@ -137,15 +137,7 @@ def study_table(root: pathlib.Path, phases: Sequence[str]) -> str:
     """
     rows: dict[str, dict[str, Any]] = {}
     for phase in phases:
-        evaluations = [
-            {
-                name.removeprefix("eval/"): value
-                for name, value in line.items()
-                if name.startswith("eval/")
-            }
-            for line in read(root / phase / "metrics.jsonl")
-        ]
-        rows[phase] = next(filter(None, reversed(evaluations)), {})
+        rows[phase] = task_names.last_evaluation(read(root / phase / "metrics.jsonl"))
     names = list(dict.fromkeys(name for row in rows.values() for name in row))
     table = [["run", *names]]
     for phase, row in rows.items():

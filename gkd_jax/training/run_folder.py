@@ -111,10 +111,7 @@ class RunFolder:
         if recipe.evaluation is None or done > last or (done < last and done % period):
             return False
         lines = metrics.read(self.folder / "metrics.jsonl")
-        return not any(
-            line["step"] == done and any(name.startswith("eval/") for name in line)
-            for line in lines
-        )
+        return not any(line["step"] == done and task_names.evaluation_in(line) for line in lines)
 
     def check_learnt(self) -> None:
         """Checks that not every step of a run that has ended was skipped.

@@ -6,7 +6,7 @@ import tensorflow as tf
 
 from gkd_jax.input import named_tasks, streams
 from gkd_jax.input.data import DataConfig
-from gkd_jax.input.dataset_options import untuned
+from gkd_jax.input.untuned import untuned
 import gkd_jax.tasks.arithmetic  # noqa: F401
 
 
