@@ -248,7 +248,7 @@ KNOW_NO_FAMILY = (
     "planning",
 )
 FAMILIES = {
-    *("t5", "t5_config", "t5_layers", "t5_modules"),
+    *("t5", "t5_config", "t5_layers"),
     *("decoder", "decoder_config", "decoder_block", "decoder_sizes"),
 }
 

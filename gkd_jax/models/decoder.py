@@ -1,9 +1,10 @@
 """The family of decoder-only models (Llama, Qwen, Gemma), as plain functions of (config, params).
 
-The module implements the functions of `gkd_jax.models.lm`. All models are one network with the
-switches of `DecoderConfig`. Parameters are a nested dict with T5X's names. The layers are stacked
-on axis 0 and run by `lax.scan`; windows and kinds of rotary embeddings are arrays over the layers,
-so that patterns of local and global layers need no unrolling.
+The module implements the functions of `gkd_jax.models.lm`, which describes their arguments. All
+models are one network with the switches of `DecoderConfig`. Parameters are a nested dict with T5X's
+names. The layers are stacked on axis 0 and run by `lax.scan`; windows and kinds of rotary
+embeddings are arrays over the layers, so that patterns of local and global layers need no
+unrolling.
 
 Prompts are padded on the right, and the first target of a row has position `input_lengths[row]`.
 The `Context` of a prompt is its KV cache, which all continuations of the prompt share.
@@ -134,14 +135,7 @@ def encode(
     *,
     dropout_key: Key[Array, ""] | None = None,
 ) -> Context:
-    """Reads prompts in one pass and returns their KV cache as a `Context`.
-
-    Args:
-        config: the model's config.
-        params: the model's parameters.
-        inputs: prompts, padded on the right with any id.
-        input_lengths: the number of tokens of each prompt, at least 1.
-        dropout_key: the key of dropout; None turns dropout off.
+    """Reads prompts, padded with any id, in one pass and returns their KV cache as a `Context`.
 
     Raises:
         ValueError: without lengths, because id 0 is an ordinary token and does not mark padding.
@@ -172,16 +166,7 @@ def hidden(
     context: Context | None = None,
     dropout_key: Key[Array, ""] | None = None,
 ) -> Float[Array, "N T D"]:
-    """Returns the last hidden states that predict each target, for `apply_head`.
-
-    Args:
-        config: the model's config.
-        params: the model's parameters.
-        batch: prompts and targets. Position t sees the prompt and the targets before t. Each row of
-            inputs may have n neighbouring rows of targets; the prompt is read once.
-        context: `encode`'s result, where the caller has it already.
-        dropout_key: the key of dropout; None turns dropout off.
-    """
+    """Returns the last hidden states that predict each target, for `apply_head`."""
     rows, length = batch.targets.shape
     # With one target for each prompt, a single pass reads both. Otherwise the prompts are read
     # first, and their targets continue from the context.
@@ -248,20 +233,8 @@ def decode_params(config: DecoderConfig, params: Params) -> Params:
     }
 
 
-def init_cache(
-    config: DecoderConfig,
-    params: Params,
-    context: Context,
-    length: int,
-) -> Cache:
-    """Returns a cache with the keys and values of a context and space for `length` tokens.
-
-    Args:
-        config: the model's config.
-        params: the parameters that `decode_step` will be given, usually from `decode_params`.
-        context: the prompts to continue.
-        length: the largest number of tokens to decode, T.
-    """
+def init_cache(config: DecoderConfig, params: Params, context: Context, length: int) -> Cache:
+    """Returns a cache with the keys and values of a context and space for T = `length` tokens."""
     one_by_one = isinstance(_unstack(config, params["decoder"]["layers"]), tuple)
     keys, values = context.keys, context.values
     if one_by_one:
@@ -274,10 +247,7 @@ def init_cache(
 def decode_step(
     config: DecoderConfig, params: Params, tokens: Int[Array, " N"], cache: Cache
 ) -> tuple[Float[Array, "N V"], Cache]:
-    """Feeds one token of each row; returns the logits of the next token, and the new cache.
-
-    The first tokens to feed are `Context.first`.
-    """
+    """Feeds one token of each row; returns the logits of the next token, and the new cache."""
     time = cache.time
     in_text = cache.lengths + kv_cache.row_positions(cache)
     rotations = decoder_block.rotations(config, in_text[:, None])

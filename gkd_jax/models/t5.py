@@ -1,9 +1,9 @@
 """The model family T5 1.0 and 1.1, as plain functions of (config, parameters, arrays).
 
-The module implements the functions of `gkd_jax.models.lm`. Parameters are a nested dict with T5X's
-names. The layers of each stack are stacked on axis 0 and run by `lax.scan`, so that compile time
-does not grow with depth. The state of decoding is an explicit `Cache`, which `decode_step` takes
-and returns.
+The module implements the functions of `gkd_jax.models.lm`, which describes their arguments.
+Parameters are a nested dict with T5X's names. The layers of each stack are stacked on axis 0 and
+run by `lax.scan`, so that compile time does not grow with depth. The state of decoding is an
+explicit `Cache`, which `decode_step` takes and returns.
 
 T5 is from Raffel et al. (2020), "Exploring the Limits of Transfer Learning", and the MLP of T5 1.1
 from Shazeer (2020), "GLU Variants Improve Transformer".
@@ -20,15 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from gkd_jax.batch import Batch
-from gkd_jax.models import (
-    embedding,
-    kv_cache,
-    parameters,
-    quantized,
-    stacks,
-    t5_layers,
-    t5_modules,
-)
+from gkd_jax.models import embedding, kv_cache, parameters, quantized, stacks, t5_layers
 from gkd_jax.models.attention import Padding
 from gkd_jax.models.kv_cache import LayerCache, Segments
 from gkd_jax.models.parameters import Params, logical_axes, num_params
@@ -95,8 +87,8 @@ def init(config: T5Config, key: Key[Array, ""]) -> Params:
     embeddings = jax.random.normal(next(keys), (config.vocab_size, config.d_model))
     params: Params = {
         "token_embedder": {"embedding": embeddings},
-        "encoder": _init_stack(config, next(keys), t5_modules.encoder_layer(config), "encoder"),
-        "decoder": _init_stack(config, next(keys), t5_modules.decoder_layer(config), "decoder"),
+        "encoder": _init_stack(config, next(keys), t5_layers.EncoderLayer(config), "encoder"),
+        "decoder": _init_stack(config, next(keys), t5_layers.DecoderLayer(config), "decoder"),
     }
     if not config.tie_embeddings:
         kernel = t5_layers.fan_in_truncated(next(keys), (config.d_model, config.vocab_size))
@@ -117,7 +109,7 @@ def _init_stack(config: T5Config, key: Key[Array, ""], layer: nn.Module, name: s
     layer_key, bias_key = jax.random.split(key)
     stack: Params = {"layers": jax.vmap(init_layer)(jax.random.split(layer_key, num_layers))}
     if not config.per_layer_relpos:
-        variables = t5_modules.relpos(config, name).init(bias_key, 1, 1)
+        variables = t5_layers.relpos(config, name).init(bias_key, 1, 1)
         stack["relpos_bias"] = variables["params"]
     stack[f"{name}_norm"] = {"scale": jnp.ones((config.d_model,))}
     return stack
@@ -134,16 +126,8 @@ def encode(
     *,
     dropout_key: Key[Array, ""] | None = None,
 ) -> Context:
-    """Runs the encoder and returns the decoder's context.
-
-    Args:
-        config: the model's config.
-        params: the model's parameters.
-        inputs: prompts, padded on the right.
-        input_lengths: the number of tokens of each prompt; without lengths, id 0 is padding.
-        dropout_key: the key of dropout; None turns dropout off.
-    """
-    stack, layer = params["encoder"], t5_modules.encoder_layer(config)
+    """Runs the encoder and returns the decoder's context; without lengths, id 0 is padding."""
+    stack, layer = params["encoder"], t5_layers.EncoderLayer(config)
     if input_lengths is None:
         mask = inputs != PAD_ID
     else:
@@ -175,22 +159,13 @@ def hidden(
     context: Context | None = None,
     dropout_key: Key[Array, ""] | None = None,
 ) -> Float[Array, "B T D"]:
-    """Returns the decoder's last hidden states for teacher-forced targets, for `apply_head`.
-
-    Args:
-        config: the model's config.
-        params: the model's parameters.
-        batch: prompts and targets. Position t sees the start token (id 0) and the targets before t.
-            Each row of inputs may have n neighbouring rows of targets; the encoder reads it once.
-        context: `encode`'s result, where the caller has it already.
-        dropout_key: the key of dropout; None turns dropout off.
-    """
+    """Returns the decoder's last hidden states; position t sees id 0 and the targets before t."""
     keys = stacks.split_key(dropout_key, 4)
     if context is None:
         context = encode(config, params, batch.inputs, batch.input_lengths, dropout_key=keys[3])
     context = repeat(context, batch.targets.shape[0] // context.states.shape[0])
     encoded = context.states
-    stack, layer = params["decoder"], t5_modules.decoder_layer(config)
+    stack, layer = params["decoder"], t5_layers.DecoderLayer(config)
     padding = t5_layers.hide_padding(context.mask)
     position_bias = _position_bias(config, stack, "decoder", *batch.targets.shape)
 
@@ -246,23 +221,12 @@ def _unstack(config: T5Config, stacked: Any) -> Any:
     return stacks.unstack(config, stacked, config.num_decoder_layers)
 
 
-def init_cache(
-    config: T5Config,
-    params: Params,
-    context: Context,
-    length: int,
-) -> Cache:
+def init_cache(config: T5Config, params: Params, context: Context, length: int) -> Cache:
     """Returns a cache before the first token, with all that the tokens do not change.
 
-    These are the cross-attention's keys and values and the biases of all positions.
-
-    Args:
-        config: the model's config.
-        params: the model's parameters, usually from `decode_params`.
-        context: the encoder's states.
-        length: the largest number of tokens to decode, T.
+    These are the cross-attention's keys and values and the biases of all T = `length` positions.
     """
-    stack, layer = params["decoder"], t5_modules.decoder_layer(config)
+    stack, layer = params["decoder"], t5_layers.DecoderLayer(config)
 
     def project(layer_params):
         return _apply(layer, layer_params, context.states, method="cross_keys_values")
@@ -279,7 +243,7 @@ def init_cache(
     shape = (context.states.shape[0], config.num_heads, length, config.head_dim)
     empty = kv_cache.empty(config, shape, config.num_decoder_layers, one_by_one)
     if not config.per_layer_relpos:
-        bias = _apply(t5_modules.relpos(config, "decoder"), stack["relpos_bias"], length, 1)[..., 0]
+        bias = _apply(t5_layers.relpos(config, "decoder"), stack["relpos_bias"], length, 1)[..., 0]
     elif one_by_one:
         bias = jnp.stack([layer_bias(layer_params) for layer_params in layers])
     else:
@@ -291,11 +255,8 @@ def init_cache(
 def decode_step(
     config: T5Config, params: Params, tokens: Int[Array, " B"], cache: Cache
 ) -> tuple[Float[Array, "B V"], Cache]:
-    """Feeds one token of each row; returns the logits of the next token, and the new cache.
-
-    The first tokens to feed are `Context.first`.
-    """
-    layer = t5_modules.decoder_layer(config)
+    """Feeds one token of each row; returns the logits of the next token, and the new cache."""
+    layer = t5_layers.DecoderLayer(config)
     padding = t5_layers.hide_padding(cache.mask)
     time, length = cache.time, cache.bias.shape[-1] // 2
     of_place_0 = length - 1 - time % length
@@ -339,7 +300,7 @@ def _position_bias(
     if config.per_layer_relpos:
         return None
     copies = t5_layers.bias_copies(num_rows)
-    return _apply(t5_modules.relpos(config, name), stack["relpos_bias"], length, length, copies)
+    return _apply(t5_layers.relpos(config, name), stack["relpos_bias"], length, length, copies)
 
 
 def _apply(module: nn.Module, params: Params, *args: Any, **options: Any) -> Any:
@@ -359,8 +320,7 @@ def _apply_dropping(
 
 
 def _norm(config: T5Config, params: Params, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    norm = t5_layers.RMSNorm(config.layer_norm_epsilon, config.dtype)
-    return _apply(norm, params, x)
+    return _apply(t5_layers.rms_norm(config), params, x)
 
 
 def _dropout(
@@ -368,5 +328,4 @@ def _dropout(
 ) -> Float[Array, "B T D"]:
     if key is None or config.dropout_rate == 0:
         return x
-    dropout = nn.Dropout(config.dropout_rate, broadcast_dims=(-2,))
-    return _apply_dropping(key, dropout, {}, x)
+    return _apply_dropping(key, t5_layers.dropout(config), {}, x)

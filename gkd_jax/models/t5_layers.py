@@ -21,6 +21,7 @@ from gkd_jax.models import kv_cache
 from gkd_jax.models.attention import Heads, Padding, PositionBiases, attend, gains_by_row
 from gkd_jax.models.kv_cache import LayerCache
 from gkd_jax.models.products import matmul
+from gkd_jax.models.t5_config import T5Config
 from gkd_jax.sharding import ACTIVATIONS, constrain
 
 
@@ -56,30 +57,37 @@ class RMSNorm(nn.Module):
         return (x * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(self.dtype)
 
 
+def rms_norm(config: T5Config) -> RMSNorm:
+    """Returns one of the norms of a T5."""
+    return RMSNorm(config.layer_norm_epsilon, config.dtype)
+
+
+def dropout(config: T5Config) -> nn.Dropout:
+    """Returns a T5's dropout, of which all positions of a row share one draw."""
+    return nn.Dropout(config.dropout_rate, broadcast_dims=(-2,))
+
+
 class Attention(nn.Module):
     """Multi-head attention: the projections around `gkd_jax.models.attention.attend`."""
 
-    num_heads: int
-    head_dim: int
-    d_model: int
-    dropout_rate: float
-    dtype: str
-    by_row: bool
+    config: T5Config
 
     def setup(self):
-        inner = self.num_heads * self.head_dim
+        config = self.config
+        inner = config.num_heads * config.head_dim
 
         def query_init(key, shape, dtype=jnp.float32):
-            return fan_in_normal(key, shape, dtype) / math.sqrt(self.head_dim)
+            return fan_in_normal(key, shape, dtype) / math.sqrt(config.head_dim)
 
-        self.query = Dense(inner, self.dtype, query_init)
-        self.key = Dense(inner, self.dtype, fan_in_normal)
-        self.value = Dense(inner, self.dtype, fan_in_normal)
-        self.out = Dense(self.d_model, self.dtype, fan_in_normal)
-        self.dropout = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))
+        self.query = Dense(inner, config.dtype, query_init)
+        self.key = Dense(inner, config.dtype, fan_in_normal)
+        self.value = Dense(inner, config.dtype, fan_in_normal)
+        self.out = Dense(config.d_model, config.dtype, fan_in_normal)
+        self.dropout = dropout(config)
 
     def split_heads(self, x: Float[Array, "B S HK"]) -> Heads:
-        x = x.reshape(*x.shape[:2], self.num_heads, self.head_dim).swapaxes(1, 2)
+        sizes = self.config.num_heads, self.config.head_dim
+        x = x.reshape(*x.shape[:2], *sizes).swapaxes(1, 2)
         return constrain(x, ("batch", "heads", "length", "kv"))
 
     def keys_values(self, x: Float[Array, "B S D"]) -> tuple[Heads, Heads]:
@@ -101,10 +109,10 @@ class Attention(nn.Module):
     ) -> Float[Array, "B T D"]:
         queries = self.split_heads(self.query(x))
         dropout_mask = None  # for the attention probabilities; all queries share one draw
-        if not deterministic and self.dropout_rate > 0:
+        if not deterministic and self.config.dropout_rate > 0:
             ones = jnp.ones((*keys.shape[:2], 1, keys.shape[2]))
             dropout_mask = self.dropout(ones, deterministic=False)
-        by_row = self.by_row and gains_by_row(queries, keys)
+        by_row = self.config.attention_by_row and gains_by_row(queries, keys)
         mixed = attend(queries, keys, values, position_biases, padding, dropout_mask, by_row=by_row)
         return self._join_heads(mixed)
 
@@ -117,7 +125,7 @@ class Attention(nn.Module):
 
     def _join_heads(self, mixed: Float[Array, "B H T K"]) -> Float[Array, "B T D"]:
         mixed = mixed.swapaxes(1, 2)
-        return self.out(mixed.reshape(*mixed.shape[:2], self.num_heads * self.head_dim))
+        return self.out(mixed.reshape(*mixed.shape[:2], -1))
 
 
 class MLP(nn.Module):
@@ -126,24 +134,18 @@ class MLP(nn.Module):
     T5 1.0 computes act(x wi) wo, and T5 1.1 (act0(x wi_0) * act1(x wi_1)) wo.
     """
 
-    d_ff: int
-    d_model: int
-    activations: tuple[str, ...]
-    dropout_rate: float
-    dtype: str
+    config: T5Config
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], *, deterministic: bool) -> Float[Array, "B T D"]:
-        hidden = None
-        for index, activation in enumerate(self.activations):
-            name = "wi" if len(self.activations) == 1 else f"wi_{index}"
-            branch = _activate(activation, Dense(self.d_ff, self.dtype, name=name)(x))
+        config, hidden = self.config, None
+        for index, activation in enumerate(config.mlp_activations):
+            name = "wi" if len(config.mlp_activations) == 1 else f"wi_{index}"
+            branch = _activate(activation, Dense(config.d_ff, config.dtype, name=name)(x))
             hidden = branch if hidden is None else hidden * branch
-        hidden = nn.Dropout(self.dropout_rate, broadcast_dims=(-2,))(
-            hidden, deterministic=deterministic
-        )
+        hidden = dropout(config)(hidden, deterministic=deterministic)
         hidden = constrain(hidden, ("batch", "length", "mlp"))
-        return Dense(self.d_model, self.dtype, name="wo")(hidden)
+        return Dense(config.d_model, config.dtype, name="wo")(hidden)
 
 
 def _activate(name: str, x: Float[Array, "B T F"]) -> Float[Array, "B T F"]:
@@ -182,6 +184,16 @@ class RelativePositionBias(nn.Module):
         sheared = jnp.tile(row, (1, 1, queries))[..., : queries * (queries + keys - 1)]
         sheared = sheared.reshape(copies, self.num_heads, queries, queries + keys - 1)
         return sheared[..., queries - 1 :]
+
+
+def relpos(config: T5Config, stack: str) -> RelativePositionBias:
+    """Returns the position bias of a stack, "encoder" or "decoder"."""
+    return RelativePositionBias(
+        num_heads=config.num_heads,
+        buckets=config.relpos_buckets,
+        max_distance=config.relpos_max_distance,
+        bidirectional=stack == "encoder",
+    )
 
 
 def bias_copies(num_rows: int) -> int:
@@ -230,12 +242,15 @@ def causal_bias(length: int) -> Float[Array, "1 1 T T"]:
 class EncoderLayer(nn.Module):
     """One encoder layer: self-attention and an MLP, each behind a norm and with a residual."""
 
-    attention: Attention
-    mlp: MLP
-    pre_attention_layer_norm: RMSNorm
-    pre_mlp_layer_norm: RMSNorm
-    dropout: nn.Dropout
-    relpos_bias: RelativePositionBias | None = None
+    config: T5Config
+
+    def setup(self):
+        self.attention, self.mlp = Attention(self.config), MLP(self.config)
+        self.pre_attention_layer_norm = rms_norm(self.config)
+        self.pre_mlp_layer_norm = rms_norm(self.config)
+        self.dropout = dropout(self.config)
+        if self.config.per_layer_relpos:
+            self.relpos_bias = relpos(self.config, "encoder")
 
     def __call__(
         self,
@@ -245,7 +260,7 @@ class EncoderLayer(nn.Module):
         *,
         deterministic: bool,
     ) -> Float[Array, "B S D"]:
-        if self.relpos_bias is not None:
+        if self.config.per_layer_relpos:
             position_bias = self.relpos_bias(x.shape[1], x.shape[1], bias_copies(x.shape[0]))
         assert position_bias is not None
         normed = self.pre_attention_layer_norm(x)
@@ -272,14 +287,17 @@ class DecoderLayer(nn.Module):
     Each of the three stands behind a norm and has a residual connection.
     """
 
-    self_attention: Attention
-    encoder_decoder_attention: Attention
-    mlp: MLP
-    pre_self_attention_layer_norm: RMSNorm
-    pre_cross_attention_layer_norm: RMSNorm
-    pre_mlp_layer_norm: RMSNorm
-    dropout: nn.Dropout
-    relpos_bias: RelativePositionBias | None = None
+    config: T5Config
+
+    def setup(self):
+        self.self_attention, self.mlp = Attention(self.config), MLP(self.config)
+        self.encoder_decoder_attention = Attention(self.config)
+        self.pre_self_attention_layer_norm = rms_norm(self.config)
+        self.pre_cross_attention_layer_norm = rms_norm(self.config)
+        self.pre_mlp_layer_norm = rms_norm(self.config)
+        self.dropout = dropout(self.config)
+        if self.config.per_layer_relpos:
+            self.relpos_bias = relpos(self.config, "decoder")
 
     def __call__(
         self,
@@ -294,7 +312,7 @@ class DecoderLayer(nn.Module):
 
         `padding` is that of `encoded`.
         """
-        if self.relpos_bias is not None:
+        if self.config.per_layer_relpos:
             position_bias = self.relpos_bias(x.shape[1], x.shape[1], bias_copies(x.shape[0]))
         assert position_bias is not None
         normed = self.pre_self_attention_layer_norm(x)
@@ -334,7 +352,6 @@ class DecoderLayer(nn.Module):
 
     def bias_by_age(self, length: int) -> Float[Array, "1 H T"]:
         """Returns the position bias of the keys that are 0, 1, ... `length` - 1 tokens old."""
-        assert self.relpos_bias is not None
         return self.relpos_bias(length, 1)[..., 0]
 
     def _cross_attention_and_mlp(self, x, encoded, *, deterministic):
