@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from gkd_jax.planning import hlo, hlo_text, kernels
+from gkd_jax.planning import hlo, hlo_loops, hlo_text, kernels, topologies
 from gkd_jax.planning.topologies import CUDA_PLUGINS, platform_of
 from gkd_jax.text import files
 
@@ -32,11 +32,25 @@ def analyse(
     refuses a program that does not fit, the result has only `peak_bytes` and `largest`.
     """
     traced = function.trace(*arguments)
-    lowered = traced.lower()
+    lowered, platform = traced.lower(), platform_of(topology)
     path = _cache_path(lowered.as_text(), topology, full)
     if path is not None and path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
-    platform = platform_of(topology)
+    try:
+        found = _needs(_compile(lowered, platform, full), platform)
+    except jax.errors.JaxRuntimeError as error:
+        needed = re.search(r"\(([\d.]+)([KMGT])\) exceeds available HBM", str(error))
+        if "RESOURCE_EXHAUSTED" not in str(error) or needed is None:
+            raise
+        peak = int(float(needed[1]) * 1024 ** (1 + "KMGT".index(needed[2])))
+        return {"peak_bytes": peak, "largest": largest_values(traced.jaxpr.jaxpr)}
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write_whole(path, json.dumps(found))
+    return found
+
+
+def _compile(lowered: Any, platform: str, full: bool) -> Any:
     threshold = "jax_persistent_cache_min_compile_time_secs"
     seconds = jax.config.values[threshold]
     options: dict[str, Any] = {}
@@ -48,20 +62,18 @@ def analyse(
     # but never loaded again.
     jax.config.update(threshold, seconds if platform == "cpu" else math.inf)
     try:
-        compiled = lowered.compile(compiler_options=options)
-    except jax.errors.JaxRuntimeError as error:
-        needed = re.search(r"\(([\d.]+)([KMGT])\) exceeds available HBM", str(error))
-        if "RESOURCE_EXHAUSTED" not in str(error) or needed is None:
-            raise
-        peak = int(float(needed[1]) * 1024 ** (1 + "KMGT".index(needed[2])))
-        return {"peak_bytes": peak, "largest": largest_values(traced.jaxpr.jaxpr)}
+        return lowered.compile(compiler_options=options)
     finally:
         jax.config.update(threshold, seconds)
+
+
+def _needs(compiled: Any, platform: str) -> dict[str, Any]:
+    """Returns the bytes and the counts of a compiled program, for one device."""
     memory, module = compiled.memory_analysis(), hlo_text.parse(compiled.as_text())
     used = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     used += memory.temp_size_in_bytes  # XLA's peak on CPU leaves out temporaries
     on_host = memory.host_argument_size_in_bytes  # XLA's peak on TPUs includes host memory
-    found = {
+    return {
         "argument_bytes": memory.argument_size_in_bytes,
         "output_bytes": memory.output_size_in_bytes,
         "host_bytes": on_host,
@@ -70,17 +82,14 @@ def analyse(
         **hlo.summary(module),
         "largest": largest_arrays(module),
     }
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        files.write_whole(path, json.dumps(found))
-    return found
 
 
 def _cache_path(text: str, topology: str, full: bool) -> pathlib.Path | None:
     """Returns the cache file of a program's analysis, or None where the cache is turned off.
 
     Its name is a hash of the program's text and of everything that changes the analysis: topology,
-    effort, versions of the compilers, and the source of the modules that count.
+    effort, versions of the compilers, and the source of the modules that describe the devices and
+    count.
     """
     folder = os.environ.get("GKD_JAX_COMPILATION_CACHE")
     if folder == "":
@@ -90,8 +99,9 @@ def _cache_path(text: str, topology: str, full: bool) -> pathlib.Path | None:
     found = filter(importlib.util.find_spec, compilers[platform_of(topology)])
     names = ["jaxlib", *found]
     versions = map(importlib.metadata.version, names)
-    counting = (__file__, hlo.__file__, hlo_text.__file__, kernels.__file__)
-    sources = [pathlib.Path(str(path)).read_text(encoding="utf-8") for path in counting]
+    deciding = (topologies, hlo, hlo_loops, hlo_text, kernels)
+    paths = (__file__, *(module.__file__ for module in deciding))
+    sources = [pathlib.Path(str(path)).read_text(encoding="utf-8") for path in paths]
     parts = "\n".join([text, topology, str(full), *versions, *sources])
     return root / "precompile" / f"{hashlib.sha256(parts.encode()).hexdigest()}.json"
 
