@@ -191,7 +191,7 @@ def tree_shardings(shapes: Any, axes: Any, mesh: Mesh) -> Any:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         partition = spec(names)
         for size, entry, axis in zip(shape.shape, partition, names, strict=True):
-            parts = math.prod(mesh.shape[a] for a in _as_tuple(entry))
+            parts = _num_parts(mesh, entry)
             if size % parts:
                 errors.append(
                     f"{name} {shape.shape}: {axis}={size} does not divide over {entry} ({parts})"
@@ -218,7 +218,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def batch_shards(mesh: Mesh) -> int:
     """Returns the number of shards of a batch's rows over a mesh."""
-    return math.prod(mesh.shape[axis] for axis in _as_tuple(RULES["batch"]))
+    return _num_parts(mesh, RULES["batch"])
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, name: str = "the batch size") -> None:
@@ -230,6 +230,11 @@ def check_batch_size(batch_size: int, mesh: Mesh, name: str = "the batch size") 
     parts = batch_shards(mesh)
     if batch_size % parts:
         raise ValueError(f"{name} must be divisible by data x fsdp = {parts}, got {batch_size}")
+
+
+def _num_parts(mesh: Mesh, entry: str | tuple[str, ...] | None) -> int:
+    """Returns the number of parts into which some mesh axes divide a dimension."""
+    return math.prod(mesh.shape[axis] for axis in _as_tuple(entry))
 
 
 def _as_tuple(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
@@ -286,7 +291,7 @@ def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     mesh, rules = active
     partition = spec(axes, rules)
     for size, entry in zip(x.shape, partition, strict=True):
-        if size % math.prod(mesh.shape[a] for a in _as_tuple(entry)):
+        if size % _num_parts(mesh, entry):
             return x  # the compiler chooses for a dimension that cannot be split, such as one token
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, partition))
 
@@ -309,7 +314,7 @@ def num_shards(axis: str) -> int:
     if active is None:
         return 1
     mesh, rules = active
-    return math.prod(mesh.shape[name] for name in _as_tuple(rules[axis]))
+    return _num_parts(mesh, rules[axis])
 
 
 def copy_to_shards(params: Any) -> Any:

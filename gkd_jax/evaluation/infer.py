@@ -75,8 +75,7 @@ def _open_task(model: ModelConfig, data: DataConfig, dry_run: bool) -> tuple[Any
 
 
 def _prepare(
-    task: Any,
-    vocabulary: Any,
+    opened: tuple[Any, Any],
     model: ModelConfig,
     data: DataConfig,
     evaluation: EvalConfig,
@@ -85,6 +84,8 @@ def _prepare(
     *,
     reads_split: bool = True,
 ) -> _Decoding:
+    """Checks everything, and loads the model except in a dry run; `opened` is of `_open_task`."""
+    task, vocabulary = opened
     if evaluation.num_examples == 0:
         raise ValueError("num_examples must be a positive integer or None, got 0")
     if model.memory != "device":
@@ -149,7 +150,7 @@ def evaluate_checkpoint(
     model, commits = with_local_files(model, dry_run=dry_run)
     check_exists(model.checkpoint)
     data, _ = tokenizer_files.with_local_vocabulary(data, commits, dry_run=dry_run)
-    ready = _prepare(*_open_task(model, data, dry_run), model, data, evaluation, mesh, dry_run)
+    ready = _prepare(_open_task(model, data, dry_run), model, data, evaluation, mesh, dry_run)
     if dry_run:
         print("dry run: all is well", file=sys.stderr)
         return
@@ -206,7 +207,7 @@ def run(
     check_exists(model.checkpoint)
     data, _ = tokenizer_files.with_local_vocabulary(data, commits, dry_run=dry_run)
     about = _about(model, data, evaluation, text_file)
-    task, vocabulary = _open_task(model, data, dry_run)
+    opened = _, vocabulary = _open_task(model, data, dry_run)
     is_far = is_remote(model.checkpoint) or vocabularies.is_remote(vocabulary)
     if not dry_run or not is_far:  # a dry run stays off the network
         about["vocabulary_content"] = vocabularies.content_hash(vocabulary)
@@ -214,9 +215,7 @@ def run(
             about["content"] = content.content_id(model.checkpoint)
         _on_first_process(made_by.check, output, about)
     reads_split = text_file is None
-    ready = _prepare(
-        task, vocabulary, model, data, evaluation, mesh, dry_run, reads_split=reads_split
-    )
+    ready = _prepare(opened, model, data, evaluation, mesh, dry_run, reads_split=reads_split)
     if dry_run:
         print("dry run: all is well", file=sys.stderr)
         return

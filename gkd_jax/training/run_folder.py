@@ -166,8 +166,8 @@ class RunFolder:
                 "student",
             )
             return 0, initial_state(program, params), stream
-        new_stream = any(change["field"].startswith("data.") for change in self.changes)
-        step, state = self.checkpoints.restore_newest(program.state, None if new_stream else stream)
+        kept = None if self._reads_other_data else stream
+        step, state = self.checkpoints.restore_newest(program.state, kept)
         print(f"resumed from step {step} of {self.folder}", file=sys.stderr)
         for change in self.changes:
             said = f"{change['field']} is {change['new']!r} from here on, not {change['old']!r}"
@@ -182,6 +182,11 @@ class RunFolder:
         self.about["changes"] += [{"step": step, **change} for change in self.changes]
         return step, state, stream
 
+    @property
+    def _reads_other_data(self) -> bool:
+        """Whether a field of the data was changed on purpose."""
+        return any(change["field"].startswith("data.") for change in self.changes)
+
     def _check_first_batch(self, found: str, shard: data.Shard) -> None:
         """Checks that a resumed run reads the same data, wherever the files are now.
 
@@ -191,8 +196,7 @@ class RunFolder:
         """
         recorded = self.about.get("first_batch")
         self.about["first_batch"] = found
-        changed = any(change["field"].startswith("data.") for change in self.changes)
-        if recorded is None or changed or shard != data.WHOLE:
+        if recorded is None or self._reads_other_data or shard != data.WHOLE:
             return
         if recorded != found:
             raise ValueError(
