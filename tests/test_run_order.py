@@ -10,6 +10,7 @@ import small_runs
 from small_runs import LENGTHS, options, small
 import small_tokenizers
 
+from gkd_jax import divergences, gkd
 from gkd_jax.evaluation import evaluate
 from gkd_jax.input import streams
 from gkd_jax.input.data import DataConfig
@@ -24,9 +25,10 @@ pytestmark = pytest.mark.usefixtures("shared_steps")
 EVALUATION = evaluate.EvalConfig(num_examples=3)
 
 
-def run(folder, steps=3, **more):
+def run(folder, steps=3, *, dry_run=False, **more):
     config = TrainConfig(train_steps=steps, save_period=2)
-    train.train(**options(folder, steps=steps, **{"train": config, **more}))
+    chosen = options(folder, steps=steps, **{"train": config, **more})
+    train.train(**chosen, dry_run=dry_run)
 
 
 def contents(folder):
@@ -114,6 +116,47 @@ def test_data_that_cannot_be_read_claim_no_model_dir(broken, tmp_path, monkeypat
     monkeypatch.undo()
     other = DataConfig(task="arithmetic", feature_lengths=LENGTHS, batch_size=16)
     run(tmp_path / "run", steps=1, data=other)  # the corrected command starts
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+@pytest.mark.parametrize(
+    ("content", "split", "said"),
+    [
+        (None, "train", "there is no file .*data.jsonl"),
+        (b"caf\xe9\n", "train", r"data\.jsonl, line 1: expected UTF-8 text"),
+        (b'{"inputs": 3}\n', "train", r"data\.jsonl, line 1: 'inputs' must be a string, got 3"),
+        (b'{"inputs": "a", "targets": "b"}\n', "train[:5]", r"parts of splits.* got 'train\[:5\]'"),
+    ],
+)
+def test_a_fault_in_a_file_of_the_evaluation_is_found_first(
+    content, split, said, dry_run, tmp_path
+):
+    """Also by a dry run, and with the vocabulary of the run, which the file has none of its own."""
+    file = tmp_path / "data.jsonl"
+    if content is not None:
+        file.write_bytes(content)
+    evaluation = evaluate.EvalConfig(task=str(file), split=split, num_examples=3)
+    with pytest.raises((ValueError, FileNotFoundError), match=said):
+        run(tmp_path / "run", evaluation=evaluation, dry_run=dry_run)
+    assert not (tmp_path / "run").exists()
+    file.write_text('{"inputs": "Ada has 3 apples.", "targets": "3"}\n')
+    good = evaluate.EvalConfig(task=str(file), split="train", num_examples=3)
+    run(tmp_path / "run", evaluation=good, dry_run=True)
+
+
+def test_a_dry_run_reads_the_file_that_it_would_train_on(tmp_path):
+    file = str(tmp_path / "data.jsonl")
+    data = DataConfig(task=file, vocabulary="arithmetic", feature_lengths=LENGTHS, batch_size=8)
+    on_policy = gkd.GKDConfig(divergence=divergences.jsd)  # nothing is learnt from targets
+    teacher = ModelConfig(architecture=small, size="tiny")
+    more = {"method": on_policy, "teacher": teacher, "data": data, "dry_run": True}
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        run(tmp_path / "run", **more)
+    (tmp_path / "data.jsonl").write_bytes(b"caf\xe9\n")
+    with pytest.raises(ValueError, match=r"data\.jsonl, line 1: expected UTF-8 text"):
+        run(tmp_path / "run", **more)
+    (tmp_path / "data.jsonl").write_text('{"prompt": "Ada has 3 apples."}\n')
+    run(tmp_path / "run", **more)
 
 
 def test_every_task_of_a_mixture_is_evaluated(tmp_path):

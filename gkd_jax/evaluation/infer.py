@@ -92,6 +92,7 @@ def _prepare(
         raise ValueError(f"a model decodes in memory='device', got {model.memory!r}")
     if reads_split:
         named_tasks.check_split(task, evaluation.split)
+        named_tasks.check_rows(task, evaluation.split, check_remote=not dry_run)
     compared = {} if dry_run else {"model": model}  # a dry run reads no checkpoint's vocabulary
     num_pieces = shared_pieces(vocabulary, compared, check_remote=not dry_run)
     config = model.config(num_pieces, pending=dry_run and is_remote(model.checkpoint))

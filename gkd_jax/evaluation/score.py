@@ -67,6 +67,7 @@ def run(
             f"{data.task!r} is a mixture, which ends with its shortest task: score its tasks"
         )
     named_tasks.check_split(task, data.split)
+    named_tasks.check_rows(task, data.split)
     named_tasks.check_teacher_inputs(str(data.task), task, data)
     num_pieces = shared_pieces(vocabulary, {"model": model})
     config = model.config(num_pieces)

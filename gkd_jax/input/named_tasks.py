@@ -12,7 +12,7 @@ import seqio
 
 from gkd_jax import tasks  # pyright: ignore[reportAttributeAccessIssue]
 from gkd_jax.input.data import TEACHER_INPUTS, DataConfig
-from gkd_jax.tasks import features, folder, jsonl  # pyright: ignore[reportMissingImports]
+from gkd_jax.tasks import features, folder, jsonl, rows  # pyright: ignore[reportMissingImports]
 from gkd_jax.text import files, task_names, vocabularies
 
 
@@ -67,6 +67,7 @@ def open_task(
     tokenizer: str | None = None,
     check_remote: bool = True,
     beside: Sequence[str] = (),
+    file_vocabulary: seqio.Vocabulary | None = None,
 ) -> tuple[Any, seqio.Vocabulary]:
     """Returns the only task of a configuration, and the vocabulary of its inputs and targets.
 
@@ -77,6 +78,8 @@ def open_task(
         check_remote: whether remote files may be read; False in a dry run.
         beside: the names of all tasks of the run. Where some of them select rows of a JSONL file by
             the field `teacher`, each row of the file must belong to one of them.
+        file_vocabulary: the vocabulary of a JSONL file if neither `config` nor `tokenizer` has one;
+            None is T5's public vocabulary.
 
     Raises:
         FileNotFoundError, ValueError: if a file is missing or not as expected, if settings
@@ -101,6 +104,7 @@ def open_task(
             f"got the task {config.task!r}"
         )
     if task_names.is_path(config.task):
+        vocabulary = file_vocabulary if vocabulary is None else vocabulary
         if vocabulary is None and tokenizer is not None:
             _check_has_t5_vocabulary(tokenizer)
         task = jsonl.make_task(
@@ -242,8 +246,13 @@ def check_split(task: seqio.Task | seqio.Mixture, split: str) -> None:
         known = list(task.splits or ())
     except ValueError:  # seqio raises this if the splits are unknown.
         return
+    source: Any = getattr(task, "source", None)
+    if split not in known and isinstance(source, seqio.FunctionDataSource) and "[" in split:
+        raise ValueError(
+            f"task {task.name!r} has no parts of splits, as TFDS has, got {split!r}: NUM_EXAMPLES "
+            "and EVAL_NUM_EXAMPLES choose the first examples"
+        )
     if known and split.split("[")[0] not in known:
-        source: Any = getattr(task, "source", None)
         hint = (
             f": {source.path!r} needs a validation.jsonl beside it, or EVAL_FRACTION=0.05 to hold "
             "a share of its rows out"
@@ -263,6 +272,33 @@ def check_teacher_inputs(name: str, task: seqio.Task | seqio.Mixture, config: Da
             f"TEACHER_TEMPLATE, or leave it out of TASK_FEATURE_LENGTHS, got "
             f"{dict(config.feature_lengths)}"
         )
+
+
+def check_rows(task: seqio.Task | seqio.Mixture, split: str, *, check_remote: bool = True) -> None:
+    """Reads the local JSONL file of a split, so that a fault in it is found before a model is read.
+
+    Args:
+        task: a task or mixture. Only JSONL files are read, which then stay in memory.
+        split: the split of the task.
+        check_remote: whether remote files may be read. Without the vocabulary, rows are not
+            tokenized.
+
+    Raises:
+        FileNotFoundError, ValueError: if the file or a row is not as expected; the message names
+            the file and the line.
+    """
+    for part in task.tasks if isinstance(task, seqio.Mixture) else [task]:
+        source: Any = part.source
+        if not isinstance(source, jsonl.JsonlSource):
+            continue
+        name = split.split("[")[0]
+        if not check_remote and "://" in source.files[name]:
+            continue
+        vocabulary = part.output_features["targets"].vocabulary
+        if check_remote or not vocabularies.is_remote(vocabulary):
+            source.examples(name)
+        else:
+            rows.read(source.files[name])
 
 
 def check_targets(task: seqio.Task | seqio.Mixture, split: str, why: str) -> None:

@@ -100,7 +100,10 @@ class Evaluations:
         elif name is not None:
             chosen = dataclasses.replace(self._data, task=name)
             task, vocabulary = named_tasks.open_task(
-                chosen, tokenizer=self._tokenizer, check_remote=check_remote
+                chosen,
+                tokenizer=self._tokenizer,
+                check_remote=check_remote,
+                file_vocabulary=source.vocabulary,
             )
             if not vocabularies.same(vocabulary, source.vocabulary):
                 raise ValueError(
@@ -112,6 +115,7 @@ class Evaluations:
             is_mixture = isinstance(task, seqio.Mixture)
             for part in task.tasks if is_mixture else [task]:
                 named_tasks.check_split(part, self._config.split)
+                named_tasks.check_rows(part, self._config.split, check_remote=check_remote)
                 shown = part.name if is_mixture else task_names.display_name(name)
                 yield shown, _Evaluated(part, name)
 

@@ -51,6 +51,7 @@ def open_source(
     is_read = check_remote or not vocabularies.is_remote(vocabulary)
     for name, task in tasks.items():
         named_tasks.check_split(task, recipe.data.split)
+        named_tasks.check_rows(task, recipe.data.split, check_remote=check_remote)
         named_tasks.check_teacher_inputs(name, task, recipe.data)
         if recipe.method.uses_dataset() and is_read:
             why = "only with ON_POLICY_FRACTION 1 is nothing learnt from the data set's targets"
