@@ -11,7 +11,7 @@ import re
 from typing import Any
 
 from gkd_jax.report import reading
-from gkd_jax.text import files
+from gkd_jax.text import files, task_names
 
 
 _KEPT = 20  # lines of training kept of a run
@@ -67,8 +67,8 @@ def check_output(output: str) -> None:
 
 
 def _is_kept(line: dict[str, Any], last: int) -> bool:
-    evaluated = any(name.startswith("eval/") for name in line)
-    return evaluated or line["step"] % max(1, last // _KEPT) == 0 or line["step"] in (1, last)
+    is_one_of_few = line["step"] % max(1, last // _KEPT) == 0 or line["step"] in (1, last)
+    return is_one_of_few or bool(task_names.evaluation_in(line))
 
 
 def _small(value: Any, named: Mapping[pathlib.Path, str]) -> Any:

@@ -11,12 +11,11 @@ import re
 from typing import Any
 
 from gkd_jax.report.record import Evaluation, Run, Setting, as_object, as_objects, finite, whole
-from gkd_jax.text import files
+from gkd_jax.text import files, task_names
 
 
 # These folders hold many files and no runs.
 _NOT_SEARCHED = frozenset({"checkpoints", "damaged", "tensorboard", "eval"})
-_METRIC = re.compile(r"eval/(?P<task>.+)/(?P<metric>[^/]*)")
 _Found = dict[pathlib.Path, dict[str, Any]]
 """What was read of each run, in the form of an archive's line, by the run's folder."""
 
@@ -146,8 +145,9 @@ def _run(name: str, slug: str, folder: pathlib.Path, read: dict[str, Any]) -> Ru
 def _of_line(line: dict[str, Any], setting: Setting) -> Iterator[Evaluation]:
     """Yields the evaluations in a line of metrics.jsonl, whose names are eval/TASK/METRIC."""
     tasks: dict[str, dict[str, float]] = {}
-    for name, value in line.items():
-        if (parts := _METRIC.fullmatch(name)) and finite(value) is not None:
-            tasks.setdefault(parts["task"], {})[parts["metric"]] = float(value)
+    for name, value in task_names.evaluation_in(line).items():
+        task, _, metric = name.rpartition("/")
+        if task and finite(value) is not None:
+            tasks.setdefault(task, {})[metric] = value
     for task, values in tasks.items():
         yield Evaluation(task, setting, line["step"], values)

@@ -53,7 +53,7 @@ def evaluation_in(line: Mapping[str, Any]) -> dict[str, float]:
     return {
         name.removeprefix("eval/"): float(value)
         for name, value in line.items()
-        if name.startswith("eval/") and isinstance(value, int | float)
+        if name.startswith("eval/") and type(value) in (int, float)
     }
 
 
