@@ -8,13 +8,18 @@ files:
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+import io
+import os
+import pathlib
 
+import sentencepiece
 import seqio
 import tensorflow as tf
 
 from gkd_jax.tasks import features, folder
-from gkd_jax.text import text_metrics, vocabularies
+from gkd_jax.text import files, text_metrics
+from gkd_jax.text.word_vocabulary import EOS_ID, PAD_ID, UNK_ID
 
 
 TASK = "multi30k_ende"
@@ -51,6 +56,56 @@ features.register(
 )
 
 
+def train_sentencepiece(
+    texts: Iterable[str],
+    path: str | os.PathLike,
+    *,
+    vocab_size: int,
+) -> None:
+    """Trains a SentencePiece unigram vocabulary and writes it to a file.
+
+    Special ids are those of T5: pad 0, EOS 1, unknown 2 and no BOS. The same texts give the same
+    file.
+
+    Args:
+        texts: the sentences to train on.
+        path: the local `.model` file, which is written atomically. Its folder is created.
+        vocab_size: the number of pieces, including special ones. Every character gets a piece.
+
+    Raises:
+        ValueError: if the texts do not suffice for this many pieces, or if the path is remote.
+    """
+    if "://" in os.fspath(path):
+        raise ValueError(f"path must be local, to be renamed into place; got {os.fspath(path)!r}")
+    sentences = list(texts)
+    if not sentences:
+        raise ValueError("train_sentencepiece needs sentences, got none")
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sentences),
+            model_writer=model,
+            model_type="unigram",
+            vocab_size=vocab_size,
+            character_coverage=1.0,
+            pad_id=PAD_ID,
+            eos_id=EOS_ID,
+            unk_id=UNK_ID,
+            bos_id=-1,
+            byte_fallback=False,
+            shuffle_input_sentence=False,
+            num_threads=1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise ValueError(
+            f"no vocabulary with vocab_size {vocab_size} from {len(sentences)} sentences: {error}"
+        ) from None
+    target = pathlib.Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    files.write_whole(target, model.getvalue())
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Trains a joint vocabulary on the training files, as the command line states."""
     parser = argparse.ArgumentParser(prog="python -m gkd_jax.tasks.multi30k", description=__doc__)
@@ -60,9 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     values = parser.parse_args(arguments)
     try:
         english, german = read_pairs(values.data_dir, "train")
-        vocabularies.train_sentencepiece(
-            [*english, *german], values.output, vocab_size=values.vocab_size
-        )
+        train_sentencepiece([*english, *german], values.output, vocab_size=values.vocab_size)
     except (OSError, ValueError) as error:
         parser.error(str(error))
     print(f"wrote {values.output}: {values.vocab_size} pieces")

@@ -13,6 +13,7 @@ from gkd_jax import convert, load_model, main, sampling
 from gkd_jax.models import lm, t5
 from gkd_jax.storage import saved_model
 from gkd_jax.storage.conversion import FORMATS, convert_checkpoint
+from gkd_jax.tasks import multi30k
 from gkd_jax.text import vocabularies
 from gkd_jax.text.word_vocabulary import WordVocabulary
 
@@ -126,7 +127,7 @@ def started(tmp_path):
     params = t5.init(CONFIG, jax.random.key(0))
     convert.write_hf(str(hf), CONFIG, params)
     texts = [f"word{i} {'abcdefgh'[i % 8] * 3} number {i}" for i in range(40)]
-    vocabularies.train_sentencepiece(texts, hf / "spiece.model", vocab_size=60)
+    multi30k.train_sentencepiece(texts, hf / "spiece.model", vocab_size=60)
     (hf / "tokenizer_config.json").write_text('{"extra_ids": 0}')
     vocabulary = vocabularies.of_folder(str(hf))
     step = tmp_path / "run" / "checkpoints" / "5"

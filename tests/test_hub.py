@@ -22,6 +22,7 @@ from gkd_jax.input.data import DataConfig
 from gkd_jax.models import t5
 from gkd_jax.storage import hub, pretrained
 from gkd_jax.storage.conversion import convert_checkpoint
+from gkd_jax.tasks import multi30k
 from gkd_jax.text import tokenizer_folder, vocabularies
 from gkd_jax.training import train, vocabulary_size
 
@@ -181,7 +182,7 @@ def test_a_dry_run_asks_nobody(served, tmp_path):
 def tokenizer_of(folder, num_pieces):
     """A folder with a tokenizer, and with weights that a run must not ask for."""
     texts = ["Ada has 3 eggs and finds 4 more", "Ben loses 2 of his 9 coins", "How many are there?"]
-    vocabularies.train_sentencepiece(texts, folder / "spiece.model", vocab_size=num_pieces)
+    multi30k.train_sentencepiece(texts, folder / "spiece.model", vocab_size=num_pieces)
     (folder / "tokenizer_config.json").write_text('{"extra_ids": 0}')
     (folder / "model.safetensors").write_bytes(b"weights, which a vocabulary does not need")
     return str(folder)

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from gkd_jax.input import data, in_memory, streams
 from gkd_jax.input.split import Split
-from gkd_jax.tasks import arithmetic, features
+from gkd_jax.tasks import arithmetic, features, multi30k
 from gkd_jax.text import vocabularies
 from gkd_jax.text.tokenizer_folder import TokenizerVocabulary
 
@@ -121,7 +121,7 @@ def test_many_texts_are_tokenized_as_seqio_tokenizes_each(tmp_path, kind, length
         vocabulary = vocabularies.arithmetic()
     elif kind == "sentencepiece":
         problems = [question for question, _ in arithmetic.problems()["validation"]]
-        vocabularies.train_sentencepiece(problems, tmp_path / "spiece.model", vocab_size=60)
+        multi30k.train_sentencepiece(problems, tmp_path / "spiece.model", vocab_size=60)
         vocabulary = vocabularies.load(str(tmp_path / "spiece.model"))
     else:
         vocabulary = TokenizerVocabulary(small_tokenizers.write(tmp_path / "llama", "llama"))

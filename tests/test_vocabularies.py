@@ -5,6 +5,7 @@ import pytest
 import seqio
 import tensorflow as tf
 
+from gkd_jax.tasks import multi30k
 from gkd_jax.text import vocabularies
 from gkd_jax.text.word_vocabulary import WordVocabulary
 
@@ -123,7 +124,7 @@ def test_trained_sentencepiece_is_deterministic_and_has_t5_ids(tmp_path):
     texts = [" ".join(rng.choice(words, 8)) for _ in range(400)]
     first, second = tmp_path / "made" / "a.model", tmp_path / "b.model"
     for path in (first, second):
-        vocabularies.train_sentencepiece(iter(texts), path, vocab_size=120)
+        multi30k.train_sentencepiece(iter(texts), path, vocab_size=120)
     assert first.read_bytes() == second.read_bytes()
     assert [path.name for path in first.parent.iterdir()] == ["a.model"]
     vocabulary = vocabularies.load(str(first))
@@ -135,9 +136,9 @@ def test_trained_sentencepiece_is_deterministic_and_has_t5_ids(tmp_path):
 
 def test_impossible_sentencepiece_sizes_leave_no_file(tmp_path):
     with pytest.raises(ValueError, match="vocab_size 5000"):
-        vocabularies.train_sentencepiece(["a b c"], tmp_path / "a.model", vocab_size=5000)
+        multi30k.train_sentencepiece(["a b c"], tmp_path / "a.model", vocab_size=5000)
     with pytest.raises(ValueError, match="got none"):
-        vocabularies.train_sentencepiece([], tmp_path / "a.model", vocab_size=50)
+        multi30k.train_sentencepiece([], tmp_path / "a.model", vocab_size=50)
     with pytest.raises(ValueError, match=r"must be local.*gs://bucket"):
-        vocabularies.train_sentencepiece(["a b c"], "gs://bucket/a.model", vocab_size=8)
+        multi30k.train_sentencepiece(["a b c"], "gs://bucket/a.model", vocab_size=8)
     assert not list(tmp_path.iterdir())

@@ -18,6 +18,7 @@ from gkd_jax.input import data, eval_batches
 from gkd_jax.models import lm
 from gkd_jax.storage import hub, pretrained
 from gkd_jax.text import settings, text_metrics, vocabularies
+from gkd_jax.text.word_vocabulary import EOS_ID
 
 
 Texts = Sequence[str]
@@ -112,7 +113,7 @@ class Entailment:
             self._encode(prompt.removeprefix(self.prefix), output)
             for prompt, output in zip(prompts, outputs, strict=True)
         ]
-        label = [*self._vocabulary.encode(self.label), vocabularies.EOS_ID]
+        label = [*self._vocabulary.encode(self.label), EOS_ID]
         lengths = {"inputs": self.length, "targets": len(label)}
         scores: list[float] = []
         for start in range(0, len(inputs), self.batch_size):
@@ -138,7 +139,7 @@ class Entailment:
 
         def filled(count: int) -> list[int]:
             text = self.template.format(premise=" ".join(words[:count]), hypothesis=hypothesis)
-            return [*self._vocabulary.encode(text), vocabularies.EOS_ID]
+            return [*self._vocabulary.encode(text), EOS_ID]
 
         counts = range(len(words) + 1)
         fits = bisect.bisect_right(counts, self.length, key=lambda count: len(filled(count)))

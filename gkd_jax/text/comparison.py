@@ -7,7 +7,7 @@ to both.
 import seqio
 
 from gkd_jax.text import vocabularies
-from gkd_jax.text.tokenizer_folder import TokenizerVocabulary
+from gkd_jax.text.tokenizer_folder import TokenizerVocabulary, comparable
 
 
 def shared_pieces(
@@ -33,7 +33,7 @@ def shared_pieces(
     """
     if vocabularies.content_hash(student) == vocabularies.content_hash(teacher):
         return len(vocabularies.pieces(student))
-    ours, theirs = (_comparable(vocabulary) for vocabulary in (student, teacher))
+    ours, theirs = (comparable(vocabularies.pieces(one)) for one in (student, teacher))
     shared = min(len(ours), len(theirs))
     differs = next((i for i in range(shared) if ours[i] != theirs[i]), None)
     if differs is None and _same_rules(student, teacher):
@@ -49,11 +49,6 @@ def shared_pieces(
         "teacher write the targets (gkd-jax infer --gin_file=gin/infer.gin) and train the student "
         "on them (gin/seqkd.gin)"
     )
-
-
-def _comparable(vocabulary: seqio.Vocabulary) -> list[str]:
-    """Returns the pieces of a vocabulary, with T5's extra ids written without a word mark."""
-    return [piece.replace("▁<extra_id_", "<extra_id_") for piece in vocabularies.pieces(vocabulary)]
 
 
 def _same_rules(one: seqio.Vocabulary, other: seqio.Vocabulary) -> bool:

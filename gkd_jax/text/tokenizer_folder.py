@@ -248,14 +248,16 @@ class TokenizerVocabulary(seqio.Vocabulary):
         return hash((self.pieces[:100], self._adds_specials))
 
 
-def hash_pieces(pieces: Iterable[str]) -> str:
-    """Returns a SHA-256 of pieces in the order of ids.
+def comparable(pieces: Iterable[str]) -> list[str]:
+    """Returns pieces with T5's extra ids without a word mark, in which libraries differ."""
+    return [piece.replace("▁<extra_id_", "<extra_id_") for piece in pieces]
 
-    T5's extra ids have the same hash with and without a word mark, because libraries differ in it.
-    """
+
+def hash_pieces(pieces: Iterable[str]) -> str:
+    """Returns a SHA-256 of `comparable` pieces in the order of ids."""
     digest = hashlib.sha256()
-    for piece in pieces:
-        encoded = piece.replace("▁<extra_id_", "<extra_id_").encode()
+    for piece in comparable(pieces):
+        encoded = piece.encode()
         digest.update(len(encoded).to_bytes(4, "big") + encoded)
     return digest.hexdigest()
 

@@ -4,10 +4,8 @@ A vocabulary is a Hugging Face folder, a SentencePiece file, ByT5's bytes, or th
 `arithmetic`. All of them are `seqio.Vocabulary` objects.
 """
 
-from collections.abc import Iterable, Sequence
-import io
+from collections.abc import Sequence
 import os
-import pathlib
 
 import sentencepiece
 import seqio
@@ -15,7 +13,7 @@ import tensorflow as tf
 
 from gkd_jax.text import files, known_sizes, tokenizer_folder
 from gkd_jax.text.tokenizer_folder import TokenizerVocabulary
-from gkd_jax.text.word_vocabulary import EOS_ID, PAD_ID, UNK_ID, WordVocabulary
+from gkd_jax.text.word_vocabulary import PAD_ID, WordVocabulary
 
 
 T5_PATH = "gs://t5-data/vocabs/cc_all.32000/sentencepiece.model"
@@ -298,53 +296,3 @@ def same(one: seqio.Vocabulary, other: seqio.Vocabulary) -> bool:
 def arithmetic() -> WordVocabulary:
     """Returns the vocabulary of the task `arithmetic`, in which every number is one token."""
     return WordVocabulary(known_sizes.ARITHMETIC_WORDS)
-
-
-def train_sentencepiece(
-    texts: Iterable[str],
-    path: str | os.PathLike,
-    *,
-    vocab_size: int,
-) -> None:
-    """Trains a SentencePiece unigram vocabulary and writes it to a file.
-
-    Special ids are those of T5: pad 0, EOS 1, unknown 2 and no BOS. The same texts give the same
-    file.
-
-    Args:
-        texts: the sentences to train on.
-        path: the local `.model` file, which is written atomically. Its folder is created.
-        vocab_size: the number of pieces, including special ones. Every character gets a piece.
-
-    Raises:
-        ValueError: if the texts do not suffice for this many pieces, or if the path is remote.
-    """
-    if "://" in os.fspath(path):
-        raise ValueError(f"path must be local, to be renamed into place; got {os.fspath(path)!r}")
-    sentences = list(texts)
-    if not sentences:
-        raise ValueError("train_sentencepiece needs sentences, got none")
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(sentences),
-            model_writer=model,
-            model_type="unigram",
-            vocab_size=vocab_size,
-            character_coverage=1.0,
-            pad_id=PAD_ID,
-            eos_id=EOS_ID,
-            unk_id=UNK_ID,
-            bos_id=-1,
-            byte_fallback=False,
-            shuffle_input_sentence=False,
-            num_threads=1,
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        raise ValueError(
-            f"no vocabulary with vocab_size {vocab_size} from {len(sentences)} sentences: {error}"
-        ) from None
-    target = pathlib.Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    files.write_whole(target, model.getvalue())
