@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from gkd_jax.planning import hlo, hlo_loops, hlo_text, kernels, topologies
+from gkd_jax.planning import hlo, hlo_text
 from gkd_jax.planning.topologies import CUDA_PLUGINS, platform_of
 from gkd_jax.text import files
 
@@ -88,8 +88,8 @@ def _cache_path(text: str, topology: str, full: bool) -> pathlib.Path | None:
     """Returns the cache file of a program's analysis, or None where the cache is turned off.
 
     Its name is a hash of the program's text and of everything that changes the analysis: topology,
-    effort, versions of the compilers, and the source of the modules that describe the devices and
-    count.
+    effort, versions of the compilers, and the source of this folder, whose modules describe the
+    devices and count.
     """
     folder = os.environ.get("GKD_JAX_COMPILATION_CACHE")
     if folder == "":
@@ -99,9 +99,8 @@ def _cache_path(text: str, topology: str, full: bool) -> pathlib.Path | None:
     found = filter(importlib.util.find_spec, compilers[platform_of(topology)])
     names = ["jaxlib", *found]
     versions = map(importlib.metadata.version, names)
-    deciding = (topologies, hlo, hlo_loops, hlo_text, kernels)
-    paths = (__file__, *(module.__file__ for module in deciding))
-    sources = [pathlib.Path(str(path)).read_text(encoding="utf-8") for path in paths]
+    modules = sorted(pathlib.Path(__file__).parent.glob("*.py"))
+    sources = [module.read_text(encoding="utf-8") for module in modules]
     parts = "\n".join([text, topology, str(full), *versions, *sources])
     return root / "precompile" / f"{hashlib.sha256(parts.encode()).hexdigest()}.json"
 
