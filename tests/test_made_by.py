@@ -109,6 +109,14 @@ def test_a_vocabulary_is_compared_by_its_content(models, output):
         run(models, output, dry_run=True)
 
 
+def test_a_dry_run_compares_all_but_a_remote_vocabulary(models, output):
+    far = dataclasses.replace(DATA, vocabulary="t5")  # a file in a bucket
+    with pytest.raises(ValueError, match=r"256 embedding rows, fewer than .* 32100 pieces"):
+        run(models, output, data=far, dry_run=True)  # the check of the model comes after
+    with pytest.raises(ValueError, match=r"something else: batch_size 8 -> 16\."):
+        run(models, output, data=dataclasses.replace(far, batch_size=16), dry_run=True)
+
+
 CHANGES = {
     "checkpoint": ({"model": "1"}, "checkpoint .*/0' -> .*/1'; content"),
     "decoding": (

@@ -209,12 +209,16 @@ def run(
     data, _ = tokenizer_files.with_local_vocabulary(data, commits, dry_run=dry_run)
     about = _about(model, data, evaluation, text_file)
     opened = _, vocabulary = _open_task(model, data, dry_run)
-    is_far = is_remote(model.checkpoint) or vocabularies.is_remote(vocabulary)
-    if not dry_run or not is_far:  # a dry run stays off the network
+    unread = []  # a dry run stays off the network
+    if dry_run and vocabularies.is_remote(vocabulary):
+        unread.append("vocabulary_content")
+    else:
         about["vocabulary_content"] = vocabularies.content_hash(vocabulary)
-        if model.checkpoint is not None:
-            about["content"] = content.content_id(model.checkpoint)
-        _on_first_process(made_by.check, output, about)
+    if dry_run and is_remote(model.checkpoint):
+        unread.append("content")
+    elif model.checkpoint is not None:
+        about["content"] = content.content_id(model.checkpoint)
+    _on_first_process(made_by.check, output, about, unread)
     reads_split = text_file is None
     ready = _prepare(opened, model, data, evaluation, mesh, dry_run, reads_split=reads_split)
     if dry_run:

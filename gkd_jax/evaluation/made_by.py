@@ -5,6 +5,7 @@ continue with another model or other settings: lines of two models in one file c
 apart later, and SeqKD trains on such files.
 """
 
+from collections.abc import Sequence
 import json
 import os
 import pathlib
@@ -44,13 +45,17 @@ def read_made_by(output: str | os.PathLike[str]) -> dict[str, Any] | None:
     return files.read_json_object(path) if path.is_file() else None
 
 
-def check(output: str | os.PathLike[str], about: dict[str, Any]) -> None:
+def check(
+    output: str | os.PathLike[str], about: dict[str, Any], unread: Sequence[str] = ()
+) -> None:
     """Refuses a file that was not made by the same model and settings.
 
     Args:
         output: the file to write or to continue.
         about: the record of what would make the file now. Paths in it may differ from the earlier
             record if the contents behind them are equal.
+        unread: fields of contents that were not read. They are not compared, nor are the fields
+            that name these contents.
 
     Raises:
         ValueError: if the file has another origin or was changed after it was complete; the message
@@ -72,6 +77,7 @@ def check(output: str | os.PathLike[str], about: dict[str, Any]) -> None:
     changed = [
         f"{name} {_short(before.get(name))} -> {_short(about.get(name))}"
         for name in [*about, *sorted(before.keys() - about.keys())]
+        if name not in unread and _CONTENT_OF.get(name) not in unread
         if before.get(name) != about.get(name) and not _lies_elsewhere(name, before, about)
     ]
     if changed:

@@ -56,7 +56,7 @@ def find_task(name: str, vocabulary: seqio.Vocabulary | None) -> seqio.Task | se
     # The copy needs no registration: preprocessors receive the output features of the task that
     # calls them.
     return task.replace(
-        name=f"{name}__{vocabularies.content_hash(vocabulary)[:12]}",
+        name=f"{name}__{vocabularies.short_name(vocabulary)}",
         output_features=features.with_vocabulary(task.output_features, vocabulary),
     )
 

@@ -5,6 +5,7 @@ A vocabulary is a Hugging Face folder, a SentencePiece file, ByT5's bytes, or th
 """
 
 from collections.abc import Sequence
+import hashlib
 import os
 
 import sentencepiece
@@ -276,6 +277,15 @@ def content_hash(vocabulary: seqio.Vocabulary) -> str:
     if isinstance(vocabulary, TokenizerVocabulary):
         return vocabulary.content_hash
     return tokenizer_folder.hash_pieces(pieces(vocabulary))
+
+
+def short_name(vocabulary: seqio.Vocabulary) -> str:
+    """Returns 12 characters that tell a vocabulary from others, without reading a remote file."""
+    if is_remote(vocabulary):
+        assert isinstance(vocabulary, seqio.SentencePieceVocabulary)
+        path = f"{vocabulary.sentencepiece_model_file}:{vocabulary.extra_ids}"
+        return hashlib.sha256(path.encode()).hexdigest()[:12]
+    return content_hash(vocabulary)[:12]
 
 
 def same(one: seqio.Vocabulary, other: seqio.Vocabulary) -> bool:
