@@ -2,7 +2,8 @@
 
 Every divergence maps `(student_logits, teacher_logits)` to one non-negative number per token, in
 nats. `P` is the teacher and `Q` the student throughout, as in Agarwal et al. (2024), section 2. The
-computation is in float32, or in float64 for float64 logits.
+computation is in float32, or in float64 for float64 logits. Logits of different shapes are a
+ValueError.
 
 Logits may be -inf, for ids that cannot occur. In KL(A || B), an id with A = 0 contributes nothing.
 An id with B = 0 and A > 0 contributes 1e4 nats times A, where the KL itself would be infinite.
@@ -31,12 +32,14 @@ _LARGEST_EXPONENT = 80.0  # exp(80) is finite in float32, exp(-80) a normal numb
 
 def forward_kl(student_logits: Logits, teacher_logits: Logits) -> PerToken:
     """Returns KL(P || Q) of each token, in nats: mode-covering, the classic distillation loss."""
+    _check_shapes(student_logits, teacher_logits)
     log_q, log_p = _log_softmax(student_logits), _log_softmax(teacher_logits)
     return _kl(log_p, log_q)
 
 
 def reverse_kl(student_logits: Logits, teacher_logits: Logits) -> PerToken:
     """Returns KL(Q || P) of each token, in nats: mode-seeking."""
+    _check_shapes(student_logits, teacher_logits)
     log_q, log_p = _log_softmax(student_logits), _log_softmax(teacher_logits)
     return _kl(log_q, log_p)
 
@@ -68,6 +71,7 @@ class JSD:
             raise ValueError(f"scale must be 'paper' or 'unit', got {self.scale!r}")
 
     def __call__(self, student_logits: Logits, teacher_logits: Logits) -> PerToken:
+        _check_shapes(student_logits, teacher_logits)
         divergence: PerToken = _jsd(student_logits, teacher_logits, self.beta)
         return divergence / (self.beta * (1 - self.beta)) if self.scale == "unit" else divergence
 
@@ -175,12 +179,22 @@ def total_variation(student_logits: Logits, teacher_logits: Logits) -> PerToken:
 
     The distance lies in [0, 1]. It is f-distill's divergence (Wen et al., 2023).
     """
+    _check_shapes(student_logits, teacher_logits)
     q, p = (jnp.exp(_log_softmax(x)) for x in (student_logits, teacher_logits))
     difference = p - q
     # The gradient takes the sign of each difference, and rounding noise has a sign too. So a
     # difference no larger than rounding noise counts as 0.
     noise = jnp.abs(difference) <= 4 * jnp.finfo(p.dtype).eps * (p + q)
     return 0.5 * jnp.sum(jnp.where(noise, 0.0, jnp.abs(difference)), axis=-1)
+
+
+def _check_shapes(student_logits: Any, teacher_logits: Any) -> None:
+    """Raises ValueError unless both have one shape: broadcasting would compare other tokens."""
+    if student_logits.shape != teacher_logits.shape:
+        raise ValueError(
+            "the student's and the teacher's logits must have the same shape, got "
+            f"{student_logits.shape} and {teacher_logits.shape}"
+        )
 
 
 def _log_softmax(logits: Logits) -> Logits:

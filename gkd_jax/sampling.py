@@ -10,6 +10,7 @@ Axes: B batch, S source, T target, V vocabulary.
 
 import dataclasses
 import functools
+import numbers
 from typing import Any, NamedTuple
 
 import jax
@@ -54,6 +55,14 @@ class SamplingConfig:
             raise ValueError(f"top_k must be an integer of at least 0 (off), got {self.top_k!r}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
+        for name in ("banned_ids", "eos_ids"):
+            ids = getattr(self, name)
+            if ids is None:
+                continue
+            if not all(isinstance(x, numbers.Integral) and not isinstance(x, bool) for x in ids):
+                raise ValueError(f"{name} must be integers, got {ids!r}")
+            # A list would be no static argument of a jitted function.
+            object.__setattr__(self, name, tuple(map(int, ids)))
         _check_ids(self.banned_ids or (), self.eos_ids or ())
 
     def ids(self, config: lm.Config) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -62,6 +71,11 @@ class SamplingConfig:
         Raises:
             ValueError: where no sequence could end.
         """
+        if self.eos_ids and not any(0 <= token < config.vocab_size for token in self.eos_ids):
+            raise ValueError(
+                f"eos_ids must lie in [0, {config.vocab_size}), the model's vocabulary; got "
+                f"{self.eos_ids}: no sequence could end"
+            )
         banned = lm.banned_ids(config) if self.banned_ids is None else self.banned_ids
         ends = lm.eos_ids(config) if self.eos_ids is None else self.eos_ids
         _check_ids(banned, ends)
@@ -143,6 +157,8 @@ def sample(
         B x num_samples rows. No gradient flows out of them: `lax.while_loop` has no reverse mode,
         and the paper's Eq. 4 stops it in any case.
     """
+    if max_length < 1:
+        raise ValueError(f"max_length must be a positive integer, got {max_length}")
     if key is None and sampling.temperature > 0:
         raise ValueError(f"temperature={sampling.temperature} needs a key; only greedy does not")
     banned_ids, eos_ids = sampling.ids(config)
@@ -236,9 +252,18 @@ def _advance(
 
 # For calls outside of a jitted function. Inside one, `sample` itself is traced, because what it
 # traces depends on the mesh of `sharding.use`, which a cache of traces does not see.
-jitted_sample = jax.jit(
+_jitted = jax.jit(
     sample, static_argnames=("config", "max_length", "sampling", "num_samples", "decode_rows")
 )
+
+
+@functools.wraps(sample)
+def jitted_sample(config, params, inputs, key=None, *, input_lengths=None, **settings):
+    """Calls `sample`, compiled, after a look at the lengths, whose values no trace sees."""
+    inputs = jnp.asarray(inputs)
+    lengths = None if input_lengths is None else jnp.asarray(input_lengths)
+    lm.check_lengths(inputs, lengths)
+    return _jitted(config, params, inputs, key, input_lengths=lengths, **settings)
 
 
 def _choose(

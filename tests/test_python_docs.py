@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import gkd_jax
-from gkd_jax import convert
+from gkd_jax import convert, sampling
 from gkd_jax.models import t5
 from gkd_jax.sampling import SamplingConfig, sample
 from gkd_jax.storage import saved_model
@@ -63,9 +63,9 @@ def test_the_public_sample_is_compiled_and_draws_the_same():
     params, key = t5.init(CONFIG, jax.random.key(0)), jax.random.key(1)
     inputs = jnp.array([[5, 6, 1], [7, 1, 0]])
     more = {"max_length": 4, "sampling": SamplingConfig(top_k=5)}
-    before = gkd_jax.sample._cache_size()
+    before = sampling._jitted._cache_size()
     found = gkd_jax.sample(CONFIG, params, inputs, key, **more)
-    assert gkd_jax.sample._cache_size() == before + 1
+    assert sampling._jitted._cache_size() == before + 1
     expected = sample(CONFIG, params, inputs, key, **more)
     np.testing.assert_array_equal(found.tokens, expected.tokens)
 
@@ -75,3 +75,69 @@ def test_num_pieces_without_a_record_are_the_rows(models, tmp_path):
     convert.write_hf(str(tmp_path / "hf"), CONFIG, params)
     assert gkd_jax.num_pieces("hf") == 128
     assert gkd_jax.num_pieces("hf", "teacher") == 101
+
+
+# In a process of its own: here, signatures are checked before the functions can speak.
+_CALLS = """
+import pathlib
+import jax, jax.numpy as jnp, numpy as np
+import gkd_jax
+from gkd_jax import Batch, convert, load_model
+from gkd_jax.models import decoder_config, lm
+from gkd_jax.sampling import SamplingConfig
+
+def says(expected, call, *arguments, **settings):
+    try:
+        call(*arguments, **settings)
+    except ValueError as error:
+        assert expected in str(error), (expected, str(error))
+    else:
+        raise AssertionError(f"nothing was said: {expected}")
+
+config = decoder_config.DecoderConfig(
+    vocab_size=32, d_model=16, num_heads=2, num_kv_heads=1, head_dim=8, d_ff=16, num_layers=1)
+params = lm.init(config, jax.random.key(0))
+here = pathlib.Path()
+convert.write_hf(here / "hf", config, params)
+assert convert.read_config(here / "hf") == config == load_model(here / "hf")[0]
+kernel = convert.read_params(here / "hf", config)["token_embedder"]["embedding"]
+np.testing.assert_array_equal(kernel, load_model("hf")[1]["token_embedder"]["embedding"])
+assert gkd_jax.num_pieces(here / "hf", "hf") == 32
+assert load_model(here / "student")[0].vocab_size == 128
+student = load_model(here / "student")
+written = convert.write_t5x(here / "t5x", *student, step=3)
+assert load_model(pathlib.Path(written))[0] == student[0]
+says("T5X's format is for T5s alone", convert.write_t5x, here / "x", config, params, step=1)
+says("at least one checkpoint", gkd_jax.num_pieces)
+
+inputs, targets = np.ones((2, 4), np.int32), np.ones((2, 3), np.int32)
+greedy = SamplingConfig(temperature=0.0, eos_ids=[2])
+lists = SamplingConfig(temperature=0.0, eos_ids=[np.int64(2)], banned_ids=[0])
+assert lists.eos_ids == (2,) and lists.banned_ids == (0,)
+says("eos_ids must be integers, got ['a']", SamplingConfig, eos_ids=["a"])
+def sample(lengths, sampling=greedy, max_length=3):
+    return gkd_jax.sample(
+        config, params, inputs, max_length=max_length, input_lengths=lengths, sampling=sampling)
+assert sample(np.array([4, 1])).tokens.shape == sample([4, 1], lists).tokens.shape == (2, 3)
+for wrong in ([0, 4], [5, 1], [4], [[4, 1]]):
+    said = f"input_lengths must be 2 numbers from 1 to 4, the tokens of each prompt, got {wrong}"
+    says(said, sample, np.array(wrong))
+    batch = Batch(inputs, targets, np.ones((2, 3), np.float32), input_lengths=np.array(wrong))
+    says(said, lm.logits, config, params, batch)
+for wrong in (0, -1):
+    says(f"max_length must be a positive integer, got {wrong}", sample, np.array([4, 1]),
+         max_length=wrong)
+says("eos_ids must lie in [0, 32), the model's vocabulary; got (40,)", sample, np.array([4, 1]),
+     SamplingConfig(temperature=0.0, eos_ids=(40,)))
+logits = jnp.zeros((2, 3, 5))
+for name in ("forward_kl", "reverse_kl", "jsd", "total_variation"):
+    for other in (logits[:1], logits[..., :4]):
+        says("must have the same shape, got (2, 3, 5) and", getattr(gkd_jax, name), logits, other)
+"""
+
+
+def test_paths_may_be_pathlib_s_and_wrong_arguments_are_said(models, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", _CALLS], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]

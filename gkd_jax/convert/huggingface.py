@@ -32,7 +32,7 @@ def read_config(path: str) -> lm.Config:
 
 
 def write_hf(
-    path: str,
+    path: str | os.PathLike[str],
     config: lm.Config,
     params: lm.Params,
     *,
@@ -65,7 +65,7 @@ def write_hf(
     beside = None if source is None else pathlib.Path(source)
     if beside is not None and family is decoder_huggingface:  # a T5's special ids are built in
         fields |= special_ids.stated(beside)
-    with complete_folder(path) as folder:
+    with complete_folder(os.fspath(path)) as folder:
         hf_folder.write_weights(folder, arrays, kind)
         hf_folder.write_json(folder / "config.json", fields)
         for file in () if beside is None else hf_folder.companions(beside):

@@ -1,5 +1,6 @@
 """Reads a checkpoint of Hugging Face or T5X, whose format is detected from its files."""
 
+import os
 from typing import Any
 
 from gkd_jax.convert import hf_folder, huggingface, t5x
@@ -10,7 +11,7 @@ from gkd_jax.models import lm
 from gkd_jax.models.decoder_config import DecoderConfig
 
 
-def read_config(path: str) -> lm.Config:
+def read_config(path: str | os.PathLike[str]) -> lm.Config:
     """Returns the sizes of the model in a Hugging Face or T5X checkpoint.
 
     Weights are read only where the sizes depend on them: a Hugging Face T5's output head is
@@ -23,13 +24,14 @@ def read_config(path: str) -> lm.Config:
         ValueError: if the folder is no checkpoint, if a weight file is cut or damaged, or if the
             architecture is not supported.
     """
+    path = os.fspath(path)
     if _foreign(path) == "hf":
         return huggingface.read_config(path)
     return t5x.infer_config(path, t5x.open_arrays(path))
 
 
 def read_params(
-    path: str,
+    path: str | os.PathLike[str],
     config: lm.Config,
     *,
     dtype: Any | None = "float32",
@@ -55,11 +57,11 @@ def read_params(
     """
     if dtype is not None:
         as_dtype(dtype)
-    layout, arrays = _open(path, config)
+    layout, arrays = _open(os.fspath(path), config)
     return read_tree(layout, arrays, dtype, shardings)
 
 
-def check_arrays(path: str, config: lm.Config) -> None:
+def check_arrays(path: str | os.PathLike[str], config: lm.Config) -> None:
     """Compares the names, shapes and dtypes of a checkpoint's arrays with those of a model.
 
     No parameters are loaded.
@@ -67,7 +69,7 @@ def check_arrays(path: str, config: lm.Config) -> None:
     Raises:
         FileNotFoundError, ValueError: for the same mismatches as `read_params`.
     """
-    _open(path, config)
+    _open(os.fspath(path), config)
 
 
 def _open(path: str, config: lm.Config) -> tuple[Layout, dict[str, Stored]]:
@@ -78,12 +80,13 @@ def _open(path: str, config: lm.Config) -> tuple[Layout, dict[str, Stored]]:
     return t5x.open_model(path, config)
 
 
-def stored_dtype(path: str) -> str:
+def stored_dtype(path: str | os.PathLike[str]) -> str:
     """Returns the name of the dtype of a checkpoint's weights; "float32" if there are several.
 
     Args:
         path: the folder of a Hugging Face or T5X checkpoint.
     """
+    path = os.fspath(path)
     if _foreign(path) == "hf":
         arrays = hf_folder.open_weights(hf_folder.local(path))
     else:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import os
 import pathlib
 from typing import Any
 
@@ -19,7 +20,7 @@ _LARGEST_CHUNK = 64 * 2**20  # The largest uncompressed size of a zarr chunk, in
 
 
 def write_t5x(
-    path: str,
+    path: str | os.PathLike[str],
     config: t5.T5Config,
     params: t5.Params,
     *,
@@ -42,13 +43,16 @@ def write_t5x(
         The path of the checkpoint's folder.
 
     Raises:
-        ValueError: if the checkpoint's folder exists or is remote, or if `step` is negative.
+        ValueError: if the checkpoint's folder exists or is remote, if `step` is negative, or if the
+            model is no T5.
     """
+    if not isinstance(config, t5.T5Config):
+        raise ValueError(f"T5X's format is for T5s alone, got a {type(config).__name__}")
     if step < 0:
         raise ValueError(f"step must be at least 0, got {step}")
     kind = as_dtype(dtype)
     arrays = unwritten(t5x_layout(config, scanned=config.per_layer_relpos), params)
-    target = f"{path.rstrip('/')}/checkpoint_{step}"
+    target = f"{os.fspath(path).rstrip('/')}/checkpoint_{step}"
     index: dict[str, Any] = {"state.step": _packed(np.asarray(step, np.int32))}
     with complete_folder(target) as folder:
         for array in arrays:

@@ -22,7 +22,9 @@ from types import ModuleType
 from typing import Any
 
 import jax
+from jax import core
 from jaxtyping import Array, Float, Int, Key
+import numpy as np
 
 from gkd_jax.batch import Batch
 from gkd_jax.models import decoder, kv_cache, t5
@@ -86,7 +88,30 @@ def encode(
     Raises:
         ValueError: if a decoder-only model is given no lengths.
     """
+    check_lengths(inputs, input_lengths)
     return _family(config).encode(config, params, inputs, input_lengths, dropout_key=dropout_key)
+
+
+def check_lengths(inputs: Any, input_lengths: Any | None) -> None:
+    """Checks the lengths of prompts, unless they are traced or on other hosts.
+
+    Args:
+        inputs: prompts [B S], padded on the right.
+        input_lengths: the number of tokens of each prompt [B]; None passes.
+
+    Raises:
+        ValueError: if there is not one length from 1 to S for each prompt.
+    """
+    if input_lengths is None or isinstance(input_lengths, core.Tracer):
+        return
+    if not getattr(input_lengths, "is_fully_addressable", True):
+        return
+    lengths, (rows, longest) = np.asarray(input_lengths), inputs.shape
+    if lengths.shape != (rows,) or lengths.min() < 1 or lengths.max() > longest:
+        raise ValueError(
+            f"input_lengths must be {rows} numbers from 1 to {longest}, the tokens of each prompt, "
+            f"got {lengths.tolist()}"
+        )
 
 
 def repeat(config: Config, context: Context, num: int) -> Context:
@@ -112,6 +137,7 @@ def hidden(
         context: `encode`'s result, where the caller has it already.
         dropout_key: the key of dropout; None turns dropout off.
     """
+    check_lengths(batch.inputs, batch.input_lengths)
     return _family(config).hidden(config, params, batch, context=context, dropout_key=dropout_key)
 
 

@@ -1,6 +1,7 @@
 """Loads a checkpoint of any format: its config, its parameters, and its number of ids."""
 
 from collections.abc import Iterator
+import os
 from typing import Any
 
 from etils import epath
@@ -15,7 +16,7 @@ from gkd_jax.storage import fingerprints, hub, saved_model
 _MOST_NAMES = 10  # The number of arrays that one error message names.
 
 
-def load_config(path: str) -> lm.Config:
+def load_config(path: str | os.PathLike[str]) -> lm.Config:
     """Returns the sizes of the model in a checkpoint of any format.
 
     Args:
@@ -27,8 +28,8 @@ def load_config(path: str) -> lm.Config:
         FileNotFoundError: if there is no such file or folder, nor such a model on the hub.
         ValueError: if the folder has none of the formats; the message says what was looked for.
     """
-    path = hub.local_folder(path)
-    if not epath.Path(path).exists():
+    path = hub.local_folder(os.fspath(path))
+    if not path or not epath.Path(path).exists():
         raise FileNotFoundError(f"no checkpoint at {path!r}: there is no such file or folder")
     step_folder = saved_model.find_step(path)
     return (
@@ -36,7 +37,7 @@ def load_config(path: str) -> lm.Config:
     )
 
 
-def load_params(path: str, target: lm.Params, config: lm.Config) -> lm.Params:
+def load_params(path: str | os.PathLike[str], target: lm.Params, config: lm.Config) -> lm.Params:
     """Returns the parameters in a checkpoint of any format.
 
     Args:
@@ -48,7 +49,7 @@ def load_params(path: str, target: lm.Params, config: lm.Config) -> lm.Params:
         ValueError: if arrays are damaged or do not fit the model, or if an array has a NaN or an
             infinity; the message names the arrays.
     """
-    path = hub.local_folder(path)
+    path = hub.local_folder(os.fspath(path))
     step_folder = saved_model.find_step(path)
     if step_folder is not None:
         params = saved_model.read_params(step_folder, target)
@@ -101,17 +102,17 @@ def _all_finite(leaves: list[jax.Array], stacked: tuple[bool, ...]) -> list[jax.
 _finite = jax.jit(_all_finite, static_argnums=1)
 
 
-def load_model(path: str) -> tuple[lm.Config, lm.Params]:
+def load_model(path: str | os.PathLike[str]) -> tuple[lm.Config, lm.Params]:
     """Returns the sizes and the float32 parameters of the model in a checkpoint of any format.
 
     See `load_config` for the formats, and `load_config` and `load_params` for the errors.
     """
-    path = hub.local_folder(path)
+    path = hub.local_folder(os.fspath(path))
     config = load_config(path)
     return config, load_params(path, lm.abstract_params(config), config)
 
 
-def num_pieces(*paths: str) -> int:
+def num_pieces(*paths: str | os.PathLike[str]) -> int:
     """Returns the number of ids that the vocabularies of some checkpoints share.
 
     An embedding often has more rows than the vocabulary has ids, and those rows must be neither
@@ -120,8 +121,13 @@ def num_pieces(*paths: str) -> int:
 
     Args:
         paths: checkpoints, each as for `load_config`; a student and its teacher, say.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_config` does, or if no checkpoint is given.
     """
-    return min(_num_pieces(hub.local_folder(path)) for path in paths)
+    if not paths:
+        raise ValueError("num_pieces needs at least one checkpoint, got none")
+    return min(_num_pieces(hub.local_folder(os.fspath(path))) for path in paths)
 
 
 def _num_pieces(path: str) -> int:
