@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from gkd_jax import convert, load_model
-from gkd_jax.models import decoder, lm, t5
+from gkd_jax.models import decoder, decoder_config, lm, t5
 from gkd_jax.models.execution import ExecutionSettings
 from gkd_jax.storage import conversion, saved_model
 from gkd_jax.storage.content import content_id
@@ -53,7 +53,7 @@ ARCHITECTURE = {
         "num_layers": 3,
         "activation": "gelu",
         "windows": (0, 5),
-        "ropes": (decoder.Rope(theta=1e6),),
+        "ropes": (decoder_config.Rope(theta=1e6),),
         "rope_of_layer": (0, 0),
         "layer_norm_epsilon": 1e-5,
         "max_length": 64,

@@ -49,7 +49,7 @@ def test_a_dry_run_says_what_it_would_write_and_writes_nothing(
     convert_checkpoint(str(sources / source), str(output), to=to, step=3, dry_run=True)
     said = capsys.readouterr().err
     assert f"can be written to {output}{'/checkpoint_3' if to == 't5x' else ''} as {to}" in said
-    assert f"{t5.num_params(lm.abstract_params(CONFIG)):,} parameters" in said
+    assert f"{lm.num_params(lm.abstract_params(CONFIG)):,} parameters" in said
     assert not list(tmp_path.iterdir())
 
 

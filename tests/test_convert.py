@@ -489,7 +489,7 @@ def test_large_models_are_written_in_several_files(tmp_path, monkeypatch, larges
     assert all(file.stat().st_size < largest + 5_000 for file in files)  # 5,000: a header
     index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"].values()) == {file.name for file in files}
-    assert index["metadata"]["total_size"] == 4 * t5.num_params(params)
+    assert index["metadata"]["total_size"] == 4 * lm.num_params(params)
     assert_same(convert.read_params(str(tmp_path / "hf"), PLAIN), params)
 
 

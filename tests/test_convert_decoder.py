@@ -179,7 +179,7 @@ def test_several_files_are_read_into_their_shardings(tmp_path):
     config = convert.read_config(path)
     mesh = sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=2, tensor=2), jax.devices()[:4])
     whole = convert.read_params(path, config)
-    axes = decoder.logical_axes(whole)
+    axes = lm.logical_axes(whole)
     # The embedding's 97 rows do not divide over the mesh axis `tensor`, so they are not sharded.
     axes["token_embedder"]["embedding"] = (None, "embed")
     where = sharding.tree_shardings(whole, axes, mesh)

@@ -147,7 +147,7 @@ def test_one_device_equals_a_mesh(mesh):
     expected = jax.jit(jax.value_and_grad(loss))(params, batch)
     sizes = sharding.MeshConfig(data=data, fsdp=fsdp, tensor=tensor)
     devices = sharding.make_mesh(sizes, jax.devices()[: data * fsdp * tensor])
-    axes = decoder.logical_axes(params)
+    axes = lm.logical_axes(params)
     placed = jax.device_put(params, sharding.tree_shardings(params, axes, devices))
     rows = jax.device_put(batch, sharding.batch_sharding(devices))
     with sharding.use(devices):
@@ -213,7 +213,7 @@ def test_int8_kernels_are_restored():
         np.testing.assert_allclose(found, expected, atol=1e-5)
     shapes = lm.abstract_params(config, "int8")
     assert jax.tree.structure(shapes) == jax.tree.structure(small)
-    assert decoder.num_params(small) == decoder.num_params(params)
+    assert lm.num_params(small) == lm.num_params(params)
 
 
 def test_bfloat16_is_near_float32():

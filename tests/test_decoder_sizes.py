@@ -5,7 +5,7 @@ import torch
 import transformers
 
 from gkd_jax.convert import decoder_fields
-from gkd_jax.models import decoder, decoder_sizes, lm
+from gkd_jax.models import decoder_sizes, lm
 
 
 PUBLISHED = {
@@ -36,7 +36,7 @@ PUBLISHED = {
 @pytest.mark.parametrize(("family", "size"), PUBLISHED)
 def test_sizes_have_the_published_number_of_parameters(family, size):
     config = getattr(decoder_sizes, family)(size)
-    assert decoder.num_params(lm.abstract_params(config)) == PUBLISHED[family, size]
+    assert lm.num_params(lm.abstract_params(config)) == PUBLISHED[family, size]
     # A class of transformers has these switches, and as many parameters with them.
     fields = decoder_fields.config_fields(config, "float32")
     assert decoder_fields.read(fields) == config

@@ -517,7 +517,7 @@ def test_eight_devices_equal_one(sizes, num_microbatches, student, teacher, batc
             return _update(config, MODELS, optimizer, num_microbatches, state, teacher, batch, key)
 
     state_shardings = train_state.shardings(train_state.abstract(STUDENT, optimizer), mesh)
-    teacher_shardings = sharding.tree_shardings(teacher, t5.logical_axes(teacher), mesh)
+    teacher_shardings = sharding.tree_shardings(teacher, lm.logical_axes(teacher), mesh)
     rows = sharding.batch_sharding(mesh)
     placed = (state_shardings, teacher_shardings, Batch(rows, rows, rows))
     jitted = jax.jit(

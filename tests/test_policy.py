@@ -218,6 +218,25 @@ def test_gin_and_flax_stay_where_they_belong(package, allowed):
     assert not found, "\n".join(found)
 
 
+def hidden_functions(tree: ast.Module) -> set[str]:
+    """The public functions and classes that `__all__` leaves out, and with it the API pages."""
+    lists = [ast.literal_eval(node.value) for node in tree.body if _assigns_all(node)]
+    kinds = ast.FunctionDef | ast.ClassDef
+    public = {n.name for n in tree.body if isinstance(n, kinds) and not n.name.startswith("_")}
+    return public.difference(*lists) if lists else set()
+
+
+def _assigns_all(node: ast.AST) -> bool:
+    return isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+
+
+def test_an_all_hides_no_function_from_the_api_pages():
+    found = {relative(path): hidden_functions(parse(path)) for path in PACKAGE_FILES}
+    assert not {path: names for path, names in found.items() if names}
+    assert hidden_functions(ast.parse("__all__ = ['a']\ndef a(): ...\ndef b(): ...")) == {"b"}
+    assert not hidden_functions(ast.parse("def a(): ..."))
+
+
 def test_gin_folder_is_no_package():
     # With gin/__init__.py, `import gin` in the repository root finds the recipes.
     assert (ROOT / "gin").is_dir()

@@ -41,7 +41,7 @@ def test_norms_embeddings_and_biases_stay_and_sizes_count_alike(params):
     assert small["token_embedder"]["embedding"] is params["token_embedder"]["embedding"]
     restored = quantized.restore(small)
     assert jax.tree.structure(restored) == jax.tree.structure(params)
-    assert t5.num_params(small) == t5.num_params(params)
+    assert lm.num_params(small) == lm.num_params(params)
     abstract = lm.abstract_params(CONFIG, "int8")
     assert jax.tree.map(lambda x: (x.shape, x.dtype), abstract) == jax.tree.map(
         lambda x: (x.shape, x.dtype), small

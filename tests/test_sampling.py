@@ -11,7 +11,7 @@ from scipy import special, stats
 
 from gkd_jax import sampling, sharding
 from gkd_jax.batch import Batch
-from gkd_jax.models import t5
+from gkd_jax.models import lm, t5
 from gkd_jax.planning import hlo, hlo_text
 from gkd_jax.sampling import SamplingConfig
 
@@ -342,7 +342,7 @@ def test_tokens_are_the_same_on_any_mesh(sizes, params, inputs):
             return sampling.sample(CONFIG, params, inputs, key, max_length=T)
 
     placed = (
-        sharding.tree_shardings(params, t5.logical_axes(params), mesh),
+        sharding.tree_shardings(params, lm.logical_axes(params), mesh),
         sharding.batch_sharding(mesh),
         sharding.replicated(mesh),
     )
@@ -366,7 +366,7 @@ def test_no_weight_is_gathered_inside_the_decode_loop(params, inputs):
             return sampling.sample(CONFIG, params, inputs, key, max_length=16)
 
     where = (
-        sharding.tree_shardings(params, t5.logical_axes(params), mesh),
+        sharding.tree_shardings(params, lm.logical_axes(params), mesh),
         sharding.batch_sharding(mesh),
         None,
     )

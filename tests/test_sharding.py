@@ -182,8 +182,8 @@ def test_all_t5_sizes_divide_over_a_pod_slice():
     for make in (t5.t5_1_0, t5.t5_1_1):
         for size in ("tiny", "small", "base", "large", "xl", "xxl"):
             shapes = lm.abstract_params(make(size))
-            placed = sharding.tree_shardings(shapes, t5.logical_axes(shapes), mesh)
-            whole = 4 * t5.num_params(shapes)
+            placed = sharding.tree_shardings(shapes, lm.logical_axes(shapes), mesh)
+            whole = 4 * lm.num_params(shapes)
             held = sum(
                 sharding.bytes_per_device(x, where)
                 for x, where in zip(jax.tree.leaves(shapes), jax.tree.leaves(placed), strict=True)

@@ -247,7 +247,7 @@ COUNTS = {
 
 @pytest.mark.parametrize(("make", "size"), list(COUNTS))
 def test_parameter_counts_of_the_public_sizes(make, size):
-    assert t5.num_params(lm.abstract_params(make(size))) == COUNTS[make, size]
+    assert lm.num_params(lm.abstract_params(make(size))) == COUNTS[make, size]
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -256,7 +256,7 @@ def test_every_parameter_has_logical_axes_of_its_rank(make, size):
     for per_layer_relpos in (False, True):
         config = dataclasses.replace(make(size), per_layer_relpos=per_layer_relpos)
         params = lm.abstract_params(config)
-        axes = t5.logical_axes(params)
+        axes = lm.logical_axes(params)
         flat = jax.tree_util.tree_flatten_with_path(params)[0]
         names = jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, tuple))
         width = {

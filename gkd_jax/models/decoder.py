@@ -21,16 +21,23 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from gkd_jax.batch import Batch
-from gkd_jax.models import decoder_block, embedding, kv_cache, parameters, quantized, stacks
-from gkd_jax.models.decoder_config import DecoderConfig, Rope, from_fields
+from gkd_jax.models import (
+    decoder_block,
+    decoder_config,
+    embedding,
+    kv_cache,
+    parameters,
+    quantized,
+    stacks,
+)
+from gkd_jax.models.decoder_config import DecoderConfig
 from gkd_jax.models.grouped_attention import NOWHERE, Sight, masked_scores
 from gkd_jax.models.kv_cache import LayerCache, Segments
-from gkd_jax.models.parameters import Params, logical_axes, num_params
+from gkd_jax.models.parameters import Params
 from gkd_jax.sharding import ACTIVATIONS, constrain
 
 
-__all__ = ["DecoderConfig", "Params", "Rope", "from_fields", "logical_axes", "num_params"]
-
+from_fields = decoder_config.from_fields
 _INIT_STD = 0.02
 # Sampling has no default ids here, because every tokenizer has its own.
 BANNED_IDS: tuple[int, ...] = ()

@@ -27,20 +27,12 @@ from jaxtyping import Array, Float, Int, Key
 import numpy as np
 
 from gkd_jax.batch import Batch
-from gkd_jax.models import decoder, kv_cache, t5
+from gkd_jax.models import decoder, kv_cache, parameters, t5
 from gkd_jax.models.execution import ExecutionSettings
-from gkd_jax.models.parameters import Params, as_shapes, logical_axes, num_params
 
 
-__all__ = [
-    "Cache",
-    "Config",
-    "Context",
-    "Params",
-    "logical_axes",
-    "num_params",
-]
-
+Params = parameters.Params
+logical_axes, num_params = parameters.logical_axes, parameters.num_params
 Config = t5.T5Config | decoder.DecoderConfig
 Context = t5.Context | decoder.Context
 Cache = t5.Cache | decoder.Cache
@@ -64,7 +56,7 @@ def abstract_params(config: Config, dtype: str = "float32") -> Params:
     With dtype "int8", kernels are `quantized.Int8` and all other parameters float32.
     """
     shapes = jax.eval_shape(lambda key: init(config, key), jax.random.key(0))
-    return as_shapes(shapes, dtype)
+    return parameters.as_shapes(shapes, dtype)
 
 
 def encode(

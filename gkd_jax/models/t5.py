@@ -20,24 +20,23 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from gkd_jax.batch import Batch
-from gkd_jax.models import embedding, kv_cache, parameters, quantized, stacks, t5_layers
+from gkd_jax.models import (
+    embedding,
+    kv_cache,
+    parameters,
+    quantized,
+    stacks,
+    t5_config,
+    t5_layers,
+)
 from gkd_jax.models.attention import Padding
 from gkd_jax.models.kv_cache import LayerCache, Segments
-from gkd_jax.models.parameters import Params, logical_axes, num_params
-from gkd_jax.models.t5_config import T5Config, from_fields, t5_1_0, t5_1_1
+from gkd_jax.models.parameters import Params
+from gkd_jax.models.t5_config import T5Config
 
 
-__all__ = [
-    "Cache",
-    "Context",
-    "Params",
-    "T5Config",
-    "from_fields",
-    "logical_axes",
-    "num_params",
-    "t5_1_0",
-    "t5_1_1",
-]
+from_fields = t5_config.from_fields
+t5_1_0, t5_1_1 = t5_config.t5_1_0, t5_config.t5_1_1  # as gin files name them
 
 PAD_ID = 0
 START_ID = 0  # the decoder's first input
