@@ -7,6 +7,7 @@ import pathlib
 import subprocess
 import sys
 
+from absl import logging as absl_logging
 from hypothesis import given, settings, strategies
 import pytest
 
@@ -159,3 +160,15 @@ def test_ctrl_c_after_the_work_is_done_is_silent():
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.count(".") == 2
+
+
+def test_an_exception_that_a_library_logs_and_raises_is_not_printed_twice(caplog):
+    process.set_up(reads_data=True)
+    logger = absl_logging.get_absl_logger()
+    with caplog.at_level("ERROR", logger=logger.name):
+        try:
+            raise OSError("the disk is full")
+        except OSError:
+            absl_logging.exception("a thread raised an exception")
+        absl_logging.error("what is wrong")
+    assert [record.getMessage() for record in caplog.records] == ["what is wrong"]

@@ -1,6 +1,7 @@
 """Every reader of text returns rows or raises one ValueError that names file and line."""
 
 from collections.abc import Callable
+import errno
 import gzip
 import json
 import pathlib
@@ -237,3 +238,25 @@ def fault_of(read: Callable[[], Any]) -> str | None:
     except ValueError as error:
         return str(error)
     return None
+
+
+# Writing ------------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_is_named_with_the_file_and_leaves_nothing_behind(tmp_path, monkeypatch):
+    path = write(tmp_path / "run.json", "before")
+
+    def full(self, content):
+        self.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pathlib.Path, "write_bytes", full)
+        with pytest.raises(OSError, match=r"No space left on device: '.*run\.json'"):
+            files.write_whole(path, "after")
+    assert [file.name for file in tmp_path.iterdir()] == ["run.json"]
+    assert path.read_text() == "before"
+    with pytest.raises(OSError, match=r"No space left on device: '/dev/full'"):
+        with files.naming("/dev/full"), pathlib.Path("/dev/full").open("w") as file:
+            file.write("a line")
+            file.flush()

@@ -6,6 +6,7 @@ import os
 import pathlib
 import sys
 import tempfile
+from typing import Any
 
 from gkd_jax.command_line.flags import UsageError
 
@@ -63,6 +64,14 @@ def _import_tensorflow() -> None:
         tf.config.set_visible_devices([], "GPU")
         import seqio  # noqa: F401
     logging.set_verbosity(logging.ERROR)  # seqio's warnings are about how it was called
+    # orbax logs an exception of its threads and raises it as well. It is printed once, as the error
+    # of the command.
+    logging.get_absl_logger().addFilter(_has_no_exception)
+
+
+def _has_no_exception(record: Any) -> bool:
+    """Returns whether a record of a log comes without a traceback."""
+    return not record.exc_info
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from gkd_jax.input import data
 from gkd_jax.models import lm
 from gkd_jax.rl import Reward
 from gkd_jax.sampling import SamplingConfig, banned_tail, sample, weights_until_eos
-from gkd_jax.text import settings, text_metrics
+from gkd_jax.text import files, settings, text_metrics
 
 
 class Row(NamedTuple):
@@ -370,7 +370,7 @@ def score(
 def write_rows(path: pathlib.Path, rows: Sequence[Row], vocabulary: Any) -> None:
     """Writes rows as JSONL; with a teacher, each row has its tokens and their divergences."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
+    with files.naming(path), path.open("w", encoding="utf-8") as file:
         for row in rows:
             line: dict[str, Any] = {
                 "inputs": text(row.example, "inputs"),

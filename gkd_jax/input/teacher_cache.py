@@ -171,7 +171,8 @@ class Writer:
             "keys": np.asarray([row_key(*ids) for ids in real], np.uint64),
         }
         for name, values in arrays.items():
-            with (self._folder / name).open("ab") as file:
+            path = self._folder / name
+            with files.naming(path), path.open("ab") as file:
                 file.write(values.astype(_layout(name, self._about)[0]).tobytes())
         self.num_rows += num_rows
 

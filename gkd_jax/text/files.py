@@ -34,10 +34,29 @@ def write_whole(path: pathlib.Path, content: str | bytes) -> None:
     Args:
         path: the file, which is replaced if it exists.
         content: the bytes, or the text, which is written as UTF-8.
+
+    Raises:
+        OSError: if the file cannot be written; the temporary file is then removed.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(temporary, path)
+    with naming(path):
+        try:
+            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """Adds the name of a file to an OSError that has none, such as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
 
 
 def check_can_be_folder(path: str | os.PathLike, name: str) -> None:

@@ -84,8 +84,9 @@ class Writer:
         for warning in self._samples.see(values):
             before_warning()
             print(f"WARNING: step {step}: {warning}", file=sys.stderr)
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        with files.naming(self._file.name):
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
         # One event holds all numbers: `tf.summary.scalar` takes half a millisecond for each.
         numbers = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
         summary = Summary(value=numbers)
