@@ -257,6 +257,9 @@ def test_a_full_disk_is_named_with_the_file_and_leaves_nothing_behind(tmp_path, 
     assert [file.name for file in tmp_path.iterdir()] == ["run.json"]
     assert path.read_text() == "before"
     with pytest.raises(OSError, match=r"No space left on device: '/dev/full'"):
-        with files.naming("/dev/full"), pathlib.Path("/dev/full").open("w") as file:
-            file.write("a line")
-            file.flush()
+        fill(pathlib.Path("/dev/full"))
+
+
+def fill(path):
+    with files.naming(path), path.open("w") as file:
+        file.write("a line")
