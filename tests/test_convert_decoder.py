@@ -403,6 +403,14 @@ def test_damage_is_named(tmp_path):
         convert.read_params(path, config)
 
 
+def test_weights_that_are_a_pointer_are_named(tmp_path):
+    path = decoder_models.save(decoder_models.theirs("llama_tied"), tmp_path / "x")
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:d60a\nsize 791656\n"
+    (tmp_path / "x" / TENSORS).write_text(pointer)
+    with pytest.raises(ValueError, match=r"model\.safetensors, line 1: .*`git lfs pull`"):
+        convert.read_config(path)
+
+
 def test_a_missing_shard_is_named(tmp_path):
     decoder_models.save(decoder_models.theirs("qwen3"), tmp_path / "x", max_shard_size="20KB")
     config = convert.read_config(str(tmp_path / "x"))

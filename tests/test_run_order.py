@@ -159,6 +159,17 @@ def test_a_dry_run_reads_the_file_that_it_would_train_on(tmp_path):
     run(tmp_path / "run", **more)
 
 
+def test_a_folder_that_is_no_checkpoint_is_said_before_the_data(tmp_path):
+    """Without config.json the folder's tokenizer is not looked for, but T5's on the network."""
+    folder = tmp_path / "student"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"")
+    data = DataConfig(task=str(tmp_path / "data.jsonl"), feature_lengths=LENGTHS, batch_size=8)
+    student = ModelConfig(checkpoint=str(folder))
+    with pytest.raises(ValueError, match=r"It has model\.safetensors but no config\.json"):
+        run(tmp_path / "run", student=student, data=data, dry_run=True)
+
+
 def test_every_task_of_a_mixture_is_evaluated(tmp_path):
     task = seqio.TaskRegistry.get("arithmetic")
     for name in ("one_half", "other_half"):

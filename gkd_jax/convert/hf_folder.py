@@ -19,7 +19,7 @@ import safetensors.numpy
 
 from gkd_jax.convert.stored import Index, Stored
 from gkd_jax.convert.writing import Unwritten
-from gkd_jax.text.files import read_json_object
+from gkd_jax.text.files import check_no_pointer, read_json_object
 
 
 WEIGHTS = "model.safetensors"
@@ -113,6 +113,8 @@ def open_weights(folder: pathlib.Path) -> dict[str, Stored]:
 def _open_file(file: pathlib.Path) -> dict[str, Stored]:
     if not file.is_file():
         raise FileNotFoundError(f"no file {file}")
+    with file.open("rb") as beginning:
+        check_no_pointer(file, beginning.read(100))
     try:
         opened = safetensors.safe_open(file, framework="np")
         names = opened.keys()

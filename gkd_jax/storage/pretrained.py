@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from gkd_jax import sharding
+from gkd_jax import convert, sharding
 from gkd_jax.models import kv_cache, lm, quantized
 from gkd_jax.models.execution import ExecutionSettings, check_dtype
 from gkd_jax.storage import hub, loading
@@ -181,13 +181,17 @@ def remote_checkpoints(*models: ModelConfig) -> frozenset[str]:
 
 
 def check_exists(checkpoint: str | None) -> None:
-    """Checks that there is a folder at the path of a checkpoint, unless it is remote.
+    """Checks that there is a checkpoint at a path, by the names of its files, unless it is remote.
 
     Raises:
         FileNotFoundError: if nothing is there.
         NotADirectoryError: if a file is there.
+        ValueError: if a folder is there and lacks the files of a checkpoint.
     """
-    if checkpoint is None or is_remote(checkpoint) or os.path.isdir(checkpoint):
+    if checkpoint is None or is_remote(checkpoint):
+        return
+    if os.path.isdir(checkpoint):
+        convert.detect(checkpoint)
         return
     if os.path.exists(checkpoint):
         raise NotADirectoryError(f"no checkpoint at {checkpoint!r}: it is a file, not a folder")

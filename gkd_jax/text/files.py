@@ -115,9 +115,14 @@ def read_bytes(path: str | os.PathLike) -> bytes:
     """
     name = os.fspath(path)
     content = _content(name)
-    if content.startswith(_LFS_POINTER):
-        fault(name, 1, "expected the file, got a Git LFS pointer to it: `git lfs pull` fetches it")
+    check_no_pointer(name, content)
     return _unpack(content, name) if name.endswith(".gz") else content
+
+
+def check_no_pointer(path: str | os.PathLike, beginning: bytes) -> None:
+    """Raises ValueError if a file, which begins with these bytes, is a Git LFS pointer."""
+    if beginning.startswith(_LFS_POINTER):
+        fault(path, 1, "expected the file, got a Git LFS pointer to it: `git lfs pull` fetches it")
 
 
 def read_text(path: str | os.PathLike) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 import contextlib
 import dataclasses
+import os
 import pathlib
 import sys
 import time
@@ -198,12 +199,12 @@ def _check_places(recipe: Recipe, folder: pathlib.Path, pending: frozenset[str])
         place = model.checkpoint
         if place is None or place in pending or pretrained.is_remote(place):
             continue
-        pretrained.check_exists(place)
-        if folder.exists() and folder.samefile(place):
+        if folder.exists() and os.path.exists(place) and folder.samefile(place):
             raise ValueError(
                 f"MODEL_DIR {str(folder)!r} is the folder of the {name}'s checkpoint: a run needs "
                 "a folder of its own"
             )
+        pretrained.check_exists(place)
     files.check_can_be_folder(folder, "MODEL_DIR")
 
 
