@@ -80,6 +80,7 @@ def example(vocabulary, row, variables=None) -> rows.Example:
     [
         ({"inputs": "a", "targets": "b", "more": 1}, "a", "b"),
         ({"prompt": "a", "completion": "b"}, "a", "b"),
+        ({"prompt": "c", "completion": "d", "inputs": "a", "targets": "b"}, "a", "b"),
         ({"inputs": "a"}, "a", None),
         ({"prompt": "a"}, "a", None),
         ({"messages": CHAT}, CHAT, None),
