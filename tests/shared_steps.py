@@ -14,7 +14,7 @@ import pytest
 
 from gkd_jax.evaluation import evaluate
 from gkd_jax.text import vocabularies
-from gkd_jax.training import program, train
+from gkd_jax.training import program
 
 
 def _of_steps(built):
@@ -38,7 +38,7 @@ def shared():
     """While it is open, no step is compiled twice."""
     steps, decoders = {}, {}
 
-    def compile_steps(built, make=train.compile_steps):
+    def compile_steps(built, make=program.compile_steps):
         key = _of_steps(built)
         if key not in steps:
             steps[key] = make(built)
@@ -53,7 +53,7 @@ def shared():
         return decoders[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "compile_steps", compile_steps)
+        patch.setattr(program, "compile_steps", compile_steps)
         patch.setattr(evaluate, "make_decoder", make_decoder)
         patch.setattr(evaluate, "teacher_divergence", functools.cache(evaluate.teacher_divergence))
         yield

@@ -92,7 +92,7 @@ def costs(function, *arguments):
 
 def test_numbers_are_those_of_the_program_that_train_runs(capsys):
     assert train.build is program.build
-    assert train.compile_steps is program.compile_steps
+    assert train.start_compiling is program.start_compiling
     given = options()
     steps = program.compile_steps(build(given))
     found = report(capsys, given)

@@ -47,9 +47,10 @@ def run(command: str, values: Any, bindings: list[tuple[str, str]], positional: 
     if not values.gin_file:
         raise UsageError(f"{command} needs --gin_file=FILE")
     start, reads_data = _COMMANDS[command]
-    process.set_up(reads_data=reads_data, tfds_data_dir=values.tfds_data_dir)
     stand_ins = STAND_INS if command in ("bench", "precompile") else {}
-    gin_files.parse(values.gin_file, bindings, values.gin_search_paths, stand_ins=stand_ins)
+    with process.importing():
+        process.set_up(reads_data=reads_data, tfds_data_dir=values.tfds_data_dir)
+        gin_files.parse(values.gin_file, bindings, values.gin_search_paths, stand_ins=stand_ins)
     start(values)
 
 

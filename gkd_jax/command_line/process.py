@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import gc
 import os
 import pathlib
 import sys
@@ -36,6 +37,24 @@ def set_up(*, reads_data: bool, tfds_data_dir: str | None = None) -> None:
         import seqio
 
         seqio.set_tfds_data_dir_override(tfds_data_dir)
+
+
+@contextlib.contextmanager
+def importing():
+    """Turns Python's garbage collector off while a command imports its packages.
+
+    The imports make a million objects, which live as long as the process. The collector would look
+    through them again and again, in vain: it took 1.3 s of 8. Later collections leave them out.
+    """
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+        gc.freeze()
+    finally:
+        gc.enable()
 
 
 def _set_compilation_cache() -> None:

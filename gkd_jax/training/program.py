@@ -7,9 +7,11 @@ Axes: S source, T target.
 """
 
 from collections.abc import Callable, Sequence
+import concurrent.futures
 import dataclasses
 import functools
 import sys
+import threading
 from typing import Any, NamedTuple
 
 import jax
@@ -338,6 +340,26 @@ def compile_steps(program: Program) -> Steps:
             lowered = program.update.lower(*arguments.update_samples)
             steps.update_samples[shape] = lowered.compile()
     return steps
+
+
+def start_compiling(program: Program) -> Callable[[], Steps]:
+    """Starts `compile_steps` in a thread, beside which the run reads its data and its checkpoints.
+
+    Returns:
+        A function that waits for the compiled steps and returns them, or raises what
+        `compile_steps` has raised.
+    """
+    steps: concurrent.futures.Future[Steps] = concurrent.futures.Future()
+
+    def compile_all():
+        try:
+            steps.set_result(compile_steps(program))
+        except BaseException as error:
+            steps.set_exception(error)
+
+    # A run that fails before its first step does not wait for a thread that is a daemon.
+    threading.Thread(target=compile_all, name="compile", daemon=True).start()
+    return steps.result
 
 
 def phases(program: Program) -> dict[str, tuple[Any, tuple[Any, ...]]]:

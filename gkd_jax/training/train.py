@@ -26,7 +26,7 @@ from gkd_jax.training import (
 )
 from gkd_jax.training.evaluations import Evaluations
 from gkd_jax.training.plan import plan
-from gkd_jax.training.program import Program, build, compile_steps
+from gkd_jax.training.program import Program, build, start_compiling
 from gkd_jax.training.recipe import Recipe, TrainConfig
 from gkd_jax.training.rollouts import Rollouts
 from gkd_jax.training.run_folder import RunFolder
@@ -105,6 +105,7 @@ def train(
         evaluate.check_first_examples()
     with contextlib.ExitStack() as closing:
         closing.enter_context(run_lock.hold(folder))
+        compiled_steps = start_compiling(program)
         start, state, stream = run.begin()
         teacher_params = teachers.initial_params(recipe, program.learner, program.teacher)
         run.write(config_text())
@@ -120,8 +121,7 @@ def train(
         clock = throughput.DeviceClock()
         closing.callback(clock.close)
 
-        #### Compilation of every kind of step #####################################################
-        rollouts = Rollouts(program, source, compile_steps(program), stream, clock)
+        rollouts = Rollouts(program, source, compiled_steps(), stream, clock)
         shown = progress.Progress(
             recipe.train.train_steps,
             start=start,
