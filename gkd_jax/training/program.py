@@ -345,6 +345,9 @@ def compile_steps(program: Program) -> Steps:
 def start_compiling(program: Program) -> Callable[[], Steps]:
     """Starts `compile_steps` in a thread, beside which the run reads its data and its checkpoints.
 
+    Settings of `jax.config.update` hold in that thread. Those of JAX's context managers, such as
+    `jax.default_matmul_precision`, hold for the caller's thread alone and do not reach the steps.
+
     Returns:
         A function that waits for the compiled steps and returns them, or raises what
         `compile_steps` has raised.
