@@ -236,8 +236,8 @@ def run(
     # Skip whole batches only, because the key of a sampled row depends on its batch.
     skipped = _skip(path, ready.batch_size * evaluation.num_samples)
     decoded = ready.decoder(ready.params, batches, first=skipped)
-    opened = path.open("a", encoding="utf-8") if writes else contextlib.nullcontext()
-    with files.naming(path), opened as file:
+    appended = path.open("a", encoding="utf-8") if writes else contextlib.nullcontext()
+    with files.naming(path), appended as file:
         for row in decoded:
             if file is not None:
                 line = _line(row)

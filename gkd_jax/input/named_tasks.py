@@ -247,8 +247,8 @@ def check_split(task: seqio.Task | seqio.Mixture, split: str) -> None:
     except ValueError:  # seqio raises this if the splits are unknown.
         return
     source: Any = getattr(task, "source", None)
-    has_parts = not isinstance(source, seqio.FunctionDataSource)
-    if split not in known and "[" in split and not has_parts:
+    is_whole = isinstance(source, seqio.FunctionDataSource)
+    if split not in known and "[" in split and is_whole:
         raise ValueError(
             f"task {task.name!r} has no parts of splits, as TFDS has, got {split!r}: NUM_EXAMPLES "
             "and EVAL_NUM_EXAMPLES choose the first examples"
