@@ -21,7 +21,8 @@ import tensorstore as ts
 from gkd_jax import convert, sampling
 from gkd_jax.batch import Batch
 from gkd_jax.convert import hf_folder, stored, t5x_write
-from gkd_jax.convert.layout import flatten, t5x_layout, to_ours, unflatten
+from gkd_jax.convert.layout import flatten, to_ours, unflatten
+from gkd_jax.convert.t5x import t5x_layout
 from gkd_jax.models import lm, t5
 from gkd_jax.training import optimizers
 
@@ -223,7 +224,7 @@ def test_a_shard_reads_only_its_own_bytes():
     kept = stored.Stored(name="x", shape=(8, 4), dtype=array.dtype, read=read)
     part = stored.Part("x", (8, 4), ((0,), (1,)))
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    layout = {"x": stored.Entry((8, 4), (part,), False)}
+    layout = {"x": stored.Entry((8, 4), (part,))}
     placed = stored.read_tree(layout, {"x": kept}, None, {"x": NamedSharding(mesh, P("x"))})
     np.testing.assert_array_equal(placed["x"], array)
     assert asked == [8, 8, 8, 8]  # four shards; the replicas along y cost nothing

@@ -4,9 +4,8 @@ import pathlib
 
 from gkd_jax.convert import hf_folder
 from gkd_jax.convert.decoder_fields import config_fields
-from gkd_jax.convert.layout import Entry, Layout, flatten, hf_part
+from gkd_jax.convert.layout import Layout, Part, hf_part, layer_by_layer
 from gkd_jax.convert.stored import Stored, check, same
-from gkd_jax.models import lm
 from gkd_jax.models.decoder_config import DecoderConfig
 from gkd_jax.text import special_ids
 from gkd_jax.text.files import read_json_object
@@ -22,7 +21,12 @@ _NOT_TEXT = (
     *("vision_tower.", "multi_modal_projector."),
     *("model.vision_tower.", "model.multi_modal_projector."),
 )
-_NAMES = {
+_OUTSIDE_LAYERS = {
+    "token_embedder": _EMBEDDING,
+    "decoder/decoder_norm": "model.norm.weight",
+    "decoder/logits_dense": _HEAD,
+}
+_MODULES = {
     "self_attention/query": "self_attn.q_proj",
     "self_attention/key": "self_attn.k_proj",
     "self_attention/value": "self_attn.v_proj",
@@ -92,27 +96,17 @@ def _plain(name: str) -> str:
 
 def hf_layout(config: DecoderConfig) -> Layout:
     """Returns the layout of transformers' causal language models."""
-    norms = _NORMS_WITH_POST if config.post_norms else _NORMS
-    layout = {}
-    for path, leaf in flatten(lm.abstract_params(config)).items():
-        where, _, kind = path.rpartition("/")
+    modules = {**_MODULES, **(_NORMS_WITH_POST if config.post_norms else _NORMS)}
+
+    def part(names: list[str], shape: tuple[int, ...], layer: int | None) -> Part:
+        *path, kind = names
+        if layer is None:
+            return hf_part(_OUTSIDE_LAYERS["/".join(path)], shape, kind)
+        module = modules["/".join(path).removeprefix("decoder/layers/")]
         suffix = "bias" if kind == "bias" else "weight"
-        if "/layers/" in path:
-            module = where.removeprefix("decoder/layers/")
-            name = f"{_NAMES.get(module) or norms[module]}.{suffix}"
-            parts = tuple(
-                hf_part(f"model.layers.{layer}.{name}", leaf.shape[1:], kind)
-                for layer in range(config.num_layers)
-            )
-            layout[path] = Entry(leaf.shape, parts, by_layer=True)
-        else:
-            name = {
-                "token_embedder": _EMBEDDING,
-                "decoder/decoder_norm": "model.norm.weight",
-                "decoder/logits_dense": _HEAD,
-            }[where]
-            layout[path] = Entry(leaf.shape, (hf_part(name, leaf.shape, kind),), by_layer=False)
-    return layout
+        return hf_part(f"model.layers.{layer}.{module}.{suffix}", shape, kind)
+
+    return layer_by_layer(config, part)
 
 
 def write_generation(folder: pathlib.Path, config: DecoderConfig, num_pieces: int | None) -> None:

@@ -25,9 +25,7 @@ def read_config(path: str | os.PathLike[str]) -> lm.Config:
             architecture is not supported.
     """
     path = os.fspath(path)
-    if _foreign(path) == "hf":
-        return huggingface.read_config(path)
-    return t5x.infer_config(path, t5x.open_arrays(path))
+    return huggingface.read_config(path) if _foreign(path) == "hf" else t5x.read_config(path)
 
 
 def read_params(
@@ -90,7 +88,7 @@ def stored_dtype(path: str | os.PathLike[str]) -> str:
     if _foreign(path) == "hf":
         arrays = hf_folder.open_weights(hf_folder.local(path))
     else:
-        arrays = t5x.open_arrays(path).arrays
+        arrays = t5x.open_arrays(path)
     found = {array.dtype.name for array in arrays.values() if array.dtype in FLOATS}
     return found.pop() if len(found) == 1 else "float32"
 

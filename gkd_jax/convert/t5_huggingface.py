@@ -5,7 +5,7 @@ import pathlib
 from typing import Any
 
 from gkd_jax.convert import field_values, hf_folder
-from gkd_jax.convert.layout import Layout, hf_layout
+from gkd_jax.convert.layout import Layout, Part, hf_part, layer_by_layer
 from gkd_jax.convert.stored import Stored, check, same
 from gkd_jax.models import t5
 from gkd_jax.text.files import read_json_in
@@ -16,6 +16,8 @@ _SAME_AS_SHARED = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 # Old T5 files contain a position bias for the cross-attention. T5's cross-attention uses none, and
 # transformers ignores this array too.
 _UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+_ATTENTION = {"query": "q", "key": "k", "value": "v", "out": "o"}
+_POSITION_BIAS = "SelfAttention.relative_attention_bias"
 _ACTIVATIONS = {
     "relu": ("relu",),
     "gelu_new": ("gelu",),
@@ -183,6 +185,45 @@ def open_model(path: str, config: t5.T5Config) -> tuple[Layout, dict[str, Stored
     layout = hf_layout(config)
     check(layout, arrays, path, ignored=ignored)
     return layout, arrays
+
+
+def hf_layout(config: t5.T5Config) -> Layout:
+    """Returns the layout of transformers' T5, mT5 and umT5."""
+    return layer_by_layer(config, _part)
+
+
+def _part(names: list[str], shape: tuple[int, ...], layer: int | None) -> Part:
+    """Returns the stored array of a parameter, or of one layer of it; see `layer_by_layer`."""
+    name = _name(names) if layer is None else _name_in_layer(names, layer)
+    return hf_part(f"{name}.weight", shape, names[-1])
+
+
+def _name(names: list[str]) -> str:
+    if names[0] == "token_embedder":
+        return "shared"
+    stack, module = names[:2]
+    if module == "logits_dense":
+        return "lm_head"
+    if module == "relpos_bias":
+        return f"{stack}.block.0.layer.0.{_POSITION_BIAS}"
+    return f"{stack}.final_layer_norm"
+
+
+def _name_in_layer(names: list[str], layer: int) -> str:
+    stack, _, module, inner, *_ = names
+    mlp = 1 if stack == "encoder" else 2
+    if module == "relpos_bias":
+        name = f"0.{_POSITION_BIAS}"
+    elif module == "mlp":
+        name = f"{mlp}.DenseReluDense.{inner}"
+    elif module == "encoder_decoder_attention":
+        name = f"1.EncDecAttention.{_ATTENTION[inner]}"
+    elif module in ("attention", "self_attention"):
+        name = f"0.SelfAttention.{_ATTENTION[inner]}"
+    else:
+        norms = {"pre_mlp_layer_norm": mlp, "pre_cross_attention_layer_norm": 1}
+        name = f"{norms.get(module, 0)}.layer_norm"
+    return f"{stack}.block.{layer}.layer.{name}"
 
 
 def _is_scaled(fields: dict[str, Any]) -> bool:

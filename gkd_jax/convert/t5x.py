@@ -2,21 +2,27 @@
 
 In each format a checkpoint is a set of zarr arrays. The name of an array is its dotted path in the
 training state, and the names of the model's parameters start with "target.". T5X does not store the
-sizes of the model, so `infer_config` infers the sizes from the shapes of the arrays.
+sizes of the model, so `read_config` infers the sizes from the shapes of the arrays.
+
+T5X has two networks for a T5. The plain network (`examples/t5`) stores one array per layer. The
+scanned network (`examples/scalable_t5`) stores one array with the layers stacked on axis 1, in
+which heads and head dim are separate dimensions; gkd_jax fuses these two dimensions into one.
 """
 
+from collections.abc import Iterable
+import itertools
 import os
 import re
-from typing import Any, NamedTuple
+from typing import Any
 
 from etils import epath
 import numpy as np
 import tensorstore as ts
 
 from gkd_jax.convert import formats, msgpack_tree
-from gkd_jax.convert.layout import Layout, t5x_layout
+from gkd_jax.convert.layout import Entry, Layout, Part, flatten, layer_by_layer, unchanged
 from gkd_jax.convert.stored import Index, Stored, check, in_memory
-from gkd_jax.models import t5
+from gkd_jax.models import lm, t5
 
 
 _PLACEHOLDER = "PLACEHOLDER://"
@@ -25,20 +31,88 @@ _CACHE = 2**30  # Bytes of decompressed chunks to cache: all shards of a layer n
 _LARGEST_INDEX = 2**31  # Bytes of a msgpack file. Public files have a few hundred kilobytes.
 
 
-class T5XArrays(NamedTuple):
-    """The arrays of an opened checkpoint.
+def read_config(path: str) -> t5.T5Config:
+    """Returns the sizes of the model in a checkpoint, inferred from the shapes of its arrays.
 
-    Attributes:
-        arrays: the stored arrays by their dotted names, without "target.".
-        scanned: whether the checkpoint belongs to T5X's scanned network, which stacks its layers.
+    T5X does not store the activations either. A gated MLP (`wi_0`, `wi_1`) is assumed to have the
+    activations of T5 1.1, ("gelu", "linear"), and any other MLP those of T5 1.0, ("relu",). Without
+    an array `logits_dense` the output head is assumed to be tied to the embedding and scaled, as
+    T5X's `logits_via_embedding` does.
+
+    Raises:
+        FileNotFoundError: see `open_arrays`.
+        ValueError: see `open_arrays`; also if an array that the sizes are inferred from is missing
+            or has the wrong rank, or if the sizes contradict each other.
     """
+    shapes = {name: array.shape for name, array in open_arrays(path).items()}
+    scanned = _is_scanned(shapes)
+    layer = "encoder.encoder" if scanned else "encoder.layers_0"
 
-    arrays: dict[str, Stored]
-    scanned: bool
+    def shape(name: str, rank: int) -> tuple[int, ...]:
+        if name not in shapes or len(shapes[name]) != rank:
+            found = f"found {shapes[name]}" if name in shapes else "missing"
+            raise ValueError(
+                f"{path}: cannot infer the model's sizes: {_TARGET}{name} must be an array of "
+                f"{rank} dimensions, {found}"
+            )
+        return shapes[name]
+
+    vocab_size, d_model = shape("token_embedder.embedding", 2)
+    per_layer = f"{layer}.relpos_bias.rel_embedding" in shapes
+    bias = f"{layer if per_layer else 'encoder'}.relpos_bias.rel_embedding"
+    bias_shape = shape(bias, 3 if scanned and per_layer else 2)
+    heads = bias_shape[0]
+    query = shape(f"{layer}.attention.query.kernel", 4 if scanned else 2)
+    joined = query[-2] * query[-1] if scanned else query[-1]
+    if not heads or joined % heads:
+        raise ValueError(f"{path}: {heads} heads ({bias}) do not divide {joined} (query kernel)")
+    tied = "decoder.logits_dense.kernel" not in shapes
+    return t5.T5Config(
+        vocab_size=vocab_size,
+        d_model=d_model,
+        num_heads=heads,
+        head_dim=joined // heads,
+        d_ff=shape(f"{layer}.mlp.wo.kernel", 3 if scanned else 2)[0],
+        num_encoder_layers=_num_layers(path, shapes, "encoder"),
+        num_decoder_layers=_num_layers(path, shapes, "decoder"),
+        mlp_activations=("gelu", "linear") if f"{layer}.mlp.wi_0.kernel" in shapes else ("relu",),
+        tie_embeddings=tied,
+        scale_logits=tied,
+        relpos_buckets=bias_shape[-1],
+        per_layer_relpos=per_layer,
+    )
 
 
-def open_arrays(path: str) -> T5XArrays:
-    """Opens the arrays of the model, whose dotted names start with "target.".
+def _num_layers(path: str, shapes: dict[str, tuple[int, ...]], stack: str) -> int:
+    if _is_scanned(shapes):
+        found = shapes.get(f"{stack}.{stack}.mlp.wo.kernel", ())
+        count = found[1] if len(found) == 3 else 0
+    else:
+        matches = (re.match(rf"{stack}\.layers_(\d{{1,6}})\.", name) for name in shapes)
+        count = max((int(match[1]) + 1 for match in matches if match), default=0)
+        if count > len(shapes):
+            raise ValueError(
+                f"{path}: {stack}.layers_{count - 1} in a checkpoint of {len(shapes)} arrays"
+            )
+    if not count:
+        raise ValueError(f"{path}: cannot infer the number of {stack} layers: none found")
+    return count
+
+
+def open_model(path: str, config: t5.T5Config) -> tuple[Layout, dict[str, Stored]]:
+    """Returns the layout of a model and the stored arrays of a checkpoint, which fit each other.
+
+    Raises:
+        FileNotFoundError, ValueError: see `open_arrays`, and ValueError if the arrays do not fit.
+    """
+    arrays = open_arrays(path)
+    layout = t5x_layout(config, scanned=_is_scanned(arrays))
+    check(layout, arrays, path)
+    return layout, arrays
+
+
+def open_arrays(path: str) -> dict[str, Stored]:
+    """Returns the stored arrays of the model by their dotted names, without "target.".
 
     Zarr arrays are opened without reading their values. Small arrays that the msgpack index
     contains are read with the index.
@@ -60,92 +134,57 @@ def open_arrays(path: str) -> T5XArrays:
     found |= _open_zarr(specs)
     if not found:
         raise ValueError(f"{path} holds no array whose name starts with {_TARGET!r}")
-    arrays = {name.removeprefix(_TARGET): array for name, array in found.items()}
-    return T5XArrays(arrays, any(name.startswith("encoder.encoder.") for name in arrays))
+    return {name.removeprefix(_TARGET): array for name, array in found.items()}
 
 
-def infer_config(path: str, opened: T5XArrays) -> t5.T5Config:
-    """Returns the sizes of the model in a checkpoint, inferred from the shapes of its arrays.
-
-    T5X does not store the activations either. A gated MLP (`wi_0`, `wi_1`) is assumed to have the
-    activations of T5 1.1, ("gelu", "linear"), and any other MLP those of T5 1.0, ("relu",). Without
-    an array `logits_dense` the output head is assumed to be tied to the embedding and scaled, as
-    T5X's `logits_via_embedding` does.
+def t5x_layout(config: t5.T5Config, *, scanned: bool) -> Layout:
+    """Returns the layout of a T5X checkpoint, with the names that T5X uses inside `target`.
 
     Args:
-        path: the checkpoint's path, for error messages.
-        opened: the result of `open_arrays`.
-
-    Raises:
-        ValueError: if an array that the sizes are inferred from is missing or has the wrong rank,
-            or if the sizes contradict each other.
+        config: the model's sizes.
+        scanned: whether the checkpoint belongs to T5X's scanned network rather than to its plain
+            network.
     """
-    shapes = {name: array.shape for name, array in opened.arrays.items()}
-    scanned = opened.scanned
-    layer = "encoder.encoder" if scanned else "encoder.layers_0"
-
-    def shape(name: str, rank: int) -> tuple[int, ...]:
-        if name not in shapes or len(shapes[name]) != rank:
-            found = f"found {shapes[name]}" if name in shapes else "missing"
-            raise ValueError(
-                f"{path}: cannot infer the model's sizes: {_TARGET}{name} must be an array of "
-                f"{rank} dimensions, {found}"
-            )
-        return shapes[name]
-
-    vocab_size, d_model = shape("token_embedder.embedding", 2)
-    per_layer = f"{layer}.relpos_bias.rel_embedding" in shapes
-    bias = f"{layer if per_layer else 'encoder'}.relpos_bias.rel_embedding"
-    bias_shape = shape(bias, 3 if scanned and per_layer else 2)
-    heads = bias_shape[0]
-    query = shape(f"{layer}.attention.query.kernel", 4 if scanned else 2)
-    joined = query[-2] * query[-1] if scanned else query[-1]
-    if not heads or joined % heads:
-        raise ValueError(f"{path}: {heads} heads ({bias}) do not divide {joined} (query kernel)")
-    return t5.T5Config(
-        vocab_size=vocab_size,
-        d_model=d_model,
-        num_heads=heads,
-        head_dim=joined // heads,
-        d_ff=shape(f"{layer}.mlp.wo.kernel", 3 if scanned else 2)[0],
-        num_encoder_layers=_num_layers(path, shapes, "encoder", scanned),
-        num_decoder_layers=_num_layers(path, shapes, "decoder", scanned),
-        mlp_activations=("gelu", "linear") if f"{layer}.mlp.wi_0.kernel" in shapes else ("relu",),
-        tie_embeddings="decoder.logits_dense.kernel" not in shapes,
-        scale_logits="decoder.logits_dense.kernel" not in shapes,
-        relpos_buckets=bias_shape[-1],
-        per_layer_relpos=per_layer,
-    )
+    if not scanned:
+        return layer_by_layer(config, _plain_part)
+    leaves = flatten(lm.abstract_params(config))
+    return {
+        path: Entry(leaf.shape, (_scanned_part(config, path.split("/"), leaf.shape),))
+        for path, leaf in leaves.items()
+    }
 
 
-def open_model(path: str, config: t5.T5Config) -> tuple[Layout, dict[str, Stored]]:
-    """Returns the layout of a model and the stored arrays of a checkpoint, which fit each other.
+def _plain_part(names: list[str], shape: tuple[int, ...], layer: int | None) -> Part:
+    """Returns the stored array of a parameter, or of one layer of it; see `layer_by_layer`."""
+    stored = (f"layers_{layer}" if name == "layers" else name for name in names)
+    return unchanged(".".join(stored), shape)
 
-    Raises:
-        FileNotFoundError, ValueError: see `open_arrays`, and ValueError if the arrays do not fit.
+
+def _scanned_part(config: t5.T5Config, names: list[str], shape: tuple[int, ...]) -> Part:
+    """Returns the stored array of a parameter in T5X's scanned network.
+
+    Args:
+        config: the model's sizes.
+        names: the components of the parameter's path.
+        shape: the shape of the parameter in gkd_jax.
     """
-    opened = open_arrays(path)
-    layout = t5x_layout(config, scanned=opened.scanned)
-    check(layout, opened.arrays, path)
-    return layout, opened.arrays
+    stored_name = ".".join(names[0] if name == "layers" else name for name in names)
+    if "layers" not in names:
+        return unchanged(stored_name, shape)
+    sizes: list[tuple[int, ...]] = [(size,) for size in shape[1:]]
+    if names[-2] in ("query", "key", "value"):
+        sizes[1] = (config.num_heads, config.head_dim)
+    elif names[-2] == "out":
+        sizes[0] = (config.num_heads, config.head_dim)
+    first, *rest = itertools.chain(*sizes)
+    stored_axes = itertools.chain([0], itertools.count(2))  # axis 1 has the layers
+    axes = (tuple(itertools.islice(stored_axes, len(group))) for group in sizes)
+    return Part(stored_name, (first, shape[0], *rest), ((1,), *axes))
 
 
-def _num_layers(path: str, shapes: dict[str, tuple[int, ...]], stack: str, scanned: bool) -> int:
-    if scanned:
-        found = shapes.get(f"{stack}.{stack}.mlp.wo.kernel", ())
-        numbers = {int(found[1]) - 1} if len(found) == 3 else set()
-    else:
-        pattern = re.compile(rf"{stack}\.layers_(\d{{1,6}})\.")
-        matches = (pattern.match(name) for name in shapes)
-        numbers = {int(match[1]) for match in matches if match}
-    if not numbers:
-        raise ValueError(f"{path}: cannot infer the number of {stack} layers: none found")
-    count = max(numbers) + 1
-    if not scanned and count > len(shapes):
-        raise ValueError(
-            f"{path}: {stack}.layers_{count - 1} in a checkpoint of {len(shapes)} arrays"
-        )
-    return count
+def _is_scanned(names: Iterable[str]) -> bool:
+    """Returns whether arrays with these names belong to T5X's scanned network."""
+    return any(name.startswith("encoder.encoder.") for name in names)
 
 
 def _ocdbt_specs(root: epath.Path) -> dict[str, Any]:

@@ -10,8 +10,9 @@ import msgpack
 import numpy as np
 import tensorstore as ts
 
-from gkd_jax.convert.layout import t5x_layout, unflatten
+from gkd_jax.convert.layout import unflatten
 from gkd_jax.convert.stored import as_dtype
+from gkd_jax.convert.t5x import t5x_layout
 from gkd_jax.convert.writing import complete_folder, unwritten
 from gkd_jax.models import t5
 
