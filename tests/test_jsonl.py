@@ -11,9 +11,9 @@ import seqio
 import small_tokenizers
 import transformers
 
-from gkd_jax.input import data, eval_batches, named_tasks, streams
+from gkd_jax.input import data, eval_batches, jsonl, named_tasks, row_ids, rows, streams
 from gkd_jax.input.split import Split
-from gkd_jax.tasks import arithmetic, flan, jsonl, rows
+from gkd_jax.tasks import arithmetic, flan
 from gkd_jax.text import task_names, vocabularies
 from gkd_jax.text.tokenizer_folder import TokenizerVocabulary
 
@@ -66,9 +66,9 @@ def vocabulary(request, folders):
     return TokenizerVocabulary(folders[request.param])
 
 
-def example(vocabulary, row, variables=None) -> rows.Example:
+def example(vocabulary, row, variables=None) -> row_ids.Example:
     (read,) = [rows._row(row, "x.jsonl", 1)]
-    (made,) = rows.tokenize([read], vocabulary, "x.jsonl", variables)
+    (made,) = row_ids.tokenize([read], vocabulary, "x.jsonl", variables)
     return made
 
 
@@ -369,15 +369,17 @@ def test_long_prompts_are_skipped_or_lose_their_beginning(tmp_path, capsys, chos
 def test_a_prompt_that_begins_with_bos_keeps_it(folders):
     vocabulary = TokenizerVocabulary(folders["llama"])
     ids = np.array(vocabulary.encode_prompt("the quick brown fox"))
-    assert rows.cut(ids, 3, vocabulary).tolist() == [ids[0], *ids[-2:]]
-    assert rows.cut(ids, len(ids), vocabulary).tolist() == ids.tolist()
-    assert rows.cut(ids, 1, vocabulary).tolist() == [ids[-1]]
-    assert rows.cut(ids[1:], 3, vocabulary).tolist() == ids[-3:].tolist()
+    assert row_ids.cut(ids, 3, vocabulary).tolist() == [ids[0], *ids[-2:]]
+    assert row_ids.cut(ids, len(ids), vocabulary).tolist() == ids.tolist()
+    assert row_ids.cut(ids, 1, vocabulary).tolist() == [ids[-1]]
+    assert row_ids.cut(ids[1:], 3, vocabulary).tolist() == ids[-3:].tolist()
 
 
 def test_all_prompts_too_long_and_unknown_ways(tmp_path):
     path = write(tmp_path / "data.jsonl", [{"inputs": "x" * 200, "targets": "b"}] * 3)
-    with pytest.raises(ValueError, match=r"data\.jsonl: all 3 prompts are longer than 64 tokens"):
+    with pytest.raises(
+        ValueError, match=r"data\.jsonl, split .train.: all 3 prompts are longer than 64 tokens"
+    ):
         texts(open_task(path))
     with pytest.raises(ValueError, match="long_prompts must be 'skip' or 'cut', got 'left'"):
         open_task(path, long_prompts="left")
@@ -479,11 +481,12 @@ def test_names_are_of_the_file_and_differ_by_folder(tmp_path):
 
 def test_a_task_is_pickled_without_its_examples_and_keeps_its_vocabulary(tmp_path):
     path = write(tmp_path / "teacher outputs.jsonl", pairs(4))
-    task = jsonl.make_task(path, vocabulary=BYTES)
+    config = data.DataConfig(task=path, feature_lengths=LENGTHS, batch_size=2)
+    task = jsonl.make_task(config, BYTES)
     assert texts(task, feature="targets") == [f"out {i}" for i in range(4)]
     source = pickle.loads(pickle.dumps(task.source))
     assert len(list(source.get_dataset(split="train"))) == 4
-    words = jsonl.make_task(path, vocabulary=vocabularies.arithmetic())
+    words = jsonl.make_task(config, vocabularies.arithmetic())
     with pytest.raises(ValueError, match="has the vocabulary it was made with"):
         texts(task.replace(output_features=words.output_features))
 
@@ -580,11 +583,11 @@ def test_lines_of_a_text_file_are_prompts(tmp_path, folders, capsys, kind, kept)
     path = tmp_path / "x.txt"
     path.write_text("one\u2028line\n" + "0123456789" * 2 + "\n")
     vocabulary = BYTES if kind == "bytes" else TokenizerVocabulary(folders[kind])
-    first, second = rows.read_prompts(path, vocabulary, kept)
+    first, second = row_ids.read_prompts(path, vocabulary, kept)
     assert first["inputs_pretokenized"] == "one\u2028line"
-    assert second["inputs"].tolist() == rows.prompt_ids(vocabulary, "0123456789" * 2)[-kept:]
+    assert second["inputs"].tolist() == row_ids.prompt_ids(vocabulary, "0123456789" * 2)[-kept:]
     assert len(second["targets"]) == 0
     assert "longer than 8 tokens and cut from the left" in capsys.readouterr().err
     path.write_text("one\n\nthree\n")
     with pytest.raises(ValueError, match=r"x\.txt, line 2: expected a prompt with text"):
-        rows.read_prompts(path, vocabulary, kept)
+        row_ids.read_prompts(path, vocabulary, kept)

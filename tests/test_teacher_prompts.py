@@ -19,12 +19,11 @@ import small_tokenizers
 from gkd_jax import divergences, gkd, report, rl
 from gkd_jax.batch import Batch
 from gkd_jax.evaluation import evaluate, score
-from gkd_jax.input import data, named_tasks, streams
+from gkd_jax.input import data, named_tasks, row_ids, rows, streams
 from gkd_jax.input.data import DataConfig
 from gkd_jax.models import lm
 from gkd_jax.models.decoder_config import DecoderConfig
 from gkd_jax.storage import loading, pretrained
-from gkd_jax.tasks import rows
 from gkd_jax.text import teacher_template, vocabularies
 from gkd_jax.text.tokenizer_folder import TokenizerVocabulary
 from gkd_jax.training import train, train_state
@@ -307,7 +306,7 @@ def test_chats_have_messages_or_a_template_for_the_teacher(tmp_path):
 
     def example(row, **more):
         read = rows._row(row, "x.jsonl", 1)
-        return rows.tokenize([read], vocabulary, "x.jsonl", with_teacher=True, **more)[0]
+        return row_ids.tokenize([read], vocabulary, "x.jsonl", with_teacher=True, **more)[0]
 
     plain = example({"messages": [user, answer]})
     np.testing.assert_array_equal(plain.teacher_inputs, plain.inputs)

@@ -1,7 +1,7 @@
 """Decoding with a checkpoint: `run` is `gkd-jax infer`, `evaluate_checkpoint` is `gkd-jax eval`.
 
 `infer` writes predictions as JSONL; `eval` also scores them. `infer` makes the data of SeqKD, too:
-the teacher decodes the training split, and `gkd_jax.tasks.jsonl` reads the result as a task.
+the teacher decodes the training split, and `gkd_jax.input.jsonl` reads the result as a task.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ import numpy as np
 from gkd_jax import sharding
 from gkd_jax.evaluation import decodings, evaluate, made_by
 from gkd_jax.evaluation.evaluate import EvalConfig
-from gkd_jax.input import eval_batches, named_tasks
+from gkd_jax.input import eval_batches, named_tasks, row_ids
 from gkd_jax.input.data import DataConfig
 from gkd_jax.input.split import Split
 from gkd_jax.models import lm
@@ -34,7 +34,6 @@ from gkd_jax.storage.pretrained import (
     with_local_files,
 )
 from gkd_jax.storage.vocabulary_checks import check_special_ids, shared_pieces
-from gkd_jax.tasks import rows  # pyright: ignore[reportMissingImports]
 from gkd_jax.text import files, settings, task_names, vocabularies
 
 
@@ -189,7 +188,7 @@ def run(
 
     The same call continues a run that was stopped, after the lines that the file holds. A record
     beside the file (`made_by`) says what made it, and a file with another origin is never touched.
-    The file is itself a task (`gkd_jax.tasks.jsonl`).
+    The file is itself a task (`gkd_jax.input.jsonl`).
 
     Args:
         model: the model that decodes.
@@ -304,7 +303,7 @@ def _text_batches(
 ) -> Iterator[eval_batches.EvalBatch]:
     """Batches of the first lines of a file, each a prompt; checks all lines before a batch."""
     size, lengths = ready.batch_size, ready.lengths
-    prompts = rows.read_prompts(text_file, ready.vocabulary, lengths["inputs"])[:num_lines]
+    prompts = row_ids.read_prompts(text_file, ready.vocabulary, lengths["inputs"])[:num_lines]
     starts = range(0, len(prompts), size)
     return (
         eval_batches.fill_batch(prompts[start : start + size], lengths, size) for start in starts

@@ -31,7 +31,7 @@ class DataConfig:
 
     Attributes:
         task: the name of a seqio task or mixture, or the path of a JSONL file or of a folder with
-            train.jsonl (see `gkd_jax.tasks.jsonl`). For several tasks, a mapping from each name or
+            train.jsonl (see `gkd_jax.input.jsonl`). For several tasks, a mapping from each name or
             path to the number of rows that the task has in every batch, such as
             {"arithmetic": 24, "./texts.jsonl": 8}. A path may select the rows whose field `teacher`
             has a value: {"./data.jsonl:mathematics": 24, "./data.jsonl:texts": 8}.
@@ -112,6 +112,10 @@ class DataConfig:
             raise ValueError(f"length_buckets must be positive integers, got {self.length_buckets}")
         if tuple(sorted(set(self.length_buckets))) != tuple(self.length_buckets):
             raise ValueError(f"length_buckets must increase, got {self.length_buckets}")
+        if self.eval_fraction is not None and not 0 < self.eval_fraction < 1:
+            raise ValueError(f"eval_fraction must lie in (0, 1), got {self.eval_fraction!r}")
+        if self.long_prompts not in ("skip", "cut"):
+            raise ValueError(f"long_prompts must be 'skip' or 'cut', got {self.long_prompts!r}")
         if not isinstance(self.task, str):
             self._check_tasks()
         if self.shard_by_process and self.length_buckets:

@@ -1,6 +1,7 @@
 """Counts the examples that do not fit the feature lengths, and warns about them once."""
 
 from collections.abc import Iterable, Mapping
+import functools
 import sys
 from typing import Any, NamedTuple
 
@@ -89,8 +90,13 @@ def warn_once(split: Split) -> None:
     said = found.sentence(split.lengths)
     if said:
         which = f" (of the first {found.examples})" if found.examples == LOOKED_AT else ""
-        print(
-            f"WARNING: task {split.task.name!r}, split {split.name!r}{which}: {said}. "
-            "TASK_FEATURE_LENGTHS sets the lengths.",
-            file=sys.stderr,
+        warn(
+            f"task {split.task.name!r}, split {split.name!r}{which}: {said}. "
+            "TASK_FEATURE_LENGTHS sets the lengths."
         )
+
+
+@functools.cache
+def warn(message: str) -> None:
+    """Prints a warning to standard error; the same warning only once in a process."""
+    print(f"WARNING: {message}", file=sys.stderr)

@@ -11,8 +11,9 @@ from typing import Any
 import seqio
 
 from gkd_jax import tasks  # pyright: ignore[reportAttributeAccessIssue]
+from gkd_jax.input import jsonl, rows
 from gkd_jax.input.data import TEACHER_INPUTS, DataConfig
-from gkd_jax.tasks import features, folder, jsonl, rows  # pyright: ignore[reportMissingImports]
+from gkd_jax.tasks import features, folder  # pyright: ignore[reportMissingImports]
 from gkd_jax.text import files, task_names, vocabularies
 
 
@@ -107,10 +108,11 @@ def open_task(
         vocabulary = file_vocabulary if vocabulary is None else vocabulary
         if vocabulary is None and tokenizer is not None:
             _check_has_t5_vocabulary(tokenizer)
+        path, _ = task_names.split(config.task)
         task = jsonl.make_task(
-            config.task,
-            vocabulary=vocabulary or vocabularies.t5_default(),
-            options=_jsonl_options(config, beside),
+            config,
+            vocabulary or vocabularies.t5_default(),
+            teachers=task_names.teachers_of(path, beside),
         )
     else:
         task = _with_teacher_inputs(find_task(config.task, vocabulary), config)
@@ -188,22 +190,6 @@ def _with_teacher_inputs(task: Any, config: DataConfig) -> Any:
             "use_cached must be False"
         )
     return features.with_teacher_inputs(task, template)
-
-
-def _jsonl_options(config: DataConfig, beside: Sequence[str]) -> jsonl.Options:
-    """Returns the settings with which a JSONL file is read."""
-    assert isinstance(config.task, str)
-    path, _ = task_names.split(config.task)
-    return jsonl.Options(
-        eval_fraction=config.eval_fraction,
-        seed=config.seed,
-        long_prompts=config.long_prompts,
-        limit=config.feature_lengths["inputs"],
-        template_variables=config.template_variables,
-        teacher_limit=config.feature_lengths.get(TEACHER_INPUTS),
-        teacher_template=config.teacher_template,
-        teachers=task_names.teachers_of(path, beside),
-    )
 
 
 def file_of(name: str, split: str) -> pathlib.Path | None:

@@ -1,0 +1,342 @@
+"""Turns the prompts and targets of `rows` into token ids."""
+
+from collections.abc import Mapping, Sequence
+import datetime
+import json
+import os
+from typing import Any, NamedTuple
+
+import numpy as np
+import seqio
+
+from gkd_jax.input import fit
+from gkd_jax.input.rows import Row
+from gkd_jax.text import files, teacher_template
+from gkd_jax.text.tokenizer_folder import TokenizerVocabulary
+
+
+# The date that chat templates print. It is fixed, because the current date would change the ids
+# from day to day, and a resumed run would then train on other ids.
+DATE = datetime.datetime(2024, 7, 26)
+
+
+class Example(NamedTuple):
+    """A tokenized row, without a limit on its length.
+
+    Attributes:
+        inputs: the ids of the prompt, including the special tokens that the model expects.
+        targets: the ids of the target, ending in an id that ends a text; empty without a target.
+        prompt: the text of the prompt; for messages, the rendered chat.
+        target: the text of the target; for messages, the decoded `targets`; None without a target.
+        chat: the messages and tools of the prompt as JSON; "" if the prompt is a text.
+        line: the number of the line in the file, counted from 1.
+        teacher_inputs: the ids of the prompt that the teacher reads; None if nothing reads them.
+        teacher_prompt: the text of the prompt that the teacher reads.
+    """
+
+    inputs: np.ndarray
+    targets: np.ndarray
+    prompt: str
+    target: str | None
+    chat: str
+    line: int
+    teacher_inputs: np.ndarray | None = None
+    teacher_prompt: str = ""
+
+
+def tokenize(
+    rows: Sequence[Row],
+    vocabulary: seqio.Vocabulary,
+    path: str | os.PathLike,
+    variables: Mapping[str, Any] | None = None,
+    *,
+    with_teacher: bool = False,
+    template: str | None = None,
+) -> list[Example]:
+    """Returns rows as token ids.
+
+    A prompt that is a text gets the special tokens of its vocabulary: with T5 it ends in EOS, with
+    Llama it begins with BOS. Messages become the ids of the rendered chat with its generation
+    prompt. The target of messages becomes the ids that the whole rendered chat has after the
+    prompt, up to and including the first id that ends a text.
+
+    Args:
+        rows: the result of `rows.read`.
+        vocabulary: the vocabulary of the model.
+        path: the file of the rows, for error messages.
+        variables: further variables of the chat template, such as `enable_thinking`.
+        with_teacher: whether the examples have the teacher's prompts. These are the rows' own, or
+            those that `template` makes, or else the student's.
+        template: the template of the teacher's prompts (see `gkd_jax.text.teacher_template`).
+
+    Raises:
+        ValueError: if a prompt is empty, if there is no chat template for messages, or if the
+            template refuses the messages; the message names the file and the line.
+    """
+    examples = []
+    for row in rows:
+        with files.faults_in(path, row.line):
+            example = _example(row, vocabulary, variables or {})
+            if with_teacher:
+                own = _teacher_prompt(row, template)
+                ids, text = _prompt(own, row.tools, vocabulary, variables or {})
+                if not ids or not text.strip():
+                    raise ValueError("expected a teacher's prompt with text, got an empty one")
+                example = example._replace(teacher_inputs=_array(ids), teacher_prompt=text)
+        examples.append(example)
+    return examples
+
+
+def fitting(
+    examples: list[Example],
+    name: str,
+    limit: int,
+    vocabulary: seqio.Vocabulary,
+    *,
+    skips: bool,
+    where: str,
+    advice: str,
+) -> list[Example]:
+    """Returns examples whose prompts have at most `limit` tokens, and warns of longer ones once.
+
+    Args:
+        examples: the result of `tokenize`.
+        name: the feature of the prompts, "inputs" or "teacher_inputs".
+        limit: the largest number of tokens.
+        vocabulary: the vocabulary of the prompts.
+        skips: whether examples with longer prompts are left out. Otherwise these prompts keep
+            their last tokens, and a BOS at their start.
+        where: the file of the examples, for the warning.
+        advice: the sentence that ends the warning.
+
+    Raises:
+        ValueError: if every example would be left out.
+    """
+    lengths = [len(getattr(example, name)) for example in examples]
+    long = sum(length > limit for length in lengths)
+    if not long:
+        return examples
+    whose = "of the teacher " if name == "teacher_inputs" else ""
+    if skips and long == len(examples):
+        raise ValueError(f"{where}: all {long} prompts {whose}are longer than {limit} tokens")
+    share = f"{long} of {len(examples)} prompts {whose}({100 * long / len(examples):.1f} %)"
+    done = "skipped" if skips else "cut from the left"
+    fit.warn(f"{where}: {share} are longer than {limit} tokens and {done}. {advice}")
+    if skips:
+        pairs = zip(examples, lengths, strict=True)
+        return [example for example, length in pairs if length <= limit]
+    return [
+        example._replace(**{name: cut(getattr(example, name), limit, vocabulary)})
+        for example in examples
+    ]
+
+
+def cut(ids: np.ndarray, limit: int, vocabulary: seqio.Vocabulary) -> np.ndarray:
+    """Returns the last `limit` ids of a prompt; a BOS at the start of the prompt is kept."""
+    if len(ids) <= limit:
+        return ids
+    begins = isinstance(vocabulary, TokenizerVocabulary) and ids[0] == vocabulary.bos_id
+    if not begins or limit == 1:
+        return ids[len(ids) - limit :]
+    return np.concatenate([ids[:1], ids[len(ids) - limit + 1 :]])
+
+
+def read_prompts(
+    path: str | os.PathLike, vocabulary: seqio.Vocabulary, limit: int
+) -> list[dict[str, Any]]:
+    """Returns the lines of a plain text file as examples without targets; each line is a prompt.
+
+    A prompt of more than `limit` tokens is cut to its last tokens, and a warning tells how many
+    prompts were cut.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is not text, or has no lines or an empty line; the message names the
+            file and the line.
+    """
+    lines = files.read_lines(path)
+    if not lines:
+        files.fault(path, None, "expected a prompt a line, got an empty file")
+    rows = [Row(line, None, None, number) for number, line in enumerate(lines, start=1)]
+    examples = fitting(
+        tokenize(rows, vocabulary, path),
+        "inputs",
+        limit,
+        vocabulary,
+        skips=False,
+        where=os.fspath(path),
+        advice="TASK_FEATURE_LENGTHS sets the length.",
+    )
+    return [
+        {
+            "inputs": example.inputs,
+            "targets": example.targets,
+            "inputs_pretokenized": example.prompt,
+            "targets_pretokenized": "",
+        }
+        for example in examples
+    ]
+
+
+def prompt_ids(vocabulary: seqio.Vocabulary, text: str) -> list[int]:
+    """Returns the ids of a prompt, including the special tokens that the model expects."""
+    if isinstance(vocabulary, TokenizerVocabulary):
+        return vocabulary.encode_prompt(text)
+    return [*vocabulary.encode(text), *_end(vocabulary)]
+
+
+def _example(row: Row, vocabulary: seqio.Vocabulary, variables: Mapping[str, Any]) -> Example:
+    """Returns a row as token ids, without the teacher's prompt."""
+    inputs, prompt = _prompt(row.prompt, row.tools, vocabulary, variables)
+    if not inputs or not prompt.strip():
+        raise ValueError("expected a prompt with text, got an empty one")
+    targets, target = _target(row, prompt, vocabulary, variables)
+    chat = ""
+    if not isinstance(row.prompt, str):
+        tools = {"tools": row.tools} if row.tools else {}
+        chat = json.dumps({"messages": row.prompt, **tools}, ensure_ascii=False)
+    return Example(_array(inputs), _array(targets), prompt, target, chat, row.line)
+
+
+def _target(
+    row: Row, prompt: str, vocabulary: seqio.Vocabulary, variables: Mapping[str, Any]
+) -> tuple[list[int], str | None]:
+    """Returns the ids and the text of a row's target; `prompt` is the text of its prompt."""
+    if row.target is None:
+        return [], None
+    if isinstance(row.target, str):
+        return [*vocabulary.encode(row.target), *_end(vocabulary)], row.target
+    assert isinstance(vocabulary, TokenizerVocabulary)
+    messages = [*row.prompt, row.target]
+    whole = _render(vocabulary, messages, row.tools, variables, add_generation_prompt=False)
+    ids = _answer_ids(vocabulary, prompt, whole, row.target.get("content"))
+    text = vocabulary.decode(ids)
+    _check_calls(row.target, text)
+    return ids, text
+
+
+def _answer_ids(
+    vocabulary: TokenizerVocabulary, prompt: str, whole: str, content: Any
+) -> list[int]:
+    """Returns the ids of the answer in a chat, up to and including the first id that ends a text.
+
+    The answer is the part of the whole rendered chat after its prompt. Some templates render the
+    prompt differently when an answer follows; for example, they drop the reasoning of past turns.
+    In this case the answer is the text in `content`, with an id that ends a text added.
+
+    Args:
+        vocabulary: the vocabulary of the model.
+        prompt: the rendered messages before the answer, with the generation prompt.
+        whole: all messages as rendered.
+        content: the content of the answer's message.
+    """
+    if whole.startswith(prompt):
+        before, ids = list(vocabulary.encode(prompt)), list(vocabulary.encode(whole))
+        # A token may contain both the end of the prompt and the start of the answer. The answer is
+        # then tokenized alone, because the model generates from the ids of the prompt alone.
+        follows = ids[: len(before)] == before
+        ids = ids[len(before) :] if follows else list(vocabulary.encode(whole[len(prompt) :]))
+        end = next((i for i, token in enumerate(ids) if token in vocabulary.eos_ids), None)
+        return ids[: end + 1] if end is not None else [*ids, *_end(vocabulary)]
+    if not isinstance(content, str):
+        raise ValueError(
+            "the chat template does not print the prompt of these messages again before the "
+            "answer, whose 'content' must then be a string"
+        )
+    return [*vocabulary.encode(content), *_end(vocabulary)]
+
+
+def _check_calls(message: Mapping[str, Any], printed: str) -> None:
+    """Raises ValueError if the text of an answer lacks a call of a tool that the message has.
+
+    Not every chat template prints calls. The answer would then be a text without them, and often
+    one without any token but the end.
+    """
+    for call in message.get("tool_calls") or ():
+        function = call.get("function", call) if isinstance(call, dict) else None
+        name = function.get("name") if isinstance(function, dict) else None
+        if not isinstance(name, str) or name not in printed:
+            raise ValueError(
+                f"the answer's 'tool_calls' have a call of {name!r}, which the chat template does "
+                f"not print: the answer would be {printed[:60]!r}"
+            )
+
+
+def _teacher_prompt(row: Row, template: str | None) -> str | list[dict[str, Any]]:
+    """Returns the prompt that the teacher reads.
+
+    The template makes it, if there is one. Otherwise it is the row's own prompt for the teacher, or
+    else the prompt of the student.
+
+    Raises:
+        ValueError: if there is a template and the row has its own prompt for the teacher, or if the
+            template needs a text that the row does not have.
+    """
+    if template is None:
+        return row.prompt if row.teacher_prompt is None else row.teacher_prompt
+    if row.teacher_prompt is not None:
+        raise ValueError(
+            "the row has a prompt for the teacher and TEACHER_TEMPLATE is set: expected one of them"
+        )
+    target = row.target.get("content") if isinstance(row.target, dict) else row.target
+    if isinstance(row.prompt, str):
+        return teacher_template.fill(template, inputs=row.prompt, targets=target)
+    *before, last = row.prompt
+    if not isinstance(last.get("content"), str) or not isinstance(target, str | None):
+        raise ValueError("TEACHER_TEMPLATE needs messages whose 'content' is a string")
+    filled = teacher_template.fill(template, inputs=last["content"], targets=target)
+    return [*before, {**last, "content": filled}]
+
+
+def _prompt(
+    prompt: str | list[dict[str, Any]],
+    tools: list[dict[str, Any]] | None,
+    vocabulary: seqio.Vocabulary,
+    variables: Mapping[str, Any],
+) -> tuple[list[int], str]:
+    """Returns the ids and the text of a prompt, which is a text or a list of messages."""
+    if isinstance(prompt, str):
+        return (prompt_ids(vocabulary, prompt) if prompt else []), prompt
+    text = _render(vocabulary, prompt, tools, variables, add_generation_prompt=True)
+    ends = isinstance(vocabulary, TokenizerVocabulary) and vocabulary.ends_prompts
+    return [*vocabulary.encode(text), *(_end(vocabulary) if ends else [])], text
+
+
+def _render(
+    vocabulary: seqio.Vocabulary,
+    messages: Sequence[Mapping[str, Any]],
+    tools: list[dict[str, Any]] | None,
+    variables: Mapping[str, Any],
+    *,
+    add_generation_prompt: bool,
+) -> str:
+    """Returns messages as the chat template of the vocabulary renders them.
+
+    Raises:
+        ValueError: if the vocabulary has no chat template, or the template refuses the messages.
+    """
+    has_own = isinstance(vocabulary, TokenizerVocabulary)
+    template = vocabulary.chat_template if has_own else None
+    if template is None:
+        raise ValueError(
+            "'messages' need a vocabulary with a chat template (a Hugging Face folder with "
+            "chat_template.jinja, or one in tokenizer_config.json), and this one has none"
+        )
+    return template.render(
+        messages,
+        tools=tools,
+        add_generation_prompt=add_generation_prompt,
+        now=DATE,
+        **variables,
+    )
+
+
+def _end(vocabulary: seqio.Vocabulary) -> list[int]:
+    """Returns the id that ends a text, as a list of one id."""
+    if vocabulary.eos_id is None:
+        raise ValueError("the vocabulary names no token that ends a text (eos_token)")
+    return [vocabulary.eos_id]
+
+
+def _array(ids: Sequence[int]) -> np.ndarray:
+    return np.array(ids, np.int32)
