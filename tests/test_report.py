@@ -403,7 +403,7 @@ def test_seeds_that_each_trained_their_own_start_are_one_group(tmp_path):
         assert names == [["gkd"], *expected]
 
 
-def test_starts_are_named_by_their_folders_and_by_a_hash_where_names_are_equal(tmp_path):
+def test_starts_have_the_shortest_name_that_tells_them_apart(tmp_path):
     for study, names in (("a", ("start", "longer")), ("b", ("start",))):
         for steps, name in zip((20, 40) if study == "a" else (30,), names, strict=True):
             for seed in (0, 1):
@@ -417,11 +417,20 @@ def test_starts_are_named_by_their_folders_and_by_a_hash_where_names_are_equal(t
         groups = Study(reading.find([str(root)])).groups
         return {one.label: len(one.runs) for one in groups if one.role == "distillation"}
 
-    title = "On-policy GKD, JSD(0.1) · student made by"
+    title = "On-policy GKD, JSD(0.1) · start"
     assert labels(tmp_path / "a") == {f"{title} longer": 2, f"{title} start": 2}
-    whole = labels(tmp_path)  # two configurations made a start of one name
-    assert list(whole.values()) == [2, 2, 2]
-    assert all(re.fullmatch(rf"{re.escape(title)} [0-9a-f]{{8}}", label) for label in whole)
+    whole = {f"{title} a/longer": 2, f"{title} a/start": 2, f"{title} b/start": 2}
+    assert labels(tmp_path) == whole  # two configurations made a start of one name
+    kept = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for path in kept:
+        archive.write([str(path.with_suffix(""))], str(path))
+    groups = Study(reading.find([str(path) for path in kept])).groups
+    found = {one.label: len(one.runs) for one in groups if one.role == "distillation"}
+    assert found == {
+        f"{title} longer": 2,
+        f"{title} a.jsonl/start": 2,
+        f"{title} b.jsonl/start": 2,
+    }
 
 
 def test_a_start_of_no_study_is_named_by_its_path(tmp_path):
@@ -430,7 +439,7 @@ def test_a_start_of_no_study_is_named_by_its_path(tmp_path):
         run["contents"]["student.checkpoint"] = f"hash of {name} {step}"
         write_run(tmp_path / f"{name}{step[-1:]}", run, {"accuracy": 1.0})
     found = sorted(group.label.rpartition(" · ")[2] for group in read_study(tmp_path).groups)
-    assert found == [f"student checkpoint {name}" for name in ("flan", "flan at step 7", "public")]
+    assert found == [f"start {name}" for name in ("flan", "flan at step 7", "public")]
 
 
 def test_seeds_that_each_trained_their_own_teachers_are_one_group(tmp_path):
@@ -484,6 +493,96 @@ def test_seeds_that_each_trained_their_own_teachers_are_one_group(tmp_path):
         values = list(ACCURACY.values())
         assert (both["mean"], both["n"]) == (pytest.approx(statistics.mean(values)), 3)
         assert both["error"] == pytest.approx(statistics.stdev(values) / math.sqrt(3))
+
+
+def write_linked(root, seed, *, rate=3e-4, first=30.0):
+    """Writes a start of a learning rate, and a run from a start of which only its name is recorded.
+
+    `first` is the accuracy of the run before training; that of the start is 30.
+    """
+    start = seeded(about(schedule__learning_rate=rate), seed)
+    write_run(root / f"start{seed}" / "start", start, {"accuracy": 30.0})
+    run = seeded(about(divergence=JSD_01, fraction=1.0, start="start"), seed)
+    run["contents"]["student.checkpoint"] = f"hash {seed}"
+    folder = write_run(root / f"gkd{seed}", run, {"accuracy": 50.0 + seed})
+    line = {"step": 0, "eval/arithmetic/accuracy": first}
+    with (folder / "metrics.jsonl").open("a") as metrics:
+        metrics.write(json.dumps(line) + "\n")
+
+
+def test_a_start_of_which_only_the_end_of_the_path_is_kept_is_the_run_of_that_name(tmp_path):
+    """As an archive keeps the path of a start that lies outside of all RUN_DIRs."""
+    for seed in (0, 1, 2):
+        write_linked(tmp_path, seed)
+    study = read_study(tmp_path)
+    assert {group.role: len(group.runs) for group in study.groups} == {
+        "start": 3,
+        "distillation": 3,
+    }
+    row = table(study)["On-policy GKD, JSD(0.1)", "small"]
+    assert (row["text"], row["gain"]) == ("51.00 ± 0.58", 21.0)
+    assert study.inferred == {"gkd0", "gkd1", "gkd2"}
+    report.write([str(tmp_path)], str(tmp_path / "out"))
+    said = "3 runs do not record which run made their start"
+    assert said in (tmp_path / "out" / "report.md").read_text()
+    assert said in Page(tmp_path / "out" / "report.html").text
+
+
+@pytest.mark.parametrize(
+    "of_seed_1",
+    [
+        {"rate": 1e-3},  # a start of another recipe
+        {"first": 29.0},  # a start that cannot be `start`
+    ],
+)
+def test_runs_whose_starts_may_differ_in_more_than_the_seed_are_not_pooled(tmp_path, of_seed_1):
+    for seed in (0, 1):
+        write_linked(tmp_path, seed, **(of_seed_1 if seed else {}))
+    groups = [one for one in read_study(tmp_path).groups if one.role == "distillation"]
+    assert [len(group.runs) for group in groups] == [1, 1]
+
+
+def test_of_two_starts_that_can_be_one_run_neither_is_taken_for_it(tmp_path):
+    for seed in (0, 1):
+        write_linked(tmp_path, seed)
+    run = seeded(about(start="start"), 1)
+    run["contents"]["student.checkpoint"] = "another hash"
+    write_run(tmp_path / "sft", run, {"accuracy": 50.0})
+    study = read_study(tmp_path)
+    assert study.inferred == {"gkd0"}
+    groups = [one for one in study.groups if one.role == "distillation"]
+    assert [len(group.runs) for group in groups] == [1, 1]
+
+
+def test_an_unfinished_start_is_not_taken_for_a_finished_one(tmp_path):
+    for seed in (0, 1):
+        steps = 20 if seed else 10
+        start = seeded(about(), seed)
+        folder = write_run(tmp_path / f"start{seed}", start, {"accuracy": 1.0}, steps=steps)
+        run = seeded(about(divergence=JSD_01, fraction=1.0, start=str(folder)), seed)
+        run["contents"]["student.checkpoint"] = f"hash {seed}"
+        write_run(tmp_path / f"gkd{seed}", run, {"accuracy": 50.0})
+    groups = [one for one in read_study(tmp_path).groups if one.role == "distillation"]
+    assert [len(group.runs) for group in groups] == [1, 1]
+
+
+@pytest.mark.parametrize("paths", [("links{}/begin",), ("start{}", "/elsewhere/copy{}")])
+def test_a_link_to_a_start_and_a_copy_of_it_are_the_start(tmp_path, paths):
+    """A copy is known if another run names the same content by the path of the start."""
+    for seed in (0, 1):
+        folder = write_run(tmp_path / f"start{seed}", seeded(about(), seed), {"accuracy": 1.0})
+        (tmp_path / f"links{seed}").mkdir()
+        (tmp_path / f"links{seed}" / "begin").symlink_to(folder)
+        for index, path in enumerate(paths):
+            start = str(tmp_path / path.format(seed))
+            run = seeded(about(divergence=JSD_01, fraction=index / 2, start=start), seed)
+            run["contents"]["student.checkpoint"] = f"hash {seed}"
+            write_run(tmp_path / f"run{index}_{seed}", run, {"accuracy": 50.0})
+    archive.write([str(tmp_path)], str(tmp_path / "runs.jsonl"))
+    for source in (tmp_path, tmp_path / "runs.jsonl"):
+        study = read_study(source)
+        assert [len(group.runs) for group in study.groups] == [2] * (1 + len(paths))
+        assert not study.inferred
 
 
 def test_a_field_that_newer_runs_leave_unset_parts_no_runs(tmp_path):
@@ -1395,6 +1494,25 @@ def test_the_kept_studies_can_be_read():
     assert best["text"] == "30.17 ± 0.11"
 
 
+def test_the_study_of_two_sizes_has_three_seeds_in_a_row():
+    """docs/results.md has the mean and the error of these numbers, computed by hand."""
+    study = read_study(pathlib.Path(__file__).parent.parent / "docs/results/student_sizes.jsonl")
+    rows = table(study, num_examples=512)
+    supervised, on_policy = "Supervised KD · learning rate", "On-policy GKD, FKL · learning rate"
+    expected = {
+        ("Student before", "tiny"): [10.5469, 7.8125, 10.9375],
+        ("SFT · learning rate 0.032", "48x2"): [53.9062, 60.7422, 55.6641],
+        (f"{supervised} 0.032", "tiny"): [44.3359, 29.6875, 40.8203],
+        (f"{on_policy} 0.016", "48x2"): [73.4375, 63.0859, 82.2266],
+        (f"{on_policy} 0.016", "tiny"): [84.1797, 66.2109, 65.625],
+    }
+    for key, values in expected.items():
+        assert rows[key]["n"] == 3
+        assert rows[key]["mean"] == pytest.approx(statistics.mean(values), abs=1e-4)
+        error = statistics.stdev(values) / math.sqrt(3)
+        assert rows[key]["error"] == pytest.approx(error, abs=1e-4)
+
+
 @pytest.mark.parametrize(
     ("task", "expected"),
     [
@@ -1409,5 +1527,6 @@ def test_a_run_on_a_file_has_the_task_that_its_metrics_name(task, expected):
     """A report with two names of one task says that nothing has evaluated the first."""
     about = {"recipe": {"data": {"task": task}, "evaluation": {"task": None}}}
     parts = {"lines": [], "evaluations": [], "decoded": [], "samples": {}, "problems": []}
-    run = record.Run(name="run", slug="run", folder=pathlib.Path("run"), about=about, **parts)
+    places = {"root": pathlib.Path(), "folder": pathlib.Path("run")}
+    run = record.Run(name="run", slug="run", about=about, **places, **parts)
     assert run.task == expected

@@ -77,10 +77,7 @@ def _answer(study: Study, size: str, methods: Table, rows: Table) -> Answer:
 
 def _is_sft_as_long(group: Group, best: Group) -> bool:
     """Whether a group is SFT of the best group's length, data and start."""
-    same = ["train.train_steps", "data.num_examples", "data.batch_size"]
-    # A start is known by the runs of this study that made it, or by its contents, or by its path.
-    starts = ("student.made_by", "contents.student.checkpoint", "student.checkpoint")
-    same += [name for name in starts if name in best.identity][:1]
+    same = ("train.train_steps", "data.num_examples", "data.batch_size", "student.checkpoint")
     return group.role == "sft" and all(
         group.identity.get(name) == best.identity.get(name) for name in same
     )

@@ -24,8 +24,9 @@ def write(run_dirs: Sequence[str], output: str) -> None:
 
     `report.write` makes the same tables and figures from the archive. Of metrics.jsonl the archive
     keeps evaluations, the first step and about twenty more, with numbers to 6 digits; of run.json
-    everything except the macros. Absolute paths are shortened: the folder of a run becomes the name
-    of the run, other paths below a run directory the part after it, and all others their last part.
+    everything except the macros. Absolute paths are shortened: the folder of a run, or a link to
+    it, becomes the name of the run, other paths below a run directory the part after it, and all
+    others their last part.
 
     Raises:
         ValueError: if `output` does not end in .jsonl, or is a file that is no archive.
@@ -82,8 +83,10 @@ def _small(value: Any, named: Mapping[pathlib.Path, str]) -> Any:
         return float(f"{value:.6g}")
     if isinstance(value, str) and value.startswith("/"):
         path = pathlib.Path(value)
-        around = next((folder for folder in (path, *path.parents) if folder in named), None)
-        if around is None:
-            return path.name
-        return (pathlib.PurePath(named[around]) / path.relative_to(around)).as_posix()
+        real = path.resolve()  # a link to the folder of a run is named as the run is
+        of_run = [(real, folder) for folder in (real, *real.parents) if named.get(folder)]
+        around = [(path, folder) for folder in (path, *path.parents) if folder in named]
+        for place, folder in (*of_run, *around):
+            return (pathlib.PurePath(named[folder]) / place.relative_to(folder)).as_posix()
+        return path.name
     return value

@@ -37,7 +37,9 @@ def find(run_dirs: Sequence[str]) -> list[Run]:
                 raise ValueError(f"{run_dir} is no archive of runs, which --archive writes")
             problems = _damaged(root.name, damaged)
             for line in filter(is_archived, lines):
-                found.setdefault(root / str(line.get("name")), {**line, "problems": problems})
+                found.setdefault(
+                    root / str(line.get("name")), {**line, "root": root, "problems": problems}
+                )
             continue
         if not root.is_dir():
             raise FileNotFoundError(f"RUN_DIR {run_dir!r} is neither a folder nor a .jsonl file")
@@ -46,7 +48,7 @@ def find(run_dirs: Sequence[str]) -> list[Run]:
             folder = pathlib.Path(path)
             if "metrics.jsonl" in names and folder not in found:
                 name = root.name if folder == root else folder.relative_to(root).as_posix()
-                found[folder] = _content(folder, name)
+                found[folder] = {**_content(folder, name), "root": root}
             elif "metrics.json" in names:
                 evaluations[folder / "metrics.json"] = None
     if not found:
@@ -132,6 +134,7 @@ def _run(name: str, slug: str, folder: pathlib.Path, read: dict[str, Any]) -> Ru
     return Run(
         name=name,
         slug=slug,
+        root=read["root"],
         folder=folder,
         about=about,
         lines=lines,

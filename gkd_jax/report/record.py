@@ -32,7 +32,7 @@ _NOT_DECODING = frozenset({
 })
 # fmt: on
 SEEDS = ("data.seed", "train.seed")
-_ROLE = re.compile(r"(student|teacher.*)\.checkpoint")
+_CHECKPOINT = re.compile(r"(student|teacher.*)\.checkpoint")
 _NAMES: dict[Any, str] = {
     ("forward_kl", 0.0): "Supervised KD",
     ("forward_kl", 0.5): "ImitKD",
@@ -136,6 +136,7 @@ class Run:
     Attributes:
         name: the path of the run below its RUN_DIR.
         slug: the name as a file name, unique within a report.
+        root: the RUN_DIR or the archive that the run was read from.
         folder: the folder of the run; for a line of an archive, the archive followed by the name.
         about: the contents of run.json; {} if it cannot be read.
         lines: the lines of metrics.jsonl, in the order of their steps.
@@ -147,6 +148,7 @@ class Run:
 
     name: str
     slug: str
+    root: pathlib.Path
     folder: pathlib.Path
     about: dict[str, Any]
     lines: list[dict[str, Any]]
@@ -168,11 +170,17 @@ class Run:
 
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
-        """The fields that identify the configuration; runs that share them differ in the seed."""
+        """The fields that identify the configuration; runs that share them differ in the seed.
+
+        The hash of a content stands in the place of its path.
+        """
         fields = {k: v for k, v in self.fields.items() if k not in SEEDS}
-        # A path does not matter where its content's hash is recorded; a task's number of rows does.
-        kept = {k: v for k, v in fields.items() if f"contents.{k}" not in fields or whole(v)}
-        kept = {k: v for k, v in kept.items() if UNCHANGING.isdisjoint(k.split("."))}
+        kept = {k: v for k, v in fields.items() if UNCHANGING.isdisjoint(k.split("."))}
+        for name in [name for name in kept if name.startswith("contents.")]:
+            path = name.removeprefix("contents.")
+            if whole(kept.get(path)) is None:  # a task of several has its number of rows there
+                kept.pop(path, None)
+                kept[path] = kept.pop(name)
         return kept or {"name": self.name}
 
     @property
@@ -215,14 +223,20 @@ class Run:
 
     @property
     def checkpoints(self) -> dict[str, str]:
-        """The checkpoint of each model: "student", "teacher", or "teacher.models.TASK".
+        """Field -> checkpoint of every model: "student.checkpoint", "teacher.checkpoint" and so on.
 
-        "data.targets" is the model that wrote the training data of SeqKD.
+        "data.task" has the model that wrote the training data of SeqKD.
         """
-        named = [(_ROLE.fullmatch(name), value) for name, value in self.fields.items()]
-        roles = {found[1]: value for found, value in named if found and isinstance(value, str)}
         wrote = as_object(self.about.get("targets_made_by")).get("checkpoint")
-        return {**roles, "data.targets": wrote} if isinstance(wrote, str) else roles
+        named = {name: value for name, value in self.fields.items() if _CHECKPOINT.fullmatch(name)}
+        named |= {"data.task": wrote}
+        return {name: value for name, value in named.items() if isinstance(value, str)}
+
+    def content(self, field: str) -> str | None:
+        """The hash of the content of one of the `checkpoints`; None if it was not recorded."""
+        wrote = as_object(self.about.get("targets_made_by")).get("content")
+        found = wrote if field == "data.task" else self.fields.get(f"contents.{field}")
+        return found if isinstance(found, str) else None
 
     @property
     def train_steps(self) -> int | None:

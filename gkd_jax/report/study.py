@@ -1,15 +1,14 @@
 """`Study`: groups runs that differ only in the seed, and makes tables of their means."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 import dataclasses
-import hashlib
 import math
-import pathlib
 from typing import Any
 
 import pandas as pd
 
 from gkd_jax.report import paper
+from gkd_jax.report.makers import Maker, Makers, set_fields
 from gkd_jax.report.record import Method, Run, Setting, finite, said
 from gkd_jax.report.seed_values import SeedValues
 
@@ -25,6 +24,8 @@ _TITLES = {"start": "Student before", "teacher": "Teacher"}
 _IN_TITLE = tuple(f"method.divergence{field}" for field in ("", ".type", ".beta"))
 # Sections of a recipe that labels omit, because their fields are clear without them.
 _PLAIN = ("method", "schedule", "train", "data", "optimizer", "rl", "contents")
+# What labels call a field instead of its name.
+_SHORT = {"student.checkpoint": "start", "teacher.checkpoint": "teacher"}
 # Columns of `Study.table`; the first ones are properties of the group.
 _OF_GROUP = ("label", "size", "role", "fraction", "amount")
 _COLUMNS = ("group", *_OF_GROUP, "divergence", "values", "mean", "error", "n", "text")
@@ -39,7 +40,8 @@ class Group:
 
     Attributes:
         runs: the runs, at least one, with different seeds.
-        identity: the configuration that all runs share (`_configuration`).
+        identity: the configuration that all runs share (`Makers.configuration`).
+        makers: field -> maker of the first run's checkpoint; the maker is the first of its group.
         role: "start" or "teacher" for SFT from which other runs start or by which they are taught,
             else the kind of the method.
         label: the name of the method, and the fields that tell it from others of that name.
@@ -47,7 +49,8 @@ class Group:
 
     runs: tuple[Run, ...]
     identity: dict[str, Any]
-    role: str = ""
+    makers: dict[str, Maker]
+    role: str
     label: str = ""
 
     @property
@@ -72,9 +75,21 @@ class Group:
         """The number of training examples; infinite without a limit."""
         return finite(self.first.fields.get("data.num_examples")) or math.inf
 
+    def place(self, field: str) -> str | None:
+        """The run or the path behind a field whose value is a hash or a path; else None."""
+        fields = self.first.fields
+        if field in self.makers:
+            run, step = self.makers[field]
+            return run.name.partition("-RANDOM_SEED=")[0] + (f" at step {step}" if step else "")
+        if field.startswith("contents."):
+            return field.removeprefix("contents.")
+        if field.endswith(".checkpoint") or f"contents.{field}" in fields:
+            return str(fields.get(field) or "").replace("/checkpoints/", " at step ")
+        return None
+
     def identity_without(self, *names: str) -> frozenset[tuple[str, Any]]:
         """A value that is equal for groups which differ only in fields that begin with `names`."""
-        return frozenset(one for one in _set_fields(self.identity) if not one[0].startswith(names))
+        return frozenset(one for one in set_fields(self.identity) if not one[0].startswith(names))
 
 
 class Study:
@@ -84,41 +99,46 @@ class Study:
         runs: all runs.
         groups: the groups that tables and figures show, in the order of their rows.
         left_out: slug -> reason, for each run that is in no group.
+        inferred: the slugs of the runs whose start or teacher is inferred (`Makers`).
     """
 
     def __init__(self, runs: Sequence[Run]):
         self.runs = tuple(runs)
+        makers = Makers(runs)
+        self.inferred = makers.inferred
         self.left_out: dict[str, str] = {}
-        grouped: dict[Any, tuple[dict[str, Any], dict[Any, Run]]] = {}
+        repeats: dict[Any, dict[Any, Run]] = {}  # configuration -> seeds -> run
+        firsts: dict[str, Run] = {}  # slug -> the first run of the same configuration
         # Of runs with the same configuration and seed, keep the one decoded in the most ways.
         for run in sorted(runs, key=lambda run: -len(run.finals)):
             if not run.finished:
                 reason = f"unfinished: step {run.last_step:,} of {run.train_steps:,}"
                 self.left_out[run.slug] = reason
                 continue
-            identity, seed = _configuration(runs, run)
-            _, seeds = grouped.setdefault(_set_fields(identity), (identity, {}))
-            held = seeds.setdefault(seed, run)
+            identity, seeds = makers.configuration(run)
+            alike = repeats.setdefault(set_fields(identity), {})
+            held = alike.setdefault(seeds, run)
+            firsts[run.slug] = next(iter(alike.values()))
             if held is not run:
                 self.left_out[run.slug] = f"same configuration and seed as {held.name}"
-        groups = [
-            Group(runs=tuple(seeds.values()), identity=identity)
-            for identity, seeds in grouped.values()
-        ]
-        self._shown = [run for group in groups for run in group.runs]
-        self._made = {  # (group's first run, role) -> the run that made its start or teacher
-            (group.first.slug, role): _maker(self._shown, group.first, role)
-            for group in groups
-            for role in group.first.checkpoints
+        used = {  # (slug of a run, "student", "teacher" or "data" of a recipe with its checkpoint)
+            (firsts[maker.run.slug].slug, field.partition(".")[0])
+            for run in runs
+            for field, maker in makers.of(run).items()
         }
-        self.groups = _labelled([dataclasses.replace(one, role=self._role(one)) for one in groups])
-        self._group_of = {run.slug: group for group in self.groups for run in group.runs}
-
-    def _role(self, group: Group) -> str:
-        made = {of.partition(".")[0] for (_, of), run in self._made.items() if run in group.runs}
-        if group.method.kind == "sft" and made & {"student", "teacher"}:
-            return "start" if "student" in made else "teacher"
-        return group.method.kind
+        groups = []
+        for alike in repeats.values():
+            first, *others = alike.values()
+            of_first = makers.of(first).items()
+            group = Group(
+                runs=(first, *others),
+                identity=makers.configuration(first)[0],
+                makers={of: Maker(firsts[run.slug], step) for of, (run, step) in of_first},
+                role=_role(first, used),
+            )
+            groups.append(group)
+        self.groups = _labelled(groups)
+        self._of_first = {group.first.slug: group for group in self.groups}
 
     def tasks(self) -> list[str]:
         """Every task that is evaluated, or that a recipe evaluates."""
@@ -126,7 +146,8 @@ class Study:
 
     def settings(self, task: str) -> list[Setting]:
         """The ways in which final checkpoints were decoded, the most used first."""
-        found = [setting for run in self._shown for of, setting in run.finals if of == task]
+        shown = [run for group in self.groups for run in group.runs]
+        found = [setting for run in shown for of, setting in run.finals if of == task]
         return sorted(set(found), key=lambda one: (not one.is_main, -found.count(one), str(one)))
 
     def metrics(self, task: str) -> list[str]:
@@ -143,8 +164,8 @@ class Study:
 
     def parent(self, group: Group, role: str) -> Group | None:
         """The group whose checkpoint is the start ("student") or the teacher of this one."""
-        made = self._made.get((group.first.slug, role))
-        return None if made is None else self._group_of[made.slug]
+        maker = group.makers.get(f"{role}.checkpoint")
+        return None if maker is None else self._of_first[maker.run.slug]
 
     def table(self, task: str, setting: Setting, metric: str) -> Table:
         """A table with one row for each group that has a final value, in the order of the groups.
@@ -179,6 +200,15 @@ class Study:
         return pd.DataFrame(rows, columns=pd.Index(_COLUMNS))
 
 
+def _role(run: Run, used: Set[tuple[str, str]]) -> str:
+    """The role of a run's group (`Group.role`), from the (slug, user) of all checkpoints in use."""
+    if run.method.kind == "sft":
+        for user, role in (("student", "start"), ("teacher", "teacher")):
+            if (run.slug, user) in used:
+                return role
+    return run.method.kind
+
+
 def _values(group: Group | None, task: str, setting: Setting, metric: str) -> SeedValues:
     runs = group.runs if group else ()
     finals = [(run.seed, run.finals.get((task, setting), {})) for run in runs]
@@ -194,48 +224,6 @@ def sizes(groups: Iterable[Group]) -> list[str]:
 def divergence_order(divergence: str) -> tuple[int, str]:
     """A sort key in the paper's order of divergences, from mean-seeking to mode-seeking."""
     return ([*_DIVERGENCES, divergence].index(divergence), divergence)
-
-
-def _maker(runs: Sequence[Run], run: Run, role: str) -> Run | None:
-    """Finds the run that made the checkpoint of a role (`Run.checkpoints`) of another run."""
-    path = pathlib.PurePath(run.checkpoints[role].split("/checkpoints/")[0])
-    others = [one for one in runs if one is not run]
-    exact = [one for one in others if one.folder == path]
-    # If the study was moved or archived, the path still ends in the name of the run.
-    named = [one for one in others if f"/{path}".endswith(f"/{one.name}")]
-    # Of several teachers ("teacher.models.TASK") only the sum of their parameters is recorded.
-    several, count = "." in role, run.parameters(role)
-    sized = [one for one in named if several or one.parameters("student") == count]
-    sized.sort(key=lambda one: one.folder.parent != run.folder.parent)
-    return next(iter([*exact, *sized]), None)
-
-
-def _configuration(runs: Sequence[Run], run: Run) -> tuple[dict[str, Any], tuple[Any, ...]]:
-    """Returns what identifies a run's configuration, and its seeds.
-
-    A start or teacher that another run of the same study made is identified by the configuration of
-    that run, and its seed counts as a seed of this run. So runs are repeats of each other even if
-    each seed trained its own teacher and start. Other checkpoints are identified by their content.
-    """
-    identity, seeds = dict(run.identity), list(run.seed)
-    for role, checkpoint in run.checkpoints.items():
-        maker = _maker(runs, run, role)
-        if maker is None or maker.folder.parent != run.folder.parent:
-            continue
-        made_by, made_with = _configuration([one for one in runs if one is not run], maker)
-        step = checkpoint.partition("/checkpoints/")[2]
-        text = repr((sorted(_set_fields(made_by)), step))
-        for name in ["data.task"] if role == "data.targets" else [f"{role}.checkpoint"]:
-            identity.pop(name, None)
-            identity.pop(f"contents.{name}", None)
-        identity[f"{role}.made_by"] = hashlib.sha256(text.encode()).hexdigest()
-        seeds += made_with
-    return identity, tuple(seeds)
-
-
-def _set_fields(identity: dict[str, Any]) -> frozenset[tuple[str, Any]]:
-    """The fields that are not None: older runs lack a field that newer runs leave unset."""
-    return frozenset((name, value) for name, value in identity.items() if value is not None)
 
 
 def _labelled(groups: list[Group]) -> list[Group]:
@@ -282,29 +270,34 @@ def _differing(groups: Sequence[Group], everything: bool) -> list[str]:
 
 def _said(name: str, groups: Sequence[Group]) -> list[str]:
     """One field of the label of each group, such as "learning rate 0.001"."""
-    values = [group.identity.get(name) for group in groups]
-    section, _, field = name.rpartition(".")
+    values = [said(group.identity.get(name)) for group in groups]
     if name == "data.num_examples":
-        return [f"{'all' if value is None else said(value)} examples" for value in values]
+        return [f"{value.replace('none', 'all')} examples" for value in values]
     if name == "train.train_steps":
-        return [f"{said(value)} steps" for value in values]
-    if section.startswith("contents") or field == "made_by":
-        places = [_place(name, group) for group in groups]
-        # The hash itself is said only where contents and names are not one to one.
-        clear = len(set(places)) == len(set(values))
-        values = places if clear else [said(value)[:8] for value in values]
+        return [f"{value} steps" for value in values]
+    section, _, field = _SHORT.get(name, name).rpartition(".")
+    if name == "data.task" and any(name in group.makers for group in groups):
+        field = "targets of"
     kept = [word for word in section.split(".") if word not in _PLAIN or field == "type"]
-    words = [*kept, *([] if field == "type" else [field])]
-    return [" ".join([*words, said(value)]).replace("_", " ").strip() for value in values]
+    words = " ".join([*kept, *([] if field == "type" else [field])]).replace("_", " ")
+    if any(group.place(name) is not None for group in groups):
+        values = _places(name, groups)
+    else:
+        values = [value.replace("_", " ") for value in values]
+    return [f"{words} {value}".strip() for value in values]
 
 
-def _place(name: str, group: Group) -> str:
-    """The name of the checkpoint or file whose hash is a field of a group; the hash without one."""
-    run, by_hash = group.first, said(group.identity.get(name))[:8]
-    path = run.checkpoints.get(name.removesuffix(".made_by"))
-    path = path or run.fields.get(name.removeprefix("contents.")) or by_hash
-    place = pathlib.PurePath(str(path).replace("/checkpoints/", " at step ")).name
-    return place.partition("-RANDOM_SEED=")[0]
+def _places(name: str, groups: Sequence[Group]) -> list[str]:
+    """What tells the checkpoints or files behind a field of the groups apart.
+
+    It is the last part of each path, or the whole path, or else the hash of the content.
+    """
+    values = [said(group.identity.get(name)) for group in groups]
+    places = [group.place(name) or value for group, value in zip(groups, values, strict=True)]
+    for texts in ([place.rpartition("/")[2] for place in places], places):
+        if len(set(texts)) == len(set(values)) == len({*zip(texts, values, strict=True)}):
+            return texts
+    return [value[:8] for value in values]
 
 
 def _order(group: Group) -> tuple[Any, ...]:

@@ -1,0 +1,142 @@
+"""Finds the runs that made the starts and the teachers of other runs.
+
+Runs whose starts and teachers were made by one recipe are repeats of each other, even if each seed
+made its own: `Makers.configuration` identifies a checkpoint by the configuration of its maker.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+import hashlib
+import math
+from typing import Any, NamedTuple
+
+from gkd_jax.report.record import Run
+
+
+class Maker(NamedTuple):
+    """The finished run that made a checkpoint, and the step as text; "" is the last step."""
+
+    run: Run
+    step: str
+
+
+class Makers:
+    """The makers of the checkpoints that runs started from or were taught by.
+
+    A maker is known by the path of the checkpoint, or because another run has such a path to the
+    same content. Otherwise it may be inferred: an archive shortens paths, and studies are moved.
+
+    Attributes:
+        inferred: the slugs of the runs of which a maker is inferred (`_inferred`).
+    """
+
+    def __init__(self, runs: Sequence[Run]):
+        finished = [run for run in runs if run.finished]
+        folders = {run.folder: run for run in finished}
+        uses = [(run, field) for run in runs for field in run.checkpoints]
+        self._made: dict[Any, Maker] = {}
+        for run, field in uses:
+            folder, step = _folder_and_step(run, field)
+            # The path may be that of a link to the folder.
+            found = folders.get((run.root / folder).resolve())
+            if found is not None and found is not run:
+                self._made.setdefault(_content(run, field), Maker(found, step))
+        inferred = _inferred(uses, finished, self._made)
+        self._made |= inferred
+        self.inferred = {run.slug for run, field in uses if _content(run, field) in inferred}
+
+    def of(self, run: Run) -> dict[str, Maker]:
+        """Field -> the known maker of the run's checkpoint in that field (`Run.checkpoints`)."""
+        contents = {field: _content(run, field) for field in run.checkpoints}
+        return {field: self._made[one] for field, one in contents.items() if one in self._made}
+
+    def configuration(
+        self, run: Run, users: Sequence[str] = ()
+    ) -> tuple[dict[str, Any], tuple[Any, ...]]:
+        """Returns what identifies a run's configuration, and the seeds of the run and its makers.
+
+        A checkpoint is identified by the configuration of its maker, else by its content, or else
+        by its path. `users` are the slugs of the runs that led here, because damaged records may
+        say that two runs made each other's start.
+        """
+        identity, seeds = dict(run.identity), list(run.seed)
+        for field, (maker, step) in self.of(run).items():
+            if maker.slug not in users:
+                made_by, made_with = self.configuration(maker, (*users, run.slug))
+                text = repr((sorted(set_fields(made_by)), step))
+                identity.pop(field, None)
+                identity[field] = hashlib.sha256(text.encode()).hexdigest()
+                seeds += made_with
+        return identity, tuple(seeds)
+
+
+def set_fields(identity: Mapping[str, Any]) -> frozenset[tuple[str, Any]]:
+    """The fields that are not None: older runs lack a field that newer runs leave unset."""
+    return frozenset((name, value) for name, value in identity.items() if value is not None)
+
+
+def _folder_and_step(run: Run, field: str) -> tuple[str, str]:
+    folder, _, step = run.checkpoints[field].partition("/checkpoints/")
+    return folder, step
+
+
+def _content(run: Run, field: str) -> Any:
+    """What is equal for checkpoints of equal content; without a hash each is one of its own."""
+    return run.content(field) or (run.slug, field)
+
+
+def _inferred(
+    uses: Sequence[tuple[Run, str]], finished: Sequence[Run], known: Mapping[Any, Maker]
+) -> dict[Any, Maker]:
+    """Content -> its maker, for each content that is not known and that a single run can have made.
+
+    The candidates of all uses of the content have to be one run or copies of it, and may be
+    candidates for no other content.
+    """
+    candidates: dict[str, dict[str, Maker]] = {}  # content -> slug -> maker
+    for run, field in uses:
+        content, (_, step) = run.content(field), _folder_and_step(run, field)
+        if content is not None and content not in known:
+            some = {one.slug: Maker(one, step) for one in _candidates(run, field, finished)}
+            candidates.setdefault(content, {}).update(some)
+    claims = Counter(maker.run.slug for maker in known.values())
+    claims.update(slug for some in candidates.values() for slug in some)
+    found = {}
+    for content, some in candidates.items():
+        different = {(set_fields(run.identity), run.seed, step) for run, step in some.values()}
+        if len(different) == 1 and all(claims[slug] == 1 for slug in some):
+            found[content] = next(iter(some.values()))
+    return found
+
+
+def _candidates(run: Run, field: str, finished: Sequence[Run]) -> list[Run]:
+    """The runs that can have made the checkpoint in a field.
+
+    They are of the same archive or RUN_DIR, and one of their name and the checkpoint's path is the
+    end of the other. They have as many parameters as the checkpoint, and the last numbers of a
+    start are the first numbers of the run. Of several, those with the seed of the run are left.
+    """
+    path = f"/{_folder_and_step(run, field)[0]}"
+    # Of several teachers ("teacher.models.TASK") only the sum of their parameters is recorded.
+    size = run.parameters(field.removesuffix(".checkpoint"))
+    found = [
+        one
+        for one in finished
+        if one is not run
+        and one.root == run.root
+        and (path.endswith(f"/{one.name}") or f"/{one.name}".endswith(path))
+        and size in (None, one.parameters("student"))
+        and (field != "student.checkpoint" or _can_go_on_from(run, one))
+    ]
+    return [one for one in found if len(found) == 1 or one.seed == run.seed]
+
+
+def _can_go_on_from(run: Run, maker: Run) -> bool:
+    """Whether no number of a run before training differs from the last one of another run."""
+    return all(
+        name == "teacher_divergence"  # the other run may have had another teacher
+        or math.isclose(value, maker.finals[task, setting].get(name, value), rel_tol=1e-4)
+        for task, setting, step, values in run.evaluations
+        if step == 0 and (task, setting) in maker.finals
+        for name, value in values.items()
+    )
