@@ -772,7 +772,7 @@ def test_the_answer_compares_the_best_with_its_start_with_sft_and_with_the_runne
         "On-policy GKD, RKL",
         "On-policy GKD, JSD(0.1)",
     )
-    assert str(best) == (
+    assert best.text == (
         "61.00 ± 0.58 (n = 3); +21.0 over the student before (40.00), one seed, so the noise is "
         "not known; +10.0 ± 0.6 over SFT trained for as long (51.00 ± 0.58), more than the "
         "seeds' noise; +0.2 ± 0.4 over the runner-up, On-policy GKD, FKL (60.83 ± 0.44), "

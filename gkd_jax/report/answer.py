@@ -4,7 +4,6 @@ from collections.abc import Iterator
 import math
 from typing import Any, NamedTuple
 
-from gkd_jax.report.seed_values import Lead
 from gkd_jax.report.study import Group, Study, Table, sizes
 
 
@@ -21,25 +20,13 @@ class Answer(NamedTuple):
     Attributes:
         size: the student's size.
         best: the row of the best method in `Study.table`.
-        margins: (name of the rival, row of the rival, lead over it). The rivals are the student
-            before training, SFT of equal length, and the runner-up.
-        missing: the rivals that have no number.
+        text: its value, and its leads over the student before training, SFT of equal length and
+            the runner-up.
     """
 
     size: str
     best: Any
-    margins: list[tuple[str, Any, Lead]]
-    missing: list[str]
-
-    def __str__(self) -> str:
-        text = f"{self.best['text']} (n = {self.best['n']})"
-        for name, rival, lead in self.margins:
-            which = f", {rival['label']}" if name == "the runner-up" else ""
-            error = "" if math.isnan(lead.error) else f" ± {lead.error:.1f}"
-            text += f"; {lead.mean:+.1f}{error} over {name}{which} ({rival['text']}), "
-            text += _NOISE[lead.exceeds_noise]
-        missing = f" There is no number of {', nor of '.join(self.missing)}."
-        return f"{text}.{missing if self.missing else ''}"
+    text: str
 
 
 def answers(study: Study, rows: Table) -> Iterator[Answer]:
@@ -66,13 +53,19 @@ def _answer(study: Study, size: str, methods: Table, rows: Table) -> Answer:
         "SFT trained for as long": methods[[_is_sft_as_long(one, group) for one in groups]],
         "the runner-up": methods[[one.method != group.method for one in groups]],
     }
-    margins = []
+    text = f"{best['text']} (n = {best['n']})"
     for name, some in rivals.items():
-        if len(some):
-            rival = some.loc[some["mean"].idxmax()]
-            margins.append((name, rival, best["values"].over(rival["values"])))
-    missing = [name for name, some in rivals.items() if not len(some)]
-    return Answer(size, best, [one for one in margins if one[1]["group"] is not group], missing)
+        rival = some.loc[some["mean"].idxmax()] if len(some) else best
+        if rival["group"] is not group:
+            lead = best["values"].over(rival["values"])
+            which = f", {rival['label']}" if name == "the runner-up" else ""
+            error = "" if math.isnan(lead.error) else f" ± {lead.error:.1f}"
+            text += f"; {lead.mean:+.1f}{error} over {name}{which} ({rival['text']}), "
+            text += _NOISE[lead.exceeds_noise]
+    missing = ", nor of ".join(name for name, some in rivals.items() if not len(some))
+    return Answer(
+        size, best, f"{text}." + (f" There is no number of {missing}." if missing else "")
+    )
 
 
 def _is_sft_as_long(group: Group, best: Group) -> bool:

@@ -109,6 +109,12 @@ def _lines(rows: Table, line: Any, x: Any, colour: Any) -> Table:
     return pd.concat([ours, known.assign(y=known["paper_value"], error=math.nan, dashed=True)])
 
 
+def _across(study: Study, task: str, setting: Setting, x: str, y: str) -> Table:
+    """The rows of the metric `y` in `Study.table`, with the means of the metric `x` as `x`."""
+    rows, across = (study.table(task, setting, name) for name in (y, x))
+    return rows.assign(x=rows["group"].map(across.set_index("group")["mean"])).dropna(subset="x")
+
+
 def _bars(view: _View) -> Iterator[_Sketch]:
     """Figs. 1, 2, 9, A.10, A.11 and A.15: bars of every method."""
     methods = view.rows[~view.rows["role"].isin(["start", "teacher"])]
@@ -223,12 +229,11 @@ def _data(view: _View) -> _Sketch:
 def _rl(view: _View) -> _Sketch:
     """Fig. 5: RL + GKD, the reward over the task's metric for each alpha."""
     reward = next((name for name in _REWARDS if name in view.study.metrics(view.task)), "")
-    rewards = view.study.table(view.task, view.setting, reward)
-    rows = view.rows[view.rows["role"] == "rl"]
-    rows = rows.merge(rewards[["group", "mean", "error"]], on="group", suffixes=("", "_of_reward"))
+    rows = _across(view.study, view.task, view.setting, view.metric, reward)
+    rows = rows[rows["role"] == "rl"]
     notes = [f"alpha {said(group.method.alpha)}" for group in rows["group"]]
     rows = rows.assign(line="RL + GKD", colour=COLOURS["accent"], dashed=False, note=notes)
-    rows = rows.assign(x=rows["mean"], y=rows["mean_of_reward"], error=rows["error_of_reward"])
+    rows = rows.assign(y=rows["mean"])
     panels = [view.panel(one, one) for _, one in rows.groupby("size", sort=False) if len(one) > 1]
     caption = "alpha weighs distillation, 1 - alpha the reward; as in Fig. 5 of the paper."
     title, y = "Reward and teacher", reward.replace("_", " ")
@@ -237,13 +242,12 @@ def _rl(view: _View) -> _Sketch:
 
 def _diversity(study: Study, task: str, metric: str) -> _Sketch:
     """Fig. 4: quality over Self-BLEU for every group sampled at two temperatures or more."""
-    found = []
-    for setting in (one for one in study.settings(task) if one.decoding == "sample"):
-        rows, across = (study.table(task, setting, name) for name in (metric, "self_bleu"))
-        if len(rows) and len(across):
-            self_bleu = rows["group"].map(across.set_index("group")["mean"])
-            found.append(rows.assign(x=self_bleu, temperature=setting.temperature))
-    rows: Table = pd.concat(found).dropna(subset="x") if found else pd.DataFrame({"group": []})
+    found = [
+        _across(study, task, one, "self_bleu", metric).assign(temperature=one.temperature)
+        for one in study.settings(task)
+        if one.decoding == "sample"
+    ]
+    rows: Table = pd.concat(found) if found else pd.DataFrame({"group": []})
     rows = rows[rows["group"].duplicated(keep=False)].reset_index(drop=True)
     panels = []
     for size in sizes(rows["group"]):

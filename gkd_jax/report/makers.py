@@ -27,28 +27,30 @@ class Makers:
     same content. Otherwise it may be inferred: an archive shortens paths, and studies are moved.
 
     Attributes:
+        of: slug of a run -> field of a checkpoint (`Run.checkpoints`) -> maker, where it is known.
         inferred: the slugs of the runs of which a maker is inferred (`_inferred`).
     """
 
     def __init__(self, runs: Sequence[Run]):
         finished = [run for run in runs if run.finished]
         folders = {run.folder: run for run in finished}
-        uses = [(run, field) for run in runs for field in run.checkpoints]
-        self._made: dict[Any, Maker] = {}
-        for run, field in uses:
-            folder, step = _folder_and_step(run, field)
-            # The path may be that of a link to the folder.
-            found = folders.get((run.root / folder).resolve())
-            if found is not None and found is not run:
-                self._made.setdefault(_content(run, field), Maker(found, step))
-        inferred = _inferred(uses, finished, self._made)
-        self._made |= inferred
-        self.inferred = {run.slug for run, field in uses if _content(run, field) in inferred}
-
-    def of(self, run: Run) -> dict[str, Maker]:
-        """Field -> the known maker of the run's checkpoint in that field (`Run.checkpoints`)."""
-        contents = {field: _content(run, field) for field in run.checkpoints}
-        return {field: self._made[one] for field, one in contents.items() if one in self._made}
+        known: dict[str, Maker] = {}  # by content
+        for run in runs:
+            for one in run.checkpoints.values():
+                # The path may be that of a link to the folder.
+                found = folders.get((run.root / one.folder).resolve())
+                if found is not None and found is not run:
+                    known.setdefault(one.content, Maker(found, one.step))
+        inferred = _inferred(runs, finished, known)
+        made = known | inferred
+        contents = {
+            run.slug: {field: one.content for field, one in run.checkpoints.items()} for run in runs
+        }
+        self.of = {
+            slug: {field: made[content] for field, content in some.items() if content in made}
+            for slug, some in contents.items()
+        }
+        self.inferred = {slug for slug, some in contents.items() if inferred.keys() & some.values()}
 
     def configuration(
         self, run: Run, users: Sequence[str] = ()
@@ -59,15 +61,15 @@ class Makers:
         by its path. `users` are the slugs of the runs that led here, because damaged records may
         say that two runs made each other's start.
         """
-        identity, seeds = dict(run.identity), list(run.seed)
-        for field, (maker, step) in self.of(run).items():
+        identity, seeds = dict(run.identity), run.seed
+        for field, (maker, step) in self.of[run.slug].items():
             if maker.slug not in users:
                 made_by, made_with = self.configuration(maker, (*users, run.slug))
                 text = repr((sorted(set_fields(made_by)), step))
                 identity.pop(field, None)
                 identity[field] = hashlib.sha256(text.encode()).hexdigest()
                 seeds += made_with
-        return identity, tuple(seeds)
+        return identity, seeds
 
 
 def set_fields(identity: Mapping[str, Any]) -> frozenset[tuple[str, Any]]:
@@ -75,30 +77,20 @@ def set_fields(identity: Mapping[str, Any]) -> frozenset[tuple[str, Any]]:
     return frozenset((name, value) for name, value in identity.items() if value is not None)
 
 
-def _folder_and_step(run: Run, field: str) -> tuple[str, str]:
-    folder, _, step = run.checkpoints[field].partition("/checkpoints/")
-    return folder, step
-
-
-def _content(run: Run, field: str) -> Any:
-    """What is equal for checkpoints of equal content; without a hash each is one of its own."""
-    return run.content(field) or (run.slug, field)
-
-
 def _inferred(
-    uses: Sequence[tuple[Run, str]], finished: Sequence[Run], known: Mapping[Any, Maker]
-) -> dict[Any, Maker]:
+    runs: Sequence[Run], finished: Sequence[Run], known: Mapping[str, Maker]
+) -> dict[str, Maker]:
     """Content -> its maker, for each content that is not known and that a single run can have made.
 
     The candidates of all uses of the content have to be one run or copies of it, and may be
     candidates for no other content.
     """
     candidates: dict[str, dict[str, Maker]] = {}  # content -> slug -> maker
-    for run, field in uses:
-        content, (_, step) = run.content(field), _folder_and_step(run, field)
-        if content is not None and content not in known:
-            some = {one.slug: Maker(one, step) for one in _candidates(run, field, finished)}
-            candidates.setdefault(content, {}).update(some)
+    for run in runs:
+        for field, (_, step, content) in run.checkpoints.items():
+            if content not in known:
+                some = {one.slug: Maker(one, step) for one in _candidates(run, field, finished)}
+                candidates.setdefault(content, {}).update(some)
     claims = Counter(maker.run.slug for maker in known.values())
     claims.update(slug for some in candidates.values() for slug in some)
     found = {}
@@ -116,7 +108,7 @@ def _candidates(run: Run, field: str, finished: Sequence[Run]) -> list[Run]:
     end of the other. They have as many parameters as the checkpoint, and the last numbers of a
     start are the first numbers of the run. Of several, those with the seed of the run are left.
     """
-    path = f"/{_folder_and_step(run, field)[0]}"
+    path = f"/{run.checkpoints[field].folder}"
     # Of several teachers ("teacher.models.TASK") only the sum of their parameters is recorded.
     size = run.parameters(field.removesuffix(".checkpoint"))
     found = [

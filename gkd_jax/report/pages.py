@@ -1,7 +1,7 @@
 """Renders the pages of a report as HTML and Markdown. Every text of a run is escaped."""
 
 import base64
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 import functools
 import hashlib
 import html
@@ -50,12 +50,7 @@ def environment() -> jinja2.Environment:
 def report(study: Study, drawn: dict[str, list[dict[str, str]]]) -> tuple[str, str]:
     """The whole report as one HTML file, and as Markdown with links to figures/ and runs/."""
     tasks = [_task(study, task, drawn.get(task, [])) for task in study.tasks()]
-    usual = {
-        (task, setting): study.metrics(task)[0]
-        for task in study.tasks()
-        for setting in study.settings(task)[:1]
-    }
-    runs = [(run, _numbers(study, run, usual)) for run in study.runs]
+    runs = [(run, _numbers(study, run)) for run in study.runs]
     whole, plain = (environment().get_template(f"report.{end}") for end in ("html", "md"))
     values = {"study": study, "tasks": tasks, "runs": runs}
     return whole.render(values), plain.render(values)
@@ -86,29 +81,18 @@ def markdown(text: Any) -> str:
     return re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", shown_text)
 
 
-def _numbers(study: Study, run: Run, usual: Mapping[Any, str]) -> list[str]:
-    """The numbers of a run in the list of runs: of each task the primary metric, decoded as usual.
+def _numbers(study: Study, run: Run) -> list[str]:
+    """The first metric of each task in the run's last evaluation of it.
 
-    A run without such a number shows the first metric of its last evaluation, and the step of that
-    if it is not the run's last.
+    With them is the step of that evaluation if it is not the last step of the run.
     """
-    found = [
-        f"{values[usual[key]]:.4g} {usual[key]}"
-        for key, values in run.finals.items()
-        if usual.get(key) in values
-    ]
-    steps = [one.step for one in run.evaluations if one.step is not None]
-    if found or not steps:
-        return found or ["not evaluated"]
-    step = max(steps)
-    when = "" if run.finished and step == run.last_step else f" at step {step:,}"
-    last = [
-        f"{one.values[name]:.4g} {name}{when}"
-        for one in run.evaluations
-        for name in [name for name in study.metrics(one.task) if name in one.values][:1]
-        if one.step == step
-    ]
-    return list(dict.fromkeys(last))
+    found: dict[str, tuple[int, str]] = {}  # task -> (step, text)
+    for task, _, step, values in run.evaluations:  # those of training come first, and count
+        if step is not None and step > found.get(task, (-1, ""))[0]:
+            name = next(name for name in study.metrics(task) if name in values)
+            when = "" if run.finished and step == run.last_step else f" at step {step:,}"
+            found[task] = (step, f"{values[name]:.4g} {name}{when}")
+    return [text for _, text in found.values()] or ["not evaluated"]
 
 
 def _task(study: Study, task: str, figures: Sequence[dict[str, str]]) -> dict[str, Any]:

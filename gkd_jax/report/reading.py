@@ -4,7 +4,7 @@ No content of a file raises an error, because a run that crashed still belongs i
 Unreadable parts are left out and listed in `Run.problems`.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 import os
 import pathlib
 import re
@@ -122,15 +122,19 @@ def _run(name: str, slug: str, folder: pathlib.Path, read: dict[str, Any]) -> Ru
     about, decoded = as_object(read.get("run")), as_objects(read.get("evaluations"))
     lines = [one for one in as_objects(read.get("metrics")) if whole(one.get("step")) is not None]
     lines.sort(key=lambda line: line["step"])
-    setting = Setting.of(as_object(as_object(about.get("recipe")).get("evaluation")))
-    evaluations = [one for line in lines for one in _of_line(line, setting)]
+    how = as_object(as_object(about.get("recipe")).get("evaluation"))
+    evaluations = []
+    for line in lines:
+        evaluations += _evaluations({**how, "step": line["step"]}, task_names.evaluation_in(line))
     for content in decoded:
         how = as_object(content.get("evaluation"))
-        setting, step = Setting.of(how), whole(how.get("step"))
-        for task, values in content.items():
-            if task != "evaluation" and isinstance(values, dict):
-                numbers = {key: float(v) for key, v in values.items() if finite(v) is not None}
-                evaluations.append(Evaluation(task, setting, step, numbers))
+        tasks = {
+            task: as_object(values) for task, values in content.items() if task != "evaluation"
+        }
+        numbers = {
+            f"{task}/{key}": v for task, values in tasks.items() for key, v in values.items()
+        }
+        evaluations += _evaluations(how, numbers)
     return Run(
         name=name,
         slug=slug,
@@ -145,12 +149,12 @@ def _run(name: str, slug: str, folder: pathlib.Path, read: dict[str, Any]) -> Ru
     )
 
 
-def _of_line(line: dict[str, Any], setting: Setting) -> Iterator[Evaluation]:
-    """Yields the evaluations in a line of metrics.jsonl, whose names are eval/TASK/METRIC."""
+def _evaluations(how: Mapping[str, Any], numbers: Mapping[str, Any]) -> list[Evaluation]:
+    """One evaluation of each task, from how it decoded and the numbers by TASK/METRIC."""
     tasks: dict[str, dict[str, float]] = {}
-    for name, value in task_names.evaluation_in(line).items():
+    for name, value in numbers.items():
         task, _, metric = name.rpartition("/")
-        if task and finite(value) is not None:
-            tasks.setdefault(task, {})[metric] = value
-    for task, values in tasks.items():
-        yield Evaluation(task, setting, line["step"], values)
+        if task and (number := finite(value)) is not None:
+            tasks.setdefault(task, {})[metric] = number
+    setting, step = Setting.of(how), whole(how.get("step"))
+    return [Evaluation(task, setting, step, values) for task, values in tasks.items()]

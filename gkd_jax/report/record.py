@@ -99,6 +99,20 @@ class Evaluation(NamedTuple):
     values: dict[str, float]
 
 
+class Checkpoint(NamedTuple):
+    """A model from which a run started, by which it was taught, or which wrote its targets.
+
+    Attributes:
+        folder: the path of the model.
+        step: the step in the folder; "" for the newest, or where there are no steps.
+        content: the hash of the content; if none was recorded, what no other checkpoint has.
+    """
+
+    folder: str
+    step: str
+    content: str
+
+
 class Method(NamedTuple):
     """The loss that a run minimises.
 
@@ -162,8 +176,8 @@ class Run:
         """The recorded configuration, by dotted names such as "method.divergence.beta"."""
         names = ("contents", "parameters", "process_shards")
         beside = {name: self.about.get(name) for name in names}
-        changed = as_objects(self.about.get("changes"))
-        beside["changes"] = [one for one in changed if not _is_harmless(str(one.get("field")))]
+        changes = as_objects(self.about.get("changes"))
+        beside["changes"] = [one for one in changes if not _is_harmless(str(one.get("field")))]
         beside["targets_made_by_a_model"] = bool(self.about.get("targets_made_by"))
         recorded = {name: value for name, value in beside.items() if value}
         return dict(_flat({**as_object(self.about.get("recipe")), **recorded}))
@@ -174,13 +188,15 @@ class Run:
 
         The hash of a content stands in the place of its path.
         """
-        fields = {k: v for k, v in self.fields.items() if k not in SEEDS}
-        kept = {k: v for k, v in fields.items() if UNCHANGING.isdisjoint(k.split("."))}
-        for name in [name for name in kept if name.startswith("contents.")]:
+        kept = {}
+        for name, value in self.fields.items():
             path = name.removeprefix("contents.")
-            if whole(kept.get(path)) is None:  # a task of several has its number of rows there
+            # Of several tasks, the field that is named by the path has the number of rows.
+            if path != name and whole(kept.get(path)) is None:
                 kept.pop(path, None)
-                kept[path] = kept.pop(name)
+                name = path
+            if name not in SEEDS and UNCHANGING.isdisjoint(name.split(".")):
+                kept[name] = value
         return kept or {"name": self.name}
 
     @property
@@ -221,22 +237,23 @@ class Run:
         tasks = as_object(as_object(self.about.get("recipe")).get("data")).get("task")
         return " + ".join(map(display_name, tasks)) if isinstance(tasks, dict) else ""
 
-    @property
-    def checkpoints(self) -> dict[str, str]:
-        """Field -> checkpoint of every model: "student.checkpoint", "teacher.checkpoint" and so on.
+    @functools.cached_property
+    def checkpoints(self) -> dict[str, Checkpoint]:
+        """Field of the recipe -> its checkpoint, such as "student.checkpoint".
 
         "data.task" has the model that wrote the training data of SeqKD.
         """
-        wrote = as_object(self.about.get("targets_made_by")).get("checkpoint")
-        named = {name: value for name, value in self.fields.items() if _CHECKPOINT.fullmatch(name)}
-        named |= {"data.task": wrote}
-        return {name: value for name, value in named.items() if isinstance(value, str)}
-
-    def content(self, field: str) -> str | None:
-        """The hash of the content of one of the `checkpoints`; None if it was not recorded."""
-        wrote = as_object(self.about.get("targets_made_by")).get("content")
-        found = wrote if field == "data.task" else self.fields.get(f"contents.{field}")
-        return found if isinstance(found, str) else None
+        wrote = as_object(self.about.get("targets_made_by"))
+        paths = {name: path for name, path in self.fields.items() if _CHECKPOINT.fullmatch(name)}
+        found = {}
+        for name, path in {**paths, "data.task": wrote.get("checkpoint")}.items():
+            if isinstance(path, str):
+                folder, _, step = path.partition("/checkpoints/")
+                content = (
+                    self.fields.get(f"contents.{name}") if name in paths else wrote.get("content")
+                )
+                found[name] = Checkpoint(folder, step, said(content or f"{name} of {self.slug}"))
+        return found
 
     @property
     def train_steps(self) -> int | None:

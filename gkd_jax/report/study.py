@@ -1,6 +1,6 @@
 """`Study`: groups runs that differ only in the seed, and makes tables of their means."""
 
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Sequence
 import dataclasses
 import math
 from typing import Any
@@ -121,20 +121,21 @@ class Study:
             firsts[run.slug] = next(iter(alike.values()))
             if held is not run:
                 self.left_out[run.slug] = f"same configuration and seed as {held.name}"
-        used = {  # (slug of a run, "student", "teacher" or "data" of a recipe with its checkpoint)
-            (firsts[maker.run.slug].slug, field.partition(".")[0])
-            for run in runs
-            for field, maker in makers.of(run).items()
-        }
+        made = [  # (slug of a run, field in which another run has its checkpoint)
+            (firsts[maker.run.slug].slug, field)
+            for of_run in makers.of.values()
+            for field, maker in of_run.items()
+        ]
+        roles = {slug: "teacher" for slug, field in made if field.startswith("teacher")}
+        roles |= {slug: "start" for slug, field in made if field == "student.checkpoint"}
         groups = []
-        for alike in repeats.values():
-            first, *others = alike.values()
-            of_first = makers.of(first).items()
+        for first, *others in (alike.values() for alike in repeats.values()):
+            kind, of_first = first.method.kind, makers.of[first.slug].items()
             group = Group(
                 runs=(first, *others),
                 identity=makers.configuration(first)[0],
                 makers={of: Maker(firsts[run.slug], step) for of, (run, step) in of_first},
-                role=_role(first, used),
+                role=roles.get(first.slug, kind) if kind == "sft" else kind,
             )
             groups.append(group)
         self.groups = _labelled(groups)
@@ -200,15 +201,6 @@ class Study:
         return pd.DataFrame(rows, columns=pd.Index(_COLUMNS))
 
 
-def _role(run: Run, used: Set[tuple[str, str]]) -> str:
-    """The role of a run's group (`Group.role`), from the (slug, user) of all checkpoints in use."""
-    if run.method.kind == "sft":
-        for user, role in (("student", "start"), ("teacher", "teacher")):
-            if (run.slug, user) in used:
-                return role
-    return run.method.kind
-
-
 def _values(group: Group | None, task: str, setting: Setting, metric: str) -> SeedValues:
     runs = group.runs if group else ()
     finals = [(run.seed, run.finals.get((task, setting), {})) for run in runs]
@@ -239,33 +231,33 @@ def _labelled(groups: list[Group]) -> list[Group]:
         alike.setdefault((title, group.first.task), []).append(group)
     labelled = []
     for (title, _), members in alike.items():
-        by_size = [[one for one in members if one.size == size] for size in sizes(members)]
+        rows: list[tuple[str, str]] = []
         for everything in (False, True):  # name every difference only if two labels are equal
-            names = dict.fromkeys(name for some in by_size for name in _differing(some, everything))
-            columns = [[title] * len(members), *(_said(name, members) for name in names)]
-            labels = [" · ".join(dict.fromkeys(parts)) for parts in zip(*columns, strict=True)]
+            columns = [_said(name, members) for name in _differing(members, everything)]
+            parts = zip([title] * len(members), *columns, strict=True)
+            labels = [" · ".join(dict.fromkeys(some)) for some in parts]
             rows = [(label, group.size) for label, group in zip(labels, members, strict=True)]
             if len(set(rows)) == len(rows):
                 break
-        for index, (label, group) in enumerate(zip(labels, members, strict=True)):
+        for index, group in enumerate(members):
             again = rows[:index].count(rows[index])
-            label = f"{label} ({again + 1})" if again else label
+            label = rows[index][0] + (f" ({again + 1})" if again else "")
             labelled.append(dataclasses.replace(group, label=label))
     return sorted(labelled, key=_order)
 
 
 def _differing(groups: Sequence[Group], everything: bool) -> list[str]:
-    """The names of the fields that differ among groups.
+    """The names of the fields that differ among groups of the same size.
 
     Without `everything` only groups that have a field are compared in it, and the divergence is
     left out, because the title names it.
     """
-    shown = [{name: repr(value) for name, value in one.identity.items()} for one in groups]
-    fields: Table = pd.DataFrame(shown)
-    if everything:
-        fields = fields.fillna(repr(None))
-    differ = [name for name in fields if fields[name].nunique() > 1]
-    return [name for name in differ if everything or name not in _IN_TITLE]
+    fields: Table = pd.DataFrame(
+        [{name: repr(value) for name, value in group.identity.items()} for group in groups]
+    )
+    fields = fields.fillna(repr(None)) if everything else fields
+    values = fields.groupby([group.size for group in groups]).nunique().max()
+    return [name for name in fields if values[name] > 1 and (everything or name not in _IN_TITLE)]
 
 
 def _said(name: str, groups: Sequence[Group]) -> list[str]:
