@@ -848,6 +848,20 @@ def test_damaged_files_are_left_out_and_named(tmp_path):
     assert (tmp_path / "out" / "runs" / "gkd1.html").exists()
 
 
+def test_starts_that_no_run_can_have_are_read(tmp_path):
+    """Runs that started from each other or from themselves, and a path that is none."""
+    starts = {"a": f"{tmp_path}/b", "b": f"{tmp_path}/a", "c": f"{tmp_path}/c", "d": "/x/\0"}
+    for seed, (name, start) in enumerate(starts.items()):
+        evals = [({**SAMPLED, "checkpoint": start}, {"accuracy": 1.0})]
+        run = seeded(about(start=start), seed)
+        write_run(tmp_path / name, run, {"accuracy": 50.0}, evals=evals)
+    archive.write([str(tmp_path)], str(tmp_path / "runs.jsonl"))
+    for source in (tmp_path, tmp_path / "runs.jsonl"):
+        roles = {group.first.name: group.role for group in read_study(source).groups}
+        assert roles == {"a": "start", "b": "start", "c": "sft", "d": "sft"}
+    report.write([str(tmp_path)], str(tmp_path / "out"))
+
+
 def test_unfinished_and_repeated_runs_are_in_no_mean(tmp_path):
     write_study(tmp_path)
     run = about(divergence=JSD_01, fraction=1.0, start=str(tmp_path / "sft"))

@@ -11,6 +11,7 @@ import re
 from typing import Any
 
 from gkd_jax.report import reading
+from gkd_jax.report.record import real_path
 from gkd_jax.text import files, task_names
 
 
@@ -83,10 +84,11 @@ def _small(value: Any, named: Mapping[pathlib.Path, str]) -> Any:
         return float(f"{value:.6g}")
     if isinstance(value, str) and value.startswith("/"):
         path = pathlib.Path(value)
-        real = path.resolve()  # a link to the folder of a run is named as the run is
-        of_run = [(real, folder) for folder in (real, *real.parents) if named.get(folder)]
-        around = [(path, folder) for folder in (path, *path.parents) if folder in named]
-        for place, folder in (*of_run, *around):
-            return (pathlib.PurePath(named[folder]) / place.relative_to(folder)).as_posix()
-        return path.name
+        real = real_path(path)  # a link to the folder of a run is named as the run is
+        if any(named.get(folder) for folder in (real, *real.parents)):
+            path = real
+        around = next((folder for folder in (path, *path.parents) if folder in named), None)
+        if around is None:
+            return path.name
+        return (pathlib.PurePath(named[around]) / path.relative_to(around)).as_posix()
     return value

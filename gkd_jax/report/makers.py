@@ -10,7 +10,7 @@ import hashlib
 import math
 from typing import Any, NamedTuple
 
-from gkd_jax.report.record import Run
+from gkd_jax.report.record import Run, real_path
 
 
 class Maker(NamedTuple):
@@ -38,7 +38,7 @@ class Makers:
         for run in runs:
             for one in run.checkpoints.values():
                 # The path may be that of a link to the folder.
-                found = folders.get((run.root / one.folder).resolve())
+                found = folders.get(real_path(run.root / one.folder))
                 if found is not None and found is not run:
                     known.setdefault(one.content, Maker(found, one.step))
         inferred = _inferred(runs, finished, known)

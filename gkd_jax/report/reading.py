@@ -10,7 +10,16 @@ import pathlib
 import re
 from typing import Any
 
-from gkd_jax.report.record import Evaluation, Run, Setting, as_object, as_objects, finite, whole
+from gkd_jax.report.record import (
+    Evaluation,
+    Run,
+    Setting,
+    as_object,
+    as_objects,
+    finite,
+    real_path,
+    whole,
+)
 from gkd_jax.text import files, task_names
 
 
@@ -89,7 +98,7 @@ def _add_evaluations(found: _Found, paths: Iterable[pathlib.Path]) -> None:
     for path in paths:
         content = files.read_record(path)
         checkpoint = as_object(as_object(content).get("evaluation")).get("checkpoint")
-        made = pathlib.Path(checkpoint).resolve() if isinstance(checkpoint, str) else path
+        made = real_path(pathlib.Path(checkpoint)) if isinstance(checkpoint, str) else path
         around = [folder for folder in found if path.is_relative_to(folder)]
         for folder in around or [folder for folder in found if made.is_relative_to(folder)]:
             if content is None:

@@ -346,6 +346,11 @@ def whole(value: Any) -> int | None:
     return int(number) if number is not None and number == int(number) else None
 
 
+def real_path(path: pathlib.Path) -> pathlib.Path:
+    """The path without links; the same path if it has a character that no path can have."""
+    return path if "\0" in str(path) else path.resolve()
+
+
 def as_object(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
