@@ -24,7 +24,8 @@ _TITLES = {"start": "Student before", "teacher": "Teacher"}
 _IN_TITLE = tuple(f"method.divergence{field}" for field in ("", ".type", ".beta"))
 # Sections of a recipe that labels omit, because their fields are clear without them.
 _PLAIN = ("method", "schedule", "train", "data", "optimizer", "rl", "contents")
-# What labels call a field instead of its name.
+# What labels say after the value of a field, or instead of its name.
+_UNITS = {"data.num_examples": "examples", "train.train_steps": "steps"}
 _SHORT = {"student.checkpoint": "start", "teacher.checkpoint": "teacher"}
 # Columns of `Study.table`; the first ones are properties of the group.
 _OF_GROUP = ("label", "size", "role", "fraction", "amount")
@@ -77,14 +78,13 @@ class Group:
 
     def place(self, field: str) -> str | None:
         """The run or the path behind a field whose value is a hash or a path; else None."""
-        fields = self.first.fields
         if field in self.makers:
             run, step = self.makers[field]
             return run.name.partition("-RANDOM_SEED=")[0] + (f" at step {step}" if step else "")
         if field.startswith("contents."):
             return field.removeprefix("contents.")
-        if field.endswith(".checkpoint") or f"contents.{field}" in fields:
-            return str(fields.get(field) or "").replace("/checkpoints/", " at step ")
+        if field.endswith(".checkpoint") or f"contents.{field}" in self.first.fields:
+            return str(self.first.fields.get(field) or "").replace("/checkpoints/", " at step ")
         return None
 
     def identity_without(self, *names: str) -> frozenset[tuple[str, Any]]:
@@ -263,33 +263,31 @@ def _differing(groups: Sequence[Group], everything: bool) -> list[str]:
 def _said(name: str, groups: Sequence[Group]) -> list[str]:
     """One field of the label of each group, such as "learning rate 0.001"."""
     values = [said(group.identity.get(name)) for group in groups]
-    if name == "data.num_examples":
-        return [f"{value.replace('none', 'all')} examples" for value in values]
-    if name == "train.train_steps":
-        return [f"{value} steps" for value in values]
+    if name in _UNITS:
+        return [f"{value.replace('none', 'all')} {_UNITS[name]}" for value in values]
+    places = [group.place(name) for group in groups]
+    if places == [None] * len(groups):
+        values = [value.replace("_", " ") for value in values]
+    else:
+        pairs = zip(places, values, strict=True)
+        values = _shortest([place or value[:8] for place, value in pairs], values)
     section, _, field = _SHORT.get(name, name).rpartition(".")
     if name == "data.task" and any(name in group.makers for group in groups):
         field = "targets of"
     kept = [word for word in section.split(".") if word not in _PLAIN or field == "type"]
     words = " ".join([*kept, *([] if field == "type" else [field])]).replace("_", " ")
-    if any(group.place(name) is not None for group in groups):
-        values = _places(name, groups)
-    else:
-        values = [value.replace("_", " ") for value in values]
     return [f"{words} {value}".strip() for value in values]
 
 
-def _places(name: str, groups: Sequence[Group]) -> list[str]:
-    """What tells the checkpoints or files behind a field of the groups apart.
+def _shortest(places: Sequence[str], contents: Sequence[str]) -> list[str]:
+    """The last parts of places, or else all of them, or else the hashes of their contents.
 
-    It is the last part of each path, or the whole path, or else the hash of the content.
+    The first of these is taken that has one text for each content, and another for another.
     """
-    values = [said(group.identity.get(name)) for group in groups]
-    places = [group.place(name) or value for group, value in zip(groups, values, strict=True)]
-    for texts in ([place.rpartition("/")[2] for place in places], places):
-        if len(set(texts)) == len(set(values)) == len({*zip(texts, values, strict=True)}):
+    for texts in ([place.rpartition("/")[2] for place in places], list(places)):
+        if len(set(texts)) == len(set(contents)) == len({*zip(texts, contents, strict=True)}):
             return texts
-    return [value[:8] for value in values]
+    return [content[:8] for content in contents]
 
 
 def _order(group: Group) -> tuple[Any, ...]:
