@@ -523,7 +523,7 @@ def test_a_start_of_which_only_the_end_of_the_path_is_kept_is_the_run_of_that_na
     assert (row["text"], row["gain"]) == ("51.00 ± 0.58", 21.0)
     assert study.inferred == {"gkd0", "gkd1", "gkd2"}
     report.write([str(tmp_path)], str(tmp_path / "out"))
-    said = "3 runs do not record which run made their start"
+    said = "Of 3 runs it is inferred which run made the start"
     assert said in (tmp_path / "out" / "report.md").read_text()
     assert said in Page(tmp_path / "out" / "report.html").text
 
