@@ -39,8 +39,10 @@ def urls() -> dict[str, str]:
     return {**found, "Source": address} if address else found
 
 
+GCS = ["google-cloud-storage>=3"]
 REPORT = ["matplotlib>=3.8", "pandas>=2.2", "scipy>=1.11"]
 TEST = [
+    *GCS,
     *REPORT,
     "beartype>=0.22",
     "hypothesis>=6.100",
@@ -130,6 +132,7 @@ setup(
         "tpu": ["jax[tpu]"],
         "gpu": ["jax[cuda13]"],
         "gpu-cuda12": ["jax[cuda12]"],
+        "gcs": GCS,
         "report": REPORT,
         "wandb": ["wandb>=0.19"],
         "mlflow": ["mlflow-skinny>=2.20"],

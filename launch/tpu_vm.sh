@@ -6,13 +6,13 @@
 #   launch/tpu_vm.sh status --name=gkd --zone=us-west4-a     # repeat until it prints ACTIVE
 #   launch/tpu_vm.sh install --name=gkd --zone=us-west4-a [--python=3.11]
 #   launch/tpu_vm.sh run --name=gkd --zone=us-west4-a -- \
-#     gkd-jax train --gin_file=gin/gkd.gin --gin.MODEL_DIR="'/mnt/runs/gkd'" ...
+#     gkd-jax train --gin_file=gin/gkd.gin --gin.MODEL_DIR=gs://BUCKET/gkd ...
 #   launch/tpu_vm.sh delete --name=gkd --zone=us-west4-a
 #
 # `install` copies this checkout to every worker and installs it into an environment made by uv,
 # because the Python of the images may be too old. `run` starts the same command on all workers of all
 # slices, in the folder of the checkout, with GKD_JAX_DISTRIBUTED=1. MODEL_DIR must be a folder that
-# every worker can reach. --dry_run prints the gcloud commands and runs nothing.
+# every worker can reach, on a shared disk or in a bucket. --dry_run prints the gcloud commands and runs nothing.
 set -euo pipefail
 # shellcheck source=launch/shared.bash
 source "$(dirname "${BASH_SOURCE[0]}")/shared.bash"
@@ -80,7 +80,7 @@ case "${action}" in
     run "${resources[@]}" ssh "${name}" "${where[@]}" "${everywhere[@]}" \
       "--command=mkdir -p gkd_jax && tar -xzf gkd_jax.tar.gz -C gkd_jax && cd gkd_jax &&\
  python3 -m pip install -q --user uv && python3 -m uv venv -q --python ${python} .venv &&\
- python3 -m uv pip install -q --python .venv -c constraints.txt -e '.[tpu]'"
+ python3 -m uv pip install -q --python .venv -c constraints.txt -e '.[tpu,gcs]'"
     ;;
   run)
     [[ "${#command[@]}" -gt 0 ]] || fail "run needs -- COMMAND"

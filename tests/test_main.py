@@ -173,7 +173,7 @@ BAD = {
     "--gin.OPTIMIZER=@optimizers.adamw --gin.optimizers.adamw.b1=1.0": "b1 must lie in [0, 1)",
     "--gin.STUDENT_CHECKPOINT=./README.md": "no checkpoint at './README.md': it is a file",
     "--gin.MODEL_DIR=./README.md/run": "README.md' is a file",
-    "--gin.MODEL_DIR=gs://bucket/run": "MODEL_DIR must be local, got 'gs:/bucket/run'",
+    "--gin.MODEL_DIR=s3://bucket/run": "MODEL_DIR must be local or at gs://, got 's3://bucket/run'",
     "--gin.MODEL_DIR=./tests --gin.STUDENT_CHECKPOINT=./tests": "is the folder of the student's",
     "--gin.DIVERGENCE=@divergences.kl": "divergences.kl",
     "--gin.sharding.MeshConfig.tensor=3": "does not fit 8 devices",

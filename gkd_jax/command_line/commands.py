@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 import os
-import pathlib
 import sys
 from typing import Any
+
+from etils import epath
 
 from gkd_jax.command_line import gin_files, process, recipes
 from gkd_jax.command_line.flags import UsageError
@@ -75,15 +76,15 @@ def _train(values: Any) -> None:
     if not phases:
         train.train(recipe=make_recipe(), model_dir=model_dir, **settings)
         return
-    root = pathlib.Path(model_dir)
-    pending = frozenset(str(root / phase) for phase in phases if values.dry_run)
+    root = epath.Path(model_dir)
+    pending = frozenset(os.fspath(root / phase) for phase in phases if values.dry_run)
     for phase in phases:
         print(f"\n=== {phase} ===", file=sys.stderr)
         with gin_files.scope(phase):
             recipe = make_recipe()
         train.train(
             recipe=recipe,
-            model_dir=str(root / phase),
+            model_dir=os.fspath(root / phase),
             name=phase,
             pending=pending,
             **settings,

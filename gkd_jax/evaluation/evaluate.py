@@ -10,6 +10,7 @@ import json
 import pathlib
 from typing import Any, NamedTuple
 
+from etils import epath
 import jax
 from jax.sharding import Mesh
 import numpy as np
@@ -367,7 +368,7 @@ def score(
     return values
 
 
-def write_rows(path: pathlib.Path, rows: Sequence[Row], vocabulary: Any) -> None:
+def write_rows(path: pathlib.Path | epath.Path, rows: Sequence[Row], vocabulary: Any) -> None:
     """Writes rows as JSONL; with a teacher, each row has its tokens and their divergences."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with files.naming(path), path.open("w", encoding="utf-8") as file:

@@ -19,7 +19,6 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import pathlib
 import re
 import sys
 from typing import Any
@@ -39,6 +38,7 @@ from orbax.checkpoint.checkpoint_managers import (
 
 from gkd_jax.gkd import TrainState
 from gkd_jax.storage import fingerprints, saved_model
+from gkd_jax.text import files
 
 
 _TREE_FILE = "_METADATA"  # Orbax's record of the structure of an item
@@ -49,11 +49,11 @@ class _StreamHandler(ocp.CheckpointHandler):
     """Lets a data stream save its position into the step's folder and restore it from there."""
 
     def save(self, directory: epath.Path, args: "StreamSave") -> None:
-        args.stream.save(pathlib.Path(directory))
+        args.stream.save(directory)
 
     def restore(self, directory: epath.Path, args: "StreamRestore") -> None:
         try:  # If one process raised here, the others would wait for it: see `_restore`.
-            args.stream.restore(pathlib.Path(directory))
+            args.stream.restore(directory)
         except Exception as error:
             args.errors.append(error)
 
@@ -127,7 +127,7 @@ class Checkpoints:
             best_mode: whether the best value is the "max" or the "min".
             scores: the values of `best_metric` from earlier starts of the run, by step.
         """
-        self._folder = epath.Path(model_dir).resolve() / saved_model.FOLDER
+        self._folder = files.absolute(model_dir) / saved_model.FOLDER
         self._best_metric, self._best_mode = best_metric, best_mode
         self._scores = dict(scores)
         policies: list[PreservationPolicy] = [LatestN(n=keep)]

@@ -15,9 +15,12 @@ import orbax.checkpoint as ocp
 
 from gkd_jax.models import lm
 from gkd_jax.storage import fingerprints
+from gkd_jax.text import files
 
 
 FOLDER = "checkpoints"  # of a MODEL_DIR, with one folder for each saved step
+# In a bucket no folder can be renamed in one go, so Orbax marks a complete step by this file.
+_COMMITTED = "commit_success.txt"
 
 
 def saved_steps(model_dir: str | os.PathLike[str]) -> list[int]:
@@ -25,10 +28,11 @@ def saved_steps(model_dir: str | os.PathLike[str]) -> list[int]:
     folder = epath.Path(model_dir) / FOLDER
     if not folder.is_dir():
         return []
+    complete = _COMMITTED if files.in_bucket(folder) else "params"
     return sorted(
         int(child.name)
         for child in folder.iterdir()
-        if child.name.isdecimal() and (child / "params").is_dir()
+        if child.name.isdecimal() and (child / complete).exists()
     )
 
 
@@ -79,7 +83,7 @@ def read_params(step_folder: epath.Path, target: lm.Params) -> lm.Params:
             the bytes that were written; the message names the arrays.
     """
     with ocp.StandardCheckpointer() as checkpointer:
-        params = checkpointer.restore(step_folder.resolve() / "params", target)
+        params = checkpointer.restore(files.absolute(step_folder) / "params", target)
     # Parameters are written in float32, and a fingerprint is valid for the written dtype only.
     if all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params)):
         stored = read_description(step_folder).get("fingerprints", {})
@@ -99,7 +103,7 @@ def write_params(
 
     The JSON beside the parameters is the result of `describe_model` with the entries of `more`.
     """
-    target = epath.Path(folder).resolve()
+    target = files.absolute(folder)
     about = {**describe_model(config, vocabulary_hash, num_pieces), **(more or {})}
     about["fingerprints"] = {"params": fingerprints.of_tree(params)}
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler("params", "model")) as checkpointer:

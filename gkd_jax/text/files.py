@@ -11,6 +11,7 @@ import codecs
 from collections.abc import Iterator, Sequence
 import contextlib
 import gzip
+import importlib.metadata
 import io
 import json
 import os
@@ -18,6 +19,8 @@ import pathlib
 import re
 from typing import Any, NoReturn
 import zlib
+
+from etils import epath
 
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -28,8 +31,23 @@ _CHUNK = 1 << 20
 _REMOTE = re.compile("(gs|s3|az|hdfs|https?|file):/")  # of gs://bucket, pathlib makes gs:/bucket
 
 
-def write_whole(path: pathlib.Path, content: str | bytes) -> None:
+def in_bucket(path: str | os.PathLike) -> bool:
+    """Returns whether a path is the address of a file or a folder in a bucket, `gs://BUCKET/...`."""
+    return os.fspath(path).startswith("gs://")
+
+
+def absolute(path: str | os.PathLike) -> epath.Path:
+    """Returns the absolute form of a path; the address of a bucket is absolute as it is.
+
+    `resolve` of etils makes a local folder `gs:` of such an address.
+    """
+    return epath.Path(path) if in_bucket(path) else epath.Path(path).resolve()
+
+
+def write_whole(path: pathlib.Path | epath.Path, content: str | bytes) -> None:
     """Writes a file atomically: to a temporary file in the same folder, which is then renamed.
+
+    In a bucket, every write is atomic by itself.
 
     Args:
         path: the file, which is replaced if it exists.
@@ -38,10 +56,14 @@ def write_whole(path: pathlib.Path, content: str | bytes) -> None:
     Raises:
         OSError: if the file cannot be written; the temporary file is then removed.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    data = content.encode() if isinstance(content, str) else content
+    if in_bucket(path):
+        path.write_bytes(data)
+        return
+    temporary = pathlib.Path(path).with_name(f".{path.name}.{os.getpid()}")
     with naming(path):
         try:
-            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+            temporary.write_bytes(data)
             os.replace(temporary, path)
         except OSError:
             temporary.unlink(missing_ok=True)
@@ -59,20 +81,35 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, os.fspath(path)) from error
 
 
-def check_can_be_folder(path: str | os.PathLike, name: str) -> None:
-    """Checks that a path is a local folder, or that a folder can be made there.
+def check_can_be_folder(
+    path: str | os.PathLike, name: str, *, may_be_in_bucket: bool = False
+) -> None:
+    """Checks that a path is a folder, or that a folder can be made there.
 
     Args:
         path: the path, which need not exist.
         name: what the folder is for, for the message.
+        may_be_in_bucket: whether the folder may be in a bucket, which is not looked at.
 
     Raises:
-        ValueError: if the path is remote, if a part of it is a file or a link that leads nowhere,
-            or if the folder to write to is not writable.
+        ValueError: if the path is remote and may not be, if a part of it is a file or a link that
+            leads nowhere, if the folder to write to is not writable, or if the package is missing
+            that writes to a bucket.
     """
+    if may_be_in_bucket and in_bucket(path):
+        # Orbax needs the package to write to a bucket.
+        try:
+            importlib.metadata.version("google-cloud-storage")
+        except importlib.metadata.PackageNotFoundError:
+            raise ValueError(
+                f"{name} {os.fspath(path)!r} needs the package google-cloud-storage, which the "
+                "extra `gcs` installs"
+            ) from None
+        return
     if _REMOTE.match(os.fspath(path)):
         raise ValueError(
-            f"{name} must be local, got {os.fspath(path)!r}: write to a disk or to a mounted bucket"
+            f"{name} must be {'local or at gs://' if may_be_in_bucket else 'local'}, got "
+            f"{os.fspath(path)!r}: write to a disk or to a mounted bucket"
         )
     folder = pathlib.Path(path).absolute()
     parent = next(above for above in (folder, *folder.parents) if os.path.lexists(above))
@@ -243,14 +280,14 @@ def parse_objects(lines: Sequence[str], path: str | os.PathLike) -> list[dict[st
     return rows
 
 
-def read_records(path: pathlib.Path) -> tuple[list[dict[str, Any]], int]:
+def read_records(path: pathlib.Path | epath.Path) -> tuple[list[dict[str, Any]], int]:
     """Returns the JSON objects of a file that a run appends to, and the number of damaged lines.
 
     A run that is writing, or that was killed, leaves its last line cut short. Without a file, there
     are no objects and one damaged line.
     """
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+        lines = path.read_bytes().decode(errors="replace").split("\n")
     except OSError:
         return [], 1
     values = [_parsed(line) for line in lines if line.strip()]

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 import dataclasses
 import functools
 import os
-import pathlib
 import sys
 from typing import Any, NamedTuple
 
+from etils import epath
 import jax
 import seqio
 
@@ -39,7 +39,7 @@ class Evaluations:
     """Decodes and scores every task that a recipe evaluates on. A mixture is done task by task."""
 
     def __init__(
-        self, program: Program, source: Source, model_dir: pathlib.Path, *, check_remote: bool
+        self, program: Program, source: Source, model_dir: epath.Path, *, check_remote: bool
     ):
         """Opens the tasks and checks them against the model; decodes nothing yet.
 

@@ -5,14 +5,17 @@
 """
 
 from collections.abc import Callable, Mapping, Sequence
+import io
 import json
 import os
 import pathlib
 import socket
 import sys
+import tempfile
 import time
 from typing import Any
 
+from etils import epath
 import numpy as np
 import tensorflow as tf
 
@@ -23,6 +26,9 @@ from gkd_jax.training import samples
 Tracker = Callable[[int, Mapping[str, float]], None]
 """A tracker takes the number of a step and its numbers by name, and passes them on elsewhere."""
 
+FILE = "metrics.jsonl"
+COPY_SECONDS = 60.0
+
 
 class Writer:
     """Appends the numbers of each step to MODEL_DIR/metrics.jsonl and MODEL_DIR/tensorboard.
@@ -31,6 +37,9 @@ class Writer:
     steps are run again. When it begins, all lines are, which are those of a start that failed
     before its first checkpoint, perhaps of another configuration. In a job of several processes,
     only the first one writes; the others are `silent`.
+
+    Nothing can be appended to a file in a bucket. If MODEL_DIR is in one, the files grow in a
+    temporary folder of this machine, from which `copy` writes them to the bucket.
     """
 
     def __init__(
@@ -49,22 +58,25 @@ class Writer:
             silent: True writes nothing.
             also: functions that are given the numbers of each step as well.
         """
-        self._folder = pathlib.Path(model_dir)
+        self._folder = epath.Path(model_dir)
         self._also = () if silent else tuple(also)
         self._file = None
         self._samples = samples.SampleWatch()
         self._tensorboard = None
+        self._temporary: tempfile.TemporaryDirectory | None = None
         if silent:
             return
-        path = self._folder / "metrics.jsonl"
-        if path.exists():
-            last = -1 if resume_step is None else resume_step
-            kept = [line for line in read(path) if line["step"] <= last]
-            for line in kept:
-                self._samples.see(line)
-            files.write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = path.open("a")
-        self._tensorboard = EventFile(self._folder / "tensorboard")
+        if files.in_bucket(model_dir):
+            self._temporary = tempfile.TemporaryDirectory(prefix="gkd_jax_metrics_")
+            self._copied_at = time.monotonic()
+        local = pathlib.Path(self._temporary.name if self._temporary else model_dir)
+        last = -1 if resume_step is None else resume_step
+        kept = [line for line in read(self._folder / FILE) if line["step"] <= last]
+        for line in kept:
+            self._samples.see(line)
+        files.write_whole(local / FILE, "".join(json.dumps(line) + "\n" for line in kept))
+        self._file = (local / FILE).open("a")
+        self._tensorboard = EventFile(local / "tensorboard")
 
     def write(
         self,
@@ -90,8 +102,24 @@ class Writer:
         self._tensorboard.write(step, values)
         for tracker in self._also:
             tracker(step, values)
+        if self._temporary is not None and time.monotonic() - self._copied_at > COPY_SECONDS:
+            self.copy()
 
-    def dump(self, step: int, arrays: Mapping[str, Any]) -> pathlib.Path:
+    def copy(self) -> None:
+        """Copies the files to MODEL_DIR if it is in a bucket.
+
+        `write` does so every COPY_SECONDS. A caller that saves a checkpoint does so before, because
+        a run that resumes needs the lines of all steps up to the checkpoint.
+        """
+        if self._temporary is None:
+            return
+        root = pathlib.Path(self._temporary.name)
+        for file in root.rglob("*"):
+            if file.is_file():
+                files.write_whole(self._folder / file.relative_to(root), file.read_bytes())
+        self._copied_at = time.monotonic()
+
+    def dump(self, step: int, arrays: Mapping[str, Any]) -> epath.Path:
         """Writes the arrays that this process holds whole to `MODEL_DIR/nonfinite_<step>.npz`.
 
         Returns:
@@ -103,7 +131,9 @@ class Writer:
             for name, value in arrays.items()
             if getattr(value, "is_fully_addressable", True)
         }
-        np.savez(path, **held)  # pyright: ignore[reportArgumentType]
+        content = io.BytesIO()
+        np.savez(content, **held)  # pyright: ignore[reportArgumentType]
+        files.write_whole(path, content.getvalue())
         return path
 
     def close(self) -> None:
@@ -111,6 +141,9 @@ class Writer:
             self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
+        if self._temporary is not None:
+            self.copy()
+            self._temporary.cleanup()
 
 
 class EventFile:
@@ -143,7 +176,7 @@ class EventFile:
         self._file.flush()
 
 
-def read(path: pathlib.Path) -> list[dict[str, Any]]:
+def read(path: pathlib.Path | epath.Path) -> list[dict[str, Any]]:
     """Returns the lines of a metrics.jsonl, without those that a crash has cut short or changed.
 
     There are none if the file does not exist.
@@ -151,12 +184,12 @@ def read(path: pathlib.Path) -> list[dict[str, Any]]:
     return [line for line in files.read_records(path)[0] if isinstance(line.get("step"), int)]
 
 
-def values_by_step(path: pathlib.Path, name: str) -> dict[int, float]:
+def values_by_step(path: pathlib.Path | epath.Path, name: str) -> dict[int, float]:
     """Returns one number of a metrics.jsonl by step; empty if the file does not exist."""
     return {line["step"]: line[name] for line in read(path) if name in line}
 
 
-def study_table(root: pathlib.Path, phases: Sequence[str]) -> str:
+def study_table(root: str | os.PathLike[str], phases: Sequence[str]) -> str:
     """Returns a Markdown table with the last evaluation of each run of a study, one run a row.
 
     Args:
@@ -165,7 +198,7 @@ def study_table(root: pathlib.Path, phases: Sequence[str]) -> str:
     """
     rows: dict[str, dict[str, Any]] = {}
     for phase in phases:
-        rows[phase] = task_names.last_evaluation(read(root / phase / "metrics.jsonl"))
+        rows[phase] = task_names.last_evaluation(read(epath.Path(root) / phase / FILE))
     names = list(dict.fromkeys(name for row in rows.values() for name in row))
     table = [["run", *names]]
     for phase, row in rows.items():

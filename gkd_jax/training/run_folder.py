@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
-import pathlib
 import sys
 from typing import Any
 
+from etils import epath
 import jax
 
 from gkd_jax.gkd import TrainState
@@ -35,7 +35,7 @@ class RunFolder:
 
     program: Program
     source: Source
-    folder: pathlib.Path
+    folder: epath.Path
     about: dict[str, Any]
     changes: list[dict[str, Any]]
     is_new: bool
@@ -46,7 +46,7 @@ class RunFolder:
         cls,
         program: Program,
         source: Source,
-        folder: pathlib.Path,
+        folder: epath.Path,
         *,
         name: str = "",
         allow_changes: Sequence[str] = (),
@@ -110,7 +110,7 @@ class RunFolder:
         period = recipe.train.eval_period or last
         if recipe.evaluation is None or done > last or (done < last and done % period):
             return False
-        lines = metrics.read(self.folder / "metrics.jsonl")
+        lines = metrics.read(self.folder / metrics.FILE)
         return not any(line["step"] == done and task_names.evaluation_in(line) for line in lines)
 
     def check_learnt(self) -> None:
@@ -119,7 +119,7 @@ class RunFolder:
         Raises:
             FloatingPointError: if `skip_nonfinite` skipped all steps. The checkpoints stay.
         """
-        file = self.folder / "metrics.jsonl"
+        file = self.folder / metrics.FILE
         skipped = [line["train/skipped"] for line in metrics.read(file) if "train/skipped" in line]
         if skipped and all(skipped):
             raise FloatingPointError(
@@ -141,7 +141,7 @@ class RunFolder:
             best_metric = f"eval/{where}{config.best_metric}"
         scores = {}
         if best_metric is not None and not self.is_new:
-            scores = metrics.values_by_step(self.folder / "metrics.jsonl", best_metric)
+            scores = metrics.values_by_step(self.folder / metrics.FILE, best_metric)
         return checkpoints.Checkpoints(
             str(self.folder),
             keep=config.keep,

@@ -1,7 +1,8 @@
 """A lock on MODEL_DIR, so that two starts of one command never write to the same run.
 
 The lock is a file that its owner touches every RENEW_SECONDS. If the owner was killed, the file
-grows older than STALE_SECONDS, and the next start takes the lock over.
+grows older than STALE_SECONDS, and the next start takes the lock over. In a bucket, two jobs that
+start in the same instant can both take the lock.
 """
 
 from collections.abc import Iterator
@@ -15,9 +16,12 @@ import threading
 import time
 from typing import Any
 
+from etils import epath
 import jax
 from jax.experimental import multihost_utils
 import numpy as np
+
+from gkd_jax.text import files
 
 
 FILE = "lock.json"
@@ -26,8 +30,8 @@ STALE_SECONDS = 60.0
 
 
 @contextlib.contextmanager
-def hold(folder: pathlib.Path) -> Iterator[None]:
-    """Holds the lock of a folder while the context lasts, on behalf of all processes of a job.
+def hold(model_dir: str | os.PathLike[str]) -> Iterator[None]:
+    """Holds the lock of a MODEL_DIR while the context lasts, on behalf of all processes of a job.
 
     The first process of the job owns the file. If another job renews the lock, wait for it for a
     minute. Take the lock over if it was not renewed for a minute, or if its owner was a process of
@@ -36,6 +40,7 @@ def hold(folder: pathlib.Path) -> Iterator[None]:
     Raises:
         ValueError: if the lock is still renewed after the wait; the message names its owner.
     """
+    folder = epath.Path(model_dir)
     existed, refusal = folder.exists(), ""
     if jax.process_index() == 0:
         refusal = _take(folder)
@@ -52,18 +57,19 @@ def hold(folder: pathlib.Path) -> Iterator[None]:
         if jax.process_index() == 0:
             renewal.join()
             (folder / FILE).unlink(missing_ok=True)
-            if not existed:  # a start that failed leaves nothing behind
+            if not existed and not files.in_bucket(folder):  # a failed start leaves nothing behind
                 with contextlib.suppress(OSError):
-                    folder.rmdir()
+                    os.rmdir(folder)
 
 
-def _take(folder: pathlib.Path) -> str:
+def _take(folder: epath.Path) -> str:
     """Creates the lock file; returns "", or the reason why another job keeps the lock."""
     folder.mkdir(parents=True, exist_ok=True)
     path, waited_since, said = folder / FILE, time.monotonic(), False
     while True:
         try:
-            descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+            _create(path)
+            return ""
         except FileExistsError:
             owner, age = _owner(path)
             if age is None:
@@ -81,17 +87,29 @@ def _take(folder: pathlib.Path) -> str:
                 print(f"waiting for {who}, which is training in {folder}", file=sys.stderr)
                 said = True
             time.sleep(min(1.0, STALE_SECONDS / 10))
-            continue
-        with os.fdopen(descriptor, "w") as file:
-            owner = {"pid": os.getpid(), "host": socket.gethostname(), "started": _start_time()}
+
+
+def _create(path: epath.Path) -> None:
+    """Creates the lock file, with this process as its owner.
+
+    Raises:
+        FileExistsError: if there is a lock file.
+        OSError: if the folder cannot be written to.
+    """
+    owner = {"pid": os.getpid(), "host": socket.gethostname(), "started": _start_time()}
+    if not files.in_bucket(path):
+        with open(path, "x", encoding="utf-8") as file:
             json.dump(owner, file)
-        return ""
+    elif path.exists():
+        raise FileExistsError(os.fspath(path))
+    else:
+        path.write_text(json.dumps(owner))
 
 
-def _owner(path: pathlib.Path) -> tuple[dict[str, Any], float | None]:
+def _owner(path: epath.Path) -> tuple[dict[str, Any], float | None]:
     """Returns (owner, seconds since the lock was renewed); ({}, None) if there is no lock."""
     try:
-        age = time.time() - path.stat().st_mtime
+        age = time.time() - (path.stat().mtime if files.in_bucket(path) else os.stat(path).st_mtime)
         content = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         return {}, None
@@ -122,7 +140,10 @@ def _start_time(pid: int | None = None) -> str | None:
     return stat.rpartition(")")[2].split()[19]
 
 
-def _renew(path: pathlib.Path, ended: threading.Event) -> None:
+def _renew(path: epath.Path, ended: threading.Event) -> None:
     while not ended.wait(RENEW_SECONDS):
         with contextlib.suppress(OSError):
-            os.utime(path)
+            if files.in_bucket(path):
+                path.write_bytes(path.read_bytes())
+            else:
+                os.utime(path)

@@ -4,10 +4,10 @@ from collections.abc import Callable, Mapping, Sequence
 import contextlib
 import dataclasses
 import os
-import pathlib
 import sys
 import time
 
+from etils import epath
 import jax
 
 from gkd_jax.gkd import teacher_now
@@ -69,10 +69,10 @@ def train(
         SystemExit: after a signal, once a checkpoint is saved.
     """
     #### Checks, before anything is written ########################################################
-    recipe, commits = _with_local_files(recipe, pathlib.Path(model_dir), dry_run)
+    folder = epath.Path(model_dir)
+    recipe, commits = _with_local_files(recipe, folder, dry_run)
     if dry_run:
         pending |= pretrained.remote_checkpoints(*recipe.models.values())
-    folder = pathlib.Path(model_dir)
     _check_places(recipe, folder, pending)
     source = open_source(recipe, pending=pending, check_remote=not dry_run)
     program = build(
@@ -173,6 +173,7 @@ def train(
             if saves or stops:
                 log.flush()
                 shown.clear()
+                writer.copy()
                 saved.save(done, state, stream, run.description)
             if evaluates:
                 saved.wait()  # if the evaluation fails, the weights are safe
@@ -188,7 +189,7 @@ def train(
     run.check_learnt()
 
 
-def _check_places(recipe: Recipe, folder: pathlib.Path, pending: frozenset[str]) -> None:
+def _check_places(recipe: Recipe, folder: epath.Path, pending: frozenset[str]) -> None:
     """Checks that the models are where the recipe says, and that MODEL_DIR can be written.
 
     Raises:
@@ -197,15 +198,17 @@ def _check_places(recipe: Recipe, folder: pathlib.Path, pending: frozenset[str])
     """
     for name, model in recipe.models.items():
         place = model.checkpoint
-        if place is None or place in pending or pretrained.is_remote(place):
+        if place is None or place in pending:
             continue
-        if folder.exists() and os.path.exists(place) and folder.samefile(place):
+        if epath.Path(place) == folder or (
+            os.path.exists(folder) and os.path.exists(place) and os.path.samefile(folder, place)
+        ):
             raise ValueError(
-                f"MODEL_DIR {str(folder)!r} is the folder of the {name}'s checkpoint: a run needs "
-                "a folder of its own"
+                f"MODEL_DIR {os.fspath(folder)!r} is the folder of the {name}'s checkpoint: a run "
+                "needs a folder of its own"
             )
         pretrained.check_exists(place)
-    files.check_can_be_folder(folder, "MODEL_DIR")
+    files.check_can_be_folder(folder, "MODEL_DIR", may_be_in_bucket=True)
 
 
 def _warn_of_long_texts(program: Program) -> None:
@@ -222,7 +225,7 @@ def _warn_of_long_texts(program: Program) -> None:
 
 
 def _with_local_files(
-    recipe: Recipe, folder: pathlib.Path, dry_run: bool
+    recipe: Recipe, folder: epath.Path, dry_run: bool
 ) -> tuple[Recipe, dict[str, str]]:
     """Downloads the models and the tokenizer that the recipe names as on the Hugging Face hub.
 
@@ -231,7 +234,8 @@ def _with_local_files(
     Returns:
         The recipe with the downloaded folders, and the commit of each name.
     """
-    before = run_record.read(folder) if folder.is_dir() else None
+    is_read = not (dry_run and files.in_bucket(folder)) and folder.is_dir()
+    before = run_record.read(folder) if is_read else None
     pinned = (before or {}).get("hub", {})
     models, commits = {}, {}
     for name, model in recipe.models.items():
@@ -244,15 +248,20 @@ def _with_local_files(
 
 
 def _check_dry(
-    folder: pathlib.Path,
+    folder: epath.Path,
     program: Program,
     source: Source,
     pending: frozenset[str],
     allow_changes: Sequence[str],
 ) -> None:
-    """Compares a dry run with what MODEL_DIR holds, and lists the checkpoints it did not check."""
+    """Compares a dry run with what MODEL_DIR holds, and lists what it did not check.
+
+    A dry run opens nothing remote, neither a checkpoint nor a MODEL_DIR in a bucket.
+    """
     unknown = pending & {model.checkpoint for model in program.recipe.models.values()}
-    if run_record.read(folder) is not None and not unknown:
+    if files.in_bucket(folder):
+        unknown |= {os.fspath(folder)}
+    elif run_record.read(folder) is not None and not unknown:
         RunFolder.open(program, source, folder, allow_changes=allow_changes)
     for path in sorted(unknown):
         print(f"not checked: {path}", file=sys.stderr)

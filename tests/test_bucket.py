@@ -1,0 +1,98 @@
+"""A run whose MODEL_DIR is in a bucket trains, resumes and is read as one on a disk is."""
+
+import importlib.metadata
+import os
+import shutil
+import time
+
+from etils import epath
+import gcs_server
+import jax
+import numpy as np
+import pytest
+from small_runs import options, write_teacher
+
+from gkd_jax import divergences
+from gkd_jax.evaluation import evaluate
+from gkd_jax.storage import loading, pretrained, saved_model
+from gkd_jax.text import files
+from gkd_jax.training import metrics, run_lock, train
+
+
+# google-api-core says this when it is imported.
+pytestmark = pytest.mark.filterwarnings("ignore:Please install grpcio-status:ImportWarning")
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    """The folder with the objects of gs://bucket."""
+    if shutil.which("openssl") is None:
+        pytest.skip("makes a certificate with the command openssl, which is missing")
+    with gcs_server.start(tmp_path / "server") as environment:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        yield tmp_path / "server"
+
+
+@pytest.mark.usefixtures("shared_steps")
+def test_a_run_in_a_bucket_goes_on_exactly_as_a_local_one(bucket, tmp_path):
+    recipe = {
+        "steps": 4,
+        "fraction": 0.5,
+        "divergence": divergences.forward_kl,
+        "teacher": pretrained.ModelConfig(checkpoint=write_teacher(tmp_path / "teacher")),
+        "train": train.TrainConfig(train_steps=4, save_period=2, log_period=100),
+        "evaluation": evaluate.EvalConfig(num_examples=8),
+    }
+    local, remote = tmp_path / "run", "gs://bucket/run"
+    train.train(**options(local, **recipe))
+    train.train(**options(remote, **recipe))
+    # A job that was killed while it wrote its last step: the step's mark is missing, and so are the
+    # later lines.
+    gcs_server.path_of(bucket, "run/checkpoints/4/commit_success.txt").unlink()
+    lines = gcs_server.path_of(bucket, "run/metrics.jsonl")
+    lines.write_bytes(b"".join(lines.read_bytes().splitlines(keepends=True)[:3]))
+    assert saved_model.saved_steps(remote) == [2]
+    train.train(**options(remote, **recipe))
+
+    assert saved_model.saved_steps(remote) == [2, 4]
+    made = {name.removeprefix("run/").split("/")[0] for name in gcs_server.names(bucket)}
+    assert made - {""} == {path.name for path in local.iterdir()}
+    whole, parts = metrics.read(local / metrics.FILE), metrics.read(lines)
+    assert [line["step"] for line in parts] == [0, 1, 2, 3, 4, 4]
+    for a, b in zip(whole, parts, strict=True):
+        assert {k: v for k, v in a.items() if not k.startswith("time/")}.items() <= b.items()
+    ours, theirs = loading.load_model(str(local)), loading.load_model(remote)
+    jax.tree.map(np.testing.assert_array_equal, ours[1], theirs[1])
+    rows = gcs_server.path_of(bucket, "run/eval/arithmetic/4.jsonl").read_bytes()
+    assert rows == (local / "eval" / "arithmetic" / "4.jsonl").read_bytes()
+
+
+def test_a_dry_run_does_not_look_at_a_bucket(monkeypatch, capsys):
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nothing listens there
+    monkeypatch.setenv("GCS_RETRY_CONFIG_MAX_RETRIES", "0")
+    train.train(**options("gs://bucket/run", steps=1), dry_run=True)
+    assert "not checked: gs://bucket/run" in capsys.readouterr().err
+
+
+def test_one_job_at_a_time_holds_a_run(bucket, monkeypatch):
+    monkeypatch.setattr(run_lock, "STALE_SECONDS", 0.5)
+    folder = epath.Path("gs://bucket/run")
+    lock = gcs_server.path_of(bucket, "run/lock.json")
+    lock.write_text('{"pid": 1, "host": "another"}')
+    os.utime(lock, (time.time() + 60, time.time() + 60))  # it is renewed all the time
+    refusal = pytest.raises(ValueError, match="is being trained by process 1 on another")
+    with refusal, run_lock.hold(folder):
+        pass
+
+
+def _without_packages(name):
+    raise importlib.metadata.PackageNotFoundError(name)
+
+
+def test_what_cannot_be_written_to_is_refused(monkeypatch):
+    with pytest.raises(ValueError, match="MODEL_DIR must be local or at gs://, got 's3://bucket"):
+        files.check_can_be_folder("s3://bucket/run", "MODEL_DIR", may_be_in_bucket=True)
+    monkeypatch.setattr(importlib.metadata, "version", _without_packages)
+    with pytest.raises(ValueError, match="needs the package google-cloud-storage"):
+        files.check_can_be_folder("gs://bucket/run", "MODEL_DIR", may_be_in_bucket=True)
