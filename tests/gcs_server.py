@@ -49,6 +49,7 @@ def start(folder):
         try:
             yield {
                 "https_proxy": address,
+                "no_proxy": "127.0.0.1",
                 "CURL_CA_BUNDLE": str(folder / "certificate.pem"),
                 "GOOGLE_AUTH_TOKEN_FOR_TESTING": "token",
                 "GCS_RETRY_CONFIG_MAX_RETRIES": "1",  # ten of up to half a minute otherwise
