@@ -121,6 +121,11 @@ def sum_gradients(
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
         return jax.tree.map(jnp.add, carry, gradient(params, microbatch, key)), None
 
+    if num_microbatches < 1 or num_prompts % num_microbatches:
+        raise ValueError(
+            f"num_microbatches={num_microbatches} does not divide the {num_prompts} prompts (or "
+            "blocks of prompts, with several teachers) of a batch"
+        )
     microbatches = jax.tree.map(lambda x: _split_rows(x, num_prompts, num_microbatches), rows)
     indices = jnp.arange(num_microbatches)
     first = jax.tree.map(lambda x: x[0], microbatches)
@@ -141,6 +146,11 @@ def split_blocks(rows: Any, sizes: Sequence[int], num_prompts: int) -> list[Any]
         sizes: the number of prompts that each part has in a block.
         num_prompts: the number of prompts in `rows`, a multiple of the sum of `sizes`.
     """
+    if num_prompts % sum(sizes):
+        raise ValueError(
+            f"a batch must have whole blocks of {sum(sizes)} prompts, {list(sizes)} for the "
+            f"teachers, got {num_prompts} prompts"
+        )
     num_blocks = num_prompts // sum(sizes)
     ends = list(itertools.accumulate(sizes))
 

@@ -1,9 +1,9 @@
 """Per-token divergences between a teacher's and a student's next-token distributions.
 
-Every divergence maps `(student_logits, teacher_logits)` to one non-negative number per token, in
-nats. `P` is the teacher and `Q` the student throughout, as in Agarwal et al. (2024), section 2. The
-computation is in float32, or in float64 for float64 logits. Logits of different shapes are a
-ValueError.
+Every divergence maps `(student_logits, teacher_logits)` to one number per token, in nats, which is
+at least 0 but for rounding (1e-6). `P` is the teacher and `Q` the student throughout, as in Agarwal
+et al. (2024), section 2. The computation is in float32, or in float64 for float64 logits. Logits of
+different shapes are a ValueError.
 
 Logits may be -inf, for ids that cannot occur. In KL(A || B), an id with A = 0 contributes nothing.
 An id with B = 0 and A > 0 contributes 1e4 nats times A, where the KL itself would be infinite.

@@ -109,8 +109,8 @@ def sample_targets(
     rows = np.arange(num_rows) * batch_size // num_rows
     lengths = None if batch.input_lengths is None else batch.input_lengths[rows]
     drawn = draw(batch.inputs[rows], input_lengths=lengths)
-    targets = batch.targets.at[rows].set(drawn.tokens)
-    weights = batch.weights.at[rows].set(drawn.weights)
+    targets = jnp.asarray(batch.targets, drawn.tokens.dtype).at[rows].set(drawn.tokens)
+    weights = jnp.asarray(batch.weights, drawn.weights.dtype).at[rows].set(drawn.weights)
     return batch._replace(targets=targets, weights=weights, teacher=None), drawn
 
 
@@ -165,8 +165,8 @@ def _token_values(
     states = [lm.hidden(models.student, student_params, batch, dropout_key=dropout_key)]
     heads = [lm.head_params(student_params)]
     if config.divergence is not None and batch.teacher is None:
-        assert models.teacher is not None
-        assert teacher_params is not None
+        if models.teacher is None or teacher_params is None:
+            raise ValueError("a divergence needs the teacher's sizes and its parameters, got None")
         with sharding.use_sizes(models.teacher_mesh):
             states.append(lm.hidden(models.teacher, teacher_params, batch.as_teacher_reads()))
         heads.append(lm.head_params(teacher_params))
@@ -262,6 +262,11 @@ def teacher_now(learner: Learner, state: TrainState, frozen: lm.Params | None) -
     if isinstance(learner.self_teacher, LiveStudent):
         return state.params
     if isinstance(learner.self_teacher, MovingAverage):
+        if state.average is None:
+            raise ValueError(
+                "the teacher is the moving average, which the state lacks: begin with "
+                "train_state.create(params, optimizer, with_average=True)"
+            )
         return state.average
     return frozen
 
@@ -324,8 +329,13 @@ def update(
 
     Returns:
         The state after the update, and the metrics of the step by name.
+
+    Raises:
+        ValueError: if the shapes of the arrays do not belong together, if the number of
+            microbatches does not divide the prompts, or if a teacher is needed and absent.
     """
     config = learner.config
+    lm.check_batch(batch)
     teacher_params = teacher_now(learner, state, teacher_params)
     _, count = config.reduction(batch.weights, batch.weights)
     count = jnp.maximum(count, 1.0)  # a batch without any target has loss 0 and gradient 0
@@ -345,14 +355,13 @@ def update(
         totals, sums = zip(*found, strict=True)
         return functools.reduce(jnp.add, totals), sums
 
-    use_dropout = learner.models.student.dropout_rate > 0
     grads, parts = accumulation.sum_gradients(
         numerator,
         learner.num_microbatches,
         state.params,
         (batch, advantages),
         batch.inputs.shape[0] // learner.block_size,
-        dropout_key if use_dropout else None,
+        dropout_key if learner.models.student.dropout_rate > 0 else None,
     )
     sums = jax.tree.map(lambda *x: functools.reduce(jnp.add, x), *parts)
     grads = jax.tree.map(lambda g: g / count, grads)
@@ -381,7 +390,11 @@ def update(
 
 def _divergence_share(config: GKDConfig, advantages: jax.Array | None) -> float:
     """Returns alpha of Eq. 5, which is 1 where no reward joins the divergence."""
-    return 1.0 if advantages is None or config.rl is None else config.rl.alpha
+    if advantages is None:
+        return 1.0
+    if config.rl is None:
+        raise ValueError("advantages need GKDConfig.rl, which has the weight alpha; got rl=None")
+    return config.rl.alpha
 
 
 def _divergences(

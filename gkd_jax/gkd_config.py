@@ -75,9 +75,14 @@ class GKDConfig:
                 f"got {self.divergence!r}"
             )
         if self.divergence is not None:  # what it refuses (beta), it refuses now
-            logits = jax.ShapeDtypeStruct((1, 2), jnp.float32)
+            logits = jax.ShapeDtypeStruct((1, 4096), jnp.float32)  # enough for any top-k
             divergence = self.divergence  # in a new function: JAX remembers those it has traced
-            jax.eval_shape(lambda student, teacher: divergence(student, teacher), logits, logits)
+            found = jax.eval_shape(lambda *both: divergence(*both), logits, logits)
+            if getattr(found, "shape", None) != (1,):
+                raise ValueError(
+                    "divergence must return one number for each token, so an array of shape (1,) "
+                    f"for logits of shape {logits.shape}; {divergence!r} returns {found!r}"
+                )
         if self.divergence is None and self.on_policy_fraction != 0:
             raise ValueError(
                 "without a divergence the loss is the cross-entropy of the targets, which must "

@@ -121,6 +121,14 @@ def policy_loss(
             nats.
         weights: 1.0 on tokens up to and including EOS, 0.0 elsewhere.
         advantages: the advantage of each sequence, a constant of the gradient.
+
+    Raises:
+        ValueError: for advantages of another shape, which would be broadcast.
     """
+    if np.shape(advantages) != weights.shape[:1]:
+        raise ValueError(
+            f"advantages must be one number for each of the {weights.shape[0]} sequences, got the "
+            f"shape {np.shape(advantages)}"
+        )
     log_q = jnp.sum(jnp.where(weights > 0, log_probs, 0.0) * weights, axis=1)
     return -jnp.sum(advantages * log_q)

@@ -93,8 +93,8 @@ class Sample(NamedTuple):
     Attributes:
         tokens: up to and including EOS, then 0 (which may be an ordinary id: weights tell).
         weights: 1.0 up to and including EOS (everywhere where none came), 0.0 after.
-        log_probs: log-probability of each token under the distribution drawn from (temperature and
-            bans applied; under greedy decoding, temperature 1), 0.0 after EOS. Nats.
+        log_probs: log-probability of each token under the distribution drawn from (temperature,
+            bans and filters applied; under greedy decoding, temperature 1), 0.0 after EOS. Nats.
     """
 
     tokens: Int[Array, "B T"]
@@ -159,6 +159,8 @@ def sample(
     """
     if max_length < 1:
         raise ValueError(f"max_length must be a positive integer, got {max_length}")
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be a positive integer, got {num_samples}")
     if key is None and sampling.temperature > 0:
         raise ValueError(f"temperature={sampling.temperature} needs a key; only greedy does not")
     banned_ids, eos_ids = sampling.ids(config)
@@ -253,7 +255,8 @@ def _advance(
 # For calls outside of a jitted function. Inside one, `sample` itself is traced, because what it
 # traces depends on the mesh of `sharding.use`, which a cache of traces does not see.
 _jitted = jax.jit(
-    sample, static_argnames=("config", "max_length", "sampling", "num_samples", "decode_rows")
+    sample,
+    static_argnames=("config", "max_length", "sampling", "num_samples", "plain", "decode_rows"),
 )
 
 
@@ -262,7 +265,7 @@ def jitted_sample(config, params, inputs, key=None, *, input_lengths=None, **set
     """Calls `sample`, compiled, after a look at the lengths, whose values no trace sees."""
     inputs = jnp.asarray(inputs)
     lengths = None if input_lengths is None else jnp.asarray(input_lengths)
-    lm.check_lengths(inputs, lengths)
+    lm.check_prompts(inputs, lengths)
     return _jitted(config, params, inputs, key, input_lengths=lengths, **settings)
 
 
@@ -299,7 +302,8 @@ def row_uniforms(
     """One number in [0, 1) for each position and row, a function of (key, row, position) alone."""
 
     def one(row, position):
-        return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, row), position))
+        of_token = jax.random.fold_in(jax.random.fold_in(key, row), position)
+        return jax.random.uniform(of_token, dtype=jnp.float32)  # under x64, too
 
     rows, positions = jnp.arange(batch_size), jnp.arange(length)
     return jax.vmap(lambda position: jax.vmap(lambda row: one(row, position))(rows))(positions)

@@ -555,12 +555,17 @@ def test_eight_devices_equal_one(sizes, num_microbatches, student, teacher, batc
             {"sampling": sampling.SamplingConfig(temperature=0.0)},
             "sampling.temperature must be positive in training, got 0",
         ),
+        ({"divergence": lambda q, p: jnp.mean((q - p) ** 2)}, "one number for each token"),
         ({"label_smoothing": 1.0}, r"label_smoothing must lie in \[0, 1\), got 1.0"),
     ],
 )
 def test_bad_configurations_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         GKDConfig(**changes)
+
+
+def test_a_divergence_may_read_the_likeliest_ids_alone():
+    GKDConfig(divergence=lambda q, p: jnp.sum(jax.lax.top_k(p - q, 50)[0], axis=-1))
 
 
 def test_greedy_sampling_is_allowed_where_nothing_is_sampled():

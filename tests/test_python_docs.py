@@ -68,6 +68,8 @@ def test_the_public_sample_is_compiled_and_draws_the_same():
     assert sampling._jitted._cache_size() == before + 1
     expected = sample(CONFIG, params, inputs, key, **more)
     np.testing.assert_array_equal(found.tokens, expected.tokens)
+    plain = gkd_jax.sample(CONFIG, params, inputs, key, plain=True, **more)
+    np.testing.assert_array_equal(plain.tokens, expected.tokens)
 
 
 def test_num_pieces_without_a_record_are_the_rows(models, tmp_path):
@@ -80,11 +82,12 @@ def test_num_pieces_without_a_record_are_the_rows(models, tmp_path):
 # In a process of its own: here, signatures are checked before the functions can speak.
 _CALLS = """
 import pathlib
-import jax, jax.numpy as jnp, numpy as np
+import jax, jax.numpy as jnp, numpy as np, optax
 import gkd_jax
-from gkd_jax import Batch, convert, load_model
+from gkd_jax import Batch, convert, gkd, gkd_config, load_model, rl
 from gkd_jax.models import decoder_config, lm
 from gkd_jax.sampling import SamplingConfig
+from gkd_jax.training import train_state
 
 def says(expected, call, *arguments, **settings):
     try:
@@ -129,6 +132,56 @@ for wrong in (0, -1):
          max_length=wrong)
 says("eos_ids must lie in [0, 32), the model's vocabulary; got (40,)", sample, np.array([4, 1]),
      SamplingConfig(temperature=0.0, eos_ids=(40,)))
+says("num_samples must be a positive integer, got 0", gkd_jax.sample, config, params, inputs,
+     max_length=3, input_lengths=np.array([4, 1]), sampling=greedy, num_samples=0)
+
+# Shapes that do not belong together, traced or not, and what an update lacks.
+def trace(batch, of=config):
+    return jax.eval_shape(lambda params, batch: lm.logits(of, params, batch), params, batch)
+good = Batch(inputs, targets, np.ones((2, 3), np.float32), input_lengths=np.array([4, 1]))
+for said, changes in (
+    ("inputs must have the axes [B S], got the shape (4,)", {"inputs": inputs[0]}),
+    ("input_lengths must be 2 numbers from 1 to 4, the tokens of each prompt, got the shape (1,)",
+     {"input_lengths": np.array([4])}),
+    ("rows for each of the 2 prompts, got the shape (3, 3)", {"targets": targets[[0, 0, 1]]}),
+    ("rows for each of the 2 prompts, got the shape (3,)", {"targets": targets[0]}),
+    ("weights must have the shape of the targets, (2, 3), got (2, 1)",
+     {"weights": np.ones((2, 1))}),
+    ("weights must have the shape of the targets, (2, 3), got (3,)", {"weights": np.ones(3)}),
+    ("teacher_inputs must have a row for each of the 2 prompts, got the shape (1, 4)",
+     {"teacher_inputs": inputs[:1], "teacher_input_lengths": np.array([4])}),
+):
+    says(said, trace, good._replace(**changes))
+assert trace(good).shape == (2, 3, 32)
+pair = gkd.ModelPair(student=config, teacher=config, num_pieces=32)
+method = gkd.GKDConfig(sampling=SamplingConfig(eos_ids=[2]))
+def update(teacher=params, batch=good, advantages=None, **changes):
+    learner = gkd.Learner(config=method, models=pair, optimizer=optax.sgd(0.1), **changes)
+    state = train_state.create(params, learner.optimizer)
+    key = jax.random.key(0)
+    return jax.eval_shape(lambda *rest: gkd.update(learner, *rest), state, teacher, batch, key,
+                          advantages)
+assert update()[0].params.keys() == params.keys()
+says("num_microbatches=3 does not divide the 2 prompts", update, num_microbatches=3)
+says("a divergence needs the teacher's sizes and its parameters, got None", update, None)
+says("with_average=True", update, None, self_teacher=gkd.MovingAverage())
+says("advantages need GKDConfig.rl", update, advantages=np.ones(2))
+blocks = tuple(gkd_config.TaskTeacher(task=task, models=pair, num_rows=2) for task in "ab")
+says("whole blocks of 4 prompts", update, {"a": params, "b": params}, task_teachers=blocks)
+for wrong in (np.ones((2, 1)), np.ones(1), np.float32(1)):
+    said = f"one number for each of the 2 sequences, got the shape {wrong.shape}"
+    says(said, rl.policy_loss, jnp.zeros((2, 3)), jnp.ones((2, 3)), wrong)
+
+# Arrays of NumPy, and ids of a dtype that is too small for the other ids.
+half = gkd.GKDConfig(sampling=method.sampling, mixing="example", on_policy_fraction=0.5)
+drawn, _ = gkd.sample_targets(half, pair, params, good, jax.random.key(0))
+assert (drawn.targets[1] == 1).all() and (drawn.targets[0] != 1).any()
+large = decoder_config.DecoderConfig(**{**vars(config), "vocab_size": 300})
+params = lm.init(large, jax.random.key(0))
+ids = good._replace(targets=targets + 290)
+found = lm.logits(large, params, ids._replace(inputs=inputs.astype(np.uint8)))
+np.testing.assert_array_equal(found, lm.logits(large, params, ids))
+
 logits = jnp.zeros((2, 3, 5))
 for name in ("forward_kl", "reverse_kl", "jsd", "total_variation"):
     for other in (logits[:1], logits[..., :4]):

@@ -320,6 +320,13 @@ def test_a_row_does_not_depend_on_the_others(params, inputs):
     assert (np.asarray(others.tokens[3:]) != np.asarray(expected.tokens[3:])).any()
 
 
+def test_with_64_bits_enabled_the_samples_are_the_same(params, inputs):
+    expected = decode(CONFIG, params, inputs, jax.random.key(4), max_length=T).tokens
+    with jax.enable_x64(True):
+        found = decode(CONFIG, params, inputs, jax.random.key(4), max_length=T).tokens
+        np.testing.assert_array_equal(found, expected)
+
+
 def test_rows_and_keys_differ(params, inputs):
     same = jnp.tile(inputs[:1], (B, 1))
     first = decode(CONFIG, params, same, jax.random.key(0), max_length=T)

@@ -223,9 +223,8 @@ def _joined(
     place = jnp.arange(inputs.shape[1] + targets.shape[1])[None]
     after = jnp.clip(place - lengths[:, None], 0, targets.shape[1] - 1)
     padded = jnp.pad(inputs, ((0, 0), (0, targets.shape[1])))
-    return jnp.where(
-        place < lengths[:, None], padded, jnp.take_along_axis(targets, after, axis=1)
-    ).astype(inputs.dtype)
+    # Prompts of bytes may go with targets of larger ids: the result has the larger of both dtypes.
+    return jnp.where(place < lengths[:, None], padded, jnp.take_along_axis(targets, after, axis=1))
 
 
 # Decoding -----------------------------------------------------------------------------------------

@@ -116,6 +116,7 @@ def _write(
         size = segment.shape[-2]
         place = jnp.clip(ring_place - start, 0, size - 1)
         at = (layer, 0, 0, place, 0) if stacked else (0, 0, place, 0)
+        at = tuple(jnp.asarray(index, jnp.int32) for index in at)  # of one type under x64, too
         start += size
         here = new
         if segment is not segments[-1]:

@@ -80,29 +80,60 @@ def encode(
     Raises:
         ValueError: if a decoder-only model is given no lengths.
     """
-    check_lengths(inputs, input_lengths)
+    check_prompts(inputs, input_lengths)
     return _family(config).encode(config, params, inputs, input_lengths, dropout_key=dropout_key)
 
 
-def check_lengths(inputs: Any, input_lengths: Any | None) -> None:
-    """Checks the lengths of prompts, unless they are traced or on other hosts.
+def check_batch(batch: Batch) -> None:
+    """Checks that the arrays of a batch belong together; see `Batch` for their shapes.
+
+    Raises:
+        ValueError: if they do not, because arrays of other shapes might be broadcast.
+    """
+    check_prompts(batch.inputs, batch.input_lengths)
+    num_prompts, shape = batch.inputs.shape[0], np.shape(batch.targets)
+    if len(shape) != 2 or not shape[0] or shape[0] % num_prompts:
+        raise ValueError(
+            "targets must have the axes [N T] with as many rows for each of the "
+            f"{num_prompts} prompts, got the shape {shape}"
+        )
+    if np.shape(batch.weights) != shape:
+        raise ValueError(
+            f"weights must have the shape of the targets, {shape}, got {np.shape(batch.weights)}"
+        )
+    if batch.teacher_inputs is not None and batch.teacher_inputs.shape[0] != num_prompts:
+        raise ValueError(
+            f"teacher_inputs must have a row for each of the {num_prompts} prompts, got the shape "
+            f"{batch.teacher_inputs.shape}"
+        )
+
+
+def check_prompts(inputs: Any, input_lengths: Any | None) -> None:
+    """Checks prompts and their lengths, whose values it skips if they are traced or elsewhere.
 
     Args:
         inputs: prompts [B S], padded on the right.
         input_lengths: the number of tokens of each prompt [B]; None passes.
 
     Raises:
-        ValueError: if there is not one length from 1 to S for each prompt.
+        ValueError: if the prompts have other axes, or if there is not one length from 1 to S for
+            each prompt.
     """
-    if input_lengths is None or isinstance(input_lengths, core.Tracer):
+    if np.ndim(inputs) != 2:
+        raise ValueError(f"inputs must have the axes [B S], got the shape {np.shape(inputs)}")
+    if input_lengths is None:
         return
-    if not getattr(input_lengths, "is_fully_addressable", True):
-        return
-    lengths, (rows, longest) = np.asarray(input_lengths), inputs.shape
-    if lengths.shape != (rows,) or lengths.min() < 1 or lengths.max() > longest:
+    (rows, longest), shape = inputs.shape, np.shape(input_lengths)
+    is_right, got = shape == (rows,), f"the shape {shape}"
+    is_traced = isinstance(input_lengths, core.Tracer)
+    if not is_traced and getattr(input_lengths, "is_fully_addressable", True):
+        lengths = np.asarray(input_lengths)
+        is_right = is_right and lengths.min() >= 1 and lengths.max() <= longest
+        got = str(lengths.tolist())
+    if not is_right:
         raise ValueError(
             f"input_lengths must be {rows} numbers from 1 to {longest}, the tokens of each prompt, "
-            f"got {lengths.tolist()}"
+            f"got {got}"
         )
 
 
@@ -129,7 +160,7 @@ def hidden(
         context: `encode`'s result, where the caller has it already.
         dropout_key: the key of dropout; None turns dropout off.
     """
-    check_lengths(batch.inputs, batch.input_lengths)
+    check_batch(batch)
     return _family(config).hidden(config, params, batch, context=context, dropout_key=dropout_key)
 
 
