@@ -64,7 +64,7 @@ def test_each_pass_has_all_examples_in_an_order_of_its_own(task, limit):
 
 def test_orders_are_uniform(task):
     """A chi-square test of the position of one example over many passes, in ten parts."""
-    examples = in_memory.Examples(task.get_dataset(None, split="train", shuffle=False))
+    examples = in_memory.Shuffled(task.get_dataset(None, split="train", shuffle=False))
     order = examples.batches(3, SIZE).map(
         lambda x: tf.strings.reduce_join(tf.strings.as_string(x["inputs"]), axis=1)
     )
@@ -196,7 +196,7 @@ def test_rows_of_one_known_length_make_batches_too(monkeypatch):
 
 def test_large_and_unknown_sources_keep_seqio_s_window(task, monkeypatch):
     monkeypatch.setattr(in_memory, "LARGEST", 100)
-    monkeypatch.setattr(in_memory, "Examples", None)  # is not asked for
+    monkeypatch.setattr(in_memory, "Shuffled", None)  # is not asked for
     # seqio repeats first and shuffles then: an example may come twice within a pass.
     assert set(numbers(stream(task), 70)) <= set(range(SIZE))
     assert sorted(numbers(stream(task, num_examples=650), 65)) == list(range(650))

@@ -6,13 +6,13 @@ order of the examples in a pass is a function of the seed and the number of the 
 checkpoint only needs to save one number: how many examples have been taken.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 import seqio
 import tensorflow as tf
 
+from gkd_jax.input.data import WHOLE, Shard
 from gkd_jax.input.split import Split
 from gkd_jax.input.untuned import untuned
 
@@ -60,15 +60,29 @@ class Shuffled:
         size: the number of examples.
     """
 
-    size: int
+    def __init__(
+        self,
+        dataset: tf.data.Dataset,
+        tokenize: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
+    ):
+        """Reads all examples of a finite dataset.
 
-    def rows(self, numbers: tf.Tensor) -> Mapping[str, tf.RaggedTensor]:
-        """Returns the tokenized examples at a vector of indices."""
-        raise NotImplementedError
+        Args:
+            dataset: the examples, whose features are scalars or vectors of any lengths.
+            tokenize: makes rows of ids from the features of some of the examples. Tokenizing a
+                whole source at the start of a run would take seconds, so the examples of a batch
+                are tokenized, all at once, when they are taken.
+        """
+        batches: Any = untuned(dataset.ragged_batch(_READ_AT_ONCE))
+        spec: Any = batches.element_spec
+        parts = list(batches) or [{name: _no_rows(one) for name, one in spec.items()}]
+        columns: dict[str, Any] = {
+            name: tf.concat([part[name] for part in parts], 0) for name in spec
+        }
+        self._columns, self._tokenize = columns, tokenize
+        self.size = next(iter(columns.values())).shape[0]
 
-    def batches(
-        self, seed: int, batch_size: int, *, num_shards: int = 1, index: int = 0
-    ) -> tf.data.Dataset:
+    def batches(self, seed: int, batch_size: int, shard: Shard = WHOLE) -> tf.data.Dataset:
         """Returns an endless dataset of passes over a shard, each pass in another order.
 
         The elements are batches of ragged rows. The order of the rows does not depend on the size
@@ -77,19 +91,25 @@ class Shuffled:
         Args:
             seed: the seed of the orders.
             batch_size: the number of rows of a batch.
-            num_shards: the number of shards. Shard i has the examples i, i + num_shards, ...
-            index: the index of the shard.
+            shard: the part of the examples. Shard i of n has the examples i, i + n, ...
         """
-        size = (self.size - index + num_shards - 1) // num_shards
+        size = (self.size - shard.index + shard.num_shards - 1) // shard.num_shards
 
         @tf.autograph.experimental.do_not_convert  # converting takes seconds, and changes nothing
-        def chosen(first: Any) -> Mapping[str, tf.RaggedTensor]:
+        def chosen(first: Any) -> Mapping[str, Any]:
             steps = first + tf.range(batch_size, dtype=tf.int64)
-            return self.rows(index + num_shards * _order(steps, seed, size))
+            numbers = shard.index + shard.num_shards * _order(steps, seed, size)
+            columns = self._columns.items()
+            return self._tokenize({name: tf.gather(column, numbers) for name, column in columns})
 
         # `Dataset.batch` of single steps would cost more than all that follows.
         firsts = tf.data.Dataset.counter(0, batch_size)
         return firsts.take(-1 if size > 0 else 0).map(chosen, num_parallel_calls=1)
+
+
+def _no_rows(spec: Any) -> tf.Tensor:
+    """Returns a batch of 0 rows of a feature."""
+    return tf.zeros([0] * spec.shape.rank, spec.dtype)
 
 
 def _order(steps: Any, seed: int, size: int) -> tf.Tensor:
@@ -104,62 +124,3 @@ def _order(steps: Any, seed: int, size: int) -> tf.Tensor:
         max_index=tf.constant(max(size - 1, 0), steps.dtype),
         rounds=4,
     )
-
-
-class Texts(Shuffled):
-    """Examples of a source before tokenization, with one scalar (a string) per feature.
-
-    Tokenizing a whole source at the start of a run takes seconds. The examples of a batch are
-    tokenized, all at once, when they are taken.
-    """
-
-    def __init__(
-        self,
-        dataset: tf.data.Dataset,
-        tokenize: Callable[[Mapping[str, tf.Tensor]], Mapping[str, tf.RaggedTensor]],
-    ):
-        """Reads all examples of a finite dataset, whose features are scalars.
-
-        Args:
-            dataset: the examples.
-            tokenize: makes rows of ids from features that are vectors of texts.
-        """
-        batches: Any = untuned(dataset.batch(_READ_AT_ONCE))
-        rows = list(batches)
-        spec: Any = dataset.element_spec
-        names: list[str] = list(spec)
-        self._columns: dict[str, tf.Tensor] = {
-            name: tf.concat([row[name] for row in rows], 0) for name in names
-        }
-        self._tokenize = tokenize
-        self.size = int(tf.size(self._columns[names[0]])) if rows else 0
-
-    def rows(self, numbers: tf.Tensor) -> Mapping[str, tf.RaggedTensor]:
-        texts = {name: tf.gather(column, numbers) for name, column in self._columns.items()}
-        return self._tokenize(texts)
-
-
-class Examples(Shuffled):
-    """Tokenized examples, whose features have any lengths."""
-
-    def __init__(self, dataset: tf.data.Dataset, features: Sequence[str] = ("inputs", "targets")):
-        """Reads all examples of a finite dataset; of each, the named features."""
-        ids: dict[str, list[np.ndarray]] = {name: [] for name in features}
-        lengths: dict[str, list[np.ndarray]] = {name: [] for name in features}
-        chosen = dataset.map(lambda x: {name: tf.cast(x[name], tf.int32) for name in features})
-        batches: Any = untuned(chosen.ragged_batch(_READ_AT_ONCE))
-        for rows in batches:
-            for name in features:
-                ids[name].append(ragged(rows[name]).flat_values.numpy())
-                lengths[name].append(ragged(rows[name]).row_lengths().numpy())
-        self.size = sum(map(len, lengths["inputs"]))
-        self._rows = {
-            name: _Ragged.from_row_lengths(
-                tf.constant(np.concatenate(ids[name] or [[]]), tf.int32),
-                tf.constant(np.concatenate(lengths[name] or [[]]), tf.int64),
-            )
-            for name in features
-        }
-
-    def rows(self, numbers: tf.Tensor) -> Mapping[str, tf.RaggedTensor]:
-        return {name: tf.gather(rows, numbers) for name, rows in self._rows.items()}

@@ -9,7 +9,6 @@ source is shuffled within seqio's window.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-import functools
 from typing import Any
 
 from etils import epath
@@ -20,7 +19,7 @@ import tensorflow as tf
 
 from gkd_jax.batch import Batch
 from gkd_jax.input import fit, in_memory
-from gkd_jax.input.data import TEACHER_INPUTS, WHOLE, DataConfig, Shape, Shard
+from gkd_jax.input.data import TEACHER_INPUTS, WHOLE, DataConfig, Shard
 from gkd_jax.input.split import Split
 from gkd_jax.input.untuned import untuned
 
@@ -100,11 +99,11 @@ def _batches(task: Any, config: DataConfig, shard: Shard) -> tf.data.Dataset:
     sources = [_in_memory(split, config.features()) for split in splits]
     if len(sources) == 1 and len(shapes) == 1 and sources[0] is not None:
         # The rows of a batch are neighbours in the source, so they are made all at once.
-        return _endless(sources[0], batch_size, config, shard).map(_padding(config, shapes[0]))
+        return sources[0].batches(config.seed, batch_size, shard).map(_padding(config, shapes[0]))
     parts = [
         _large(split, shard)
         if source is None
-        else _endless(source, in_memory.ROWS_AT_ONCE, config, shard).unbatch()
+        else source.batches(config.seed, in_memory.ROWS_AT_ONCE, shard).unbatch()
         for split, source in zip(splits, sources, strict=True)
     ]
     rows = parts[0] if len(parts) == 1 else _in_blocks(parts, config)
@@ -134,13 +133,14 @@ def _in_memory(split: Split, names: Sequence[str]) -> in_memory.Shuffled | None:
         return None
     texts = split.texts()
     if texts is None:
-        return in_memory.Examples(split.dataset(), names)
+        ids = split.dataset().map(lambda x: {name: tf.cast(x[name], tf.int32) for name in names})
+        return in_memory.Shuffled(ids)
 
     def tokenize(some):
         rows = split.tokenize(some)
         return {name: rows[name] for name in names}
 
-    return in_memory.Texts(texts, tokenize)
+    return in_memory.Shuffled(texts, tokenize)
 
 
 def _large(split: Split, shard: Shard) -> tf.data.Dataset:
@@ -160,27 +160,25 @@ def _large(split: Split, shard: Shard) -> tf.data.Dataset:
     return split.read(shuffle=True, num_epochs=None, shard_info=part)
 
 
-def _endless(
-    source: in_memory.Shuffled, batch_size: int, config: DataConfig, shard: Shard
-) -> tf.data.Dataset:
-    return source.batches(config.seed, batch_size, num_shards=shard.num_shards, index=shard.index)
-
-
 def _padded(
-    rows: tf.data.Dataset, config: DataConfig, batch_size: int, shape: Shape
+    rows: tf.data.Dataset, config: DataConfig, batch_size: int, shape: Sequence[Any]
 ) -> tf.data.Dataset:
-    """Returns the padded batches of a dataset of rows."""
+    """Returns the padded batches of a dataset of rows; see `_padding`."""
     chosen = rows.map(lambda row: {name: row[name] for name in config.features()})
     batches = chosen.ragged_batch(batch_size, drop_remainder=True)
     return batches.map(_padding(config, shape))
 
 
 def _padding(
-    config: DataConfig, shape: Shape
+    config: DataConfig, shape: Sequence[Any]
 ) -> Callable[[Mapping[str, _Rows]], dict[str, tf.Tensor]]:
-    """Returns the function that makes a `Batch`'s arrays, of a given shape, from ragged rows.
+    """Returns the function that makes a `Batch`'s arrays from ragged rows.
 
     Weights and lengths are made before padding, because ids alone do not tell padding from tokens.
+
+    Args:
+        config: the configuration of the data.
+        shape: the length of each feature, an integer or a scalar tensor.
     """
 
     @tf.autograph.experimental.do_not_convert
@@ -189,7 +187,7 @@ def _padding(
         for name, length in zip(config.features(), shape, strict=True):
             ids = in_memory.ragged(rows[name])
             sizes = ids.row_lengths()
-            found[name] = tf.cast(ids.to_tensor(shape=[None, length]), tf.int32)
+            found[name] = tf.cast(ids.to_tensor(shape=tf.stack([-1, length])), tf.int32)
             if name in _LENGTHS:
                 found[_LENGTHS[name]] = tf.cast(sizes, tf.int32)
             else:
@@ -201,31 +199,14 @@ def _padding(
 
 def _in_buckets(dataset: tf.data.Dataset, config: DataConfig, batch_size: int) -> tf.data.Dataset:
     """Returns padded batches of rows, each with the shape of one length bucket."""
-    shapes = config.shapes()
+    shapes = tf.constant(config.shapes())
 
     def bucket(row):
         sizes = tf.stack([tf.size(row[name]) for name in config.features()])
-        fits = [tf.reduce_all(sizes <= tf.constant(shape)) for shape in shapes]
-        return tf.argmax(tf.cast(tf.stack(fits), tf.int32), output_type=tf.int64)
+        fits = tf.reduce_all(sizes <= shapes, axis=1)
+        return tf.argmax(tf.cast(fits, tf.int32), output_type=tf.int64)
 
-    def reduce(key, window):
-        def branch(shape):
-            # All buckets must have one element type, so the static shapes leave the sizes open.
-            return _padded(window, config, batch_size, shape).map(_any_shape)
+    def batch(index, rows):
+        return _padded(rows, config, batch_size, tf.unstack(shapes[index]))
 
-        # A graph cannot choose a shape by the tensor `key`. The branches of all shapes are joined
-        # instead, and the filter empties every branch except that of `key`.
-        def chosen(index):
-            is_it = tf.data.Dataset.from_tensors(0).filter(lambda _: key == index)
-            return is_it.flat_map(lambda _: branch(shapes[index]))
-
-        return functools.reduce(lambda a, b: a.concatenate(b), map(chosen, range(len(shapes))))
-
-    return dataset.group_by_window(key_func=bucket, reduce_func=reduce, window_size=batch_size)
-
-
-def _any_shape(batch: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-    """Removes the sizes from the static shapes of a batch's arrays."""
-    return {
-        name: tf.ensure_shape(value, [None] * value.shape.rank) for name, value in batch.items()
-    }
+    return dataset.group_by_window(key_func=bucket, reduce_func=batch, window_size=batch_size)
