@@ -26,16 +26,10 @@ from collections.abc import Callable
 import functools
 import random
 
-import seqio
-import tensorflow as tf
-
 from gkd_jax.tasks import features
 from gkd_jax.text import text_metrics, vocabularies
 
 
-TASK = "arithmetic"
-HINTS_TASK = "arithmetic_hints"
-BACKWARDS_TASK = "arithmetic_backwards"
 SIZES = {"train": 50_000, "validation": 512, "test": 1024}
 SEED = 0
 
@@ -95,66 +89,36 @@ def _problem(below: Callable[[int], int]) -> tuple[str, str]:
     return " ".join([*sentences, question]), " ".join([*steps, f"The answer is {value}."])
 
 
-@functools.cache
-def _tensors(split: str) -> dict[str, tf.Tensor]:
+def _columns(split: str) -> dict[str, list[str]]:
     questions, chains = zip(*problems()[split], strict=True)
-    with tf.init_scope():
-        return {"inputs": tf.constant(questions), "targets": tf.constant(chains)}
+    return {"inputs": list(questions), "targets": list(chains)}
 
 
-def _dataset(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
-    del shuffle_files, seed  # The problems are fixed, and the training stream shuffles them.
-    # The dataset is made from tensors, because the position of a Python generator cannot be saved.
-    return tf.data.Dataset.from_tensor_slices(_tensors(split))
+def _columns_with_hints(split: str) -> dict[str, list[str]]:
+    rows = problems()[split]
+    return {
+        "inputs": [x for question, chain in rows for x in (question, f"{question} {chain}")],
+        "targets": [chain for _, chain in rows for _ in range(2)],
+    }
 
 
-features.register(
-    TASK,
-    source=seqio.FunctionDataSource(_dataset, splits=list(SIZES), num_input_examples=SIZES),
-    metric_fns=[text_metrics.answer_accuracy],
-    vocabulary=vocabularies.arithmetic(),
-)
-
-
-def _dataset_with_hints(
-    split: str, shuffle_files: bool, seed: int | None = None
-) -> tf.data.Dataset:
-    del shuffle_files, seed
-    rows = [
-        (inputs, chain)
-        for question, chain in problems()[split]
-        for inputs in (question, f"{question} {chain}")
-    ]
-    questions, chains = zip(*rows, strict=True)
-    return tf.data.Dataset.from_tensor_slices({"inputs": list(questions), "targets": list(chains)})
-
-
-features.register(
-    HINTS_TASK,
-    source=seqio.FunctionDataSource(
-        _dataset_with_hints,
-        splits=list(SIZES),
-        num_input_examples={split: 2 * size for split, size in SIZES.items()},
-    ),
-    metric_fns=[text_metrics.answer_accuracy],
-    vocabulary=vocabularies.arithmetic(),
-)
-
-
-def _dataset_backwards(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
-    del shuffle_files, seed
+def _columns_backwards(split: str) -> dict[str, list[str]]:
     told = [question.split(". ")[:-1] for question, _ in problems()[split]]
-    forwards, backwards = (
-        [". ".join(sentences[::step]) + "." for sentences in told] for step in (1, -1)
+    return {
+        "inputs": [". ".join(sentences) + "." for sentences in told],
+        "targets": [". ".join(reversed(sentences)) + "." for sentences in told],
+    }
+
+
+_SIZES_WITH_HINTS = {split: 2 * size for split, size in SIZES.items()}
+for _name, _read, _sizes, _metric in (
+    ("arithmetic", _columns, SIZES, text_metrics.answer_accuracy),
+    ("arithmetic_hints", _columns_with_hints, _SIZES_WITH_HINTS, text_metrics.answer_accuracy),
+    ("arithmetic_backwards", _columns_backwards, SIZES, text_metrics.exact_match),
+):
+    features.register(
+        _name,
+        source=features.table_source(_read, SIZES, _sizes),
+        metric_fns=[_metric],
+        vocabulary=vocabularies.arithmetic(),
     )
-    return tf.data.Dataset.from_tensor_slices({"inputs": forwards, "targets": backwards})
-
-
-features.register(
-    BACKWARDS_TASK,
-    source=seqio.FunctionDataSource(
-        _dataset_backwards, splits=list(SIZES), num_input_examples=SIZES
-    ),
-    metric_fns=[text_metrics.exact_match],
-    vocabulary=vocabularies.arithmetic(),
-)

@@ -31,7 +31,6 @@ import os
 import re
 from typing import Any
 
-import seqio
 import tensorflow as tf
 
 from gkd_jax.tasks import features, few_shot, folder
@@ -115,25 +114,18 @@ def _read_examples(where: str, name: str) -> list[tuple[str, str]]:
     return rows
 
 
-def direct_answer(
-    text: str, *, example: Mapping[str, Any], is_target: bool = False
+def answer(
+    text: str, *, example: Mapping[str, Any], is_target: bool = False, cot: bool
 ) -> str | tuple[str, str]:
-    """Returns the answer in a prediction, or (file, target): the postprocess_fn of `bbh_direct`."""
-    if is_target:
-        return few_shot.with_group(text, example=example, is_target=True)
-    return few_shot.until_next_question(text)
+    """Returns the answer in a prediction, or (file, target): a seqio postprocess_fn.
 
-
-def cot_answer(
-    text: str, *, example: Mapping[str, Any], is_target: bool = False
-) -> str | tuple[str, str]:
-    """Returns the answer in a prediction, or (file, target): the postprocess_fn of `bbh_cot`.
-
-    The answer is "" if the prediction states none.
+    With `cot`, the answer is what the prediction states after a chain of thought, or "" if it
+    states none.
     """
     if is_target:
         return few_shot.with_group(text, example=example, is_target=True)
-    return text_metrics.stated_answer(few_shot.until_next_question(text)) or ""
+    first = few_shot.until_next_question(text)
+    return (text_metrics.stated_answer(first) or "") if cot else first
 
 
 def mean_over_tasks(
@@ -152,34 +144,26 @@ def mean_over_tasks(
     return {"accuracy_23_tasks": value}
 
 
-def _dataset(
-    split: str,
-    shuffle_files: bool,
-    seed: int | None = None,
-    *,
-    names: Sequence[str] = FILES,
-    cot: bool = False,
-) -> tf.data.Dataset:
-    del split, shuffle_files, seed  # The dataset is a table in memory, which its reader shuffles.
-    data_dir = few_shot.family_folder("bbh", "bbh", "cot-prompts")
+def _dataset(split: str, names: Sequence[str], cot: bool) -> tf.data.Dataset:
+    del split  # There is only one.
+    data_dir = folder.family_folder("bbh", "bbh", "cot-prompts")
     return few_shot.group_dataset([read_file(data_dir, name, cot=cot) for name in names])
 
 
-def _register(kind: str, name: str, names: Sequence[str]) -> None:
-    """Registers a task of the kind "direct" or "cot" that is made of some of the files."""
+def _register(name: str, names: Sequence[str], *, cot: bool) -> None:
+    """Registers a task that is made of some of the files, with or without chains of thought."""
     whole = len(names) == len(FILES)
+    dataset = functools.partial(_dataset, names=names, cot=cot)
     features.register(
         name,
-        source=seqio.FunctionDataSource(
-            functools.partial(_dataset, names=names, cot=kind == "cot"), splits=["test"]
-        ),
+        source=features.table_source(dataset, ["test"]),
         tokenize=few_shot.TOKENIZE,
         metric_fns=[text_metrics.grouped_exact_match, *([mean_over_tasks] if whole else [])],
-        postprocess_fn=cot_answer if kind == "cot" else direct_answer,
+        postprocess_fn=functools.partial(answer, cot=cot),
     )
 
 
 for _kind in ("direct", "cot"):
-    _register(_kind, f"bbh_{_kind}", FILES)
+    _register(f"bbh_{_kind}", FILES, cot=_kind == "cot")
     for _name in FILES:
-        _register(_kind, f"bbh_{_kind}_{_name}", (_name,))
+        _register(f"bbh_{_kind}_{_name}", (_name,), cot=_kind == "cot")

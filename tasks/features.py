@@ -1,7 +1,8 @@
 """The features `inputs` and `targets` that all tasks have, and the registration of tasks."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
+import functools
 from typing import Any
 
 import seqio
@@ -157,6 +158,32 @@ def with_teacher_inputs(task: seqio.Task | seqio.Mixture, template: str) -> seqi
         preprocessors=steps,
         output_features={**task.output_features, "teacher_inputs": task.output_features["inputs"]},
     )
+
+
+def table_source(
+    read: Callable[[str], tf.data.Dataset | Mapping[str, Sequence[str]]],
+    splits: Iterable[str],
+    sizes: Mapping[str, int] | None = None,
+) -> seqio.FunctionDataSource:
+    """Returns a source whose splits are tables in memory, which their reader shuffles.
+
+    Args:
+        read: returns a split: the columns of its table by the name of the feature, or a dataset.
+        splits: the names of the splits.
+        sizes: the number of examples of each split; None if it is known only after reading.
+    """
+    dataset = functools.partial(_table, read=read)
+    return seqio.FunctionDataSource(dataset, splits=list(splits), num_input_examples=sizes)
+
+
+def _table(
+    split: str, shuffle_files: bool, seed: int | None = None, *, read: Callable[[str], Any]
+) -> tf.data.Dataset:
+    del shuffle_files, seed
+    table = read(split)
+    if isinstance(table, tf.data.Dataset):
+        return table
+    return tf.data.Dataset.from_tensor_slices(dict(table))
 
 
 def register(

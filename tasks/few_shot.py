@@ -6,14 +6,13 @@ joins them to `inputs`, with as many of the first shots as fit into the feature 
 
 from collections.abc import Mapping, Sequence
 import itertools
-import os
 import re
 from typing import Any, NamedTuple
 
 import seqio
 import tensorflow as tf
 
-from gkd_jax.tasks import features, folder
+from gkd_jax.tasks import features
 
 
 class Shot(NamedTuple):
@@ -68,25 +67,6 @@ def parse_shots(lines: Sequence[str], path: str) -> tuple[str, list[Shot]]:
 def one_line(text: str) -> str:
     """Returns a text in which every sequence of white space is one space, as T5 tokenizes it."""
     return " ".join(text.split())
-
-
-def family_folder(task: str, family: str, entry: str) -> str:
-    """Returns the folder DATA_DIR/`family` if it has `entry`, or else DATA_DIR.
-
-    Folders of their own let the files of several tasks, such as those for training and evaluation,
-    share one DATA_DIR.
-
-    Args:
-        task: the task's name, for error messages.
-        family: the name of the folder.
-        entry: the name of a file or folder.
-
-    Raises:
-        ValueError: if DATA_DIR is not set.
-    """
-    root = folder.data_dir(task)
-    inner = os.path.join(root, family)
-    return inner if tf.io.gfile.exists(os.path.join(inner, entry)) else root
 
 
 def join_prompt(

@@ -123,7 +123,7 @@ def read_file(path: str) -> list[dict[str, str]]:
     if ".jsonl" not in os.path.basename(path):
         return _read_tsv(path)
     found = []
-    rows = files.parse_objects(folders.read_lines(*os.path.split(path)), path)
+    rows = files.read_objects(path)
     for number, row in enumerate(rows, start=1):
         keys = ("inputs", "targets", *(["task_name"] if "task_name" in row else []))
         with files.faults_in(path, number):
@@ -146,7 +146,7 @@ def group_by_task(paths: Sequence[str]) -> list[list[dict[str, str]]]:
 
 def _read_tsv(path: str) -> list[dict[str, str]]:
     rows = []
-    for number, line in enumerate(folders.read_lines(*os.path.split(path)), start=1):
+    for number, line in enumerate(files.read_lines(path), start=1):
         columns = [few_shot.one_line(text.replace("\\n", "\n")) for text in line.split("\t")]
         if len(columns) not in (2, 3) or not all(columns):
             raise ValueError(
@@ -172,7 +172,7 @@ def _dataset(
     # The data sets are mixed even if the stream is not shuffled, so that the first N examples come
     # from all data sets.
     del split, shuffle_files
-    where = few_shot.family_folder(name, "flan", "") if folder is None else folder
+    where = folders.family_folder(name, "flan", "") if folder is None else folder
     groups = group_by_task(find_files(where))
     order = mixed_order([len(rows) for rows in groups], maximum, seed or 0)
     table = {

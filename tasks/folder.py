@@ -38,6 +38,25 @@ def data_dir(task: str) -> str:
     return _data_dir
 
 
+def family_folder(task: str, family: str, entry: str) -> str:
+    """Returns the folder DATA_DIR/`family` if it has `entry`, or else DATA_DIR.
+
+    Folders of their own let the files of several tasks, such as those for training and evaluation,
+    share one DATA_DIR.
+
+    Args:
+        task: the task's name, for error messages.
+        family: the name of the folder.
+        entry: the name of a file or folder.
+
+    Raises:
+        ValueError: if DATA_DIR is not set.
+    """
+    root = data_dir(task)
+    inner = os.path.join(root, family)
+    return inner if tf.io.gfile.exists(os.path.join(inner, entry)) else root
+
+
 def read_lines(folder: str, name: str) -> list[str]:
     """Returns the lines of the text file `name` or `name`.gz in a folder; see `files.read_lines`.
 

@@ -77,7 +77,7 @@ def cot_prompt() -> tuple[str, list[few_shot.Shot]]:
     """
     lines, path = COT_PROMPT.splitlines(), "COT_PROMPT"
     try:
-        where = few_shot.family_folder("gsm8k_cot", "gsm8k", COT_FILE)
+        where = folder.family_folder("gsm8k_cot", "gsm8k", COT_FILE)
     except ValueError:
         where = ""  # DATA_DIR is not set, and this task can do without it.
     if where and tf.io.gfile.exists(os.path.join(where, COT_FILE)):

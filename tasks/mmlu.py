@@ -26,7 +26,6 @@ import csv
 import functools
 import os
 
-import seqio
 import tensorflow as tf
 
 from gkd_jax.tasks import features, few_shot, folder
@@ -101,11 +100,8 @@ def _read_csv(data_dir: str, part: str, subject: str) -> list[tuple[str, str]]:
     return rows
 
 
-def _dataset(
-    split: str, shuffle_files: bool, seed: int | None = None, *, subjects: Sequence[str] = SUBJECTS
-) -> tf.data.Dataset:
-    del shuffle_files, seed  # The dataset is a table in memory, which its reader shuffles.
-    data_dir = few_shot.family_folder("mmlu", "mmlu", "dev")
+def _dataset(split: str, subjects: Sequence[str]) -> tf.data.Dataset:
+    data_dir = folder.family_folder("mmlu", "mmlu", "dev")
     return few_shot.group_dataset([read_subject(data_dir, subject, split) for subject in subjects])
 
 
@@ -113,9 +109,7 @@ def _register(name: str, subjects: Sequence[str]) -> None:
     """Registers a task that is made of some of the subjects."""
     features.register(
         name,
-        source=seqio.FunctionDataSource(
-            functools.partial(_dataset, subjects=subjects), splits=list(SPLITS)
-        ),
+        source=features.table_source(functools.partial(_dataset, subjects=subjects), SPLITS),
         tokenize=few_shot.TOKENIZE,
         metric_fns=[text_metrics.grouped_exact_match],
         postprocess_fn=few_shot.with_group,

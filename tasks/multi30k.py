@@ -14,8 +14,6 @@ import os
 import pathlib
 
 import sentencepiece
-import seqio
-import tensorflow as tf
 
 from gkd_jax.tasks import features, folder
 from gkd_jax.text import files, text_metrics
@@ -43,25 +41,19 @@ def read_pairs(data_dir: str, split: str) -> tuple[list[str], list[str]]:
     return english, german
 
 
-def _dataset(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
-    del shuffle_files, seed  # The dataset is a table in memory, which its reader shuffles.
+def _columns(split: str) -> dict[str, list[str]]:
     english, german = read_pairs(folder.data_dir(TASK), split)
-    return tf.data.Dataset.from_tensor_slices({"inputs": english, "targets": german})
+    return {"inputs": english, "targets": german}
 
 
 features.register(
     TASK,
-    source=seqio.FunctionDataSource(_dataset, splits=list(FILES)),
+    source=features.table_source(_columns, FILES),
     metric_fns=[text_metrics.bleu],
 )
 
 
-def train_sentencepiece(
-    texts: Iterable[str],
-    path: str | os.PathLike,
-    *,
-    vocab_size: int,
-) -> None:
+def train_sentencepiece(texts: Iterable[str], path: str | os.PathLike, *, vocab_size: int) -> None:
     """Trains a SentencePiece unigram vocabulary and writes it to a file.
 
     Special ids are those of T5: pad 0, EOS 1, unknown 2 and no BOS. The same texts give the same

@@ -10,10 +10,7 @@ DATA_DIR, or its folder `rte`, must hold train.tsv and dev.tsv (the split `valid
 classifier, with `label = 'entailment'`.
 """
 
-import seqio
-import tensorflow as tf
-
-from gkd_jax.tasks import features, few_shot, folder
+from gkd_jax.tasks import features, folder
 from gkd_jax.text import text_metrics
 
 
@@ -43,15 +40,14 @@ def read_rows(where: str, name: str) -> list[tuple[str, str]]:
     return rows
 
 
-def _dataset(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
-    del shuffle_files, seed  # The dataset is a table in memory, which its reader shuffles.
-    where = few_shot.family_folder("rte", "rte", "dev.tsv")
+def _columns(split: str) -> dict[str, list[str]]:
+    where = folder.family_folder("rte", "rte", "dev.tsv")
     inputs, targets = zip(*read_rows(where, SPLITS[split]), strict=True)
-    return tf.data.Dataset.from_tensor_slices({"inputs": list(inputs), "targets": list(targets)})
+    return {"inputs": list(inputs), "targets": list(targets)}
 
 
 features.register(
     "rte",
-    source=seqio.FunctionDataSource(_dataset, splits=list(SPLITS)),
+    source=features.table_source(_columns, SPLITS),
     metric_fns=[text_metrics.exact_match],
 )

@@ -11,9 +11,6 @@ import json
 import os
 from typing import Any
 
-import seqio
-import tensorflow as tf
-
 from gkd_jax.tasks import features, folder
 from gkd_jax.tasks.few_shot import one_line
 from gkd_jax.text import files, text_metrics
@@ -24,8 +21,7 @@ PREFIX = "summarize: "
 FILES = {"train": "train.jsonl", "validation": "dev.jsonl", "test": "test.jsonl"}
 
 
-def _dataset(split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
-    del shuffle_files, seed  # The dataset is a table in memory, which its reader shuffles.
+def _columns(split: str) -> dict[str, list[str]]:
     data_dir = folder.data_dir(TASK)
     path = os.path.join(data_dir, FILES[split])
     rows = []
@@ -34,14 +30,12 @@ def _dataset(split: str, shuffle_files: bool, seed: int | None = None) -> tf.dat
         with files.faults_in(path, number):
             source, target = _texts(row, "source"), _texts(row, "target")
         rows.append((PREFIX + one_line(" ".join(source)), [one_line(text) for text in target]))
-    return tf.data.Dataset.from_tensor_slices(
-        {
-            "inputs": [inputs for inputs, _ in rows],
-            "targets": [references[0] for _, references in rows],
-            # JSON in one string, because examples have different numbers of references.
-            "references": [json.dumps(references) for _, references in rows],
-        }
-    )
+    return {
+        "inputs": [inputs for inputs, _ in rows],
+        "targets": [references[0] for _, references in rows],
+        # JSON in one string, because examples have different numbers of references.
+        "references": [json.dumps(references) for _, references in rows],
+    }
 
 
 def _texts(row: dict[str, Any], key: str) -> list[str]:
@@ -64,7 +58,7 @@ def all_references(
 
 features.register(
     TASK,
-    source=seqio.FunctionDataSource(_dataset, splits=list(FILES)),
+    source=features.table_source(_columns, FILES),
     metric_fns=[text_metrics.rouge],
     postprocess_fn=all_references,
 )

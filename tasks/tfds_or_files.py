@@ -17,7 +17,7 @@ import os
 import seqio
 import tensorflow as tf
 
-from gkd_jax.tasks import few_shot, folder
+from gkd_jax.tasks import folder
 from gkd_jax.text import files
 
 
@@ -103,7 +103,7 @@ class TfdsOrFiles(seqio.TfdsDataSource):
         base = split.split("[")[0]
         for name in (f"{base}.jsonl", f"{base}.jsonl.gz"):
             try:
-                where = few_shot.family_folder(self._name, self._family, name)
+                where = folder.family_folder(self._name, self._family, name)
             except ValueError:  # DATA_DIR is not set.
                 return None
             path = os.path.join(where, name)
@@ -117,7 +117,7 @@ class TfdsOrFiles(seqio.TfdsDataSource):
 
     def _table(self, path: str) -> tf.data.Dataset:
         """Reads a JSONL file; the first row decides by which names the features are read."""
-        rows = files.parse_objects(folder.read_lines(*os.path.split(path)), path)
+        rows = files.read_objects(path)
         own = "inputs" not in rows[0] and self._fields["inputs"] in rows[0]
         columns: dict[str, list[str]] = {theirs: [] for theirs in self._fields.values()}
         for number, row in enumerate(rows, start=1):

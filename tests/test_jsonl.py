@@ -13,7 +13,7 @@ import transformers
 
 from gkd_jax.input import data, eval_batches, jsonl, named_tasks, row_ids, rows, streams
 from gkd_jax.input.split import Split
-from gkd_jax.tasks import arithmetic, flan
+from gkd_jax.tasks import flan
 from gkd_jax.text import task_names, vocabularies
 from gkd_jax.text.tokenizer_folder import TokenizerVocabulary
 
@@ -464,7 +464,7 @@ def test_evaluation_gives_lengths_and_fills_up_with_rows_of_one_token(tmp_path, 
 
 def test_registered_tasks_take_a_folder_s_tokenizer(folders):
     for kind, path in folders.items():
-        task = open_task(arithmetic.TASK, vocabulary=str(path))
+        task = open_task("arithmetic", vocabulary=str(path))
         vocabulary = TokenizerVocabulary(path)
         row = next(task.get_dataset(LENGTHS, split="test", shuffle=False).as_numpy_iterator())
         prompt, target = (row[f"{x}_pretokenized"].decode() for x in ("inputs", "targets"))

@@ -55,7 +55,7 @@ def read(path: str | os.PathLike) -> list[Row]:
         FileNotFoundError: if there is no such file.
         ValueError: if a row is not as expected; the message names the file and the line.
     """
-    objects = files.parse_objects(files.read_lines(path), path)
+    objects = files.read_objects(path)
     return [_row(row, path, number) for number, row in enumerate(objects, start=1)]
 
 

@@ -256,6 +256,15 @@ def read_json_in(folder: str | os.PathLike[str], name: str) -> dict[str, Any]:
         return {}
 
 
+def read_objects(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """Returns the JSON objects of a JSONL file.
+
+    Raises:
+        FileNotFoundError, ValueError: see `read_text` and `parse_objects`.
+    """
+    return parse_objects(read_lines(path), path)
+
+
 def parse_objects(lines: Sequence[str], path: str | os.PathLike) -> list[dict[str, Any]]:
     """Returns the JSON object in each line.
 
