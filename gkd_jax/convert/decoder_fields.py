@@ -172,7 +172,7 @@ def read(fields: dict[str, Any]) -> DecoderConfig:
         ValueError: if the model type is not supported, or if a key is unknown or has a value that
             is not supported.
     """
-    kind = fields.get("model_type")
+    kind = field_values.choice(fields, "model_type", MODEL_TYPES)
     composite = kind == COMPOSITE
     if composite:
         inner = fields.get("text_config")
@@ -180,8 +180,6 @@ def read(fields: dict[str, Any]) -> DecoderConfig:
             raise ValueError(f"gemma3 needs an object text_config, got {inner!r}")
         outer_tie = {"tie_word_embeddings": fields.get("tie_word_embeddings", True)}
         fields, kind = {**inner, **outer_tie}, "gemma3_text"
-    if not isinstance(kind, str) or kind not in _DEFAULTS:
-        raise ValueError(f"model_type must be one of {', '.join(MODEL_TYPES)}, got {kind!r}")
     _check_keys(kind, fields)
     known = {**_DEFAULTS[kind], **fields}
     gemma = kind.startswith("gemma")
@@ -191,12 +189,15 @@ def read(fields: dict[str, Any]) -> DecoderConfig:
     types = _layer_types(kind, known)
     windows = _windows(kind, fields, known, types)
     ropes, rope_of_layer = rope_fields.read(kind, known, types)
+    activation = field_values.choice(
+        known, "hidden_activation" if gemma else "hidden_act", _ACTIVATIONS
+    )
     scale = field_values.positive(known, "query_pre_attn_scalar") ** -0.5 if gemma else None
     attention_softcap = field_values.positive_or_null(known, "attn_logit_softcapping")
     final_softcap = field_values.positive_or_null(known, "final_logit_softcapping")
     return DecoderConfig(
         **sizes,
-        activation=_activation(known, "hidden_activation" if gemma else "hidden_act"),
+        activation=_ACTIVATIONS[activation],
         qkv_bias=kind == "qwen2" or (attention_bias and kind != "mistral"),
         out_bias=attention_bias and kind not in ("qwen2", "mistral"),
         mlp_bias=mlp_bias and kind == "llama",
@@ -213,7 +214,7 @@ def read(fields: dict[str, Any]) -> DecoderConfig:
         ropes=ropes,
         rope_of_layer=rope_of_layer,
         tie_embeddings=field_values.switch(known, "tie_word_embeddings"),
-        layer_norm_epsilon=_epsilon(known),
+        layer_norm_epsilon=field_values.positive(known, "rms_norm_eps", below=1),
     )
 
 
@@ -243,13 +244,6 @@ def _sizes(known: dict[str, Any]) -> dict[str, Any]:
     return {ours: field_values.size(known, theirs) for theirs, ours in _SIZES.items()}
 
 
-def _epsilon(known: dict[str, Any]) -> float:
-    epsilon = field_values.positive(known, "rms_norm_eps")
-    if epsilon >= 1:
-        raise ValueError(f"rms_norm_eps must be a number in (0, 1), got {epsilon!r}")
-    return epsilon
-
-
 def _check_keys(kind: str, fields: dict[str, Any]) -> None:
     """Raises ValueError for a key that may change the logits and that `read` does not handle."""
     for name, value in fields.items():
@@ -262,13 +256,6 @@ def _check_keys(kind: str, fields: dict[str, Any]) -> None:
             raise ValueError(
                 f"the key {name}={value!r} is not known: it may change what the model computes"
             )
-
-
-def _activation(known: dict[str, Any], key: str) -> str:
-    name = known[key]
-    if not isinstance(name, str) or name not in _ACTIVATIONS:
-        raise ValueError(f"{key} must be one of {', '.join(_ACTIVATIONS)}, got {name!r}")
-    return _ACTIVATIONS[name]
 
 
 def _layer_types(kind: str, known: dict[str, Any]) -> list[str]:

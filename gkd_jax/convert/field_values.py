@@ -1,5 +1,6 @@
 """Reads single values of a `config.json`, and names the key of a value that is not of its kind."""
 
+from collections.abc import Collection
 import math
 from typing import Any
 
@@ -9,19 +10,25 @@ MOST_LAYERS = 10_000
 _LARGEST_SIZE = 2**31 - 1  # of a dimension of an array
 
 
-def size(fields: dict[str, Any], key: str, largest: int | None = None) -> int:
-    """Returns a positive integer.
+def choice(fields: dict[str, Any], key: str, allowed: Collection[str]) -> str:
+    """Returns a string that is one of the allowed ones.
 
-    Args:
-        fields: the object in the `config.json`.
-        key: the key of the value.
-        largest: the largest value that is allowed; None stands for the largest dimension of an
-            array.
+    Raises:
+        ValueError: if the value is anything else, or absent.
+    """
+    value = fields.get(key)
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{key} must be one of {', '.join(allowed)}, got {value!r}")
+    return value
+
+
+def size(fields: dict[str, Any], key: str, largest: int = _LARGEST_SIZE) -> int:
+    """Returns a positive integer.
 
     Raises:
         ValueError: if the value is no integer from 1 to `largest`.
     """
-    value, largest = fields[key], largest or _LARGEST_SIZE
+    value = fields[key]
     if type(value) is not int or value < 1:
         raise ValueError(f"{key} must be a positive integer, got {value!r}")
     if value > largest:
@@ -29,15 +36,16 @@ def size(fields: dict[str, Any], key: str, largest: int | None = None) -> int:
     return value
 
 
-def positive(fields: dict[str, Any], key: str) -> float:
+def positive(fields: dict[str, Any], key: str, below: float = math.inf) -> float:
     """Returns a positive number.
 
     Raises:
-        ValueError: if the value is no number, or not positive, or not finite.
+        ValueError: if the value is no number, or not positive, or not below `below`.
     """
     value = fields[key]
-    if type(value) not in (int, float) or not 0 < value < math.inf:
-        raise ValueError(f"{key} must be a positive number, got {value!r}")
+    if type(value) not in (int, float) or not 0 < value < below:
+        bound = "" if below == math.inf else f" below {below}"
+        raise ValueError(f"{key} must be a positive number{bound}, got {value!r}")
     return float(value)
 
 

@@ -8,6 +8,13 @@ from gkd_jax.models.decoder_config import ROPE_KINDS, DecoderConfig, Rope
 
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
+# Of each kind of frequencies, the fields of `Rope` that scale them; keys have the same names.
+_SCALING = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor", "beta_fast", "beta_slow", "truncate", "attention_factor"),
+}
 _ROPE_KEYS = frozenset(
     {
         *("rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings"),
@@ -44,10 +51,7 @@ def read(
         **_object(known.get("rope_scaling") or {}, "rope_scaling"),
     }
     sliding = stated.get("sliding_attention") or {}
-    ropes = (
-        _rope(full, "rope_theta", known),
-        _rope(sliding, "rope_local_base_freq", known),
-    )
+    ropes = (_rope(full, "rope_theta", known), _rope(sliding, "rope_local_base_freq", known))
     return ropes, tuple(LAYER_TYPES.index(name) for name in types)
 
 
@@ -78,51 +82,46 @@ def _rope(stated: Any, theta_key: str, known: dict[str, Any]) -> Rope:
         )
     # null means what an absent key means, except that transformers takes a null `truncate` as
     # false, and a null kind of frequencies as an error.
-    named = ("truncate", "rope_type", "type")
-    given = {name: x for name, x in stated.items() if x is not None or name in named}
-    kind = given.get("rope_type", given.get("type", "default"))
-    if kind not in ROPE_KINDS:
-        raise ValueError(f"rope_type must be one of {', '.join(ROPE_KINDS)}, got {kind!r}")
+    keeps_null = ("truncate", "rope_type", "type")
+    given = {name: x for name, x in stated.items() if x is not None or name in keeps_null}
+    named = {"rope_type": given.get("type", "default"), **given}
+    kind = field_values.choice(named, "rope_type", ROPE_KINDS)
     theta = (given, "rope_theta") if "rope_theta" in given else (known, theta_key)
-    fields: dict[str, Any] = {"kind": kind, "theta": field_values.positive(*theta)}
-    if kind in ("linear", "llama3", "yarn"):
-        fields |= _scaling(kind, given, known)
-    return Rope(**fields)
+    scaling = {} if kind == "default" else _scaling(kind, given, known)
+    return Rope(kind=kind, theta=field_values.positive(*theta), **scaling)
 
 
 def _scaling(kind: str, given: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
     """Returns the fields of `Rope` that say how the frequencies are scaled."""
-    needed = {
-        "linear": ("factor",),
-        "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-        "yarn": (),
-    }
-    for name in needed[kind]:
+    for name in () if kind == "yarn" else _SCALING[kind]:
         if name not in given:
             raise ValueError(f"rope_type {kind!r} needs {name}, got {given}")
-    name = "original_max_position_embeddings"
-    places = ((known, name), (given, name), (known, "max_position_embeddings"))
-    original = next(
-        field_values.size(*place) for place in places if place[0].get(place[1]) is not None
-    )
+    original = _original_length(given, known)
     factor = known["max_position_embeddings"] / original
     if "factor" in given:
         factor = field_values.positive(given, "factor")
-    fields: dict[str, Any] = {"factor": factor}
-    if kind != "linear":
-        fields["original_length"] = original
+    if kind == "linear":
+        return {"factor": factor}
+    fields: dict[str, Any] = {"factor": factor, "original_length": original}
     if kind == "llama3":
         names = ("low_freq_factor", "high_freq_factor")
-        fields |= {name: field_values.positive(given, name) for name in names}
-    if kind == "yarn":
-        bounds = {"beta_fast": 32.0, "beta_slow": 1.0, **given}
-        fields |= {
-            "beta_fast": field_values.positive(bounds, "beta_fast"),
-            "beta_slow": field_values.positive(bounds, "beta_slow"),
-            "truncate": field_values.switch({"truncate": True, **given}, "truncate"),
-            "attention_factor": _attention_factor(given, factor),
-        }
-    return fields
+        return fields | {name: field_values.positive(given, name) for name in names}
+    bounds = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True, **given}
+    return fields | {
+        "beta_fast": field_values.positive(bounds, "beta_fast"),
+        "beta_slow": field_values.positive(bounds, "beta_slow"),
+        "truncate": field_values.switch(bounds, "truncate"),
+        "attention_factor": _attention_factor(given, factor),
+    }
+
+
+def _original_length(given: dict[str, Any], known: dict[str, Any]) -> int:
+    """Returns the context length before scaling, in tokens."""
+    name = "original_max_position_embeddings"
+    for fields in (known, given):
+        if fields.get(name) is not None:
+            return field_values.size(fields, name)
+    return field_values.size(known, "max_position_embeddings")
 
 
 def _attention_factor(given: dict[str, Any], factor: float) -> float:
@@ -162,13 +161,6 @@ def write(kind: str, config: DecoderConfig) -> dict[str, Any]:
 
 def _rope_keys(rope: Rope) -> dict[str, Any]:
     keys: dict[str, Any] = {"rope_type": rope.kind, "rope_theta": rope.theta}
-    if rope.kind != "default":
-        keys["factor"] = rope.factor
     if rope.kind in ("llama3", "yarn"):
         keys["original_max_position_embeddings"] = rope.original_length
-    if rope.kind == "llama3":
-        keys |= {name: getattr(rope, name) for name in ("low_freq_factor", "high_freq_factor")}
-    if rope.kind == "yarn":
-        names = ("beta_fast", "beta_slow", "truncate", "attention_factor")
-        keys |= {name: getattr(rope, name) for name in names}
-    return keys
+    return keys | {name: getattr(rope, name) for name in _SCALING[rope.kind]}

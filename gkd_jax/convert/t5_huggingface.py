@@ -47,7 +47,11 @@ _FORCED = (
     *("forced_bos_token_id", "forced_eos_token_id", "forced_decoder_ids"),
     *("begin_suppress_tokens", "bad_words_ids", "sequence_bias"),
 )
-_DEFAULTS = {"relative_attention_num_buckets": 32, "relative_attention_max_distance": 128}
+_DEFAULTS = {
+    "relative_attention_num_buckets": 32,
+    "relative_attention_max_distance": 128,
+    "layer_norm_epsilon": 1e-6,
+}
 _MT5_VOCAB_SIZE = 250_112
 
 
@@ -61,15 +65,11 @@ def read_fields(fields: dict[str, Any]) -> t5.T5Config:
         ValueError: if the model type is not supported, or if a field is missing or has a value that
             is not supported.
     """
-    kind = fields.get("model_type")
-    if not isinstance(kind, str) or kind not in _ARCHITECTURES:
-        raise ValueError(f"model_type must be one of {', '.join(_ARCHITECTURES)}, got {kind!r}")
+    kind = field_values.choice(fields, "model_type", _ARCHITECTURES)
     default = "relu" if kind == "t5" else "gated-gelu"
-    activations = fields.get("feed_forward_proj", default)
-    if not isinstance(activations, str) or activations not in _ACTIVATIONS:
-        raise ValueError(
-            f"feed_forward_proj must be one of {', '.join(_ACTIVATIONS)}, got {activations!r}"
-        )
+    activations = field_values.choice(
+        {"feed_forward_proj": default, **fields}, "feed_forward_proj", _ACTIVATIONS
+    )
     needed = ("vocab_size", "d_model", "num_heads", "d_kv", "d_ff", "num_layers")
     absent = [name for name in needed if name not in fields]
     if absent:
@@ -138,12 +138,12 @@ def _numbers(fields: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: if a size is not a positive integer, or the epsilon no number in (0, 1).
     """
-    numbers = {ours: fields.get(theirs, _DEFAULTS.get(theirs)) for theirs, ours in _SIZES.items()}
-    if numbers["num_decoder_layers"] is None:
-        numbers["num_decoder_layers"] = fields["num_layers"]
-    for theirs, ours in _SIZES.items():
-        largest = field_values.MOST_LAYERS if theirs.endswith("_layers") else None
-        field_values.size({theirs: numbers[ours]}, theirs, largest)
+    known = {**_DEFAULTS, **fields}
+    if known.get("num_decoder_layers") is None:
+        known["num_decoder_layers"] = known["num_layers"]
+    for name in ("num_layers", "num_decoder_layers"):
+        field_values.size(known, name, field_values.MOST_LAYERS)
+    numbers = {ours: field_values.size(known, theirs) for theirs, ours in _SIZES.items()}
     buckets, distance = numbers["relpos_buckets"], numbers["relpos_max_distance"]
     # The buckets of distances from `buckets // 2` on grow up to the largest distance.
     if buckets < 4 or distance <= buckets // 2:
@@ -152,9 +152,7 @@ def _numbers(fields: dict[str, Any]) -> dict[str, Any]:
             "relative_attention_max_distance more than half of it, got "
             f"{buckets} and {distance}"
         )
-    epsilon = fields.get("layer_norm_epsilon", 1e-6)
-    if type(epsilon) is not float or not 0 < epsilon < 1:
-        raise ValueError(f"layer_norm_epsilon must be a number in (0, 1), got {epsilon!r}")
+    epsilon = field_values.positive(known, "layer_norm_epsilon", below=1)
     return {**numbers, "layer_norm_epsilon": epsilon}
 
 

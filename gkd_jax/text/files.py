@@ -219,15 +219,17 @@ def parse_json(text: str, path: str | os.PathLike, line: int | None) -> Any:
     """
     try:
         value = json.loads(text, object_pairs_hook=None if line is None else _object)
+        if "\\" in text:
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        fault(path, line, f"expected text, got half of a surrogate pair in {half!a}")
     except json.JSONDecodeError as error:
         at = line if line is not None else error.lineno
         fault(path, at, f"not JSON: {error.msg} (character {error.colno})")
-    except _RepeatedKeyError as error:
-        fault(path, line, f"key {error.args[0]!r} occurs twice in one object")
-    except (RecursionError, ValueError) as error:  # The text has thousands of brackets or digits.
+    # The text has thousands of brackets or digits, or a key twice.
+    except (RecursionError, ValueError) as error:
         fault(path, line, f"not JSON that can be read: {error}")
-    if "\\" in text and (found := _lone_surrogate(value)) is not None:
-        fault(path, line, f"expected text, got half of a surrogate pair in {found[:60]!a}")
     return value
 
 
@@ -376,33 +378,14 @@ def _unpack(content: bytes, name: str) -> bytes:
     return b"".join(parts)
 
 
-class _RepeatedKeyError(Exception):
-    """A JSON object has a key twice; the argument is the key."""
-
-
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Returns a JSON object, or raises `_RepeatedKeyError`."""
+    """Returns a JSON object, whose keys must differ; Python would keep the last of equal keys."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
-        raise _RepeatedKeyError(next(name for name in names if names.count(name) > 1))
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"key {repeated!r} occurs twice in one object")
     return found
-
-
-def _lone_surrogate(value: Any) -> str | None:
-    """Returns a string in a JSON value that has half of a surrogate pair; None if none has."""
-    # A list of pending values replaces recursion, because JSON may be nested deeper than Python's
-    # calls can be.
-    pending = [value]
-    while pending:
-        item = pending.pop()
-        if isinstance(item, str) and any("\ud800" <= char <= "\udfff" for char in item):
-            return item
-        if isinstance(item, dict):
-            pending += [*item, *item.values()]
-        elif isinstance(item, list):
-            pending += item
-    return None
 
 
 def _shown(value: Any) -> str:

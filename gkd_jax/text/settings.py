@@ -34,9 +34,10 @@ def check_types(config: Any) -> None:
     """
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if not _fits(value, field.type):
+        name, fits = _kind(field.type)
+        if not fits(value):
             raise SettingError(
-                f"{field.name} must be {_type_name(field.type)}, got {value!r}",
+                f"{field.name} must be {name}, got {value!r}",
                 f"{type(config).__name__}.{field.name}",
             )
 
@@ -57,46 +58,33 @@ def check_positive(config: Any, *names: str) -> None:
             raise ValueError(f"{name} must be a positive integer{or_none}, got {value!r}")
 
 
-_NAMES = {
-    int: "an integer",
-    float: "a number",
-    str: "a string",
-    bool: "True or False",
-    types.NoneType: "None",
+def _is_number(value: Any) -> bool:
+    is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return is_real and math.isfinite(value)  # 1e400 is infinite
+
+
+# Of each type that is checked: what messages call it, and whether a value has it.
+_KINDS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
+    int: ("an integer", lambda x: isinstance(x, numbers.Integral) and not isinstance(x, bool)),
+    float: ("a number", _is_number),
+    str: ("a string", lambda x: isinstance(x, str)),
+    bool: ("True or False", lambda x: isinstance(x, bool)),
+    types.NoneType: ("None", lambda x: x is None),
+    tuple: ("a tuple", lambda x: isinstance(x, tuple | list)),
+    Mapping: ("a mapping", lambda x: isinstance(x, Mapping)),
+    Callable: ("a function (@module.name)", callable),
 }
 
 
-def _fits(value: Any, kind: Any) -> bool:
-    """Returns whether a value has the type `kind`, as far as `check_types` checks it."""
-    origin = typing.get_origin(kind)
+def _kind(declared: Any) -> tuple[str, Callable[[Any], bool]]:
+    """Returns the entry of `_KINDS` for a declared type; other types have every value."""
+    origin = typing.get_origin(declared) or declared
     if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, part) for part in typing.get_args(kind))
-    if kind is int:
-        return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if kind is float:
-        is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-        return is_number and math.isfinite(value)  # 1e400 is infinite
-    if kind in (str, bool, types.NoneType):
-        return isinstance(value, kind)
-    if origin is tuple:
-        return isinstance(value, tuple | list)
-    if origin is Callable:
-        return callable(value)
+        names, checks = zip(*map(_kind, typing.get_args(declared)), strict=True)
+        return " or ".join(names), lambda value: any(fits(value) for fits in checks)
     if isinstance(origin, type) and issubclass(origin, Mapping):
-        return isinstance(value, Mapping)
-    return True
-
-
-def _type_name(kind: Any) -> str:
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        return " or ".join(_type_name(part) for part in typing.get_args(kind))
-    if typing.get_origin(kind) is tuple:
-        return "a tuple"
-    if typing.get_origin(kind) is Callable:
-        return "a function (@module.name)"
-    if isinstance(origin := typing.get_origin(kind), type) and issubclass(origin, Mapping):
-        return "a mapping"
-    return _NAMES.get(kind, getattr(kind, "__name__", str(kind)))
+        origin = Mapping
+    return _KINDS.get(origin, (getattr(declared, "__name__", str(declared)), lambda _: True))
 
 
 def describe(value: Any) -> Any:
@@ -124,7 +112,8 @@ def describe(value: Any) -> Any:
     if isinstance(value, functools.partial):
         inner = describe(value.func)
         inner = inner if isinstance(inner, dict) else {"function": inner}
-        return {**inner, **describe(value.keywords), **_numbered(value.args)}
+        arguments = {f"argument_{i}": argument for i, argument in enumerate(value.args)}
+        return {**inner, **describe({**value.keywords, **arguments})}
     if inspect.isfunction(value):
         return _describe_function(value)
     if inspect.isclass(value) or inspect.isbuiltin(value):
@@ -162,7 +151,3 @@ def _name(function: Any) -> str:
     """Returns a function's or class's name, preceded by its module if that is not of gkd_jax."""
     name, module = function.__qualname__, function.__module__
     return name if module.startswith("gkd_jax.") else f"{module}.{name}"
-
-
-def _numbered(arguments: tuple[Any, ...]) -> dict[str, Any]:
-    return {f"argument_{i}": describe(argument) for i, argument in enumerate(arguments)}

@@ -234,9 +234,6 @@ class TokenizerVocabulary(seqio.Vocabulary):
 
         return tf.numpy_function(decode, [ids], tf.string, stateful=False)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _again, (self.folder, self._adds_specials)
-
     def __eq__(self, other: object) -> bool:
         return (
             isinstance(other, TokenizerVocabulary)
@@ -260,12 +257,6 @@ def hash_pieces(pieces: Iterable[str]) -> str:
         encoded = piece.encode()
         digest.update(len(encoded).to_bytes(4, "big") + encoded)
     return digest.hexdigest()
-
-
-def _again(folder: str, for_prompts: bool) -> TokenizerVocabulary:
-    """Reads a vocabulary again from its folder when a pickled one is loaded."""
-    vocabulary = TokenizerVocabulary(folder)
-    return vocabulary.for_prompts() if for_prompts else vocabulary
 
 
 def _read_tokenizer(

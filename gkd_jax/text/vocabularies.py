@@ -294,12 +294,9 @@ def same(one: seqio.Vocabulary, other: seqio.Vocabulary) -> bool:
     If both are the same SentencePiece file with the same number of sentinel ids, the file is not
     read.
     """
-    if isinstance(one, seqio.SentencePieceVocabulary) and isinstance(
-        other, seqio.SentencePieceVocabulary
-    ):
-        files = [(x.sentencepiece_model_file, x.extra_ids) for x in (one, other)]
-        if files[0] == files[1]:
-            return True
+    paths = [getattr(x, "sentencepiece_model_file", None) for x in (one, other)]
+    if paths[0] is not None and paths[0] == paths[1] and one.extra_ids == other.extra_ids:
+        return True
     return content_hash(one) == content_hash(other)
 
 
