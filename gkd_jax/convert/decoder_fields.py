@@ -214,7 +214,7 @@ def read(fields: dict[str, Any]) -> DecoderConfig:
         ropes=ropes,
         rope_of_layer=rope_of_layer,
         tie_embeddings=field_values.switch(known, "tie_word_embeddings"),
-        layer_norm_epsilon=field_values.positive(known, "rms_norm_eps", below=1),
+        layer_norm_epsilon=field_values.positive(known, "rms_norm_eps", below=1.0),
     )
 
 

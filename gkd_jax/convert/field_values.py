@@ -44,7 +44,7 @@ def positive(fields: dict[str, Any], key: str, below: float = math.inf) -> float
     """
     value = fields[key]
     if type(value) not in (int, float) or not 0 < value < below:
-        bound = "" if below == math.inf else f" below {below}"
+        bound = "" if below == math.inf else f" below {below:g}"
         raise ValueError(f"{key} must be a positive number{bound}, got {value!r}")
     return float(value)
 

@@ -152,7 +152,7 @@ def _numbers(fields: dict[str, Any]) -> dict[str, Any]:
             "relative_attention_max_distance more than half of it, got "
             f"{buckets} and {distance}"
         )
-    epsilon = field_values.positive(known, "layer_norm_epsilon", below=1)
+    epsilon = field_values.positive(known, "layer_norm_epsilon", below=1.0)
     return {**numbers, "layer_norm_epsilon": epsilon}
 
 

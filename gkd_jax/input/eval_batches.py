@@ -1,6 +1,6 @@
 """Reads a split once, in its own order, in batches of one shape."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,33 +53,27 @@ def fill_batch(
         feature_lengths: {"inputs": S, "targets": T}, and perhaps "teacher_inputs": R.
         batch_size: the number of rows of the batch.
     """
-    source, target = feature_lengths["inputs"], feature_lengths["targets"]
-    inputs, input_lengths = _padded([row["inputs"] for row in rows], source, batch_size)
-    batch = Batch(
-        inputs,
-        np.zeros((batch_size, target), np.int32),
-        np.zeros((batch_size, target), np.float32),
-        input_lengths=input_lengths,
-    )
+    inputs, input_lengths = _padded(rows, "inputs", feature_lengths, batch_size)
+    targets, target_lengths = _padded(rows, "targets", feature_lengths, batch_size)
+    weights = np.arange(targets.shape[1]) < target_lengths[:, None]
+    # An empty row has one token, because a decoder-only model generates from the last token.
+    input_lengths[len(rows) :] = 1
+    batch = Batch(inputs, targets, weights.astype(np.float32), input_lengths=input_lengths)
     if TEACHER_INPUTS in feature_lengths:
-        prompts, lengths = _padded(
-            [row[TEACHER_INPUTS] for row in rows], feature_lengths[TEACHER_INPUTS], batch_size
-        )
+        prompts, lengths = _padded(rows, TEACHER_INPUTS, feature_lengths, batch_size)
+        lengths[len(rows) :] = 1
         batch = batch._replace(teacher_inputs=prompts, teacher_input_lengths=lengths)
-    for index, row in enumerate(rows):
-        targets = row["targets"][:target]
-        batch.targets[index, : len(targets)] = targets
-        batch.weights[index, : len(targets)] = 1.0
     return EvalBatch(batch, rows)
 
 
-def _padded(prompts: Sequence[Any], limit: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns prompts that are cut and padded to one length, and the length of each."""
-    ids = np.zeros((batch_size, limit), np.int32)
-    # An empty row has one token, because a decoder-only model generates from the last token.
-    lengths = np.ones(batch_size, np.int32)
-    for index, prompt in enumerate(prompts):
-        kept = prompt[:limit]
+def _padded(
+    rows: list[dict[str, Any]], name: str, feature_lengths: Mapping[str, int], batch_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the cut and padded ids of a feature, and the number of ids in each row."""
+    ids = np.zeros((batch_size, feature_lengths[name]), np.int32)
+    lengths = np.zeros(batch_size, np.int32)
+    for index, row in enumerate(rows):
+        kept = row[name][: ids.shape[1]]
         ids[index, : len(kept)] = kept
         lengths[index] = len(kept)
     return ids, lengths

@@ -7,7 +7,7 @@ to both.
 import seqio
 
 from gkd_jax.text import vocabularies
-from gkd_jax.text.tokenizer_folder import TokenizerVocabulary, comparable
+from gkd_jax.text.tokenizer_folder import comparable
 
 
 def shared_pieces(
@@ -36,7 +36,9 @@ def shared_pieces(
     ours, theirs = (comparable(vocabularies.pieces(one)) for one in (student, teacher))
     shared = min(len(ours), len(theirs))
     differs = next((i for i in range(shared) if ours[i] != theirs[i]), None)
-    if differs is None and _same_rules(student, teacher):
+    # Only a tokenizer of a folder has rules besides its pieces, and it may be unigram, too.
+    rules = [getattr(vocabulary, "rules", "unigram") for vocabulary in (student, teacher)]
+    if differs is None and rules[0] == rules[1]:
         return shared
     where = (
         "the same tokens, which they make differently (merges, normalizer or pre-tokenizer)"
@@ -49,12 +51,3 @@ def shared_pieces(
         "teacher write the targets (gkd-jax infer --gin_file=gin/infer.gin) and train the student "
         "on them (gin/seqkd.gin)"
     )
-
-
-def _same_rules(one: seqio.Vocabulary, other: seqio.Vocabulary) -> bool:
-    """Returns whether two tokenizers make ids in the same way, apart from their tokens."""
-    rules = [
-        vocabulary.rules if isinstance(vocabulary, TokenizerVocabulary) else "unigram"
-        for vocabulary in (one, other)
-    ]
-    return rules[0] == rules[1]

@@ -72,15 +72,15 @@ def rouge(targets: References, predictions: Sequence[str]) -> dict[str, float]:
     from rouge_score import rouge_scorer  # Imported here because importing nltk takes 0.6 s.
 
     scorer = rouge_scorer.RougeScorer(list(_ROUGE_TYPES))
-    totals = dict.fromkeys(_ROUGE_TYPES, 0.0)
-    for row, prediction in zip(references, predictions, strict=True):
-        scores = [
-            scorer.score(_one_sentence_a_line(x), _one_sentence_a_line(prediction)) for x in row
-        ]
-        best = max(scores, key=lambda score: score["rouge1"].fmeasure)
-        for name in _ROUGE_TYPES:
-            totals[name] += best[name].fmeasure
-    return {name: 100.0 * float(total) / len(references) for name, total in totals.items()}
+    best = [
+        max(
+            (scorer.score(_one_sentence_a_line(x), _one_sentence_a_line(text)) for x in row),
+            key=lambda score: score["rouge1"].fmeasure,
+        )
+        for row, text in zip(references, predictions, strict=True)
+    ]
+    totals = {name: sum(score[name].fmeasure for score in best) for name in _ROUGE_TYPES}
+    return {name: 100.0 * float(total) / len(best) for name, total in totals.items()}
 
 
 def exact_match(targets: References, predictions: Sequence[str]) -> dict[str, float]:

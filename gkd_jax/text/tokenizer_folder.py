@@ -12,6 +12,7 @@ import contextlib
 import copy
 import functools
 import hashlib
+from itertools import takewhile
 import json
 import os
 from typing import Any
@@ -184,12 +185,7 @@ class TokenizerVocabulary(seqio.Vocabulary):
 
         Special tokens, and ids that have no token, are left out.
         """
-        kept: list[int] = []
-        for token in map(int, ids):
-            if token in self.eos_ids:
-                break
-            kept.append(token)
-        return self._decode(kept)
+        return self._decode(takewhile(lambda token: token not in self.eos_ids, map(int, ids)))
 
     def decode_prompt(self, ids: Iterable[int]) -> str:
         """Returns the text of a whole prompt, in which `eos_ids` may end the turns of a chat.

@@ -6,6 +6,7 @@ A vocabulary is a Hugging Face folder, a SentencePiece file, ByT5's bytes, or th
 
 from collections.abc import Sequence
 import hashlib
+from itertools import takewhile
 import os
 
 import sentencepiece
@@ -163,9 +164,7 @@ def decode(vocabulary: seqio.Vocabulary, ids: Sequence[int]) -> str:
     """Returns the text of decoded ids up to the first id that ends a text, without padding."""
     if isinstance(vocabulary, TokenizerVocabulary):
         return vocabulary.decode(ids)
-    kept = list(ids)
-    if vocabulary.eos_id in kept:
-        kept = kept[: kept.index(vocabulary.eos_id)]
+    kept = takewhile(lambda token: token != vocabulary.eos_id, ids)
     return vocabulary.decode([token for token in kept if token != PAD_ID])
 
 
