@@ -1,6 +1,7 @@
 """Reads and writes decoder-only models in Hugging Face folders: config.json and safetensors."""
 
 import pathlib
+import re
 
 from gkd_jax.convert import hf_folder
 from gkd_jax.convert.decoder_fields import config_fields
@@ -14,9 +15,8 @@ from gkd_jax.text.files import read_json_object
 __all__ = ["config_fields", "hf_layout", "open_model", "write_generation"]
 
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-# Names of the text model's arrays start with one of these prefixes or with none of them. Longer
-# prefixes come first, because the first match is removed.
-_PREFIXES = ("language_model.model.", "model.language_model.", "model.")
+# Names of the text model's arrays start with one of these prefixes or with none of them.
+_PREFIX = re.compile(r"(language_model\.model\.|model\.language_model\.|model\.)?")
 _NOT_TEXT = (
     *("vision_tower.", "multi_modal_projector."),
     *("model.vision_tower.", "model.multi_modal_projector."),
@@ -86,12 +86,7 @@ def _is_other(name: str) -> bool:
 
 def _plain(name: str) -> str:
     """Returns the name that an array has in a text-only model, with the prefix "model."."""
-    if name.endswith(_HEAD):
-        return _HEAD
-    for prefix in _PREFIXES:
-        if name.startswith(prefix):
-            return f"model.{name.removeprefix(prefix)}"
-    return f"model.{name}"
+    return _HEAD if name.endswith(_HEAD) else _PREFIX.sub("model.", name, count=1)
 
 
 def hf_layout(config: DecoderConfig) -> Layout:

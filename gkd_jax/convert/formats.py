@@ -29,7 +29,7 @@ def detect(path: str) -> Format:
     folder = epath.Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"no checkpoint folder {path}")
-    if _is_step(folder) or any(_is_step(child) for child in _children(folder / "checkpoints")):
+    if _is_step(folder) or any(map(_is_step, folder.glob("checkpoints/*"))):
         return "gkd"
     weights = [
         name
@@ -47,10 +47,6 @@ def _is_step(folder: epath.Path) -> bool:
     return (folder / "params").is_dir() and (folder / "model").is_dir()
 
 
-def _children(folder: epath.Path) -> list[epath.Path]:
-    return list(folder.iterdir()) if folder.is_dir() else []
-
-
 def t5x_root(path: str) -> epath.Path:
     """Returns the folder that holds a T5X checkpoint's arrays: `path` itself or `path`/state."""
     folder = epath.Path(path)
@@ -58,9 +54,7 @@ def t5x_root(path: str) -> epath.Path:
 
 
 def _hint(folder: epath.Path, weights: list[str]) -> str:
-    if (folder / "pytorch_model.bin").is_file() or (
-        folder / "pytorch_model.bin.index.json"
-    ).is_file():
+    if any(folder.glob("pytorch_model.bin*")):
         return (
             "It has pytorch_model.bin, which is refused: it is a pickle, and unpickling executes "
             "code from the file. Save it again as safetensors: "

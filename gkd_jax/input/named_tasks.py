@@ -274,11 +274,8 @@ def check_rows(task: seqio.Task | seqio.Mixture, split: str, *, check_remote: bo
         FileNotFoundError, ValueError: if the file or a row is not as expected; the message names
             the file and the line.
     """
-    for part in task.tasks if isinstance(task, seqio.Mixture) else [task]:
-        source: Any = part.source
-        if not isinstance(source, jsonl.JsonlSource):
-            continue
-        name = split.split("[")[0]
+    name = split.split("[")[0]
+    for part, source in _jsonl_parts(task):
         if not check_remote and "://" in source.files[name]:
             continue
         vocabulary = part.output_features["targets"].vocabulary
@@ -296,12 +293,15 @@ def check_targets(task: seqio.Task | seqio.Mixture, split: str, why: str) -> Non
         split: the split of the task.
         why: the reason why targets are needed, for the error message.
     """
+    for _, source in _jsonl_parts(task):
+        line = source.first_without_target(split)
+        if line is not None:
+            raise ValueError(
+                f"{source.files[split]}, line {line}: expected a target, got only a prompt: {why}"
+            )
+
+
+def _jsonl_parts(task: seqio.Task | seqio.Mixture) -> list[tuple[Any, jsonl.JsonlSource]]:
+    """Returns the tasks of a task or mixture that read JSONL files, and their sources."""
     parts: Any = task.tasks if isinstance(task, seqio.Mixture) else [task]
-    for source in (part.source for part in parts):
-        if isinstance(source, jsonl.JsonlSource):
-            line = source.first_without_target(split)
-            if line is not None:
-                raise ValueError(
-                    f"{source.files[split]}, line {line}: expected a target, got only a prompt: "
-                    f"{why}"
-                )
+    return [(part, part.source) for part in parts if isinstance(part.source, jsonl.JsonlSource)]

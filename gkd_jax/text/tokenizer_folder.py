@@ -31,10 +31,6 @@ CONFIG_FILE = "tokenizer_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
 MORE_TEMPLATES = "additional_chat_templates"
 
-# Settings of a tokenizer that change character offsets but no ids. Versions of the libraries write
-# them differently, so comparisons leave them out.
-_WITHOUT_EFFECT = ("trim_offsets",)
-
 
 class TokenizerVocabulary(seqio.Vocabulary):
     """The tokenizer of a folder with `tokenizer.json`, as a seqio vocabulary.
@@ -168,8 +164,8 @@ class TokenizerVocabulary(seqio.Vocabulary):
         parts: list[Any] = [model.get("type"), _merges(model)]
         parts += [bool(model.get(name)) for name in ("byte_fallback", "ignore_merges")]
         for part in (self._tokenizer.normalizer, self._tokenizer.pre_tokenizer):
-            state = None if part is None else json.loads(part.__getstate__())
-            parts.append(_without(state, _WITHOUT_EFFECT))
+            state = b"null" if part is None else part.__getstate__()
+            parts.append(json.loads(state, object_hook=_without_offsets))
         text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -362,8 +358,9 @@ def _merges(model: Mapping[str, Any]) -> list[list[str]]:
     ]
 
 
-def _without(value: Any, keys: Sequence[str]) -> Any:
-    """Returns a JSON value without the given keys at any depth."""
-    if isinstance(value, dict):
-        return {k: _without(v, keys) for k, v in value.items() if k not in keys}
-    return [_without(item, keys) for item in value] if isinstance(value, list) else value
+def _without_offsets(part: dict[str, Any]) -> dict[str, Any]:
+    """Returns settings without the one that changes character offsets but no ids.
+
+    Versions of the library write it differently.
+    """
+    return {name: value for name, value in part.items() if name != "trim_offsets"}
