@@ -175,11 +175,7 @@ def read(fields: dict[str, Any]) -> DecoderConfig:
     kind = field_values.choice(fields, "model_type", MODEL_TYPES)
     composite = kind == COMPOSITE
     if composite:
-        inner = fields.get("text_config")
-        if not isinstance(inner, dict):
-            raise ValueError(f"gemma3 needs an object text_config, got {inner!r}")
-        outer_tie = {"tie_word_embeddings": fields.get("tie_word_embeddings", True)}
-        fields, kind = {**inner, **outer_tie}, "gemma3_text"
+        fields, kind = _text_fields(fields), "gemma3_text"
     _check_keys(kind, fields)
     known = {**_DEFAULTS[kind], **fields}
     gemma = kind.startswith("gemma")
@@ -216,6 +212,14 @@ def read(fields: dict[str, Any]) -> DecoderConfig:
         tie_embeddings=field_values.switch(known, "tie_word_embeddings"),
         layer_norm_epsilon=field_values.positive(known, "rms_norm_eps", below=1.0),
     )
+
+
+def _text_fields(fields: dict[str, Any]) -> dict[str, Any]:
+    """Returns the fields of the text model in a composite model."""
+    inner = fields.get("text_config")
+    if not isinstance(inner, dict):
+        raise ValueError(f"gemma3 needs an object text_config, got {inner!r}")
+    return {**inner, "tie_word_embeddings": fields.get("tie_word_embeddings", True)}
 
 
 def _sizes(known: dict[str, Any]) -> dict[str, Any]:

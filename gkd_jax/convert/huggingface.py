@@ -6,8 +6,10 @@ import pathlib
 import shutil
 from typing import Any
 
+import numpy as np
+
 from gkd_jax.convert import decoder_fields, decoder_huggingface, hf_folder, t5_huggingface
-from gkd_jax.convert.stored import as_stored_dtype
+from gkd_jax.convert.stored import as_dtype
 from gkd_jax.convert.writing import complete_folder, unwritten
 from gkd_jax.models import lm
 from gkd_jax.models.decoder_config import DecoderConfig
@@ -59,7 +61,7 @@ def write_hf(
         ValueError: if the folder exists or is remote, or if transformers has no such model.
     """
     family = family_of(config)
-    kind = as_stored_dtype(dtype)
+    kind = np.dtype(np.float16) if dtype == "float16" else as_dtype(dtype)
     fields = family.config_fields(config, dtype)
     arrays = unwritten(family.hf_layout(config), params)
     beside = None if source is None else pathlib.Path(source)

@@ -20,8 +20,7 @@ from gkd_jax.models import t5
 from gkd_jax.models.execution import check_dtype
 
 
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-FLOATS = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)
+FLOATS = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 _READERS = 8  # The number of layers read concurrently, enough to hide the latency of a bucket.
 _MOST_LINES = 40  # The number of problems that one error message lists.
 _ROWS = 4096  # The number of rows that `same` compares at a time.
@@ -65,15 +64,6 @@ def as_dtype(dtype: Any) -> np.dtype:
     """
     check_dtype(dtype if isinstance(dtype, str) else np.dtype(dtype).name)
     return np.dtype(dtype)
-
-
-def as_stored_dtype(dtype: str) -> np.dtype:
-    """Returns the NumPy dtype of weights on disk: "float32", "bfloat16" or "float16".
-
-    Raises:
-        ValueError: for any other dtype.
-    """
-    return np.dtype(np.float16) if dtype == "float16" else as_dtype(dtype)
 
 
 def same(one: Stored, other: Stored) -> bool:

@@ -96,6 +96,40 @@ def _implied(activations: str) -> dict[str, Any]:
     }
 
 
+def _numbers(fields: dict[str, Any]) -> dict[str, Any]:
+    """Returns the sizes in a config.json by the names of `T5Config`'s fields.
+
+    Raises:
+        ValueError: if a size is not a positive integer, or the epsilon no number in (0, 1).
+    """
+    known = {**_DEFAULTS, **fields}
+    if known.get("num_decoder_layers") is None:
+        known["num_decoder_layers"] = known["num_layers"]
+    for name in ("num_layers", "num_decoder_layers"):
+        field_values.size(known, name, field_values.MOST_LAYERS)
+    numbers = {ours: field_values.size(known, theirs) for theirs, ours in _SIZES.items()}
+    buckets, distance = numbers["relpos_buckets"], numbers["relpos_max_distance"]
+    # The buckets of distances from `buckets // 2` on grow up to the largest distance.
+    if buckets < 4 or distance <= buckets // 2:
+        raise ValueError(
+            "relative_attention_num_buckets must be at least 4, and "
+            "relative_attention_max_distance more than half of it, got "
+            f"{buckets} and {distance}"
+        )
+    epsilon = field_values.positive(known, "layer_norm_epsilon", below=1.0)
+    return {**numbers, "layer_norm_epsilon": epsilon}
+
+
+def _is_scaled(fields: dict[str, Any]) -> bool:
+    """Returns whether hidden states are divided by sqrt(D) before the output head."""
+    # transformers never scales an mT5, whatever these two keys say.
+    if fields["model_type"] == "mt5":
+        return False
+    if fields.get("scale_decoder_outputs") is None:
+        return fields.get("tie_word_embeddings") is not False
+    return field_values.switch(fields, "scale_decoder_outputs")
+
+
 def check_special_ids(folder: pathlib.Path, config: dict[str, Any]) -> None:
     """Raises ValueError for a model whose special ids or decoding rules differ from those of T5.
 
@@ -132,30 +166,6 @@ def _is_tail(ids: Any, vocab_size: Any) -> bool:
     return type(vocab_size) is int and rest == list(range(vocab_size - len(rest), vocab_size))
 
 
-def _numbers(fields: dict[str, Any]) -> dict[str, Any]:
-    """Returns the sizes in a config.json by the names of `T5Config`'s fields.
-
-    Raises:
-        ValueError: if a size is not a positive integer, or the epsilon no number in (0, 1).
-    """
-    known = {**_DEFAULTS, **fields}
-    if known.get("num_decoder_layers") is None:
-        known["num_decoder_layers"] = known["num_layers"]
-    for name in ("num_layers", "num_decoder_layers"):
-        field_values.size(known, name, field_values.MOST_LAYERS)
-    numbers = {ours: field_values.size(known, theirs) for theirs, ours in _SIZES.items()}
-    buckets, distance = numbers["relpos_buckets"], numbers["relpos_max_distance"]
-    # The buckets of distances from `buckets // 2` on grow up to the largest distance.
-    if buckets < 4 or distance <= buckets // 2:
-        raise ValueError(
-            "relative_attention_num_buckets must be at least 4, and "
-            "relative_attention_max_distance more than half of it, got "
-            f"{buckets} and {distance}"
-        )
-    epsilon = field_values.positive(known, "layer_norm_epsilon", below=1.0)
-    return {**numbers, "layer_norm_epsilon": epsilon}
-
-
 def open_model(path: str, config: t5.T5Config) -> tuple[Layout, dict[str, Stored]]:
     """Returns the layout of a model and the stored arrays of a folder, which fit each other.
 
@@ -183,6 +193,17 @@ def open_model(path: str, config: t5.T5Config) -> tuple[Layout, dict[str, Stored
     layout = hf_layout(config)
     check(layout, arrays, path, ignored=ignored)
     return layout, arrays
+
+
+def has_own_head(arrays: dict[str, Stored]) -> bool:
+    """Returns whether the stored output head differs from the embedding, and so is not tied to it.
+
+    The weights decide, because `tie_word_embeddings` has had several meanings in transformers.
+    """
+    head = arrays.get(_HEAD)
+    names = (_SHARED, *_SAME_AS_SHARED)
+    embedding = next((arrays[name] for name in names if name in arrays), None)
+    return head is not None and embedding is not None and not same(head, embedding)
 
 
 def hf_layout(config: t5.T5Config) -> Layout:
@@ -222,27 +243,6 @@ def _name_in_layer(names: list[str], layer: int) -> str:
         norms = {"pre_mlp_layer_norm": mlp, "pre_cross_attention_layer_norm": 1}
         name = f"{norms.get(module, 0)}.layer_norm"
     return f"{stack}.block.{layer}.layer.{name}"
-
-
-def _is_scaled(fields: dict[str, Any]) -> bool:
-    """Returns whether hidden states are divided by sqrt(D) before the output head."""
-    # transformers never scales an mT5, whatever these two keys say.
-    if fields["model_type"] == "mt5":
-        return False
-    if fields.get("scale_decoder_outputs") is None:
-        return fields.get("tie_word_embeddings") is not False
-    return field_values.switch(fields, "scale_decoder_outputs")
-
-
-def has_own_head(arrays: dict[str, Stored]) -> bool:
-    """Returns whether the stored output head differs from the embedding, and so is not tied to it.
-
-    The weights decide, because `tie_word_embeddings` has had several meanings in transformers.
-    """
-    head = arrays.get(_HEAD)
-    names = (_SHARED, *_SAME_AS_SHARED)
-    embedding = next((arrays[name] for name in names if name in arrays), None)
-    return head is not None and embedding is not None and not same(head, embedding)
 
 
 # Writing ------------------------------------------------------------------------------------------

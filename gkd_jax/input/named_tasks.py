@@ -20,6 +20,141 @@ from gkd_jax.text import files, task_names, vocabularies
 _T5_TYPES = ("t5", "mt5", "umt5")
 
 
+def open_tasks(
+    config: DataConfig, *, tokenizer: str | None = None, check_remote: bool = True
+) -> tuple[dict[str, Any], seqio.Vocabulary]:
+    """Returns the tasks of a configuration by their names, and the vocabulary that they share.
+
+    Arguments and errors are those of `open_task`, which opens each of the tasks.
+
+    Raises:
+        ValueError: also if two tasks have different vocabularies, or the same name in metrics.
+    """
+    found: dict[str, Any] = {}
+    shared, has_files = None, any(map(task_names.is_path, config.task_rows))
+    several = () if isinstance(config.task, str) else tuple(config.task)
+    for name in config.task_rows:
+        holds_out = task_names.is_path(name) or not has_files
+        one = dataclasses.replace(
+            config,
+            task=name,
+            eval_fraction=config.eval_fraction if holds_out else None,
+        )
+        found[name], vocabulary = open_task(
+            one, tokenizer=tokenizer, check_remote=check_remote, beside=several
+        )
+        if shared is not None and not vocabularies.same(shared, vocabulary):
+            raise ValueError(
+                f"task {name!r} has another vocabulary than {next(iter(found))!r}: VOCABULARY must "
+                "name one for both"
+            )
+        shared = vocabulary
+    if len({task_names.display_name(name) for name in found}) < len(found):
+        raise ValueError(
+            f"the tasks {list(found)} need different names, because metrics have the last part of "
+            "a path as the name of the task"
+        )
+    assert shared is not None
+    return found, shared
+
+
+def open_task(
+    config: DataConfig,
+    *,
+    tokenizer: str | None = None,
+    check_remote: bool = True,
+    beside: Sequence[str] = (),
+    file_vocabulary: seqio.Vocabulary | None = None,
+) -> tuple[Any, seqio.Vocabulary]:
+    """Returns the only task of a configuration, and the vocabulary of its inputs and targets.
+
+    Args:
+        config: the configuration of the data.
+        tokenizer: the Hugging Face folder of the model that reads the task, or None. If `config`
+            names no vocabulary and the folder has a tokenizer, that tokenizer is used.
+        check_remote: whether remote files may be read; False in a dry run.
+        beside: the names of all tasks of the run. Where some of them select rows of a JSONL file by
+            the field `teacher`, each row of the file must belong to one of them.
+        file_vocabulary: the vocabulary of a JSONL file if neither `config` nor `tokenizer` has one;
+            None is T5's public vocabulary.
+
+    Raises:
+        FileNotFoundError, ValueError: if a file is missing or not as expected, if settings
+            contradict each other, or if the configuration has several tasks.
+    """
+    if not isinstance(config.task, str):
+        raise ValueError(
+            f"only training reads several tasks at once, expected the name of one task, got "
+            f"{dict(config.task)}"
+        )
+    folder.set_data_dir(config.data_dir)
+    vocabulary = _named_vocabulary(config, tokenizer, check_remote)
+    if task_names.is_path(config.task):
+        vocabulary = file_vocabulary if vocabulary is None else vocabulary
+        if vocabulary is None and tokenizer is not None:
+            _check_has_t5_vocabulary(tokenizer)
+        path, _ = task_names.split(config.task)
+        task = jsonl.make_task(
+            config,
+            vocabulary or vocabularies.t5_default(),
+            teachers=task_names.teachers_of(path, beside),
+        )
+    elif config.eval_fraction is not None:
+        raise ValueError(
+            f"eval_fraction={config.eval_fraction} holds rows of a JSONL file out, "
+            f"got the task {config.task!r}"
+        )
+    else:
+        task = _with_teacher_inputs(find_task(config.task, vocabulary), config)
+    vocabularies.check_readable(
+        task.output_features["targets"].vocabulary, check_remote=check_remote
+    )
+    return task, task.output_features["targets"].vocabulary
+
+
+def _named_vocabulary(
+    config: DataConfig, tokenizer: str | None, check_remote: bool
+) -> seqio.Vocabulary | None:
+    """Returns the vocabulary of the configuration, or else of a model's folder; None if neither."""
+    if config.vocabulary is not None:
+        return vocabularies.load(
+            config.vocabulary, extra_ids=config.extra_ids, check_remote=check_remote
+        )
+    return None if tokenizer is None else vocabularies.in_folder(tokenizer)
+
+
+def _check_has_t5_vocabulary(folder: str) -> None:
+    """Raises FileNotFoundError if a Hugging Face folder without a tokenizer is no T5's."""
+    kind = files.read_json_in(folder, "config.json").get("model_type")
+    if kind not in _T5_TYPES:
+        raise FileNotFoundError(
+            f"there is no tokenizer in {folder!r}, whose model is a {kind!r} and not a T5 (whose "
+            "public vocabulary is known): copy its tokenizer.json there, or name it as VOCABULARY"
+        )
+
+
+def _with_teacher_inputs(task: Any, config: DataConfig) -> Any:
+    """Returns a task whose examples have the teacher's prompts that a template makes.
+
+    Raises:
+        ValueError: if the task has prompts of the teacher's own, or a template cannot make any.
+    """
+    template = config.teacher_template
+    if template is None:
+        return task
+    if TEACHER_INPUTS in task.output_features:
+        raise ValueError(
+            f"task {config.task!r} has {TEACHER_INPUTS!r} of its own: teacher_template must be "
+            f"None, got {template!r}"
+        )
+    if config.use_cached:
+        raise ValueError(
+            f"seqio's cache of {config.task!r} has no {TEACHER_INPUTS!r}: with teacher_template, "
+            "use_cached must be False"
+        )
+    return features.with_teacher_inputs(task, template)
+
+
 def find_task(name: str, vocabulary: seqio.Vocabulary | None) -> seqio.Task | seqio.Mixture:
     """Returns a registered task or mixture.
 
@@ -60,136 +195,6 @@ def find_task(name: str, vocabulary: seqio.Vocabulary | None) -> seqio.Task | se
         name=f"{name}__{vocabularies.short_name(vocabulary)}",
         output_features=features.with_vocabulary(task.output_features, vocabulary),
     )
-
-
-def open_task(
-    config: DataConfig,
-    *,
-    tokenizer: str | None = None,
-    check_remote: bool = True,
-    beside: Sequence[str] = (),
-    file_vocabulary: seqio.Vocabulary | None = None,
-) -> tuple[Any, seqio.Vocabulary]:
-    """Returns the only task of a configuration, and the vocabulary of its inputs and targets.
-
-    Args:
-        config: the configuration of the data.
-        tokenizer: the Hugging Face folder of the model that reads the task, or None. If `config`
-            names no vocabulary and the folder has a tokenizer, that tokenizer is used.
-        check_remote: whether remote files may be read; False in a dry run.
-        beside: the names of all tasks of the run. Where some of them select rows of a JSONL file by
-            the field `teacher`, each row of the file must belong to one of them.
-        file_vocabulary: the vocabulary of a JSONL file if neither `config` nor `tokenizer` has one;
-            None is T5's public vocabulary.
-
-    Raises:
-        FileNotFoundError, ValueError: if a file is missing or not as expected, if settings
-            contradict each other, or if the configuration has several tasks.
-    """
-    if not isinstance(config.task, str):
-        raise ValueError(
-            f"only training reads several tasks at once, expected the name of one task, got "
-            f"{dict(config.task)}"
-        )
-    folder.set_data_dir(config.data_dir)
-    vocabulary = None
-    if config.vocabulary is None and tokenizer is not None:
-        vocabulary = vocabularies.in_folder(tokenizer)
-    elif config.vocabulary is not None:
-        vocabulary = vocabularies.load(
-            config.vocabulary, extra_ids=config.extra_ids, check_remote=check_remote
-        )
-    if config.eval_fraction is not None and not task_names.is_path(config.task):
-        raise ValueError(
-            f"eval_fraction={config.eval_fraction} holds rows of a JSONL file out, "
-            f"got the task {config.task!r}"
-        )
-    if task_names.is_path(config.task):
-        vocabulary = file_vocabulary if vocabulary is None else vocabulary
-        if vocabulary is None and tokenizer is not None:
-            _check_has_t5_vocabulary(tokenizer)
-        path, _ = task_names.split(config.task)
-        task = jsonl.make_task(
-            config,
-            vocabulary or vocabularies.t5_default(),
-            teachers=task_names.teachers_of(path, beside),
-        )
-    else:
-        task = _with_teacher_inputs(find_task(config.task, vocabulary), config)
-    vocabularies.check_readable(
-        task.output_features["targets"].vocabulary, check_remote=check_remote
-    )
-    return task, task.output_features["targets"].vocabulary
-
-
-def _check_has_t5_vocabulary(folder: str) -> None:
-    """Raises FileNotFoundError if a Hugging Face folder without a tokenizer is no T5's."""
-    kind = files.read_json_in(folder, "config.json").get("model_type")
-    if kind not in _T5_TYPES:
-        raise FileNotFoundError(
-            f"there is no tokenizer in {folder!r}, whose model is a {kind!r} and not a T5 (whose "
-            "public vocabulary is known): copy its tokenizer.json there, or name it as VOCABULARY"
-        )
-
-
-def open_tasks(
-    config: DataConfig, *, tokenizer: str | None = None, check_remote: bool = True
-) -> tuple[dict[str, Any], seqio.Vocabulary]:
-    """Returns the tasks of a configuration by their names, and the vocabulary that they share.
-
-    Arguments and errors are those of `open_task`, which opens each of the tasks.
-
-    Raises:
-        ValueError: also if two tasks have different vocabularies, or the same name in metrics.
-    """
-    found: dict[str, Any] = {}
-    shared, has_files = None, any(map(task_names.is_path, config.task_rows))
-    several = () if isinstance(config.task, str) else tuple(config.task)
-    for name in config.task_rows:
-        holds_out = task_names.is_path(name) or not has_files
-        one = dataclasses.replace(
-            config,
-            task=name,
-            eval_fraction=config.eval_fraction if holds_out else None,
-        )
-        found[name], vocabulary = open_task(
-            one, tokenizer=tokenizer, check_remote=check_remote, beside=several
-        )
-        if shared is not None and not vocabularies.same(shared, vocabulary):
-            raise ValueError(
-                f"task {name!r} has another vocabulary than {next(iter(found))!r}: VOCABULARY must "
-                "name one for both"
-            )
-        shared = vocabulary
-    if len({task_names.display_name(name) for name in found}) < len(found):
-        raise ValueError(
-            f"the tasks {list(found)} need different names, because metrics have the last part of "
-            "a path as the name of the task"
-        )
-    assert shared is not None
-    return found, shared
-
-
-def _with_teacher_inputs(task: Any, config: DataConfig) -> Any:
-    """Returns a task whose examples have the teacher's prompts that a template makes.
-
-    Raises:
-        ValueError: if the task has prompts of the teacher's own, or a template cannot make any.
-    """
-    template = config.teacher_template
-    if template is None:
-        return task
-    if TEACHER_INPUTS in task.output_features:
-        raise ValueError(
-            f"task {config.task!r} has {TEACHER_INPUTS!r} of its own: teacher_template must be "
-            f"None, got {template!r}"
-        )
-    if config.use_cached:
-        raise ValueError(
-            f"seqio's cache of {config.task!r} has no {TEACHER_INPUTS!r}: with teacher_template, "
-            "use_cached must be False"
-        )
-    return features.with_teacher_inputs(task, template)
 
 
 def file_of(name: str, split: str) -> pathlib.Path | None:
