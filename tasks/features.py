@@ -109,18 +109,13 @@ def with_vocabulary(
     continues its inputs, so they must not end. The tokenizer of a Hugging Face folder decides which
     special tokens surround a prompt (see `TokenizerVocabulary.for_prompts`).
     """
-    changed = {
-        name: dataclasses.replace(feature, vocabulary=vocabulary)
+    targets = prompts = {"vocabulary": vocabulary}
+    if isinstance(vocabulary, TokenizerVocabulary):
+        prompts = {"vocabulary": vocabulary.for_prompts(), "add_eos": vocabulary.ends_prompts}
+    return {
+        name: dataclasses.replace(feature, **(targets if name == "targets" else prompts))
         for name, feature in features.items()
     }
-    if isinstance(vocabulary, TokenizerVocabulary):
-        for name in changed.keys() - {"targets"}:  # `inputs`, and `teacher_inputs` if it is there
-            changed[name] = dataclasses.replace(
-                changed[name],
-                vocabulary=vocabulary.for_prompts(),
-                add_eos=vocabulary.ends_prompts,
-            )
-    return changed
 
 
 def with_teacher_inputs(task: seqio.Task | seqio.Mixture, template: str) -> seqio.Task:

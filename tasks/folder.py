@@ -64,8 +64,23 @@ def read_lines(folder: str, name: str) -> list[str]:
         FileNotFoundError: if there is no such file; the message names the file and the folder.
         ValueError: if the file is not UTF-8 text; the message names the file and the line.
     """
-    for candidate in (name, f"{name}.gz"):
-        path = os.path.join(folder, candidate)
-        if tf.io.gfile.exists(path):
-            return files.read_lines(path)
-    raise FileNotFoundError(f"there is no file {name!r} (or {name + '.gz'!r}) in {folder!r}")
+    path = existing(os.path.join(folder, name))
+    if path is None:
+        raise FileNotFoundError(f"there is no file {name!r} (or {name + '.gz'!r}) in {folder!r}")
+    return files.read_lines(path)
+
+
+def find(family: str, name: str) -> str | None:
+    """Returns the path of a file in the folder DATA_DIR/`family`, or else in DATA_DIR.
+
+    The result is None if there is no such file, plain or as `.gz`, or if DATA_DIR is not set.
+    """
+    if _data_dir is None:
+        return None
+    found = (existing(os.path.join(_data_dir, *inner, name)) for inner in ([family], []))
+    return next(filter(None, found), None)
+
+
+def existing(path: str) -> str | None:
+    """Returns `path` or `path`.gz, whichever exists; None if neither exists."""
+    return next((p for p in (path, f"{path}.gz") if tf.io.gfile.exists(p)), None)

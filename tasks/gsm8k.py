@@ -24,14 +24,13 @@ prompts fit into 512 tokens with every question.
 """
 
 from collections.abc import Mapping
-import os
 from typing import Any
 
 import seqio
 import tensorflow as tf
 
 from gkd_jax.tasks import features, few_shot, folder, tfds_or_files
-from gkd_jax.text import text_metrics
+from gkd_jax.text import files, text_metrics
 
 
 COT_FILE = "cot_prompt.txt"
@@ -75,13 +74,9 @@ def cot_prompt() -> tuple[str, list[few_shot.Shot]]:
         ValueError: if an answer does not state `The answer is <number>`; the message names the file
             and the line.
     """
-    lines, path = COT_PROMPT.splitlines(), "COT_PROMPT"
-    try:
-        where = folder.family_folder("gsm8k_cot", "gsm8k", COT_FILE)
-    except ValueError:
-        where = ""  # DATA_DIR is not set, and this task can do without it.
-    if where and tf.io.gfile.exists(os.path.join(where, COT_FILE)):
-        lines, path = folder.read_lines(where, COT_FILE), os.path.join(where, COT_FILE)
+    file = folder.find("gsm8k", COT_FILE)
+    lines = COT_PROMPT.splitlines() if file is None else files.read_lines(file)
+    path = file or "COT_PROMPT"
     header, shots = few_shot.parse_shots(lines, path)
     for shot in shots:
         if text_metrics.answer(shot.answer) is None:

@@ -12,7 +12,6 @@ download automatically can be used without TFDS.
 """
 
 from collections.abc import Iterable, Mapping
-import os
 
 import seqio
 import tensorflow as tf
@@ -101,19 +100,10 @@ class TfdsOrFiles(seqio.TfdsDataSource):
             ValueError: if there is a file and `split` is only a part of it, such as "train[:10%]".
         """
         base = split.split("[")[0]
-        for name in (f"{base}.jsonl", f"{base}.jsonl.gz"):
-            try:
-                where = folder.family_folder(self._name, self._family, name)
-            except ValueError:  # DATA_DIR is not set.
-                return None
-            path = os.path.join(where, name)
-            if tf.io.gfile.exists(path):
-                if base != split:
-                    raise ValueError(
-                        f"{path} is read whole: expected the split {base!r}, got {split!r}"
-                    )
-                return path
-        return None
+        path = folder.find(self._family, f"{base}.jsonl")
+        if path is not None and base != split:
+            raise ValueError(f"{path} is read whole: expected the split {base!r}, got {split!r}")
+        return path
 
     def _table(self, path: str) -> tf.data.Dataset:
         """Reads a JSONL file; the first row decides by which names the features are read."""

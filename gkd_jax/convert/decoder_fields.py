@@ -270,10 +270,8 @@ def _layer_types(kind: str, known: dict[str, Any]) -> list[str]:
     transformers.
     """
     num_layers = known["num_hidden_layers"]
-    if kind == "llama":
-        derived = ["full_attention"] * num_layers
-    elif kind == "mistral":
-        derived = ["sliding_attention"] * num_layers
+    if kind in ("llama", "mistral"):
+        derived = [LAYER_TYPES[kind == "mistral"]] * num_layers
     elif kind in ("qwen2", "qwen3"):
         border = num_layers
         if field_values.switch(known, "use_sliding_window") and known["sliding_window"] is not None:

@@ -28,6 +28,7 @@ from gkd_jax.input import fit, row_ids, rows
 from gkd_jax.input.data import TEACHER_INPUTS, DataConfig
 from gkd_jax.input.row_ids import Example
 from gkd_jax.tasks import features  # pyright: ignore[reportMissingImports]
+from gkd_jax.tasks import folder as data_folder  # pyright: ignore[reportMissingImports]
 from gkd_jax.text import files, task_names, text_metrics
 
 
@@ -88,7 +89,7 @@ def find_splits(path: str) -> dict[str, str]:
     found = {
         split: file
         for split in SPLITS
-        if (file := _existing(os.path.join(path, f"{split}.jsonl"))) is not None
+        if (file := data_folder.existing(os.path.join(path, f"{split}.jsonl"))) is not None
     }
     if not found and os.path.isfile(path):
         raise ValueError(
@@ -256,13 +257,8 @@ def _validation_file(path: str) -> str | None:
     candidates = [f"{stem}.validation.jsonl", "validation.jsonl"]
     if re.search(r"(^|[._-])train$", stem):
         candidates.insert(0, f"{stem.removesuffix('train')}validation.jsonl")
-    found = (_existing(os.path.join(where, candidate)) for candidate in candidates)
+    found = (data_folder.existing(os.path.join(where, candidate)) for candidate in candidates)
     return next((file for file in found if file is not None and file != path), None)
-
-
-def _existing(path: str) -> str | None:
-    """Returns `path` or `path`.gz, whichever exists; None if neither exists."""
-    return next((p for p in (path, f"{path}.gz") if tf.io.gfile.exists(p)), None)
 
 
 def _postprocess(text: str, *, example: Mapping[str, Any], is_target: bool = False) -> str | None:
