@@ -123,7 +123,6 @@ class Writer:
         path = self._folder / "about.json"
         if path.exists():
             before = files.read_json_object(path)
-            before.pop("num_rows", None)
             changed = [
                 f"{k} {before.get(k)!r} -> {v!r}" for k, v in about.items() if before.get(k) != v
             ]
@@ -142,9 +141,8 @@ class Writer:
         `append` writes the keys last, so the number of keys tells how many batches are whole.
         """
         keys, lengths = (self._folder / name for name in _PER_ROW)
-        if not keys.exists():
-            rows = tokens = 0
-        else:
+        rows = tokens = 0
+        if keys.exists():
             batch = self._about["batch_size"]
             rows = keys.stat().st_size // 8 // batch * batch
             tokens = int(np.fromfile(lengths, np.int32, rows).sum())
@@ -162,14 +160,13 @@ class Writer:
     def append(self, batch: Batch, scores: TopK, num_rows: int) -> None:
         """Appends the first `num_rows` rows of a batch; only the last batch may have fewer rows."""
         real = [_real_ids(batch, row) for row in range(num_rows)]
+        lengths = [len(targets) for _, targets, *_ in real]
         arrays = {
-            **{
-                name: np.concatenate([x[i, : len(t)] for i, (_, t, *_) in enumerate(real)])
-                for name, x in scores._asdict().items()
-            },
-            "lengths": np.asarray([len(targets) for _, targets, *_ in real]),
-            "keys": np.asarray([row_key(*ids) for ids in real], np.uint64),
+            name: np.concatenate([x[row, :length] for row, length in enumerate(lengths)])
+            for name, x in scores._asdict().items()
         }
+        arrays["lengths"] = np.asarray(lengths)
+        arrays["keys"] = np.asarray([row_key(*ids) for ids in real], np.uint64)
         for name, values in arrays.items():
             path = self._folder / name
             with files.naming(path), path.open("ab") as file:
