@@ -473,7 +473,7 @@ def test_writers_refuse_what_is_there(tmp_path):
     convert.write_t5x(str(tmp_path), TIED, params, step=1)
     with pytest.raises(ValueError, match="exists already"):
         convert.write_t5x(str(tmp_path), TIED, params, step=1)
-    with pytest.raises(ValueError, match="output must be local, got .gs://"):
+    with pytest.raises(ValueError, match=r"output must be local, got 'gs:"):
         convert.write_hf("gs://bucket/hf", TIED, params)
     with pytest.raises(ValueError, match="float16"):
         convert.write_t5x(str(tmp_path), TIED, params, step=2, dtype="float16")

@@ -10,7 +10,7 @@ import numpy as np
 import seqio
 
 from gkd_jax.input import fit
-from gkd_jax.input.rows import Row
+from gkd_jax.input.rows import Prompt, Row
 from gkd_jax.text import files, teacher_template
 from gkd_jax.text.tokenizer_folder import TokenizerVocabulary
 
@@ -262,7 +262,7 @@ def _check_calls(message: Mapping[str, Any], printed: str) -> None:
             )
 
 
-def _teacher_prompt(row: Row, template: str | None) -> str | list[dict[str, Any]]:
+def _teacher_prompt(row: Row, template: str | None) -> Prompt:
     """Returns the prompt that the teacher reads.
 
     The template makes it, if there is one. Otherwise it is the row's own prompt for the teacher, or
@@ -289,7 +289,7 @@ def _teacher_prompt(row: Row, template: str | None) -> str | list[dict[str, Any]
 
 
 def _prompt(
-    prompt: str | list[dict[str, Any]],
+    prompt: Prompt,
     tools: list[dict[str, Any]] | None,
     vocabulary: seqio.Vocabulary,
     variables: Mapping[str, Any],

@@ -23,6 +23,8 @@ from typing import Any, NamedTuple
 from gkd_jax.text import files
 
 
+Messages = list[dict[str, Any]]
+Prompt = str | Messages
 _TARGET_OF = {"inputs": "targets", "prompt": "completion"}
 
 
@@ -40,11 +42,11 @@ class Row(NamedTuple):
             are selected by it; None without such a field.
     """
 
-    prompt: str | list[dict[str, Any]]
+    prompt: Prompt
     target: str | dict[str, Any] | None
     tools: list[dict[str, Any]] | None
     line: int
-    teacher_prompt: str | list[dict[str, Any]] | None = None
+    teacher_prompt: Prompt | None = None
     teacher: Any = None
 
 
@@ -92,7 +94,7 @@ def _row(row: dict[str, Any], path: str | os.PathLike, line: int) -> Row:
         return Row(prompt, target, tools, line, _own_teacher_prompt(row), row.get("teacher"))
 
 
-def _prompt_and_target(row: dict[str, Any]) -> tuple[Any, Any, list[dict[str, Any]] | None]:
+def _prompt_and_target(row: dict[str, Any]) -> tuple[Any, Any, Messages | None]:
     """Returns the prompt, the target and the tools; see `Row`."""
     if "messages" in row:
         return _of_chat(row, row["messages"])
@@ -114,7 +116,7 @@ def _prompt_and_target(row: dict[str, Any]) -> tuple[Any, Any, list[dict[str, An
 
 def _of_chat(
     row: dict[str, Any], messages: Any
-) -> tuple[list[dict[str, Any]], dict[str, Any] | None, list[dict[str, Any]] | None]:
+) -> tuple[Messages, dict[str, Any] | None, Messages | None]:
     """Returns the prompt, the target and the tools of messages; the target may be their last."""
     messages = _checked(messages, "messages")
     tools = row.get("tools")
@@ -129,7 +131,7 @@ def _of_chat(
     return messages[:-1], messages[-1], tools or None
 
 
-def _checked(messages: Any, name: str) -> list[dict[str, Any]]:
+def _checked(messages: Any, name: str) -> Messages:
     """Returns the messages, or raises ValueError if they are none."""
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"{name!r} must be a list of messages that is not empty")
@@ -142,7 +144,7 @@ def _checked(messages: Any, name: str) -> list[dict[str, Any]]:
     return messages
 
 
-def _own_teacher_prompt(row: dict[str, Any]) -> str | list[dict[str, Any]] | None:
+def _own_teacher_prompt(row: dict[str, Any]) -> Prompt | None:
     if "teacher_inputs" in row and "teacher_messages" in row:
         raise ValueError("expected one of 'teacher_inputs' and 'teacher_messages', got both")
     if "teacher_inputs" in row:
