@@ -10,7 +10,7 @@ import numpy as np
 import seqio
 
 from gkd_jax.input import fit
-from gkd_jax.input.rows import Prompt, Row
+from gkd_jax.input.rows import Prompt, Row, Tools
 from gkd_jax.text import files, teacher_template
 from gkd_jax.text.tokenizer_folder import TokenizerVocabulary
 
@@ -290,7 +290,7 @@ def _teacher_prompt(row: Row, template: str | None) -> Prompt:
 
 def _prompt(
     prompt: Prompt,
-    tools: list[dict[str, Any]] | None,
+    tools: Tools | None,
     vocabulary: seqio.Vocabulary,
     variables: Mapping[str, Any],
 ) -> tuple[list[int], str]:
@@ -305,7 +305,7 @@ def _prompt(
 def _render(
     vocabulary: seqio.Vocabulary,
     messages: Sequence[Mapping[str, Any]],
-    tools: list[dict[str, Any]] | None,
+    tools: Tools | None,
     variables: Mapping[str, Any],
     *,
     add_generation_prompt: bool,

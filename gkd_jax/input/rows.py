@@ -25,6 +25,7 @@ from gkd_jax.text import files
 
 Messages = list[dict[str, Any]]
 Prompt = str | Messages
+Tools = list[dict[str, Any]]
 _TARGET_OF = {"inputs": "targets", "prompt": "completion"}
 
 
@@ -44,7 +45,7 @@ class Row(NamedTuple):
 
     prompt: Prompt
     target: str | dict[str, Any] | None
-    tools: list[dict[str, Any]] | None
+    tools: Tools | None
     line: int
     teacher_prompt: Prompt | None = None
     teacher: Any = None
@@ -94,7 +95,7 @@ def _row(row: dict[str, Any], path: str | os.PathLike, line: int) -> Row:
         return Row(prompt, target, tools, line, _own_teacher_prompt(row), row.get("teacher"))
 
 
-def _prompt_and_target(row: dict[str, Any]) -> tuple[Any, Any, Messages | None]:
+def _prompt_and_target(row: dict[str, Any]) -> tuple[Any, Any, Tools | None]:
     """Returns the prompt, the target and the tools; see `Row`."""
     if "messages" in row:
         return _of_chat(row, row["messages"])
@@ -116,7 +117,7 @@ def _prompt_and_target(row: dict[str, Any]) -> tuple[Any, Any, Messages | None]:
 
 def _of_chat(
     row: dict[str, Any], messages: Any
-) -> tuple[Messages, dict[str, Any] | None, Messages | None]:
+) -> tuple[Messages, dict[str, Any] | None, Tools | None]:
     """Returns the prompt, the target and the tools of messages; the target may be their last."""
     messages = _checked(messages, "messages")
     tools = row.get("tools")
