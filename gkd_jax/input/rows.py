@@ -121,9 +121,7 @@ def _of_chat(
     """Returns the prompt, the target and the tools of messages; the target may be their last."""
     messages = _checked(messages, "messages")
     tools = row.get("tools")
-    if tools is not None and not (
-        isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)
-    ):
+    if not isinstance(tools, list | None) or not all(isinstance(x, dict) for x in tools or ()):
         raise ValueError("'tools' must be a list of objects")
     if messages[-1]["role"] != "assistant":
         return messages, None, tools or None
