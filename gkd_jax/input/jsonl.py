@@ -113,11 +113,7 @@ class JsonlSource(seqio.FunctionDataSource):
     """
 
     def __init__(
-        self,
-        path: str,
-        vocabulary: seqio.Vocabulary,
-        config: DataConfig,
-        teachers: Sequence[str] = (),
+        self, path: str, vocabulary: seqio.Vocabulary, config: DataConfig, teachers: Sequence[str]
     ):
         self.path = path
         folder, self._teacher = task_names.split(path)
@@ -149,13 +145,6 @@ class JsonlSource(seqio.FunctionDataSource):
         if split not in self._examples:
             self._examples[split] = self._tokenized(self._rows(split), split)
         return self._examples[split]
-
-    def first_without_target(self, split: str) -> int | None:
-        """Returns the number of the first line without a target; None if all lines have targets.
-
-        Lines are counted from 1.
-        """
-        return next((row.line for row in self.examples(split) if row.target is None), None)
 
     def _dataset(self, split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
         # The dataset is a table in memory, which its reader shuffles.
@@ -194,11 +183,8 @@ class JsonlSource(seqio.FunctionDataSource):
         wanted = split == "validation"
         found = [row for row in found if _is_held_out(row, config) == wanted]
         if not found:
-            files.fault(
-                path,
-                None,
-                f"eval_fraction={config.eval_fraction} of its rows leaves none for {split!r}",
-            )
+            message = f"eval_fraction={config.eval_fraction} of its rows leaves none for {split!r}"
+            files.fault(path, None, message)
         return found
 
     def _tokenized(self, found: list[rows.Row], split: str) -> list[Example]:

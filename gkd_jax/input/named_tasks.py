@@ -299,7 +299,8 @@ def check_targets(task: seqio.Task | seqio.Mixture, split: str, why: str) -> Non
         why: the reason why targets are needed, for the error message.
     """
     for _, source in _jsonl_parts(task):
-        line = source.first_without_target(split)
+        examples = source.examples(split)
+        line = next((example.line for example in examples if example.target is None), None)
         if line is not None:
             raise ValueError(
                 f"{source.files[split]}, line {line}: expected a target, got only a prompt: {why}"
