@@ -250,13 +250,11 @@ def _sizes(known: dict[str, Any]) -> dict[str, Any]:
 
 def _check_keys(kind: str, fields: dict[str, Any]) -> None:
     """Raises ValueError for a key that may change the logits and that `read` does not handle."""
+    read = _READ if kind.startswith("gemma") else _READ - _GEMMA_ALONE
     for name, value in fields.items():
         if name in _ONLY and value not in _ONLY[name]:
             raise ValueError(f"{name}={value!r} changes the numbers and is not supported")
-        known = name in _READ or name in WITHOUT_EFFECT or name in _ONLY
-        if name in _GEMMA_ALONE and not kind.startswith("gemma"):
-            known = False
-        if not known and value is not None:
+        if value is not None and name not in read | WITHOUT_EFFECT | _ONLY.keys():
             raise ValueError(
                 f"the key {name}={value!r} is not known: it may change what the model computes"
             )

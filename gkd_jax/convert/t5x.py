@@ -334,8 +334,7 @@ def _check_chunk_tails(name: str, folder: str, metadata: dict[str, Any], index: 
         range(part.start // size, -(-part.stop // size))
         for part, size in zip(index, chunks, strict=True)
     ]
-    for position in np.ndindex(*[len(numbers) for numbers in ranges]):
-        numbers = [ranges[axis][step] for axis, step in enumerate(position)]
+    for numbers in itertools.product(*ranges):
         file = os.path.join(folder, separator.join(map(str, numbers)) if numbers else "0")
         with open(file, "rb") as chunk:
             chunk.seek(-4, os.SEEK_END)
