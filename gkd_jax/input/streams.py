@@ -9,6 +9,7 @@ source is shuffled within seqio's window.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+import pathlib
 from typing import Any
 
 from etils import epath
@@ -71,7 +72,7 @@ class TrainIterator:
             raise RuntimeError("the dataset has no examples: the stream ended") from None
         return Batch(**{name: value.numpy() for name, value in example.items()})
 
-    def save(self, directory: epath.Path) -> None:
+    def save(self, directory: pathlib.Path | epath.Path) -> None:
         """Writes the position after the last batch taken; every process must call this.
 
         Only the first of the processes that read the same shard writes a file.
@@ -80,7 +81,7 @@ class TrainIterator:
         if self._writes:
             self._checkpoint.write(str(directory / self._file))
 
-    def restore(self, directory: epath.Path) -> None:
+    def restore(self, directory: pathlib.Path | epath.Path) -> None:
         """Sets the stream to the position that `save` wrote."""
         self._peeked = None
         self._checkpoint.read(str(directory / self._file)).assert_consumed()
