@@ -495,65 +495,6 @@ def test_seeds_that_each_trained_their_own_teachers_are_one_group(tmp_path):
         assert both["error"] == pytest.approx(statistics.stdev(values) / math.sqrt(3))
 
 
-def write_linked(root, seed, *, rate=3e-4, first=30.0):
-    """Writes a start of a learning rate, and a run from a start of which only its name is recorded.
-
-    `first` is the accuracy of the run before training; that of the start is 30.
-    """
-    start = seeded(about(schedule__learning_rate=rate), seed)
-    write_run(root / f"start{seed}" / "start", start, {"accuracy": 30.0})
-    run = seeded(about(divergence=JSD_01, fraction=1.0, start="start"), seed)
-    run["contents"]["student.checkpoint"] = f"hash {seed}"
-    folder = write_run(root / f"gkd{seed}", run, {"accuracy": 50.0 + seed})
-    line = {"step": 0, "eval/arithmetic/accuracy": first}
-    with (folder / "metrics.jsonl").open("a") as metrics:
-        metrics.write(json.dumps(line) + "\n")
-
-
-def test_a_start_of_which_only_the_end_of_the_path_is_kept_is_the_run_of_that_name(tmp_path):
-    """As an archive keeps the path of a start that lies outside of all RUN_DIRs."""
-    for seed in (0, 1, 2):
-        write_linked(tmp_path, seed)
-    study = read_study(tmp_path)
-    assert {group.role: len(group.runs) for group in study.groups} == {
-        "start": 3,
-        "distillation": 3,
-    }
-    row = table(study)["On-policy GKD, JSD(0.1)", "small"]
-    assert (row["text"], row["gain"]) == ("51.00 ± 0.58", 21.0)
-    assert study.inferred == {"gkd0", "gkd1", "gkd2"}
-    report.write([str(tmp_path)], str(tmp_path / "out"))
-    said = "Of 3 runs it is inferred which run made the start"
-    assert said in (tmp_path / "out" / "report.md").read_text()
-    assert said in Page(tmp_path / "out" / "report.html").text
-
-
-@pytest.mark.parametrize(
-    "of_seed_1",
-    [
-        {"rate": 1e-3},  # a start of another recipe
-        {"first": 29.0},  # a start that cannot be `start`
-    ],
-)
-def test_runs_whose_starts_may_differ_in_more_than_the_seed_are_not_pooled(tmp_path, of_seed_1):
-    for seed in (0, 1):
-        write_linked(tmp_path, seed, **(of_seed_1 if seed else {}))
-    groups = [one for one in read_study(tmp_path).groups if one.role == "distillation"]
-    assert [len(group.runs) for group in groups] == [1, 1]
-
-
-def test_of_two_starts_that_can_be_one_run_neither_is_taken_for_it(tmp_path):
-    for seed in (0, 1):
-        write_linked(tmp_path, seed)
-    run = seeded(about(start="start"), 1)
-    run["contents"]["student.checkpoint"] = "another hash"
-    write_run(tmp_path / "sft", run, {"accuracy": 50.0})
-    study = read_study(tmp_path)
-    assert study.inferred == {"gkd0"}
-    groups = [one for one in study.groups if one.role == "distillation"]
-    assert [len(group.runs) for group in groups] == [1, 1]
-
-
 def test_an_unfinished_start_is_not_taken_for_a_finished_one(tmp_path):
     for seed in (0, 1):
         steps = 20 if seed else 10
@@ -582,7 +523,6 @@ def test_a_link_to_a_start_and_a_copy_of_it_are_the_start(tmp_path, paths):
     for source in (tmp_path, tmp_path / "runs.jsonl"):
         study = read_study(source)
         assert [len(group.runs) for group in study.groups] == [2] * (1 + len(paths))
-        assert not study.inferred
 
 
 def test_a_field_that_newer_runs_leave_unset_parts_no_runs(tmp_path):

@@ -99,13 +99,11 @@ class Study:
         runs: all runs.
         groups: the groups that tables and figures show, in the order of their rows.
         left_out: slug -> reason, for each run that is in no group.
-        inferred: the slugs of the runs whose start or teacher is inferred (`Makers`).
     """
 
     def __init__(self, runs: Sequence[Run]):
         self.runs = tuple(runs)
         makers = Makers(runs)
-        self.inferred = makers.inferred
         self.left_out: dict[str, str] = {}
         repeats: dict[Any, dict[Any, Run]] = {}  # configuration -> seeds -> run
         firsts: dict[str, Run] = {}  # slug -> the first run of the same configuration
