@@ -7,10 +7,8 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
 import json
-import pathlib
 from typing import Any, NamedTuple
 
-from etils import epath
 import jax
 from jax.sharding import Mesh
 import numpy as np
@@ -368,7 +366,7 @@ def score(
     return values
 
 
-def write_rows(path: pathlib.Path | epath.Path, rows: Sequence[Row], vocabulary: Any) -> None:
+def write_rows(path: files.AnyPath, rows: Sequence[Row], vocabulary: Any) -> None:
     """Writes rows as JSONL; with a teacher, each row has its tokens and their divergences."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with files.naming(path), path.open("w", encoding="utf-8") as file:

@@ -9,10 +9,8 @@ source is shuffled within seqio's window.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-import pathlib
 from typing import Any
 
-from etils import epath
 import jax
 import numpy as np
 import seqio
@@ -23,6 +21,7 @@ from gkd_jax.input import fit, in_memory
 from gkd_jax.input.data import TEACHER_INPUTS, WHOLE, DataConfig, Shard
 from gkd_jax.input.split import Split
 from gkd_jax.input.untuned import untuned
+from gkd_jax.text import files
 
 
 _Rows = tf.RaggedTensor | tf.Tensor
@@ -72,7 +71,7 @@ class TrainIterator:
             raise RuntimeError("the dataset has no examples: the stream ended") from None
         return Batch(**{name: value.numpy() for name, value in example.items()})
 
-    def save(self, directory: pathlib.Path | epath.Path) -> None:
+    def save(self, directory: files.AnyPath) -> None:
         """Writes the position after the last batch taken; every process must call this.
 
         Only the first of the processes that read the same shard writes a file.
@@ -81,7 +80,7 @@ class TrainIterator:
         if self._writes:
             self._checkpoint.write(str(directory / self._file))
 
-    def restore(self, directory: pathlib.Path | epath.Path) -> None:
+    def restore(self, directory: files.AnyPath) -> None:
         """Sets the stream to the position that `save` wrote."""
         self._peeked = None
         self._checkpoint.read(str(directory / self._file)).assert_consumed()

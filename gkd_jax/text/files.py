@@ -30,6 +30,9 @@ _WIDE_MARKS |= {codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_BE: "UTF-16"}
 _CHUNK = 1 << 20
 _REMOTE = re.compile("(gs|s3|az|hdfs|https?|file):/")  # of gs://bucket, pathlib makes gs:/bucket
 
+AnyPath = pathlib.Path | epath.Path
+"""A path on a disk, or a path of etils, which may be in a bucket as well."""
+
 
 def in_bucket(path: str | os.PathLike) -> bool:
     """Returns whether a path is the address of a file or a folder in a bucket, `gs://BUCKET/...`."""
@@ -44,7 +47,7 @@ def absolute(path: str | os.PathLike) -> epath.Path:
     return epath.Path(path) if in_bucket(path) else epath.Path(path).resolve()
 
 
-def write_whole(path: pathlib.Path | epath.Path, content: str | bytes) -> None:
+def write_whole(path: AnyPath, content: str | bytes) -> None:
     """Writes a file atomically: to a temporary file in the same folder, which is then renamed.
 
     In a bucket, every write is atomic by itself.
@@ -291,7 +294,7 @@ def parse_objects(lines: Sequence[str], path: str | os.PathLike) -> list[dict[st
     return rows
 
 
-def read_records(path: pathlib.Path | epath.Path) -> tuple[list[dict[str, Any]], int]:
+def read_records(path: AnyPath) -> tuple[list[dict[str, Any]], int]:
     """Returns the JSON objects of a file that a run appends to, and the number of damaged lines.
 
     A run that is writing, or that was killed, leaves its last line cut short. Without a file, there

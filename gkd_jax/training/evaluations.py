@@ -7,7 +7,6 @@ import os
 import sys
 from typing import Any, NamedTuple
 
-from etils import epath
 import jax
 import seqio
 
@@ -17,7 +16,7 @@ from gkd_jax.input import eval_batches, named_tasks
 from gkd_jax.input.split import Split
 from gkd_jax.models import lm
 from gkd_jax.storage import tokenizer_files
-from gkd_jax.text import task_names, vocabularies
+from gkd_jax.text import files, task_names, vocabularies
 from gkd_jax.training import teachers
 from gkd_jax.training.program import Program
 from gkd_jax.training.source import Source
@@ -39,7 +38,7 @@ class Evaluations:
     """Decodes and scores every task that a recipe evaluates on. A mixture is done task by task."""
 
     def __init__(
-        self, program: Program, source: Source, model_dir: epath.Path, *, check_remote: bool
+        self, program: Program, source: Source, model_dir: files.AnyPath, *, check_remote: bool
     ):
         """Opens the tasks and checks them against the model; decodes nothing yet.
 

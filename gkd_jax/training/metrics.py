@@ -176,7 +176,7 @@ class EventFile:
         self._file.flush()
 
 
-def read(path: pathlib.Path | epath.Path) -> list[dict[str, Any]]:
+def read(path: files.AnyPath) -> list[dict[str, Any]]:
     """Returns the lines of a metrics.jsonl, without those that a crash has cut short or changed.
 
     There are none if the file does not exist.
@@ -184,7 +184,7 @@ def read(path: pathlib.Path | epath.Path) -> list[dict[str, Any]]:
     return [line for line in files.read_records(path)[0] if isinstance(line.get("step"), int)]
 
 
-def values_by_step(path: pathlib.Path | epath.Path, name: str) -> dict[int, float]:
+def values_by_step(path: files.AnyPath, name: str) -> dict[int, float]:
     """Returns one number of a metrics.jsonl by step; empty if the file does not exist."""
     return {line["step"]: line[name] for line in read(path) if name in line}
 

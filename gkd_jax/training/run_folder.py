@@ -6,7 +6,6 @@ import functools
 import sys
 from typing import Any
 
-from etils import epath
 import jax
 
 from gkd_jax.gkd import TrainState
@@ -35,7 +34,7 @@ class RunFolder:
 
     program: Program
     source: Source
-    folder: epath.Path
+    folder: files.AnyPath
     about: dict[str, Any]
     changes: list[dict[str, Any]]
     is_new: bool
@@ -46,7 +45,7 @@ class RunFolder:
         cls,
         program: Program,
         source: Source,
-        folder: epath.Path,
+        folder: files.AnyPath,
         *,
         name: str = "",
         allow_changes: Sequence[str] = (),

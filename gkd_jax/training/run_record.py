@@ -12,7 +12,6 @@ import pathlib
 import subprocess
 from typing import Any
 
-from etils import epath
 import jax
 import numpy as np
 
@@ -97,7 +96,7 @@ def batch_hash(batch: Batch) -> str:
     return digest.hexdigest()
 
 
-def read(folder: epath.Path) -> dict[str, Any] | None:
+def read(folder: files.AnyPath) -> dict[str, Any] | None:
     """Reads the run.json of a MODEL_DIR that holds a checkpoint; None if there is no checkpoint.
 
     A MODEL_DIR without a checkpoint is free to use, so a start that failed before its first
@@ -125,7 +124,7 @@ def read(folder: epath.Path) -> dict[str, Any] | None:
 
 
 def changes(
-    folder: epath.Path,
+    folder: files.AnyPath,
     before: dict[str, Any],
     about: dict[str, Any],
     allowed: Sequence[str] = (),
@@ -236,7 +235,7 @@ def _fields(description: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
             yield from _fields(value, f"{prefix}{key}.")
 
 
-def write(folder: epath.Path, about: dict[str, Any]) -> None:
+def write(folder: files.AnyPath, about: dict[str, Any]) -> None:
     """Writes run.json."""
     files.write_whole(folder / "run.json", json.dumps(about, indent=1) + "\n")
 

@@ -189,7 +189,7 @@ def train(
     run.check_learnt()
 
 
-def _check_places(recipe: Recipe, folder: epath.Path, pending: frozenset[str]) -> None:
+def _check_places(recipe: Recipe, folder: files.AnyPath, pending: frozenset[str]) -> None:
     """Checks that the models are where the recipe says, and that MODEL_DIR can be written.
 
     Raises:
@@ -225,7 +225,7 @@ def _warn_of_long_texts(program: Program) -> None:
 
 
 def _with_local_files(
-    recipe: Recipe, folder: epath.Path, dry_run: bool
+    recipe: Recipe, folder: files.AnyPath, dry_run: bool
 ) -> tuple[Recipe, dict[str, str]]:
     """Downloads the models and the tokenizer that the recipe names as on the Hugging Face hub.
 
@@ -248,7 +248,7 @@ def _with_local_files(
 
 
 def _check_dry(
-    folder: epath.Path,
+    folder: files.AnyPath,
     program: Program,
     source: Source,
     pending: frozenset[str],
