@@ -26,6 +26,8 @@ from collections.abc import Callable
 import functools
 import random
 
+import tensorflow as tf
+
 from gkd_jax.tasks import features
 from gkd_jax.text import text_metrics, vocabularies
 
@@ -89,9 +91,11 @@ def _problem(below: Callable[[int], int]) -> tuple[str, str]:
     return " ".join([*sentences, question]), " ".join([*steps, f"The answer is {value}."])
 
 
-def _columns(split: str) -> dict[str, list[str]]:
+@functools.cache  # A run opens a split several times, and tensors of 50,000 texts take a while.
+def _columns(split: str) -> dict[str, tf.Tensor]:
     questions, chains = zip(*problems()[split], strict=True)
-    return {"inputs": list(questions), "targets": list(chains)}
+    with tf.init_scope():
+        return {"inputs": tf.constant(questions), "targets": tf.constant(chains)}
 
 
 def _columns_with_hints(split: str) -> dict[str, list[str]]:

@@ -156,7 +156,7 @@ def with_teacher_inputs(task: seqio.Task | seqio.Mixture, template: str) -> seqi
 
 
 def table_source(
-    read: Callable[[str], tf.data.Dataset | Mapping[str, Sequence[str]]],
+    read: Callable[[str], tf.data.Dataset | Mapping[str, Sequence[str] | tf.Tensor]],
     splits: Iterable[str],
     sizes: Mapping[str, int] | None = None,
 ) -> seqio.FunctionDataSource:
