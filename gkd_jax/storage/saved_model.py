@@ -19,7 +19,8 @@ from gkd_jax.text import files
 
 
 FOLDER = "checkpoints"  # of a MODEL_DIR, with one folder for each saved step
-# In a bucket no folder can be renamed in one go, so Orbax marks a complete step by this file.
+# Orbax writes this file into the folder of a step when the step is complete. It does so only in a
+# bucket, where a folder cannot get its final name in one go.
 _COMMITTED = "commit_success.txt"
 
 
@@ -28,11 +29,13 @@ def saved_steps(model_dir: str | os.PathLike[str]) -> list[int]:
     folder = epath.Path(model_dir) / FOLDER
     if not folder.is_dir():
         return []
-    complete = _COMMITTED if files.in_bucket(folder) else "params"
+    in_bucket = files.in_bucket(folder)
     return sorted(
         int(child.name)
         for child in folder.iterdir()
-        if child.name.isdecimal() and (child / complete).exists()
+        if child.name.isdecimal()
+        and (child / "params").is_dir()
+        and (not in_bucket or (child / _COMMITTED).exists())
     )
 
 
