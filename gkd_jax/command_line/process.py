@@ -44,7 +44,7 @@ def importing():
     """Turns Python's garbage collector off while a command imports its packages.
 
     The imports make a million objects, which live as long as the process. The collector would look
-    through them again and again, in vain: it took 1.3 s of 8. Later collections leave them out.
+    through them again and again, in vain. Later collections leave these objects out.
     """
     if not gc.isenabled():
         yield

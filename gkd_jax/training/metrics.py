@@ -26,8 +26,8 @@ from gkd_jax.training import samples
 Tracker = Callable[[int, Mapping[str, float]], None]
 """A tracker takes the number of a step and its numbers by name, and passes them on elsewhere."""
 
-FILE = "metrics.jsonl"
-COPY_SECONDS = 60.0
+FILE = "metrics.jsonl"  # of a MODEL_DIR
+COPY_SECONDS = 60.0  # between two copies of the files to a bucket
 
 
 class Writer:
@@ -150,8 +150,7 @@ class EventFile:
     """A file of numbers by step that TensorBoard shows.
 
     It is a file of records, each of which is a serialized Event (tensorflow/core/util/event.proto).
-    TensorBoard's own writer takes a quarter of a second to import, and `tf.summary.scalar` half a
-    millisecond for each number.
+    TensorBoard's own writer is slow to import, and `tf.summary.scalar` is slow for many numbers.
     """
 
     def __init__(self, folder: pathlib.Path):
