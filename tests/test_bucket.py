@@ -1,6 +1,8 @@
 """A run whose MODEL_DIR is in a bucket trains, resumes and is read as one on a disk is."""
 
+import hashlib
 import importlib.metadata
+import json
 import os
 import shutil
 import time
@@ -13,7 +15,9 @@ import pytest
 from small_runs import options, write_teacher
 
 from gkd_jax import divergences
-from gkd_jax.evaluation import evaluate
+from gkd_jax.evaluation import evaluate, infer
+from gkd_jax.input import named_tasks
+from gkd_jax.input.data import DataConfig
 from gkd_jax.storage import loading, pretrained, saved_model
 from gkd_jax.text import files
 from gkd_jax.training import metrics, run_lock, train
@@ -68,11 +72,69 @@ def test_a_run_in_a_bucket_goes_on_exactly_as_a_local_one(bucket, tmp_path):
     assert rows == (local / "eval" / "arithmetic" / "4.jsonl").read_bytes()
 
 
-def test_a_dry_run_does_not_look_at_a_bucket(monkeypatch, capsys):
+@pytest.fixture
+def no_network(monkeypatch):
+    """Requests to a bucket fail."""
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nothing listens there
     monkeypatch.setenv("GCS_RETRY_CONFIG_MAX_RETRIES", "0")
-    train.train(**options("gs://bucket/run", steps=1), dry_run=True)
-    assert "not checked: gs://bucket/run" in capsys.readouterr().err
+
+
+def data_at(path, eval_fraction=None):
+    lengths = {"inputs": 24, "targets": 8}
+    return DataConfig(
+        task=path,
+        vocabulary="bytes",
+        feature_lengths=lengths,
+        batch_size=8,
+        eval_fraction=eval_fraction,
+    )
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize(
+    ("path", "eval_fraction"),
+    [
+        ("gs://bucket/folder", None),
+        ("gs://bucket/data.jsonl", None),
+        ("gs://bucket/data.jsonl", 0.1),
+        ("gs://bucket/data.jsonl:mathematics", 0.1),
+    ],
+)
+def test_a_dry_run_does_not_look_at_a_bucket(path, eval_fraction, tmp_path, capsys):
+    data = data_at(path, eval_fraction)
+    recipe = {"data": data, "evaluation": evaluate.EvalConfig(num_examples=8)}
+    for folder in ("gs://bucket/run", tmp_path / "run"):
+        train.train(**options(folder, steps=1, **recipe), dry_run=True)
+        said = capsys.readouterr().err
+        assert f"not checked: {path}" in said
+        assert ("not checked: gs://bucket/run" in said) == (folder == "gs://bucket/run")
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize("text_file", [None, "gs://bucket/prompts.txt"])
+def test_a_dry_run_of_infer_does_not_look_at_a_bucket(text_file, tmp_path, capsys):
+    infer.run(
+        model=pretrained.ModelConfig(size="tiny"),
+        data=data_at("gs://bucket/data.jsonl"),
+        evaluation=evaluate.EvalConfig(),
+        output=str(tmp_path / "out.jsonl"),
+        text_file=text_file,
+        dry_run=True,
+    )
+    assert "dry run: all is well" in capsys.readouterr().err
+
+
+def test_a_file_in_a_bucket_is_read_and_hashed_like_a_local_one(bucket):
+    content = "".join(json.dumps({"inputs": str(i), "targets": "a"}) + "\n" for i in range(40))
+    file = gcs_server.path_of(bucket, "data.jsonl")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(content)
+    data = data_at("gs://bucket/data.jsonl", eval_fraction=0.25)
+    task, _ = named_tasks.open_task(data)
+    held_out, rest = (len(task.source.examples(split)) for split in ("validation", "train"))
+    assert (held_out > 0, held_out + rest) == (True, 40)
+    expected = hashlib.sha256(content.encode()).hexdigest()
+    assert named_tasks.content_of("gs://bucket/data.jsonl:mathematics", "train") == expected
 
 
 def test_one_job_at_a_time_holds_a_run(bucket, monkeypatch):

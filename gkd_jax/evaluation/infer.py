@@ -209,6 +209,13 @@ def run(
     about = _about(model, data, evaluation, text_file)
     opened = _, vocabulary = _open_task(model, data, dry_run)
     unread = []  # a dry run stays off the network
+    if dry_run and files.is_remote(text_file or str(data.task)):
+        unread.append("task_content" if text_file is None else "text_content")
+    elif text_file is None:
+        about["task_content"] = named_tasks.content_of(str(data.task), evaluation.split)
+    else:  # A fault in the file is reported before the model is loaded.
+        lines = "\n".join(files.read_lines(text_file))
+        about["text_content"] = hashlib.sha256(lines.encode()).hexdigest()
     if dry_run and vocabularies.is_remote(vocabulary):
         unread.append("vocabulary_content")
     else:
@@ -269,15 +276,7 @@ def _about(
     about["template_variables"] = dict(data.template_variables)
     if data.eval_fraction is not None:
         about |= {"eval_fraction": data.eval_fraction, "data_seed": data.seed}
-    if text_file is None:
-        about["split"] = evaluation.split
-        about["task_content"] = named_tasks.content_of(str(data.task), evaluation.split)
-    else:  # read the file now, so that a fault in it is reported before the model is loaded
-        lines = "\n".join(files.read_lines(text_file))
-        about |= {
-            "text_file": text_file,
-            "text_content": hashlib.sha256(lines.encode()).hexdigest(),
-        }
+    about |= {"split": evaluation.split} if text_file is None else {"text_file": text_file}
     about["feature_lengths"] = dict(data.feature_lengths)
     about["batch_size"] = evaluation.batch_size or data.batch_size
     names = ["decoding", "num_examples", "target_length"]

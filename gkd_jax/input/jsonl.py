@@ -37,7 +37,11 @@ _TEXTS = {"inputs": "prompt", "targets": "target", TEACHER_INPUTS: "teacher_prom
 
 
 def make_task(
-    config: DataConfig, vocabulary: seqio.Vocabulary, *, teachers: Sequence[str] = ()
+    config: DataConfig,
+    vocabulary: seqio.Vocabulary,
+    *,
+    teachers: Sequence[str] = (),
+    check_remote: bool = True,
 ) -> seqio.Task:
     """Returns the task of a JSONL file or of a folder of JSONL files, without registering it.
 
@@ -46,6 +50,8 @@ def make_task(
         vocabulary: the vocabulary of the model.
         teachers: all values that the field `teacher` of the rows may have, for a path that selects
             rows by this field. () allows any.
+        check_remote: whether a remote path may be looked at; without looking, every file that can
+            be there counts as existing.
 
     Raises:
         FileNotFoundError: if the folder has no file of any split.
@@ -53,7 +59,9 @@ def make_task(
             file.
     """
     assert isinstance(config.task, str)
-    source = JsonlSource(_absolute(config.task), vocabulary, config, teachers)
+    path = _absolute(config.task)
+    splits = _splits(path, config.eval_fraction, check_remote)
+    source = JsonlSource(path, splits, vocabulary, config, teachers)
     return seqio.Task(
         task_name(config.task),
         source=source,
@@ -71,6 +79,23 @@ def task_name(path: str | os.PathLike) -> str:
     absolute = _absolute(path)
     stem = re.sub(r"\W+", "_", os.path.basename(absolute).split(".")[0])
     return f"jsonl_{stem}_{hashlib.sha256(absolute.encode()).hexdigest()[:8]}"
+
+
+def _splits(path: str, eval_fraction: float | None, check_remote: bool) -> dict[str, str]:
+    """Returns the file of each split; the split that is held out has the training file."""
+    folder, _ = task_names.split(path)
+    if files.is_remote(path) and not check_remote:
+        is_file = folder.endswith(task_names.ENDINGS)
+        return {split: folder if is_file else f"{folder}/{split}.jsonl" for split in SPLITS}
+    found = find_splits(folder)
+    if eval_fraction is None:
+        return found
+    if "train" not in found or "validation" in found:
+        raise ValueError(
+            f"eval_fraction={eval_fraction} holds rows of the training file out, "
+            f"but {path!r} has files of its own: {found}"
+        )
+    return {**found, "validation": found["train"]}
 
 
 def find_splits(path: str) -> dict[str, str]:
@@ -113,19 +138,16 @@ class JsonlSource(seqio.FunctionDataSource):
     """
 
     def __init__(
-        self, path: str, vocabulary: seqio.Vocabulary, config: DataConfig, teachers: Sequence[str]
+        self,
+        path: str,
+        splits: dict[str, str],
+        vocabulary: seqio.Vocabulary,
+        config: DataConfig,
+        teachers: Sequence[str],
     ):
-        self.path = path
-        folder, self._teacher = task_names.split(path)
+        self.path, self.files = path, splits
+        _, self._teacher = task_names.split(path)
         self._teachers = teachers
-        self.files = find_splits(folder)
-        if config.eval_fraction is not None:
-            if "train" not in self.files or "validation" in self.files:
-                raise ValueError(
-                    f"eval_fraction={config.eval_fraction} holds rows of the training file out, "
-                    f"but {path!r} has files of its own: {self.files}"
-                )
-            self.files["validation"] = self.files["train"]
         self._vocabulary, self._config = vocabulary, config
         self._examples: dict[str, list[Example]] = {}
         super().__init__(self._dataset, splits=list(self.files), caching_permitted=False)
@@ -285,4 +307,4 @@ def _exact_match(targets: Sequence[str | None], predictions: Sequence[str]) -> d
 
 def _absolute(path: str | os.PathLike) -> str:
     name = os.fspath(path)
-    return name if "://" in name else os.path.abspath(os.path.expanduser(name))
+    return name if files.is_remote(name) else os.path.abspath(os.path.expanduser(name))

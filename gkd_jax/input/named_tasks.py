@@ -3,9 +3,7 @@
 from collections.abc import Sequence
 import dataclasses
 import difflib
-import hashlib
 import os
-import pathlib
 from typing import Any
 
 import seqio
@@ -98,6 +96,7 @@ def open_task(
             config,
             vocabulary or vocabularies.t5_default(),
             teachers=task_names.teachers_of(path, beside),
+            check_remote=check_remote,
         )
     elif config.eval_fraction is not None:
         raise ValueError(
@@ -197,11 +196,10 @@ def find_task(name: str, vocabulary: seqio.Vocabulary | None) -> seqio.Task | se
     )
 
 
-def file_of(name: str, split: str) -> pathlib.Path | None:
-    """Returns the local file from which a split of a JSONL task is read.
+def file_of(name: str, split: str) -> str | None:
+    """Returns the file from which a split of a JSONL task is read; None for other tasks.
 
-    The result is None for other tasks, for remote files, and for a file that another run has still
-    to write.
+    The result is also None for a local file that another run has still to write.
 
     Args:
         name: the name of the task, perhaps a path.
@@ -211,20 +209,18 @@ def file_of(name: str, split: str) -> pathlib.Path | None:
         FileNotFoundError: if the path is a folder without a file of any split.
     """
     path, _ = task_names.split(name)
-    if not task_names.is_path(name) or "://" in path:
+    if not task_names.is_path(name):
         return None
     found = jsonl.find_splits(os.path.expanduser(path))
     file = found.get(split.partition("[")[0], found.get("train"))
-    return pathlib.Path(file) if file is not None and os.path.isfile(file) else None
+    exists = file is not None and (files.is_remote(file) or os.path.isfile(file))
+    return file if exists else None
 
 
 def content_of(name: str, split: str) -> str | None:
     """Returns the SHA-256 of the file of a split (see `file_of`); None if there is none."""
     file = file_of(name, split)
-    if file is None:
-        return None
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+    return None if file is None else files.sha256(file)
 
 
 def check_split(task: seqio.Task | seqio.Mixture, split: str) -> None:
@@ -281,7 +277,7 @@ def check_rows(task: seqio.Task | seqio.Mixture, split: str, *, check_remote: bo
     """
     name = split.split("[")[0]
     for part, source in _jsonl_parts(task):
-        if not check_remote and "://" in source.files[name]:
+        if not check_remote and files.is_remote(source.files[name]):
             continue
         vocabulary = part.output_features["targets"].vocabulary
         if check_remote or not vocabularies.is_remote(vocabulary):
@@ -290,15 +286,20 @@ def check_rows(task: seqio.Task | seqio.Mixture, split: str, *, check_remote: bo
             rows.read(source.files[name])
 
 
-def check_targets(task: seqio.Task | seqio.Mixture, split: str, why: str) -> None:
+def check_targets(
+    task: seqio.Task | seqio.Mixture, split: str, why: str, *, check_remote: bool = True
+) -> None:
     """Raises ValueError, naming the file and the line, if a row of a split has no target.
 
     Args:
         task: a task or mixture. Only JSONL files can have rows without targets.
         split: the split of the task.
         why: the reason why targets are needed, for the error message.
+        check_remote: whether remote files may be read.
     """
     for _, source in _jsonl_parts(task):
+        if not check_remote and files.is_remote(source.files[split]):
+            continue
         examples = source.examples(split)
         line = next((example.line for example in examples if example.target is None), None)
         if line is not None:

@@ -11,6 +11,7 @@ import codecs
 from collections.abc import Iterator, Sequence
 import contextlib
 import gzip
+import hashlib
 import importlib.metadata
 import io
 import json
@@ -37,6 +38,11 @@ AnyPath = pathlib.Path | epath.Path
 def in_bucket(path: str | os.PathLike) -> bool:
     """Returns whether a path is the address of a file or a folder in a bucket, `gs://BUCKET/...`."""
     return os.fspath(path).startswith("gs://")
+
+
+def is_remote(path: str | os.PathLike) -> bool:
+    """Returns whether a path is an address, such as `gs://BUCKET/data.jsonl`."""
+    return "://" in os.fspath(path)
 
 
 def absolute(path: str | os.PathLike) -> epath.Path:
@@ -341,8 +347,18 @@ def string(row: dict[str, Any], key: str) -> str:
     return value
 
 
+def sha256(path: str | os.PathLike) -> str:
+    """Returns the SHA-256 of a file, on a disk or remote, as a hexadecimal number.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file cannot be read.
+    """
+    return hashlib.sha256(_content(os.fspath(path))).hexdigest()
+
+
 def _content(name: str) -> bytes:
-    if "://" in name:
+    if is_remote(name):
         return _remote_content(name)
     try:
         return pathlib.Path(name).read_bytes()

@@ -38,7 +38,8 @@ def open_source(
     Args:
         recipe: the configuration of the run.
         pending: checkpoints that are not opened (see `program.build`).
-        check_remote: whether remote vocabularies are read; False keeps a dry run off the network.
+        check_remote: whether remote vocabularies and JSONL files are read; False keeps a dry run
+            off the network.
 
     Raises:
         ValueError: if a split, a teacher cache or a checkpoint does not fit the task and its
@@ -55,7 +56,7 @@ def open_source(
         named_tasks.check_teacher_inputs(name, task, recipe.data)
         if recipe.method.uses_dataset() and is_read:
             why = "only with ON_POLICY_FRACTION 1 is nothing learnt from the data set's targets"
-            named_tasks.check_targets(task, recipe.data.split, why)
+            named_tasks.check_targets(task, recipe.data.split, why, check_remote=check_remote)
     num_pieces = vocabulary_checks.shared_pieces(
         vocabulary, recipe.models, pending, check_remote=check_remote
     )

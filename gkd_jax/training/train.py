@@ -256,9 +256,11 @@ def _check_dry(
 ) -> None:
     """Compares a dry run with what MODEL_DIR holds, and lists what it did not check.
 
-    A dry run opens nothing remote, neither a checkpoint nor a MODEL_DIR in a bucket.
+    A dry run opens nothing remote: no checkpoint, no JSONL file and no MODEL_DIR in a bucket.
     """
-    unknown = pending & {model.checkpoint for model in program.recipe.models.values()}
+    recipe = program.recipe
+    unknown = pending & {model.checkpoint for model in recipe.models.values()}
+    unknown |= set(filter(files.is_remote, recipe.data.task_rows))
     if files.in_bucket(folder):
         unknown |= {os.fspath(folder)}
     elif run_record.read(folder) is not None and not unknown:
