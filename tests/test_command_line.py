@@ -132,6 +132,12 @@ def test_recipes_lists_every_gin_file_that_runs_with_one_line(capsys):
     assert listed["rl_gkd"].startswith("RL + GKD (the paper's Eq. 5) maximises")
 
 
+def test_a_pipe_may_take_the_first_recipes_alone():
+    command = f"{sys.executable} -m gkd_jax recipes | head -n 1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
+    assert (done.stdout.count("\n"), done.stderr) == (1, "")
+
+
 def test_missing_packages_are_installed_by_their_own_names(monkeypatch):
     found = ["jax>=0.10", "pandas>=2.2; extra == 'report'", 'jax[tpu]; extra == "tpu"']
     monkeypatch.setattr(extras.importlib.metadata, "requires", lambda name: found)

@@ -1,6 +1,7 @@
 """`run`: starts the function of a command with its flags and gin files."""
 
 from collections.abc import Callable
+import contextlib
 import os
 import sys
 from typing import Any
@@ -40,7 +41,8 @@ def run(command: str, values: Any, bindings: list[tuple[str, str]], positional: 
         _report(values, positional)
         return
     if command == "recipes":
-        print(recipes.listing())
+        with contextlib.suppress(BrokenPipeError):  # `| head` takes what it needs
+            print(recipes.listing())
         return
     if command == "sweep":
         _sweep(values, dict(bindings), positional)
