@@ -4,7 +4,8 @@ from collections.abc import Iterator
 import math
 from typing import Any, NamedTuple
 
-from gkd_jax.report.study import Group, Study, Table, sizes
+from gkd_jax.report.groups import Group
+from gkd_jax.report.study import Study, Table, sizes
 
 
 _NOISE = {

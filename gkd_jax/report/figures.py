@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from gkd_jax.report import paper, plots
+from gkd_jax.report.groups import Group
 from gkd_jax.report.plots import COLOURS, Panel
 from gkd_jax.report.record import Setting, divergence_name, said
-from gkd_jax.report.study import Group, Study, Table, divergence_order, sizes
+from gkd_jax.report.study import Study, Table, divergence_order, sizes
 from gkd_jax.text import files
 
 

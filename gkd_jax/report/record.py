@@ -10,7 +10,6 @@ import functools
 import json
 import math
 import pathlib
-import re
 from typing import Any, NamedTuple
 
 from gkd_jax.evaluation import decodings
@@ -32,7 +31,6 @@ _NOT_DECODING = frozenset({
 })
 # fmt: on
 SEEDS = ("data.seed", "train.seed")
-_CHECKPOINT = re.compile(r"(student|teacher.*)\.checkpoint")
 _NAMES: dict[Any, str] = {
     ("forward_kl", 0.0): "Supervised KD",
     ("forward_kl", 0.5): "ImitKD",
@@ -97,20 +95,6 @@ class Evaluation(NamedTuple):
     setting: Setting
     step: int | None
     values: dict[str, float]
-
-
-class Checkpoint(NamedTuple):
-    """A model from which a run started, by which it was taught, or which wrote its targets.
-
-    Attributes:
-        folder: the path of the model.
-        step: the step in the folder; "" for the newest, or where there are no steps.
-        content: the hash of the content; if none was recorded, what no other checkpoint has.
-    """
-
-    folder: str
-    step: str
-    content: str
 
 
 class Method(NamedTuple):
@@ -236,24 +220,6 @@ class Run:
         """The names of the tasks that share every batch; "" for one task."""
         tasks = as_object(as_object(self.about.get("recipe")).get("data")).get("task")
         return " + ".join(map(display_name, tasks)) if isinstance(tasks, dict) else ""
-
-    @functools.cached_property
-    def checkpoints(self) -> dict[str, Checkpoint]:
-        """Field of the recipe -> its checkpoint, such as "student.checkpoint".
-
-        "data.task" has the model that wrote the training data of SeqKD.
-        """
-        wrote = as_object(self.about.get("targets_made_by"))
-        paths = {name: path for name, path in self.fields.items() if _CHECKPOINT.fullmatch(name)}
-        found = {}
-        for name, path in {**paths, "data.task": wrote.get("checkpoint")}.items():
-            if isinstance(path, str):
-                folder, _, step = path.partition("/checkpoints/")
-                content = (
-                    self.fields.get(f"contents.{name}") if name in paths else wrote.get("content")
-                )
-                found[name] = Checkpoint(folder, step, said(content or f"{name} of {self.slug}"))
-        return found
 
     @property
     def train_steps(self) -> int | None:

@@ -1,0 +1,175 @@
+"""Groups runs that differ only in the seed.
+
+Runs whose starts and teachers were made by one recipe are repeats of each other, even if each seed
+made its own. A checkpoint is therefore identified by the configuration of the run that made it.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+import dataclasses
+import hashlib
+import math
+import re
+from typing import Any, NamedTuple
+
+from gkd_jax.report.record import Method, Run, as_object, finite, real_path, said
+
+
+_CHECKPOINT = re.compile(r"(student|teacher.*)\.checkpoint")
+
+
+class Maker(NamedTuple):
+    """The finished run that made a checkpoint, and the step as text; "" is the last step."""
+
+    run: Run
+    step: str
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Group:
+    """Runs that differ in nothing but the seed.
+
+    Attributes:
+        runs: the runs, at least one, with different seeds.
+        identity: the configuration that all runs share. In the place of a checkpoint is the hash of
+            its maker's configuration, and in that of another file the hash of its content.
+        makers: field -> maker of the first run's checkpoint; the maker is the first of its group.
+        role: "start" or "teacher" for SFT from which other runs start or by which they are taught,
+            else the kind of the method.
+        label: the name of the method, and the fields that tell it from others of that name.
+    """
+
+    runs: tuple[Run, ...]
+    identity: dict[str, Any]
+    makers: dict[str, Maker]
+    role: str
+    label: str = ""
+
+    @property
+    def first(self) -> Run:
+        return self.runs[0]
+
+    @property
+    def method(self) -> Method:
+        return self.first.method
+
+    @property
+    def size(self) -> str:
+        return self.first.size("student") or "size not recorded"
+
+    @property
+    def fraction(self) -> float:
+        """The paper's lambda; 0.5 if it follows a schedule."""
+        return 0.5 if isinstance(self.method.fraction, str) else self.method.fraction
+
+    @property
+    def amount(self) -> float:
+        """The number of training examples; infinite without a limit."""
+        return finite(self.first.fields.get("data.num_examples")) or math.inf
+
+    def identity_without(self, *names: str) -> frozenset[tuple[str, Any]]:
+        """A value that is equal for groups which differ only in fields that begin with `names`."""
+        return frozenset(one for one in _set_fields(self.identity) if not one[0].startswith(names))
+
+
+def grouped(runs: Sequence[Run]) -> tuple[list[Group], dict[str, str]]:
+    """Groups the finished runs.
+
+    Returns:
+        The groups, without labels, and slug -> reason for each run that is in no group.
+    """
+    makers = _makers(runs)
+    left_out: dict[str, str] = {}
+    repeats: dict[Any, dict[Any, Run]] = {}  # configuration -> seeds -> run
+    firsts: dict[str, Run] = {}  # slug -> the first run of the same configuration
+    # Of runs with the same configuration and seed, the one that was decoded in most ways is kept.
+    for run in sorted(runs, key=lambda run: -len(run.finals)):
+        if not run.finished:
+            left_out[run.slug] = f"unfinished: step {run.last_step:,} of {run.train_steps:,}"
+            continue
+        identity, seeds = _configuration(run, makers)
+        alike = repeats.setdefault(_set_fields(identity), {})
+        held = alike.setdefault(seeds, run)
+        firsts[run.slug] = next(iter(alike.values()))
+        if held is not run:
+            left_out[run.slug] = f"same configuration and seed as {held.name}"
+    used = {
+        (firsts[one.run.slug].slug, of) for found in makers.values() for of, one in found.items()
+    }
+    roles = {slug: "teacher" for slug, field in used if field.startswith("teacher")}
+    roles |= {slug: "start" for slug, field in used if field == "student.checkpoint"}
+    groups = []
+    for first, *others in (alike.values() for alike in repeats.values()):
+        kind, of_first = first.method.kind, makers[first.slug].items()
+        group = Group(
+            runs=(first, *others),
+            identity=_configuration(first, makers)[0],
+            makers={field: Maker(firsts[run.slug], step) for field, (run, step) in of_first},
+            role=roles.get(first.slug, kind) if kind == "sft" else kind,
+        )
+        groups.append(group)
+    return groups, left_out
+
+
+def _checkpoints(run: Run) -> Iterator[tuple[str, str, str]]:
+    """Yields (field, path, content) of each model that a run started from or was taught by.
+
+    The model that wrote the training data of SeqKD has the field "data.task". A content is a hash;
+    one that was not recorded is equal to no other.
+    """
+    wrote = as_object(run.about.get("targets_made_by"))
+    found = {
+        name: (path, run.fields.get(f"contents.{name}"))
+        for name, path in run.fields.items()
+        if _CHECKPOINT.fullmatch(name)
+    }
+    found["data.task"] = (wrote.get("checkpoint"), wrote.get("content"))
+    for field, (path, content) in found.items():
+        if isinstance(path, str):
+            yield field, path, said(content or f"{field} of {run.slug}")
+
+
+def _makers(runs: Sequence[Run]) -> dict[str, dict[str, Maker]]:
+    """Returns slug -> field of a checkpoint -> its maker, where the maker is known.
+
+    A maker is known by the path of the checkpoint, or because another run has such a path to the
+    same content.
+    """
+    finished = {run.folder: run for run in runs if run.finished}
+    checkpoints = [(run, *one) for run in runs for one in _checkpoints(run)]
+    by_content: dict[str, Maker] = {}
+    for run, _, path, content in checkpoints:
+        folder, _, step = path.partition("/checkpoints/")
+        # The path may be that of a link to the folder.
+        maker = finished.get(real_path(run.root / folder))
+        if maker is not None and maker is not run:
+            by_content.setdefault(content, Maker(maker, step))
+    makers: dict[str, dict[str, Maker]] = {run.slug: {} for run in runs}
+    for run, field, _, content in checkpoints:
+        if content in by_content:
+            makers[run.slug][field] = by_content[content]
+    return makers
+
+
+def _configuration(
+    run: Run, makers: Mapping[str, Mapping[str, Maker]], users: Sequence[str] = ()
+) -> tuple[dict[str, Any], tuple[Any, ...]]:
+    """Returns what identifies a run's configuration, and the seeds of the run and its makers.
+
+    A checkpoint is identified by the configuration of its maker, else by its content, or else by
+    its path. `users` are the slugs of the runs that led here, because damaged records may say that
+    two runs made each other's start.
+    """
+    identity, seeds = dict(run.identity), run.seed
+    for field, (maker, step) in makers[run.slug].items():
+        if maker.slug not in users:
+            made_by, made_with = _configuration(maker, makers, (*users, run.slug))
+            text = repr((sorted(_set_fields(made_by)), step))
+            identity.pop(field, None)
+            identity[field] = hashlib.sha256(text.encode()).hexdigest()
+            seeds += made_with
+    return identity, seeds
+
+
+def _set_fields(identity: Mapping[str, Any]) -> frozenset[tuple[str, Any]]:
+    """The fields that are not None: older runs lack a field that newer runs leave unset."""
+    return frozenset((name, value) for name, value in identity.items() if value is not None)
