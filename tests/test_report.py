@@ -707,7 +707,7 @@ def test_the_answer_compares_the_best_with_its_start_with_sft_and_with_the_runne
             copied = seeded(copy.deepcopy(run), seed)
             write_run(tmp_path / f"{name}{seed}", copied, {"accuracy": value})
     study = read_study(tmp_path)
-    lucky, best = answer.answers(study, study.table("arithmetic", Setting.of(GREEDY), "accuracy"))
+    lucky, best = answer.answers(study.table("arithmetic", Setting.of(GREEDY), "accuracy"))
     assert (lucky.best["label"], best.best["label"]) == (
         "On-policy GKD, RKL",
         "On-policy GKD, JSD(0.1)",
@@ -1240,7 +1240,7 @@ def test_every_figure_of_the_paper_is_drawn(everything):
     (bars,) = drawn["bars"][0]
     assert len(methods) == 17
     assert set(bars.rows["label"]) == methods
-    assert bars.reference == ("teacher", 80.0)
+    assert bars.teacher == 80.0
     # The map has no column of one cell and the missing run is an empty cell.
     (cells,) = drawn["heat_map"][0]
     assert cells.title == "small (77M), student before 30.0"

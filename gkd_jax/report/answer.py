@@ -5,7 +5,7 @@ import math
 from typing import Any, NamedTuple
 
 from gkd_jax.report.groups import Group
-from gkd_jax.report.study import Study, Table, sizes
+from gkd_jax.report.study import Table, by_size
 
 
 _NOISE = {
@@ -30,27 +30,27 @@ class Answer(NamedTuple):
     text: str
 
 
-def answers(study: Study, rows: Table) -> Iterator[Answer]:
+def answers(rows: Table) -> Iterator[Answer]:
     """Yields an `Answer` for each size that has at least two methods, the smallest size first.
 
     If the best mean comes from a single seed, a second answer compares the methods that have
     several seeds.
     """
-    for size in sizes(rows["group"]):
-        methods = rows[(rows["size"] == size) & ~rows["role"].isin(["start", "teacher", "unknown"])]
+    for _, found in by_size(rows):
+        methods = found[~found["role"].isin(["start", "teacher", "unknown"])]
         repeated = methods[methods["n"] > 1]
         if len(methods) > 1:
-            first = _answer(study, size, methods, rows)
+            first = _answer(methods, rows)
             yield first
             if first.best["n"] == 1 and len(repeated) > 1:
-                yield _answer(study, size, repeated, rows)
+                yield _answer(repeated, rows)
 
 
-def _answer(study: Study, size: str, methods: Table, rows: Table) -> Answer:
+def _answer(methods: Table, rows: Table) -> Answer:
     best = methods.loc[methods["mean"].idxmax()]
     group, groups = best["group"], methods["group"]
     rivals = {
-        "the student before": rows[rows["group"] == study.parent(group, "student")],
+        "the student before": rows[rows["group"] == best["start"]],
         "SFT trained for as long": methods[[_is_sft_as_long(one, group) for one in groups]],
         "the runner-up": methods[[one.method != group.method for one in groups]],
     }
@@ -64,9 +64,8 @@ def _answer(study: Study, size: str, methods: Table, rows: Table) -> Answer:
             text += f"; {lead.mean:+.1f}{error} over {name}{which} ({rival['text']}), "
             text += _NOISE[lead.exceeds_noise]
     missing = ", nor of ".join(name for name, some in rivals.items() if not len(some))
-    return Answer(
-        size, best, f"{text}." + (f" There is no number of {missing}." if missing else "")
-    )
+    text += f". There is no number of {missing}." if missing else "."
+    return Answer(best["size"], best, text)
 
 
 def _is_sft_as_long(group: Group, best: Group) -> bool:

@@ -11,8 +11,8 @@ import pandas as pd
 from gkd_jax.report import paper, plots
 from gkd_jax.report.groups import Group
 from gkd_jax.report.plots import COLOURS, Panel
-from gkd_jax.report.record import Setting, divergence_name, said
-from gkd_jax.report.study import Study, Table, divergence_order, sizes
+from gkd_jax.report.record import Run, Setting, divergence_name, said
+from gkd_jax.report.study import Study, Table, by_size, divergence_order
 from gkd_jax.text import files
 
 
@@ -43,30 +43,6 @@ class _Sketch(NamedTuple):
     y: str = ""
 
 
-class _View(NamedTuple):
-    """One task under one way of decoding, with the rows of its `Study.table`."""
-
-    study: Study
-    task: str
-    setting: Setting
-    metric: str
-    rows: Table
-
-    def of_parent(self, rows: Table, role: str) -> float | None:
-        """The value of the start ("student") or teacher that all rows share, else None."""
-        made = {self.study.parent(group, role) for group in rows["group"]} - {None}
-        found = self.rows[self.rows["group"].isin(list(made))]
-        return float(found["mean"].iloc[0]) if len(made) == len(found) == 1 else None
-
-    def panel(self, rows: Table, drawn: Table, **options: Any) -> Panel:
-        """A panel titled with the size, the common parts of all labels and the student's start."""
-        before = self.of_parent(rows, "student")
-        parts = [label.split(" · ")[1:] for label in rows["label"]]
-        shared = [part for part in parts[0] if all(part in other for other in parts)]
-        shared += [] if before is None else [f"student before {before:.1f}"]
-        return Panel(", ".join([rows["size"].iloc[0], *shared]), drawn, **options)
-
-
 def draw(study: Study, folder: pathlib.Path) -> dict[str, list[dict[str, str]]]:
     """Draws every figure that the study can show.
 
@@ -94,12 +70,29 @@ def _sketches(study: Study) -> Iterator[tuple[str, _Sketch]]:
     for task in study.tasks():
         metric = next(iter(study.metrics(task)), "")
         for setting in (one for one in study.settings(task) if one.is_main):
-            view = _View(study, task, setting, metric, study.table(task, setting, metric))
-            for sketch in (*_bars(view), *_maps(view), _lambda(view), _data(view), _rl(view)):
+            rows = study.table(task, setting, metric)
+            sketches = [*_bars(rows, metric), *_maps(rows, task, setting, metric)]
+            sketches += [_lambda(rows, metric), _data(rows, metric)]
+            for sketch in (*sketches, _rl(study, task, setting, metric)):
                 about = f"{sketch.caption} {task}, {metric}, {setting}."
                 yield task, sketch._replace(caption=about)
         yield task, _diversity(study, task, metric)
         yield task, _rewards(study, task)
+
+
+def _panel(rows: Table, drawn: Table, **options: Any) -> Panel:
+    """A panel titled with the size, the common parts of all labels and the student's start."""
+    parts = [label.split(" · ")[1:] for label in rows["label"]]
+    shared = [part for part in parts[0] if all(part in other for other in parts)]
+    before = _common(rows["before"])
+    shared += [] if math.isnan(before) else [f"student before {before:.1f}"]
+    return Panel(", ".join([rows["size"].iloc[0], *shared]), drawn, **options)
+
+
+def _common(column: Any) -> float:
+    """The number that is in all rows of a column where one is known; NaN if they differ."""
+    values = column.dropna().unique()
+    return values[0] if len(values) == 1 else math.nan
 
 
 def _lines(rows: Table, line: Any, x: Any, colour: Any) -> Table:
@@ -111,25 +104,23 @@ def _lines(rows: Table, line: Any, x: Any, colour: Any) -> Table:
 
 
 def _across(study: Study, task: str, setting: Setting, x: str, y: str) -> Table:
-    """The rows of the metric `y` in `Study.table`, with the means of the metric `x` as `x`."""
-    rows, across = (study.table(task, setting, name) for name in (y, x))
-    return rows.assign(x=rows["group"].map(across.set_index("group")["mean"])).dropna(subset="x")
+    """The rows of the metric `y` in `Study.table`, with `x` and `before` of the metric `x`."""
+    rows, across = study.table(task, setting, y), study.table(task, setting, x).set_index("group")
+    x_of, before_of = (rows["group"].map(across[name]) for name in ("mean", "before"))
+    return rows.assign(x=x_of, before=before_of).dropna(subset="x")
 
 
-def _bars(view: _View) -> Iterator[_Sketch]:
+def _bars(rows: Table, metric: str) -> Iterator[_Sketch]:
     """Figs. 1, 2, 9, A.10, A.11 and A.15: bars of every method."""
-    methods = view.rows[~view.rows["role"].isin(["start", "teacher"])]
     caption = (
         "Every method: mean over seeds, in brackets the improvement over the student before, "
         "whiskers of one standard error; as in Figs. 1, 2, 9, A.10, A.11 and A.15 of the paper."
     )
-    for size in sizes(methods["group"]):
-        rows = methods[methods["size"] == size]
-        teacher = view.of_parent(rows, "teacher")
-        rows = rows.assign(colour=rows["group"].map(_shade))
-        panel = Panel("", rows, None if teacher is None else ("teacher", teacher))
-        if len(rows) > 1:
-            yield _Sketch("methods", f"Methods, {size}", caption, plots.bars, [panel], view.metric)
+    for size, methods in by_size(rows[~rows["role"].isin(["start", "teacher"])]):
+        bars = methods.assign(colour=methods["group"].map(_shade))
+        panel = Panel("", bars, _common(methods["teacher"]))
+        if len(methods) > 1:
+            yield _Sketch("methods", f"Methods, {size}", caption, plots.bars, [panel], metric)
 
 
 def _shade(group: Group) -> str:
@@ -138,33 +129,35 @@ def _shade(group: Group) -> str:
     return COLOURS[{"distillation": mix, "seqkd": "grey", "rl": "warm"}.get(group.role, "light")]
 
 
-def _grids(view: _View) -> Iterator[Table]:
+def _grids(rows: Table) -> Iterator[Table]:
     """Yields grids of divergence and lambda: sets of rows that differ in nothing else."""
-    scheduled = view.rows["group"].map(lambda group: isinstance(group.method.fraction, str))
-    rows = view.rows[(view.rows["role"] == "distillation") & ~scheduled]
+    scheduled = rows["group"].map(lambda group: isinstance(group.method.fraction, str))
+    rows = rows[(rows["role"] == "distillation") & ~scheduled]
     free = ("method.divergence", "method.on_policy_fraction")
     key = [hash(group.identity_without(*free)) for group in rows["group"]]
     for _, members in rows.groupby(key, sort=False) if len(rows) else ():
         yield members.sort_values("divergence", key=lambda some: some.map(divergence_order))
 
 
-def _maps(view: _View) -> Iterator[_Sketch]:
+def _maps(rows: Table, task: str, setting: Setting, metric: str) -> Iterator[_Sketch]:
     """Figs. 6, 7 and A.12 to A.14: maps over divergence and lambda, beside those of the paper."""
     caption = (
         "Rows: the share λ of steps on the student's own samples; the best is bold; a row "
         "or column that would be half empty is in the figure of methods only; as in Figs. 6, 7, "
         "and A.12 to A.14 of the paper."
     )
-    for rows in _grids(view):
+    for grid in _grids(rows):
         for one, other in (("fraction", "divergence"), ("divergence", "fraction")):
-            filled = rows.groupby(one)[one].transform("size")
-            rows = rows[filled * 2 >= rows[other].nunique()]
-        signed = bool(rows["gain"].notna().all())
-        if len(rows) < _LEAST_CELLS or rows[["divergence", "fraction"]].nunique().min() < 2:
+            filled = grid.groupby(one)[one].transform("size")
+            grid = grid[filled * 2 >= grid[other].nunique()]
+        if len(grid) < _LEAST_CELLS or grid[["divergence", "fraction"]].nunique().min() < 2:
             continue
+        signed = bool(grid["gain"].notna().all())
         if signed:
-            rows = rows.assign(mean=rows["gain"], error=rows["gain_error"])
-        panels = [view.panel(rows, _cells(rows, signed)), *_paper_map(view, rows, signed)]
+            grid = grid.assign(mean=grid["gain"], error=grid["gain_error"])
+        panels = [_panel(grid, _cells(grid, signed))]
+        if metric == paper.metric_of(task):
+            panels += _paper_map(grid["group"].iloc[0].first, task, setting, signed)
         what = "Improvement over the student before" if signed else "Value"
         title = f"{what} by divergence and λ"
         yield _Sketch("divergence_lambda", title, caption, plots.heat_map, panels)
@@ -178,11 +171,11 @@ def _cells(rows: Table, signed: bool) -> Table:
     return rows.assign(row=[f"λ {fraction:.0%}" for fraction in rows["fraction"]])
 
 
-def _paper_map(view: _View, rows: Table, signed: bool) -> Iterator[Panel]:
-    where = paper.cell(rows["group"].iloc[0].first, view.task)
-    if where is None or view.metric != paper.metric_of(view.task):
+def _paper_map(run: Run, task: str, setting: Setting, signed: bool) -> Iterator[Panel]:
+    where = paper.cell(run, task)
+    if where is None:
         return
-    numbers = paper.matching(where, view.setting, any_of=("method", "sampling_temperature"))
+    numbers = paper.matching(where, setting, any_of=("method", "sampling_temperature"))
     numbers = [one for one in numbers if one.figure in _MAPS and not (signed and one.gain is None)]
     if numbers:
         values = [one.gain if signed else one.value for one in numbers]
@@ -191,54 +184,56 @@ def _paper_map(view: _View, rows: Table, signed: bool) -> Iterator[Panel]:
         yield Panel(f"{where.size}, the paper ({numbers[0].figure})", cells)
 
 
-def _lambda(view: _View) -> _Sketch:
+def _lambda(rows: Table, metric: str) -> _Sketch:
     """Fig. 8: curves over lambda."""
     panels, ticks = [], [(x, f"{x}%") for x in (0, 25, 50, 75, 100)]
-    for rows in _grids(view):
-        points: Table = rows.groupby("divergence")["divergence"].transform("size")
-        rows = rows[points > 1].sort_values("fraction", kind="stable")
+    for grid in _grids(rows):
+        points: Table = grid.groupby("divergence")["divergence"].transform("size")
+        grid = grid[points > 1].sort_values("fraction", kind="stable")
         if points.max() > 2:  # a line of two points shows no more than the bars
-            of = rows["divergence"]
-            x, colours = 100 * rows["fraction"], of.map(plots.colour)
-            drawn = _lines(rows, of.map(divergence_name), x, colours)
-            panels.append(view.panel(rows, drawn, ticks=ticks))
+            of = grid["divergence"]
+            lines, colours = of.map(divergence_name), of.map(plots.colour)
+            drawn = _lines(grid, lines, 100 * grid["fraction"], colours)
+            panels.append(_panel(grid, drawn, ticks=ticks))
     caption = "Whiskers of one standard error; as in Fig. 8 of the paper."
     title, x = "From fixed data to own samples", "λ: steps on the student's own samples"
-    return _Sketch("lambda", title, caption, plots.curves, panels, x, view.metric)
+    return _Sketch("lambda", title, caption, plots.curves, panels, x, metric)
 
 
-def _data(view: _View) -> _Sketch:
+def _data(rows: Table, metric: str) -> _Sketch:
     """Fig. 3: curves over the number of training examples."""
-    rows = view.rows[view.rows["role"].isin(["distillation", "seqkd", "sft"])]
+    rows = rows[rows["role"].isin(["distillation", "seqkd", "sft"])]
     alike = [hash(group.identity_without("data.num_examples")) for group in rows["group"]]
     rows = rows[pd.Index(alike).duplicated(keep=False)].sort_values("amount", kind="stable")
     amounts = sorted(rows["amount"].unique())
     ticks = [(i, "all" if a == math.inf else f"{a:,.0f}") for i, a in enumerate(amounts)]
     panels = []
-    for size in sizes(rows["group"]):
-        here = rows[rows["size"] == size]
-        labels = [re.sub(r" · [\w,]+ examples", "", label) for label in here["label"]]
-        names = list(dict.fromkeys(labels))
-        colours = [COLOURS[_SERIES[names.index(label) % len(_SERIES)]] for label in labels]
-        lines = _lines(here, labels, [amounts.index(a) for a in here["amount"]], colours)
-        panels.append(view.panel(here, lines, ticks=ticks))
+    for _, here in by_size(rows):
+        lines = here["label"].str.replace(r" · [\w,]+ examples", "", regex=True)
+        colours = _series(lines)
+        drawn = _lines(here, lines, here["amount"].map(amounts.index), colours)
+        panels.append(_panel(here, drawn, ticks=ticks))
     caption = "On-policy methods use their inputs only; as in Fig. 3 of the paper."
     x = "training examples"
-    return _Sketch("data", "Less data", caption, plots.curves, panels, x, view.metric)
+    return _Sketch("data", "Less data", caption, plots.curves, panels, x, metric)
 
 
-def _rl(view: _View) -> _Sketch:
+def _series(lines: Any) -> list[str]:
+    """A colour for each of some names, the same one for equal names."""
+    return [COLOURS[_SERIES[index % len(_SERIES)]] for index in pd.factorize(lines)[0]]
+
+
+def _rl(study: Study, task: str, setting: Setting, metric: str) -> _Sketch:
     """Fig. 5: RL + GKD, the reward over the task's metric for each alpha."""
-    reward = next((name for name in _REWARDS if name in view.study.metrics(view.task)), "")
-    rows = _across(view.study, view.task, view.setting, view.metric, reward)
+    reward = next((name for name in _REWARDS if name in study.metrics(task)), "")
+    rows = _across(study, task, setting, metric, reward)
     rows = rows[rows["role"] == "rl"]
     notes = [f"alpha {said(group.method.alpha)}" for group in rows["group"]]
-    rows = rows.assign(line="RL + GKD", colour=COLOURS["accent"], dashed=False, note=notes)
-    rows = rows.assign(y=rows["mean"])
-    panels = [view.panel(one, one) for _, one in rows.groupby("size", sort=False) if len(one) > 1]
+    rows = _lines(rows, "RL + GKD", rows["x"], COLOURS["accent"]).assign(note=notes)
+    panels = [_panel(one, one) for _, one in by_size(rows) if len(one) > 1]
     caption = "alpha weighs distillation, 1 - alpha the reward; as in Fig. 5 of the paper."
     title, y = "Reward and teacher", reward.replace("_", " ")
-    return _Sketch("rl_alpha", title, caption, plots.curves, panels, view.metric, y)
+    return _Sketch("rl_alpha", title, caption, plots.curves, panels, metric, y)
 
 
 def _diversity(study: Study, task: str, metric: str) -> _Sketch:
@@ -251,8 +246,8 @@ def _diversity(study: Study, task: str, metric: str) -> _Sketch:
     rows: Table = pd.concat(found) if found else pd.DataFrame({"group": []})
     rows = rows[rows["group"].duplicated(keep=False)].reset_index(drop=True)
     panels = []
-    for size in sizes(rows["group"]):
-        here = rows[rows["size"] == size].sort_values(["label", "temperature"], kind="stable")
+    for size, here in by_size(rows):
+        here = here.sort_values(["label", "temperature"], kind="stable")
         lines = _lines(here, here["label"], here["x"], here["divergence"].map(plots.colour))
         theirs = [one.self_bleu if one else math.nan for one in lines["paper"]]
         x = lines["x"].where(~lines["dashed"], pd.Series(theirs, lines.index))
@@ -265,22 +260,23 @@ def _diversity(study: Study, task: str, metric: str) -> _Sketch:
 
 def _rewards(study: Study, task: str) -> _Sketch:
     """RL and RL + GKD: curves of the samples' reward over the steps of training."""
-    groups = [group for group in study.of_task(task) if group.role == "rl"]
+    points = [
+        (group, group.size, group.label, step, reward)
+        for group in study.of_task(task)
+        if group.role == "rl"
+        for run in group.runs
+        for step, reward in run.curve("train/reward")
+    ]
+    columns = pd.Index(["group", "size", "line", "x", "reward"])
     panels = []
-    for size in sizes(groups):
-        points = [
-            (group.label, COLOURS[_SERIES[index % len(_SERIES)]], step, reward)
-            for index, group in enumerate(one for one in groups if one.size == size)
-            for run in group.runs
-            for step, reward in run.curve("train/reward")
-        ]
-        found = pd.DataFrame(points, columns=pd.Index(["line", "colour", "x", "reward"]))
-        by_step = found.groupby(["line", "colour", "x"], sort=False)["reward"]
+    for size, found in by_size(pd.DataFrame(points, columns=columns)):
+        by_step = found.groupby(["line", "x"], sort=False)["reward"]
         lines: Table = by_step.agg(y="mean", error="sem").reset_index()
         steps = sorted(lines["x"].unique())
         if len(steps) > 1:
             drawn = lines[lines["x"].isin(steps[:: math.ceil(len(steps) / _POINTS)])]
-            panels.append(Panel(size, drawn.assign(dashed=False, note="")))
+            colours = _series(drawn["line"])
+            panels.append(Panel(size, drawn.assign(colour=colours, dashed=False, note="")))
     caption = f"{task}. The mean over the samples of a step; whiskers of one standard error."
     title, y = "Reward of the samples", "reward"
     return _Sketch("reward_steps", title, caption, plots.curves, panels, "step", y)

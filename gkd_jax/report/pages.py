@@ -15,7 +15,7 @@ import pandas as pd
 
 from gkd_jax.report import answer, paper, plots, samples
 from gkd_jax.report.record import Run, finite, said, short_count
-from gkd_jax.report.study import Study, Table, sizes
+from gkd_jax.report.study import Study, Table, by_size
 
 
 # Title of a training chart -> {metric in metrics.jsonl: name of its curve}.
@@ -112,9 +112,9 @@ def _task(study: Study, task: str, figures: Sequence[dict[str, str]]) -> dict[st
             decodings.append(
                 {
                     "setting": setting,
-                    "answers": list(answer.answers(study, rows)) if setting.is_main else [],
+                    "answers": list(answer.answers(rows)) if setting.is_main else [],
                     "rows": by_label,
-                    "sizes": sizes(rows["group"]),
+                    "sizes": [size for size, _ in by_size(rows)],
                     "metrics": {name: t.set_index("group") for name, t in tables.items() if len(t)},
                     "groups": list(rows["group"]),
                 }

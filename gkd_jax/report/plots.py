@@ -37,13 +37,13 @@ class Panel(NamedTuple):
     Attributes:
         title: the title above the panel.
         rows: the data; each function below names the columns that it needs.
-        reference: a (name, value) that is drawn as a vertical line.
+        teacher: the value of the teacher, drawn as a vertical line; NaN for none.
         ticks: (position, label) of each tick on the x axis, whose ends are the first and the last.
     """
 
     title: str
     rows: Table
-    reference: tuple[str, float] | None = None
+    teacher: float = math.nan
     ticks: Sequence[tuple[float, str]] = ()
 
 
@@ -78,9 +78,9 @@ def _figure(draw: Draw, panels: Sequence[Panel], x: str, y: str, narrow: bool) -
     heights, handles = [], {}
     for ax, panel in zip(places.flat, panels, strict=False):
         heights.append(draw(ax, panel, narrow))
-        if panel.reference:
-            label = "{} {:.1f}".format(*panel.reference)
-            ax.axvline(panel.reference[1], color=MUTED, linestyle=(0, (4, 3)), label=label)
+        if not math.isnan(panel.teacher):
+            label = f"teacher {panel.teacher:.1f}"
+            ax.axvline(panel.teacher, color=MUTED, linestyle=(0, (4, 3)), label=label)
         ax.set(xlabel=x, ylabel=y)
         ax.set_title(textwrap.fill(panel.title, 36 if columns > 1 or narrow else 120))
         drawn, labels = ax.get_legend_handles_labels()
@@ -118,10 +118,9 @@ def bars(ax: Any, panel: Panel, narrow: bool) -> float:
     above the bars.
     """
     rows, errors = panel.rows, panel.rows["error"].fillna(0)
-    _, reference = panel.reference or ("", math.nan)
     reaches = np.fmax(rows["mean"] + errors, rows["paper_value"])
-    low = np.nanmin([*(rows["mean"] - errors), *rows["paper_value"], reference])
-    high = np.nanmax([*reaches, reference])
+    low = np.nanmin([*(rows["mean"] - errors), *rows["paper_value"], panel.teacher])
+    high = np.nanmax([*reaches, panel.teacher])
     dots = low > 0 and high - low < _CLOSE * high
     span = (high - low if dots else max(high, 0) - min(low, 0)) or 1.0
     left = low - 0.12 * span if dots else min(low, 0) - (0.3 * span if low < 0 else 0)
@@ -137,7 +136,7 @@ def bars(ax: Any, panel: Panel, narrow: bool) -> float:
         ax.scatter(rows["paper_value"], places, label="the paper", **look)
     for place, reach, row in zip(places, reaches.clip(lower=0), rows.itertuples(), strict=True):
         text = f"{row.mean:.1f}" + ("" if math.isnan(row.gain) else f"  ({row.gain:+.1f})")
-        ground = {"facecolor": PAGE, "edgecolor": "none", "pad": 1}  # over the reference's line
+        ground = {"facecolor": PAGE, "edgecolor": "none", "pad": 1}  # over the teacher's line
         look = {"textcoords": "offset points", "va": "center", "bbox": ground, "zorder": 5}
         ax.annotate(text, (reach, place), (6, 0), **look)
         if narrow:

@@ -1,6 +1,6 @@
 """`Study`: the groups of all runs, and tables of their means."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 import dataclasses
 import math
 from typing import Any
@@ -21,10 +21,7 @@ _NOT_QUALITY = ("teacher_divergence", "self_bleu", "entailment", "entailed", "br
 _DIVERGENCES = ("forward_kl", "jsd(0.1)", "jsd(0.5)", "jsd(0.9)", "reverse_kl")
 _DIVERGENCES += ("total_variation", "")
 _ROLES = ("teacher", "start", "sft", "seqkd", "distillation", "rl", "unknown")
-# Columns of `Study.table`; the first ones are properties of the group.
-_OF_GROUP = ("label", "size", "role", "fraction", "amount")
-_COLUMNS = ("group", *_OF_GROUP, "divergence", "values", "mean", "error", "n", "text")
-_COLUMNS += ("gain", "gain_error", "paper", "paper_value")
+_OF_GROUP = ("label", "size", "role", "fraction", "amount")  # columns of `Study.table`
 
 Table = Any  # a pandas.DataFrame, whose columns no type checker knows
 
@@ -68,54 +65,64 @@ class Study:
         """The groups that were evaluated on a task, or whose recipe evaluates it."""
         return [one for one in self.groups if any(task in run.tasks for run in one.runs)]
 
-    def parent(self, group: Group, role: str) -> Group | None:
-        """The group whose checkpoint is the start ("student") or the teacher of this one."""
-        maker = group.makers.get(f"{role}.checkpoint")
-        return None if maker is None else self._of_first[maker.run.slug]
-
     def table(self, task: str, setting: Setting, metric: str) -> Table:
         """A table with one row for each group that has a final value, in the order of the groups.
 
         Returns:
             The columns `group`, with its `label`, `size`, `role`, `divergence`, `fraction` and
             `amount`; `values` (`SeedValues`), with `mean`, `error`, `n` (seeds) and `text` ("1.20 ±
-            0.10"); `gain` over the student before, with `gain_error`; `paper` (a `paper.Number` or
-            None), with `paper_value`. A number that is not known is NaN.
+            0.10"); `start`, the group from which the students started, with its mean `before`, and
+            the mean of the `teacher`; `gain` over `before`, with `gain_error`; `paper` (a
+            `paper.Number` or None), with `paper_value`. A number that is not known is NaN.
         """
-        rows = []
-        for group in self.of_task(task):
-            start = self.parent(group, "student")
-            found, before = (_values(one, task, setting, metric) for one in (group, start))
-            gain = found.over(before)
-            known = paper.beside(group.first, task, setting, metric, started=start is not None)
-            row: dict[str, Any] = {
-                "group": group,
-                **{name: getattr(group, name) for name in _OF_GROUP},
-                "divergence": group.method.divergence,
-                "values": found,
-                "mean": found.mean,
-                "error": found.error,
-                "n": len(found),
-                "text": str(found),
-                "gain": gain.mean,
-                "gain_error": gain.error,
-                "paper": known,
-                "paper_value": known.value if known else math.nan,
-            }
-            rows += [row] if len(found) else []
-        return pd.DataFrame(rows, columns=pd.Index(_COLUMNS))
+
+        def values(group: Group | None) -> SeedValues:
+            runs = group.runs if group else ()
+            finals = [(run.seed, run.finals.get((task, setting), {})) for run in runs]
+            return SeedValues([(seed, final[metric]) for seed, final in finals if metric in final])
+
+        groups = [group for group in self.of_task(task) if len(values(group))]
+        found = [values(group) for group in groups]
+        starts = [self._made(group, "student.checkpoint") for group in groups]
+        before = [values(start) for start in starts]
+        gains = [one.over(other) for one, other in zip(found, before, strict=True)]
+        numbers = [
+            paper.beside(group.first, task, setting, metric, started=start is not None)
+            for group, start in zip(groups, starts, strict=True)
+        ]
+        columns = {
+            "group": groups,
+            "divergence": [group.method.divergence for group in groups],
+            **{name: [getattr(group, name) for group in groups] for name in _OF_GROUP},
+            "values": found,
+            "mean": [one.mean for one in found],
+            "error": [one.error for one in found],
+            "n": [len(one) for one in found],
+            "text": [str(one) for one in found],
+            "start": starts,
+            "before": [one.mean for one in before],
+            "teacher": [values(self._made(group, "teacher.checkpoint")).mean for group in groups],
+            "gain": [one.mean for one in gains],
+            "gain_error": [one.error for one in gains],
+            "paper": numbers,
+            "paper_value": [one.value if one else math.nan for one in numbers],
+        }
+        return pd.DataFrame(columns)
+
+    def _made(self, group: Group, field: str) -> Group | None:
+        """The group that made the checkpoint in a field of this one, where it is known."""
+        maker = group.makers.get(field)
+        return None if maker is None else self._of_first[maker.run.slug]
 
 
-def _values(group: Group | None, task: str, setting: Setting, metric: str) -> SeedValues:
-    runs = group.runs if group else ()
-    finals = [(run.seed, run.finals.get((task, setting), {})) for run in runs]
-    return SeedValues([(seed, final[metric]) for seed, final in finals if metric in final])
+def by_size(rows: Table) -> list[tuple[str, Table]]:
+    """The student sizes and their rows, the smallest size first and unrecorded ones last.
 
-
-def sizes(groups: Iterable[Group]) -> list[str]:
-    """The student sizes of the groups, the smallest first and the unrecorded ones last."""
-    counts = {group.size: group.first.parameters("student") or math.inf for group in groups}
-    return sorted(counts, key=lambda size: (counts[size], size))
+    Of the columns of `Study.table`, only `group` and `size` are needed.
+    """
+    counts = {one.size: one.first.parameters("student") or math.inf for one in rows["group"]}
+    sizes = sorted(counts, key=lambda size: (counts[size], size))
+    return [(size, rows[rows["size"] == size]) for size in sizes]
 
 
 def divergence_order(divergence: str) -> tuple[int, str]:
