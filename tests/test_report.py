@@ -1480,7 +1480,7 @@ def test_the_study_of_two_sizes_has_three_seeds_in_a_row():
 def test_a_run_on_a_file_has_the_task_that_its_metrics_name(task, expected):
     """A report with two names of one task says that nothing has evaluated the first."""
     about = {"recipe": {"data": {"task": task}, "evaluation": {"task": None}}}
-    parts = {"lines": [], "evaluations": [], "decoded": [], "samples": {}, "problems": []}
+    parts = {"lines": [], "decoded": []}
     places = {"root": pathlib.Path(), "folder": pathlib.Path("run")}
-    run = record.Run(name="run", slug="run", about=about, **places, **parts)
+    run = record.Run(name="run", about=about, **places, **parts)
     assert run.task == expected

@@ -24,29 +24,40 @@ class Maker(NamedTuple):
     step: str
 
 
-@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+@dataclasses.dataclass(eq=False)
 class Group:
     """Runs that differ in nothing but the seed.
 
     Attributes:
-        runs: the runs, at least one, with different seeds.
         identity: the configuration that all runs share. In the place of a checkpoint is the hash of
             its maker's configuration, and in that of another file the hash of its content.
-        makers: field -> maker of the first run's checkpoint; the maker is the first of its group.
-        role: "start" or "teacher" for SFT from which other runs start or by which they are taught,
-            else the kind of the method.
+        makers: field of a checkpoint of the first run -> its maker.
+        by_seed: seeds of a run and its makers -> the run.
+        made: the fields in which other runs have the checkpoints of these runs.
         label: the name of the method, and the fields that tell it from others of that name.
     """
 
-    runs: tuple[Run, ...]
     identity: dict[str, Any]
     makers: dict[str, Maker]
-    role: str
+    by_seed: dict[Any, Run] = dataclasses.field(default_factory=dict)
+    made: set[str] = dataclasses.field(default_factory=set)
     label: str = ""
+
+    @property
+    def runs(self) -> list[Run]:
+        return list(self.by_seed.values())
 
     @property
     def first(self) -> Run:
         return self.runs[0]
+
+    @property
+    def role(self) -> str:
+        """What SFT is for, "start" or "teacher" of other runs; else the kind of the method."""
+        if self.method.kind == "sft" and "student.checkpoint" in self.made:
+            return "start"
+        is_teacher = any(field.startswith("teacher") for field in self.made)
+        return "teacher" if self.method.kind == "sft" and is_teacher else self.method.kind
 
     @property
     def method(self) -> Method:
@@ -71,43 +82,32 @@ class Group:
         return frozenset(one for one in _set_fields(self.identity) if not one[0].startswith(names))
 
 
-def grouped(runs: Sequence[Run]) -> tuple[list[Group], dict[str, str]]:
+def grouped(runs: Sequence[Run]) -> tuple[dict[str, Group], dict[str, str]]:
     """Groups the finished runs.
 
     Returns:
-        The groups, without labels, and slug -> reason for each run that is in no group.
+        Slug of each finished run -> its group; and slug -> reason for each run that is left out,
+        because it is unfinished or repeats the configuration and the seeds of a run in its group.
     """
     makers = _makers(runs)
+    groups: dict[Any, Group] = {}  # by configuration
+    group_of: dict[str, Group] = {}
     left_out: dict[str, str] = {}
-    repeats: dict[Any, dict[Any, Run]] = {}  # configuration -> seeds -> run
-    firsts: dict[str, Run] = {}  # slug -> the first run of the same configuration
     # Of runs with the same configuration and seed, the one that was decoded in most ways is kept.
     for run in sorted(runs, key=lambda run: -len(run.finals)):
         if not run.finished:
             left_out[run.slug] = f"unfinished: step {run.last_step:,} of {run.train_steps:,}"
             continue
         identity, seeds = _configuration(run, makers)
-        alike = repeats.setdefault(_set_fields(identity), {})
-        held = alike.setdefault(seeds, run)
-        firsts[run.slug] = next(iter(alike.values()))
+        group = groups.setdefault(_set_fields(identity), Group(identity, makers[run.slug]))
+        group_of[run.slug] = group
+        held = group.by_seed.setdefault(seeds, run)
         if held is not run:
             left_out[run.slug] = f"same configuration and seed as {held.name}"
-    used = {
-        (firsts[one.run.slug].slug, of) for found in makers.values() for of, one in found.items()
-    }
-    roles = {slug: "teacher" for slug, field in used if field.startswith("teacher")}
-    roles |= {slug: "start" for slug, field in used if field == "student.checkpoint"}
-    groups = []
-    for first, *others in (alike.values() for alike in repeats.values()):
-        kind, of_first = first.method.kind, makers[first.slug].items()
-        group = Group(
-            runs=(first, *others),
-            identity=_configuration(first, makers)[0],
-            makers={field: Maker(firsts[run.slug], step) for field, (run, step) in of_first},
-            role=roles.get(first.slug, kind) if kind == "sft" else kind,
-        )
-        groups.append(group)
-    return groups, left_out
+    for found in makers.values():
+        for field, maker in found.items():
+            group_of[maker.run.slug].made.add(field)
+    return group_of, left_out
 
 
 def _checkpoints(run: Run) -> Iterator[tuple[str, str, str]]:

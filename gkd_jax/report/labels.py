@@ -3,7 +3,7 @@
 On-policy GKD, JSD(0.1) · 1,000 examples · learning rate 0.01 · start sft
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import re
 from typing import Any
 
@@ -25,42 +25,33 @@ _PHRASES = {
 _PLAIN = re.compile(r"\b(method|schedule|train|data|optimizer|rl|contents)\.(?!type$)")
 
 
-def labels(groups: Sequence[Group]) -> dict[Group, str]:
-    """Returns the label of each group, which no other group of its task and size has."""
+def label(groups: Iterable[Group]) -> None:
+    """Sets the label of each group, which no other group of its task and size has."""
     alike: dict[Any, list[Group]] = {}
     for group in groups:
-        title = _TITLES.get(group.role, group.method.title)
+        group.label = _TITLES.get(group.role, group.method.title)
         if group.first.several_tasks:  # it stands in a table of each task
-            title = f"{title} · {group.first.several_tasks}"
-        alike.setdefault((title, group.first.task), []).append(group)
-    found = {}
-    for (title, _), members in alike.items():
-        rows = _rows(title, members)
-        if len(set(rows)) < len(rows):
-            rows = _rows(title, members, everything=True)
-        for index, group in enumerate(members):
-            again = rows[:index].count(rows[index])
-            found[group] = rows[index][0] + (f" ({again + 1})" if again else "")
-    return found
+            group.label += f" · {group.first.several_tasks}"
+        alike.setdefault((group.label, group.first.task), []).append(group)
+    for members in alike.values():
+        for field in _differing(members):
+            for group, text in zip(members, _texts(field, members), strict=True):
+                group.label += f" · {text}" if text else ""
+        rows = [(group.label, group.size) for group in members]
+        for group, row in zip(members, rows, strict=True):
+            group.label += f" · run {group.first.name}" if rows.count(row) > 1 else ""
 
 
-def _rows(title: str, groups: Sequence[Group], everything: bool = False) -> list[tuple[str, str]]:
-    """The label and the size of each group. Fields that differ among groups of a size are named.
+def _differing(groups: Sequence[Group]) -> list[str]:
+    """The fields that differ among groups of the same size which have the field.
 
-    Without `everything` only groups that have a field are compared in it, and the divergence is
-    left out, because the title names it.
+    The divergence is left out, because the title names it.
     """
-    values = [{name: repr(one) for name, one in group.identity.items()} for group in groups]
-    fields: Any = pd.DataFrame(values)
-    fields = (
-        fields.fillna("None") if everything else fields.drop(columns=[*_IN_TITLE], errors="ignore")
+    fields: Any = pd.DataFrame(
+        [{name: repr(value) for name, value in group.identity.items()} for group in groups]
     )
-    differs = fields.groupby([group.size for group in groups]).nunique().max() > 1
-    columns = [_texts(name, groups) for name in fields.columns[differs]]
-    return [
-        (" · ".join([title, *filter(None, texts)]), group.size)
-        for group, *texts in zip(groups, *columns, strict=True)
-    ]
+    values = fields.groupby([group.size for group in groups]).nunique().max()
+    return [name for name in fields if values[name] > 1 and name not in _IN_TITLE]
 
 
 def _texts(field: str, groups: Sequence[Group]) -> list[str]:

@@ -13,7 +13,7 @@ import pathlib
 from typing import Any, NamedTuple
 
 from gkd_jax.evaluation import decodings
-from gkd_jax.text.task_names import display_name
+from gkd_jax.text import task_names
 
 
 # Parts of a recipe that cannot change a result: where and how often a run saves and evaluates,
@@ -138,22 +138,20 @@ class Run:
         folder: the folder of the run; for a line of an archive, the archive followed by the name.
         about: the contents of run.json; {} if it cannot be read.
         lines: the lines of metrics.jsonl, in the order of their steps.
-        evaluations: the evaluations of training in order, then those of `gkd-jax eval`.
         decoded: the contents of each metrics.json that `gkd-jax eval` wrote for its checkpoints.
         samples: task -> (step, file of decoded rows), in the order of the steps.
         problems: descriptions of everything that could not be read.
     """
 
     name: str
-    slug: str
+    slug: str = ""
     root: pathlib.Path
     folder: pathlib.Path
     about: dict[str, Any]
     lines: list[dict[str, Any]]
-    evaluations: list[Evaluation]
     decoded: list[dict[str, Any]]
-    samples: dict[str, list[tuple[int, pathlib.Path]]]
-    problems: list[str]
+    samples: dict[str, list[tuple[int, pathlib.Path]]] = dataclasses.field(default_factory=dict)
+    problems: list[str] = dataclasses.field(default_factory=list)
 
     @functools.cached_property
     def fields(self) -> dict[str, Any]:
@@ -207,7 +205,7 @@ class Run:
     def task(self) -> str | None:
         """The task on which the recipe evaluates, named as in its metrics."""
         task = self.fields.get("evaluation.task") or self.fields.get("data.task")
-        return display_name(task) if isinstance(task, str) else None
+        return task_names.display_name(task) if isinstance(task, str) else None
 
     @functools.cached_property
     def tasks(self) -> frozenset[str]:
@@ -219,7 +217,7 @@ class Run:
     def several_tasks(self) -> str:
         """The names of the tasks that share every batch; "" for one task."""
         tasks = as_object(as_object(self.about.get("recipe")).get("data")).get("task")
-        return " + ".join(map(display_name, tasks)) if isinstance(tasks, dict) else ""
+        return " + ".join(map(task_names.display_name, tasks)) if isinstance(tasks, dict) else ""
 
     @property
     def train_steps(self) -> int | None:
@@ -264,6 +262,24 @@ class Run:
         return [(float(step), value) for step, value in values if value is not None]
 
     @functools.cached_property
+    def evaluations(self) -> list[Evaluation]:
+        """The evaluations of training in order, then those of `gkd-jax eval`."""
+        recorded = as_object(as_object(self.about.get("recipe")).get("evaluation"))
+        found = []
+        for line in self.lines:
+            how = {**recorded, "step": line["step"]}
+            found += _evaluations(how, task_names.evaluation_in(line))
+        for content in self.decoded:
+            numbers = {
+                f"{task}/{metric}": value
+                for task, values in content.items()
+                if task != "evaluation"
+                for metric, value in as_object(values).items()
+            }
+            found += _evaluations(as_object(content.get("evaluation")), numbers)
+        return found
+
+    @functools.cached_property
     def finals(self) -> dict[tuple[str, Setting], dict[str, float]]:
         """The metrics of the final checkpoint, by (task, setting).
 
@@ -274,6 +290,17 @@ class Run:
             if self.finished and step == self.last_step:
                 found[task, setting] = {**values, **found.get((task, setting), {})}
         return found
+
+
+def _evaluations(how: Mapping[str, Any], numbers: Mapping[str, Any]) -> list[Evaluation]:
+    """One evaluation of each task, from how it decoded and the numbers by TASK/METRIC."""
+    tasks: dict[str, dict[str, float]] = {}
+    for name, value in numbers.items():
+        task, _, metric = name.rpartition("/")
+        if task and (number := finite(value)) is not None:
+            tasks.setdefault(task, {})[metric] = number
+    setting, step = Setting.of(how), whole(how.get("step"))
+    return [Evaluation(task, setting, step, values) for task, values in tasks.items()]
 
 
 def divergence_name(divergence: str) -> str:

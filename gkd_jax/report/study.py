@@ -1,15 +1,13 @@
 """`Study`: the groups of all runs, and tables of their means."""
 
 from collections.abc import Sequence
-import dataclasses
 import math
 from typing import Any
 
 import pandas as pd
 
-from gkd_jax.report import paper
+from gkd_jax.report import labels, paper
 from gkd_jax.report.groups import Group, grouped
-from gkd_jax.report.labels import labels
 from gkd_jax.report.record import Run, Setting
 from gkd_jax.report.seed_values import SeedValues
 
@@ -37,11 +35,10 @@ class Study:
 
     def __init__(self, runs: Sequence[Run]):
         self.runs = tuple(runs)
-        groups, self.left_out = grouped(runs)
-        named = labels(groups)
-        groups = [dataclasses.replace(group, label=named[group]) for group in groups]
+        self._group_of, self.left_out = grouped(runs)
+        groups = list(dict.fromkeys(self._group_of.values()))
+        labels.label(groups)
         self.groups = sorted(groups, key=_order)
-        self._of_first = {group.first.slug: group for group in self.groups}
 
     def tasks(self) -> list[str]:
         """Every task that is evaluated, or that a recipe evaluates."""
@@ -112,7 +109,7 @@ class Study:
     def _made(self, group: Group, field: str) -> Group | None:
         """The group that made the checkpoint in a field of this one, where it is known."""
         maker = group.makers.get(field)
-        return None if maker is None else self._of_first[maker.run.slug]
+        return None if maker is None else self._group_of[maker.run.slug]
 
 
 def by_size(rows: Table) -> list[tuple[str, Table]]:
