@@ -16,18 +16,10 @@ _NOISE = {
 
 
 class Answer(NamedTuple):
-    """The best method of one student size under one way of decoding.
+    """The best method of one student size under one way of decoding."""
 
-    Attributes:
-        size: the student's size.
-        best: the row of the best method in `Study.table`.
-        text: its value, and its leads over the student before training, SFT of equal length and
-            the runner-up.
-    """
-
-    size: str
-    best: Any
-    text: str
+    best: Any  # its row in `Study.table`
+    text: str  # its value, and its leads over its start, SFT of equal length and the runner-up
 
 
 def answers(rows: Table) -> Iterator[Answer]:
@@ -65,7 +57,7 @@ def _answer(methods: Table, rows: Table) -> Answer:
             text += _NOISE[lead.exceeds_noise]
     missing = ", nor of ".join(name for name, some in rivals.items() if not len(some))
     text += f". There is no number of {missing}." if missing else "."
-    return Answer(best["size"], best, text)
+    return Answer(best, text)
 
 
 def _is_sft_as_long(group: Group, best: Group) -> bool:

@@ -24,22 +24,14 @@ _MAPS = ("Fig. 6", "Fig. 7", "Fig. A.12", "Fig. A.13", "Fig. A.14")
 
 
 class _Sketch(NamedTuple):
-    """A figure that is not drawn yet.
+    """A figure that is not drawn yet."""
 
-    Attributes:
-        name: the stem of its file, after the task's name.
-        title, caption: the texts around it.
-        draw: the function of `plots` that draws a panel.
-        panels: the parts of the figure.
-        x, y: the names of the axes.
-    """
-
-    name: str
+    name: str  # of its file, after the task's name
     title: str
     caption: str
     draw: plots.Draw
     panels: Sequence[Panel]
-    x: str = ""
+    x: str = ""  # the names of the axes
     y: str = ""
 
 

@@ -26,22 +26,15 @@ class Maker(NamedTuple):
 
 @dataclasses.dataclass(eq=False)
 class Group:
-    """Runs that differ in nothing but the seed.
+    """Runs that differ in nothing but the seed."""
 
-    Attributes:
-        identity: the configuration that all runs share. In the place of a checkpoint is the hash of
-            its maker's configuration, and in that of another file the hash of its content.
-        makers: field of a checkpoint of the first run -> its maker.
-        by_seed: seeds of a run and its makers -> the run.
-        made: the fields in which other runs have the checkpoints of these runs.
-        label: the name of the method, and the fields that tell it from others of that name.
-    """
-
+    # The configuration that all runs share. In the place of a checkpoint is the hash of its maker's
+    # configuration, and in that of another file the hash of its content.
     identity: dict[str, Any]
-    makers: dict[str, Maker]
+    makers: dict[str, Maker]  # field of a checkpoint of the first run -> its maker
     by_seed: dict[Any, Run] = dataclasses.field(default_factory=dict)
-    made: set[str] = dataclasses.field(default_factory=set)
-    label: str = ""
+    made: set[str] = dataclasses.field(default_factory=set)  # fields in which others name the runs
+    label: str = ""  # see `labels`
 
     @property
     def runs(self) -> list[Run]:

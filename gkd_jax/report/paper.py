@@ -15,45 +15,26 @@ from gkd_jax.report.record import Method, Run, Setting
 
 
 class Cell(NamedTuple):
-    """The settings that must be equal for two numbers to be comparable, besides the decoding.
+    """The settings that must be equal for two numbers to be comparable, besides the decoding."""
 
-    Attributes:
-        task: the paper's task: "xsum", "wmt", "gsm8k", "mmlu" or "bbh".
-        size: the student's size: "small", "base", "large" or "xl".
-        teacher: the teacher's size; None for SFT and SeqKD.
-        method: the method: SFT, SeqKD or a distillation.
-        teacher_temperature: the teacher's temperature in the divergence; None without one.
-        sampling_temperature: the student's temperature in training; None if it samples nothing.
-        examples: the number of training examples; None is all.
-    """
-
-    task: str
-    size: str
-    teacher: str | None
+    task: str  # "xsum", "wmt", "gsm8k", "mmlu" or "bbh"
+    size: str  # of the student: "small", "base", "large" or "xl"
+    teacher: str | None  # its size; None for SFT and SeqKD
     method: Method
-    teacher_temperature: Any
-    sampling_temperature: Any
-    examples: Any
+    teacher_temperature: Any  # in the divergence; None without a teacher
+    sampling_temperature: Any  # of the student in training; None if it samples nothing
+    examples: Any  # the number of training examples; None is all
 
 
 class Number(NamedTuple):
-    """One number of the paper.
-
-    Attributes:
-        figure: the figure that shows it.
-        cell: the settings of the run behind it.
-        setting: how it was decoded.
-        value: the metric, in percent.
-        gain: the printed gain over the student before, if there is one.
-        self_bleu: the printed Self-BLEU, if there is one.
-    """
+    """One number of the paper."""
 
     figure: str
     cell: Cell
     setting: Setting
-    value: float
-    gain: float | None
-    self_bleu: float | None
+    value: float  # the metric, in percent
+    gain: float | None  # over the student before, if it is printed
+    self_bleu: float | None  # if it is printed
 
 
 @functools.cache

@@ -32,19 +32,12 @@ _CLOSE = 0.35
 
 
 class Panel(NamedTuple):
-    """One part of a figure, mostly for one student size.
-
-    Attributes:
-        title: the title above the panel.
-        rows: the data; each function below names the columns that it needs.
-        teacher: the value of the teacher, drawn as a vertical line; NaN for none.
-        ticks: (position, label) of each tick on the x axis, whose ends are the first and the last.
-    """
+    """One part of a figure, mostly for one student size."""
 
     title: str
-    rows: Table
-    teacher: float = math.nan
-    ticks: Sequence[tuple[float, str]] = ()
+    rows: Table  # with the columns that the function needs which draws it
+    teacher: float = math.nan  # drawn as a vertical line
+    ticks: Sequence[tuple[float, str]] = ()  # of x, whose ends are the first and the last
 
 
 Draw = Callable[[Any, Panel, bool], float]

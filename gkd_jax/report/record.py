@@ -98,19 +98,12 @@ class Evaluation(NamedTuple):
 
 
 class Method(NamedTuple):
-    """The loss that a run minimises.
+    """The loss that a run minimises."""
 
-    Attributes:
-        kind: "sft", "seqkd", "distillation", "rl" or "unknown" (without a readable run.json).
-        divergence: the divergence, such as "jsd(0.1)" or "forward_kl"; "" for a cross-entropy.
-        fraction: the paper's lambda; for a schedule, its description.
-        alpha: the weight of the divergence in RL + GKD, else None.
-    """
-
-    kind: str
-    divergence: str = ""
-    fraction: float | str = 0.0
-    alpha: float | None = None
+    kind: str  # "sft", "seqkd", "distillation", "rl"; "unknown" without a readable run.json
+    divergence: str = ""  # such as "jsd(0.1)" or "forward_kl"; "" for a cross-entropy
+    fraction: float | str = 0.0  # the paper's lambda; for a schedule, its description
+    alpha: float | None = None  # the weight of the divergence in RL + GKD
 
     @property
     def title(self) -> str:
@@ -129,29 +122,18 @@ class Method(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """One run, from its folder or from a line of an archive.
+    """One run, from its folder or from a line of an archive."""
 
-    Attributes:
-        name: the path of the run below its RUN_DIR.
-        slug: the name as a file name, unique within a report.
-        root: the RUN_DIR or the archive that the run was read from.
-        folder: the folder of the run; for a line of an archive, the archive followed by the name.
-        about: the contents of run.json; {} if it cannot be read.
-        lines: the lines of metrics.jsonl, in the order of their steps.
-        decoded: the contents of each metrics.json that `gkd-jax eval` wrote for its checkpoints.
-        samples: task -> (step, file of decoded rows), in the order of the steps.
-        problems: descriptions of everything that could not be read.
-    """
-
-    name: str
-    slug: str = ""
-    root: pathlib.Path
-    folder: pathlib.Path
-    about: dict[str, Any]
-    lines: list[dict[str, Any]]
-    decoded: list[dict[str, Any]]
+    name: str  # the path of the run below its RUN_DIR
+    slug: str = ""  # the name as a file name, unique within a report
+    root: pathlib.Path  # the RUN_DIR or the archive that the run was read from
+    folder: pathlib.Path  # of the run; in an archive, the archive followed by the name
+    about: dict[str, Any]  # the content of run.json; {} if it cannot be read
+    lines: list[dict[str, Any]]  # of metrics.jsonl, in the order of their steps
+    decoded: list[dict[str, Any]]  # each metrics.json that `gkd-jax eval` wrote for its checkpoints
+    # Task -> (step, file of decoded rows), in the order of the steps.
     samples: dict[str, list[tuple[int, pathlib.Path]]] = dataclasses.field(default_factory=dict)
-    problems: list[str] = dataclasses.field(default_factory=list)
+    problems: list[str] = dataclasses.field(default_factory=list)  # everything that is unreadable
 
     @functools.cached_property
     def fields(self) -> dict[str, Any]:
