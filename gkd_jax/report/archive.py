@@ -61,9 +61,7 @@ def check_output(output: str) -> None:
     if path.suffix != ".jsonl":
         raise ValueError(f"the archive must be a file that ends in .jsonl, got {output!r}")
     files.check_can_be_folder(path.parent, "the folder of the archive")
-    if not path.exists():
-        return
-    lines, damaged = files.read_records(path)
+    lines, damaged = files.read_records(path) if path.exists() else ([], 0)
     if damaged or not all(map(reading.is_archived, lines)):
         raise ValueError(f"{output} exists and is no archive of runs: give another file")
 

@@ -9,19 +9,15 @@ import dataclasses
 import hashlib
 import math
 import re
-from typing import Any, NamedTuple
+from typing import Any
 
 from gkd_jax.report.record import Method, Run, as_object, finite, real_path, said
 
 
 _CHECKPOINT = re.compile(r"(student|teacher.*)\.checkpoint")
 
-
-class Maker(NamedTuple):
-    """The finished run that made a checkpoint, and the step as text; "" is the last step."""
-
-    run: Run
-    step: str
+_Makers = Mapping[str, Mapping[str, tuple[Run, str]]]
+"""Slug -> field of a checkpoint -> the run that made it, and the step; "" is the last step."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -31,9 +27,11 @@ class Group:
     # The configuration that all runs share. In the place of a checkpoint is the hash of its maker's
     # configuration, and in that of another file the hash of its content.
     identity: dict[str, Any]
-    makers: dict[str, Maker]  # field of a checkpoint of the first run -> its maker
     by_seed: dict[Any, Run] = dataclasses.field(default_factory=dict)
-    made: set[str] = dataclasses.field(default_factory=set)  # fields in which others name the runs
+    # Field of a checkpoint -> the group that made it, and its step there; "" is the last step.
+    makers: dict[str, "Group"] = dataclasses.field(default_factory=dict)
+    steps: dict[str, str] = dataclasses.field(default_factory=dict)
+    made: set[str] = dataclasses.field(default_factory=set)  # fields of which it is the maker
     label: str = ""  # see `labels`
 
     @property
@@ -75,12 +73,12 @@ class Group:
         return frozenset(one for one in _set_fields(self.identity) if not one[0].startswith(names))
 
 
-def grouped(runs: Sequence[Run]) -> tuple[dict[str, Group], dict[str, str]]:
+def grouped(runs: Sequence[Run]) -> tuple[list[Group], dict[str, str]]:
     """Groups the finished runs.
 
     Returns:
-        Slug of each finished run -> its group; and slug -> reason for each run that is left out,
-        because it is unfinished or repeats the configuration and the seeds of a run in its group.
+        The groups, and slug -> reason for each run that is in none of them, because it is
+        unfinished or repeats the configuration and the seeds of another run.
     """
     makers = _makers(runs)
     groups: dict[Any, Group] = {}  # by configuration
@@ -92,15 +90,17 @@ def grouped(runs: Sequence[Run]) -> tuple[dict[str, Group], dict[str, str]]:
             left_out[run.slug] = f"unfinished: step {run.last_step:,} of {run.train_steps:,}"
             continue
         identity, seeds = _configuration(run, makers)
-        group = groups.setdefault(_set_fields(identity), Group(identity, makers[run.slug]))
-        group_of[run.slug] = group
-        held = group.by_seed.setdefault(seeds, run)
+        group_of[run.slug] = groups.setdefault(_set_fields(identity), Group(identity))
+        held = group_of[run.slug].by_seed.setdefault(seeds, run)
         if held is not run:
             left_out[run.slug] = f"same configuration and seed as {held.name}"
-    for found in makers.values():
-        for field, maker in found.items():
-            group_of[maker.run.slug].made.add(field)
-    return group_of, left_out
+    for run in runs:
+        for field, (maker, step) in makers[run.slug].items():
+            group_of[maker.slug].made.add(field)
+            if run.finished:
+                group_of[run.slug].makers[field] = group_of[maker.slug]
+                group_of[run.slug].steps[field] = step
+    return list(groups.values()), left_out
 
 
 def _checkpoints(run: Run) -> Iterator[tuple[str, str, str]]:
@@ -121,22 +121,22 @@ def _checkpoints(run: Run) -> Iterator[tuple[str, str, str]]:
             yield field, path, said(content or f"{field} of {run.slug}")
 
 
-def _makers(runs: Sequence[Run]) -> dict[str, dict[str, Maker]]:
-    """Returns slug -> field of a checkpoint -> its maker, where the maker is known.
+def _makers(runs: Sequence[Run]) -> _Makers:
+    """Returns the finished runs that made the checkpoints, where they are known.
 
     A maker is known by the path of the checkpoint, or because another run has such a path to the
     same content.
     """
     finished = {run.folder: run for run in runs if run.finished}
     checkpoints = [(run, *one) for run in runs for one in _checkpoints(run)]
-    by_content: dict[str, Maker] = {}
+    by_content: dict[str, tuple[Run, str]] = {}
     for run, _, path, content in checkpoints:
         folder, _, step = path.partition("/checkpoints/")
         # The path may be that of a link to the folder.
         maker = finished.get(real_path(run.root / folder))
         if maker is not None and maker is not run:
-            by_content.setdefault(content, Maker(maker, step))
-    makers: dict[str, dict[str, Maker]] = {run.slug: {} for run in runs}
+            by_content.setdefault(content, (maker, step))
+    makers: dict[str, dict[str, tuple[Run, str]]] = {run.slug: {} for run in runs}
     for run, field, _, content in checkpoints:
         if content in by_content:
             makers[run.slug][field] = by_content[content]
@@ -144,7 +144,7 @@ def _makers(runs: Sequence[Run]) -> dict[str, dict[str, Maker]]:
 
 
 def _configuration(
-    run: Run, makers: Mapping[str, Mapping[str, Maker]], users: Sequence[str] = ()
+    run: Run, makers: _Makers, users: Sequence[str] = ()
 ) -> tuple[dict[str, Any], tuple[Any, ...]]:
     """Returns what identifies a run's configuration, and the seeds of the run and its makers.
 

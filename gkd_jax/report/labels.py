@@ -71,8 +71,8 @@ def _texts(field: str, groups: Sequence[Group]) -> list[str]:
 def _place(group: Group, field: str) -> str:
     """The value of a field in words; for a checkpoint the run that made it, or else its path."""
     if field in group.makers:
-        run, step = group.makers[field]
-        return run.name.partition("-RANDOM_SEED=")[0] + (f" at step {step}" if step else "")
+        step = f" at step {group.steps[field]}" if group.steps[field] else ""
+        return group.makers[field].first.name.partition("-RANDOM_SEED=")[0] + step
     if field.startswith("contents."):
         return field.removeprefix("contents.")
     return said(group.first.fields.get(field)).replace("/checkpoints/", " at step ")

@@ -118,13 +118,10 @@ def _named(runs: Sequence[Run]) -> list[Run]:
             name if names.count(name) == 1 else "/".join(run.folder.parts[-name.count("/") - 2 :])
             for run, name in zip(runs, names, strict=True)
         ]
-    slugs: list[str] = []
-    for name in names:
+    named: list[Run] = []
+    for run, name in zip(runs, names, strict=True):
         slug = re.sub(r"[^A-Za-z0-9_.-]+", "_", name).strip("._")[-80:] or "run"
-        while slug.lower() in map(str.lower, slugs):
+        while slug.lower() in [one.slug.lower() for one in named]:
             slug += "_"
-        slugs.append(slug)
-    return [
-        dataclasses.replace(run, name=name, slug=slug)
-        for run, name, slug in zip(runs, names, slugs, strict=True)
-    ]
+        named.append(dataclasses.replace(run, name=name, slug=slug))
+    return named

@@ -108,16 +108,14 @@ class Method(NamedTuple):
     @property
     def title(self) -> str:
         """The paper's name of the method."""
-        name, which = divergence_name(self.divergence), (self.divergence, self.fraction)
+        name = divergence_name(self.divergence)
         if self.kind == "rl":
             return "RL" if self.alpha == 0 or not self.divergence else f"RL + GKD, {name}"
         if self.kind != "distillation":
             return {"sft": "SFT", "seqkd": "SeqKD"}.get(self.kind, "no readable run.json")
-        if which in _NAMES:
-            return _NAMES[which]
-        if self.fraction in _MIXES:
-            return f"{_MIXES[self.fraction]}, {name}"
-        return f"GKD, {name}, λ = {self.fraction}"
+        mix = _MIXES.get(self.fraction)
+        described = f"{mix}, {name}" if mix else f"GKD, {name}, λ = {self.fraction}"
+        return _NAMES.get((self.divergence, self.fraction), described)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -252,13 +250,10 @@ class Run:
             how = {**recorded, "step": line["step"]}
             found += _evaluations(how, task_names.evaluation_in(line))
         for content in self.decoded:
-            numbers = {
-                f"{task}/{metric}": value
-                for task, values in content.items()
-                if task != "evaluation"
-                for metric, value in as_object(values).items()
-            }
-            found += _evaluations(as_object(content.get("evaluation")), numbers)
+            how = as_object(content.get("evaluation"))
+            for task in (name for name in content if name != "evaluation"):
+                named = as_object(content[task]).items()
+                found += _evaluations(how, {f"{task}/{metric}": value for metric, value in named})
         return found
 
     @functools.cached_property

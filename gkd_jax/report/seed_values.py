@@ -20,17 +20,15 @@ class Lead(NamedTuple):
 
 
 class SeedValues:
-    """One value for each seed, from pairs of a seed and a value; their `mean` and its `error`."""
+    """The values of `n` seeds, from pairs of a seed and its value; their `mean` and its `error`."""
 
     def __init__(self, pairs: Sequence[tuple[Any, float]]):
         self._pairs, self._values = pairs, [value for _, value in pairs]
+        self.n = len(pairs)
         self.mean = statistics.fmean(self._values) if pairs else math.nan
         self.error = math.nan
-        if len(pairs) > 1:
-            self.error = statistics.stdev(self._values) / math.sqrt(len(pairs))
-
-    def __len__(self) -> int:
-        return len(self._values)
+        if self.n > 1:
+            self.error = statistics.stdev(self._values) / math.sqrt(self.n)
 
     def over(self, other: "SeedValues") -> Lead:
         """Returns the lead over other values.
@@ -40,7 +38,7 @@ class SeedValues:
         other seeds are compared by Welch's t-test.
         """
         mine, theirs = dict(self._pairs), dict(other._pairs)
-        if len(mine) == len(self) and len(theirs) == len(other) and mine.keys() <= theirs.keys():
+        if len(mine) == self.n and len(theirs) == other.n and mine.keys() <= theirs.keys():
             differences = SeedValues([(seed, mine[seed] - theirs[seed]) for seed in mine])
             lead, error = differences.mean, differences.error
             test: Any = stats.ttest_1samp(differences._values, 0) if error > 0 else None
@@ -52,8 +50,9 @@ class SeedValues:
             return Lead(lead, error, None)
         return Lead(lead, error, lead != 0 if test is None else bool(test.pvalue < 0.05))
 
-    def __str__(self) -> str:
-        """Returns a text such as "12.35 ± 0.50"."""
+    @property
+    def text(self) -> str:
+        """The mean and its error, such as "12.35 ± 0.50"."""
         digits = 4 if 0 < abs(self.mean) < 0.1 else 2 if abs(self.mean) < 100 else 1
         error = "" if math.isnan(self.error) else f" ± {self.error:.{digits}f}"
         return f"{self.mean:.{digits}f}{error}"

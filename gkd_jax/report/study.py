@@ -19,7 +19,9 @@ _NOT_QUALITY = ("teacher_divergence", "self_bleu", "entailment", "entailed", "br
 _DIVERGENCES = ("forward_kl", "jsd(0.1)", "jsd(0.5)", "jsd(0.9)", "reverse_kl")
 _DIVERGENCES += ("total_variation", "")
 _ROLES = ("teacher", "start", "sft", "seqkd", "distillation", "rl", "unknown")
-_OF_GROUP = ("label", "size", "role", "fraction", "amount")  # columns of `Study.table`
+# Columns of `Study.table` that are attributes of the group, and of its values.
+_OF_GROUP = ("label", "size", "role", "fraction", "amount")
+_OF_VALUES = ("mean", "error", "n", "text")
 
 Table = Any  # a pandas.DataFrame, whose columns no type checker knows
 
@@ -35,8 +37,7 @@ class Study:
 
     def __init__(self, runs: Sequence[Run]):
         self.runs = tuple(runs)
-        self._group_of, self.left_out = grouped(runs)
-        groups = list(dict.fromkeys(self._group_of.values()))
+        groups, self.left_out = grouped(runs)
         labels.label(groups)
         self.groups = sorted(groups, key=_order)
 
@@ -78,9 +79,10 @@ class Study:
             finals = [(run.seed, run.finals.get((task, setting), {})) for run in runs]
             return SeedValues([(seed, final[metric]) for seed, final in finals if metric in final])
 
-        groups = [group for group in self.of_task(task) if len(values(group))]
+        groups = [group for group in self.of_task(task) if values(group).n]
         found = [values(group) for group in groups]
-        starts = [self._made(group, "student.checkpoint") for group in groups]
+        starts = [group.makers.get("student.checkpoint") for group in groups]
+        teachers = [group.makers.get("teacher.checkpoint") for group in groups]
         before = [values(start) for start in starts]
         gains = [one.over(other) for one, other in zip(found, before, strict=True)]
         numbers = [
@@ -92,24 +94,16 @@ class Study:
             "divergence": [group.method.divergence for group in groups],
             **{name: [getattr(group, name) for group in groups] for name in _OF_GROUP},
             "values": found,
-            "mean": [one.mean for one in found],
-            "error": [one.error for one in found],
-            "n": [len(one) for one in found],
-            "text": [str(one) for one in found],
+            **{name: [getattr(one, name) for one in found] for name in _OF_VALUES},
             "start": starts,
             "before": [one.mean for one in before],
-            "teacher": [values(self._made(group, "teacher.checkpoint")).mean for group in groups],
+            "teacher": [values(teacher).mean for teacher in teachers],
             "gain": [one.mean for one in gains],
             "gain_error": [one.error for one in gains],
             "paper": numbers,
             "paper_value": [one.value if one else math.nan for one in numbers],
         }
         return pd.DataFrame(columns)
-
-    def _made(self, group: Group, field: str) -> Group | None:
-        """The group that made the checkpoint in a field of this one, where it is known."""
-        maker = group.makers.get(field)
-        return None if maker is None else self._group_of[maker.run.slug]
 
 
 def by_size(rows: Table) -> list[tuple[str, Table]]:
