@@ -707,12 +707,14 @@ def test_the_answer_compares_the_best_with_its_start_with_sft_and_with_the_runne
             copied = seeded(copy.deepcopy(run), seed)
             write_run(tmp_path / f"{name}{seed}", copied, {"accuracy": value})
     study = read_study(tmp_path)
-    lucky, best = answer.answers(study.table("arithmetic", Setting.of(GREEDY), "accuracy"))
-    assert (lucky.best["label"], best.best["label"]) == (
+    (lucky, _), (best, text) = answer.answers(
+        study.table("arithmetic", Setting.of(GREEDY), "accuracy")
+    )
+    assert (lucky["label"], best["label"]) == (
         "On-policy GKD, RKL",
         "On-policy GKD, JSD(0.1)",
     )
-    assert best.text == (
+    assert text == (
         "61.00 ± 0.58 (n = 3); +21.0 over the student before (40.00), one seed, so the noise is "
         "not known; +10.0 ± 0.6 over SFT trained for as long (51.00 ± 0.58), more than the "
         "seeds' noise; +0.2 ± 0.4 over the runner-up, On-policy GKD, FKL (60.83 ± 0.44), "

@@ -5,8 +5,9 @@
 
 OUTPUT receives `report.html` (a single file), `report.md`, `figures/*.png` and `runs/*.html`.
 
-`reading` reads each run, from its folder or from an `archive`, as a `record.Run`. `study` groups
-the runs, `answer` says which method is best, `paper` has the numbers to compare with, `figures`
+`reading` reads each run, from its folder or from an `archive`, as a `record.Run`. `groups` groups
+runs that differ only in the seed, `labels` names the groups, and `study` makes tables of their
+means. `answer` says which method is best, `paper` has the numbers to compare with, `figures`
 chooses what `plots` draws, and `pages` writes the texts, with tables of decoded `samples`.
 """
 

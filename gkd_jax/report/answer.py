@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 from gkd_jax.report.groups import Group
 from gkd_jax.report.study import Table, by_size
@@ -15,30 +15,24 @@ _NOISE = {
 }
 
 
-class Answer(NamedTuple):
-    """The best method of one student size under one way of decoding."""
+def answers(rows: Table) -> Iterator[tuple[Any, str]]:
+    """Yields an answer for each size that has at least two methods, the smallest size first.
 
-    best: Any  # its row in `Study.table`
-    text: str  # its value, and its leads over its start, SFT of equal length and the runner-up
-
-
-def answers(rows: Table) -> Iterator[Answer]:
-    """Yields an `Answer` for each size that has at least two methods, the smallest size first.
-
-    If the best mean comes from a single seed, a second answer compares the methods that have
-    several seeds.
+    An answer is the row of the best method, and a text with its value and its leads over the
+    student before training, SFT of equal length and the runner-up. If the best mean comes from a
+    single seed, a second answer compares the methods that have several seeds.
     """
     for _, found in by_size(rows):
         methods = found[~found["role"].isin(["start", "teacher", "unknown"])]
         repeated = methods[methods["n"] > 1]
         if len(methods) > 1:
-            first = _answer(methods, rows)
-            yield first
-            if first.best["n"] == 1 and len(repeated) > 1:
+            best, text = _answer(methods, rows)
+            yield best, text
+            if best["n"] == 1 and len(repeated) > 1:
                 yield _answer(repeated, rows)
 
 
-def _answer(methods: Table, rows: Table) -> Answer:
+def _answer(methods: Table, rows: Table) -> tuple[Any, str]:
     best = methods.loc[methods["mean"].idxmax()]
     group, groups = best["group"], methods["group"]
     rivals = {
@@ -57,7 +51,7 @@ def _answer(methods: Table, rows: Table) -> Answer:
             text += _NOISE[lead.exceeds_noise]
     missing = ", nor of ".join(name for name, some in rivals.items() if not len(some))
     text += f". There is no number of {missing}." if missing else "."
-    return Answer(best, text)
+    return best, text
 
 
 def _is_sft_as_long(group: Group, best: Group) -> bool:

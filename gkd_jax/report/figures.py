@@ -11,7 +11,7 @@ import pandas as pd
 from gkd_jax.report import paper, plots
 from gkd_jax.report.groups import Group
 from gkd_jax.report.plots import COLOURS, Panel
-from gkd_jax.report.record import Run, Setting, divergence_name, said
+from gkd_jax.report.record import Setting, divergence_name, said
 from gkd_jax.report.study import Study, Table, by_size, divergence_order
 from gkd_jax.text import files
 
@@ -147,9 +147,9 @@ def _maps(rows: Table, task: str, setting: Setting, metric: str) -> Iterator[_Sk
         signed = bool(grid["gain"].notna().all())
         if signed:
             grid = grid.assign(mean=grid["gain"], error=grid["gain_error"])
+        where = paper.cell(grid["group"].iloc[0].first, task, metric)
         panels = [_panel(grid, _cells(grid, signed))]
-        if metric == paper.metric_of(task):
-            panels += _paper_map(grid["group"].iloc[0].first, task, setting, signed)
+        panels += _paper_map(where, setting, signed) if where else []
         what = "Improvement over the student before" if signed else "Value"
         title = f"{what} by divergence and λ"
         yield _Sketch("divergence_lambda", title, caption, plots.heat_map, panels)
@@ -163,10 +163,7 @@ def _cells(rows: Table, signed: bool) -> Table:
     return rows.assign(row=[f"λ {fraction:.0%}" for fraction in rows["fraction"]])
 
 
-def _paper_map(run: Run, task: str, setting: Setting, signed: bool) -> Iterator[Panel]:
-    where = paper.cell(run, task)
-    if where is None:
-        return
+def _paper_map(where: paper.Cell, setting: Setting, signed: bool) -> Iterator[Panel]:
     numbers = paper.matching(where, setting, any_of=("method", "sampling_temperature"))
     numbers = [one for one in numbers if one.figure in _MAPS and not (signed and one.gain is None)]
     if numbers:
@@ -259,11 +256,11 @@ def _rewards(study: Study, task: str) -> _Sketch:
         for run in group.runs
         for step, reward in run.curve("train/reward")
     ]
-    columns = pd.Index(["group", "size", "line", "x", "reward"])
+    rows: Table = pd.DataFrame(points, columns=pd.Index(["group", "size", "line", "x", "reward"]))
     panels = []
-    for size, found in by_size(pd.DataFrame(points, columns=columns)):
+    for size, found in by_size(rows):
         by_step = found.groupby(["line", "x"], sort=False)["reward"]
-        lines: Table = by_step.agg(y="mean", error="sem").reset_index()
+        lines = by_step.agg(y="mean", error="sem").reset_index()
         steps = sorted(lines["x"].unique())
         if len(steps) > 1:
             drawn = lines[lines["x"].isin(steps[:: math.ceil(len(steps) / _POINTS)])]

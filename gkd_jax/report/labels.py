@@ -19,10 +19,12 @@ _PHRASES = {
     "data.num_examples": "{} examples",
     "train.train_steps": "{} steps",
     "student.checkpoint": "start {}",
-    "teacher.checkpoint": "teacher {}",
 }
-# The sections of a recipe that labels omit, because their fields are clear without them.
-_PLAIN = re.compile(r"\b(method|schedule|train|data|optimizer|rl|contents)\.(?!type$)")
+# Parts of the names of fields that labels omit: sections whose fields are clear without them, and
+# endings that say nothing.
+_OMITTED = re.compile(
+    r"\b(method|schedule|train|data|optimizer|rl|contents)\.(?!type$)|\.(type|checkpoint)$"
+)
 
 
 def label(groups: Iterable[Group]) -> None:
@@ -35,18 +37,16 @@ def label(groups: Iterable[Group]) -> None:
         alike.setdefault((group.label, group.first.task), []).append(group)
     for members in alike.values():
         for field in _differing(members):
-            for group, text in zip(members, _texts(field, members), strict=True):
-                group.label += f" · {text}" if text else ""
+            having = [group for group in members if field in group.identity]
+            for group, text in zip(having, _texts(field, having), strict=True):
+                group.label += f" · {text}"
         rows = [(group.label, group.size) for group in members]
         for group, row in zip(members, rows, strict=True):
             group.label += f" · run {group.first.name}" if rows.count(row) > 1 else ""
 
 
 def _differing(groups: Sequence[Group]) -> list[str]:
-    """The fields that differ among groups of the same size which have the field.
-
-    The divergence is left out, because the title names it.
-    """
+    """The fields, except the divergence, that differ among groups of a size which have them."""
     fields: Any = pd.DataFrame(
         [{name: repr(value) for name, value in group.identity.items()} for group in groups]
     )
@@ -55,17 +55,16 @@ def _differing(groups: Sequence[Group]) -> list[str]:
 
 
 def _texts(field: str, groups: Sequence[Group]) -> list[str]:
-    """What each label says of a field, such as "learning rate 0.001"; "" without the field."""
-    values = [said(group.identity.get(field)) for group in groups]
+    """What each label says of a field, such as "learning rate 0.001"."""
+    values = [said(group.identity[field]) for group in groups]
     places = [_place(group, field) for group in groups]
     names = _shortest(dict(zip(values, places, strict=True)))
-    words = re.sub("[._]", " ", _PLAIN.sub("", field).removesuffix(".type"))
+    words = re.sub("[._]", " ", _OMITTED.sub("", field))
     phrase = _PHRASES.get(field, f"{words} {{}}")
     if field == "data.task" and any(field in group.makers for group in groups):
         phrase = "targets of {}"
     texts = [phrase.replace("{}", names[value]) for value in values]
-    texts = [text.replace("none examples", "all examples") for text in texts]
-    return [text if field in one.identity else "" for text, one in zip(texts, groups, strict=True)]
+    return [text.replace("none examples", "all examples") for text in texts]
 
 
 def _place(group: Group, field: str) -> str:

@@ -59,15 +59,15 @@ def metric_of(task: str) -> str | None:
     return content()["metrics"].get(task_of(task))
 
 
-def cell(run: Run, task: str) -> Cell | None:
-    """The cell of a run's recipe; None if the paper has no comparable run."""
+def cell(run: Run, task: str, metric: str) -> Cell | None:
+    """The cell of a run's recipe; None if the paper has no comparable run or another metric."""
     fields, method, known = run.fields, run.method, task_of(task)
     size = _size(run, "student")
     if method.kind not in ("sft", "seqkd", "distillation") or known is None or size is None:
         return None
     common = content()["in_common"].items()
     same = all(fields.get(name, value) == value for name, value in common)
-    if not same or "changes" in fields or run.several_tasks:
+    if not same or "changes" in fields or run.several_tasks or metric != metric_of(task):
         return None
     distils = method.kind == "distillation"
     return Cell(
@@ -99,8 +99,8 @@ def beside(run: Run, task: str, setting: Setting, metric: str, *, started: bool)
     `started` says whether the run started from another run of the study. An SFT run then has no
     number, because the paper's SFT starts from public checkpoints.
     """
-    where = cell(run, task)
-    if where is None or metric != metric_of(task) or (started and where.method.kind == "sft"):
+    where = cell(run, task, metric)
+    if where is None or (started and where.method.kind == "sft"):
         return None
     return next(matching(where, setting), None)
 

@@ -82,7 +82,6 @@ class Study:
         groups = [group for group in self.of_task(task) if values(group).n]
         found = [values(group) for group in groups]
         starts = [group.makers.get("student.checkpoint") for group in groups]
-        teachers = [group.makers.get("teacher.checkpoint") for group in groups]
         before = [values(start) for start in starts]
         gains = [one.over(other) for one, other in zip(found, before, strict=True)]
         numbers = [
@@ -97,7 +96,7 @@ class Study:
             **{name: [getattr(one, name) for one in found] for name in _OF_VALUES},
             "start": starts,
             "before": [one.mean for one in before],
-            "teacher": [values(teacher).mean for teacher in teachers],
+            "teacher": [values(one.makers.get("teacher.checkpoint")).mean for one in groups],
             "gain": [one.mean for one in gains],
             "gain_error": [one.error for one in gains],
             "paper": numbers,
@@ -107,10 +106,7 @@ class Study:
 
 
 def by_size(rows: Table) -> list[tuple[str, Table]]:
-    """The student sizes and their rows, the smallest size first and unrecorded ones last.
-
-    Of the columns of `Study.table`, only `group` and `size` are needed.
-    """
+    """The student sizes and their rows, the smallest size first and unrecorded ones last."""
     counts = {one.size: one.first.parameters("student") or math.inf for one in rows["group"]}
     sizes = sorted(counts, key=lambda size: (counts[size], size))
     return [(size, rows[rows["size"] == size]) for size in sizes]
