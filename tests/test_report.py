@@ -632,7 +632,11 @@ def test_labels_name_just_what_differs(tmp_path):
 
 
 def test_no_two_groups_have_one_label(tmp_path):
-    """Fields that one group lacks, optimizers with settings, and RL alone with two divergences."""
+    """A label has the fields that the runs have, and if these do not suffice, the first run's name.
+
+    Optimizers have other fields, a field is newer than one run, a field of another changed on the
+    way, two rates are equal to 6 digits, and RL alone has a divergence that it does not use.
+    """
     adafactor = {"type": "Adafactor", "decay_rate": 0.8}
     runs = [
         about(),
@@ -642,12 +646,24 @@ def test_no_two_groups_have_one_label(tmp_path):
         about(schedule__learning_rate=0.12345678),
         about(schedule__learning_rate=0.12345679),
         *(about(divergence=one, method__rl={"alpha": 0}) for one in ("forward_kl", JSD_01)),
+        about(),
     ]
     del runs[0]["recipe"]["train"]["sample_ahead"]
+    runs[8]["changes"] = [{"step": 3, "field": "schedule.learning_rate", "old": 1.0, "new": 2.0}]
     for index, run in enumerate(runs):
         write_run(tmp_path / str(index), run, {"accuracy": 50.0})
-    study = read_study(tmp_path)
-    assert len({group.label for group in study.groups}) == len(study.groups) == len(runs)
+    labels = sorted(group.label for group in read_study(tmp_path).groups)
+    assert labels == [
+        "RL · run 6",
+        "RL · run 7",
+        "SFT · optimizer Adafactor · learning rate 0.0003 · decay rate 0.7",
+        "SFT · optimizer Adafactor · learning rate 0.0003 · decay rate 0.8",
+        "SFT · optimizer AdamW · b1 0.8 · learning rate 0.0003",
+        "SFT · optimizer AdamW · b1 0.9 · learning rate 0.0003 · run 0",
+        "SFT · optimizer AdamW · b1 0.9 · learning rate 0.0003 · run 8",
+        "SFT · optimizer AdamW · b1 0.9 · learning rate 0.123457 · run 4",
+        "SFT · optimizer AdamW · b1 0.9 · learning rate 0.123457 · run 5",
+    ]
     report.write([str(tmp_path)], str(tmp_path / "out"))
 
 
