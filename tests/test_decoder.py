@@ -41,7 +41,7 @@ def batch_of(inputs, lengths, targets):
 def all_logits(config, params, batch):
     """The logits computed in three ways: in one pass, behind a context, and token by token."""
     context = decoder.encode(config, params, batch.inputs, batch.input_lengths)
-    read = decoder.decode_params(config, params)
+    read = lm.decode_params(config, params)
     length = batch.targets.shape[1]
 
     def step(cache, tokens):
@@ -96,13 +96,14 @@ def test_rows_of_a_cache_are_taken():
     for choice in ({}, {"scan_unroll": 3}, {"unroll_decoding": True}):
         chosen = dataclasses.replace(config, **choice)
         context = decoder.encode(chosen, params, jnp.asarray(inputs), jnp.asarray(lengths))
-        cache = decoder.init_cache(chosen, params, context, 4)
-        _, cache = decoder.decode_step(chosen, params, context.first, cache)
-        _, cache = decoder.decode_step(chosen, params, jnp.asarray(targets[:, 0]), cache)
+        read = lm.decode_params(chosen, params)
+        cache = decoder.init_cache(chosen, read, context, 4)
+        _, cache = decoder.decode_step(chosen, read, context.first, cache)
+        _, cache = decoder.decode_step(chosen, read, jnp.asarray(targets[:, 0]), cache)
         swapped = lm.take_rows(chosen, cache, jnp.asarray([[1, 0]]))
         tokens = jnp.asarray(targets[:, 1])
-        logits, _ = decoder.decode_step(chosen, params, tokens, cache)
-        found, _ = decoder.decode_step(chosen, params, tokens[::-1], swapped)
+        logits, _ = decoder.decode_step(chosen, read, tokens, cache)
+        found, _ = decoder.decode_step(chosen, read, tokens[::-1], swapped)
         np.testing.assert_allclose(found, logits[::-1], atol=1e-5)
         assert np.max(np.abs(logits[0] - logits[1])) > 0.1
 

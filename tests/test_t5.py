@@ -150,13 +150,14 @@ def test_buckets_equal_hugging_face(bidirectional):
 def test_decoding_with_a_cache_equals_teacher_forcing(name, batch, params):
     config = CONFIGS[name]
     encoded = jax.jit(t5.encode, static_argnums=0)(config, params[name], batch.inputs)
-    cache = t5.init_cache(config, params[name], encoded, T)
+    read = lm.decode_params(config, params[name])
+    cache = t5.init_cache(config, read, encoded, T)
     step = jax.jit(t5.decode_step, static_argnums=0)
     expected = logits(config, params[name], batch)
     tokens = jnp.zeros((B,), jnp.int32)
     for position in range(T):
         assert cache.time == position
-        got, cache = step(config, params[name], tokens, cache)
+        got, cache = step(config, read, tokens, cache)
         np.testing.assert_allclose(got, expected[:, position], rtol=1e-4, atol=2e-5)
         tokens = batch.targets[:, position]
 

@@ -14,7 +14,7 @@ heads, G key heads, K head dim, L layers.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,6 @@ from gkd_jax.models import (
     decoder_config,
     embedding,
     kv_cache,
-    parameters,
     quantized,
     stacks,
 )
@@ -230,18 +229,9 @@ def _joined(
 # Decoding -----------------------------------------------------------------------------------------
 
 
-def decode_params(config: DecoderConfig, params: Params) -> Params:
-    """Returns the parameters prepared for decoding by `parameters.for_decoding`."""
-    params = parameters.for_decoding(params, config.dtype)
-    return {
-        **params,
-        "decoder": {**params["decoder"], "layers": _unstack(config, params["decoder"]["layers"])},
-    }
-
-
 def init_cache(config: DecoderConfig, params: Params, context: Context, length: int) -> Cache:
     """Returns a cache with the keys and values of a context and space for T = `length` tokens."""
-    one_by_one = isinstance(_unstack(config, params["decoder"]["layers"]), tuple)
+    one_by_one = isinstance(params["decoder"]["layers"], tuple)
     keys, values = context.keys, context.values
     if one_by_one:
         keys, values = tuple(keys), tuple(values)
@@ -279,7 +269,7 @@ def decode_step(
         config,
         run_layer,
         (x, cache.keys, cache.values),
-        _unstack(config, params["decoder"]["layers"]),
+        params["decoder"]["layers"],
         windows,
         kinds,
         cache.prompt_keys,
@@ -302,10 +292,6 @@ def _seen(
     own = jnp.where(age <= position, query - age, NOWHERE)
     keys = jnp.concatenate([prompt, own], axis=1)
     return (keys <= query) & (keys > query - window)
-
-
-def _unstack(config: DecoderConfig, stacked: Any) -> Any:
-    return stacks.unstack(config, stacked, config.num_layers)
 
 
 def _run(

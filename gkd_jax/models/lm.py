@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, Int, Key
 import numpy as np
 
 from gkd_jax.batch import Batch
-from gkd_jax.models import decoder, kv_cache, parameters, t5
+from gkd_jax.models import decoder, kv_cache, parameters, stacks, t5
 from gkd_jax.models.execution import ExecutionSettings
 
 
@@ -194,9 +194,13 @@ def logits(
 def decode_params(config: Config, params: Params) -> Params:
     """Returns the parameters that decoding reads, prepared once for all tokens.
 
-    They have the compute dtype and are not sharded over `fsdp`.
+    They have the compute dtype and are not sharded over `fsdp`, and the layers are as
+    `stacks.unstack` has them.
     """
-    return _family(config).decode_params(config, params)
+    read = {name: params[name] for name in ("token_embedder", "decoder")}
+    read = parameters.for_decoding(read, config.dtype)
+    layers = stacks.unstack(config, read["decoder"]["layers"])
+    return {**read, "decoder": {**read["decoder"], "layers": layers}}
 
 
 def init_cache(config: Config, params: Params, context: Context, length: int) -> Cache:

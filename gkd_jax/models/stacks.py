@@ -37,7 +37,7 @@ def scan(
     Returns:
         The output of the last layer, and the stacked outputs of all layers.
     """
-    num_layers = jax.tree.leaves(stacked)[0].shape[0]
+    num_layers = _num_layers(stacked)
     keys = None if dropout_key is None else jax.random.split(dropout_key, num_layers)
     if config.remat:
         run_layer = jax.checkpoint(run_layer, prevent_cse=False)
@@ -52,23 +52,20 @@ def scan(
     return lax.scan(body, x, (stacked, *per_layer, keys), unroll=unroll)
 
 
-def unstack(
-    config: ExecutionSettings, layers: Params | tuple[Params, ...], num_layers: int
-) -> Params | tuple[Params, ...]:
+def unstack(config: ExecutionSettings, stacked: Params) -> Params | tuple[Params, ...]:
     """Returns the layers as decoding runs them: a tuple where it is unrolled, else stacked.
 
-    In an unrolled loop, slices of a stack would be copied for every token. Layers that are a tuple
-    already are returned as they are.
-
-    Args:
-        config: the model's config, or its execution settings alone.
-        layers: the layers of the decoder.
-        num_layers: the number of these layers.
+    In an unrolled loop, slices of a stack would be copied for every token.
     """
-    unrolled = config.unroll_decoding or config.scan_unroll >= num_layers
-    if isinstance(layers, tuple) or not unrolled:
-        return layers
-    return tuple(jax.tree.map(lambda x, i=i: x[i], layers) for i in range(num_layers))
+    num_layers = _num_layers(stacked)
+    if not config.unroll_decoding and config.scan_unroll < num_layers:
+        return stacked
+    return tuple(jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(num_layers))
+
+
+def _num_layers(stacked: Params) -> int:
+    """Returns the number of layers whose parameters are stacked on axis 0."""
+    return jax.tree.leaves(stacked)[0].shape[0]
 
 
 def decode(
@@ -97,7 +94,7 @@ def decode(
         def body(carry, layer_inputs):
             return run_layer(*carry, *layer_inputs), None
 
-        num_layers = jax.tree.leaves(layers)[0].shape[0]
+        num_layers = _num_layers(layers)
         inputs = (layers, jnp.arange(num_layers), *per_layer)
         return lax.scan(body, carry, inputs, unroll=min(config.scan_unroll, num_layers))[0]
     x, keys, values = carry[0], list(carry[1]), list(carry[2])

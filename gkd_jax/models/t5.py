@@ -23,7 +23,6 @@ from gkd_jax.batch import Batch
 from gkd_jax.models import (
     embedding,
     kv_cache,
-    parameters,
     quantized,
     stacks,
     t5_config,
@@ -208,18 +207,6 @@ def shift_right(targets: Int[Array, "B T"]) -> Int[Array, "B T"]:
 # Decoding -----------------------------------------------------------------------------------------
 
 
-def decode_params(config: T5Config, params: Params) -> Params:
-    """Returns the decoder's parameters, prepared for decoding by `parameters.for_decoding`."""
-    read = {name: params[name] for name in ("token_embedder", "decoder")}
-    read = parameters.for_decoding(read, config.dtype)
-    stack = read["decoder"]
-    return {**read, "decoder": {**stack, "layers": _unstack(config, stack["layers"])}}
-
-
-def _unstack(config: T5Config, stacked: Any) -> Any:
-    return stacks.unstack(config, stacked, config.num_decoder_layers)
-
-
 def init_cache(config: T5Config, params: Params, context: Context, length: int) -> Cache:
     """Returns a cache before the first token, with all that the tokens do not change.
 
@@ -233,7 +220,7 @@ def init_cache(config: T5Config, params: Params, context: Context, length: int) 
     def layer_bias(layer_params):
         return _apply(layer, layer_params, length, method="bias_by_age")[0]
 
-    layers = _unstack(config, stack["layers"])
+    layers = stack["layers"]
     one_by_one = isinstance(layers, tuple)
     if one_by_one:
         cross = tuple(zip(*(project(layer_params) for layer_params in layers), strict=True))
@@ -280,7 +267,7 @@ def decode_step(
             cache.self_keys,
             cache.self_values,
         ),
-        _unstack(config, stack["layers"]),
+        stack["layers"],
         cache.cross_keys,
         cache.cross_values,
     )
