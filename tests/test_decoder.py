@@ -12,7 +12,7 @@ import pytest
 
 from gkd_jax import convert, sharding
 from gkd_jax.batch import Batch
-from gkd_jax.models import decoder, grouped_attention, lm, quantized
+from gkd_jax.models import decoder, grouped_attention, kv_cache, lm, quantized
 from gkd_jax.models.decoder_config import DecoderConfig
 from gkd_jax.models.grouped_attention import NO_WINDOW, Sight
 
@@ -100,7 +100,7 @@ def test_rows_of_a_cache_are_taken():
         cache = decoder.init_cache(chosen, read, context, 4)
         _, cache = decoder.decode_step(chosen, read, context.first, cache)
         _, cache = decoder.decode_step(chosen, read, jnp.asarray(targets[:, 0]), cache)
-        swapped = lm.take_rows(chosen, cache, jnp.asarray([[1, 0]]))
+        swapped = kv_cache.take_rows(cache, jnp.asarray([[1, 0]]))
         tokens = jnp.asarray(targets[:, 1])
         logits, _ = decoder.decode_step(chosen, read, tokens, cache)
         found, _ = decoder.decode_step(chosen, read, tokens[::-1], swapped)

@@ -17,7 +17,7 @@ from jaxtyping import Int
 import numpy as np
 
 from gkd_jax import sharding
-from gkd_jax.models import decode_loop, lm
+from gkd_jax.models import decode_loop, kv_cache, lm
 from gkd_jax.sampling import SamplingConfig, allowed_ids
 from gkd_jax.text import calculator
 
@@ -62,7 +62,7 @@ def make_decode(
 
     def take_rows(cache, rows):
         with sharding.use(mesh):
-            return lm.take_rows(config, cache, rows, same_prompts=False)
+            return kv_cache.take_rows(cache, rows, same_prompts=False)
 
     start_fn, step_fn = jax.jit(start), jax.jit(step, donate_argnums=2)
     take_rows_fn = jax.jit(take_rows)

@@ -73,7 +73,7 @@ def start(
     """
     if context is None:
         context = lm.encode(config, params, inputs, input_lengths)
-    context = lm.repeat(config, context, copies)
+    context = kv_cache.repeat_rows(context, copies)
     params = lm.decode_params(config, params)
     if not in_segments:
         config = dataclasses.replace(config, cache_segment=length)
@@ -90,8 +90,8 @@ class Decoding:
         params: those that `lm.decode_step` is given.
         advance: a function (state, logits, positions) -> (state, parents). `positions` has the
             position of each row's token, or one number for all rows where they began together.
-            Parents are rows, as in `lm.take_rows`, whose past each row continues; None leaves the
-            rows where they are. A group that has ended must keep its results.
+            Parents are rows, as in `kv_cache.take_rows`, whose past each row continues; None leaves
+            the rows where they are. A group that has ended must keep its results.
         length: the most tokens of a row.
     """
 
@@ -122,7 +122,7 @@ def run(decoding: Decoding, state: Any, cache: lm.Cache, *, halves: bool = True)
         behind.append((state, groups))
         state = take(state, groups)
         rows = rows_of(groups, state.last[0].size)
-        cache = lm.take_rows(decoding.config, cache, rows, same_prompts=False)
+        cache = kv_cache.take_rows(cache, rows, same_prompts=False)
     state, _ = decode_until(decoding, state, cache, 0, shards=shards, since=now, share=share)
     for larger, groups in reversed(behind):
         state = put(larger, state, groups)
@@ -158,7 +158,7 @@ def decode_until(
             decoding.config, decoding.params, state.last.reshape(-1), cache
         )
         state, parents = decoding.advance(state, logits, positions)
-        return state, new if parents is None else lm.take_rows(decoding.config, new, parents)
+        return state, new if parents is None else kv_cache.take_rows(new, parents)
 
     def goes_on(carry):
         state, cache = carry
@@ -219,7 +219,7 @@ def rows_of(groups: Int[Array, "shards n"], width: int) -> Int[Array, "shards n*
 
 
 def beams(parents: Int[Array, "G W"]) -> Int[Array, "shards n"]:
-    """Returns the rows of `lm.take_rows` for beams that continue parents within their groups."""
+    """Returns the rows to take (`kv_cache.take_rows`) for beams that continue their parents."""
     num_groups, width = parents.shape
     shards = num_shards(num_groups)
     firsts = jnp.arange(num_groups // shards)[None, :, None] * width

@@ -31,7 +31,7 @@ from gkd_jax.models import (
 )
 from gkd_jax.models.decoder_config import DecoderConfig
 from gkd_jax.models.grouped_attention import NOWHERE, Sight, masked_scores
-from gkd_jax.models.kv_cache import LayerCache, Segments
+from gkd_jax.models.kv_cache import Cache
 from gkd_jax.models.parameters import Params
 from gkd_jax.sharding import ACTIVATIONS, constrain
 
@@ -41,9 +41,6 @@ _INIT_STD = 0.02
 # Sampling has no default ids here, because every tokenizer has its own.
 BANNED_IDS: tuple[int, ...] = ()
 EOS_IDS: tuple[int, ...] = ()
-# Fields of the cache: those of the decoded tokens, and those of the prompts.
-TOKEN_FIELDS = ("keys", "values")
-PROMPT_FIELDS = ("prompt_keys", "prompt_values", "lengths")
 
 
 class Context(NamedTuple):
@@ -55,21 +52,16 @@ class Context(NamedTuple):
     first: Int[Array, " B"]  # the last token of the prompt
 
 
-class Cache(NamedTuple):
-    """The state of decoding; step t writes place t mod T of `keys` and `values`.
+class Prompts(NamedTuple):
+    """What the rows of a `Cache` know of their prompts: the fields of `Context` but `first`.
 
-    Keys and values of all layers are stacked on axis 0, or tuples with one array for each layer
-    where the layers are a tuple too (see `stacks.unstack`). Those of decoded tokens are in
-    segments (see `kv_cache`). Where `starts` is None, all rows began at 0.
+    The keys and values are tuples with one array for each layer where the layers are a tuple too
+    (see `stacks.unstack`).
     """
 
-    prompt_keys: Float[Array, "L N G S K"] | tuple[Float[Array, "N G S K"], ...]
-    prompt_values: Float[Array, "L N G S K"] | tuple[Float[Array, "N G S K"], ...]
-    keys: Segments | tuple[Segments, ...]
-    values: Segments | tuple[Segments, ...]
+    keys: Float[Array, "L N G S K"] | tuple[Float[Array, "N G S K"], ...]
+    values: Float[Array, "L N G S K"] | tuple[Float[Array, "N G S K"], ...]
     lengths: Int[Array, " N"]
-    time: Int[Array, ""]
-    starts: Int[Array, " N"] | None = None
 
 
 # Parameters ---------------------------------------------------------------------------------------
@@ -154,16 +146,6 @@ def encode(
     return Context(keys, values, held, first)
 
 
-def repeat(context: Context, num: int) -> Context:
-    """Returns the context with each row repeated `num` times; the copies are neighbours."""
-    if num == 1:
-        return context
-    return Context(
-        *(jnp.repeat(x, num, axis=1) for x in (context.keys, context.values)),
-        *(jnp.repeat(x, num, axis=0) for x in (context.lengths, context.first)),
-    )
-
-
 def hidden(
     config: DecoderConfig,
     params: Params,
@@ -188,7 +170,7 @@ def hidden(
             context = encode(
                 config, params, batch.inputs, batch.input_lengths, dropout_key=dropout_key
             )
-        context = repeat(context, rows // context.first.shape[0])
+        context = kv_cache.repeat_rows(context, rows // context.first.shape[0])
         tokens = jnp.concatenate([context.first[:, None], batch.targets[:, :-1]], axis=1)
         positions = context.lengths[:, None] + jnp.arange(length)[None]
         states, _ = _run(config, params, tokens, positions, context, dropout_key)
@@ -231,29 +213,26 @@ def _joined(
 
 def init_cache(config: DecoderConfig, params: Params, context: Context, length: int) -> Cache:
     """Returns a cache with the keys and values of a context and space for T = `length` tokens."""
-    one_by_one = isinstance(params["decoder"]["layers"], tuple)
-    keys, values = context.keys, context.values
-    if one_by_one:
-        keys, values = tuple(keys), tuple(values)
+    layers, prompts = params["decoder"]["layers"], Prompts(*context[:3])
+    if isinstance(layers, tuple):
+        prompts = prompts._replace(keys=tuple(prompts.keys), values=tuple(prompts.values))
     shape = (context.first.shape[0], config.num_kv_heads, length, config.head_dim)
-    empty = kv_cache.empty(config, shape, config.num_layers, one_by_one)
-    return Cache(keys, values, empty, empty, context.lengths, jnp.zeros((), jnp.int32))
+    return kv_cache.empty(config, layers, shape, prompts)
 
 
 def decode_step(
     config: DecoderConfig, params: Params, tokens: Int[Array, " N"], cache: Cache
 ) -> tuple[Float[Array, "N V"], Cache]:
     """Feeds one token of each row; returns the logits of the next token, and the new cache."""
-    time = cache.time
-    in_text = cache.lengths + kv_cache.row_positions(cache)
+    in_text = cache.prompts.lengths + kv_cache.row_positions(cache)
     rotations = decoder_block.rotations(config, in_text[:, None])
     windows, kinds = decoder_block.per_layer(config)
 
-    def run_layer(x, keys, values, layer, index, window, kind, prompt_keys, prompt_values):
+    def run_layer(x, before, layer, window, kind, prompt_keys, prompt_values):
         layer, window = quantized.restore(layer), jnp.asarray(window)
         query, key, value = decoder_block.heads(config, layer, x, rotations, kind)
-        written = kv_cache.write(LayerCache(keys, values, time, index), key, value)
-        own = kv_cache.parts(written, window)
+        after = kv_cache.write(before, key, value)
+        own = kv_cache.parts(after, window)
         seen = _seen(cache, prompt_keys.shape[2], sum(part.keys.shape[-2] for part in own), window)
 
         def score(products):
@@ -261,22 +240,20 @@ def decode_step(
             return masked_scores(products, seen, scale=scale, softcap=softcap)
 
         mixed = kv_cache.attend(query, [kv_cache.Part(prompt_keys, prompt_values), *own], score)
-        x = decoder_block.rest(config, layer, x, mixed, None)
-        return x, written.keys, written.values
+        return decoder_block.rest(config, layer, x, mixed, None), after
 
-    x = decoder_block.embed(config, params, tokens[:, None])
-    x, keys, values = stacks.decode(
+    x, cache = stacks.decode(
         config,
         run_layer,
-        (x, cache.keys, cache.values),
+        decoder_block.embed(config, params, tokens[:, None]),
+        cache,
         params["decoder"]["layers"],
         windows,
         kinds,
-        cache.prompt_keys,
-        cache.prompt_values,
+        cache.prompts.keys,
+        cache.prompts.values,
     )
     states = decoder_block.final_norm(config, params, x)[:, 0]
-    cache = cache._replace(keys=keys, values=values, time=time + 1)
     return apply_head(config, params, states), cache
 
 
@@ -284,7 +261,7 @@ def _seen(
     cache: Cache, prompt_size: int, own_size: int, window: Int[Array, ""]
 ) -> Bool[Array, "N S"]:
     """Returns a mask of the keys that the token of this step sees: the prompt's, then its own."""
-    lengths, position = cache.lengths[:, None], kv_cache.row_positions(cache)[:, None]
+    lengths, position = cache.prompts.lengths[:, None], kv_cache.row_positions(cache)[:, None]
     query, age = lengths + position, kv_cache.ages(cache, own_size)[None]
     prompt = jnp.arange(prompt_size)[None]
     # A key of padding, of a token to come or of another row is put where no query sees it.

@@ -15,7 +15,7 @@ Axes: L layers, N rows, H heads (those of the keys), T positions of one segment,
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 from jax import lax
@@ -23,7 +23,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from gkd_jax import sharding
+from gkd_jax.models import parameters
 from gkd_jax.models.execution import ExecutionSettings
+from gkd_jax.models.parameters import Params
 from gkd_jax.models.products import product, product_with_transpose
 
 
@@ -31,7 +33,31 @@ FIRST = 64  # positions of the first segment
 # On a GPU the host decides each `lax.cond`, which takes longer than reading a short segment. On a
 # TPU the layers are scanned, and XLA copies the segments of all layers for each `lax.cond`.
 FIRST_ON = {"cpu": FIRST, "gpu": 1024, "tpu": 2**30}
+Context = TypeVar("Context")  # a family's own: see `lm`
 Segments = tuple[Float[Array, "*L N H _ K"], ...]  # each with its own number of positions
+
+
+class Cache(NamedTuple):
+    """The state of decoding of a model of any family; step t writes place t mod T.
+
+    Attributes:
+        keys: the keys of decoded tokens, in segments. Those of all layers are stacked on axis 0, or
+            are a tuple with one entry for each layer where the layers are a tuple too (see
+            `stacks.unstack`).
+        values: like the keys.
+        prompts: what the family keeps of the rows' prompts, a NamedTuple. Its keys and values are
+            stacked or in tuples, too, and its other arrays have the rows on axis 0.
+        bias: what the family adds to the scores of all rows; None for none.
+        time: the number of tokens decoded before.
+        starts: the time at which each row began; None where all rows began at 0.
+    """
+
+    keys: Segments | tuple[Segments, ...]
+    values: Segments | tuple[Segments, ...]
+    prompts: Any
+    bias: Any
+    time: Int[Array, ""]
+    starts: Int[Array, " N"] | None = None
 
 
 def stretches(length: int, first: int = FIRST) -> list[tuple[int, int]]:
@@ -44,20 +70,27 @@ def stretches(length: int, first: int = FIRST) -> list[tuple[int, int]]:
 
 
 def empty(
-    config: ExecutionSettings, shape: tuple[int, int, int, int], num_layers: int, one_by_one: bool
-) -> Segments | tuple[Segments, ...]:
-    """Returns the empty cache of all layers.
+    config: ExecutionSettings,
+    layers: Params | tuple[Params, ...],
+    shape: tuple[int, int, int, int],
+    prompts: Any,
+    bias: Any = None,
+) -> Cache:
+    """Returns a cache before the first token.
 
     Args:
         config: the model's config.
+        layers: the layers of the decoder, stacked or as a tuple.
         shape: the shape of one layer's keys, [N H T K].
-        num_layers: the number of layers.
-        one_by_one: whether decoding runs the layers one by one; the cache is then a tuple with one
-            entry for each layer, and otherwise stacked.
+        prompts: what the family keeps of the prompts.
+        bias: what the family adds to the scores of all rows.
     """
-    if one_by_one:
-        return (_segments(shape, config.dtype, config.cache_segment),) * num_layers
-    return _segments((num_layers, *shape), config.dtype, config.cache_segment)
+    if isinstance(layers, tuple):
+        segments = (_segments(shape, config.dtype, config.cache_segment),) * len(layers)
+    else:
+        stacked = (parameters.num_layers(layers), *shape)
+        segments = _segments(stacked, config.dtype, config.cache_segment)
+    return Cache(segments, segments, prompts, bias, jnp.zeros((), jnp.int32))
 
 
 def _segments(shape: tuple[int, ...], dtype: str, first: int) -> Segments:
@@ -127,13 +160,13 @@ def _write(
     return tuple(found)
 
 
-def row_positions(cache: Any) -> Int[Array, "#N"]:
+def row_positions(cache: Cache) -> Int[Array, "#N"]:
     """Returns the position of each row's next token; one number where all rows began together."""
     positions = cache.time if cache.starts is None else cache.time - cache.starts
     return positions.reshape(-1)
 
 
-def ages(cache: Any, length: int) -> Int[Array, " {length}"]:
+def ages(cache: Cache, length: int) -> Int[Array, " {length}"]:
     """Returns how many tokens before the next one each place of a ring was written.
 
     A place whose age exceeds the position of a row holds no token of this row.
@@ -230,38 +263,47 @@ def _product_if_read(
         return lax.cond(part.is_read, run, lambda x, y: zeros, x, y)
 
 
-def take_rows(cache: Any, names: tuple[str, ...], rows: Int[Array, "shards n"]) -> Any:
-    """Returns a model's cache in which some fields hold some of their rows alone.
+def take_rows(cache: Cache, rows: Int[Array, "shards n"], *, same_prompts: bool = True) -> Cache:
+    """Returns a cache whose rows continue the tokens of `rows` of this one.
 
     Args:
-        cache: a NamedTuple.
-        names: the fields. Their arrays have the axes [*L N H T K], or N first; a field may be None.
-        rows: the rows; see `sharding.take_rows`.
+        cache: a cache of N rows, each shard of the batch with N / shards of them.
+        rows: for each shard, the rows to continue, numbered within the shard.
+        same_prompts: each row has the prompt of the row that was in its place (as beams of one
+            prompt have), so that what belongs to the prompt is not moved. Otherwise the prompts
+            move with their rows, and there may be fewer rows than before.
     """
 
-    def take(x):
-        return sharding.take_rows(x, rows, _row_axis(x))
+    def take(tree):
+        return jax.tree.map(lambda x: sharding.take_rows(x, rows, _row_axis(x)), tree)
 
-    taken = {name: jax.tree.map(take, getattr(cache, name)) for name in names}
-    return cache._replace(**taken)
+    cache = cache._replace(keys=take(cache.keys), values=take(cache.values))
+    if same_prompts:
+        return cache
+    return cache._replace(prompts=take(cache.prompts), starts=take(cache.starts))
 
 
-def put_prompts(cache: Any, names: tuple[str, ...], new: Any, rows: Int[Array, "shards n"]) -> Any:
-    """Returns a model's cache in which some rows begin anew, with the prompts of another cache.
+def put_prompts(cache: Cache, new: Cache, rows: Int[Array, "shards n"]) -> Cache:
+    """Returns a cache in which some rows begin anew, with the prompts of another cache.
 
     Args:
-        cache: a NamedTuple with `time` and `starts`.
-        names: the fields that belong to prompts, with axes as in `take_rows`.
-        new: a cache whose rows have the new prompts.
-        rows: the rows that begin; see `sharding.put_rows`.
+        cache: a cache with `starts`, the time at which each row began.
+        new: an empty cache of the new prompts.
+        rows: for each shard of the batch, the rows that begin, numbered within the shard.
     """
 
     def put(x, y):
         return sharding.put_rows(x, y, rows, _row_axis(x))
 
-    fields = {name: jax.tree.map(put, getattr(cache, name), getattr(new, name)) for name in names}
-    now = jnp.full((rows.size,), cache.time)
-    return cache._replace(**fields, starts=put(cache.starts, now))
+    starts = put(cache.starts, jnp.full((rows.size,), cache.time))
+    return cache._replace(prompts=jax.tree.map(put, cache.prompts, new.prompts), starts=starts)
+
+
+def repeat_rows(context: Context, num: int) -> Context:
+    """Returns a `Context` with each row repeated `num` times; the copies are neighbours."""
+    if num == 1:
+        return context
+    return jax.tree.map(lambda x: jnp.repeat(x, num, axis=_row_axis(x)), context)
 
 
 def _is_stacked(x: jax.Array) -> bool:
@@ -270,4 +312,4 @@ def _is_stacked(x: jax.Array) -> bool:
 
 
 def _row_axis(x: jax.Array) -> int:
-    return max(x.ndim - 4, 0)
+    return 1 if _is_stacked(x) else 0

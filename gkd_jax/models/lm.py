@@ -7,8 +7,7 @@ Training, sampling and evaluation run models through these functions only. A fam
 implements them for its own frozen config, and the config's constant `family` is the module's name.
 A config has at least `vocab_size`, `d_model`, `context_length` and the `ExecutionSettings`.
 Parameters are nested dicts with T5X's names (`gkd_jax.models.parameters`). The family's constants
-`BANNED_IDS` and `EOS_IDS` are the defaults of sampling, and `TOKEN_FIELDS` and `PROMPT_FIELDS` name
-fields of its cache.
+`BANNED_IDS` and `EOS_IDS` are the defaults of sampling.
 
 A model first reads a prompt and then continues it. Reading gives a `Context`: the encoder's states
 in an encoder-decoder, the KV cache of the prompt in a decoder-only model. Several samples of one
@@ -35,7 +34,7 @@ Params = parameters.Params
 logical_axes, num_params = parameters.logical_axes, parameters.num_params
 Config = t5.T5Config | decoder.DecoderConfig
 Context = t5.Context | decoder.Context
-Cache = t5.Cache | decoder.Cache
+Cache = kv_cache.Cache
 DEFAULT_ARCHITECTURE = t5.t5_1_1
 # The modules of the families, by the name that a config has and that checkpoints store.
 _FAMILIES: dict[str, ModuleType] = {"t5": t5, "decoder": decoder}
@@ -137,11 +136,6 @@ def check_prompts(inputs: Any, input_lengths: Any | None) -> None:
         )
 
 
-def repeat(config: Config, context: Context, num: int) -> Context:
-    """Returns the context with each row repeated `num` times; the copies are neighbours."""
-    return _family(config).repeat(context, num)
-
-
 def hidden(
     config: Config,
     params: Params,
@@ -223,36 +217,6 @@ def decode_step(
     The first tokens to feed are `Context.first`.
     """
     return _family(config).decode_step(config, params, tokens, cache)
-
-
-def take_rows(
-    config: Config, cache: Cache, rows: Int[Array, "shards n"], *, same_prompts: bool = True
-) -> Cache:
-    """Returns a cache whose rows continue the tokens of `rows` of this one.
-
-    Args:
-        config: the model's config.
-        cache: a cache of N rows, each shard of the batch with N / shards of them.
-        rows: for each shard, the rows to continue, numbered within the shard.
-        same_prompts: each row has the prompt of the row that was in its place (as beams of one
-            prompt have), so that what belongs to the prompt is not moved. Otherwise the prompts
-            move with their rows, and there may be fewer rows than before.
-    """
-    family = _family(config)
-    names = family.TOKEN_FIELDS + (() if same_prompts else (*family.PROMPT_FIELDS, "starts"))
-    return kv_cache.take_rows(cache, names, rows)
-
-
-def put_prompts(config: Config, cache: Cache, new: Cache, rows: Int[Array, "shards n"]) -> Cache:
-    """Returns a cache in which some rows begin anew, with the prompts of another cache.
-
-    Args:
-        config: the model's config.
-        cache: a cache with `starts`, the time at which each row began.
-        new: an empty cache of the new prompts.
-        rows: for each shard of the batch, the rows that begin, numbered within the shard.
-    """
-    return kv_cache.put_prompts(cache, _family(config).PROMPT_FIELDS, new, rows)
 
 
 def banned_ids(config: Config) -> tuple[int, ...]:

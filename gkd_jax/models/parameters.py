@@ -51,6 +51,11 @@ def logical_axes(params: Params) -> Params:
     return jax.tree_util.tree_map_with_path(axes, params)
 
 
+def num_layers(stacked: Params) -> int:
+    """Returns the number of layers whose parameters are stacked on axis 0."""
+    return jax.tree.leaves(stacked)[0].shape[0]
+
+
 def num_params(params: Params) -> int:
     """Returns the number of parameters in a tree; the scales of quantized kernels do not count."""
     leaves = jax.tree.leaves(params, is_leaf=quantized.is_int8)

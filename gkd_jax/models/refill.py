@@ -19,7 +19,7 @@ from jax import lax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from gkd_jax.models import decode_loop, lm
+from gkd_jax.models import decode_loop, kv_cache, lm
 
 
 _SHARE = 8  # of the slots, one in so many is refilled at once: fewer free slots, or fewer passes
@@ -84,7 +84,7 @@ def run(
         whole = decode_loop.put(whole, decode_loop.take(current, free), done)
         context = lm.encode(config, params, *decode_loop.take(prompts, waiting))
         new = lm.init_cache(config, started.params, context, length)
-        cache = lm.put_prompts(config, cache, new, free)
+        cache = kv_cache.put_prompts(cache, new, free)
         next_rows = decode_loop.take(whole, waiting)._replace(last=context.first.astype(jnp.int32))
         current = decode_loop.put(current, next_rows, free)
         return whole, current, cache, decode_loop.put(places, waiting.reshape(-1), free)

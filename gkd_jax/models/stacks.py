@@ -12,7 +12,9 @@ from jax import lax
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
+from gkd_jax.models import parameters
 from gkd_jax.models.execution import ExecutionSettings
+from gkd_jax.models.kv_cache import Cache, LayerCache
 from gkd_jax.models.parameters import Params
 
 
@@ -37,7 +39,7 @@ def scan(
     Returns:
         The output of the last layer, and the stacked outputs of all layers.
     """
-    num_layers = _num_layers(stacked)
+    num_layers = parameters.num_layers(stacked)
     keys = None if dropout_key is None else jax.random.split(dropout_key, num_layers)
     if config.remat:
         run_layer = jax.checkpoint(run_layer, prevent_cse=False)
@@ -57,50 +59,55 @@ def unstack(config: ExecutionSettings, stacked: Params) -> Params | tuple[Params
 
     In an unrolled loop, slices of a stack would be copied for every token.
     """
-    num_layers = _num_layers(stacked)
+    num_layers = parameters.num_layers(stacked)
     if not config.unroll_decoding and config.scan_unroll < num_layers:
         return stacked
     return tuple(jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(num_layers))
 
 
-def _num_layers(stacked: Params) -> int:
-    """Returns the number of layers whose parameters are stacked on axis 0."""
-    return jax.tree.leaves(stacked)[0].shape[0]
-
-
 def decode(
     config: ExecutionSettings,
-    run_layer: Callable[..., tuple[jax.Array, Any, Any]],
-    carry: tuple[jax.Array, Any, Any],
+    run_layer: Callable[..., tuple[jax.Array, LayerCache]],
+    x: jax.Array,
+    cache: Cache,
     layers: Params | tuple[Params, ...],
     *per_layer: Any,
-) -> tuple[jax.Array, Any, Any]:
+) -> tuple[jax.Array, Cache]:
     """Runs one token of each row through all layers.
 
     Args:
         config: the model's config.
-        run_layer: a function (x, keys, values, layer, index, *per_layer) -> (x, keys, values) of
-            layer number `index`. The keys and values are the KV cache of this layer, or that of all
-            layers where they are stacked.
-        carry: the input of the first layer, and the keys and values of the KV cache.
+        run_layer: a function (x, layer_cache, layer, *per_layer) -> (x, layer_cache) of one layer.
+        x: the input of the first layer.
+        cache: the cache before this token.
         layers: the result of `unstack`.
         per_layer: further arguments of each layer, stacked on axis 0; tuples where the layers are.
 
     Returns:
-        The output of the last layer, and the keys and values of the new KV cache.
+        The output of the last layer, and the cache after this token.
     """
-    if not isinstance(layers, tuple):
+    time = cache.time
+    keys: Any = cache.keys
+    values: Any = cache.values
+    if isinstance(layers, tuple):
+        keys, values = [*keys], [*values]
+        for i, (layer, *own) in enumerate(zip(layers, *per_layer, strict=True)):
+            x, after = run_layer(x, LayerCache(keys[i], values[i], time, i), layer, *own)
+            keys[i], values[i] = after.keys, after.values
+        keys, values = tuple(keys), tuple(values)
+    else:
 
         def body(carry, layer_inputs):
-            return run_layer(*carry, *layer_inputs), None
+            x, keys, values = carry
+            index, layer, *own = layer_inputs
+            x, after = run_layer(x, LayerCache(keys, values, time, index), layer, *own)
+            return (x, after.keys, after.values), None
 
-        num_layers = _num_layers(layers)
-        inputs = (layers, jnp.arange(num_layers), *per_layer)
-        return lax.scan(body, carry, inputs, unroll=min(config.scan_unroll, num_layers))[0]
-    x, keys, values = carry[0], list(carry[1]), list(carry[2])
-    for i, (layer, *own) in enumerate(zip(layers, *per_layer, strict=True)):
-        x, keys[i], values[i] = run_layer(x, keys[i], values[i], layer, i, *own)
-    return x, tuple(keys), tuple(values)
+        num_layers = parameters.num_layers(layers)
+        inputs = (jnp.arange(num_layers), layers, *per_layer)
+        unroll = min(config.scan_unroll, num_layers)
+        (x, keys, values), _ = lax.scan(body, (x, keys, values), inputs, unroll=unroll)
+    return x, cache._replace(keys=keys, values=values, time=time + 1)
 
 
 def split_key(key: Key[Array, ""] | None, num: int) -> list[Any]:

@@ -3,7 +3,7 @@
 The module implements the functions of `gkd_jax.models.lm`, which describes their arguments.
 Parameters are a nested dict with T5X's names. The layers of each stack are stacked on axis 0 and
 run by `lax.scan`, so that compile time does not grow with depth. The state of decoding is an
-explicit `Cache`, which `decode_step` takes and returns.
+explicit `kv_cache.Cache`, which `decode_step` takes and returns.
 
 T5 is from Raffel et al. (2020), "Exploring the Limits of Transfer Learning", and the MLP of T5 1.1
 from Shazeer (2020), "GLU Variants Improve Transformer".
@@ -29,7 +29,7 @@ from gkd_jax.models import (
     t5_layers,
 )
 from gkd_jax.models.attention import Padding
-from gkd_jax.models.kv_cache import LayerCache, Segments
+from gkd_jax.models.kv_cache import Cache
 from gkd_jax.models.parameters import Params
 from gkd_jax.models.t5_config import T5Config
 
@@ -42,9 +42,6 @@ START_ID = 0  # the decoder's first input
 # The defaults of sampling.
 BANNED_IDS = (PAD_ID,)
 EOS_IDS = (1,)
-# Fields of the cache: those of the decoded tokens, and those of the prompts.
-TOKEN_FIELDS = ("self_keys", "self_values")
-PROMPT_FIELDS = ("cross_keys", "cross_values", "mask")
 
 
 class Context(NamedTuple):
@@ -55,23 +52,16 @@ class Context(NamedTuple):
     first: Int[Array, " B"]
 
 
-class Cache(NamedTuple):
-    """The state of decoding; step t writes place t mod T of the self-attention keys and values.
+class Prompts(NamedTuple):
+    """What the rows of a `Cache` know of their prompts: what cross-attention reads.
 
-    Keys and values of all layers are stacked on axis 0, or tuples with one array for each layer
-    where the layers are a tuple too (see `stacks.unstack`). Those of self-attention are in
-    segments (see `kv_cache`). `bias` is the position bias of keys by their age, from T - 1 down to
-    0, twice; P = L if each layer has its own, else 1. Where `starts` is None, all rows began at 0.
+    The keys and values of all layers are stacked on axis 0, or tuples with one array for each layer
+    where the layers are a tuple too (see `stacks.unstack`).
     """
 
-    self_keys: Segments | tuple[Segments, ...]
-    self_values: Segments | tuple[Segments, ...]
-    cross_keys: Float[Array, "L B H S K"] | tuple[Float[Array, "B H S K"], ...]
-    cross_values: Float[Array, "L B H S K"] | tuple[Float[Array, "B H S K"], ...]
+    keys: Float[Array, "L B H S K"] | tuple[Float[Array, "B H S K"], ...]
+    values: Float[Array, "L B H S K"] | tuple[Float[Array, "B H S K"], ...]
     mask: Bool[Array, "B S"]
-    bias: Float[Array, "P H T2"]
-    time: Int[Array, ""]
-    starts: Int[Array, " B"] | None = None
 
 
 # Initialisation -----------------------------------------------------------------------------------
@@ -144,11 +134,6 @@ def encode(
     return Context(_dropout(config, x, keys[2]), mask, first)
 
 
-def repeat(context: Context, num: int) -> Context:
-    """Returns the context with each row repeated `num` times; the copies are neighbours."""
-    return context if num == 1 else Context(*(jnp.repeat(x, num, axis=0) for x in context))
-
-
 def hidden(
     config: T5Config,
     params: Params,
@@ -161,7 +146,7 @@ def hidden(
     keys = stacks.split_key(dropout_key, 4)
     if context is None:
         context = encode(config, params, batch.inputs, batch.input_lengths, dropout_key=keys[3])
-    context = repeat(context, batch.targets.shape[0] // context.states.shape[0])
+    context = kv_cache.repeat_rows(context, batch.targets.shape[0] // context.states.shape[0])
     encoded = context.states
     stack, layer = params["decoder"], t5_layers.DecoderLayer(config)
     padding = t5_layers.hide_padding(context.mask)
@@ -208,9 +193,10 @@ def shift_right(targets: Int[Array, "B T"]) -> Int[Array, "B T"]:
 
 
 def init_cache(config: T5Config, params: Params, context: Context, length: int) -> Cache:
-    """Returns a cache before the first token, with all that the tokens do not change.
+    """Returns a cache before the first token, for at most T = `length` tokens of each row.
 
-    These are the cross-attention's keys and values and the biases of all T = `length` positions.
+    Its `bias` [P, H, 2 T] is the position bias of keys by their age, from T - 1 down to 0, twice.
+    P is L if each layer has a bias of its own, and else 1.
     """
     stack, layer = params["decoder"], t5_layers.DecoderLayer(config)
 
@@ -223,19 +209,18 @@ def init_cache(config: T5Config, params: Params, context: Context, length: int) 
     layers = stack["layers"]
     one_by_one = isinstance(layers, tuple)
     if one_by_one:
-        cross = tuple(zip(*(project(layer_params) for layer_params in layers), strict=True))
+        keys, values = zip(*map(project, layers), strict=True)
     else:
-        cross = jax.lax.map(project, layers)
+        keys, values = lax.map(project, layers)
     shape = (context.states.shape[0], config.num_heads, length, config.head_dim)
-    empty = kv_cache.empty(config, shape, config.num_decoder_layers, one_by_one)
     if not config.per_layer_relpos:
         bias = _apply(t5_layers.relpos(config, "decoder"), stack["relpos_bias"], length, 1)[..., 0]
     elif one_by_one:
-        bias = jnp.stack([layer_bias(layer_params) for layer_params in layers])
+        bias = jnp.stack([*map(layer_bias, layers)])
     else:
         bias = jax.vmap(layer_bias)(layers)
     bias = jnp.tile(bias[..., ::-1], (1, 1, 2))
-    return Cache(empty, empty, cross[0], cross[1], context.mask, bias, jnp.zeros((), jnp.int32))
+    return kv_cache.empty(config, layers, shape, Prompts(keys, values, context.mask), bias)
 
 
 def decode_step(
@@ -243,37 +228,25 @@ def decode_step(
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Feeds one token of each row; returns the logits of the next token, and the new cache."""
     layer = t5_layers.DecoderLayer(config)
-    padding = t5_layers.hide_padding(cache.mask)
-    time, length = cache.time, cache.bias.shape[-1] // 2
-    of_place_0 = length - 1 - time % length
+    padding = t5_layers.hide_padding(cache.prompts.mask)
+    length = cache.bias.shape[-1] // 2
+    of_place_0 = length - 1 - cache.time % length
     bias = lax.dynamic_slice_in_dim(cache.bias, of_place_0, length, axis=2)[:, :, None]
     own = kv_cache.ages(cache, length)[None] <= kv_cache.row_positions(cache)[:, None]
     own_bias = t5_layers.hide_padding(own).bias
     stack = params["decoder"]
 
-    def run_layer(x, self_keys, self_values, layer_params, index, cross_keys, cross_values):
-        layer_index = 0 if bias.shape[0] == 1 else index
+    def run_layer(x, own_cache, layer_params, cross_keys, cross_values):
+        layer_index = 0 if bias.shape[0] == 1 else own_cache.layer
         self_bias = lax.dynamic_index_in_dim(bias, layer_index) + own_bias
-        before = LayerCache(self_keys, self_values, time, index)
         encoded = t5_layers.Encoded(cross_keys, cross_values, padding)
-        x, after = _apply(layer, layer_params, x, before, self_bias, encoded, method="decode")
-        return x, after.keys, after.values
+        return _apply(layer, layer_params, x, own_cache, self_bias, encoded, method="decode")
 
-    x, keys, values = stacks.decode(
-        config,
-        run_layer,
-        (
-            embedding.embed(params, tokens[:, None], config.dtype),
-            cache.self_keys,
-            cache.self_values,
-        ),
-        stack["layers"],
-        cache.cross_keys,
-        cache.cross_values,
-    )
+    x = embedding.embed(params, tokens[:, None], config.dtype)
+    cross = (cache.prompts.keys, cache.prompts.values)
+    x, cache = stacks.decode(config, run_layer, x, cache, stack["layers"], *cross)
     x = _norm(config, stack["decoder_norm"], x)
-    step_logits = apply_head(config, params, x[:, 0])
-    return step_logits, cache._replace(self_keys=keys, self_values=values, time=time + 1)
+    return apply_head(config, params, x[:, 0]), cache
 
 
 # Parts --------------------------------------------------------------------------------------------
