@@ -119,9 +119,8 @@ def _naive_bucket(distance, bidirectional, buckets, max_distance):
 @pytest.mark.parametrize("bidirectional", [True, False])
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (5, 5), (40, 40), (7, 3), (2, 9)])
 def test_relative_position_bias_equals_a_table(bidirectional, queries, keys):
-    module = t5_layers.RelativePositionBias(
-        num_heads=3, buckets=8, max_distance=20, bidirectional=bidirectional
-    )
+    config = dataclasses.replace(T5_1_1, num_heads=3, relpos_buckets=8, relpos_max_distance=20)
+    module = t5_layers.RelativePositionBias(config, bidirectional=bidirectional)
     table = np.random.default_rng(0).normal(size=(3, 8)).astype(np.float32)
     got = module.apply({"params": {"rel_embedding": jnp.asarray(table)}}, queries, keys)
     assert got.shape == (1, 3, queries, keys)

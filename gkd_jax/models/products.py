@@ -46,13 +46,6 @@ def product_of_transpose(
     return _contract(-2, -2, x.astype(dtype), y.astype(dtype))
 
 
-def matmul(
-    x: Float[Array, "*B D"], kernel: Float[Array, "D F"], dtype: str
-) -> Float[Array, "*B F"]:
-    """Returns x @ kernel in `dtype`; operands are cast to `dtype`, sums are float32."""
-    return project(x, kernel, dtype).astype(dtype)
-
-
 def project(
     x: Float[Array, "*B D"], kernel: Float[Array, "..."], dtype: str, *, transposed: bool = False
 ) -> Float[Array, "*B F"]:

@@ -92,13 +92,12 @@ def _init_stack(config: T5Config, key: Key[Array, ""], layer: nn.Module, name: s
     args = (x, bias, padding) if name == "encoder" else (x, x, bias, padding)
 
     def init_layer(layer_key):
-        return layer.init(layer_key, *args, deterministic=True)["params"]
+        return layer.init(layer_key, *args)["params"]
 
     layer_key, bias_key = jax.random.split(key)
     stack: Params = {"layers": jax.vmap(init_layer)(jax.random.split(layer_key, num_layers))}
     if not config.per_layer_relpos:
-        variables = t5_layers.relpos(config, name).init(bias_key, 1, 1)
-        stack["relpos_bias"] = variables["params"]
+        stack["relpos_bias"] = _relpos(config, name).init(bias_key, 1, 1)["params"]
     stack[f"{name}_norm"] = {"scale": jnp.ones((config.d_model,))}
     return stack
 
@@ -124,7 +123,7 @@ def encode(
     position_bias = _position_bias(config, stack, "encoder", *inputs.shape)
 
     def run_layer(x, layer_params, key):
-        return _apply_dropping(key, layer, layer_params, x, position_bias, padding), None
+        return _apply(layer, layer_params, x, position_bias, padding, key=key), None
 
     keys = stacks.split_key(dropout_key, 3)
     x = _dropout(config, embedding.embed(params, inputs, config.dtype), keys[0])
@@ -153,7 +152,7 @@ def hidden(
     position_bias = _position_bias(config, stack, "decoder", *batch.targets.shape)
 
     def run_layer(x, layer_params, key):
-        return _apply_dropping(key, layer, layer_params, x, encoded, position_bias, padding), None
+        return _apply(layer, layer_params, x, encoded, position_bias, padding, key=key), None
 
     x = embedding.embed(params, shift_right(batch.targets), config.dtype)
     x = _dropout(config, x, keys[0])
@@ -214,7 +213,7 @@ def init_cache(config: T5Config, params: Params, context: Context, length: int) 
         keys, values = lax.map(project, layers)
     shape = (context.states.shape[0], config.num_heads, length, config.head_dim)
     if not config.per_layer_relpos:
-        bias = _apply(t5_layers.relpos(config, "decoder"), stack["relpos_bias"], length, 1)[..., 0]
+        bias = _apply(_relpos(config, "decoder"), stack["relpos_bias"], length, 1)[..., 0]
     elif one_by_one:
         bias = jnp.stack([*map(layer_bias, layers)])
     else:
@@ -259,23 +258,26 @@ def _position_bias(
     if config.per_layer_relpos:
         return None
     copies = t5_layers.bias_copies(num_rows)
-    return _apply(t5_layers.relpos(config, name), stack["relpos_bias"], length, length, copies)
+    return _apply(_relpos(config, name), stack["relpos_bias"], length, length, copies)
 
 
-def _apply(module: nn.Module, params: Params, *args: Any, **options: Any) -> Any:
-    """Calls `module.apply` on restored parameters.
+def _relpos(config: T5Config, name: str) -> t5_layers.RelativePositionBias:
+    return t5_layers.RelativePositionBias(config, bidirectional=name == "encoder")
+
+
+def _apply(
+    module: nn.Module,
+    params: Params,
+    *args: Any,
+    key: Key[Array, ""] | None = None,
+    method: str | None = None,
+) -> Any:
+    """Calls `module.apply` on restored parameters; without a key, no dropout drops anything.
 
     The result has the type Any, because Flax's own type allows for mutated variables in it.
     """
-    return module.apply({"params": quantized.restore(params)}, *args, **options)
-
-
-def _apply_dropping(
-    key: Key[Array, ""] | None, module: nn.Module, params: Params, *args: Any
-) -> Any:
-    """Calls a module that has dropout; without a key, it drops nothing."""
     rngs = None if key is None else {"dropout": key}
-    return _apply(module, params, *args, deterministic=key is None, rngs=rngs)
+    return module.apply({"params": quantized.restore(params)}, *args, rngs=rngs, method=method)
 
 
 def _norm(config: T5Config, params: Params, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -285,6 +287,4 @@ def _norm(config: T5Config, params: Params, x: Float[Array, "B T D"]) -> Float[A
 def _dropout(
     config: T5Config, x: Float[Array, "B T D"], key: Key[Array, ""] | None
 ) -> Float[Array, "B T D"]:
-    if key is None or config.dropout_rate == 0:
-        return x
-    return _apply_dropping(key, t5_layers.dropout(config), {}, x)
+    return _apply(t5_layers.Dropout(config.dropout_rate), {}, x, key=key)

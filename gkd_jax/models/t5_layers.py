@@ -7,7 +7,10 @@ biases are computed in float32.
 Axes: B batch, T queries, S keys, D model, H heads, K head dim, F mlp.
 """
 
+from collections.abc import Sequence
+import functools
 import math
+import operator
 from typing import NamedTuple
 
 from flax import linen as nn
@@ -20,7 +23,7 @@ from gkd_jax import sharding
 from gkd_jax.models import kv_cache
 from gkd_jax.models.attention import Heads, Padding, PositionBiases, attend, gains_by_row
 from gkd_jax.models.kv_cache import LayerCache
-from gkd_jax.models.products import matmul
+from gkd_jax.models.products import project
 from gkd_jax.models.t5_config import T5Config
 from gkd_jax.sharding import ACTIVATIONS, constrain
 
@@ -40,7 +43,7 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B F"]:
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
-        return matmul(x, kernel, self.dtype)
+        return project(x, kernel, self.dtype).astype(self.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -62,9 +65,13 @@ def rms_norm(config: T5Config) -> RMSNorm:
     return RMSNorm(config.layer_norm_epsilon, config.dtype)
 
 
-def dropout(config: T5Config) -> nn.Dropout:
-    """Returns a T5's dropout, of which all positions of a row share one draw."""
-    return nn.Dropout(config.dropout_rate, broadcast_dims=(-2,))
+class Dropout(nn.Dropout):
+    """T5's dropout: all positions of a row share one draw; without a key, nothing is dropped."""
+
+    broadcast_dims: Sequence[int] = (-2,)
+
+    def __call__(self, x: Float[Array, "*B S D"]) -> Float[Array, "*B S D"]:
+        return super().__call__(x, deterministic=not self.has_rng("dropout"))
 
 
 class Attention(nn.Module):
@@ -83,7 +90,7 @@ class Attention(nn.Module):
         self.key = Dense(inner, config.dtype, fan_in_normal)
         self.value = Dense(inner, config.dtype, fan_in_normal)
         self.out = Dense(config.d_model, config.dtype, fan_in_normal)
-        self.dropout = dropout(config)
+        self.dropout = Dropout(config.dropout_rate)
 
     def split_heads(self, x: Float[Array, "B S HK"]) -> Heads:
         sizes = self.config.num_heads, self.config.head_dim
@@ -104,14 +111,11 @@ class Attention(nn.Module):
         values: Heads,
         position_biases: PositionBiases,
         padding: Padding | None,
-        *,
-        deterministic: bool,
     ) -> Float[Array, "B T D"]:
         queries = self.split_heads(self.query(x))
         dropout_mask = None  # for the attention probabilities; all queries share one draw
-        if not deterministic and self.config.dropout_rate > 0:
-            ones = jnp.ones((*keys.shape[:2], 1, keys.shape[2]))
-            dropout_mask = self.dropout(ones, deterministic=False)
+        if self.has_rng("dropout") and self.config.dropout_rate > 0:
+            dropout_mask = self.dropout(jnp.ones((*keys.shape[:2], 1, keys.shape[2])))
         by_row = self.config.attention_by_row and gains_by_row(queries, keys)
         mixed = attend(queries, keys, values, position_biases, padding, dropout_mask, by_row=by_row)
         return self._join_heads(mixed)
@@ -137,13 +141,13 @@ class MLP(nn.Module):
     config: T5Config
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], *, deterministic: bool) -> Float[Array, "B T D"]:
-        config, hidden = self.config, None
-        for index, activation in enumerate(config.mlp_activations):
-            name = "wi" if len(config.mlp_activations) == 1 else f"wi_{index}"
-            branch = _activate(activation, Dense(config.d_ff, config.dtype, name=name)(x))
-            hidden = branch if hidden is None else hidden * branch
-        hidden = dropout(config)(hidden, deterministic=deterministic)
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        config, gated = self.config, len(self.config.mlp_activations) > 1
+        branches = [
+            _activate(name, Dense(config.d_ff, config.dtype, name=f"wi_{i}" if gated else "wi")(x))
+            for i, name in enumerate(config.mlp_activations)
+        ]
+        hidden = Dropout(config.dropout_rate)(functools.reduce(operator.mul, branches))
         hidden = constrain(hidden, ("batch", "length", "mlp"))
         return Dense(config.d_model, config.dtype, name="wo")(hidden)
 
@@ -158,9 +162,7 @@ class RelativePositionBias(nn.Module):
     The numbers are added to the attention scores.
     """
 
-    num_heads: int
-    buckets: int
-    max_distance: int
+    config: T5Config
     bidirectional: bool
 
     @nn.compact
@@ -170,30 +172,21 @@ class RelativePositionBias(nn.Module):
         The axis of the copies is sharded like the rows of a batch; see `bias_copies` for why each
         device gets a copy of its own.
         """
+        num_heads, buckets = self.config.num_heads, self.config.relpos_buckets
         init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
-        embedding = self.param("rel_embedding", init, (self.num_heads, self.buckets))
+        embedding = self.param("rel_embedding", init, (num_heads, buckets))
         # The bias depends on s - t alone. So the T + S distances (the last one is padding) are
         # looked up in one row, which is then sheared: out[t, s] = row[s - t + T - 1]. The gradient
         # of this needs no scatter over T x S and no one-hot array [T, S, buckets].
         distances = jnp.arange(-(queries - 1), keys + 1)
         bucket = relative_position_bucket(
-            distances, self.bidirectional, self.buckets, self.max_distance
+            distances, self.bidirectional, buckets, self.config.relpos_max_distance
         )
         row = jnp.broadcast_to(embedding[:, bucket], (copies, *embedding[:, bucket].shape))
         row = constrain(row, ("batch", "heads", "length"))
         sheared = jnp.tile(row, (1, 1, queries))[..., : queries * (queries + keys - 1)]
-        sheared = sheared.reshape(copies, self.num_heads, queries, queries + keys - 1)
+        sheared = sheared.reshape(copies, num_heads, queries, queries + keys - 1)
         return sheared[..., queries - 1 :]
-
-
-def relpos(config: T5Config, stack: str) -> RelativePositionBias:
-    """Returns the position bias of a stack, "encoder" or "decoder"."""
-    return RelativePositionBias(
-        num_heads=config.num_heads,
-        buckets=config.relpos_buckets,
-        max_distance=config.relpos_max_distance,
-        bidirectional=stack == "encoder",
-    )
 
 
 def bias_copies(num_rows: int) -> int:
@@ -248,29 +241,25 @@ class EncoderLayer(nn.Module):
         self.attention, self.mlp = Attention(self.config), MLP(self.config)
         self.pre_attention_layer_norm = rms_norm(self.config)
         self.pre_mlp_layer_norm = rms_norm(self.config)
-        self.dropout = dropout(self.config)
+        self.dropout = Dropout(self.config.dropout_rate)
         if self.config.per_layer_relpos:
-            self.relpos_bias = relpos(self.config, "encoder")
+            self.relpos_bias = RelativePositionBias(self.config, bidirectional=True)
 
     def __call__(
         self,
         x: Float[Array, "B S D"],
         position_bias: Float[Array, "G H S S"] | None,
         padding: Padding,
-        *,
-        deterministic: bool,
     ) -> Float[Array, "B S D"]:
         if self.config.per_layer_relpos:
             position_bias = self.relpos_bias(x.shape[1], x.shape[1], bias_copies(x.shape[0]))
         assert position_bias is not None
         normed = self.pre_attention_layer_norm(x)
         keys, values = self.attention.keys_values(normed)
-        y = self.attention(
-            normed, keys, values, (position_bias,), padding, deterministic=deterministic
-        )
-        x = constrain(x + self.dropout(y, deterministic=deterministic), ACTIVATIONS)
-        y = self.mlp(self.pre_mlp_layer_norm(x), deterministic=deterministic)
-        return constrain(x + self.dropout(y, deterministic=deterministic), ACTIVATIONS)
+        y = self.attention(normed, keys, values, (position_bias,), padding)
+        x = constrain(x + self.dropout(y), ACTIVATIONS)
+        y = self.mlp(self.pre_mlp_layer_norm(x))
+        return constrain(x + self.dropout(y), ACTIVATIONS)
 
 
 class Encoded(NamedTuple):
@@ -295,9 +284,9 @@ class DecoderLayer(nn.Module):
         self.pre_self_attention_layer_norm = rms_norm(self.config)
         self.pre_cross_attention_layer_norm = rms_norm(self.config)
         self.pre_mlp_layer_norm = rms_norm(self.config)
-        self.dropout = dropout(self.config)
+        self.dropout = Dropout(self.config.dropout_rate)
         if self.config.per_layer_relpos:
-            self.relpos_bias = relpos(self.config, "decoder")
+            self.relpos_bias = RelativePositionBias(self.config, bidirectional=False)
 
     def __call__(
         self,
@@ -305,8 +294,6 @@ class DecoderLayer(nn.Module):
         encoded: Float[Array, "B S D"],
         position_bias: Float[Array, "G H T T"] | None,
         padding: Padding,
-        *,
-        deterministic: bool,
     ) -> Float[Array, "B T D"]:
         """Runs the layer on all target positions at once (teacher forcing).
 
@@ -318,10 +305,9 @@ class DecoderLayer(nn.Module):
         normed = self.pre_self_attention_layer_norm(x)
         keys, values = self.self_attention.keys_values(normed)
         biases = (position_bias, causal_bias(x.shape[1]))
-        y = self.self_attention(normed, keys, values, biases, None, deterministic=deterministic)
-        x = constrain(x + self.dropout(y, deterministic=deterministic), ACTIVATIONS)
-        cross = Encoded(*self.cross_keys_values(encoded), padding)
-        return self._cross_attention_and_mlp(x, cross, deterministic=deterministic)
+        y = self.self_attention(normed, keys, values, biases, None)
+        x = constrain(x + self.dropout(y), ACTIVATIONS)
+        return self._cross_attention_and_mlp(x, Encoded(*self.cross_keys_values(encoded), padding))
 
     def decode(
         self,
@@ -345,7 +331,7 @@ class DecoderLayer(nn.Module):
         key, value = self.self_attention.keys_values(normed)
         cache = kv_cache.write(cache, key, value)
         x = x + self.self_attention.decode(normed, kv_cache.parts(cache), self_bias)
-        return self._cross_attention_and_mlp(x, encoded, deterministic=True), cache
+        return self._cross_attention_and_mlp(x, encoded), cache
 
     def cross_keys_values(self, encoded: Float[Array, "B S D"]) -> tuple[Heads, Heads]:
         return self.encoder_decoder_attention.keys_values(encoded)
@@ -354,12 +340,10 @@ class DecoderLayer(nn.Module):
         """Returns the position bias of the keys that are 0, 1, ... `length` - 1 tokens old."""
         return self.relpos_bias(length, 1)[..., 0]
 
-    def _cross_attention_and_mlp(self, x, encoded, *, deterministic):
+    def _cross_attention_and_mlp(self, x, encoded):
         keys, values, padding = encoded
         normed = self.pre_cross_attention_layer_norm(x)
-        y = self.encoder_decoder_attention(
-            normed, keys, values, (), padding, deterministic=deterministic
-        )
-        x = constrain(x + self.dropout(y, deterministic=deterministic), ACTIVATIONS)
-        y = self.mlp(self.pre_mlp_layer_norm(x), deterministic=deterministic)
-        return constrain(x + self.dropout(y, deterministic=deterministic), ACTIVATIONS)
+        y = self.encoder_decoder_attention(normed, keys, values, (), padding)
+        x = constrain(x + self.dropout(y), ACTIVATIONS)
+        y = self.mlp(self.pre_mlp_layer_norm(x))
+        return constrain(x + self.dropout(y), ACTIVATIONS)
