@@ -27,6 +27,7 @@ from gkd_jax.models import (
     embedding,
     kv_cache,
     quantized,
+    rope,
     stacks,
 )
 from gkd_jax.models.decoder_config import DecoderConfig
@@ -174,15 +175,15 @@ def hidden(
         tokens = jnp.concatenate([context.first[:, None], batch.targets[:, :-1]], axis=1)
         positions = context.lengths[:, None] + jnp.arange(length)[None]
         states, _ = _run(config, params, tokens, positions, context, dropout_key)
-    return constrain(decoder_block.final_norm(config, params, states), ACTIVATIONS)
+    states = decoder_block.norm(config, params["decoder"]["decoder_norm"], states)
+    return constrain(states, ACTIVATIONS)
 
 
 def apply_head(
     config: DecoderConfig, params: Params, states: Float[Array, "*B D"]
 ) -> Float[Array, "*B V"]:
     """Returns the float32 logits of hidden states."""
-    tied, softcap = config.tie_embeddings, config.final_softcap
-    return embedding.apply_head(params, states, config.dtype, tied=tied, softcap=softcap)
+    return embedding.apply_head(config, params, states, softcap=config.final_softcap)
 
 
 def _lengths(input_lengths: Int[Array, " B"] | None) -> Int[Array, " B"]:
@@ -225,7 +226,7 @@ def decode_step(
 ) -> tuple[Float[Array, "N V"], Cache]:
     """Feeds one token of each row; returns the logits of the next token, and the new cache."""
     in_text = cache.prompts.lengths + kv_cache.row_positions(cache)
-    rotations = decoder_block.rotations(config, in_text[:, None])
+    rotations = rope.rotations(config, in_text[:, None])
     windows, kinds = decoder_block.per_layer(config)
 
     def run_layer(x, before, layer, window, kind, prompt_keys, prompt_values):
@@ -236,7 +237,7 @@ def decode_step(
         seen = _seen(cache, prompt_keys.shape[2], sum(part.keys.shape[-2] for part in own), window)
 
         def score(products):
-            scale, softcap = decoder_block.score_scale(config), config.attention_softcap
+            scale, softcap = config.score_scale, config.attention_softcap
             return masked_scores(products, seen, scale=scale, softcap=softcap)
 
         mixed = kv_cache.attend(query, [kv_cache.Part(prompt_keys, prompt_values), *own], score)
@@ -253,8 +254,8 @@ def decode_step(
         cache.prompts.keys,
         cache.prompts.values,
     )
-    states = decoder_block.final_norm(config, params, x)[:, 0]
-    return apply_head(config, params, states), cache
+    x = decoder_block.norm(config, params["decoder"]["decoder_norm"], x)
+    return apply_head(config, params, x[:, 0]), cache
 
 
 def _seen(
@@ -285,7 +286,7 @@ def _run(
         The hidden states before the last norm, and the keys and values of these tokens in each
         layer, stacked.
     """
-    rotations = decoder_block.rotations(config, positions)
+    rotations = rope.rotations(config, positions)
     windows, kinds = decoder_block.per_layer(config)
     seen = positions
     past = None

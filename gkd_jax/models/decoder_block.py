@@ -25,17 +25,25 @@ from gkd_jax.sharding import ACTIVATIONS, constrain, num_shards
 
 
 def attend(
-    config: DecoderConfig, query, keys, values, sight: Sight, is_causal: bool = False
-) -> jax.Array:
-    """Returns `grouped_attention.attend` of these arrays, with the scale and softcap of `config`.
-
-    On TPUs `splash.attend` computes it where it can.
-
-    `is_causal` says that query t sees the keys up to t, but for the windows of `config`.
+    config: DecoderConfig,
+    query: Float[Array, "N H T K"],
+    keys: Float[Array, "N G S K"],
+    values: Float[Array, "N G S K"],
+    sight: Sight,
+    is_causal: bool,
+) -> Float[Array, "N H T K"]:
+    """Returns the output of the attention heads; on TPUs, `splash` computes it where it can.
 
     Where the key heads do not divide over the devices of the mesh axis `tensor`, they are repeated
     for each query head, so that each device holds the keys of its own query heads.
+
+    Args:
+        config: the model's config.
+        query, keys, values: arrays of the compute dtype.
+        sight: the positions of queries and keys, and the layer's window.
+        is_causal: query t sees the keys up to t, but for the windows of `config`.
     """
+    scoring = {"scale": config.score_scale, "softcap": config.attention_softcap}
     if config.num_kv_heads % num_shards("heads"):
         group = config.num_heads // config.num_kv_heads
         keys, values = (
@@ -43,22 +51,14 @@ def attend(
             for x in (keys, values)
         )
     if is_causal and splash.serves(query, keys):
-        return splash.attend(
-            query,
-            keys,
-            values,
-            sight.window,
-            per_layer(config)[0].tolist(),
-            scale=score_scale(config),
-            softcap=config.attention_softcap,
-        )
+        windows = per_layer(config)[0].tolist()
+        return splash.attend(query, keys, values, sight.window, windows, **scoring)
     return grouped_attention.attend(
         query,
         keys,
         values,
         sight,
-        scale=score_scale(config),
-        softcap=config.attention_softcap,
+        **scoring,
         by_row=config.attention_by_row and gains_by_row(query, keys),
         is_causal=is_causal and not any(config.windows),
     )
@@ -79,7 +79,7 @@ def heads(
         config: the model's config.
         layer: the parameters of the layer.
         x: the input of the layer.
-        rotations: the rotations of all kinds; see `rotations`.
+        rotations: the rotations of all kinds.
         kind: the index of the layer's kind.
     """
     attention, x = layer["self_attention"], norm(config, layer["pre_self_attention_layer_norm"], x)
@@ -88,9 +88,9 @@ def heads(
     def split(name: str, num: int) -> jax.Array:
         y = _linear(config, attention[name], x)
         y = y.reshape(*y.shape[:2], num, config.head_dim).swapaxes(1, 2)
-        if name == "query":
-            return constrain(y, ("batch", "heads", "length", "kv"))
-        return constrain_kv(y)
+        # Key heads that do not divide over the devices are not sharded.
+        is_sharded = name == "query" or num % num_shards("heads") == 0
+        return constrain(y, ("batch", "heads" if is_sharded else None, "length", "kv"))
 
     query = split("query", config.num_heads)
     key, value = (split(name, config.num_kv_heads) for name in ("key", "value"))
@@ -98,12 +98,6 @@ def heads(
         query = norm(config, attention["query_norm"], query)
         key = norm(config, attention["key_norm"], key)
     return rope.rotate(query, rotation), rope.rotate(key, rotation), value
-
-
-def constrain_kv(x: Float[Array, "N G T K"]) -> Float[Array, "N G T K"]:
-    """Shards keys or values over key heads, or not at all where the heads do not divide evenly."""
-    divides = x.shape[1] % num_shards("heads") == 0
-    return constrain(x, ("batch", "heads" if divides else None, "length", "kv"))
 
 
 def rest(
@@ -168,11 +162,6 @@ def norm(config: DecoderConfig, own: Params, x: Float[Array, "..."]) -> jax.Arra
     return wide.astype(config.dtype) * scale.astype(config.dtype)
 
 
-def final_norm(config: DecoderConfig, params: Params, x: Float[Array, "*B D"]) -> jax.Array:
-    """Returns the norm of the last layer's output, from the parameters of the whole model."""
-    return norm(config, params["decoder"]["decoder_norm"], x)
-
-
 def embed(
     config: DecoderConfig, params: Params, tokens: Int[Array, "N T"]
 ) -> Float[Array, "N T D"]:
@@ -190,12 +179,6 @@ def dropout(config: DecoderConfig, x: jax.Array, key: Key[Array, ""] | None) -> 
     return jnp.where(kept, x / keep, jnp.zeros_like(x))
 
 
-def score_scale(config: DecoderConfig) -> float:
-    """Returns the factor of the attention scores."""
-    scale = config.attention_scale
-    return config.head_dim**-0.5 if scale is None else scale
-
-
 def per_layer(config: DecoderConfig) -> tuple[Int[np.ndarray, " L"], Int[np.ndarray, " L"]]:
     """Returns the window of each layer and the index of its kind of rotary embeddings."""
     windows = config.windows or (0,) * config.num_layers
@@ -204,8 +187,3 @@ def per_layer(config: DecoderConfig) -> tuple[Int[np.ndarray, " L"], Int[np.ndar
         np.asarray([window or NO_WINDOW for window in windows], np.int32),
         np.asarray(kinds, np.int32),
     )
-
-
-def rotations(config: DecoderConfig, positions: Int[Array, "N T"]) -> rope.Rotation:
-    """Returns the rotations at these positions for each kind of rotary embeddings."""
-    return rope.rotations(config.ropes, config.head_dim, positions, config.dtype)

@@ -147,6 +147,11 @@ class DecoderConfig(ExecutionSettings):
             )
 
     @property
+    def score_scale(self) -> float:
+        """The factor of the attention scores."""
+        return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
+
+    @property
     def context_length(self) -> int:
         """The longest text that the model was made for, in tokens of prompt and answer."""
         scaled = (rope.original_length * rope.factor for rope in self.ropes if rope.kind == "yarn")

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gkd_jax.models import quantized
+from gkd_jax.models.decoder_config import DecoderConfig
 from gkd_jax.models.parameters import Params
 from gkd_jax.models.products import project
+from gkd_jax.models.t5_config import T5Config
 from gkd_jax.sharding import ACTIVATIONS, constrain
 
 
@@ -23,28 +25,19 @@ def embed(
 
 
 def apply_head(
+    config: T5Config | DecoderConfig,
     params: Params,
     states: Float[Array, "*B D"],
-    dtype: str,
     *,
-    tied: bool,
     softcap: float | None = None,
 ) -> Float[Array, "*B V"]:
-    """Returns the float32 logits of hidden states.
-
-    Args:
-        params: the parameters of the whole model.
-        states: hidden states.
-        dtype: the compute dtype.
-        tied: the head is the transposed embedding.
-        softcap: c in c tanh(x / c), which bounds the logits; None is off.
-    """
-    if tied:
+    """Returns the float32 logits of hidden states, softcap x tanh(logits / softcap) if given."""
+    if config.tie_embeddings:
         embedding = params["token_embedder"]["embedding"]
-        out = project(states, embedding, dtype, transposed=True)
+        out = project(states, embedding, config.dtype, transposed=True)
     else:
         kernel = quantized.restore(params["decoder"]["logits_dense"]["kernel"])
-        out = project(states, kernel, dtype)
+        out = project(states, kernel, config.dtype)
     if softcap is not None:
         out = softcap * jnp.tanh(out / softcap)
     return constrain(out, ("batch", "length", "vocab")) if out.ndim == 3 else out

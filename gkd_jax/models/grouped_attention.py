@@ -46,7 +46,7 @@ class _Scoring(NamedTuple):
     scale: float
     softcap: float | None
     block: int
-    is_causal: bool = False
+    is_causal: bool
 
 
 def attend(
@@ -106,16 +106,16 @@ def masked_scores(
         seen: the keys that the query of each row sees.
         scale, softcap: as in `attend`.
     """
-    scores = _cap(_Scoring(scale, softcap, 1), products)
+    scores, _ = _capped(products * scale, softcap)
     return jnp.where(seen[:, None, None], scores, _MASKED)
 
 
-def _cap(scoring: _Scoring, products: jax.Array) -> jax.Array:
-    """Returns the scaled and softcapped scores of products of queries and keys."""
-    scores = products * scoring.scale
-    if scoring.softcap is not None:
-        scores = scoring.softcap * jnp.tanh(scores / scoring.softcap)
-    return scores
+def _capped(scores: jax.Array, softcap: float | None) -> tuple[jax.Array, jax.Array | None]:
+    """Returns softcapped scores and the derivative of the softcap at each, or None without one."""
+    if softcap is None:
+        return scores, None
+    bent = jnp.tanh(scores / softcap)
+    return softcap * bent, 1 - bent * bent
 
 
 class _Running(NamedTuple):
@@ -174,18 +174,10 @@ def _visit(scoring: _Scoring, queries, keys, values, sight: Sight, running: _Run
 
 
 def _scores(scoring: _Scoring, queries, keys, sight: Sight):
-    """Returns float32 scores [B N G T S], with unseen keys masked, and the slope of the softcap.
-
-    The slope is the derivative of the score with respect to the scaled product, or None without
-    softcap.
-    """
+    """Returns float32 scores [B N G T S], with unseen keys masked, and the slope of the softcap."""
     products = product_with_transpose(_fold(queries), keys, keys.dtype.name)
     products = _unfold(products, queries.shape)
-    scores = products * scoring.scale
-    slope = None
-    if scoring.softcap is not None:
-        bent = jnp.tanh(scores / scoring.softcap)
-        scores, slope = scoring.softcap * bent, 1 - bent * bent
+    scores, slope = _capped(products * scoring.scale, scoring.softcap)
     seen = _seen(sight)[:, None, None]
     return jnp.where(seen, scores, _MASKED), slope
 

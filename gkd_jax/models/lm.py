@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int, Key
 import numpy as np
 
 from gkd_jax.batch import Batch
-from gkd_jax.models import decoder, kv_cache, parameters, stacks, t5
+from gkd_jax.models import decoder, kv_cache, parameters, quantized, stacks, t5
 from gkd_jax.models.execution import ExecutionSettings
 
 
@@ -55,7 +55,9 @@ def abstract_params(config: Config, dtype: str = "float32") -> Params:
     With dtype "int8", kernels are `quantized.Int8` and all other parameters float32.
     """
     shapes = jax.eval_shape(lambda key: init(config, key), jax.random.key(0))
-    return parameters.as_shapes(shapes, dtype)
+    if dtype == "int8":
+        return jax.eval_shape(quantized.quantize, shapes)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
 
 
 def encode(

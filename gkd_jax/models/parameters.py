@@ -62,16 +62,6 @@ def num_params(params: Params) -> int:
     return sum(math.prod(getattr(leaf, "values", leaf).shape) for leaf in leaves)
 
 
-def as_shapes(shapes: Params, dtype: str) -> Params:
-    """Returns float32 `ShapeDtypeStruct`s with another dtype.
-
-    With dtype "int8", each kernel becomes a `quantized.Int8` and all other leaves stay float32.
-    """
-    if dtype == "int8":
-        return jax.eval_shape(quantized.quantize, shapes)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
-
-
 def for_decoding(params: Params, dtype: str) -> Params:
     """Returns parameters prepared for a decoding loop, once for all tokens.
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 import numpy as np
 
-from gkd_jax.models.decoder_config import Rope
+from gkd_jax.models.decoder_config import DecoderConfig, Rope
 
 
 class Rotation(NamedTuple):
@@ -29,18 +29,16 @@ class Rotation(NamedTuple):
     sin: Float[Array, "*R #B T K2"]
 
 
-def rotations(
-    ropes: tuple[Rope, ...], head_dim: int, positions: Int[Array, "B T"], dtype: str
-) -> Rotation:
-    """Returns the rotations of each kind of embedding, stacked on axis 0."""
+def rotations(config: DecoderConfig, positions: Int[Array, "B T"]) -> Rotation:
+    """Returns the rotations at these positions of each kind of embedding, stacked on axis 0."""
     found = []
-    for rope in ropes:
-        frequencies = jnp.asarray(inverse_frequencies(rope, head_dim))
+    for rope in config.ropes:
+        frequencies = jnp.asarray(inverse_frequencies(rope, config.head_dim))
         angles = positions.astype(jnp.float32)[..., None] * frequencies[None, None]
         cos, sin = jnp.cos(angles), jnp.sin(angles)
         if rope.attention_factor != 1:
             cos, sin = cos * rope.attention_factor, sin * rope.attention_factor
-        found.append((cos.astype(dtype), sin.astype(dtype)))
+        found.append((cos.astype(config.dtype), sin.astype(config.dtype)))
     return Rotation(*(jnp.stack(x) for x in zip(*found, strict=True)))
 
 

@@ -180,7 +180,7 @@ def apply_head(
     """Returns the float32 logits of hidden states."""
     if config.scale_logits:
         states = states * config.d_model**-0.5
-    return embedding.apply_head(params, states, config.dtype, tied=config.tie_embeddings)
+    return embedding.apply_head(config, params, states)
 
 
 def shift_right(targets: Int[Array, "B T"]) -> Int[Array, "B T"]:
