@@ -41,7 +41,7 @@ def num_length_parts(
         if length % requested:
             raise ValueError(f"loss_parts={requested} does not divide the target length {length}")
         return requested
-    rows_per_device = -(-num_rows // sharding.num_batch_shards())
+    rows_per_device = -(-num_rows // sharding.num_shards("batch"))
     size = 4 * rows_per_device * length * vocab_size
     divisors = (n for n in range(1, length + 1) if length % n == 0)
     return next((n for n in divisors if size <= n * _LOGITS_BYTES), length)
@@ -68,8 +68,8 @@ def map_length_parts(
     if parts == 1:
         return function(params, *inputs)
     num_rows = jax.tree.leaves(inputs)[0].shape[0]
-    shards = sharding.num_batch_shards()
-    grouped = (shards,) if shards > 1 and num_rows % shards == 0 else ()
+    shards = sharding.row_shards(num_rows)
+    grouped = (shards,) if shards > 1 else ()
     if grouped:
         params, function = sharding.copy_to_shards(params), sharding.map_shards(function)
 

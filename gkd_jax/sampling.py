@@ -205,7 +205,7 @@ def _num_slots(
     """Returns `decode_rows` if that is fewer than all rows, else None."""
     if decode_rows is None:
         return None
-    shards = sharding.num_batch_shards()
+    shards = sharding.num_shards("batch")
     if decode_rows < 1 or decode_rows % shards:
         raise ValueError(
             "decode_rows must be a positive integer that data x fsdp divides "

@@ -167,7 +167,7 @@ def spec(axes: Sequence[str | None], rules: Rules = RULES) -> PartitionSpec:
         if axis is not None and axis not in rules:
             raise ValueError(f"unknown logical axis {axis!r}, expected one of {sorted(rules)}")
         entry = None if axis is None else rules[axis]
-        used.extend([] if entry is None else [entry] if isinstance(entry, str) else entry)
+        used.extend(_as_tuple(entry))
         entries.append(entry)
     if len(used) != len(set(used)):
         raise ValueError(f"logical axes {tuple(axes)} claim a mesh axis twice: {entries}")
@@ -250,7 +250,7 @@ _active: contextvars.ContextVar[tuple[Mesh, Rules] | None] = contextvars.Context
 def use(mesh: Mesh, rules: Rules = RULES) -> Iterator[None]:
     """Sets the mesh and rules by which `constrain` shards the activations traced in this context.
 
-    `num_shards`, `num_batch_shards` and `num_devices` report the same mesh.
+    `num_shards`, `num_devices` and `platform` report the same mesh.
     """
     token = _active.set((mesh, rules))
     try:
@@ -266,7 +266,7 @@ def use_sizes(config: MeshConfig | None) -> Iterator[None]:
     Outside `use`, and for None, nothing changes.
     """
     active = _active.get()
-    if active is None or config is None:
+    if active is None:
         yield
         return
     with use(with_sizes(active[0], config), active[1]):
@@ -317,10 +317,19 @@ def num_shards(axis: str) -> int:
     return _num_parts(mesh, rules[axis])
 
 
+def row_shards(num_rows: int) -> int:
+    """Returns the number of shards over which the rows of a batch are spread.
+
+    It is 1 outside `use`, and where the mesh does not divide the rows.
+    """
+    shards = num_shards("batch")
+    return shards if num_rows % shards == 0 else 1
+
+
 def copy_to_shards(params: Any) -> Any:
     """Returns arrays with a new first axis, on which each shard of a batch has its own copy."""
     mesh, rules = _mesh_and_rules()
-    shards = num_batch_shards()
+    shards = num_shards("batch")
 
     def copy(x: jax.Array) -> jax.Array:
         copies = jnp.broadcast_to(x[None], (shards, *x.shape))
@@ -383,11 +392,6 @@ def put_rows(
     before, after = x.shape[:axis], x.shape[axis + 1 :]
     grouped, new = (y.reshape(*before, len(rows), -1, *after) for y in (x, taken))
     return put(grouped, new, rows).reshape(x.shape)
-
-
-def num_batch_shards() -> int:
-    """Returns the number of shards of a batch's rows over the mesh of `use`; 1 outside `use`."""
-    return num_shards("batch")
 
 
 def num_devices() -> int:

@@ -71,7 +71,7 @@ def make_decode(
         params, last, cache = start_fn(params, inputs, input_lengths)
         rows = [_Row(vocabulary, ends) for _ in range(inputs.shape[0])]
         with sharding.use(mesh):
-            shards = decode_loop.num_shards(len(rows))
+            shards = sharding.row_shards(len(rows))
         smaller, going_on = decode_loop.halvings(len(rows), shards, max_length), rows
         for _ in range(max_length):
             best, cache = step_fn(params, last, cache)

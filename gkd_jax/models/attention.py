@@ -201,4 +201,4 @@ def gains_by_row(queries: Float[Array, "B H T K"], keys: Float[Array, "B G S K"]
     It does if the scores of all rows exceed its cache, and if the batch is not sharded.
     """
     large = math.prod(queries.shape[:3]) * keys.shape[2] > _SCORES_IN_CACHE
-    return large and sharding.num_batch_shards() == 1
+    return large and sharding.num_shards("batch") == 1

@@ -111,7 +111,7 @@ def run(decoding: Decoding, state: Any, cache: lm.Cache, *, halves: bool = True)
         halves: whether the batch may shrink.
     """
     num_groups, now = state.ended.shape[0], cache.time
-    shards = num_shards(num_groups)
+    shards = sharding.row_shards(num_groups)
     # Where no row ends early, the first loop runs to the last token, and the others never.
     share, behind = (1, 1), []
     for size in halvings(num_groups, shards, decoding.length) if halves else ():
@@ -179,12 +179,6 @@ def put(tree: Any, taken: Any, rows: Int[Array, "shards n"]) -> Any:
     return jax.tree.map(lambda x, y: sharding.put_rows(x, y, rows), tree, taken)
 
 
-def num_shards(num_groups: int) -> int:
-    """Returns the number of devices that a batch is spread over, 1 where they do not divide it."""
-    shards = sharding.num_batch_shards()
-    return shards if num_groups % shards == 0 else 1
-
-
 def halvings(num_groups: int, shards: int, length: int) -> list[int]:
     """Returns the groups a shard of each smaller batch, largest first.
 
@@ -221,7 +215,7 @@ def rows_of(groups: Int[Array, "shards n"], width: int) -> Int[Array, "shards n*
 def beams(parents: Int[Array, "G W"]) -> Int[Array, "shards n"]:
     """Returns the rows to take (`kv_cache.take_rows`) for beams that continue their parents."""
     num_groups, width = parents.shape
-    shards = num_shards(num_groups)
+    shards = sharding.row_shards(num_groups)
     firsts = jnp.arange(num_groups // shards)[None, :, None] * width
     rows = firsts + parents.reshape(shards, -1, width)
     return rows.reshape(shards, -1)

@@ -19,6 +19,7 @@ from jax import lax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from gkd_jax import sharding
 from gkd_jax.models import decode_loop, kv_cache, lm
 
 
@@ -49,7 +50,7 @@ def run(
         num_slots: the rows of the cache, fewer than those of the batch.
     """
     num_rows = state.ended.shape[0]
-    shards = decode_loop.num_shards(num_rows)
+    shards = sharding.row_shards(num_rows)
     rows, slots = num_rows // shards, num_slots // shards  # of a shard
     size = max(1, slots // _SHARE)
     refills = -(-(rows - slots) // size)

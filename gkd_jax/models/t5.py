@@ -257,8 +257,7 @@ def _position_bias(
     """Returns the position bias that all layers of a stack share; None if each has its own."""
     if config.per_layer_relpos:
         return None
-    copies = t5_layers.bias_copies(num_rows)
-    return _apply(_relpos(config, name), stack["relpos_bias"], length, length, copies)
+    return _apply(_relpos(config, name), stack["relpos_bias"], length, length, num_rows)
 
 
 def _relpos(config: T5Config, name: str) -> t5_layers.RelativePositionBias:

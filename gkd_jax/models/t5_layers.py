@@ -166,12 +166,14 @@ class RelativePositionBias(nn.Module):
     bidirectional: bool
 
     @nn.compact
-    def __call__(self, queries: int, keys: int, copies: int = 1) -> Float[Array, "G H T S"]:
-        """Returns `copies` identical biases; G is the number of copies.
+    def __call__(self, queries: int, keys: int, num_rows: int = 1) -> Float[Array, "G H T S"]:
+        """Returns identical biases, one for each of the G shards of a batch of `num_rows` rows.
 
-        The axis of the copies is sharded like the rows of a batch; see `bias_copies` for why each
-        device gets a copy of its own.
+        The gradient of a single bias (H x T x S numbers) would need an all-reduce over the devices
+        at every layer. With copies, each device adds up the gradient of its copy over the layers,
+        and one all-reduce of H x (T + S) numbers follows.
         """
+        copies = sharding.row_shards(num_rows)
         num_heads, buckets = self.config.num_heads, self.config.relpos_buckets
         init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
         embedding = self.param("rel_embedding", init, (num_heads, buckets))
@@ -187,19 +189,6 @@ class RelativePositionBias(nn.Module):
         sheared = jnp.tile(row, (1, 1, queries))[..., : queries * (queries + keys - 1)]
         sheared = sheared.reshape(copies, num_heads, queries, queries + keys - 1)
         return sheared[..., queries - 1 :]
-
-
-def bias_copies(num_rows: int) -> int:
-    """Returns the number of copies of the position bias for a batch of `num_rows` rows.
-
-    Each batch shard gets a copy of its own. The gradient of a single bias (H x T x S numbers) would
-    need an all-reduce over the devices at every layer. With copies, each device adds up the
-    gradient of its copy over the layers, and one all-reduce of H x (T + S) numbers follows.
-
-    Where the shards do not divide the rows, there is one copy for all.
-    """
-    shards = sharding.num_batch_shards()
-    return shards if num_rows % shards == 0 else 1
 
 
 def relative_position_bucket(
@@ -252,7 +241,9 @@ class EncoderLayer(nn.Module):
         padding: Padding,
     ) -> Float[Array, "B S D"]:
         if self.config.per_layer_relpos:
-            position_bias = self.relpos_bias(x.shape[1], x.shape[1], bias_copies(x.shape[0]))
+            position_bias = self.relpos_bias(
+                x.shape[1], x.shape[1], sharding.row_shards(x.shape[0])
+            )
         assert position_bias is not None
         normed = self.pre_attention_layer_norm(x)
         keys, values = self.attention.keys_values(normed)
@@ -300,7 +291,9 @@ class DecoderLayer(nn.Module):
         `padding` is that of `encoded`.
         """
         if self.config.per_layer_relpos:
-            position_bias = self.relpos_bias(x.shape[1], x.shape[1], bias_copies(x.shape[0]))
+            position_bias = self.relpos_bias(
+                x.shape[1], x.shape[1], sharding.row_shards(x.shape[0])
+            )
         assert position_bias is not None
         normed = self.pre_self_attention_layer_norm(x)
         keys, values = self.self_attention.keys_values(normed)
