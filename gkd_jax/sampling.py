@@ -1,4 +1,4 @@
-"""Decoding in one jitted program: temperature sampling and greedy, with a KV cache.
+"""Samples from a model in one jitted program, at a temperature or greedily, with a KV cache.
 
 Every token is drawn from one uniform number, a function of (key, row of the global batch, position)
 alone, so that a sample is the same on any mesh, any number of processes and after a resume. The
@@ -29,16 +29,16 @@ _BLOCK = 128
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """How tokens are drawn. The paper: temperature 1, no top-k, no top-p.
+    """How tokens are drawn. The paper samples at temperature 1, without top-k and top-p.
 
     Attributes:
-        temperature: divides the logits; 0 is greedy.
-        top_k: only the k likeliest tokens; 0 is off.
-        top_p: only the smallest set of likeliest tokens with this much probability; 1 is off.
-        banned_ids: token ids never drawn; None is the family's (T5: its pad, 0). In training the
-            ids beyond the vocabulary's pieces belong here too (see `banned_tail`).
-        eos_ids: each of them ends a sequence; None is the family's (T5: 1; a decoder-only model
-            has none that all share, and goes on to the last position).
+        temperature: the number that divides the logits; 0 is greedy.
+        top_k: only the k likeliest tokens are drawn; 0 is off.
+        top_p: only the smallest set of likeliest tokens with this probability is drawn; 1 is off.
+        banned_ids: the ids that are never drawn; None is the family's (T5: its pad, 0). In training
+            the ids beyond the vocabulary's pieces belong here too (see `banned_tail`).
+        eos_ids: the ids that end a sequence; None is the family's (T5: 1). A decoder-only model has
+            none that all tokenizers share, and goes on to the last position.
     """
 
     temperature: float = 1.0
@@ -51,7 +51,7 @@ class SamplingConfig:
         settings.check_types(self)
         if not self.temperature >= 0:
             raise ValueError(f"temperature must be at least 0 (greedy), got {self.temperature}")
-        if not isinstance(self.top_k, int) or self.top_k < 0:
+        if self.top_k < 0:
             raise ValueError(f"top_k must be an integer of at least 0 (off), got {self.top_k!r}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
@@ -66,7 +66,7 @@ class SamplingConfig:
         _check_ids(self.banned_ids or (), self.eos_ids or ())
 
     def ids(self, config: lm.Config) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The banned ids and those that end a sequence, the family's where none are given.
+        """Returns the banned ids and those that end a sequence, by default the family's.
 
         Raises:
             ValueError: where no sequence could end.
@@ -79,7 +79,7 @@ class SamplingConfig:
         banned = lm.banned_ids(config) if self.banned_ids is None else self.banned_ids
         ends = lm.eos_ids(config) if self.eos_ids is None else self.eos_ids
         _check_ids(banned, ends)
-        return tuple(banned), tuple(ends)
+        return banned, ends
 
 
 def _check_ids(banned_ids: tuple[int, ...], eos_ids: tuple[int, ...]) -> None:
@@ -91,10 +91,11 @@ class Sample(NamedTuple):
     """What was decoded.
 
     Attributes:
-        tokens: up to and including EOS, then 0 (which may be an ordinary id: weights tell).
-        weights: 1.0 up to and including EOS (everywhere where none came), 0.0 after.
-        log_probs: log-probability of each token under the distribution drawn from (temperature,
-            bans and filters applied; under greedy decoding, temperature 1), 0.0 after EOS. Nats.
+        tokens: the ids up to and including EOS, then 0. (0 may be an ordinary id: weights tell.)
+        weights: 1.0 up to and including EOS, or everywhere where none came, and 0.0 after it.
+        log_probs: the log-probability of each token, in nats, under the distribution that it was
+            drawn from, with temperature, bans and filters (under greedy decoding, with temperature
+            1); 0.0 after EOS.
     """
 
     tokens: Int[Array, "B T"]
@@ -103,7 +104,7 @@ class Sample(NamedTuple):
 
 
 def banned_tail(config: lm.Config, num_pieces: int) -> tuple[int, ...]:
-    """A T5's pad, and the ids of the embedding that no piece of the vocabulary has."""
+    """Returns a T5's pad, and the ids of the embedding that no piece of the vocabulary has."""
     return (*lm.banned_ids(config), *range(num_pieces, config.vocab_size))
 
 
@@ -133,22 +134,23 @@ def sample(
     plain: bool = False,
     decode_rows: int | None = None,
 ) -> Sample:
-    """Decodes `num_samples` sequences for each row of `inputs`; stops when all have ended.
+    """Decodes `num_samples` sequences for each row of `inputs`, until all of them have ended.
 
     Args:
-        config: the model's sizes.
-        params: its parameters.
-        inputs: source ids, padded on the right.
-        key: of this step; each row folds in its place in the global batch. None for greedy.
-        max_length: most tokens to decode, T.
-        input_lengths: tokens of each row of `inputs`; a T5 may do without (it counts ids != 0).
-        sampling: temperature, filters, banned ids and those that end a sequence.
-        context: `lm.encode`'s result where the caller has it already.
-        num_samples: of each row, as neighbours in the result; the prompt is read once (with
-            `decode_rows`, once for each sample).
+        config: the model's config.
+        params: the model's parameters.
+        inputs: prompts, padded on the right.
+        key: the key of this step, into which each row folds its place in the global batch; greedy
+            decoding needs none.
+        max_length: the most tokens to decode, T.
+        input_lengths: the number of tokens of each prompt; a T5 may do without.
+        sampling: how tokens are drawn.
+        context: `lm.encode`'s result, where the caller has it already.
+        num_samples: the samples of each prompt, which are neighbours in the result. The prompt is
+            read once, or with `decode_rows` once for each sample.
         limits: the most tokens of each sequence; None is `max_length` for all.
         plain: decode all rows to the last token, and read the whole cache at each. The samples are
-            the same but for rounding: it is there to be compared with.
+            the same but for rounding, and are there to be compared with.
         decode_rows: the sequences that are decoded at a time, over all devices; None is all. A
             sequence that ends makes place for the next prompt (`gkd_jax.models.refill`), so that
             the KV cache has this many rows. The samples are the same but for rounding.
@@ -171,12 +173,13 @@ def sample(
     advance = functools.partial(
         _advance, sampling, allowed_ids(config.vocab_size, banned_ids), eos_ids
     )
-    num_slots = _num_slots(decode_rows, num_rows, plain, context)
-    if num_slots is not None:
+    if decode_rows is not None:
+        _check_decode_rows(decode_rows, plain, context)
+    if decode_rows is not None and decode_rows < num_rows:
         prompts = (inputs, input_lengths)
         prompts = jax.tree.map(lambda x: jnp.repeat(x, num_samples, axis=0), prompts)
         rows = refill.run(
-            config, params, prompts, rows, advance, length=max_length, num_slots=num_slots
+            config, params, prompts, rows, advance, length=max_length, num_slots=decode_rows
         )
     else:
         started = decode_loop.start(
@@ -199,12 +202,7 @@ def sample(
     return Sample(rows.tokens, weights, rows.log_probs)
 
 
-def _num_slots(
-    decode_rows: int | None, num_rows: int, plain: bool, context: Any | None
-) -> int | None:
-    """Returns `decode_rows` if that is fewer than all rows, else None."""
-    if decode_rows is None:
-        return None
+def _check_decode_rows(decode_rows: int, plain: bool, context: Any | None) -> None:
     shards = sharding.num_shards("batch")
     if decode_rows < 1 or decode_rows % shards:
         raise ValueError(
@@ -216,7 +214,6 @@ def _num_slots(
             f"decode_rows={decode_rows} reads the prompts when their turn comes: it takes no "
             "context, and there is no plain loop for it"
         )
-    return decode_rows if decode_rows < num_rows else None
 
 
 def _first_rows(key: Key[Array, ""] | None, limits: Int[Array, " B"], length: int) -> _Rows:
@@ -272,7 +269,7 @@ def jitted_sample(config, params, inputs, key=None, *, input_lengths=None, **set
 def _choose(
     logits: Float[Array, "B V"], uniforms: Float[Array, " B"], sampling: SamplingConfig
 ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
-    """The next token of each row and its log-probability."""
+    """Returns the next token of each row and its log-probability."""
     if sampling.temperature == 0:
         tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     else:
@@ -283,7 +280,7 @@ def _choose(
 
 
 def is_eos(tokens: Int[Array, "*B"], eos_ids: tuple[int, ...]) -> Bool[Array, "*B"]:
-    """Which tokens end a sequence."""
+    """Returns which tokens end a sequence."""
     found = jnp.zeros(tokens.shape, bool)
     for eos_id in eos_ids:
         found = found | (tokens == eos_id)
@@ -291,7 +288,7 @@ def is_eos(tokens: Int[Array, "*B"], eos_ids: tuple[int, ...]) -> Bool[Array, "*
 
 
 def weights_until_eos(tokens: Int[Array, "B T"], eos_ids: tuple[int, ...]) -> Float[Array, "B T"]:
-    """1.0 up to and including the first EOS, 0.0 after it; all 1.0 where none came."""
+    """Returns 1.0 up to and including the first EOS, 0.0 after it; all 1.0 where none came."""
     eos = is_eos(tokens, eos_ids).astype(jnp.int32)
     return (jnp.cumsum(eos, axis=1) - eos == 0).astype(jnp.float32)
 
@@ -299,7 +296,7 @@ def weights_until_eos(tokens: Int[Array, "B T"], eos_ids: tuple[int, ...]) -> Fl
 def row_uniforms(
     key: Key[Array, ""], batch_size: int, length: int
 ) -> Float[Array, "{length} {batch_size}"]:
-    """One number in [0, 1) for each position and row, a function of (key, row, position) alone."""
+    """Returns a number in [0, 1) for each position and row: a function of (key, row, position)."""
 
     def one(row, position):
         of_token = jax.random.fold_in(jax.random.fold_in(key, row), position)
@@ -310,7 +307,7 @@ def row_uniforms(
 
 
 def draw(logits: Float[Array, "B V"], uniforms: Float[Array, " B"]) -> Int[Array, " B"]:
-    """The token whose interval of the cumulative softmax each uniform falls into.
+    """Returns the token whose interval of the cumulative softmax each uniform falls into.
 
     A token of probability 0 is never drawn. Uniforms have 23 bits: tokens rarer than about 1e-7
     are drawn with that resolution.
@@ -324,7 +321,7 @@ def draw(logits: Float[Array, "B V"], uniforms: Float[Array, " B"]) -> Int[Array
     cumulative = jnp.cumsum(block_sums, axis=-1)
     target = uniforms * cumulative[:, -1]
     block = _first_above(cumulative, block_sums, target)
-    # Each row from its own: told so, the compiler leaves rows on their devices.
+    # Each row takes from its own entries. Told so, the compiler leaves rows on their devices.
     before = jnp.take_along_axis(cumulative - block_sums, block[:, None], axis=1)[:, 0]
     inside = jnp.take_along_axis(mass, block[:, None, None], axis=1)[:, 0]
     index = _first_above(jnp.cumsum(inside, axis=-1), inside, target - before)
@@ -334,9 +331,9 @@ def draw(logits: Float[Array, "B V"], uniforms: Float[Array, " B"]) -> Int[Array
 def _first_above(
     cumulative: Float[Array, "B N"], mass: Float[Array, "B N"], target: Float[Array, " B"]
 ) -> Int[Array, " B"]:
-    """First entry with mass > 0 whose cumulative sum exceeds the target.
+    """Returns the first entry with mass > 0 whose cumulative sum exceeds the target.
 
-    Where rounding puts the target at or above the total, the last entry that has mass.
+    Where rounding puts the target at or above the total, it is the last entry that has mass.
     """
     has_mass = mass > 0
     hit = has_mass & (cumulative > target[:, None])
@@ -345,7 +342,7 @@ def _first_above(
 
 
 def filter_logits(logits: Float[Array, "B V"], sampling: SamplingConfig) -> Float[Array, "B V"]:
-    """-inf for what top-k, then top-p, leaves out; the identity where both are off.
+    """Returns the logits with -inf for what top-k, then top-p, leaves out.
 
     Of equally likely tokens at the border the lower ids stay, so that top-k keeps exactly k and
     top-p the smallest set.
@@ -357,7 +354,7 @@ def filter_logits(logits: Float[Array, "B V"], sampling: SamplingConfig) -> Floa
     if sampling.top_p < 1:
         ordered = jnp.sort(logits, axis=-1, descending=True)
         probabilities = jax.nn.softmax(ordered, axis=-1)
-        # Keep a token if what is likelier than it has less than top_p: the first always stays.
+        # A token is kept if all likelier ones together have less than top_p. The first always is.
         kept = jnp.cumsum(probabilities, axis=-1) - probabilities < sampling.top_p
         count = jnp.sum(kept, axis=-1)
         logits = jnp.where(_likeliest(logits, ordered, count), logits, -jnp.inf)
@@ -367,7 +364,10 @@ def filter_logits(logits: Float[Array, "B V"], sampling: SamplingConfig) -> Floa
 def _likeliest(
     logits: Float[Array, "B V"], ordered: Float[Array, "B N"], count: Int[Array, " B"]
 ) -> Bool[Array, "B V"]:
-    """A mask of each row's `count` largest logits; `ordered` has at least those, largest first."""
+    """Returns a mask of each row's `count` largest logits.
+
+    `ordered` has at least these logits, the largest first.
+    """
     least = jnp.take_along_axis(ordered, jnp.maximum(count - 1, 0)[:, None], axis=1)
     above, tied = logits > least, logits == least
     room = count - jnp.sum(above, axis=-1)
@@ -375,7 +375,7 @@ def _likeliest(
 
 
 def allowed_ids(vocab_size: int, banned_ids: tuple[int, ...]) -> Bool[np.ndarray, " V"]:
-    """A mask of the ids that may be decoded.
+    """Returns a mask of the ids that may be decoded.
 
     Raises:
         ValueError: naming the ids that the vocabulary does not have.
