@@ -66,23 +66,16 @@ def least_bytes(built: Program) -> float:
     embedding that is not the output head is left out, since a token reads only one row of it.
     Where `decode_rows` is fewer than the rows, their answers are decoded one part after the other.
     """
-    shape = built.batch(built.recipe.data.batch_size, built.recipe.data.shapes()[-1])
-    length = built.recipe.data.shapes()[-1][1]
-
-    def start(params, inputs, input_lengths, length):
-        return decode_loop.start(
-            built.models.student,
-            params,
-            inputs,
-            input_lengths,
-            length=length,
-            copies=built.learner.config.num_samples,
-        )
+    config, method = built.recipe.data, built.learner.config
+    shape = built.batch(config.batch_size, config.shapes()[-1])
 
     def sizes(length: int) -> tuple[int, int]:
-        given = (built.state.params, shape.inputs, shape.input_lengths)
+        """Returns the bytes of the weights, and those of the cache for `length` tokens."""
+        start = functools.partial(
+            decode_loop.start, built.models.student, length=length, copies=method.num_samples
+        )
         with sharding.use(built.mesh):
-            started = jax.eval_shape(functools.partial(start, length=length), *given)
+            started = jax.eval_shape(start, built.state.params, shape.inputs, shape.input_lengths)
         params = dict(started.params)
         if "logits_dense" in params["decoder"]:
             del params["token_embedder"]
@@ -92,9 +85,9 @@ def least_bytes(built: Program) -> float:
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
     # The cache grows by the same number of bytes at each token.
+    length = config.shapes()[-1][1]
     (weights, first), (_, last) = sizes(1), sizes(length)
-    method = built.learner.config
-    rows = built.recipe.data.batch_size * method.num_samples
+    rows = config.batch_size * method.num_samples
     parts = max(1.0, rows / (method.decode_rows or rows))
     return length * (parts * weights + (first + last) / 2)
 

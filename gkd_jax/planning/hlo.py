@@ -106,12 +106,10 @@ def _walk(module: Module, name: str, times: float, loop: str, found: dict[str, C
         opcode, share = instruction.opcode, _SHARE.search(instruction.op_name)
         often = times * (int(share[1]) / int(share[2]) if share else 1.0)
         if opcode == "while" and often:
-            body, condition = instruction.called("body"), instruction.called("condition")
-            assert body is not None and condition is not None  # noqa: PT018
             turns = hlo_loops.trip_count(module, instruction)
             inside = f"{loop} > {turns}" if loop else str(turns)
-            for part in (body, condition):
-                _walk(module, part, often * turns, inside, found)
+            for part in ("body", "condition"):
+                _walk(module, instruction.called(part), often * turns, inside, found)
         elif opcode in ("call", "conditional", "async-start"):
             for called in instruction.callees:
                 _walk(module, called, often * _branch_share(module, called), loop, found)
@@ -140,7 +138,7 @@ def _branch_share(module: Module, name: str) -> float:
 
 def _flops(module: Module, computation: Computation, instruction: Instruction) -> int:
     if instruction.opcode == "fusion":
-        inner = module.computations[instruction.called("calls") or ""]
+        inner = module.computations[instruction.called("calls")]
         return sum(_flops(module, inner, part) for part in inner.values())
     if instruction.opcode == "custom-call":
         return _cublas_flops(computation, instruction)
@@ -229,19 +227,17 @@ def _traffic(module: Module, computation: Computation, instruction: Instruction)
     operands = [computation[name] for name in instruction.operands if name in computation]
     if opcode == "fusion":
         return _fusion_traffic(module, operands, instruction)
-    written = instruction.shapes[0].traffic
     if opcode.endswith("-start"):  # the result is a tuple that repeats the operand
         return operands[0].shapes[0].traffic + instruction.shapes[0].traffic
     if opcode in ("dynamic-slice", "slice", "gather"):
-        return 2 * written
+        return 2 * instruction.shapes[0].traffic
     if opcode == "dynamic-update-slice":
         return 2 * operands[1].shapes[0].traffic
-    written = sum(shape.traffic for shape in instruction.shapes)
-    return written + sum(shape.traffic for part in operands for shape in part.shapes)
+    return sum(shape.traffic for part in (instruction, *operands) for shape in part.shapes)
 
 
 def _fusion_traffic(module: Module, operands: list[Instruction], fusion: Instruction) -> int:
-    inner = module.computations[fusion.called("calls") or ""]
+    inner = module.computations[fusion.called("calls")]
     total = 0
     for index, operand in enumerate(operands):
         full = sum(shape.traffic for shape in operand.shapes)
@@ -273,7 +269,7 @@ def _read(module: Module, fused: Computation, number: int, full: int) -> int:
         elif part.opcode in ("dynamic-slice", "slice", "gather") and places == [0]:
             total += part.shapes[0].nbytes
         elif part.opcode == "fusion":
-            inner = module.computations[part.called("calls") or ""]
+            inner = module.computations[part.called("calls")]
             if all(each.opcode in ("parameter", "bitcast") for each in inner.values()):
                 names.add(part.name)  # the parameter by another name, as in `bitcast`
             else:
@@ -290,7 +286,7 @@ def _collectives(
     module: Module, computation: Computation, instruction: Instruction
 ) -> Iterator[Collective]:
     if instruction.opcode == "fusion":
-        called = instruction.called("calls") or ""
+        called = instruction.called("calls")
         inner = module.computations[called]
         for part in inner.values():
             for collective in _collectives(module, inner, part):

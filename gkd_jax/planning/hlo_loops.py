@@ -19,11 +19,9 @@ def trip_count(module: Module, loop: Instruction) -> int:
     noted = re.search(r'known_trip_count[^\d}]*"?n"?[^\d}]*(\d+)', loop.attributes)
     if noted:
         return int(noted[1])
-    condition = loop.called("condition")
-    assert condition is not None
     turns = [
         math.ceil(bound / step)
-        for elements, bound in _bounds(module, condition)
+        for elements, bound in _bounds(module, loop.called("condition"))
         for step in (_step(module, loop, element) for element in elements)
         if step is not None
     ]
@@ -88,7 +86,7 @@ def _step(module: Module, loop: Instruction, element: int) -> int | None:
     It is 1 in JAX's scans, and 2 in the loops that XLA makes of a product with a gathered operand
     ("windowed" products) and unrolls.
     """
-    body = module.computations[loop.called("body") or ""]
+    body = module.computations[loop.called("body")]
     root = next(instruction for instruction in body.values() if instruction.is_root)
     raised = body[root.operands[element]]
     if raised.opcode == "get-tuple-element" and _index(raised) == element:

@@ -47,10 +47,10 @@ class Instruction(NamedTuple):
     attributes: str
     is_root: bool
 
-    def called(self, key: str) -> str | None:
-        """Returns the computation that the attribute `key` names, as in `body=%name`, or None."""
+    def called(self, key: str) -> str:
+        """Returns the computation that the attribute `key` names, as in `body=%name`, or ""."""
         found = re.search(rf"\b{key}=%([\w.\-]+)", self.attributes)
-        return found[1] if found else None
+        return found[1] if found else ""
 
     @property
     def callees(self) -> list[str]:
@@ -59,7 +59,7 @@ class Instruction(NamedTuple):
         if branches:
             return _NAME.findall(branches[1])
         keys = ("to_apply", "calls", "true_computation", "false_computation")
-        return [name for key in keys if (name := self.called(key)) is not None]
+        return [name for key in keys if (name := self.called(key))]
 
     @property
     def op_name(self) -> str:

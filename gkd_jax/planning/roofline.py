@@ -1,8 +1,8 @@
 """Estimates the time of a phase from a chip's peak rates, and from that the cost of a run.
 
-Times are roofline estimates, which are lower bounds: every chip works at its peak rates, and within
-a loop computation, HBM and interconnect overlap. Decode loops count as if every row ran to its last
-token.
+Times are roofline estimates, which are lower bounds: every chip works at its peak rates. Within a
+loop, computation, HBM and interconnect overlap, so that the slowest of the three counts. Loops run
+one after the other, and decode loops count as if every row ran to its last token.
 """
 
 from collections.abc import Mapping
@@ -20,10 +20,7 @@ RESOURCES = ("compute", "hbm", "interconnect")
 
 
 def roofline(phase: Mapping[str, Any], chip: Chip) -> dict[str, Any] | None:
-    """Estimates the time of a phase at the chip's peak rates, which is a lower bound.
-
-    Within a loop, computation, HBM and interconnect overlap, so that the slowest of the three
-    counts. Loops run one after the other.
+    """Estimates the time of a phase at the chip's peak rates, as the module's docstring says.
 
     Returns:
         The seconds of each resource alone, `roofline`, the seconds of the phase, and `bound_by`,
