@@ -10,6 +10,7 @@ XLA may recognise the second computation as a copy of the first, and keep the sc
 Axes: B batch, H heads, T queries, S keys, K head dim.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -106,13 +107,13 @@ def _forward(queries, keys, values, position_biases, padding, dropout_mask):
         return product(probabilities, values, dtype).astype(dtype), top, total
 
     given = (queries, keys, values, position_biases, padding, dropout_mask)
-    library = _library(*given)
-    mixed, top, total = run() if library is None else cudnn.forward(*library, run)
+    library = _library(queries, keys, position_biases, padding, dropout_mask)
+    mixed, top, total = run() if library is None else cudnn.forward(library, given[:4], run)
     return mixed, (*given, mixed, top, total)
 
 
-def _library(queries, keys, values, position_biases, padding, dropout_mask):
-    """Returns cuDNN's function and its operands, or None where it cannot compute the attention."""
+def _library(queries, keys, position_biases, padding, dropout_mask):
+    """Returns cuDNN's function of (queries, keys, values, position biases), or None without one."""
     same_for_rows = all(len(bias) == 1 for bias in position_biases)
     # Without lengths, the bias of padding would have to be an array of all scores.
     known_lengths = padding is None or padding.lengths is not None
@@ -121,8 +122,12 @@ def _library(queries, keys, values, position_biases, padding, dropout_mask):
     if not cudnn.serves(queries, keys):
         return None
     lengths = None if padding is None else padding.lengths
-    bias = sum(position_biases[1:], position_biases[0]) if position_biases else None
-    return cudnn.attention(key_lengths=lengths), (queries, keys, values, bias)
+
+    def run(queries, keys, values, position_biases):
+        bias = functools.reduce(jnp.add, position_biases) if position_biases else None
+        return cudnn.attention(queries, keys, values, bias, key_lengths=lengths)
+
+    return run
 
 
 def _backward(residuals, gradient):
@@ -149,13 +154,8 @@ def _backward(residuals, gradient):
             tuple(_sum_to(d_scores, bias.shape) for bias in position_biases),
         )
 
-    def of_biases(d_bias):
-        return tuple(_sum_to(d_bias.astype(bias.dtype), bias.shape) for bias in position_biases)
-
-    library = _library(*given)
-    if library is None:
-        return *run(), None, None
-    found = cudnn.backward(*library, gradient, run, lambda *d: (*d[:3], of_biases(d[3])))
+    library = _library(queries, keys, position_biases, padding, dropout_mask)
+    found = run() if library is None else cudnn.backward(library, given[:4], gradient, run)
     return *found, None, None
 
 

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from gkd_jax import sharding
 
 
-Function = Callable[..., Float[Array, "B H T K"]]
+Otherwise = Callable[[], tuple[Any, ...]]
 
 
 def serves(queries: Float[Array, "*B H T K"], keys: Float[Array, "*B N S K"]) -> bool:
@@ -41,71 +41,69 @@ def serves(queries: Float[Array, "*B H T K"], keys: Float[Array, "*B N S K"]) ->
 
 
 def attention(
-    *, scale: float = 1.0, key_lengths: Int[Array, " B"] | None = None, is_causal: bool = False
-) -> Function:
-    """Returns a function (queries, keys, values, bias) -> softmax(scale x q k^T + bias) values.
-
-    Its arguments are arrays [B H T K], [B N S K], [B N S K], for which `serves` holds, and a bias
-    [1 #H T S] or None. Query head h reads key head h // (H / N).
+    queries: Float[Array, "B H T K"],
+    keys: Float[Array, "B N S K"],
+    values: Float[Array, "B N S K"],
+    bias: Float[Array, "1 #H T S"] | None = None,
+    *,
+    scale: float = 1.0,
+    key_lengths: Int[Array, " B"] | None = None,
+    is_causal: bool = False,
+) -> Float[Array, "B H T K"]:
+    """Returns softmax(scale x queries keys^T + bias) values.
 
     Args:
+        queries, keys, values: arrays for which `serves` holds. Query head h reads key head
+            h // (H / N).
+        bias: a number that is added to each score; None is none.
         scale: a factor of the products of queries and keys.
         key_lengths: the number of keys of each row that are seen, its first ones; None is all.
         is_causal: query t sees the keys up to t alone.
     """
     if key_lengths is not None:  # a row of padding alone would give NaN
         key_lengths = jnp.maximum(key_lengths, 1)
-
-    def run(queries, keys, values, bias):
-        mixed = jax.nn.dot_product_attention(
-            *(x.swapaxes(1, 2) for x in (queries, keys, values)),
-            bias=None if bias is None else bias.astype(values.dtype),
-            scale=scale,
-            is_causal=is_causal,
-            key_value_seq_lengths=key_lengths,
-            implementation="cudnn",
-        )
-        return mixed.swapaxes(1, 2)
-
-    return run
+    mixed = jax.nn.dot_product_attention(
+        *(x.swapaxes(1, 2) for x in (queries, keys, values)),
+        bias=None if bias is None else bias.astype(values.dtype),
+        scale=scale,
+        is_causal=is_causal,
+        key_value_seq_lengths=key_lengths,
+        implementation="cudnn",
+    )
+    return mixed.swapaxes(1, 2)
 
 
-def forward(function: Function, operands: tuple[Any, ...], otherwise: Callable[[], Any]) -> Any:
-    """Returns the result of `attention` and zeros for a softmax's maximum and sum.
+def forward(function: Callable[..., Any], operands: tuple[Any, ...], otherwise: Otherwise) -> Any:
+    """Returns the result of an attention and zeros for a softmax's maximum and sum.
 
     Args:
-        function: `attention`'s result.
+        function: an attention by `attention`.
         operands: its arguments.
         otherwise: computes the same three arrays on other devices, since a process that has a GPU
             may use its CPU too. There the maximum and the sum are for the backward pass.
     """
 
     def on_gpu():
-        mixed, _, sums = jax.eval_shape(otherwise)
+        sums = jax.eval_shape(otherwise)[2]
         empty = jnp.zeros(sums.shape, sums.dtype)
-        return function(*operands).reshape(mixed.shape), empty, empty
+        return function(*operands), empty, empty
 
     return lax.platform_dependent(cuda=on_gpu, default=otherwise)
 
 
 def backward(
-    function: Function,
-    operands: tuple[Any, ...],
-    gradient: Float[Array, "B H T K"],
-    otherwise: Callable[[], Any],
-    arrange: Callable[..., Any],
+    function: Callable[..., Any], operands: tuple[Any, ...], gradient: Any, otherwise: Otherwise
 ) -> Any:
-    """Returns the gradients of `attention`'s arguments.
+    """Returns the gradients of the operands of an attention, given that of its result.
 
     Args:
-        function: `attention`'s result.
+        function: an attention by `attention`.
         operands: its arguments.
         gradient: the gradient of its result.
-        otherwise: computes the gradients on other devices.
-        arrange: puts the operands' gradients in the form of `otherwise`'s result.
+        otherwise: computes the gradients of the operands on other devices.
     """
 
     def on_gpu():
-        return arrange(*jax.vjp(function, *operands)[1](gradient))
+        return jax.vjp(function, *operands)[1](gradient)
 
     return lax.platform_dependent(cuda=on_gpu, default=otherwise)

@@ -141,18 +141,23 @@ def _forward(scoring: _Scoring, queries, keys, values, sight: Sight):
             mixed, running = _forward_in_blocks(scoring, queries, keys, values, sight)
         return mixed.astype(values.dtype), running.top, running.total
 
-    library = _library(scoring, queries, keys, values)
-    mixed, top, total = run() if library is None else cudnn.forward(*library, run)
-    return mixed, (queries, keys, values, sight, mixed, top, total)
+    library, given = _library(scoring, queries, keys), (queries, keys, values)
+    mixed, top, total = run() if library is None else cudnn.forward(library, given, run)
+    return mixed, (*given, sight, mixed, top, total)
 
 
-def _library(scoring: _Scoring, queries, keys, values):
-    """Returns cuDNN's function and its operands, or None where it cannot compute the attention."""
-    rows, heads, group, length, size = queries.shape
-    flat = queries.reshape(rows, heads * group, length, size)
-    if not scoring.is_causal or not cudnn.serves(flat, keys):
-        return None
-    return cudnn.attention(scale=scoring.scale, is_causal=True), (flat, keys, values, None)
+def _library(scoring: _Scoring, queries, keys):
+    """Returns cuDNN's function of (queries, keys, values), or None where it cannot compute this."""
+
+    def flat(queries):
+        return queries.reshape(queries.shape[0], -1, *queries.shape[3:])
+
+    def run(queries, keys, values):
+        scale = scoring.scale
+        mixed = cudnn.attention(flat(queries), keys, values, scale=scale, is_causal=True)
+        return mixed.reshape(queries.shape)
+
+    return run if scoring.is_causal and cudnn.serves(flat(queries), keys) else None
 
 
 def _visit(scoring: _Scoring, queries, keys, values, sight: Sight, running: _Running | None):
@@ -210,13 +215,8 @@ def _backward(scoring: _Scoring, residuals, gradient):
         gradients = back(scoring, queries, keys, values, sight, around)
         return tuple(x.astype(values.dtype) for x in gradients)
 
-    library = _library(scoring, queries, keys, values)
-    if library is None:
-        return *run(), None
-    flat = gradient.reshape(library[1][0].shape)
-    found = cudnn.backward(
-        *library, flat, run, lambda d_q, d_k, d_v, _: (d_q.reshape(queries.shape), d_k, d_v)
-    )
+    library, given = _library(scoring, queries, keys), (queries, keys, values)
+    found = run() if library is None else cudnn.backward(library, given, gradient, run)
     return *found, None
 
 
