@@ -248,11 +248,11 @@ def test_halvings(groups, shards, length, expected):
 @pytest.mark.parametrize(
     ("length", "expected"),
     [
-        (32, [(0, 32)]),
-        (64, [(0, 64)]),
-        (100, [(0, 64), (64, 100)]),
-        (300, [(0, 64), (64, 128), (128, 256), (256, 300)]),
+        (32, [32]),
+        (64, [64]),
+        (100, [64, 36]),
+        (300, [64, 64, 128, 44]),
     ],
 )
 def test_segments_cover_all_positions(length, expected):
-    assert kv_cache.stretches(length, 64) == expected
+    assert kv_cache.segment_sizes(length, 64) == expected

@@ -214,11 +214,11 @@ def _joined(
 
 def init_cache(config: DecoderConfig, params: Params, context: Context, length: int) -> Cache:
     """Returns a cache with the keys and values of a context and space for T = `length` tokens."""
-    layers, prompts = params["decoder"]["layers"], Prompts(*context[:3])
+    layers, keys, values = params["decoder"]["layers"], context.keys, context.values
     if isinstance(layers, tuple):
-        prompts = prompts._replace(keys=tuple(prompts.keys), values=tuple(prompts.values))
+        keys, values = tuple(keys), tuple(values)
     shape = (context.first.shape[0], config.num_kv_heads, length, config.head_dim)
-    return kv_cache.empty(config, layers, shape, prompts)
+    return kv_cache.empty(config, layers, shape, Prompts(keys, values, context.lengths))
 
 
 def decode_step(

@@ -167,7 +167,7 @@ def embed(
 ) -> Float[Array, "N T D"]:
     """Returns the embeddings of tokens in the compute dtype."""
     scale = math.sqrt(config.d_model) if config.scale_embedding else None
-    return embedding.embed(params, tokens, config.dtype, scale=scale)
+    return embedding.embed(config, params, tokens, scale=scale)
 
 
 def dropout(config: DecoderConfig, x: jax.Array, key: Key[Array, ""] | None) -> jax.Array:

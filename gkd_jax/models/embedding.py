@@ -15,12 +15,16 @@ from gkd_jax.sharding import ACTIVATIONS, constrain
 
 
 def embed(
-    params: Params, tokens: Int[Array, "B T"], dtype: str, *, scale: float | None = None
+    config: T5Config | DecoderConfig,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    *,
+    scale: float | None = None,
 ) -> Float[Array, "B T D"]:
     """Returns the embeddings of tokens in the compute dtype, multiplied by `scale` if given."""
-    x = jnp.take(params["token_embedder"]["embedding"], tokens, axis=0).astype(dtype)
+    x = jnp.take(params["token_embedder"]["embedding"], tokens, axis=0).astype(config.dtype)
     if scale is not None:  # like transformers, round the scale to the compute dtype too
-        x = x * jnp.asarray(scale, dtype)
+        x = x * jnp.asarray(scale, config.dtype)
     return constrain(x, ACTIVATIONS)
 
 

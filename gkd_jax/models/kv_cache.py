@@ -29,10 +29,10 @@ from gkd_jax.models.parameters import Params
 from gkd_jax.models.products import product, product_with_transpose
 
 
-FIRST = 64  # positions of the first segment
-# On a GPU the host decides each `lax.cond`, which takes longer than reading a short segment. On a
-# TPU the layers are scanned, and XLA copies the segments of all layers for each `lax.cond`.
-FIRST_ON = {"cpu": FIRST, "gpu": 1024, "tpu": 2**30}
+# The positions of the first segment. On a GPU the host decides each `lax.cond`, which takes longer
+# than reading a short segment. On a TPU the layers are scanned, and XLA copies the segments of all
+# layers for each `lax.cond`.
+FIRST_ON = {"gpu": 1024, "tpu": 2**30}
 Context = TypeVar("Context")  # a family's own: see `lm`
 Segments = tuple[Float[Array, "*L N H _ K"], ...]  # each with its own number of positions
 
@@ -60,13 +60,12 @@ class Cache(NamedTuple):
     starts: Int[Array, " N"] | None = None
 
 
-def stretches(length: int, first: int = FIRST) -> list[tuple[int, int]]:
-    """Returns (start, stop) of each segment of a cache for `length` positions."""
-    found, start, stop = [], 0, first
-    while start < length:
-        found.append((start, min(stop, length)))
-        start, stop = stop, 2 * stop
-    return found
+def segment_sizes(length: int, first: int) -> list[int]:
+    """Returns the number of positions of each segment of a cache for `length` positions."""
+    sizes = []
+    while (start := sum(sizes)) < length:
+        sizes.append(min(start or first, length - start))
+    return sizes
 
 
 def empty(
@@ -98,10 +97,9 @@ def _segments(shape: tuple[int, ...], dtype: str, first: int) -> Segments:
     *before, num_heads, length, head_dim = shape
     heads = "heads" if num_heads % sharding.num_shards("heads") == 0 else None
     axes = (*["layers"] * (len(shape) - 4), "batch", heads, "length", "kv")
-    sizes = (stop - start for start, stop in stretches(length, first))
     return tuple(
         sharding.constrain(jnp.zeros((*before, num_heads, size, head_dim), dtype), axes)
-        for size in sizes
+        for size in segment_sizes(length, first)
     )
 
 

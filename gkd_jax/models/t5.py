@@ -126,7 +126,7 @@ def encode(
         return _apply(layer, layer_params, x, position_bias, padding, key=key), None
 
     keys = stacks.split_key(dropout_key, 3)
-    x = _dropout(config, embedding.embed(params, inputs, config.dtype), keys[0])
+    x = _dropout(config, embedding.embed(config, params, inputs), keys[0])
     x, _ = stacks.scan(config, run_layer, x, stack["layers"], dropout_key=keys[1])
     x = _norm(config, stack["encoder_norm"], x)
     first = jnp.full((inputs.shape[0],), START_ID, jnp.int32)
@@ -154,7 +154,7 @@ def hidden(
     def run_layer(x, layer_params, key):
         return _apply(layer, layer_params, x, encoded, position_bias, padding, key=key), None
 
-    x = embedding.embed(params, shift_right(batch.targets), config.dtype)
+    x = embedding.embed(config, params, shift_right(batch.targets))
     x = _dropout(config, x, keys[0])
     x, _ = stacks.scan(config, run_layer, x, stack["layers"], dropout_key=keys[1])
     x = _norm(config, stack["decoder_norm"], x)
@@ -241,7 +241,7 @@ def decode_step(
         encoded = t5_layers.Encoded(cross_keys, cross_values, padding)
         return _apply(layer, layer_params, x, own_cache, self_bias, encoded, method="decode")
 
-    x = embedding.embed(params, tokens[:, None], config.dtype)
+    x = embedding.embed(config, params, tokens[:, None])
     cross = (cache.prompts.keys, cache.prompts.values)
     x, cache = stacks.decode(config, run_layer, x, cache, stack["layers"], *cross)
     x = _norm(config, stack["decoder_norm"], x)

@@ -5,7 +5,7 @@ file for the student and another for the teacher would silently give both models
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from gkd_jax.models.execution import ExecutionSettings
 
@@ -64,23 +64,44 @@ def from_fields(fields: dict[str, Any]) -> T5Config:
     return T5Config(**{**fields, "mlp_activations": tuple(fields["mlp_activations"])})
 
 
-# d_model, num_heads, head_dim, d_ff (1.0), d_ff (1.1), layers (1.0), layers (1.1). The sizes that
-# are named after their width and depth are not public ones: they serve small tasks and benchmarks.
-_SIZES = {
-    "32x2": (32, 4, 8, 128, 64, 2, 2),
-    "48x2": (48, 4, 16, 192, 128, 2, 2),
-    "tiny": (64, 4, 16, 256, 128, 2, 2),
-    "128x2": (128, 4, 32, 512, 256, 2, 2),
-    "256x3": (256, 4, 64, 1024, 512, 3, 3),
-    "256x4": (256, 4, 64, 1024, 512, 4, 4),
-    "512x6": (512, 8, 64, 2048, 1024, 6, 6),
-    "small": (512, 8, 64, 2048, 1024, 6, 8),
-    "base": (768, 12, 64, 3072, 2048, 12, 12),
-    "large": (1024, 16, 64, 4096, 2816, 24, 24),
-    "xl": (1024, 32, 128, 16384, 5120, 24, 24),
-    "xxl": (1024, 128, 128, 65536, 10240, 24, 24),
+class _Size(NamedTuple):
+    d_model: int
+    num_heads: int
+    head_dim: int
+    d_ff: int
+    num_layers: int  # of each stack
+
+
+# Sizes that are named after their width and depth are not public: they serve small tasks and
+# benchmarks.
+_T5_1_0 = {
+    "32x2": _Size(32, 4, 8, 128, 2),
+    "48x2": _Size(48, 4, 16, 192, 2),
+    "tiny": _Size(64, 4, 16, 256, 2),
+    "128x2": _Size(128, 4, 32, 512, 2),
+    "256x3": _Size(256, 4, 64, 1024, 3),
+    "256x4": _Size(256, 4, 64, 1024, 4),
+    "512x6": _Size(512, 8, 64, 2048, 6),
+    "small": _Size(512, 8, 64, 2048, 6),
+    "base": _Size(768, 12, 64, 3072, 12),
+    "large": _Size(1024, 16, 64, 4096, 24),
+    "xl": _Size(1024, 32, 128, 16384, 24),
+    "xxl": _Size(1024, 128, 128, 65536, 24),
 }
-_T5_1_1_WIDTHS = {"small": (512, 6, 64), "xl": (2048, 32, 64), "xxl": (4096, 64, 64)}
+_T5_1_1 = {
+    "32x2": _Size(32, 4, 8, 64, 2),
+    "48x2": _Size(48, 4, 16, 128, 2),
+    "tiny": _Size(64, 4, 16, 128, 2),
+    "128x2": _Size(128, 4, 32, 256, 2),
+    "256x3": _Size(256, 4, 64, 512, 3),
+    "256x4": _Size(256, 4, 64, 512, 4),
+    "512x6": _Size(512, 8, 64, 1024, 6),
+    "small": _Size(512, 6, 64, 1024, 8),
+    "base": _Size(768, 12, 64, 2048, 12),
+    "large": _Size(1024, 16, 64, 2816, 24),
+    "xl": _Size(2048, 32, 64, 5120, 24),
+    "xxl": _Size(4096, 64, 64, 10240, 24),
+}
 
 
 def t5_1_1(size: str, vocab_size: int = 32128) -> T5Config:
@@ -94,17 +115,7 @@ def t5_1_1(size: str, vocab_size: int = 32128) -> T5Config:
     Raises:
         ValueError: for another size.
     """
-    width, heads, dim, _, ff, _, depth = _size(size)
-    width, heads, dim = _T5_1_1_WIDTHS.get(size, (width, heads, dim))
-    return T5Config(
-        vocab_size=vocab_size,
-        d_model=width,
-        num_heads=heads,
-        head_dim=dim,
-        d_ff=ff,
-        num_encoder_layers=depth,
-        num_decoder_layers=depth,
-    )
+    return _config(_T5_1_1, size, vocab_size)
 
 
 def t5_1_0(size: str, vocab_size: int = 32128) -> T5Config:
@@ -119,22 +130,14 @@ def t5_1_0(size: str, vocab_size: int = 32128) -> T5Config:
     Raises:
         ValueError: for another size.
     """
-    width, heads, dim, ff, _, depth, _ = _size(size)
-    return T5Config(
-        vocab_size=vocab_size,
-        d_model=width,
-        num_heads=heads,
-        head_dim=dim,
-        d_ff=ff,
-        num_encoder_layers=depth,
-        num_decoder_layers=depth,
-        mlp_activations=("relu",),
-        tie_embeddings=True,
-        scale_logits=True,
-    )
+    own = {"mlp_activations": ("relu",), "tie_embeddings": True, "scale_logits": True}
+    return _config(_T5_1_0, size, vocab_size, **own)
 
 
-def _size(size: str) -> tuple[int, ...]:
-    if size not in _SIZES:
-        raise ValueError(f"size must be one of {', '.join(_SIZES)}, got {size!r}")
-    return _SIZES[size]
+def _config(sizes: dict[str, _Size], size: str, vocab_size: int, **own: Any) -> T5Config:
+    if size not in sizes:
+        raise ValueError(f"size must be one of {', '.join(sizes)}, got {size!r}")
+    fields = sizes[size]._asdict()
+    depth = fields.pop("num_layers")
+    depths = {"num_encoder_layers": depth, "num_decoder_layers": depth}
+    return T5Config(vocab_size=vocab_size, **fields, **depths, **own)

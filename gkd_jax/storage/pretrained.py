@@ -128,7 +128,7 @@ class ModelConfig:
         chosen = {
             "scan_unroll": 64 if platform == "cpu" else 1,
             "unroll_decoding": platform == "gpu",
-            "cache_segment": kv_cache.FIRST_ON.get(platform, kv_cache.FIRST),
+            "cache_segment": kv_cache.FIRST_ON.get(platform, ExecutionSettings.cache_segment),
             "attention_by_row": platform == "cpu",
         }
         missing = {name: chosen[name] for name in _CHOICES if getattr(self, name) is None}
