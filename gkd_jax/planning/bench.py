@@ -84,17 +84,7 @@ def bench(
             `program.build` refuses.
     """
     method = recipe.method
-    if method.rl is not None or method.mixing != "step":
-        raise ValueError(
-            "bench times steps without a reward and batches of one kind: no RL and MIXING='step', "
-            f"got {'RL' if method.rl else 'no RL'} and {method.mixing!r}"
-        )
-    is_mean = isinstance(mean_length, int | float) and mean_length >= 1
-    if mean_length is not None and not (is_mean and method.uses_samples()):
-        raise ValueError(
-            "MEAN_LENGTH is that of samples: expected a number of at least 1 and a method that "
-            f"samples, got {mean_length!r} and on_policy_fraction={method.on_policy_fraction}"
-        )
+    _check(method, mean_length)
     jax.config.update("jax_enable_compilation_cache", False)
     sampling = dataclasses.replace(method.sampling, eos_ids=())
     recipe = dataclasses.replace(recipe, method=dataclasses.replace(method, sampling=sampling))
@@ -127,6 +117,21 @@ def bench(
         print(json.dumps(report), flush=True)
         return
     print("\n".join(f"{name:<16}{value}" for name, value in report.items()), flush=True)
+
+
+def _check(method: gkd.GKDConfig, mean_length: int | float | None) -> None:
+    """Raises ValueError for a method or a mean length that `bench` does not time."""
+    if method.rl is not None or method.mixing != "step":
+        raise ValueError(
+            "bench times steps without a reward and batches of one kind: no RL and MIXING='step', "
+            f"got {'RL' if method.rl else 'no RL'} and {method.mixing!r}"
+        )
+    is_mean = isinstance(mean_length, int | float) and mean_length >= 1
+    if mean_length is not None and not (is_mean and method.uses_samples()):
+        raise ValueError(
+            "MEAN_LENGTH is that of samples: expected a number of at least 1 and a method that "
+            f"samples, got {mean_length!r} and on_policy_fraction={method.on_policy_fraction}"
+        )
 
 
 def _measure(
