@@ -280,7 +280,7 @@ def _apply(
 
 
 def _norm(config: T5Config, params: Params, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    return _apply(t5_layers.rms_norm(config), params, x)
+    return _apply(t5_layers.RMSNorm(config), params, x)
 
 
 def _dropout(

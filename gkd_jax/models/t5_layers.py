@@ -49,20 +49,14 @@ class Dense(nn.Module):
 class RMSNorm(nn.Module):
     """T5's layer norm, which subtracts no mean and adds no bias; computed in float32."""
 
-    epsilon: float
-    dtype: str
+    config: T5Config
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        x = x.astype(jnp.float32)
-        x = x * lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
-        return (x * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(self.dtype)
-
-
-def rms_norm(config: T5Config) -> RMSNorm:
-    """Returns one of the norms of a T5."""
-    return RMSNorm(config.layer_norm_epsilon, config.dtype)
+        x, epsilon = x.astype(jnp.float32), self.config.layer_norm_epsilon
+        x = x * lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + epsilon)
+        return (x * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(self.config.dtype)
 
 
 class Dropout(nn.Dropout):
@@ -228,8 +222,8 @@ class EncoderLayer(nn.Module):
 
     def setup(self):
         self.attention, self.mlp = Attention(self.config), MLP(self.config)
-        self.pre_attention_layer_norm = rms_norm(self.config)
-        self.pre_mlp_layer_norm = rms_norm(self.config)
+        self.pre_attention_layer_norm = RMSNorm(self.config)
+        self.pre_mlp_layer_norm = RMSNorm(self.config)
         self.dropout = Dropout(self.config.dropout_rate)
         if self.config.per_layer_relpos:
             self.relpos_bias = RelativePositionBias(self.config, bidirectional=True)
@@ -241,9 +235,7 @@ class EncoderLayer(nn.Module):
         padding: Padding,
     ) -> Float[Array, "B S D"]:
         if self.config.per_layer_relpos:
-            position_bias = self.relpos_bias(
-                x.shape[1], x.shape[1], sharding.row_shards(x.shape[0])
-            )
+            position_bias = self.relpos_bias(x.shape[1], x.shape[1], num_rows=x.shape[0])
         assert position_bias is not None
         normed = self.pre_attention_layer_norm(x)
         keys, values = self.attention.keys_values(normed)
@@ -272,9 +264,9 @@ class DecoderLayer(nn.Module):
     def setup(self):
         self.self_attention, self.mlp = Attention(self.config), MLP(self.config)
         self.encoder_decoder_attention = Attention(self.config)
-        self.pre_self_attention_layer_norm = rms_norm(self.config)
-        self.pre_cross_attention_layer_norm = rms_norm(self.config)
-        self.pre_mlp_layer_norm = rms_norm(self.config)
+        self.pre_self_attention_layer_norm = RMSNorm(self.config)
+        self.pre_cross_attention_layer_norm = RMSNorm(self.config)
+        self.pre_mlp_layer_norm = RMSNorm(self.config)
         self.dropout = Dropout(self.config.dropout_rate)
         if self.config.per_layer_relpos:
             self.relpos_bias = RelativePositionBias(self.config, bidirectional=False)
@@ -291,9 +283,7 @@ class DecoderLayer(nn.Module):
         `padding` is that of `encoded`.
         """
         if self.config.per_layer_relpos:
-            position_bias = self.relpos_bias(
-                x.shape[1], x.shape[1], sharding.row_shards(x.shape[0])
-            )
+            position_bias = self.relpos_bias(x.shape[1], x.shape[1], num_rows=x.shape[0])
         assert position_bias is not None
         normed = self.pre_self_attention_layer_norm(x)
         keys, values = self.self_attention.keys_values(normed)
