@@ -15,7 +15,7 @@ import pytest
 from small_runs import options, write_teacher
 
 from gkd_jax import divergences
-from gkd_jax.evaluation import evaluate, infer
+from gkd_jax.evaluation import evaluate, infer, score
 from gkd_jax.input import named_tasks
 from gkd_jax.input.data import DataConfig
 from gkd_jax.storage import loading, pretrained, saved_model
@@ -111,17 +111,26 @@ def test_a_dry_run_does_not_look_at_a_bucket(path, eval_fraction, tmp_path, caps
 
 
 @pytest.mark.usefixtures("no_network")
-@pytest.mark.parametrize("text_file", [None, "gs://bucket/prompts.txt"])
-def test_a_dry_run_of_infer_does_not_look_at_a_bucket(text_file, tmp_path, capsys):
-    infer.run(
-        model=pretrained.ModelConfig(size="tiny"),
-        data=data_at("gs://bucket/data.jsonl"),
-        evaluation=evaluate.EvalConfig(),
-        output=str(tmp_path / "out.jsonl"),
-        text_file=text_file,
-        dry_run=True,
-    )
+@pytest.mark.parametrize(
+    ("command", "more"),
+    [
+        (infer.run, {"output": "out.jsonl"}),
+        (infer.run, {"output": "out.jsonl", "text_file": "gs://bucket/prompts.txt"}),
+        (infer.evaluate_checkpoint, {"output_dir": "out"}),
+        (score.run, {"output": "scores"}),
+    ],
+    ids=["infer", "infer of a text file", "eval", "score"],
+)
+def test_no_dry_run_of_another_command_looks_at_a_bucket(
+    command, more, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    more = {**more, "data": data_at("gs://bucket/data.jsonl"), "dry_run": True}
+    more |= {} if command is score.run else {"evaluation": evaluate.EvalConfig()}
+    command(model=pretrained.ModelConfig(size="tiny", checkpoint="gs://bucket/model"), **more)
     assert "dry run: all is well" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="'gs://bucket/model': it needs the model's size"):
+        command(model=pretrained.ModelConfig(checkpoint="gs://bucket/model"), **more)
 
 
 def test_a_file_in_a_bucket_is_read_and_hashed_like_a_local_one(bucket):

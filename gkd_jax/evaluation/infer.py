@@ -20,20 +20,14 @@ import numpy as np
 from gkd_jax import sharding
 from gkd_jax.evaluation import decodings, evaluate, made_by
 from gkd_jax.evaluation.evaluate import EvalConfig
+from gkd_jax.evaluation.opened import Opened, open_model_and_task
 from gkd_jax.input import eval_batches, named_tasks, row_ids
 from gkd_jax.input.data import DataConfig
 from gkd_jax.input.split import Split
 from gkd_jax.models import lm
-from gkd_jax.storage import content, saved_model, tokenizer_files
+from gkd_jax.storage import content, saved_model
 from gkd_jax.storage.context_checks import warn_of_long_texts
-from gkd_jax.storage.pretrained import (
-    ModelConfig,
-    check_exists,
-    is_remote,
-    place_params,
-    with_local_files,
-)
-from gkd_jax.storage.vocabulary_checks import check_special_ids, shared_pieces
+from gkd_jax.storage.pretrained import ModelConfig, is_remote, place_params
 from gkd_jax.text import files, settings, task_names, vocabularies
 
 
@@ -45,57 +39,41 @@ class _Decoding:
     """A model that is ready to decode a task.
 
     Attributes:
-        task: the opened task.
-        vocabulary: the vocabulary of the task.
+        opened: the model and the task.
         decoder: the function of `evaluate.make_decoder`; None in a dry run.
         params: the model's parameters; None in a dry run.
         batch_size: examples that are read at once.
         lengths: the feature lengths; "targets" is the largest number of decoded tokens.
     """
 
-    task: Any
-    vocabulary: Any
+    opened: Opened
     decoder: Any
     params: lm.Params | None
     batch_size: int
     lengths: dict[str, int]
 
-    def batches(self, config: DataConfig, evaluation: EvalConfig):
-        split = Split(
-            self.task, evaluation.split, self.lengths, evaluation.num_examples, config.use_cached
-        )
+    def batches(self, evaluation: EvalConfig):
+        task, use_cached = self.opened.task, self.opened.data.use_cached
+        split = Split(task, evaluation.split, self.lengths, evaluation.num_examples, use_cached)
         return eval_batches.eval_batches(split, self.batch_size)
 
 
-def _open_task(model: ModelConfig, data: DataConfig, dry_run: bool) -> tuple[Any, Any]:
-    """Returns the task and its vocabulary."""
-    tokenizer = tokenizer_files.find(model.checkpoint)
-    return named_tasks.open_task(data, tokenizer=tokenizer, check_remote=not dry_run)
-
-
 def _prepare(
-    opened: tuple[Any, Any],
-    model: ModelConfig,
-    data: DataConfig,
+    opened: Opened,
     evaluation: EvalConfig,
     mesh: sharding.MeshConfig,
-    dry_run: bool,
     *,
     reads_split: bool = True,
 ) -> _Decoding:
-    """Checks everything, and loads the model except in a dry run; `opened` is of `_open_task`."""
-    task, vocabulary = opened
+    """Checks everything, and loads the model except in a dry run."""
+    model, data = opened.model, opened.data
     if evaluation.num_examples == 0:
         raise ValueError("num_examples must be a positive integer or None, got 0")
     if model.memory != "device":
         raise ValueError(f"a model decodes in memory='device', got {model.memory!r}")
     if reads_split:
-        named_tasks.check_split(task, evaluation.split)
-        named_tasks.check_rows(task, evaluation.split, check_remote=not dry_run)
-    compared = {} if dry_run else {"model": model}  # a dry run reads no checkpoint's vocabulary
-    num_pieces = shared_pieces(vocabulary, compared, check_remote=not dry_run)
-    config = model.config(num_pieces, pending=dry_run and is_remote(model.checkpoint))
-    check_special_ids(config, vocabulary, check_remote=not dry_run)
+        opened.check_split(evaluation.split)
+    config, num_pieces = opened.sizes()
     device_mesh = sharding.make_mesh(model.mesh or mesh)
     batch_size = evaluation.batch_size or data.batch_size
     evaluation.check_mesh(batch_size, device_mesh)
@@ -103,23 +81,18 @@ def _prepare(
     lengths["targets"] = evaluation.target_length or lengths["targets"]
     warn_of_long_texts(config, "model", lengths["inputs"], lengths["targets"])
     decoder = params = None
-    if not dry_run:
+    if not opened.dry_run:
         decoder = evaluate.make_decoder(
             config,
             evaluation,
-            vocabulary=vocabulary,
+            vocabulary=opened.vocabulary,
             num_pieces=num_pieces,
             mesh=device_mesh,
             length=lengths["targets"],
         )
         params = place_params(model, config, device_mesh)
     return _Decoding(
-        task=task,
-        vocabulary=vocabulary,
-        decoder=decoder,
-        params=params,
-        batch_size=batch_size,
-        lengths=lengths,
+        opened=opened, decoder=decoder, params=params, batch_size=batch_size, lengths=lengths
     )
 
 
@@ -147,21 +120,19 @@ def evaluate_checkpoint(
             example is to be evaluated.
     """
     _on_first_process(made_by.check_evaluation, output_dir)
-    model, commits = with_local_files(model, dry_run=dry_run)
-    check_exists(model.checkpoint)
-    data, _ = tokenizer_files.with_local_vocabulary(data, commits, dry_run=dry_run)
-    ready = _prepare(_open_task(model, data, dry_run), model, data, evaluation, mesh, dry_run)
+    opened = open_model_and_task(model, data, dry_run=dry_run)
+    ready = _prepare(opened, evaluation, mesh)
     if dry_run:
         print("dry run: all is well", file=sys.stderr)
         return
     folder = pathlib.Path(output_dir)
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-    decoded = list(ready.decoder(ready.params, ready.batches(data, evaluation)))
-    values = evaluate.score(ready.task, decoded, evaluation)
-    name = task_names.display_name(data.name)
+    decoded = list(ready.decoder(ready.params, ready.batches(evaluation)))
+    values = evaluate.score(opened.task, decoded, evaluation)
+    model, name = opened.model, task_names.display_name(data.name)
     if jax.process_index() == 0:
-        evaluate.write_rows(folder / "predictions.jsonl", decoded, ready.vocabulary)
+        evaluate.write_rows(folder / "predictions.jsonl", decoded, opened.vocabulary)
         step_folder = saved_model.find_step(model.checkpoint) if model.checkpoint else None
         about = {
             **settings.describe(evaluation),
@@ -203,11 +174,9 @@ def run(
         ValueError: if another checkpoint or other settings made the file, or if `infer` did not
             make it at all.
     """
-    model, commits = with_local_files(model, dry_run=dry_run)
-    check_exists(model.checkpoint)
-    data, _ = tokenizer_files.with_local_vocabulary(data, commits, dry_run=dry_run)
+    opened = open_model_and_task(model, data, dry_run=dry_run)
+    model, data, vocabulary = opened.model, opened.data, opened.vocabulary
     about = _about(model, data, evaluation, text_file)
-    opened = _, vocabulary = _open_task(model, data, dry_run)
     unread = []  # a dry run stays off the network
     if dry_run and files.is_remote(text_file or str(data.task)):
         unread.append("task_content" if text_file is None else "text_content")
@@ -225,13 +194,12 @@ def run(
     elif model.checkpoint is not None:
         about["content"] = content.content_id(model.checkpoint)
     _on_first_process(made_by.check, output, about, unread)
-    reads_split = text_file is None
-    ready = _prepare(opened, model, data, evaluation, mesh, dry_run, reads_split=reads_split)
+    ready = _prepare(opened, evaluation, mesh, reads_split=text_file is None)
     if dry_run:
         print("dry run: all is well", file=sys.stderr)
         return
     if text_file is None:
-        batches = ready.batches(data, evaluation)
+        batches = ready.batches(evaluation)
     else:
         batches = _text_batches(text_file, ready, evaluation.num_examples)
     path = pathlib.Path(output)
@@ -302,7 +270,9 @@ def _text_batches(
 ) -> Iterator[eval_batches.EvalBatch]:
     """Batches of the first lines of a file, each a prompt; checks all lines before a batch."""
     size, lengths = ready.batch_size, ready.lengths
-    prompts = row_ids.read_prompts(text_file, ready.vocabulary, lengths["inputs"])[:num_lines]
+    prompts = row_ids.read_prompts(text_file, ready.opened.vocabulary, lengths["inputs"])[
+        :num_lines
+    ]
     starts = range(0, len(prompts), size)
     return (
         eval_batches.fill_batch(prompts[start : start + size], lengths, size) for start in starts

@@ -15,19 +15,14 @@ import seqio
 
 from gkd_jax import gkd, sharding
 from gkd_jax.batch import Batch, TopK
+from gkd_jax.evaluation.opened import open_model_and_task
 from gkd_jax.input import eval_batches, named_tasks, teacher_cache
 from gkd_jax.input.data import DataConfig, check_ids, place
 from gkd_jax.input.split import Split
 from gkd_jax.models import lm
-from gkd_jax.storage import content, saved_model, tokenizer_files
+from gkd_jax.storage import content, saved_model
 from gkd_jax.storage.context_checks import warn_of_long_texts
-from gkd_jax.storage.pretrained import (
-    ModelConfig,
-    check_exists,
-    place_params,
-    with_local_files,
-)
-from gkd_jax.storage.vocabulary_checks import check_special_ids, shared_pieces
+from gkd_jax.storage.pretrained import ModelConfig, place_params
 from gkd_jax.text import files, vocabularies
 
 
@@ -58,26 +53,22 @@ def run(
             is remote, or if it holds the scores of another teacher or of other data.
     """
     _check(k, temperature, output)
-    model, commits = with_local_files(model, dry_run=dry_run)
-    check_exists(model.checkpoint)
-    data, _ = tokenizer_files.with_local_vocabulary(data, commits, dry_run=dry_run)
-    task, vocabulary = named_tasks.open_task(data, tokenizer=tokenizer_files.find(model.checkpoint))
+    opened = open_model_and_task(model, data, dry_run=dry_run)
+    model, data, task = opened.model, opened.data, opened.task
     if isinstance(task, seqio.Mixture):
         raise ValueError(
             f"{data.task!r} is a mixture, which ends with its shortest task: score its tasks"
         )
-    named_tasks.check_split(task, data.split)
-    named_tasks.check_rows(task, data.split)
+    opened.check_split(data.split)
     named_tasks.check_teacher_inputs(str(data.task), task, data)
-    num_pieces = shared_pieces(vocabulary, {"model": model})
-    config = model.config(num_pieces)
-    check_special_ids(config, vocabulary)
+    config, num_pieces = opened.sizes()
     prompt, target, *own = data.shapes()[-1]
     warn_of_long_texts(config, "teacher", own[0] if own else prompt, target)
     device_mesh = sharding.make_mesh(model.mesh or mesh)
     sharding.check_batch_size(data.batch_size, device_mesh)
     k = min(k, num_pieces)
     if dry_run:
+        print("dry run: all is well", file=sys.stderr)
         return
 
     def score(params, batch):
@@ -87,7 +78,7 @@ def run(
 
     jitted = jax.jit(score, out_shardings=sharding.replicated(device_mesh))
     params = place_params(model, config, device_mesh)
-    about = _about(model, data, vocabulary, num_pieces, k, temperature)
+    about = _about(model, data, opened.vocabulary, num_pieces, k, temperature)
     batches = eval_batches.eval_batches(Split.of(task, data), data.batch_size)
 
     def scored(batch: Batch) -> TopK:
