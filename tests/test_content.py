@@ -1,7 +1,9 @@
 """Checkpoints are identified by content, and parameters that are not finite are refused."""
 
 import dataclasses
+import grp
 import json
+import pwd
 import shutil
 
 import jax
@@ -100,6 +102,17 @@ def test_an_id_is_that_of_the_content_wherever_it_lies(form, params, tmp_path):
     assert content_id(other) != content_id(first)
     with pytest.raises(FileNotFoundError):
         content_id(str(tmp_path / "absent"))
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_files_whose_owner_has_no_name_are_read(form, params, tmp_path, monkeypatch):
+    """A container does not know the users of its host, whose files are mounted into it."""
+    path = write(str(tmp_path / "model"), form, params)
+    before = content_id(path)
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
+    monkeypatch.setattr(grp, "getgrgid", {}.__getitem__)
+    assert content_id(path) == before
+    load_model(path)
 
 
 @pytest.mark.parametrize("config", ARCHITECTURE, ids=["t5", "decoder"])

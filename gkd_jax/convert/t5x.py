@@ -23,6 +23,7 @@ from gkd_jax.convert import formats, msgpack_tree
 from gkd_jax.convert.layout import Entry, Layout, Part, flatten, layer_by_layer, unchanged
 from gkd_jax.convert.stored import Index, Stored, check, in_memory
 from gkd_jax.models import lm, t5
+from gkd_jax.text import files
 
 
 _PLACEHOLDER = "PLACEHOLDER://"
@@ -208,7 +209,7 @@ def _msgpack_specs(root: epath.Path) -> tuple[dict[str, np.ndarray], dict[str, A
     PLACEHOLDER:// or by a TensorStore specification.
     """
     file = root / "checkpoint"
-    if file.stat().length > _LARGEST_INDEX:
+    if files.size_of(file) > _LARGEST_INDEX:
         raise ValueError(f"{file} has more than {_LARGEST_INDEX} bytes, expected an index")
     tree = msgpack_tree.parse(file.read_bytes(), os.fspath(file))
     if "optimizer" in tree:

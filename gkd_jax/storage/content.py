@@ -12,6 +12,7 @@ from etils import epath
 from gkd_jax import convert
 from gkd_jax.models import lm
 from gkd_jax.storage import saved_model
+from gkd_jax.text import files
 
 
 _ENDS = 2**20  # The number of bytes that are read at each end of a file.
@@ -53,8 +54,8 @@ def content_id(path: str) -> str:
 
 def _hash_of_files(folder: epath.Path, pattern: str) -> str:
     """Returns a hash of the files under a folder whose relative paths fully match `pattern`."""
-    files = ((os.fspath(file.relative_to(folder)), file) for file in _files_under(folder))
-    named = sorted((name, file) for name, file in files if re.fullmatch(pattern, name))
+    found = ((os.fspath(file.relative_to(folder)), file) for file in _files_under(folder))
+    named = sorted((name, file) for name, file in found if re.fullmatch(pattern, name))
     digest = hashlib.sha256()
     with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
         contents = pool.map(_size_and_ends, (file for _, file in named))
@@ -73,7 +74,7 @@ def _files_under(folder: epath.Path) -> Iterator[epath.Path]:
 
 def _size_and_ends(file: epath.Path) -> tuple[int, bytes]:
     """Returns a file's size in bytes, and its first and last MiB joined without overlap."""
-    size = int(file.stat().length)
+    size = files.size_of(file)
     with file.open("rb") as opened:
         ends = opened.read(_ENDS)
         if size > _ENDS:

@@ -53,6 +53,17 @@ def absolute(path: str | os.PathLike) -> epath.Path:
     return epath.Path(path) if in_bucket(path) else epath.Path(path).resolve()
 
 
+def size_of(path: epath.Path) -> int:
+    """Returns the number of bytes of a file on a disk or in a bucket.
+
+    `stat` of etils looks for the name of the file's owner as well, and raises a KeyError if this
+    machine knows none. In containers that is the rule for mounted files.
+    """
+    with path.open("rb") as file:
+        file.seek(0, os.SEEK_END)
+        return file.tell()
+
+
 def write_whole(path: AnyPath, content: str | bytes) -> None:
     """Writes a file atomically: to a temporary file in the same folder, which is then renamed.
 
