@@ -128,7 +128,7 @@ def test_a_sample_is_truncated_if_none_of_its_tokens_is_an_end_id_of_the_run(tmp
     writer = metrics.Writer(str(tmp_path), resume_step=0)
     log = StepLog(writer, Progress(1, start=0, every=1), built)
     values = dict.fromkeys(("loss", "grad_norm", "prompt_tokens", "target_tokens"), 1.0)
-    log.add(Step(0, rollout, None, values, seconds))
+    log.add(Step(0, rollout, values, seconds))
     log.flush()
     writer.close()
     (line,) = metrics.read(tmp_path / "metrics.jsonl")

@@ -94,10 +94,10 @@ def test_numbers_are_those_of_the_program_that_train_runs(capsys):
     assert train.build is program.build
     assert train.start_compiling is program.start_compiling
     given = options()
-    steps = program.compile_steps(build(given))
+    steps = program.compile_steps(build(given))[SOURCE, TARGET]
     found = report(capsys, given)
     for name, step in (("sample", steps.sample), ("update", steps.update_samples)):
-        memory = step[SOURCE, TARGET].memory_analysis()
+        memory = step.memory_analysis()
         phase = found["phases"][name]
         assert phase["argument_bytes"] == memory.argument_size_in_bytes > 0, name
         assert phase["temporary_bytes"] == memory.temp_size_in_bytes > 0, name

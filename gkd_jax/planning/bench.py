@@ -195,11 +195,11 @@ def _time_phases(
         return state
 
     def update(state):
-        return jax.block_until_ready(compiled["update"](state, teacher, drawn, key))[0]
+        return jax.block_until_ready(compiled["update"](state, teacher, drawn, key, None))[0]
 
     def step(state):
         rows, _ = compiled["sample"](state.params, batch, key)
-        return jax.block_until_ready(compiled["update"](state, teacher, rows, key))[0]
+        return jax.block_until_ready(compiled["update"](state, teacher, rows, key, None))[0]
 
     phases = {"sample": sample, "score": score, "update": update}
     phases = {name: phase for name, phase in phases.items() if name in compiled}

@@ -1,18 +1,20 @@
 """SIGTERM and Ctrl-C: the run finishes its current step, saves a checkpoint and exits."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 import contextlib
 import signal
+import sys
+from typing import NoReturn
 
 import jax
 from jax.experimental import multihost_utils
 
 
-SIGNALS = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
+_NAMES = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
 
 
 class Interruption:
-    """The signal that asked the run to stop.
+    """The signal that asks the run to stop.
 
     Attributes:
         signal: the first signal that was received; None before.
@@ -21,43 +23,38 @@ class Interruption:
     def __init__(self):
         self.signal: signal.Signals | None = None
 
-    @property
-    def status(self) -> int:
-        """The exit status that stands for the signal: 143 for SIGTERM, 130 for Ctrl-C."""
-        assert self.signal is not None
-        return 128 + self.signal
+    def is_due(self, done: int) -> bool:
+        """Whether the run must stop after `done` steps; all processes call it at each step.
 
-    @property
-    def name(self) -> str:
-        """The name of the signal for messages: "SIGTERM" or "Ctrl-C"."""
+        In a job of several processes, each may get SIGTERM at another step, or only one may get it,
+        so JAX's preemption service chooses a step that all of them have still to reach.
+        """
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(done):
+            self.signal = signal.SIGTERM
+        return self.signal is not None
+
+    def exit(self, done: int) -> NoReturn:
+        """Ends the process of a run that was saved after `done` steps.
+
+        Raises:
+            SystemExit: with the status that stands for the signal, 143 for SIGTERM or 130 for
+                Ctrl-C.
+        """
         assert self.signal is not None
-        return SIGNALS[self.signal]
+        advice = "run the same command to go on"
+        print(f"{_NAMES[self.signal]}: saved step {done}; {advice}", file=sys.stderr)
+        raise SystemExit(128 + self.signal)
 
 
 @contextlib.contextmanager
-def watch() -> Iterator[tuple[Interruption, Callable[[int], bool]]]:
+def watch() -> Iterator[Interruption]:
     """Watches for signals while the context lasts.
 
     In a single process the first signal is noted, and a second Ctrl-C ends the run at once. In a
-    job of several processes, each may get SIGTERM at another step, or only one may get it, so JAX's
-    preemption service chooses a step that all of them have still to reach. Ctrl-C, which reaches
-    all processes of a terminal, is left to Python there.
-
-    Yields:
-        The interruption, and a function of the number of steps done that returns whether the run
-        must save and stop now.
+    job of several processes, SIGTERM is left to JAX's preemption service, and Ctrl-C, which reaches
+    all processes of a terminal, to Python.
     """
     received = Interruption()
-    if jax.process_count() > 1:
-
-        def reached(done: int) -> bool:
-            stops = multihost_utils.reached_preemption_sync_point(done)
-            if stops:
-                received.signal = signal.SIGTERM
-            return stops
-
-        yield received, reached
-        return
 
     def note(number: int, frame: object) -> None:
         del frame
@@ -65,9 +62,10 @@ def watch() -> Iterator[tuple[Interruption, Callable[[int], bool]]]:
             raise KeyboardInterrupt
         received.signal = received.signal or signal.Signals(number)
 
-    before = {number: signal.signal(number, note) for number in SIGNALS}
+    noted = _NAMES if jax.process_count() == 1 else ()
+    before = {number: signal.signal(number, note) for number in noted}
     try:
-        yield received, lambda done: received.signal is not None
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

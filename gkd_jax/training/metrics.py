@@ -16,6 +16,7 @@ import time
 from typing import Any
 
 from etils import epath
+import jax
 import numpy as np
 import tensorflow as tf
 
@@ -36,7 +37,7 @@ class Writer:
     When a run resumes, lines of metrics.jsonl after the restored step are dropped, because their
     steps are run again. When it begins, all lines are, which are those of a start that failed
     before its first checkpoint, perhaps of another configuration. In a job of several processes,
-    only the first one writes; the others are `silent`.
+    only the first one writes.
 
     Nothing can be appended to a file in a bucket. If MODEL_DIR is in one, the files grow in a
     temporary folder of this machine, from which `copy` writes them to the bucket.
@@ -44,10 +45,9 @@ class Writer:
 
     def __init__(
         self,
-        model_dir: str,
+        model_dir: str | os.PathLike[str],
         *,
         resume_step: int | None,
-        silent: bool = False,
         also: Sequence[Tracker] = (),
     ):
         """Opens the files.
@@ -55,16 +55,15 @@ class Writer:
         Args:
             model_dir: the folder of the run.
             resume_step: the step from which the run goes on; None if it begins.
-            silent: True writes nothing.
             also: functions that are given the numbers of each step as well.
         """
         self._folder = epath.Path(model_dir)
-        self._also = () if silent else tuple(also)
+        self._also = tuple(also)
         self._file = None
         self._samples = samples.SampleWatch()
         self._tensorboard = None
         self._temporary: tempfile.TemporaryDirectory | None = None
-        if silent:
+        if jax.process_index() > 0:
             return
         if files.in_bucket(model_dir):
             self._temporary = tempfile.TemporaryDirectory(prefix="gkd_jax_metrics_")

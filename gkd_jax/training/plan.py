@@ -7,6 +7,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from gkd_jax import sharding
 from gkd_jax.models import lm
+from gkd_jax.training import teachers
 from gkd_jax.training.program import Program, shardings_of
 from gkd_jax.training.recipe import describe
 
@@ -24,7 +25,7 @@ def plan(program: Program) -> str:
         f"task       {config.name} ({config.split}), batch {config.batch_size}, "
         f"lengths {shapes}, {models.num_pieces} pieces",
         f"student    {lm.num_params(program.state.params):,} parameters",
-        f"teacher    {program.teacher_name}"
+        f"teacher    {teachers.in_words(recipe, program.teacher)}"
         + (", reads prompts of its own" if program.reads_own_prompts else "")
         + (f", top {program.cached_k} of {config.teacher_cache}" if program.cached_k else ""),
         f"loss       {_text(method.divergence) if method.divergence else 'cross-entropy'}, "

@@ -63,11 +63,6 @@ class Program:
         return self.learner.models
 
     @property
-    def teacher_name(self) -> str:
-        """Who the teacher is, in words."""
-        return teachers.in_words(self.recipe, self.teacher)
-
-    @property
     def reads_own_prompts(self) -> bool:
         """Whether the teacher reads other prompts than the student."""
         return self.recipe.teacher is not None and self.recipe.data.has_teacher_inputs
@@ -93,17 +88,16 @@ class Program:
             return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
         per_token = rows * num_samples, target
+        scores = (
+            array(jnp.int32, *per_token, k),
+            array(jnp.float32, *per_token, k),
+            array(jnp.float32, *per_token),
+        )
         return Batch(
             array(jnp.int32, rows, source),
             array(jnp.int32, *per_token),
             array(jnp.float32, *per_token),
-            None
-            if k == 0
-            else TopK(
-                array(jnp.int32, *per_token, k),
-                array(jnp.float32, *per_token, k),
-                array(jnp.float32, *per_token),
-            ),
+            TopK(*scores) if k else None,
             input_lengths=array(jnp.int32, rows),
             teacher_inputs=array(jnp.int32, rows, *teachers) if teachers else None,
             teacher_input_lengths=array(jnp.int32, rows) if teachers else None,
@@ -227,7 +221,7 @@ def _jit(
         with sharding.use(mesh):
             return gkd.sample_targets(learner.config, learner.models, params, batch, key)
 
-    def update_batch(state, teacher_params, batch, key, advantages=None):
+    def update_batch(state, teacher_params, batch, key, advantages):
         with sharding.use(mesh):
             new, metrics = gkd.update(learner, state, teacher_params, batch, key, advantages)
         if not skip_nonfinite:
@@ -283,7 +277,9 @@ def shardings_of(shapes: Any) -> Any:
 
 
 class Steps(NamedTuple):
-    """The compiled functions of a run, each as a dict by the batch's shape (S, T).
+    """The jitted functions of a step for one shape (S, T): their abstract arguments, or compiled.
+
+    What lambda excludes is None.
 
     Attributes:
         sample: sampling, for on-policy steps.
@@ -291,58 +287,50 @@ class Steps(NamedTuple):
         update_dataset: the update on a batch of the data set.
     """
 
-    sample: dict[Shape, Any]
-    update_samples: dict[Shape, Any]
-    update_dataset: dict[Shape, Any]
+    sample: Any
+    update_samples: Any
+    update_dataset: Any
 
 
-class StepArguments(NamedTuple):
-    """The abstract arguments of the functions in `Steps`; None for steps that lambda excludes."""
-
-    sample: tuple[Any, ...] | None
-    update_samples: tuple[Any, ...] | None
-    update_dataset: tuple[Any, ...] | None
-
-
-def step_arguments(program: Program, rows: int, shape: Shape) -> StepArguments:
-    """The arguments of the step functions for a batch of `rows` prompts of lengths (S, T)."""
+def step_arguments(program: Program, rows: int, shape: Shape) -> Steps:
+    """Returns the arguments of the step functions for `rows` prompts of lengths (S, T)."""
     method = program.method
     key = jax.eval_shape(lambda: jax.random.key(0))
-    batch = program.batch(rows, shape)
-    common = (program.state, program.teacher)
-    of_dataset = program.batch(rows, shape, k=program.cached_k)
-    update_dataset = (*common, of_dataset, key) if method.uses_dataset() else None
-    if not method.uses_samples():
-        return StepArguments(None, None, update_dataset)
-    drawn = program.batch(rows, shape, method.num_samples)
-    extra = ()
-    if method.rl is not None:
-        where = sharding.batch_sharding(program.mesh)
-        extra = (jax.ShapeDtypeStruct(drawn.targets.shape[:1], jnp.float32, sharding=where),)
-    sample = (program.state.params, batch, key)
-    return StepArguments(sample, (*common, drawn, key, *extra), update_dataset)
+    sample = update_samples = update_dataset = None
+    if method.uses_dataset():
+        of_dataset = program.batch(rows, shape, k=program.cached_k)
+        update_dataset = (program.state, program.teacher, of_dataset, key, None)
+    if method.uses_samples():
+        sample = (program.state.params, program.batch(rows, shape), key)
+        drawn = program.batch(rows, shape, method.num_samples)
+        advantages = None
+        if method.rl is not None:
+            where = sharding.batch_sharding(program.mesh)
+            size = drawn.targets.shape[:1]
+            advantages = jax.ShapeDtypeStruct(size, jnp.float32, sharding=where)
+        update_samples = (program.state, program.teacher, drawn, key, advantages)
+    return Steps(sample, update_samples, update_dataset)
 
 
-def compile_steps(program: Program) -> Steps:
+def compile_steps(program: Program) -> dict[Shape, Steps]:
     """Compiles the functions of every step kind that lambda allows, for each shape of a batch."""
-    steps = Steps({}, {}, {})
-    for shape in program.recipe.data.shapes():
-        arguments = step_arguments(program, program.recipe.data.batch_size, shape)
+    found, data = {}, program.recipe.data
+    for shape in data.shapes():
+        arguments = step_arguments(program, data.batch_size, shape)
+        sample = update_samples = update_dataset = None
         if arguments.update_dataset is not None:
-            lowered = program.update.lower(*arguments.update_dataset)
-            steps.update_dataset[shape] = lowered.compile()
-        if arguments.sample is None or arguments.update_samples is None:
-            continue
-        steps.sample[shape] = program.sample.lower(*arguments.sample).compile()
-        if arguments.update_samples == arguments.update_dataset:
-            steps.update_samples[shape] = steps.update_dataset[shape]
-        else:
-            lowered = program.update.lower(*arguments.update_samples)
-            steps.update_samples[shape] = lowered.compile()
-    return steps
+            update_dataset = program.update.lower(*arguments.update_dataset).compile()
+        if arguments.sample is not None:
+            sample = program.sample.lower(*arguments.sample).compile()
+            if arguments.update_samples == arguments.update_dataset:
+                update_samples = update_dataset
+            else:
+                update_samples = program.update.lower(*arguments.update_samples).compile()
+        found[shape] = Steps(sample, update_samples, update_dataset)
+    return found
 
 
-def start_compiling(program: Program) -> Callable[[], Steps]:
+def start_compiling(program: Program) -> Callable[[], dict[Shape, Steps]]:
     """Starts `compile_steps` in a thread, beside which the run reads its data and its checkpoints.
 
     Settings of `jax.config.update` hold in that thread. Those of JAX's context managers, such as
@@ -352,7 +340,7 @@ def start_compiling(program: Program) -> Callable[[], Steps]:
         A function that waits for the compiled steps and returns them, or raises what
         `compile_steps` has raised.
     """
-    steps: concurrent.futures.Future[Steps] = concurrent.futures.Future()
+    steps: concurrent.futures.Future[dict[Shape, Steps]] = concurrent.futures.Future()
 
     def compile_all():
         try:
@@ -379,7 +367,6 @@ def phases(program: Program) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     if arguments.sample is not None:
         found["sample"] = (program.sample, arguments.sample)
     update = arguments.update_samples or arguments.update_dataset
-    assert update is not None  # every run has steps
     teacher = gkd.teacher_now(learner, program.state, program.teacher)
     if teacher is not None:
 

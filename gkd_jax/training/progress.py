@@ -5,6 +5,7 @@ import datetime
 import sys
 import time
 
+import jax
 import tqdm
 
 
@@ -12,10 +13,10 @@ class Progress:
     """Prints the progress of a run.
 
     In a terminal, a bar is redrawn after each step and never wider than the terminal. Elsewhere, a
-    line is printed every `every` steps and at the end.
+    line is printed every `every` steps and at the end. Of several processes, only the first prints.
     """
 
-    def __init__(self, total: int, *, start: int, every: int, name: str = "", silent: bool = False):
+    def __init__(self, total: int, *, start: int, every: int, name: str = ""):
         """Starts the clock.
 
         Args:
@@ -23,15 +24,14 @@ class Progress:
             start: the number of steps that are done already.
             every: the number of steps between lines where standard error is not a terminal.
             name: the name of the run within a study, or "".
-            silent: True prints nothing, as all processes of a job but the first should.
         """
-        self._silent = silent
+        self._silent = jax.process_index() > 0
         self._total, self._start, self._every = total, start, every
         self._name = f"{name}: " if name else ""
         self._began = time.monotonic()
         self._sampling = self._updating = 0.0  # seconds of the device, over all steps
         self._bar = None
-        if sys.stderr.isatty() and not silent:
+        if sys.stderr.isatty() and not self._silent:
             self._bar = tqdm.tqdm(
                 total=total,
                 initial=start,

@@ -209,6 +209,15 @@ class Recipe:
         teacher = self.teacher
         return teacher if isinstance(teacher, LiveStudent | MovingAverage) else None
 
+    def evaluates_after(self, done: int) -> bool:
+        """Whether the run evaluates after `done` steps: every `eval_period` steps and at the end.
+
+        As 0 is a multiple of every period, the run also evaluates before its first step.
+        """
+        last = self.train.train_steps
+        is_due = done == last or (done < last and done % (self.train.eval_period or last) == 0)
+        return is_due and self.evaluation is not None
+
     def learning_rate(self) -> Schedule:
         """The learning rate as a function of the step."""
         return self.schedule.over(self.train.train_steps)

@@ -4,7 +4,7 @@ Its targets are those of the data set or sequences that the student has just sam
 Algorithm 1 decides.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import concurrent.futures
 import functools
 import time
@@ -12,11 +12,13 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import multihost_utils
+from jaxtyping import Array, Float
 import numpy as np
 
 from gkd_jax import gkd, rl
 from gkd_jax.batch import Batch
 from gkd_jax.input import data, streams
+from gkd_jax.input.data import Shape
 from gkd_jax.input.teacher_cache import TeacherCache
 from gkd_jax.models import lm
 from gkd_jax.sampling import Sample
@@ -39,6 +41,8 @@ class Rollout(NamedTuple):
         sample: the student's samples; None if the targets are the data set's.
         sample_seconds: a future of the seconds for which sampling occupies the device.
         is_early: whether the samples were drawn before the update of the previous step.
+        rewards: the reward of each sample, on the host; None without samples or without a reward.
+        advantages: the advantage of each sample (`rl.advantages`), on the devices.
     """
 
     rows: Batch
@@ -49,18 +53,8 @@ class Rollout(NamedTuple):
     sample: Sample | None = None
     sample_seconds: concurrent.futures.Future[float] | None = None
     is_early: bool = False
-
-
-class Rewards(NamedTuple):
-    """The rewards of the samples of a step. Samples of one prompt are neighbours.
-
-    Attributes:
-        rewards: one number per sample.
-        advantages: the rewards minus a baseline (`rl.advantages`).
-    """
-
-    rewards: np.ndarray
-    advantages: np.ndarray
+    rewards: Float[np.ndarray, " N"] | None = None
+    advantages: Float[Array, " N"] | None = None
 
 
 class Rollouts:
@@ -73,7 +67,7 @@ class Rollouts:
         self,
         program: Program,
         source: Source,
-        steps: Steps,
+        steps: Mapping[Shape, Steps],
         stream: streams.TrainIterator,
         clock: DeviceClock,
     ):
@@ -82,7 +76,7 @@ class Rollouts:
         Args:
             program: the run's shapes and jitted functions.
             source: the opened task, whose vocabulary turns samples into texts for the reward.
-            steps: the compiled functions.
+            steps: the compiled functions for each shape of a batch.
             stream: the training stream, positioned at the first step to come.
             clock: measures how long sampling occupies the device.
         """
@@ -99,8 +93,8 @@ class Rollouts:
         """Whether the batch of the next step has already been taken from the stream."""
         return self._ahead is not None
 
-    def draw(self, step: int, student_params: lm.Params, *, draw_next: bool = False) -> Rollout:
-        """Returns the batch that a step trains on.
+    def draw(self, step: int, student_params: lm.Params, *, draw_next: bool) -> Rollout:
+        """Returns the batch that a step trains on, with the rewards of its samples.
 
         Args:
             step: the step, counted from 0.
@@ -111,7 +105,8 @@ class Rollouts:
         self._ahead = None
         if draw_next:
             self._ahead = self._draw(step + 1, student_params)._replace(is_early=True)
-        return now
+        # The reward waits for the samples of this step, so those of the next are dispatched first.
+        return self._with_rewards(now)
 
     def _draw(self, step: int, student_params: lm.Params) -> Rollout:
         """Draws a batch (x, y) of Algorithm 1; on an on-policy step the student samples y.
@@ -124,18 +119,18 @@ class Rollouts:
         rows = next(self._stream)
         data.check_ids(rows, program.models.num_pieces)
         keys = gkd.step_keys(seed, step)
-        shape = data.shape_of(rows)
+        steps = self._steps[data.shape_of(rows)]
         if not gkd.is_on_policy(seed, step, program.method):
-            scored, update = self._place(self._with_scores(rows)), self._steps.update_dataset[shape]
-            return Rollout(rows, scored, keys, update, began)
+            scored = self._place(self._with_scores(rows))
+            return Rollout(rows, scored, keys, steps.update_dataset, began)
         batch = self._place(rows)
         if program.method.rl is not None and self._is_sharded:
             # Each process read only its own rows, and the reward needs the rows of all processes.
             rows = multihost_utils.process_allgather(batch, tiled=True)
-        dispatched, update = time.monotonic(), self._steps.update_samples[shape]
-        batch, drawn = self._steps.sample[shape](student_params, batch, keys.sampling)
+        dispatched = time.monotonic()
+        batch, drawn = steps.sample(student_params, batch, keys.sampling)
         seconds = self._clock.seconds(dispatched, drawn.weights)
-        return Rollout(rows, batch, keys, update, began, drawn, seconds)
+        return Rollout(rows, batch, keys, steps.update_samples, began, drawn, seconds)
 
     def _with_scores(self, rows: Batch) -> Batch:
         """Returns the rows with the teacher's stored scores, or unchanged without a cache.
@@ -158,8 +153,8 @@ class Rollouts:
             raise error or ValueError("the teacher cache lacks a row that another process reads")
         return rows
 
-    def reward(self, rollout: Rollout) -> Rewards | None:
-        """Returns the rewards of a step's samples; None without samples or without a reward.
+    def _with_rewards(self, rollout: Rollout) -> Rollout:
+        """Returns a rollout with the rewards of its samples, if it has any and the run a reward.
 
         The reward function gets texts and runs on the host; every process computes the same
         rewards. Prompts and references are decoded from the ids of the batch, so that a text that
@@ -167,7 +162,7 @@ class Rollouts:
         """
         method = self._program.method
         if method.rl is None or rollout.sample is None:
-            return None
+            return rollout
 
         def texts(decode: Callable[..., str], ids: Any, lengths: Any) -> list[str]:
             pairs = zip(np.asarray(ids), np.asarray(lengths), strict=True)
@@ -180,4 +175,7 @@ class Rollouts:
         prompts = [text for text in prompts for _ in range(method.num_samples)]
         references = [text for text in references for _ in range(method.num_samples)]
         rewards = rl.numbers(method.rl.reward(prompts, outputs, references), len(outputs))
-        return Rewards(rewards, rl.advantages(rewards, method.num_samples))
+        advantages = rl.advantages(rewards, method.num_samples)
+        return rollout._replace(
+            rewards=rewards, advantages=data.place_array(advantages, self._program.mesh)
+        )

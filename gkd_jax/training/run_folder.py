@@ -104,10 +104,7 @@ class RunFolder:
         A step is saved before it is evaluated, so a run that ended during the evaluation has the
         checkpoint alone.
         """
-        recipe = self.program.recipe
-        last = recipe.train.train_steps
-        period = recipe.train.eval_period or last
-        if recipe.evaluation is None or done > last or (done < last and done % period):
+        if not self.program.recipe.evaluates_after(done):
             return False
         lines = metrics.read(self.folder / metrics.FILE)
         return not any(line["step"] == done and task_names.evaluation_in(line) for line in lines)

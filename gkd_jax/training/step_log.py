@@ -15,7 +15,7 @@ from gkd_jax import sharding
 from gkd_jax.training import metrics, samples, throughput
 from gkd_jax.training.program import Program
 from gkd_jax.training.progress import Progress
-from gkd_jax.training.rollouts import Rewards, Rollout
+from gkd_jax.training.rollouts import Rollout
 
 
 class Step(NamedTuple):
@@ -24,15 +24,13 @@ class Step(NamedTuple):
     Attributes:
         number: the step, counted from 0.
         rollout: the batch that the step trains on.
-        rewards: the rewards of its samples; None without a reward.
         values: the metrics that the update returns.
         update_seconds: a future of the seconds for which the update occupies the device.
     """
 
     number: int
     rollout: Rollout
-    rewards: Rewards | None
-    values: Mapping[str, jax.Array | float]
+    values: Mapping[str, jax.Array]
     update_seconds: concurrent.futures.Future[float]
 
 
@@ -48,16 +46,27 @@ class StepLog:
         self._ended_at = 0.0
 
     def add(self, step: Step) -> None:
-        """Writes the previous step and holds this one, which was just dispatched."""
-        self.flush()
+        """Writes the previous step and holds this one, which was just dispatched.
+
+        Raises:
+            FloatingPointError: if the loss or the gradient of the previous step is not finite; the
+                batch is dumped first.
+        """
+        self._write_held()
         self._held = step
 
     def flush(self) -> None:
-        """Waits for the results of the held step and writes its line.
+        """Writes the held step too, as a checkpoint of it needs, and clears the bar of progress.
 
         Raises:
-            FloatingPointError: if the loss or the gradient is not finite; dumps the batch first.
+            FloatingPointError: as `add` does.
         """
+        self._write_held()
+        self._progress.clear()
+        self._writer.copy()
+
+    def _write_held(self) -> None:
+        """Waits for the results of the held step, if there is one, and writes its line."""
         step, self._held = self._held, None
         if step is None:
             return
@@ -69,7 +78,7 @@ class StepLog:
             **{f"train/{name}": value for name, value in values.items()},
             "train/on_policy": float(step.rollout.sample is not None),
             "train/learning_rate": learning_rate,
-            **_sample_numbers(step, self._eos_ids),
+            **self._sample_numbers(step.rollout),
             "time/sample_s": sampled.result() if sampled else 0.0,
             "time/update_s": step.update_seconds.result(),
         }
@@ -82,6 +91,28 @@ class StepLog:
         finite = np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"])
         if not finite and "skipped" not in values:
             self._stop_at_nonfinite(step, values)
+
+    def _sample_numbers(self, rollout: Rollout) -> dict[str, float]:
+        """The metrics of a step's samples and of their rewards; {} without samples."""
+        sample = rollout.sample
+        if sample is None:
+            return {}
+        tokens, weights, log_probs = jax.device_get(
+            (sample.tokens, sample.weights, sample.log_probs)
+        )
+        found = samples.sample_statistics(tokens, weights, self._eos_ids)
+        numbers = {
+            "train/sample_length": found["length"],
+            "train/truncated_fraction": found["truncated_fraction"],
+            "train/sample_entropy": float(-(log_probs * weights).sum() / weights.sum()),
+            "train/distinct_2": found["distinct_2"],
+        }
+        if self._program.recipe.train.sample_ahead:
+            numbers["train/staleness"] = float(rollout.is_early)
+        if rollout.rewards is not None:
+            numbers["train/reward"] = float(rollout.rewards.mean())
+            numbers["train/reward_std"] = float(rollout.rewards.std())
+        return numbers
 
     def _speed(
         self, step: Step, values: Mapping[str, float], busy: float, sampled_tokens: float
@@ -122,27 +153,3 @@ class StepLog:
             f"{values['grad_norm']}; the batch is in {dumped}, and the last checkpoint is from "
             "before it. train.TrainConfig.skip_nonfinite = True goes on"
         )
-
-
-def _sample_numbers(step: Step, eos_ids: tuple[int, ...]) -> dict[str, float]:
-    """The metrics of a step's samples and rewards; {} if the step has none.
-
-    Args:
-        step: the step, whose results are ready.
-        eos_ids: the ids that end a sample.
-    """
-    numbers: dict[str, float] = {}
-    sample = step.rollout.sample
-    if sample is not None:
-        tokens, weights, log_probs = jax.device_get(
-            (sample.tokens, sample.weights, sample.log_probs)
-        )
-        found = samples.sample_statistics(tokens, weights, eos_ids)
-        numbers["train/sample_length"] = found["length"]
-        numbers["train/truncated_fraction"] = found["truncated_fraction"]
-        numbers["train/sample_entropy"] = float(-(log_probs * weights).sum() / weights.sum())
-        numbers["train/distinct_2"] = found["distinct_2"]
-    if step.rewards is not None:
-        numbers["train/reward"] = float(step.rewards.rewards.mean())
-        numbers["train/reward_std"] = float(step.rewards.rewards.std())
-    return numbers

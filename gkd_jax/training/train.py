@@ -8,16 +8,13 @@ import sys
 import time
 
 from etils import epath
-import jax
 
-from gkd_jax.gkd import teacher_now
-from gkd_jax.input import data
+from gkd_jax.gkd import TrainState, teacher_now
 from gkd_jax.storage import context_checks, pretrained, tokenizer_files, vocabulary_checks
 from gkd_jax.text import files
 from gkd_jax.training import (
     interrupts,
     metrics,
-    progress,
     run_lock,
     run_record,
     save_times,
@@ -27,6 +24,7 @@ from gkd_jax.training import (
 from gkd_jax.training.evaluations import Evaluations
 from gkd_jax.training.plan import plan
 from gkd_jax.training.program import Program, build, start_compiling
+from gkd_jax.training.progress import Progress
 from gkd_jax.training.recipe import Recipe, TrainConfig
 from gkd_jax.training.rollouts import Rollouts
 from gkd_jax.training.run_folder import RunFolder
@@ -103,90 +101,78 @@ def train(
         return
     if evaluate is not None:
         evaluate.check_first_examples()
+    with run_lock.hold(folder):
+        _train(run, evaluate, name, config_text)
+    run.check_learnt()
+
+
+def _train(
+    run: RunFolder, evaluate: Evaluations | None, name: str, config_text: Callable[[], str]
+) -> None:
+    """Trains from the first step, or from the newest checkpoint, to the last step.
+
+    Args:
+        run: the MODEL_DIR, which this process holds.
+        evaluate: decodes and scores the tasks of the evaluation; None evaluates nothing.
+        name: the name of this run within a study.
+        config_text: returns the text of config.gin.
+    """
+    program, recipe, config = run.program, run.program.recipe, run.program.recipe.train
+    compiled_steps = start_compiling(program)
+    start, state, stream = run.begin()
+    teacher_params = teachers.initial_params(recipe, program.learner, program.teacher)
+    run.write(config_text())
+    saved = run.checkpoints
     with contextlib.ExitStack() as closing:
-        closing.enter_context(run_lock.hold(folder))
-        compiled_steps = start_compiling(program)
-        start, state, stream = run.begin()
-        teacher_params = teachers.initial_params(recipe, program.learner, program.teacher)
-        run.write(config_text())
-        saved = run.checkpoints
-        writer = metrics.Writer(
-            model_dir,
-            resume_step=None if run.is_new else start,
-            silent=jax.process_index() > 0,
-            also=recipe.train.metrics_to,
-        )
-        closing.callback(writer.close)
-        closing.callback(saved.close)
+        resume_step = None if run.is_new else start
+        writer = metrics.Writer(run.folder, resume_step=resume_step, also=config.metrics_to)
         clock = throughput.DeviceClock()
-        closing.callback(clock.close)
-
-        rollouts = Rollouts(program, source, compiled_steps(), stream, clock)
-        shown = progress.Progress(
-            recipe.train.train_steps,
-            start=start,
-            every=recipe.train.log_period,
-            name=name,
-            silent=jax.process_index() > 0,
-        )
-        closing.callback(shown.close)
+        shown = Progress(config.train_steps, start=start, every=config.log_period, name=name)
+        for opened in (writer, saved, clock, shown):
+            closing.callback(opened.close)
+        rollouts = Rollouts(program, run.source, compiled_steps(), stream, clock)
         log = StepLog(writer, shown, program)
+        interruption = closing.enter_context(interrupts.watch())
 
-        def evaluate_at(done: int) -> None:
+        def evaluate_at(done: int, state: TrainState) -> None:
             assert evaluate is not None
             teacher = teacher_now(program.learner, state, teacher_params)
             scores = evaluate(state.params, teacher, done)
             writer.write(done, scores)
             saved.score(done, scores)
 
-        #### The loop: Algorithm 1 #################################################################
-        interruption, told_to_stop = closing.enter_context(interrupts.watch())
-        stopping = False
-        if evaluate is not None and (start == 0 or run.lacks_evaluation(start)):
-            evaluate_at(start)
-        times = save_times.SaveTimes(recipe.train.save_period)
-        eval_period = recipe.train.eval_period or recipe.train.train_steps
-        for step in range(start, recipe.train.train_steps):
+        if recipe.evaluates_after(start) and (start == 0 or run.lacks_evaluation(start)):
+            evaluate_at(start, state)
+        times = save_times.SaveTimes(config.save_period)
+        for step in range(start, config.train_steps):
             done = step + 1
-            is_last = done == recipe.train.train_steps
-            evaluates = evaluate is not None and (is_last or done % eval_period == 0)
+            is_last = done == config.train_steps
+            evaluates = recipe.evaluates_after(done)
             saves = times.is_due(done) or evaluates or is_last
             # Never draw ahead across a checkpoint: it stores the stream's position, but no samples.
-            ahead = recipe.train.sample_ahead and not stopping and not saves
+            ahead = config.sample_ahead and not interruption.signal and not saves
 
             rollout = rollouts.draw(step, state.params, draw_next=ahead)
-            rewards = rollouts.reward(rollout)
-            extra = ()
-            if rewards is not None:
-                extra = (data.place_array(rewards.advantages, program.mesh),)
             began = time.monotonic()
             state, values = rollout.update(
-                state, teacher_params, rollout.batch, rollout.keys.dropout, *extra
+                state, teacher_params, rollout.batch, rollout.keys.dropout, rollout.advantages
             )
-            if recipe.train.sample_ahead and rollout.sample is not None:
-                values = {**values, "staleness": float(rollout.is_early)}
             # While the device works on this step, the host waits for the previous step and logs it.
-            log.add(Step(step, rollout, rewards, values, clock.seconds(began, values["loss"])))
+            log.add(Step(step, rollout, values, clock.seconds(began, values["loss"])))
 
-            stopping |= told_to_stop(done)
-            stops = stopping and not rollouts.is_ahead
+            stops = interruption.is_due(done) and not rollouts.is_ahead
             if saves or stops:
                 log.flush()
-                shown.clear()
-                writer.copy()
                 saved.save(done, state, stream, run.description)
             if evaluates:
                 saved.wait()  # if the evaluation fails, the weights are safe
-                evaluate_at(done)
+                evaluate_at(done, state)
             if saves:
                 times.saved()
             if stops and not is_last:
-                advice = "run the same command to go on"
-                print(f"{interruption.name}: saved step {done}; {advice}", file=sys.stderr)
-                raise SystemExit(interruption.status)
+                interruption.exit(done)
         if (best := saved.best()) is not None:
-            print(f"best checkpoint: step {best[0]}, {recipe.train.best_metric} {best[1]:.4g}")
-    run.check_learnt()
+            print(f"best checkpoint: step {best[0]}, {config.best_metric} {best[1]:.4g}")
 
 
 def _check_places(recipe: Recipe, folder: files.AnyPath, pending: frozenset[str]) -> None:
