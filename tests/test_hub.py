@@ -121,10 +121,10 @@ def test_a_model_is_downloaded_by_its_name_and_kept(served, tmp_path):
     assert config.d_model == CONFIG.d_model
     assert_same(params, served.params)
     assert not any(path.endswith(".bin") for path in served.asked)
-    folder, commit = hub.download(NAME)
-    assert commit == served.commit
+    folder = hub.download(NAME)
     assert pathlib.Path(folder).is_dir()
-    assert hub.download(f"{NAME}@{commit}").folder == folder
+    assert hub.local_copy(NAME) == (folder, {NAME: served.commit})
+    assert hub.download(f"{NAME}@{served.commit}") == folder
     convert_checkpoint(NAME, str(tmp_path / "out"), to="gkd")
     assert_same(load_model(str(tmp_path / "out"))[1], served.params)
 

@@ -33,7 +33,7 @@ def parse(
     bindings: Iterable[tuple[str, str]],
     search_paths: Iterable[str],
     *,
-    stand_ins: Mapping[str, str] | None = None,
+    stand_ins: Mapping[str, str] = {},
 ) -> None:
     """Reads gin files, then bindings, which may name everything that the files import.
 
@@ -74,8 +74,8 @@ def parse(
     _check_references()
     _expand_paths()
     missing = [name for name, value in macros().items() if value == REQUIRED]
-    for name in set(missing) & set(stand_ins or ()):
-        gin.parse_config(f"{name} = {(stand_ins or {})[name]}")
+    for name in stand_ins.keys() & missing:
+        gin.parse_config(f"{name} = {stand_ins[name]}")
         missing.remove(name)
     if missing:
         raise UsageError(

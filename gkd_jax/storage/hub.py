@@ -10,7 +10,6 @@ from collections.abc import Mapping
 import pathlib
 import re
 import sys
-from typing import NamedTuple
 
 
 # What a model is read from. Pickles (*.bin) are never downloaded.
@@ -21,18 +20,6 @@ _TOKENIZER_FILES = (
     *("config.json", "generation_config.json", "*.model", "*.jinja"),
 )
 _NAME = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
-
-
-class Download(NamedTuple):
-    """A model of the hub on this machine.
-
-    Attributes:
-        folder: its files.
-        commit: the commit that they are of.
-    """
-
-    folder: str
-    commit: str
 
 
 def is_name(path: str) -> bool:
@@ -50,7 +37,7 @@ def local_folder(path: str) -> str:
     Raises:
         FileNotFoundError: as `download` does.
     """
-    return download(path).folder if is_name(path) else path
+    return download(path) if is_name(path) else path
 
 
 def local_copy(
@@ -65,18 +52,19 @@ def local_copy(
     """
     if not is_name(path):
         return path, {}
-    found = download(path, pinned, tokenizer_only=tokenizer_only)
-    print(f"{path} is at commit {found.commit} of the hub", file=sys.stderr)
-    return found.folder, {path: found.commit}
+    folder = download(path, pinned, tokenizer_only=tokenizer_only)
+    commit = pathlib.Path(folder).name
+    print(f"{path} is at commit {commit} of the hub", file=sys.stderr)
+    return folder, {path: commit}
 
 
-def download(
-    name: str, pinned: Mapping[str, str] = {}, *, tokenizer_only: bool = False
-) -> Download:
-    """Downloads a model, unless the client's cache has it.
+def download(name: str, pinned: Mapping[str, str] = {}, *, tokenizer_only: bool = False) -> str:
+    """Downloads a model, unless the client's cache has it, and returns the folder of its files.
+
+    The client names the folder by the commit of the files.
 
     Args:
-        name: such as "google/flan-t5-small" or "google/flan-t5-small@main".
+        name: a name by `is_name`, such as "google/flan-t5-small" or "google/flan-t5-small@main".
         pinned: the commits of names that were downloaded before.
         tokenizer_only: download the files of the tokenizer alone.
 
@@ -84,8 +72,7 @@ def download(
         FileNotFoundError: if the client is not installed, or cannot get the model.
     """
     found = _NAME.fullmatch(name)
-    if found is None:
-        raise ValueError(f"a model on the hub is named owner/name or owner/name@commit: {name!r}")
+    assert found is not None
     what = "vocabulary" if tokenizer_only else "checkpoint"
     nothing_here = f"no {what} at {name!r}: there is no such file or folder"
     try:
@@ -96,7 +83,7 @@ def download(
             "pip install huggingface_hub, and run this again"
         ) from None
     try:
-        folder = huggingface_hub.snapshot_download(
+        return huggingface_hub.snapshot_download(
             found["name"],
             revision=pinned.get(name, found["revision"]),
             allow_patterns=list(_TOKENIZER_FILES if tokenizer_only else _FILES),
@@ -106,4 +93,3 @@ def download(
         raise FileNotFoundError(
             f"{nothing_here}, and the Hugging Face hub gave no such model ({reason})"
         ) from None
-    return Download(folder, pathlib.Path(folder).name)

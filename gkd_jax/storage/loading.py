@@ -1,6 +1,7 @@
 """Loads a checkpoint of any format: its config, its parameters, and its number of ids."""
 
 from collections.abc import Iterator
+import functools
 import os
 from typing import Any
 
@@ -92,14 +93,12 @@ def _not_finite(names: list[str], flags: list[Any]) -> Iterator[str]:
             yield from (f"{name} (layer {layer})" for layer in (~flag).nonzero()[0])
 
 
-def _all_finite(leaves: list[jax.Array], stacked: tuple[bool, ...]) -> list[jax.Array]:
+@functools.partial(jax.jit, static_argnums=1)
+def _finite(leaves: list[jax.Array], stacked: tuple[bool, ...]) -> list[jax.Array]:
     return [
         jnp.all(jnp.isfinite(leaf), axis=tuple(range(int(by_layer), leaf.ndim)))
         for leaf, by_layer in zip(leaves, stacked, strict=True)
     ]
-
-
-_finite = jax.jit(_all_finite, static_argnums=1)
 
 
 def load_model(path: str | os.PathLike[str]) -> tuple[lm.Config, lm.Params]:

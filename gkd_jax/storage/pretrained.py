@@ -81,7 +81,6 @@ class ModelConfig:
             raise ValueError(
                 "a model needs a size (tiny, small, base, large, xl, xxl) or a checkpoint, got None"
             )
-
         check_dtype(self.dtype)
         if self.param_dtype not in ("float32", "bfloat16", "int8"):
             raise ValueError(

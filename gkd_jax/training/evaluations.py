@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import os
 import sys
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import seqio
@@ -20,18 +20,6 @@ from gkd_jax.text import files, task_names, vocabularies
 from gkd_jax.training import teachers
 from gkd_jax.training.program import Program
 from gkd_jax.training.source import Source
-
-
-class _Evaluated(NamedTuple):
-    """A task that is decoded and scored.
-
-    Attributes:
-        task: the seqio task; of a mixture, one of its tasks.
-        in_recipe: the name of the task, or of its mixture, in the recipe.
-    """
-
-    task: Any
-    in_recipe: str
 
 
 class Evaluations:
@@ -55,16 +43,45 @@ class Evaluations:
         """
         recipe = program.recipe
         assert recipe.evaluation is not None
-        self._config, self._data, self._folder = recipe.evaluation, recipe.data, model_dir
-        self._vocabulary, self._mesh = source.vocabulary, program.mesh
-        self._tokenizer = tokenizer_files.find(recipe.student.checkpoint)
+        self._program, self._source, self._folder = program, source, model_dir
+        self._config = recipe.evaluation
         self._lengths = dict(recipe.data.feature_lengths)
         self._lengths["targets"] = self._config.target_length or self._lengths["targets"]
         self._batch_size = self._config.batch_size or recipe.data.batch_size
         self._config.check_mesh(self._batch_size, program.mesh)
-        self._tasks = dict(self._open(source, check_remote))
+        # The name in metrics -> the seqio task, and the name in the recipe of the task or mixture.
+        self._tasks = dict(self._open(check_remote))
         self._divergences: dict[gkd.ModelPair, evaluate.TokenDivergence] = {}
-        self._program, self._source = program, source
+
+    def _open(self, check_remote: bool) -> Iterator[tuple[str, tuple[Any, str]]]:
+        """Yields the entries of `self._tasks`."""
+        name, tasks = self._config.task, self._source.tasks
+        if name is not None and name in tasks:
+            tasks = {name: tasks[name]}
+        elif name is not None:
+            tasks = {name: self._open_other(name, check_remote)}
+        for name, task in tasks.items():
+            is_mixture = isinstance(task, seqio.Mixture)
+            for part in task.tasks if is_mixture else [task]:
+                named_tasks.check_split(part, self._config.split)
+                named_tasks.check_rows(part, self._config.split, check_remote=check_remote)
+                yield part.name if is_mixture else task_names.display_name(name), (part, name)
+
+    def _open_other(self, name: str, check_remote: bool) -> Any:
+        """Opens a task that is not trained on."""
+        recipe, expected = self._program.recipe, self._source.vocabulary
+        task, vocabulary = named_tasks.open_task(
+            dataclasses.replace(recipe.data, task=name),
+            tokenizer=tokenizer_files.find(recipe.student.checkpoint),
+            check_remote=check_remote,
+            file_vocabulary=expected,
+        )
+        if not vocabularies.same(vocabulary, expected):
+            raise ValueError(
+                f"EVAL_TASK {name!r} has another vocabulary than {recipe.data.name!r}, which "
+                "the student is trained on: set VOCABULARY for both, or evaluate another task"
+            )
+        return task
 
     @functools.cached_property
     def _decoder(self) -> evaluate.Decoder:
@@ -88,35 +105,8 @@ class Evaluations:
         if models.teacher is None or params is None:
             return None
         if models not in self._divergences:
-            self._divergences[models] = evaluate.teacher_divergence(models, self._mesh)
+            self._divergences[models] = evaluate.teacher_divergence(models, self._program.mesh)
         return evaluate.Teacher(self._divergences[models], params)
-
-    def _open(self, source: Source, check_remote: bool) -> Iterator[tuple[str, _Evaluated]]:
-        """Yields (name in metrics, task) for everything that is evaluated."""
-        name, tasks = self._config.task, source.tasks
-        if name is not None and name in tasks:
-            tasks = {name: tasks[name]}
-        elif name is not None:
-            chosen = dataclasses.replace(self._data, task=name)
-            task, vocabulary = named_tasks.open_task(
-                chosen,
-                tokenizer=self._tokenizer,
-                check_remote=check_remote,
-                file_vocabulary=source.vocabulary,
-            )
-            if not vocabularies.same(vocabulary, source.vocabulary):
-                raise ValueError(
-                    f"EVAL_TASK {name!r} has another vocabulary than {self._data.name!r}, which "
-                    "the student is trained on: set VOCABULARY for both, or evaluate another task"
-                )
-            tasks = {name: task}
-        for name, task in tasks.items():
-            is_mixture = isinstance(task, seqio.Mixture)
-            for part in task.tasks if is_mixture else [task]:
-                named_tasks.check_split(part, self._config.split)
-                named_tasks.check_rows(part, self._config.split, check_remote=check_remote)
-                shown = part.name if is_mixture else task_names.display_name(name)
-                yield shown, _Evaluated(part, name)
 
     def check_first_examples(self) -> None:
         """Reads a batch of each task, so that unreadable data stop the run before it trains.
@@ -137,8 +127,8 @@ class Evaluations:
     def _batches(self, task: Any) -> Iterator[eval_batches.EvalBatch]:
         # A task without prompts of the teacher's own is scored behind the student's.
         lengths = {k: v for k, v in self._lengths.items() if k in task.output_features}
-        config = self._config
-        split = Split(task, config.split, lengths, config.num_examples, self._data.use_cached)
+        config, use_cached = self._config, self._program.recipe.data.use_cached
+        split = Split(task, config.split, lengths, config.num_examples, use_cached)
         return eval_batches.eval_batches(split, self._batch_size)
 
     def __call__(
@@ -162,7 +152,7 @@ class Evaluations:
             values = evaluate.score(task, rows, self._config)
             if jax.process_index() == 0:
                 path = self._folder / "eval" / os.path.basename(name) / f"{step}.jsonl"
-                evaluate.write_rows(path, rows, self._vocabulary)
+                evaluate.write_rows(path, rows, self._source.vocabulary)
             shown = "  ".join(f"{key} {value:.2f}" for key, value in values.items())
             if "teacher_divergence" in values:
                 own = any(row.teacher_inputs is not None for row in rows)

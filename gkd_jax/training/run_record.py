@@ -71,20 +71,15 @@ def _contents(recipe: Recipe, source: Source) -> dict[str, str]:
     for name, model in recipe.models.items():
         if model.checkpoint is not None:
             found[f"{name}.checkpoint"] = content.content_id(model.checkpoint)
-    cache = recipe.data.teacher_cache
+    has_one_task = isinstance(recipe.data.task, str)
     for task in recipe.data.task_rows:
         hashed = named_tasks.content_of(task, recipe.data.split)
         if hashed is not None:
-            found[_task_field(recipe, task)] = hashed
-    if cache is not None:
-        about = json.dumps(teacher_cache.read_about(cache), sort_keys=True)
+            found["data.task" if has_one_task else f"data.task.{task}"] = hashed
+    if recipe.data.teacher_cache is not None:
+        about = json.dumps(teacher_cache.read_about(recipe.data.teacher_cache), sort_keys=True)
         found["data.teacher_cache"] = hashlib.sha256(about.encode()).hexdigest()
     return found
-
-
-def _task_field(recipe: Recipe, task: str) -> str:
-    """Returns the name of the field that holds a task."""
-    return "data.task" if isinstance(recipe.data.task, str) else f"data.task.{task}"
 
 
 def batch_hash(batch: Batch) -> str:

@@ -3,7 +3,7 @@
 This happens before any array exists, so that a mistake is reported at once.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from gkd_jax.input import named_tasks, teacher_cache
 from gkd_jax.storage import content, tokenizer_files, vocabulary_checks
@@ -86,52 +86,51 @@ def _check_cache(
     path, method = recipe.data.teacher_cache, recipe.method
     if path is None:
         return 0, num_pieces
+
+    def refuse(fault: str) -> NoReturn:
+        raise ValueError(f"teacher_cache={path!r} {fault}")
+
     about = teacher_cache.read_about(path)
     if method.divergence is None or (method.mixing == "example" and method.uses_samples()):
-        raise ValueError(
-            f"teacher_cache={path!r} serves steps on the dataset's targets alone: it needs a "
-            "divergence, and mixing='step'"
+        refuse(
+            "serves steps on the dataset's targets alone: it needs a divergence, and mixing='step'"
         )
     if method.teacher_temperature != about["temperature"]:
-        raise ValueError(
-            f"teacher_cache={path!r} was made at temperature {about['temperature']}, got "
+        refuse(
+            f"was made at temperature {about['temperature']}, got "
             f"teacher_temperature {describe(method.teacher_temperature)}"
         )
     stored, wanted = (
-        "teacher_inputs" in lengths
+        "with" if "teacher_inputs" in lengths else "without"
         for lengths in (about["feature_lengths"], recipe.data.feature_lengths)
     )
     if stored != wanted:
-        raise ValueError(
-            f"teacher_cache={path!r} was made {'with' if stored else 'without'} prompts of the "
-            "teacher's own ('teacher_inputs' of TASK_FEATURE_LENGTHS), and the run is "
-            f"{'with' if wanted else 'without'} them"
+        refuse(
+            f"was made {stored} prompts of the teacher's own ('teacher_inputs' of "
+            f"TASK_FEATURE_LENGTHS), and the run is {wanted} them"
         )
     expected = vocabularies.content_hash(vocabulary)
     if about["vocabulary"] != expected:
-        raise ValueError(
-            f"teacher_cache={path!r} was made with another vocabulary (content "
-            f"{about['vocabulary'][:12]}) than this task's (content {expected[:12]})"
+        refuse(
+            f"was made with another vocabulary (content {about['vocabulary'][:12]}) than this "
+            f"task's (content {expected[:12]})"
         )
     if recipe.self_teacher is not None:
-        raise ValueError(
-            f"teacher_cache={path!r} holds the scores of a frozen teacher, got the teacher "
-            f"{recipe.teacher}, which learns"
+        refuse(
+            f"holds the scores of a frozen teacher, got the teacher {recipe.teacher}, which learns"
         )
     teacher = recipe.teachers.get("teacher")
     checkpoint = None if teacher is None else teacher.checkpoint
     if checkpoint is not None and checkpoint not in pending:
         found, expected = content.content_id(checkpoint), about.get("teacher_content")
         if expected != found:
-            raise ValueError(
-                f"teacher_cache={path!r} holds the scores of {about['teacher']!r} (content "
-                f"{str(expected)[:12]}), and TEACHER_CHECKPOINT is another: {checkpoint!r} "
-                f"(content {found[:12]})"
+            refuse(
+                f"holds the scores of {about['teacher']!r} (content {str(expected)[:12]}), and "
+                f"TEACHER_CHECKPOINT is another: {checkpoint!r} (content {found[:12]})"
             )
     if about["num_pieces"] > num_pieces:
-        raise ValueError(
-            f"teacher_cache={path!r} has probabilities of {about['num_pieces']} ids, and the "
-            f"vocabulary and the models of this run share only {num_pieces}: score with the "
-            "student's tokenizer as VOCABULARY"
+        refuse(
+            f"has probabilities of {about['num_pieces']} ids, and the vocabulary and the models of "
+            f"this run share only {num_pieces}: score with the student's tokenizer as VOCABULARY"
         )
     return about["k"], about["num_pieces"]
