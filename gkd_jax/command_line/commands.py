@@ -1,6 +1,5 @@
 """`run`: starts the function of a command with its flags and gin files."""
 
-from collections.abc import Callable
 import contextlib
 import os
 import sys
@@ -8,7 +7,7 @@ from typing import Any
 
 from etils import epath
 
-from gkd_jax.command_line import gin_files, process, recipes
+from gkd_jax.command_line import flags, gin_files, process, recipes
 from gkd_jax.command_line.flags import UsageError
 
 
@@ -33,28 +32,36 @@ def run(command: str, values: Any, bindings: list[tuple[str, str]], positional: 
     Raises:
         UsageError: if a flag or macro that the command needs is missing.
     """
-    if command == "convert":
-        process.set_up(reads_data=True)  # tokenizers are read through TensorFlow
-        _convert(values)
-        return
-    if command == "report":
-        _report(values, positional)
-        return
-    if command == "recipes":
-        with contextlib.suppress(BrokenPipeError):  # `| head` takes what it needs
-            print(recipes.listing())
-        return
-    if command == "sweep":
-        _sweep(values, dict(bindings), positional)
-        return
+    if flags.COMMANDS[command].reads_gin:
+        _read_gin_files(command, values, bindings)
+    match command:
+        case "train":
+            _train(values)
+        case "eval" | "infer" | "score":
+            _decode(command, values)
+        case "precompile":
+            _precompile(values)
+        case "bench":
+            _bench(values)
+        case "convert":
+            _convert(values)
+        case "report":
+            _report(values, positional)
+        case "sweep":
+            _sweep(values, dict(bindings), positional)
+        case "recipes":
+            with contextlib.suppress(BrokenPipeError):  # `| head` takes what it needs
+                print(recipes.listing())
+
+
+def _read_gin_files(command: str, values: Any, bindings: list[tuple[str, str]]) -> None:
     if not values.gin_file:
         raise UsageError(f"{command} needs --gin_file=FILE")
-    start, reads_data = _COMMANDS[command]
-    stand_ins = STAND_INS if command in ("bench", "precompile") else {}
+    reads_data = command not in ("precompile", "bench")
+    stand_ins = {} if reads_data else STAND_INS
     with process.importing():
         process.set_up(reads_data=reads_data, tfds_data_dir=values.tfds_data_dir)
         gin_files.parse(values.gin_file, bindings, values.gin_search_paths, stand_ins=stand_ins)
-    start(values)
 
 
 def _train(values: Any) -> None:
@@ -95,22 +102,11 @@ def _train(values: Any) -> None:
         print(metrics.study_table(root, phases))
 
 
-def _eval(values: Any) -> None:
-    from gkd_jax.evaluation import infer
+def _decode(command: str, values: Any) -> None:
+    from gkd_jax.evaluation import infer, score
 
-    gin_files.configured(infer.evaluate_checkpoint)(dry_run=values.dry_run)
-
-
-def _infer(values: Any) -> None:
-    from gkd_jax.evaluation import infer
-
-    gin_files.configured(infer.run)(dry_run=values.dry_run)
-
-
-def _score(values: Any) -> None:
-    from gkd_jax.evaluation import score
-
-    gin_files.configured(score.run)(dry_run=values.dry_run)
+    functions = {"eval": infer.evaluate_checkpoint, "infer": infer.run, "score": score.run}
+    gin_files.configured(functions[command])(dry_run=values.dry_run)
 
 
 def _precompile(values: Any) -> None:
@@ -154,13 +150,14 @@ def _recipe(phase: str | None) -> Any:
 
 
 def _convert(values: Any) -> None:
-    from gkd_jax.storage import conversion
-
     for name in ("input", "output", "to"):
         if not getattr(values, name):
             raise UsageError(f"convert needs --{name}")
     if values.step is not None and values.to != "t5x":
         raise UsageError(f"--step is the step of a T5X checkpoint, got --to={values.to}")
+    process.set_up(reads_data=True)  # tokenizers are read through TensorFlow
+    from gkd_jax.storage import conversion
+
     conversion.convert_checkpoint(
         values.input,
         values.output,
@@ -213,13 +210,3 @@ def _sweep(values: Any, macros: dict[str, str], extra: list[str]) -> None:
         dry_run=values.dry_run,
     )
     sys.exit(sweep.sweep(options))
-
-
-_COMMANDS: dict[str, tuple[Callable[[Any], None], bool]] = {
-    "train": (_train, True),
-    "eval": (_eval, True),
-    "infer": (_infer, True),
-    "score": (_score, True),
-    "precompile": (_precompile, False),
-    "bench": (_bench, False),
-}
