@@ -78,7 +78,7 @@ class StreamRestore(ocp.args.CheckpointArgs):
     """Tells Orbax to restore the position of `stream` in place; errors go into `errors`."""
 
     stream: Any
-    errors: list[Exception] = dataclasses.field(default_factory=list)
+    errors: list[Exception]
 
 
 class _KeepBest(PreservationPolicy):
@@ -260,14 +260,13 @@ class Checkpoints:
         for name in wanted:  # without this file, Orbax returns a tree of another form
             if not (self._folder / str(step) / name / _TREE_FILE).exists():
                 raise fingerprints.DamagedError(f"there is no file {name}/{_TREE_FILE}")
-        position = None if stream is None else StreamRestore(stream)
         items: dict[str, Any] = {
             name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()
         }
-        if position is not None:
-            items["stream"] = position
+        errors: list[Exception] = []
+        if stream is not None:
+            items["stream"] = StreamRestore(stream, errors)
         restored: Any = self._orbax.restore(step, args=ocp.args.Composite(**items))
-        errors = [] if position is None else position.errors
         if np.any(multihost_utils.process_allgather(np.asarray(bool(errors)))):
             here = errors[0] if errors else "of another process' part"
             raise fingerprints.DamagedError(f"the position of the data cannot be read: {here}")

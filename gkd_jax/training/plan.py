@@ -57,16 +57,18 @@ def model_info(program: Program) -> str:
     student = program.state.params
     text = "student\n" + _describe(student, shardings_of(student))
     text += _replicated_heads(program.models.student, program.mesh)
-    pairs = {one.task: one.models for one in program.learner.task_teachers}
-    for name, models in pairs.items() or [("", program.models)]:
-        params = program.teacher and (program.teacher[name] if name else program.teacher)
+    taught = {"teacher": (program.models, program.teacher)}
+    if several := program.learner.task_teachers:
+        assert program.teacher is not None
+        taught = {
+            f"teacher of {one.task}": (one.models, program.teacher[one.task]) for one in several
+        }
+    for name, (models, params) in taught.items():
         if params is not None:
             assert models.teacher is not None
-            described = _describe(params, shardings_of(params))
-            text += f"\n\nteacher{name and f' of {name}'}\n{described}"
-            text += _replicated_heads(
-                models.teacher, sharding.with_sizes(program.mesh, models.teacher_mesh)
-            )
+            own_mesh = sharding.with_sizes(program.mesh, models.teacher_mesh)
+            text += f"\n\n{name}\n{_describe(params, shardings_of(params))}"
+            text += _replicated_heads(models.teacher, own_mesh)
     return text + "\n"
 
 

@@ -1,10 +1,8 @@
 """`RunFolder`: the MODEL_DIR of a run, from which the run begins or resumes."""
 
 from collections.abc import Mapping, Sequence
-import dataclasses
 import functools
 import sys
-from typing import Any
 
 import jax
 
@@ -18,7 +16,6 @@ from gkd_jax.training.program import Program, initial_state
 from gkd_jax.training.source import Source
 
 
-@dataclasses.dataclass(kw_only=True)
 class RunFolder:
     """The MODEL_DIR of a run, with what it holds and what this start changes.
 
@@ -32,17 +29,8 @@ class RunFolder:
         description: the model's description, saved with every checkpoint.
     """
 
-    program: Program
-    source: Source
-    folder: files.AnyPath
-    about: dict[str, Any]
-    changes: list[dict[str, Any]]
-    is_new: bool
-    description: dict[str, Any]
-
-    @classmethod
-    def open(
-        cls,
+    def __init__(
+        self,
         program: Program,
         source: Source,
         folder: files.AnyPath,
@@ -50,7 +38,8 @@ class RunFolder:
         name: str = "",
         allow_changes: Sequence[str] = (),
         macros: Mapping[str, str] = {},
-    ) -> "RunFolder":
+        commits: Mapping[str, str] = {},
+    ):
         """Compares a recipe with what MODEL_DIR holds; writes nothing.
 
         Args:
@@ -61,34 +50,29 @@ class RunFolder:
             allow_changes: names of the recipe's fields that a resumed run may change, as
                 `run_record.fields_named` reads them.
             macros: the gin macros of the run.
+            commits: the commits of what was downloaded from the Hugging Face hub, by name.
 
         Raises:
             ValueError: if the folder holds a run with another configuration, or if the recipe has
                 no field of a name in `allow_changes`.
         """
+        self.program, self.source, self.folder = program, source, folder
         about = run_record.describe_run(program, source, name=name or folder.name, macros=macros)
-        before, changed = run_record.read(folder), []
+        before = run_record.read(folder)
         # A name that is no field is refused even where there is nothing to resume.
         allowed = [
             field for name in allow_changes for field in run_record.fields_named(about, name)
         ]
+        self.about, self.changes, self.is_new = about, [], before is None
         if before is not None:
-            changed = run_record.changes(folder, before, about, allowed)
+            self.changes = run_record.changes(folder, before, about, allowed)
             about["changes"] = before.get("changes", [])
             about["first_batch"] = before.get("first_batch")
-        description = saved_model.describe_model(
+        about["hub"] = dict(commits)
+        self.description = saved_model.describe_model(
             program.models.student,
             vocabularies.content_hash(source.vocabulary),
             source.num_pieces,
-        )
-        return cls(
-            program=program,
-            source=source,
-            folder=folder,
-            about=about,
-            changes=changed,
-            is_new=before is None,
-            description=description,
         )
 
     @property

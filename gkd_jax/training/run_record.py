@@ -172,23 +172,15 @@ def _all_differences(
         # Where both runs have a path, the contents behind the paths are compared below.
         if not is_path(name) or old is None or new is None:
             yield name, old, new
+    values = {name: value for name, _, value in _fields(about["recipe"])}
     for name in sorted(was.keys() & now.keys()):
         if was[name] != now[name]:
-            path = _field(about["recipe"], name)  # of several tasks, their number of rows
-            where = path if isinstance(path, str) else name
+            value = values.get(name)
+            # The value of a field such as "data.task.arithmetic" is a number of rows, no path.
+            where = value if isinstance(value, str) else name
             yield name, f"content {was[name][:12]}", f"{where} (content {now[name][:12]})"
     if before.get("process_shards", 1) != about["process_shards"]:
         yield "process_shards", before.get("process_shards", 1), about["process_shards"]
-
-
-def _field(description: Any, name: str) -> Any:
-    """Returns the value of a dotted field, whose parts may have dots; None if there is none."""
-    for key, value in (description or {}).items():
-        if name == key:
-            return value
-        if name.startswith(f"{key}."):
-            return _field(value, name[len(key) + 1 :])
-    return None
 
 
 def fields_named(about: dict[str, Any], name: str) -> list[str]:
@@ -205,7 +197,7 @@ def fields_named(about: dict[str, Any], name: str) -> list[str]:
     scope, _, selector = name.rpartition("/")
     found = [
         path
-        for path, kind in _fields(about["recipe"])
+        for path, kind, _ in _fields(about["recipe"])
         if name == path
         or (
             f"{kind}.{path.rpartition('.')[2]}".lower() == selector.lower()
@@ -220,12 +212,12 @@ def fields_named(about: dict[str, Any], name: str) -> list[str]:
     return found
 
 
-def _fields(description: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yields (dotted name, type of the dataclass that holds it) for every field."""
+def _fields(description: Any, prefix: str = "") -> Iterator[tuple[str, str, Any]]:
+    """Yields (dotted name, type of the dataclass that holds it, value) for every field."""
     for key, value in description.items():
         if key == "type":
             continue
-        yield f"{prefix}{key}", str(description.get("type"))
+        yield f"{prefix}{key}", str(description.get("type")), value
         if isinstance(value, dict):
             yield from _fields(value, f"{prefix}{key}.")
 

@@ -91,10 +91,15 @@ def train(
     if dry_run:
         _check_dry(folder, program, source, pending, allow_changes)
         return
-    run = RunFolder.open(
-        program, source, folder, name=name, allow_changes=allow_changes, macros=macros
+    run = RunFolder(
+        program,
+        source,
+        folder,
+        name=name,
+        allow_changes=allow_changes,
+        macros=macros,
+        commits=commits,
     )
-    run.about["hub"] = commits
     if run.is_finished:
         run.check_learnt()
         print(f"{model_dir} has its {recipe.train.train_steps} steps already", file=sys.stderr)
@@ -250,7 +255,7 @@ def _check_dry(
     if files.in_bucket(folder):
         unknown |= {os.fspath(folder)}
     elif run_record.read(folder) is not None and not unknown:
-        RunFolder.open(program, source, folder, allow_changes=allow_changes)
+        RunFolder(program, source, folder, allow_changes=allow_changes)
     for path in sorted(unknown):
         print(f"not checked: {path}", file=sys.stderr)
     print("dry run: all is well", file=sys.stderr)
