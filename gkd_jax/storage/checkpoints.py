@@ -295,7 +295,7 @@ def _writing() -> Iterator[None]:
 
 
 def _items(state: TrainState) -> dict[str, Any]:
-    """The parts of a state that are saved, each as an item of its own."""
+    """Returns the parts of a state that are saved, each as an item of its own."""
     items = {"params": state.params, "opt_state": state.opt_state}
     return items if state.average is None else {**items, "average": state.average}
 

@@ -23,7 +23,7 @@ _NAME = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-
 
 
 def is_name(path: str) -> bool:
-    """Whether a path can only be a name on the hub: it looks like one, and nothing lies there.
+    """Returns whether a path is a name on the hub: it looks like one, and nothing lies there.
 
     A missing `folder/spiece.model` or `folder/tokenizer.json` is a missing file.
     """

@@ -198,7 +198,7 @@ def check_exists(checkpoint: str | None) -> None:
 
 
 def is_remote(checkpoint: str | None) -> bool:
-    """Whether there is a checkpoint, and it is in a bucket or on the Hugging Face hub."""
+    """Returns whether a checkpoint is in a bucket or on the Hugging Face hub; False for None."""
     return checkpoint is not None and ("://" in checkpoint or hub.is_name(checkpoint))
 
 

@@ -85,7 +85,7 @@ class Evaluations:
 
     @functools.cached_property
     def _decoder(self) -> evaluate.Decoder:
-        """The decoder, made at first use, because a dry run must not read a remote vocabulary."""
+        """The decoder. It is made at first use: a dry run must not read a remote vocabulary."""
         program = self._program
         return evaluate.make_decoder(
             program.models.student,
@@ -97,7 +97,7 @@ class Evaluations:
         )
 
     def _teacher(self, task: str, params: lm.Params | None) -> evaluate.Teacher | None:
-        """The teacher of a task; None if no teacher has been given it."""
+        """Returns the teacher of a task; None if no teacher has been given it."""
         learner, models = self._program.learner, self._program.models
         if learner.task_teachers:
             models = next((one.models for one in learner.task_teachers if one.task == task), models)

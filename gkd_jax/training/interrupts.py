@@ -24,7 +24,7 @@ class Interruption:
         self.signal: signal.Signals | None = None
 
     def is_due(self, done: int) -> bool:
-        """Whether the run must stop after `done` steps; all processes call it at each step.
+        """Returns whether the run must stop after `done` steps; all processes ask at each step.
 
         In a job of several processes, each may get SIGTERM at another step, or only one may get it,
         so JAX's preemption service chooses a step that all of them have still to reach.

@@ -13,7 +13,7 @@ from gkd_jax.training.recipe import describe
 
 
 def plan(program: Program) -> str:
-    """A summary of the run in a few lines, printed when it starts."""
+    """Returns a summary of the run in a few lines, which is printed when it starts."""
     recipe, models, method = program.recipe, program.models, program.method
     config = recipe.data
     meshes = [_mesh_text(program.mesh)]
@@ -44,7 +44,7 @@ def _mesh_text(mesh: Mesh) -> str:
 
 
 def _text(value: Any) -> str:
-    """A value of a recipe on one line, such as `JSD(beta=0.1, scale=paper)`."""
+    """Returns a value of a recipe on one line, such as `JSD(beta=0.1, scale=paper)`."""
     found = describe(value)
     if not isinstance(found, dict):
         return str(found)
@@ -53,7 +53,7 @@ def _text(value: Any) -> str:
 
 
 def model_info(program: Program) -> str:
-    """The text of model_info.txt, which describes every array of both models."""
+    """Returns the text of model_info.txt, which describes every array of both models."""
     student = program.state.params
     text = "student\n" + _describe(student, shardings_of(student))
     text += _replicated_heads(program.models.student, program.mesh)
@@ -73,7 +73,7 @@ def model_info(program: Program) -> str:
 
 
 def _replicated_heads(config: lm.Config, mesh: Mesh) -> str:
-    """A line about key heads that the devices of `tensor` cannot share; empty if they can."""
+    """Returns a line about key heads that the devices of `tensor` cannot share, if any."""
     heads, parts = getattr(config, "num_kv_heads", None), mesh.shape["tensor"]
     if heads is None or heads % parts == 0:
         return ""
@@ -82,7 +82,7 @@ def _replicated_heads(config: lm.Config, mesh: Mesh) -> str:
 
 
 def _describe(params: lm.Params, placed: lm.Params) -> str:
-    """One line per array: path, shape, dtype, logical axes, mesh axes and bytes per device."""
+    """Returns a line per array: path, shape, dtype, logical axes, mesh axes, bytes per device."""
     lines, total = [], 0
     axes = jax.tree.leaves(lm.logical_axes(params), is_leaf=lambda x: type(x) is tuple)
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]

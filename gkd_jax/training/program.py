@@ -73,7 +73,7 @@ class Program:
         return self.learner.config
 
     def batch(self, rows: int, shape: Shape, num_samples: int = 1, k: int = 0) -> Batch:
-        """An abstract batch as shapes with shardings.
+        """Returns an abstract batch: shapes with shardings.
 
         Args:
             rows: the number of prompts.
@@ -272,7 +272,7 @@ def initial_state(program: Program, params: lm.Params) -> TrainState:
 
 
 def shardings_of(shapes: Any) -> Any:
-    """The tree of the shardings of arrays or `ShapeDtypeStruct`s."""
+    """Returns the tree of the shardings of arrays or `ShapeDtypeStruct`s."""
     return jax.tree.map(lambda x: x.sharding, shapes)
 
 
@@ -354,7 +354,7 @@ def start_compiling(program: Program) -> Callable[[], dict[Shape, Steps]]:
 
 
 def phases(program: Program) -> dict[str, tuple[Any, tuple[Any, ...]]]:
-    """The jitted functions of a step with their abstract arguments, for `precompile` and `bench`.
+    """Returns the jitted functions of a step with their abstract arguments.
 
     Returns:
         "sample" and "update", the functions that `compile_steps` compiles, for the largest shape of

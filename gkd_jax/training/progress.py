@@ -84,7 +84,7 @@ class Progress:
 
 
 def _numbers(values: Mapping[str, float]) -> list[str]:
-    """The loss, time and speed of a step, and, where it is known, its share of the peak."""
+    """Returns the loss, time and speed of a step and, where known, its share of the peak."""
     found = [
         f"loss {values['train/loss']:.4f}",
         f"{values['time/step_s'] * 1e3:.0f} ms/step",

@@ -210,7 +210,7 @@ class Recipe:
         return teacher if isinstance(teacher, LiveStudent | MovingAverage) else None
 
     def evaluates_after(self, done: int) -> bool:
-        """Whether the run evaluates after `done` steps: every `eval_period` steps and at the end.
+        """Returns whether the run evaluates after `done` steps: by `eval_period`, or at its end.
 
         As 0 is a multiple of every period, the run also evaluates before its first step.
         """
@@ -219,7 +219,7 @@ class Recipe:
         return is_due and self.evaluation is not None
 
     def learning_rate(self) -> Schedule:
-        """The learning rate as a function of the step."""
+        """Returns the learning rate as a function of the step."""
         return self.schedule.over(self.train.train_steps)
 
 
@@ -247,7 +247,7 @@ def choose_teacher(
 
 
 def phase_dir(model_dir: str, phase: str) -> str:
-    """The MODEL_DIR of one phase of a study, for gin files, which cannot join strings."""
+    """Returns the MODEL_DIR of a phase of a study, for gin files, which cannot join strings."""
     return os.path.join(model_dir, phase)
 
 
@@ -293,12 +293,12 @@ def differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, 
 
 
 def is_path(name: str) -> bool:
-    """Whether a field holds a path, whose contents are compared."""
+    """Returns whether a field holds a path, whose contents are compared."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in PATHS)
 
 
 def is_below(name: str, fields: tuple[str, ...]) -> bool:
-    """Whether a dotted name equals one of the fields or is nested inside one.
+    """Returns whether a dotted name equals one of the fields or is nested inside one.
 
     A `*` in a field stands for any text, as in "teacher.models.*.mesh".
     """

@@ -83,7 +83,7 @@ class RunFolder:
         return newest >= last and not self.lacks_evaluation(newest)
 
     def lacks_evaluation(self, done: int) -> bool:
-        """Whether the evaluation after `done` steps is due and not in metrics.jsonl.
+        """Returns whether the evaluation after `done` steps is due and not in metrics.jsonl.
 
         A step is saved before it is evaluated, so a run that ended during the evaluation has the
         checkpoint alone.

@@ -121,7 +121,7 @@ def _owner(path: epath.Path) -> tuple[dict[str, Any], float | None]:
 
 
 def _has_ended(owner: dict[str, Any]) -> bool:
-    """Whether the owner was a process of this machine that has ended."""
+    """Returns whether the owner was a process of this machine that has ended."""
     if owner.get("host") != socket.gethostname() or not isinstance(owner.get("pid"), int):
         return False
     started = _start_time(owner["pid"])
@@ -129,7 +129,7 @@ def _has_ended(owner: dict[str, Any]) -> bool:
 
 
 def _start_time(pid: int | None = None) -> str | None:
-    """The start time of a process in kernel ticks; None if there is no such process.
+    """Returns the start time of a process in kernel ticks; None if there is no such process.
 
     Together with the process id, it tells a process from a later one with the same id.
     """

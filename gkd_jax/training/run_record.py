@@ -30,7 +30,7 @@ from gkd_jax.training.source import Source
 def describe_run(
     program: Program, source: Source, *, name: str, macros: Mapping[str, str]
 ) -> dict[str, Any]:
-    """The contents of run.json, which suffice to tell the run from others and to repeat it.
+    """Returns the contents of run.json, which tell the run from others and let it be repeated.
 
     Args:
         program: the run's shapes and recipe.
@@ -66,7 +66,7 @@ def describe_run(
 
 
 def _contents(recipe: Recipe, source: Source) -> dict[str, str]:
-    """Field name -> hash of the content behind that field's path."""
+    """Returns the hash of the content behind the path in each field, by the field's name."""
     found = {"data.vocabulary": vocabularies.content_hash(source.vocabulary)}
     for name, model in recipe.models.items():
         if model.checkpoint is not None:
@@ -83,7 +83,7 @@ def _contents(recipe: Recipe, source: Source) -> dict[str, str]:
 
 
 def batch_hash(batch: Batch) -> str:
-    """SHA-256 of a batch's ids and weights, by which two streams of data are compared."""
+    """Returns the SHA-256 of a batch's ids and weights, by which streams are compared."""
     digest = hashlib.sha256()
     for array in (batch.inputs, batch.targets, batch.weights, batch.teacher_inputs):
         if array is not None:
@@ -124,7 +124,7 @@ def changes(
     about: dict[str, Any],
     allowed: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
-    """The changes that this start makes to the run in a MODEL_DIR.
+    """Returns the changes that this start makes to the run in a MODEL_DIR.
 
     Args:
         folder: the MODEL_DIR.
@@ -184,7 +184,7 @@ def _all_differences(
 
 
 def fields_named(about: dict[str, Any], name: str) -> list[str]:
-    """The recipe fields that a name of ALLOW_CHANGES stands for.
+    """Returns the recipe fields that a name of ALLOW_CHANGES stands for.
 
     Args:
         about: the contents of run.json.
@@ -228,7 +228,7 @@ def write(folder: files.AnyPath, about: dict[str, Any]) -> None:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that this package runs from; None for an installed package."""
+    """Returns the commit of this package's checkout; None if the package is installed."""
     folder = pathlib.Path(__file__).resolve().parent
     command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
     try:

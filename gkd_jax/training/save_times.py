@@ -19,7 +19,7 @@ _TIME = re.compile(r"(\d+(?:\.\d+)?) ?(s|m|h|seconds?|minutes?|hours?)")
 
 
 def seconds(period: str) -> float:
-    """The length of a time such as "10 minutes", "90 s" or "1.5h", in seconds.
+    """Returns the seconds of a time such as "10 minutes", "90 s" or "1.5h".
 
     Raises:
         ValueError: for a text that is no such time, or a time of 0.
@@ -50,7 +50,7 @@ class SaveTimes:
         self._next_look = 0
 
     def is_due(self, done: int) -> bool:
-        """Whether to save after `done` steps; all processes call it at each step, in order.
+        """Returns whether to save after `done` steps; all processes ask at each step, in order.
 
         All processes get the same answer at the same step.
         """
@@ -75,7 +75,7 @@ class SaveTimes:
         self._saved_at = time.monotonic()
 
     def _steps_until_next_look(self, now: float, done: int, saved_at: float) -> int:
-        """How many steps fit into the time that is left, but at most twice as many as last time.
+        """Returns how many steps fit into the time left, but at most twice as many as last time.
 
         The first limit keeps a save from coming late. The second one keeps a few unusually fast
         steps from putting the next look off for long.

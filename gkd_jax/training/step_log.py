@@ -93,7 +93,7 @@ class StepLog:
             self._stop_at_nonfinite(step, values)
 
     def _sample_numbers(self, rollout: Rollout) -> dict[str, float]:
-        """The metrics of a step's samples and of their rewards; {} without samples."""
+        """Returns the metrics of a step's samples and of their rewards; {} without samples."""
         sample = rollout.sample
         if sample is None:
             return {}
@@ -117,7 +117,7 @@ class StepLog:
     def _speed(
         self, step: Step, values: Mapping[str, float], busy: float, sampled_tokens: float
     ) -> dict[str, float]:
-        """The time of the step on the clock, its tokens a second, and its share of the peak.
+        """Returns the time of the step, its tokens a second, and its share of the peak.
 
         A pause between the previous step and this one, such as an evaluation, does not count. The
         time is at least that for which the device was busy, since a step that a checkpoint follows

@@ -65,15 +65,15 @@ def step_flops(
 
 
 def peak_flops() -> float | None:
-    """The peak FLOP/s of all devices of the job; None for a kind whose peak is not known here."""
+    """Returns the peak FLOP/s of all devices of the job; None for a kind without an entry."""
     peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
     return None if peak is None else peak * jax.device_count()
 
 
 def device_memory() -> dict[str, float]:
-    """The most memory that a device of this process has used, and its limit, in GiB.
+    """Returns the most memory that a device of this process has used, and its limit, in GiB.
 
-    Empty where the backend does not tell, as on CPU.
+    The result is empty where the backend does not tell, as on CPU.
     """
     found = [device.memory_stats() or {} for device in jax.local_devices()]
     names = {"peak_bytes_in_use": "memory/device_peak_gib", "bytes_limit": "memory/device_gib"}

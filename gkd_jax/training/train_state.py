@@ -15,7 +15,7 @@ from gkd_jax.models import lm
 def create(
     params: lm.Params, optimizer: optax.GradientTransformation, *, with_average: bool = False
 ) -> TrainState:
-    """The state before the first update: step 0, the parameters, a new optimizer state.
+    """Returns the state before the first update: step 0, and a new state of the optimizer.
 
     `with_average` adds the moving average of the parameters, which starts as a copy of them.
     """
@@ -26,7 +26,7 @@ def create(
 def abstract(
     config: lm.Config, optimizer: optax.GradientTransformation, *, with_average: bool = False
 ) -> TrainState:
-    """The state of `create` as `jax.ShapeDtypeStruct`s, without any array."""
+    """Returns the state of `create` as `jax.ShapeDtypeStruct`s, without any array."""
     return jax.eval_shape(
         lambda params: create(params, optimizer, with_average=with_average),
         lm.abstract_params(config),
@@ -34,7 +34,7 @@ def abstract(
 
 
 def shardings(state: TrainState, mesh: Mesh) -> Any:
-    """The shardings of every array of an abstract state.
+    """Returns the sharding of every array of an abstract state.
 
     An array of the optimizer is sharded like the parameter that has the same dict keys in its path.
     If the array is a mean over one of the parameter's dimensions (Adafactor), that dimension's axis
