@@ -12,14 +12,15 @@ import gcs_server
 import jax
 import numpy as np
 import pytest
-from small_runs import options, write_teacher
+from small_runs import LENGTHS, options, write_teacher
 
 from gkd_jax import divergences
 from gkd_jax.evaluation import evaluate, infer, score
 from gkd_jax.input import named_tasks
 from gkd_jax.input.data import DataConfig
+from gkd_jax.models import t5
 from gkd_jax.storage import loading, pretrained, saved_model
-from gkd_jax.text import files
+from gkd_jax.text import files, vocabularies
 from gkd_jax.training import metrics, run_lock, train
 
 
@@ -144,6 +145,24 @@ def test_a_file_in_a_bucket_is_read_and_hashed_like_a_local_one(bucket):
     assert (held_out > 0, held_out + rest) == (True, 40)
     expected = hashlib.sha256(content.encode()).hexdigest()
     assert named_tasks.content_of("gs://bucket/data.jsonl:mathematics", "train") == expected
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize("student", ["new", "checkpoint"])
+def test_a_dry_run_does_not_look_at_a_vocabulary_in_a_bucket(student, tmp_path, capsys):
+    run = tmp_path / "run"  # of an earlier start
+    (run / "checkpoints" / "1" / "params").mkdir(parents=True)
+    (run / "run.json").write_text("{}")
+    model = pretrained.ModelConfig(size="tiny")
+    if student == "checkpoint":
+        config = t5.t5_1_1("32x2", vocab_size=32128)
+        params = t5.init(config, jax.random.key(0))
+        saved_model.write_params(str(tmp_path / "student"), config, params, "hash", 32100)
+        model = pretrained.ModelConfig(checkpoint=str(tmp_path / "student"))
+    data = DataConfig(task="arithmetic", vocabulary="t5", feature_lengths=LENGTHS, batch_size=8)
+    train.train(**options(run, steps=1, student=model, data=data), dry_run=True)
+    said = capsys.readouterr().err.splitlines()
+    assert said[-2:] == [f"not checked: {vocabularies.T5_PATH}", "dry run: all is well"]
 
 
 def test_one_job_at_a_time_holds_a_run(bucket, monkeypatch):

@@ -72,9 +72,11 @@ def shared_pieces(
     """Returns the number of ids that a run's vocabulary and all its models share.
 
     See `check_vocabularies` for the first three arguments and the errors. A vocabulary in a remote
-    file is read only with `check_remote`.
+    file is read, and compared with those of the models, only with `check_remote`.
     """
     num_pieces = vocabularies.num_pieces(vocabulary, check_remote=check_remote)
+    if vocabularies.is_remote(vocabulary) and not check_remote:
+        return num_pieces
     stated = check_vocabularies(vocabulary, chosen, pending)
     return num_pieces if stated is None else min(num_pieces, stated)
 

@@ -11,7 +11,7 @@ from etils import epath
 
 from gkd_jax.gkd import TrainState, teacher_now
 from gkd_jax.storage import context_checks, pretrained, tokenizer_files, vocabulary_checks
-from gkd_jax.text import files
+from gkd_jax.text import files, vocabularies
 from gkd_jax.training import (
     interrupts,
     metrics,
@@ -225,8 +225,7 @@ def _with_local_files(
     Returns:
         The recipe with the downloaded folders, and the commit of each name.
     """
-    is_read = not (dry_run and files.in_bucket(folder)) and folder.is_dir()
-    before = run_record.read(folder) if is_read else None
+    before = None if dry_run and files.in_bucket(folder) else run_record.read(folder)
     pinned = (before or {}).get("hub", {})
     models, commits = {}, {}
     for name, model in recipe.models.items():
@@ -247,14 +246,17 @@ def _check_dry(
 ) -> None:
     """Compares a dry run with what MODEL_DIR holds, and lists what it did not check.
 
-    A dry run opens nothing remote: no checkpoint, no JSONL file and no MODEL_DIR in a bucket.
+    A dry run opens nothing remote: no checkpoint, no data, no vocabulary and no MODEL_DIR in a
+    bucket.
     """
     recipe = program.recipe
     unknown = pending & {model.checkpoint for model in recipe.models.values()}
     unknown |= set(filter(files.is_remote, recipe.data.task_rows))
+    if vocabularies.is_remote(source.vocabulary):
+        unknown |= {source.vocabulary.sentencepiece_model_file}
     if files.in_bucket(folder):
         unknown |= {os.fspath(folder)}
-    elif run_record.read(folder) is not None and not unknown:
+    if not unknown:
         RunFolder(program, source, folder, allow_changes=allow_changes)
     for path in sorted(unknown):
         print(f"not checked: {path}", file=sys.stderr)
