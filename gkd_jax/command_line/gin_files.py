@@ -17,7 +17,7 @@ from typing import Any
 from gin.config import parse_value
 
 import gin
-import gkd_jax
+from gkd_jax.command_line import recipes
 from gkd_jax.command_line.flags import UsageError, suggestion
 
 
@@ -47,13 +47,13 @@ def parse(
         UsageError: if gin rejects a file or a binding, if no file defines a macro, or if macros
             have no value (the message lists them all).
     """
-    package = pathlib.Path(gkd_jax.__file__).parent
-    for path in [*search_paths, str(package.parent), str(package)]:
+    home = recipes.folder().parent
+    for path in [*search_paths, str(home)]:
         gin.add_config_file_search_path(path)
     for name in files:
         try:
             with _quiet():
-                gin.parse_config_file(_recipe(name, package))
+                gin.parse_config_file(_recipe(name, home))
         except OSError as error:
             raise UsageError(f"--gin_file: cannot read {name!r}: {error}") from None
         except Exception as error:
@@ -110,11 +110,14 @@ def _rejected(error: Exception) -> str:
     return message
 
 
-def _recipe(name: str, package: pathlib.Path) -> str:
-    """Returns the path of a gin file; a word such as `quickstart` means gin/quickstart.gin."""
+def _recipe(name: str, home: pathlib.Path) -> str:
+    """Returns the path of a gin file; a word such as `quickstart` means gin/quickstart.gin.
+
+    The folder `gin` is looked for in the working directory, then in `home`.
+    """
     if os.path.exists(name) or not re.fullmatch(r"[\w/]+", name):
         return name
-    for root in (pathlib.Path(), package.parent, package):
+    for root in (pathlib.Path(), home):
         if (root / "gin" / f"{name}.gin").is_file():
             return str(root / "gin" / f"{name}.gin")
     return name

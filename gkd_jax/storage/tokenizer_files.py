@@ -4,7 +4,6 @@ from collections.abc import Mapping
 import dataclasses
 import json
 import os
-import pathlib
 
 from etils import epath
 
@@ -58,7 +57,7 @@ def find(checkpoint: str | None) -> str | None:
         checkpoint: the path of a checkpoint in any format. For a remote or absent one the result is
             None.
     """
-    if checkpoint is None or "://" in checkpoint or not os.path.isdir(checkpoint):
+    if checkpoint is None or not os.path.isdir(checkpoint):
         return None
     step_folder = saved_model.find_step(checkpoint)
     if step_folder is None:
@@ -85,7 +84,7 @@ def _of_run(step_folder: epath.Path, expected: str, later: tuple[epath.Path, ...
     recipe = json.loads(record.read_text()).get("recipe", {})
     places = (recipe.get("data", {}).get("vocabulary"), recipe.get("student", {}).get("checkpoint"))
     for place in places:
-        if not place or "://" in place or not pathlib.Path(place).is_dir():
+        if not place or not os.path.isdir(place):
             continue
         # If the student started from another run, look for that run's tokenizer.
         earlier = saved_model.find_step(place)

@@ -243,8 +243,10 @@ def _models(num_pieces: int, recipe: Recipe, pending: frozenset[str]) -> gkd.Mod
         return model.config(num_pieces, pending=model.checkpoint in pending)
 
     student = config(recipe.student)
-    teacher, teacher_mesh = None if recipe.self_teacher is None else student, None
-    if "teacher" in recipe.teachers:
+    teacher = teacher_mesh = None
+    if recipe.self_teacher is not None:
+        teacher = student
+    elif "teacher" in recipe.teachers:
         frozen = recipe.teachers["teacher"]
         teacher, teacher_mesh = config(frozen), frozen.mesh
     return gkd.ModelPair(
