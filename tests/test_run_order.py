@@ -101,6 +101,23 @@ def test_an_evaluation_that_was_cut_off_is_made_up_for(broken, tmp_path, monkeyp
     assert contents(tmp_path / "run") == before
 
 
+def test_config_gin_is_made_when_all_steps_are_compiled(tmp_path, monkeypatch):
+    """Gin counts a value as used when a function takes it, and tracing calls the functions."""
+    compiled = []
+
+    def start_compiling(built):
+        def steps():
+            compiled.append(built)
+            return program.compile_steps(built)
+
+        return steps
+
+    monkeypatch.setattr(train, "start_compiling", start_compiling)
+    given = options(tmp_path / "run", steps=1)
+    train.train(**given, config_text=lambda: f"{len(compiled)} compiled")
+    assert (tmp_path / "run" / "config.gin").read_text() == "1 compiled"
+
+
 @pytest.mark.parametrize("broken", ["training", "evaluation"])
 def test_data_that_cannot_be_read_claim_no_model_dir(broken, tmp_path, monkeypatch):
     def unreadable(*arguments, **more):

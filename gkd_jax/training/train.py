@@ -56,7 +56,7 @@ def train(
             them.
         name: the name of this run within a study.
         allow_changes: recipe fields that a resumed run may change.
-        config_text: returns the text of config.gin; called after everything is built, when gin
+        config_text: returns the text of config.gin; called after the steps are compiled, when gin
             knows which values were used.
         macros: the gin macros of the run, for run.json.
 
@@ -126,6 +126,7 @@ def _train(
     compiled_steps = start_compiling(program)
     start, state, stream = run.begin()
     teacher_params = teachers.initial_params(recipe, program.learner, program.teacher)
+    steps = compiled_steps()
     run.write(config_text())
     saved = run.checkpoints
     with contextlib.ExitStack() as closing:
@@ -135,7 +136,7 @@ def _train(
         shown = Progress(config.train_steps, start=start, every=config.log_period, name=name)
         for opened in (writer, saved, clock, shown):
             closing.callback(opened.close)
-        rollouts = Rollouts(program, run.source, compiled_steps(), stream, clock)
+        rollouts = Rollouts(program, run.source, steps, stream, clock)
         log = StepLog(writer, shown, program)
         interruption = closing.enter_context(interrupts.watch())
 
