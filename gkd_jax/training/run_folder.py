@@ -23,6 +23,7 @@ class RunFolder:
         program: the run's shapes and jitted functions.
         source: the opened task.
         folder: the MODEL_DIR.
+        name: the name of the run within a study, or "".
         about: the contents of run.json, as this start will write them.
         changes: the differences to the run that the folder holds (`run_record.changes`).
         is_new: whether the folder holds no checkpoint yet.
@@ -46,7 +47,7 @@ class RunFolder:
             program: the run's shapes and jitted functions.
             source: the opened task.
             folder: the MODEL_DIR.
-            name: the name of the run within a study; "" takes the folder's name.
+            name: the name of the run within a study; with "", run.json has the folder's name.
             allow_changes: names of the recipe's fields that a resumed run may change, as
                 `run_record.fields_named` reads them.
             macros: the gin macros of the run.
@@ -56,7 +57,7 @@ class RunFolder:
             ValueError: if the folder holds a run with another configuration, or if the recipe has
                 no field of a name in `allow_changes`.
         """
-        self.program, self.source, self.folder = program, source, folder
+        self.program, self.source, self.folder, self.name = program, source, folder, name
         about = run_record.describe_run(program, source, name=name or folder.name, macros=macros)
         before = run_record.read(folder)
         # A name that is no field is refused even where there is nothing to resume.
@@ -90,6 +91,8 @@ class RunFolder:
         """
         if not self.program.recipe.evaluates_after(done):
             return False
+        if self.is_new:  # lines that are there belong to a start that failed
+            return True
         lines = metrics.read(self.folder / metrics.FILE)
         return not any(line["step"] == done and task_names.evaluation_in(line) for line in lines)
 

@@ -107,19 +107,16 @@ def train(
     if evaluate is not None:
         evaluate.check_first_examples()
     with run_lock.hold(folder):
-        _train(run, evaluate, name, config_text)
+        _train(run, evaluate, config_text)
     run.check_learnt()
 
 
-def _train(
-    run: RunFolder, evaluate: Evaluations | None, name: str, config_text: Callable[[], str]
-) -> None:
+def _train(run: RunFolder, evaluate: Evaluations | None, config_text: Callable[[], str]) -> None:
     """Trains from the first step, or from the newest checkpoint, to the last step.
 
     Args:
         run: the MODEL_DIR, which this process holds.
         evaluate: decodes and scores the tasks of the evaluation; None evaluates nothing.
-        name: the name of this run within a study.
         config_text: returns the text of config.gin.
     """
     program, recipe, config = run.program, run.program.recipe, run.program.recipe.train
@@ -133,7 +130,7 @@ def _train(
         resume_step = None if run.is_new else start
         writer = metrics.Writer(run.folder, resume_step=resume_step, also=config.metrics_to)
         clock = throughput.DeviceClock()
-        shown = Progress(config.train_steps, start=start, every=config.log_period, name=name)
+        shown = Progress(config.train_steps, start=start, every=config.log_period, name=run.name)
         for opened in (writer, saved, clock, shown):
             closing.callback(opened.close)
         rollouts = Rollouts(program, run.source, steps, stream, clock)
@@ -147,19 +144,20 @@ def _train(
             writer.write(done, scores)
             saved.score(done, scores)
 
-        if recipe.evaluates_after(start) and (start == 0 or run.lacks_evaluation(start)):
+        if run.lacks_evaluation(start):
             evaluate_at(start, state)
         times = save_times.SaveTimes(config.save_period)
         for step in range(start, config.train_steps):
             done = step + 1
-            is_last = done == config.train_steps
             evaluates = recipe.evaluates_after(done)
-            saves = times.is_due(done) or evaluates or is_last
+            saves = times.is_due(done) or evaluates or done == config.train_steps
             # Never draw ahead across a checkpoint: it stores the stream's position, but no samples.
             ahead = config.sample_ahead and not interruption.signal and not saves
 
+            # (x, y): y is sampled from the student, or the data set's, as the coin decides.
             rollout = rollouts.draw(step, state.params, draw_next=ahead)
             began = time.monotonic()
+            # theta <- theta - eta * gradient of the mean of D(teacher || student_theta)(y | x)
             state, values = rollout.update(
                 state, teacher_params, rollout.batch, rollout.keys.dropout, rollout.advantages
             )
@@ -175,7 +173,7 @@ def _train(
                 evaluate_at(done, state)
             if saves:
                 times.saved()
-            if stops and not is_last:
+            if stops and done < config.train_steps:
                 interruption.exit(done)
         if (best := saved.best()) is not None:
             print(f"best checkpoint: step {best[0]}, {config.best_metric} {best[1]:.4g}")
