@@ -22,7 +22,7 @@ def set_data_dir(path: str | os.PathLike | None) -> None:
     """
     global _data_dir
     chosen = None if path is None else os.fspath(path)
-    if chosen is not None and "://" not in chosen and not os.path.isdir(chosen):
+    if chosen is not None and not files.is_remote(chosen) and not os.path.isdir(chosen):
         raise NotADirectoryError(f"DATA_DIR: there is no folder {chosen!r}")
     _data_dir = chosen
 

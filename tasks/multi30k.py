@@ -67,7 +67,7 @@ def train_sentencepiece(texts: Iterable[str], path: str | os.PathLike, *, vocab_
     Raises:
         ValueError: if the texts do not suffice for this many pieces, or if the path is remote.
     """
-    if "://" in os.fspath(path):
+    if files.is_remote(path):
         raise ValueError(f"path must be local, to be renamed into place; got {os.fspath(path)!r}")
     sentences = list(texts)
     if not sentences:

@@ -19,7 +19,7 @@ import safetensors.numpy
 
 from gkd_jax.convert.stored import Index, Stored
 from gkd_jax.convert.writing import Unwritten
-from gkd_jax.text.files import check_no_pointer, read_json_object
+from gkd_jax.text.files import check_no_pointer, is_remote, read_json_object
 
 
 WEIGHTS = "model.safetensors"
@@ -52,7 +52,7 @@ def local(path: str) -> pathlib.Path:
     Raises:
         ValueError: if the folder is remote, because its files cannot be mapped into memory.
     """
-    if "://" in path:
+    if is_remote(path):
         raise ValueError(f"a Hugging Face folder must be local, got {path}: copy it first")
     return pathlib.Path(path)
 

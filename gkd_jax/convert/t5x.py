@@ -191,7 +191,7 @@ def _is_scanned(names: Iterable[str]) -> bool:
 def _ocdbt_specs(root: epath.Path) -> dict[str, Any]:
     """Returns, by name, the key-value store of each zarr array in an OCDBT database."""
     base = os.fspath(root)
-    base = base if "://" in base else f"file://{os.path.abspath(base)}"
+    base = base if files.is_remote(base) else f"file://{os.path.abspath(base)}"
     store = {"driver": "ocdbt", "base": base.rstrip("/") + "/"}
     try:
         keys = ts.KvStore.open(store).result().list().result()

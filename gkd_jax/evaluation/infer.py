@@ -270,9 +270,8 @@ def _text_batches(
 ) -> Iterator[eval_batches.EvalBatch]:
     """Batches of the first lines of a file, each a prompt; checks all lines before a batch."""
     size, lengths = ready.batch_size, ready.lengths
-    prompts = row_ids.read_prompts(text_file, ready.opened.vocabulary, lengths["inputs"])[
-        :num_lines
-    ]
+    prompts = row_ids.read_prompts(text_file, ready.opened.vocabulary, lengths["inputs"])
+    prompts = prompts[:num_lines]
     starts = range(0, len(prompts), size)
     return (
         eval_batches.fill_batch(prompts[start : start + size], lengths, size) for start in starts

@@ -276,9 +276,7 @@ def check_rows(task: seqio.Task | seqio.Mixture, split: str, *, check_remote: bo
             the file and the line.
     """
     name = split.split("[")[0]
-    for part, source in _jsonl_parts(task):
-        if not check_remote and files.is_remote(source.files[name]):
-            continue
+    for part, source in _jsonl_parts(task, name, check_remote):
         vocabulary = part.output_features["targets"].vocabulary
         if check_remote or not vocabularies.is_remote(vocabulary):
             source.examples(name)
@@ -297,9 +295,7 @@ def check_targets(
         why: the reason why targets are needed, for the error message.
         check_remote: whether remote files may be read.
     """
-    for _, source in _jsonl_parts(task):
-        if not check_remote and files.is_remote(source.files[split]):
-            continue
+    for _, source in _jsonl_parts(task, split, check_remote):
         examples = source.examples(split)
         line = next((example.line for example in examples if example.target is None), None)
         if line is not None:
@@ -308,7 +304,13 @@ def check_targets(
             )
 
 
-def _jsonl_parts(task: seqio.Task | seqio.Mixture) -> list[tuple[Any, jsonl.JsonlSource]]:
-    """Returns the tasks of a task or mixture that read JSONL files, and their sources."""
+def _jsonl_parts(
+    task: seqio.Task | seqio.Mixture, split: str, check_remote: bool
+) -> list[tuple[Any, jsonl.JsonlSource]]:
+    """Returns the tasks of a task or mixture that read JSONL files, and their sources.
+
+    Without `check_remote`, tasks whose file of the split is remote are left out.
+    """
     parts: Any = task.tasks if isinstance(task, seqio.Mixture) else [task]
-    return [(part, part.source) for part in parts if isinstance(part.source, jsonl.JsonlSource)]
+    found = [(part, part.source) for part in parts if isinstance(part.source, jsonl.JsonlSource)]
+    return [one for one in found if check_remote or not files.is_remote(one[1].files[split])]

@@ -17,7 +17,7 @@ from gkd_jax import convert, sharding
 from gkd_jax.models import kv_cache, lm, quantized
 from gkd_jax.models.execution import ExecutionSettings, check_dtype
 from gkd_jax.storage import hub, loading
-from gkd_jax.text import settings
+from gkd_jax.text import files, settings
 
 
 _HOST = "pinned_host"
@@ -170,7 +170,7 @@ def remote_checkpoints(*models: ModelConfig) -> frozenset[str]:
             if model.size is None:
                 raise ValueError(
                     f"a dry run does not open {model.checkpoint!r}: it needs the model's size"
-                    if "://" in model.checkpoint
+                    if files.is_remote(model.checkpoint)
                     else f"no checkpoint at {model.checkpoint!r}: there is no such file or folder, "
                     "and a dry run does not look on the Hugging Face hub; if it is a model there, "
                     "give its size"
@@ -199,7 +199,7 @@ def check_exists(checkpoint: str | None) -> None:
 
 def is_remote(checkpoint: str | None) -> bool:
     """Returns whether a checkpoint is in a bucket or on the Hugging Face hub; False for None."""
-    return checkpoint is not None and ("://" in checkpoint or hub.is_name(checkpoint))
+    return checkpoint is not None and (files.is_remote(checkpoint) or hub.is_name(checkpoint))
 
 
 def public_checkpoint(*, family: str, size: str) -> str:

@@ -7,7 +7,7 @@ import seqio
 from gkd_jax.models import lm
 from gkd_jax.storage import saved_model
 from gkd_jax.storage.pretrained import ModelConfig
-from gkd_jax.text import comparison, vocabularies
+from gkd_jax.text import comparison, files, vocabularies
 
 
 def check_vocabularies(
@@ -38,7 +38,7 @@ def check_vocabularies(
         step_folder = saved_model.find_step(model.checkpoint)
         if step_folder is None:
             path = model.checkpoint
-            own = None if "://" in path else vocabularies.in_folder(path)
+            own = None if files.is_remote(path) else vocabularies.in_folder(path)
             if own is None:
                 continue
             found = comparison.shared_pieces(

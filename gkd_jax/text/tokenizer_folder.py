@@ -342,7 +342,7 @@ def _read_template(
     with contextlib.suppress(FileNotFoundError):
         templates, source = {"default": files.read_text(path)}, path
     more = os.path.join(folder, MORE_TEMPLATES)
-    if "://" not in folder and os.path.isdir(more):
+    if not files.is_remote(folder) and os.path.isdir(more):
         for name in sorted(os.listdir(more)):
             if name.endswith(".jinja"):
                 text = files.read_text(os.path.join(more, name))

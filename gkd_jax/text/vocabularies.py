@@ -126,7 +126,7 @@ def _as_folder(spec: str) -> str | None:
     """Returns the folder that `spec` names, directly or by its tokenizer.json; None if neither."""
     if os.path.basename(spec) == tokenizer_folder.TOKENIZER_FILE:
         return os.path.dirname(spec) or "."
-    if "://" not in spec and os.path.isdir(spec):
+    if not files.is_remote(spec) and os.path.isdir(spec):
         return spec
     return None
 
@@ -188,7 +188,7 @@ def piece(vocabulary: seqio.Vocabulary, token: int) -> str:
 
 def is_remote(vocabulary: seqio.Vocabulary) -> bool:
     """Returns whether a vocabulary is read from a remote file."""
-    return "://" in getattr(vocabulary, "sentencepiece_model_file", "")
+    return files.is_remote(getattr(vocabulary, "sentencepiece_model_file", ""))
 
 
 def check_readable(vocabulary: seqio.Vocabulary, *, check_remote: bool = True) -> None:
