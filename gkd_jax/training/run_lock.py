@@ -1,6 +1,6 @@
 """A lock on MODEL_DIR, so that two starts of one command never write to the same run.
 
-The lock is a file that its owner writes anew every RENEW_SECONDS. If the owner was killed, the file
+The lock is a file that its owner touches every RENEW_SECONDS. If the owner was killed, the file
 grows older than STALE_SECONDS, and the next start takes the lock over. In a bucket, two jobs that
 start in the same instant can both take the lock.
 """
@@ -141,7 +141,10 @@ def _start_time(pid: int | None = None) -> str | None:
 
 
 def _renew(path: epath.Path, ended: threading.Event) -> None:
-    """Writes the lock file anew from time to time, which gives it a new time of modification."""
+    """Gives the lock file a new time of modification from time to time."""
     while not ended.wait(RENEW_SECONDS):
         with contextlib.suppress(OSError):
-            files.write_whole(path, path.read_bytes())
+            if files.in_bucket(path):
+                path.write_bytes(path.read_bytes())
+            else:  # A full disk allows this, and a lock that another start took keeps its content.
+                os.utime(path)
