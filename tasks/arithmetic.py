@@ -22,11 +22,9 @@ from a teacher of its own (gin/two_teachers.gin).
     targets: Ada doubles the number of eggs. Ada buys 5 more eggs. Ada has 7 eggs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import functools
 import random
-
-import tensorflow as tf
 
 from gkd_jax.tasks import features
 from gkd_jax.text import text_metrics, vocabularies
@@ -91,11 +89,9 @@ def _problem(below: Callable[[int], int]) -> tuple[str, str]:
     return " ".join([*sentences, question]), " ".join([*steps, f"The answer is {value}."])
 
 
-@functools.cache  # A run opens a split several times, and tensors of 50,000 texts take a while.
-def _columns(split: str) -> dict[str, tf.Tensor]:
+def _columns(split: str) -> dict[str, Sequence[str]]:
     questions, chains = zip(*problems()[split], strict=True)
-    with tf.init_scope():
-        return {"inputs": tf.constant(questions), "targets": tf.constant(chains)}
+    return {"inputs": questions, "targets": chains}
 
 
 def _columns_with_hints(split: str) -> dict[str, list[str]]:
@@ -122,7 +118,7 @@ for _name, _read, _sizes, _metric in (
 ):
     features.register(
         _name,
-        source=features.table_source(_read, SIZES, _sizes),
+        source=features.Table(_read, SIZES, _sizes),
         metric_fns=[_metric],
         vocabulary=vocabularies.arithmetic(),
     )

@@ -156,7 +156,7 @@ def _register(name: str, names: Sequence[str], *, cot: bool) -> None:
     dataset = functools.partial(_dataset, names=names, cot=cot)
     features.register(
         name,
-        source=features.table_source(dataset, ["test"]),
+        source=features.Table(dataset, ["test"]),
         tokenize=few_shot.TOKENIZE,
         metric_fns=[text_metrics.grouped_exact_match, *([mean_over_tasks] if whole else [])],
         postprocess_fn=functools.partial(answer, cot=cot),

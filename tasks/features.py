@@ -1,10 +1,10 @@
 """The features `inputs` and `targets` that all tasks have, and the registration of tasks."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import dataclasses
-import functools
 from typing import Any
 
+import numpy as np
 import seqio
 import tensorflow as tf
 
@@ -39,51 +39,114 @@ numbers of tokens before the cut as `*_tokens`.
 """
 
 
-_ENCODE_ROWS = (seqio.SentencePieceVocabulary, TokenizerVocabulary, WordVocabulary)
+_ENCODERS = (seqio.SentencePieceVocabulary, TokenizerVocabulary, WordVocabulary)
+
+Row = dict[str, Any]
+"""The features of one example: NumPy arrays and numbers, and bytes for texts."""
 
 
-def source_texts(task: Any, split: str, *, use_cached: bool = False) -> tf.data.Dataset | None:
-    """Returns the examples of a task's source if `tokenize_rows` makes the task's examples of them.
+class RowSource(seqio.FunctionDataSource):
+    """A source that also yields its examples without TensorFlow, which is faster for small ones.
 
-    It does if the task has no preprocessors apart from those in `TOKENIZE`, if its vocabularies
-    encode vectors of texts, if all features of the source are scalars, and if the task is not read
-    from seqio's cache. Otherwise the result is None, and seqio must make the examples one by one.
+    Attributes:
+        preprocessors: the preprocessors of a task whose examples `finish` makes of `read_rows`.
     """
-    if use_cached or not isinstance(task, seqio.Task) or tuple(task.preprocessors) != TOKENIZE:
-        return None
-    vocabularies_of_task = [feature.vocabulary for feature in task.output_features.values()]
-    if not all(isinstance(vocabulary, _ENCODE_ROWS) for vocabulary in vocabularies_of_task):
-        return None
-    texts = task.source.get_dataset(split=split, shuffle=False)
-    spec: Any = texts.element_spec
-    return texts if all(one.shape.rank == 0 for one in spec.values()) else None
+
+    preprocessors: tuple[Callable, ...] = TOKENIZE
+
+    def read_rows(self, split: str) -> Iterator[Row] | None:
+        """Yields the examples of a split; None if only seqio can read them."""
+        raise NotImplementedError
+
+    def finish(
+        self,
+        rows: Sequence[Row],
+        output_features: Mapping[str, seqio.Feature],
+        lengths: Mapping[str, int],
+    ) -> list[Row]:
+        """Returns what `preprocessors` and seqio's cut make of rows; see `finish_rows`."""
+        return tokenize_rows(rows, output_features, lengths)
+
+
+class Table(RowSource):
+    """A source whose splits are tables in memory, which their reader shuffles."""
+
+    def __init__(
+        self,
+        read: Callable[[str], tf.data.Dataset | Mapping[str, Sequence[str]]],
+        splits: Iterable[str],
+        sizes: Mapping[str, int] | None = None,
+    ):
+        """Reads nothing yet.
+
+        Args:
+            read: returns a split: the columns of its table by the name of the feature, or a
+                dataset.
+            splits: the names of the splits.
+            sizes: the number of examples of each split; None if it is known only after reading.
+        """
+        self._read = read
+        super().__init__(self._dataset, splits=list(splits), num_input_examples=sizes)
+
+    def read_rows(self, split: str) -> Iterator[Row] | None:
+        table = self._read(split)
+        if isinstance(table, tf.data.Dataset):
+            return None
+        rows = zip(*table.values(), strict=True)
+        return ({name: x.encode() for name, x in zip(table, row, strict=True)} for row in rows)
+
+    def _dataset(self, split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
+        del shuffle_files, seed
+        table = self._read(split)
+        if isinstance(table, tf.data.Dataset):
+            return table
+        return tf.data.Dataset.from_tensor_slices({name: list(table[name]) for name in table})
+
+
+def can_finish_rows(task: seqio.Task) -> bool:
+    """Returns whether `finish_rows` makes a task's examples of its source's, if they are scalars.
+
+    If not, seqio must make the examples one by one.
+    """
+    preprocessors = tuple(task.preprocessors)
+    if preprocessors == TOKENIZE:
+        features = task.output_features.values()
+        return all(isinstance(feature.vocabulary, _ENCODERS) for feature in features)
+    return isinstance(task.source, RowSource) and preprocessors == task.source.preprocessors
+
+
+def finish_rows(rows: Sequence[Row], task: seqio.Task, lengths: Mapping[str, int]) -> list[Row]:
+    """Returns the task's examples that belong to some examples of its source.
+
+    Args:
+        rows: examples of the source.
+        task: a task with `can_finish_rows`.
+        lengths: the largest number of tokens of each feature, including EOS.
+    """
+    finish = task.source.finish if isinstance(task.source, RowSource) else tokenize_rows
+    return finish(rows, task.output_features, lengths)
 
 
 def tokenize_rows(
-    texts: Mapping[str, tf.Tensor],
-    *,
-    output_features: Mapping[str, seqio.Feature],
-    lengths: Mapping[str, int],
-) -> dict[str, tf.Tensor | tf.RaggedTensor]:
-    """Returns what `TOKENIZE` and seqio's cut make of texts, for many examples at once.
+    rows: Sequence[Row], output_features: Mapping[str, seqio.Feature], lengths: Mapping[str, int]
+) -> list[Row]:
+    """Returns what `TOKENIZE` and seqio's cut make of examples with texts.
 
     Args:
-        texts: the features of the examples of a source, whose first axis is the example.
+        rows: the examples of a source.
         output_features: the features of the task.
         lengths: the largest number of tokens of each feature, including EOS.
-
-    Returns:
-        The features that each example of the task has, with ragged rows of ids.
     """
-    ids = {
-        name: feature.vocabulary.encode_tf(texts[name]) for name, feature in output_features.items()
-    }
-    made: dict[str, Any] = dict(texts)
+    made = [dict(row) for row in rows]
     for name, feature in output_features.items():
-        made[f"{name}_pretokenized"] = texts[name]
-        made[f"{name}_tokens"] = tf.cast(ids[name].row_lengths(), tf.int32) + int(feature.add_eos)
-    ended = seqio.preprocessors.append_eos_after_trim_impl(ids, output_features, lengths)
-    return made | {name: ended[name][:, : lengths[name]] for name in ended}
+        end = [feature.vocabulary.eos_id] if feature.add_eos else []
+        most = lengths[name] - len(end)
+        for row in made:
+            ids = feature.vocabulary.encode(row[name].decode("utf-8", "replace"))
+            row[f"{name}_pretokenized"] = row[name]
+            row[f"{name}_tokens"] = np.int32(len(ids) + len(end))
+            row[name] = np.array([*ids[:most], *end], np.int32)
+    return made
 
 
 def output_features(
@@ -153,32 +216,6 @@ def with_teacher_inputs(task: seqio.Task | seqio.Mixture, template: str) -> seqi
         preprocessors=steps,
         output_features={**task.output_features, "teacher_inputs": task.output_features["inputs"]},
     )
-
-
-def table_source(
-    read: Callable[[str], tf.data.Dataset | Mapping[str, Sequence[str] | tf.Tensor]],
-    splits: Iterable[str],
-    sizes: Mapping[str, int] | None = None,
-) -> seqio.FunctionDataSource:
-    """Returns a source whose splits are tables in memory, which their reader shuffles.
-
-    Args:
-        read: returns a split: the columns of its table by the name of the feature, or a dataset.
-        splits: the names of the splits.
-        sizes: the number of examples of each split; None if it is known only after reading.
-    """
-    dataset = functools.partial(_table, read=read)
-    return seqio.FunctionDataSource(dataset, splits=list(splits), num_input_examples=sizes)
-
-
-def _table(
-    split: str, shuffle_files: bool, seed: int | None = None, *, read: Callable[[str], Any]
-) -> tf.data.Dataset:
-    del shuffle_files, seed
-    table = read(split)
-    if isinstance(table, tf.data.Dataset):
-        return table
-    return tf.data.Dataset.from_tensor_slices(dict(table))
 
 
 def register(

@@ -109,7 +109,7 @@ def _register(name: str, subjects: Sequence[str]) -> None:
     """Registers a task that is made of some of the subjects."""
     features.register(
         name,
-        source=features.table_source(functools.partial(_dataset, subjects=subjects), SPLITS),
+        source=features.Table(functools.partial(_dataset, subjects=subjects), SPLITS),
         tokenize=few_shot.TOKENIZE,
         metric_fns=[text_metrics.grouped_exact_match],
         postprocess_fn=few_shot.with_group,

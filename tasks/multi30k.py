@@ -48,7 +48,7 @@ def _columns(split: str) -> dict[str, list[str]]:
 
 features.register(
     TASK,
-    source=features.table_source(_columns, FILES),
+    source=features.Table(_columns, FILES),
     metric_fns=[text_metrics.bleu],
 )
 

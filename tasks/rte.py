@@ -48,6 +48,6 @@ def _columns(split: str) -> dict[str, list[str]]:
 
 features.register(
     "rte",
-    source=features.table_source(_columns, SPLITS),
+    source=features.Table(_columns, SPLITS),
     metric_fns=[text_metrics.exact_match],
 )

@@ -58,7 +58,7 @@ def all_references(
 
 features.register(
     TASK,
-    source=features.table_source(_columns, FILES),
+    source=features.Table(_columns, FILES),
     metric_fns=[text_metrics.rouge],
     postprocess_fn=all_references,
 )

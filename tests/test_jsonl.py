@@ -393,6 +393,22 @@ def test_long_targets_are_cut_without_an_end(tmp_path):
     assert row["targets_tokens"] == 61
 
 
+def test_examples_read_in_order_are_those_of_seqio(tmp_path):
+    rows = [*pairs(3), {"inputs": "alone"}]
+    rows = [{**row, "teacher_inputs": "b" * (9 * i + 1)} for i, row in enumerate(rows)]
+    path = write(tmp_path / "data.jsonl", rows)
+    for names in (("inputs", "targets"), ("inputs", "targets", "teacher_inputs")):
+        lengths = dict.fromkeys(names, 4)  # shorter than some of the texts
+        task = open_task(path, feature_lengths=dict.fromkeys(names, 100))
+        ours = list(Split(task, "train", lengths).in_order())
+        theirs = list(task.get_dataset(lengths, split="train", shuffle=False).as_numpy_iterator())
+        assert len(ours) == len(theirs) == 4
+        for mine, other in zip(ours, theirs, strict=True):
+            assert mine.keys() == other.keys()
+            for name, value in other.items():
+                np.testing.assert_array_equal(mine[name], value)
+
+
 # Prompts without targets --------------------------------------------------------------------------
 
 
@@ -487,8 +503,11 @@ def test_a_task_is_pickled_without_its_examples_and_keeps_its_vocabulary(tmp_pat
     source = pickle.loads(pickle.dumps(task.source))
     assert len(list(source.get_dataset(split="train"))) == 4
     words = jsonl.make_task(config, vocabularies.arithmetic())
+    copy = task.replace(output_features=words.output_features)
     with pytest.raises(ValueError, match="has the vocabulary it was made with"):
-        texts(task.replace(output_features=words.output_features))
+        next(Split(copy, "train", LENGTHS).in_order())
+    with pytest.raises(ValueError, match="has the vocabulary it was made with"):
+        texts(copy)
 
 
 # Rows that name their teacher ---------------------------------------------------------------------

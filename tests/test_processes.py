@@ -163,8 +163,8 @@ def test_a_signal_to_one_process_saves_and_ends_both(tmp_path, monkeypatch, capf
     saved = [int(path.name) for path in (together / "checkpoints").iterdir()]
     losses = lines(together, "train/loss")
     assert saved == [max(losses)]
-    stored = {path.name.split(".")[0] for path in together.glob("checkpoints/*/stream/*.index")}
-    assert stored == {"iterator-00000-of-00002", "iterator-00001-of-00002"}
+    stored = {path.name for path in together.glob("checkpoints/*/stream/iterator*")}
+    assert stored == {"iterator-00000-of-00002.0.json", "iterator-00001-of-00002.0.json"}
     expected = replay(tmp_path / "alone", saved[0], monkeypatch)
     assert losses == pytest.approx(expected, rel=1e-4)
     capfd.readouterr()
@@ -192,7 +192,7 @@ def test_processes_that_read_their_own_parts_go_on_where_they_stopped(
         assert codes == [0, 0], texts
         if steps == 4 and method == "gkd":
             stream = together / "checkpoints" / "4" / "stream"
-            next(stream.glob("iterator-00001-of-00002.data*")).write_bytes(b"x")
+            (stream / "iterator-00001-of-00002.0.json").write_bytes(b"x")
     if method == "gkd":
         assert all("resumed from step 2" in text for text in texts), texts
         assert (together / "damaged" / "4").is_dir()

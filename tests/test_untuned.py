@@ -4,8 +4,9 @@ import numpy as np
 from small_runs import LENGTHS
 import tensorflow as tf
 
-from gkd_jax.input import named_tasks, streams
+from gkd_jax.input import named_tasks, shuffling
 from gkd_jax.input.data import DataConfig
+from gkd_jax.input.split import Split
 from gkd_jax.input.untuned import untuned
 import gkd_jax.tasks.arithmetic  # noqa: F401
 
@@ -27,8 +28,9 @@ def test_the_elements_stay_and_nothing_is_tuned():
     assert untuned(numbers).options().threading.private_threadpool_size is None
 
 
-def test_the_stream_of_training_is_not_tuned():
+def test_the_window_of_a_large_source_is_not_tuned(monkeypatch):
+    monkeypatch.setattr(shuffling, "LARGEST", 1)
     config = DataConfig(task="arithmetic", feature_lengths=LENGTHS, batch_size=4, num_examples=8)
     task, _ = named_tasks.open_task(config)
-    stream = streams.TrainIterator(task, config)
-    assert not stream._iterator._dataset.options().autotune.enabled
+    window = shuffling.shuffled(Split.of(task, config), config.features(), 0, 4)
+    assert not window._iterator._dataset.options().autotune.enabled

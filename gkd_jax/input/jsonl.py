@@ -13,8 +13,7 @@ A path may end in ":" and a value of the field `teacher`, such as `data.jsonl:ma
 has the rows with this value (`gkd_jax.text.task_names`).
 """
 
-from collections.abc import Mapping, Sequence
-import functools
+from collections.abc import Iterator, Mapping, Sequence
 import hashlib
 import os
 import re
@@ -29,6 +28,7 @@ from gkd_jax.input.data import TEACHER_INPUTS, DataConfig
 from gkd_jax.input.row_ids import Example
 from gkd_jax.tasks import features  # pyright: ignore[reportMissingImports]
 from gkd_jax.tasks import folder as data_folder  # pyright: ignore[reportMissingImports]
+from gkd_jax.tasks.features import Row  # pyright: ignore[reportMissingImports]
 from gkd_jax.text import files, task_names, text_metrics
 
 
@@ -68,7 +68,7 @@ def make_task(
         output_features=features.output_features(
             vocabulary, with_teacher=config.has_teacher_inputs
         ),
-        preprocessors=[functools.partial(_same_vocabulary, vocabulary=vocabulary)],
+        preprocessors=source.preprocessors,
         postprocess_fn=_postprocess,
         metric_fns=[_exact_match],
     )
@@ -129,7 +129,7 @@ def find_splits(path: str) -> dict[str, str]:
     return found
 
 
-class JsonlSource(seqio.FunctionDataSource):
+class JsonlSource(features.RowSource):
     """A seqio source that tokenizes the rows of JSONL files and keeps the examples in memory.
 
     Attributes:
@@ -150,6 +150,7 @@ class JsonlSource(seqio.FunctionDataSource):
         self._teachers = teachers
         self._vocabulary, self._config = vocabulary, config
         self._examples: dict[str, list[Example]] = {}
+        self.preprocessors = (self._checked,)
         super().__init__(self._dataset, splits=list(self.files), caching_permitted=False)
 
     # A pickled source reads its files again instead of carrying the examples.
@@ -167,6 +168,50 @@ class JsonlSource(seqio.FunctionDataSource):
         if split not in self._examples:
             self._examples[split] = self._tokenized(self._rows(split), split)
         return self._examples[split]
+
+    def num_input_examples(self, split: str) -> int:
+        return len(self.examples(split))
+
+    def read_rows(self, split: str) -> Iterator[Row]:
+        """Yields the examples of a split, as a task of this source has them."""
+        for example in self.examples(split):
+            row: Row = {"has_target": example.target is not None}
+            row["chat"] = example.chat.encode()
+            for name in self._config.features():
+                ids, text = getattr(example, name), getattr(example, _TEXTS[name]) or ""
+                row |= {name: ids, f"{name}_tokens": len(ids)}
+                row[f"{name}_pretokenized"] = text.encode()
+            yield row
+
+    def finish(
+        self,
+        rows: Sequence[Row],
+        output_features: Mapping[str, Any],
+        lengths: Mapping[str, int],
+    ) -> list[Row]:
+        """Returns the rows, cut to the lengths."""
+        self._check_vocabulary(output_features)
+        return [
+            row | {name: row[name][: lengths[name]] for name in output_features} for row in rows
+        ]
+
+    def _checked(
+        self, dataset: tf.data.Dataset, output_features: Mapping[str, Any]
+    ) -> tf.data.Dataset:
+        """A preprocessor that changes nothing."""
+        self._check_vocabulary(output_features)
+        return dataset
+
+    def _check_vocabulary(self, output_features: Mapping[str, Any]) -> None:
+        """Raises ValueError if the task was copied with another vocabulary.
+
+        The rows are tokenized with the vocabulary of the source, so the copy would have wrong ids.
+        """
+        if output_features["targets"].vocabulary is not self._vocabulary:
+            raise ValueError(
+                "the task of a JSONL file has the vocabulary it was made with; make it again with "
+                "another (make_task), in place of replacing its features"
+            )
 
     def _dataset(self, split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
         # The dataset is a table in memory, which its reader shuffles.
@@ -275,24 +320,6 @@ def _postprocess(text: str, *, example: Mapping[str, Any], is_target: bool = Fal
     This is a seqio postprocess_fn.
     """
     return None if is_target and not example["has_target"] else text
-
-
-def _same_vocabulary(
-    dataset: tf.data.Dataset,
-    output_features: Mapping[str, Any],
-    *,
-    vocabulary: seqio.Vocabulary,
-) -> tf.data.Dataset:
-    """Raises ValueError if the task was copied with another vocabulary.
-
-    The source tokenizes the examples with its own vocabulary, so the copy would have wrong ids.
-    """
-    if output_features["targets"].vocabulary is not vocabulary:
-        raise ValueError(
-            "the task of a JSONL file has the vocabulary it was made with; make it again with "
-            "another (make_task), in place of replacing its features"
-        )
-    return dataset
 
 
 def _exact_match(targets: Sequence[str | None], predictions: Sequence[str]) -> dict[str, float]:

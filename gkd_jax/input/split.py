@@ -1,13 +1,16 @@
 """`Split`: the examples of one split of a task, which are read in their own order."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+import itertools
 from typing import Any, NamedTuple
 
+import seqio
 import tensorflow as tf
 
 from gkd_jax.input.data import DataConfig
 from gkd_jax.input.untuned import untuned
 from gkd_jax.tasks import features  # pyright: ignore[reportMissingImports]
+from gkd_jax.tasks.features import Row  # pyright: ignore[reportMissingImports]
 
 
 _ROWS_AT_ONCE = 256
@@ -44,18 +47,16 @@ class Split(NamedTuple):
             config.seed,
         )
 
-    def in_order(self) -> Iterator[dict[str, Any]]:
-        """Yields the examples once, as NumPy arrays."""
-        texts = self.texts()
-        if texts is None:
+    def in_order(self) -> Iterator[Row]:
+        """Yields the examples once, in their own order."""
+        some = self.source_rows()
+        if some is None:
             examples: Any = untuned(self.dataset())
             yield from examples.as_numpy_iterator()
             return
         # seqio traces a graph for each preprocessor, and calls it for each example.
-        for some in untuned(texts.batch(_ROWS_AT_ONCE)):
-            columns = {name: list(values.numpy()) for name, values in self.tokenize(some).items()}
-            for row in zip(*columns.values(), strict=True):
-                yield dict(zip(columns, row, strict=True))
+        for rows in some:
+            yield from self.finish(rows)
 
     def dataset(self) -> tf.data.Dataset:
         """Returns seqio's dataset of the tokenized examples."""
@@ -72,17 +73,45 @@ class Split(NamedTuple):
             **settings,
         )
 
-    def texts(self) -> tf.data.Dataset | None:
-        """Returns the examples before they are tokenized; None if `tokenize` cannot do that."""
-        texts = features.source_texts(self.task, self.name, use_cached=self.use_cached)
-        return None if texts is None else texts.take(self._limit)
+    def source_rows(self) -> Iterator[list[Row]] | None:
+        """Yields the examples of the source in lists; None if `finish` cannot make rows of them."""
+        if self.use_cached or not isinstance(self.task, seqio.Task):
+            return None
+        if not features.can_finish_rows(self.task):
+            return None
+        source: Any = self.task.source
+        rows = source.read_rows(self.name) if isinstance(source, features.RowSource) else None
+        if rows is not None:
+            return _lists(itertools.islice(rows, self.num_examples))
+        dataset = source.get_dataset(split=self.name, shuffle=False)
+        spec: Any = dataset.element_spec
+        if any(one.shape.rank != 0 for one in spec.values()):
+            return None
+        batches: Any = untuned(dataset.take(self._limit).batch(_ROWS_AT_ONCE))
+        return map(as_rows, batches)
 
-    def tokenize(self, texts: Mapping[str, tf.Tensor]) -> dict[str, Any]:
-        """Returns the tokenized examples of some of `texts` (see `features.tokenize_rows`)."""
-        return features.tokenize_rows(
-            texts, output_features=self.task.output_features, lengths=self.lengths
-        )
+    def finish(self, rows: Sequence[Row]) -> list[Row]:
+        """Returns the tokenized examples of some of `source_rows`."""
+        return features.finish_rows(rows, self.task, self.lengths)
 
     @property
     def _limit(self) -> int:
         return -1 if self.num_examples is None else self.num_examples
+
+
+def _lists(rows: Iterator[Row]) -> Iterator[list[Row]]:
+    while some := list(itertools.islice(rows, _ROWS_AT_ONCE)):
+        yield some
+
+
+def as_rows(batch: Mapping[str, tf.Tensor | tf.RaggedTensor]) -> list[Row]:
+    """Returns the rows of a batch of examples, whose features are scalars or vectors."""
+    columns = [_values(column) for column in batch.values()]
+    return [dict(zip(batch, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def _values(column: Any) -> list[Any]:
+    if not isinstance(column, tf.RaggedTensor):
+        return list(column.numpy())
+    values = column.values.numpy()
+    return [values[a:b] for a, b in itertools.pairwise(column.row_splits.numpy().tolist())]

@@ -1,5 +1,7 @@
 """Small sources are shuffled whole: a pass is a permutation, and a restored stream continues."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ import seqio
 import small_tokenizers
 import tensorflow as tf
 
-from gkd_jax.input import data, in_memory, streams
+from gkd_jax.input import data, shuffling, streams
 from gkd_jax.input.split import Split
 from gkd_jax.tasks import arithmetic, features, multi30k
 from gkd_jax.text import vocabularies
@@ -64,11 +66,8 @@ def test_each_pass_has_all_examples_in_an_order_of_its_own(task, limit):
 
 def test_orders_are_uniform(task):
     """A chi-square test of the position of one example over many passes, in ten parts."""
-    examples = in_memory.Shuffled(task.get_dataset(None, split="train", shuffle=False))
-    order = examples.batches(3, SIZE).map(
-        lambda x: tf.strings.reduce_join(tf.strings.as_string(x["inputs"]), axis=1)
-    )
-    passes = np.array(list(order.take(40).as_numpy_iterator()))
+    stream = shuffling.InMemory([{"number": i} for i in range(SIZE)], seed=3, rows_at_once=SIZE)
+    passes = np.array([[row["number"] for row in next(stream)] for _ in range(40)])
     first = passes[0, :20]
     places = np.array([np.flatnonzero(one == value)[0] for one in passes for value in first])
     counts = np.bincount(places * 10 // SIZE, minlength=10)
@@ -94,7 +93,7 @@ RESUMED = {
 @pytest.mark.parametrize("case", RESUMED)
 def test_a_saved_stream_goes_on_where_it_was(task, tmp_path, monkeypatch, case):
     if case == "large":
-        monkeypatch.setattr(in_memory, "LARGEST", 100)
+        monkeypatch.setattr(shuffling, "LARGEST", 100)
     settings = {"task": task.name, "batch_size": 10, **RESUMED[case]}
     settings["feature_lengths"] = dict.fromkeys(
         ["inputs", "targets"], 4 if settings["task"] == task.name else 40
@@ -110,8 +109,10 @@ def test_a_saved_stream_goes_on_where_it_was(task, tmp_path, monkeypatch, case):
     for batch in expected:
         jax.tree.map(np.testing.assert_array_equal, next(resumed), batch)
     if not config.length_buckets and case != "large":
-        # The position is a number, and a few examples are on their way: no window of a thousand.
-        assert sum(file.stat().st_size for file in tmp_path.iterdir()) < 50_000
+        # The position of a task is a number: no window of a thousand.
+        positions = [json.loads(file.read_text()) for file in tmp_path.iterdir()]
+        taken = {"two tasks": [4 * 93, 6 * 93]}.get(case, [10 * 93])
+        assert sorted(position["rows_taken"] for position in positions) == taken
 
 
 @pytest.mark.parametrize("lengths", [{"inputs": 40, "targets": 24}, {"inputs": 6, "targets": 5}])
@@ -164,8 +165,9 @@ def test_sources_with_vectors_are_left_to_seqio():
         output_features=features.output_features(vocabularies.arithmetic()),
     )
     lengths = {"inputs": 4, "targets": 4}
-    assert features.source_texts(task, "train") is None
-    assert len(list(Split(task, "train", lengths).in_order())) == 2
+    split = Split(task, "train", lengths)
+    assert split.source_rows() is None
+    assert len(list(split.in_order())) == 2
     config = data.DataConfig(task="vectors", feature_lengths=lengths, batch_size=2)
     batch = next(streams.TrainIterator(task, config))
     assert sorted(batch.input_lengths) == [2, 3]
@@ -189,14 +191,14 @@ def test_rows_of_one_known_length_make_batches_too(monkeypatch):
     assert set(whole.input_lengths) == {4}
     np.testing.assert_array_equal(whole.inputs[:, :3], whole.targets)
     np.testing.assert_array_equal(whole.inputs[:, 4], 0)
-    monkeypatch.setattr(in_memory, "LARGEST", 1)
+    monkeypatch.setattr(shuffling, "LARGEST", 1)
     window = next(streams.TrainIterator(task, config))
     np.testing.assert_array_equal(window.inputs[:, :3], window.targets)
 
 
 def test_large_and_unknown_sources_keep_seqio_s_window(task, monkeypatch):
-    monkeypatch.setattr(in_memory, "LARGEST", 100)
-    monkeypatch.setattr(in_memory, "Shuffled", None)  # is not asked for
+    monkeypatch.setattr(shuffling, "LARGEST", 100)
+    monkeypatch.setattr(shuffling, "InMemory", None)  # is not asked for
     # seqio repeats first and shuffles then: an example may come twice within a pass.
     assert set(numbers(stream(task), 70)) <= set(range(SIZE))
     assert sorted(numbers(stream(task, num_examples=650), 65)) == list(range(650))
@@ -204,6 +206,6 @@ def test_large_and_unknown_sources_keep_seqio_s_window(task, monkeypatch):
 
 def test_the_number_of_examples_is_the_source_s():
     task = seqio.TaskRegistry.get("arithmetic")
-    assert in_memory.number_of_examples(Split(task, "train", {}, None)) == arithmetic.SIZES["train"]
-    assert in_memory.number_of_examples(Split(task, "train", {}, 2500)) == 2500
-    assert in_memory.number_of_examples(Split(task, "validation", {}, 2500)) == 512
+    assert shuffling.number_of_examples(Split(task, "train", {}, None)) == arithmetic.SIZES["train"]
+    assert shuffling.number_of_examples(Split(task, "train", {}, 2500)) == 2500
+    assert shuffling.number_of_examples(Split(task, "validation", {}, 2500)) == 512
