@@ -15,7 +15,7 @@ import pytest
 from small_runs import LENGTHS, options, write_teacher
 
 from gkd_jax import divergences
-from gkd_jax.evaluation import evaluate, infer, score
+from gkd_jax.evaluation import evaluate, infer, made_by, score
 from gkd_jax.input import named_tasks
 from gkd_jax.input.data import DataConfig
 from gkd_jax.models import t5
@@ -135,7 +135,7 @@ def test_no_dry_run_of_another_command_looks_at_a_bucket(
         command(model=pretrained.ModelConfig(checkpoint="gs://bucket/model"), **more)
 
 
-def test_a_file_in_a_bucket_is_read_and_hashed_like_a_local_one(bucket):
+def test_a_file_in_a_bucket_is_read_and_hashed_like_a_local_one(bucket, tmp_path):
     content = "".join(json.dumps({"inputs": str(i), "targets": "a"}) + "\n" for i in range(40))
     file = gcs_server.path_of(bucket, "data.jsonl")
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -146,6 +146,13 @@ def test_a_file_in_a_bucket_is_read_and_hashed_like_a_local_one(bucket):
     assert (held_out > 0, held_out + rest) == (True, 40)
     expected = hashlib.sha256(content.encode()).hexdigest()
     assert named_tasks.content_of("gs://bucket/data.jsonl:mathematics", "train") == expected
+    # The record that `infer` writes beside a file, by which SeqKD is told from SFT.
+    record = {"checkpoint": "gs://bucket/teacher", "num_lines": 40}
+    made_by.write(tmp_path / "data.jsonl", record)
+    assert made_by.read_made_by("gs://bucket/data.jsonl") is None
+    written = made_by.path_of(tmp_path / "data.jsonl").read_bytes()
+    gcs_server.path_of(bucket, "data.jsonl.made_by.json").write_bytes(written)
+    assert made_by.read_made_by("gs://bucket/data.jsonl") == record
 
 
 @pytest.mark.usefixtures("no_network")

@@ -12,6 +12,8 @@ import pathlib
 import re
 from typing import Any
 
+from etils import epath
+
 from gkd_jax.text import files
 
 
@@ -26,9 +28,10 @@ _CONTENT_OF = {
 }
 
 
-def path_of(output: str | os.PathLike[str]) -> pathlib.Path:
-    """The path of a file's record."""
-    return pathlib.Path(f"{os.fspath(output)}.made_by.json")
+def path_of(output: str | os.PathLike[str]) -> files.AnyPath:
+    """The path of the record of a file, which may be in a bucket."""
+    path = f"{os.fspath(output)}.made_by.json"
+    return epath.Path(path) if files.in_bucket(path) else pathlib.Path(path)
 
 
 def read_made_by(output: str | os.PathLike[str]) -> dict[str, Any] | None:
