@@ -3,7 +3,7 @@
 No package outside `command_line/` imports gin.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 import contextlib
 import inspect
 import logging
@@ -58,10 +58,13 @@ def parse(
             raise UsageError(f"--gin_file: cannot read {name!r}: {error}") from None
         except Exception as error:
             raise UsageError(f"{name}: {_rejected(error)}") from error
-    header = _imports()
+    header, defined = _imports(), macros()
     for name, value in bindings:
-        if "." not in name:
-            _check_macro(name)
+        if "." not in name and name not in defined:  # gin itself would accept it
+            raise UsageError(
+                f"--gin.{name}: no such macro in the gin files{suggestion(name, defined)}; "
+                f"they define {', '.join(sorted(defined))}"
+            )
         try:
             gin.parse_config(f"{header}{name} = {_as_gin(value)}")
         except (SyntaxError, tokenize.TokenError) as error:
@@ -71,9 +74,10 @@ def parse(
             ) from error
         except Exception as error:
             raise UsageError(f"--gin.{name}={value}: {_rejected(error)}") from error
-    _check_references()
-    _expand_paths()
-    missing = [name for name, value in macros().items() if value == REQUIRED]
+    lines = _lines()  # gin takes milliseconds to write them
+    _check_references(lines, defined)
+    _expand_paths(defined)
+    missing = [name for name, value in lines if name in defined and value == REQUIRED]
     for name in stand_ins.keys() & missing:
         gin.parse_config(f"{name} = {stand_ins[name]}")
         missing.remove(name)
@@ -159,23 +163,22 @@ def _as_gin(value: str) -> str:
     return value
 
 
-def _check_references() -> None:
-    """Raises UsageError if a value refers to a macro that no file defines."""
-    known = macros()
-    for name, value in _lines():
+def _check_references(lines: Iterable[tuple[str, str]], defined: Container[str]) -> None:
+    """Raises UsageError if the value of a binding refers to a macro that no file defines."""
+    for name, value in lines:
         without_texts = re.sub(r"'[^']*'|\"[^\"]*\"", "", value)
         for other in re.findall(r"%([\w.]+)", without_texts):
-            if other not in known and f"%{other}" != REQUIRED:
+            if other not in defined and f"%{other}" != REQUIRED:
                 raise UsageError(f"{name}={value}: no macro is called {other!r}")
 
 
-def _expand_paths() -> None:
-    """Expands `~` and `$NAME` in all macros that are strings.
+def _expand_paths(names: Iterable[str]) -> None:
+    """Expands `~` and `$NAME` in those macros that are strings.
 
     Raises:
         UsageError: if a variable is not set or a user is unknown; the message names the macro.
     """
-    for name in macros():
+    for name in names:
         value = macro(name, None)
         if not isinstance(value, str) or not ("$" in value or value.startswith("~")):
             continue
@@ -183,16 +186,6 @@ def _expand_paths() -> None:
         if re.search(r"\$\w|\$\{", expanded) or expanded.startswith("~"):
             raise UsageError(f"{name}={value!r} holds a variable or a user that is not known here")
         gin.parse_config(f"{name} = {expanded!r}")
-
-
-def _check_macro(name: str) -> None:
-    """Raises UsageError for a macro that no file defines, which gin itself would accept."""
-    known = macros()
-    if name not in known:
-        raise UsageError(
-            f"--gin.{name}: no such macro in the gin files{suggestion(name, known)}; "
-            f"they define {', '.join(sorted(known))}"
-        )
 
 
 def macros() -> dict[str, str]:
