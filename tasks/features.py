@@ -1,4 +1,4 @@
-"""The features `inputs` and `targets` that all tasks have, and the registration of tasks."""
+"""The features `inputs` and `targets` that all tasks have, tables of texts, and registration."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import dataclasses
@@ -39,6 +39,7 @@ numbers of tokens before the cut as `*_tokens`.
 """
 
 
+# Vocabularies whose `encode` gives the ids of `encode_tf`, with which seqio tokenizes.
 _ENCODERS = (seqio.SentencePieceVocabulary, TokenizerVocabulary, WordVocabulary)
 
 Row = dict[str, Any]
@@ -49,7 +50,7 @@ class RowSource(seqio.FunctionDataSource):
     """A source that also yields its examples without TensorFlow, which is faster for small ones.
 
     Attributes:
-        preprocessors: the preprocessors of a task whose examples `finish` makes of `read_rows`.
+        preprocessors: the preprocessors whose work `finish` does, if they are not `TOKENIZE`.
     """
 
     preprocessors: tuple[Callable, ...] = TOKENIZE
@@ -64,8 +65,8 @@ class RowSource(seqio.FunctionDataSource):
         output_features: Mapping[str, seqio.Feature],
         lengths: Mapping[str, int],
     ) -> list[Row]:
-        """Returns what `preprocessors` and seqio's cut make of rows; see `finish_rows`."""
-        return tokenize_rows(rows, output_features, lengths)
+        """Returns what `preprocessors` and seqio's cut make of rows; see `row_maker`."""
+        raise NotImplementedError
 
 
 class Table(RowSource):
@@ -103,28 +104,20 @@ class Table(RowSource):
         return tf.data.Dataset.from_tensor_slices({name: list(table[name]) for name in table})
 
 
-def can_finish_rows(task: seqio.Task) -> bool:
-    """Returns whether `finish_rows` makes a task's examples of its source's, if they are scalars.
+def row_maker(task: seqio.Task) -> Callable[..., list[Row]] | None:
+    """Returns the function that makes a task's examples of those of its source.
 
-    If not, seqio must make the examples one by one.
+    The function has the arguments of `tokenize_rows`. The result is None if seqio must make the
+    examples one by one.
     """
     preprocessors = tuple(task.preprocessors)
     if preprocessors == TOKENIZE:
         features = task.output_features.values()
-        return all(isinstance(feature.vocabulary, _ENCODERS) for feature in features)
-    return isinstance(task.source, RowSource) and preprocessors == task.source.preprocessors
-
-
-def finish_rows(rows: Sequence[Row], task: seqio.Task, lengths: Mapping[str, int]) -> list[Row]:
-    """Returns the task's examples that belong to some examples of its source.
-
-    Args:
-        rows: examples of the source.
-        task: a task with `can_finish_rows`.
-        lengths: the largest number of tokens of each feature, including EOS.
-    """
-    finish = task.source.finish if isinstance(task.source, RowSource) else tokenize_rows
-    return finish(rows, task.output_features, lengths)
+        is_known = all(isinstance(feature.vocabulary, _ENCODERS) for feature in features)
+        return tokenize_rows if is_known else None
+    if isinstance(task.source, RowSource) and preprocessors == task.source.preprocessors:
+        return task.source.finish
+    return None
 
 
 def tokenize_rows(

@@ -216,21 +216,18 @@ class JsonlSource(features.RowSource):
     def _dataset(self, split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
         # The dataset is a table in memory, which its reader shuffles.
         del shuffle_files, seed
-        chosen = self.examples(split)
+        found = list(self.read_rows(split))
         ragged: Any = tf.RaggedTensor  # pyright does not see its class methods
-        columns: dict[str, Any] = {
-            "has_target": tf.constant([example.target is not None for example in chosen]),
-            "chat": tf.constant([example.chat for example in chosen]),
-        }
-        for name in self._config.features():
-            ids = [getattr(example, name) for example in chosen]
-            texts = [getattr(example, _TEXTS[name]) or "" for example in chosen]
-            lengths = tf.constant([len(row) for row in ids])
-            columns[name] = ragged.from_row_lengths(np.concatenate(ids), lengths)
-            columns[f"{name}_tokens"] = lengths
-            columns[f"{name}_pretokenized"] = tf.constant(texts)
-        return tf.data.Dataset.range(len(chosen)).map(
-            lambda index: {name: column[index] for name, column in columns.items()}
+
+        def column(name: str) -> Any:
+            values = [row[name] for row in found]
+            if name not in self._config.features():
+                return tf.constant(values)
+            return ragged.from_row_lengths(np.concatenate(values), [len(ids) for ids in values])
+
+        columns = {name: column(name) for name in found[0]}
+        return tf.data.Dataset.range(len(found)).map(
+            lambda index: {name: values[index] for name, values in columns.items()}
         )
 
     def _rows(self, split: str) -> list[rows.Row]:

@@ -8,7 +8,6 @@ pass, so that the position in the stream is one number: how many rows have been 
 
 from collections.abc import Callable, Sequence
 import concurrent.futures
-import itertools
 import json
 from typing import Any
 
@@ -47,7 +46,8 @@ def shuffled(
         return Window(_window(split, names, shard), rows_at_once)
     some = split.source_rows()
     if some is not None:
-        return InMemory([*itertools.chain(*some)], seed, rows_at_once, shard, split.finish)
+        examples = [row for rows in some for row in rows]
+        return InMemory(examples, seed, rows_at_once, shard, split.finish)
     batches: Any = untuned(split.dataset().map(_only(names)).ragged_batch(_READ_AT_ONCE))
     examples = [row for batch in batches for row in as_rows(batch)]
     return InMemory(examples, seed, rows_at_once, shard)

@@ -77,7 +77,7 @@ class Split(NamedTuple):
         """Yields the examples of the source in lists; None if `finish` cannot make rows of them."""
         if self.use_cached or not isinstance(self.task, seqio.Task):
             return None
-        if not features.can_finish_rows(self.task):
+        if features.row_maker(self.task) is None:
             return None
         source: Any = self.task.source
         rows = source.read_rows(self.name) if isinstance(source, features.RowSource) else None
@@ -92,7 +92,8 @@ class Split(NamedTuple):
 
     def finish(self, rows: Sequence[Row]) -> list[Row]:
         """Returns the tokenized examples of some of `source_rows`."""
-        return features.finish_rows(rows, self.task, self.lengths)
+        make: Any = features.row_maker(self.task)
+        return make(rows, self.task.output_features, self.lengths)
 
     @property
     def _limit(self) -> int:
