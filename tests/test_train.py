@@ -180,8 +180,10 @@ def test_a_signal_loses_nothing_that_was_saved(tmp_path, number, status):
     path = tmp_path / "metrics.jsonl"
     while process.poll() is None and not (path.exists() and len(path.read_text()) > 3000):
         time.sleep(0.1)
-    while number == signal.SIGKILL and saved_model.find_step(str(tmp_path)) is None:
-        time.sleep(0.1)  # nothing saves the steps of a killed run but its own checkpoints
+    # A killed run saves nothing more, so that it needs a checkpoint before.
+    is_killed = number == signal.SIGKILL
+    while is_killed and process.poll() is None and saved_model.find_step(str(tmp_path)) is None:
+        time.sleep(0.1)
     process.send_signal(number)
     _, err = process.communicate(timeout=120)
     assert process.returncode == status, err[-2000:]
