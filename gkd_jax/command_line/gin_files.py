@@ -74,7 +74,7 @@ def parse(
             ) from error
         except Exception as error:
             raise UsageError(f"--gin.{name}={value}: {_rejected(error)}") from error
-    lines = _lines()  # gin takes milliseconds to write them
+    lines = _lines()  # once, because gin takes milliseconds to write the bindings out
     _check_references(lines, defined)
     _expand_paths(defined)
     missing = [name for name, value in lines if name in defined and value == REQUIRED]
