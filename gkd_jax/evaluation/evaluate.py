@@ -1,7 +1,8 @@
 """Decodes the split of a task and scores the result with the task's own metric functions.
 
 `make_decoder` makes a function that decodes batches to `Row`s, `score` computes their metrics, and
-`write_rows` writes them to a file. `EvalConfig` holds the settings.
+`write_rows` writes them to a file. `EvalConfig` holds the settings. Training evaluates with these
+functions; the command `gkd-jax eval`, which calls them too, is `infer.evaluate_checkpoint`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -221,7 +222,10 @@ def make_decoder(
 def _scores(
     teacher: Teacher, params: lm.Params, batch: Batch, size: int | None, mesh: Mesh
 ) -> np.ndarray:
-    """The divergence at each token of a batch on the host, of at most `size` rows at a time."""
+    """Returns the divergence at each token of a batch, computed for at most `size` rows at once.
+
+    The result is on the host and has the shape (rows, T). None as `size` takes all rows at once.
+    """
     rows, found = len(batch.targets), []
     for start in range(0, rows, size or rows):
         part = jax.tree.map(lambda x, i=start: x[i : i + (size or rows)], batch)
@@ -285,7 +289,7 @@ def _decode_fn(
 
 
 def _single_tokens(vocabulary: Any, choices: Sequence[str]) -> set[int]:
-    """The ids of the choices.
+    """Returns the ids of the choices.
 
     Raises:
         ValueError: if a choice is not exactly one token, or two choices are the same token.
@@ -314,7 +318,7 @@ def teacher_divergence(models: gkd.ModelPair, mesh: Mesh) -> TokenDivergence:
 
 
 def to_text(vocabulary: Any, tokens: np.ndarray) -> str:
-    """The text of decoded ids, up to the first id that ends a text."""
+    """Returns the text of decoded ids, up to the first id that ends a text."""
     return _vocabularies().decode(vocabulary, tokens.tolist())
 
 
@@ -385,6 +389,6 @@ def write_rows(path: files.AnyPath, rows: Sequence[Row], vocabulary: Any) -> Non
 
 
 def text(example: Mapping[str, Any], feature: str) -> str:
-    """The text of a feature before tokenization."""
+    """Returns the text of a feature before tokenization."""
     value = example[f"{feature}_pretokenized"]
     return value.decode() if isinstance(value, bytes) else str(value)

@@ -223,7 +223,7 @@ def run(
 
 
 def _line(row: evaluate.Row) -> dict[str, Any]:
-    """A prediction as a row of training data: `messages` of a chat, or `inputs` and `targets`."""
+    """Returns a prediction as a row of training data, with `messages` or `inputs` and `targets`."""
     reference = {"reference": evaluate.text(row.example, "targets")}
     chat = row.example.get("chat")
     if not chat:
@@ -268,7 +268,7 @@ def _on_first_process(check: Callable[..., None], *arguments: Any) -> None:
 def _text_batches(
     text_file: str, ready: _Decoding, num_lines: int | None
 ) -> Iterator[eval_batches.EvalBatch]:
-    """Batches of the first lines of a file, each a prompt; checks all lines before a batch."""
+    """Checks all lines of a file, and returns batches of the first of them, each a prompt."""
     size, lengths = ready.batch_size, ready.lengths
     prompts = row_ids.read_prompts(text_file, ready.opened.vocabulary, lengths["inputs"])
     prompts = prompts[:num_lines]

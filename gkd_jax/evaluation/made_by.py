@@ -29,7 +29,7 @@ _CONTENT_OF = {
 
 
 def path_of(output: str | os.PathLike[str]) -> files.AnyPath:
-    """The path of the record of a file, which may be in a bucket."""
+    """Returns the path of the record of a file, which may be in a bucket."""
     path = f"{os.fspath(output)}.made_by.json"
     return epath.Path(path) if files.in_bucket(path) else pathlib.Path(path)
 
@@ -122,13 +122,13 @@ def check_evaluation(folder: str | os.PathLike[str]) -> None:
 
 
 def _lies_elsewhere(name: str, before: dict[str, Any], about: dict[str, Any]) -> bool:
-    """Whether the content behind a field, which is recorded in another field, is unchanged."""
+    """Returns whether the content that a field names is known and unchanged."""
     content = _CONTENT_OF.get(name, "")
     return about.get(content) is not None and about[content] == before.get(content)
 
 
 def _short(value: Any) -> str:
-    """A value for a message; a hash is shortened to its first characters."""
+    """Returns a value for a message; a hash is shortened to its first characters."""
     is_hash = isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value)
     return f"{value[:12]}..." if is_hash else repr(value)
 

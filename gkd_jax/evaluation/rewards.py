@@ -25,7 +25,7 @@ Texts = Sequence[str]
 
 
 def exact_answer(prompts: Texts, outputs: Texts, references: Texts) -> np.ndarray:
-    """1 if the number after `The answer is` equals that of the reference, else 0."""
+    """Returns 1 if the number after `The answer is` equals that of the reference, else 0."""
     del prompts
     wanted = [text_metrics.answer(reference) for reference in references]
     return np.array(
@@ -37,7 +37,7 @@ def exact_answer(prompts: Texts, outputs: Texts, references: Texts) -> np.ndarra
 
 
 def rouge2(prompts: Texts, outputs: Texts, references: Texts) -> np.ndarray:
-    """The ROUGE-2 F1 of each output with its reference, from 0 to 1."""
+    """Returns the ROUGE-2 F1 of each output with its reference, from 0 to 1."""
     del prompts
     return np.array(
         [
@@ -49,7 +49,7 @@ def rouge2(prompts: Texts, outputs: Texts, references: Texts) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Brevity:
-    """Minus the number of words by which an output exceeds `limit`."""
+    """Rewards an output with minus the number of words by which it exceeds `limit`."""
 
     limit: int = 30
 
@@ -66,12 +66,12 @@ brevity = Brevity  # as gin files and command lines name it: `REWARD = @rewards.
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Entailment:
-    """The log-probability, in nats, that a T5 classifier finds the output entailed by the prompt.
+    """Rewards an output that a T5 classifier finds entailed by the prompt.
 
     This is the reward of Roit et al. (2023), which the paper's Figure 5 uses. The premise is the
-    prompt (the document), the hypothesis is the output, and the score is the log-probability of the
-    label's tokens. Any T5 checkpoint that was trained to write the label can be the classifier. It
-    is loaded at the first call. The defaults fit the public TRUE classifier
+    prompt (the document), the hypothesis is the output, and the reward is the log-probability of
+    the label's tokens, in nats. Any T5 checkpoint that was trained to write the label can be the
+    classifier. It is loaded at the first call. The defaults fit the public TRUE classifier
     (google/t5_xxl_true_nli_mixture of Honovich et al., 2022), which writes "1" for entailment and
     "0" otherwise.
 
@@ -123,7 +123,7 @@ class Entailment:
         return np.array(scores)
 
     def report(self, scores: np.ndarray) -> dict[str, float]:
-        """The metrics that an evaluation reports of scores.
+        """Returns the metrics that an evaluation reports of scores.
 
         Returns:
             `entailment`, the mean score in nats; `entailed`, the percentage of outputs for which
@@ -134,7 +134,7 @@ class Entailment:
         return {"entailment": float(np.mean(scores)), "entailed": 100 * float(np.mean(called))}
 
     def _encode(self, premise: str, hypothesis: str) -> list[int]:
-        """The ids of the filled template, with as many words of the premise as fit."""
+        """Returns the ids of the filled template, with as many words of the premise as fit."""
         words = premise.split(" ")
 
         def filled(count: int) -> list[int]:
@@ -152,7 +152,7 @@ class Entailment:
 
     @functools.cached_property
     def _log_probs(self):
-        """The function from a batch to the log-probability of each row's targets."""
+        """Returns the function from a batch to the log-probability of each row's targets."""
         num_pieces = self._vocabulary.vocab_size
         config = self.model.config(num_pieces)
         # Every process scores all rows by itself; the weights are sharded over its own devices.
