@@ -207,6 +207,19 @@ def test_an_evaluation_replaces_another_and_no_file_of_the_users(models, tmp_pat
         assert mine.read_text() == content
 
 
+def test_only_the_first_process_writes_and_says_the_result(models, tmp_path, monkeypatch, capfd):
+    evaluate(models, tmp_path / "first")
+    printed, _ = capfd.readouterr()
+    metrics = json.loads((tmp_path / "first" / "metrics.json").read_text())
+    assert json.loads(printed) == {"arithmetic": metrics["arithmetic"]}
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    evaluate(models, tmp_path / "second")
+    run(models, tmp_path / "second.jsonl")
+    printed, messages = capfd.readouterr()
+    assert (printed, "wrote" in messages) == ("", False)
+    assert [path.name for path in tmp_path.iterdir()] == ["first"]
+
+
 def test_an_output_that_cannot_be_made_is_said_before_a_model_is_read(models, tmp_path):
     (tmp_path / "file").write_text("in the way")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")

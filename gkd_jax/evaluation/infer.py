@@ -142,7 +142,7 @@ def evaluate_checkpoint(
         }
         text = json.dumps({name: values, "evaluation": about}, indent=1)
         files.write_whole(folder / "metrics.json", text + "\n")
-    print(json.dumps({name: values}))
+        print(json.dumps({name: values}))
 
 
 def run(
@@ -219,7 +219,7 @@ def run(
                 file.flush()
     if writes:
         made_by.write(path, about, num_lines=path.read_bytes().count(b"\n"))
-    print(f"wrote {path}", file=sys.stderr)
+        print(f"wrote {path}", file=sys.stderr)
 
 
 def _line(row: evaluate.Row) -> dict[str, Any]:
