@@ -78,6 +78,14 @@ def test_the_record_has_the_settings_of_every_decoding(decoding, models, tmp_pat
         assert {line["targets"] for line in lines} <= {"7", "8"}
 
 
+def test_a_setting_belongs_to_some_ways_to_decode_or_to_all():
+    listed = {name for names in decodings.USED_BY.values() for name in names}
+    concerns_all = {"task", "split", "decoding", "num_examples", "target_length", "batch_size"}
+    no_effect = {"decode_rows", "rewards"}  # on what is decoded
+    fields = {field.name for field in dataclasses.fields(EvalConfig)}
+    assert listed == fields - concerns_all - no_effect
+
+
 @pytest.mark.parametrize("lines", [0, 5, 8, 19])
 def test_the_same_command_goes_on_where_it_stopped(lines, models, finished, output):
     record = record_of(output)

@@ -247,9 +247,7 @@ def _about(
     about |= {"split": evaluation.split} if text_file is None else {"text_file": text_file}
     about["feature_lengths"] = dict(data.feature_lengths)
     about["batch_size"] = evaluation.batch_size or data.batch_size
-    names = ["decoding", "num_examples", "target_length"]
-    names += decodings.USED_BY[evaluation.decoding]
-    names += ["seed"] if evaluation.decoding == "sample" else []
+    names = ["decoding", "num_examples", "target_length", *decodings.USED_BY[evaluation.decoding]]
     return about | {name: getattr(evaluation, name) for name in names}
 
 
