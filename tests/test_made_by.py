@@ -148,6 +148,10 @@ CHANGES = {
         "feature_lengths .*48.* -> .*20",
     ),
     "batch size": ({"data": dataclasses.replace(DATA, batch_size=16)}, "batch_size 8 -> 16"),
+    "seqio's cache": (
+        {"data": dataclasses.replace(DATA, use_cached=True)},
+        "use_cached False -> True",
+    ),
 }
 
 

@@ -21,17 +21,14 @@ from gkd_jax import sharding
 from gkd_jax.evaluation import decodings, evaluate, made_by
 from gkd_jax.evaluation.evaluate import EvalConfig
 from gkd_jax.evaluation.opened import Opened, open_model_and_task
-from gkd_jax.input import eval_batches, named_tasks, row_ids
+from gkd_jax.input import eval_batches, row_ids
 from gkd_jax.input.data import DataConfig
 from gkd_jax.input.split import Split
 from gkd_jax.models import lm
 from gkd_jax.storage import content, saved_model
 from gkd_jax.storage.context_checks import warn_of_long_texts
-from gkd_jax.storage.pretrained import ModelConfig, is_remote, place_params
-from gkd_jax.text import files, settings, task_names, vocabularies
-
-
-_OF_DATA = ("task", "data_dir", "vocabulary", "extra_ids", "long_prompts")
+from gkd_jax.storage.pretrained import ModelConfig, place_params
+from gkd_jax.text import files, settings, task_names
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -175,24 +172,7 @@ def run(
             make it at all.
     """
     opened = open_model_and_task(model, data, dry_run=dry_run)
-    model, data, vocabulary = opened.model, opened.data, opened.vocabulary
-    about = _about(model, data, evaluation, text_file)
-    unread = []  # a dry run stays off the network
-    if dry_run and files.is_remote(text_file or str(data.task)):
-        unread.append("task_content" if text_file is None else "text_content")
-    elif text_file is None:
-        about["task_content"] = named_tasks.content_of(str(data.task), evaluation.split)
-    else:  # A fault in the file is reported before the model is loaded.
-        lines = "\n".join(files.read_lines(text_file))
-        about["text_content"] = hashlib.sha256(lines.encode()).hexdigest()
-    if dry_run and vocabularies.is_remote(vocabulary):
-        unread.append("vocabulary_content")
-    else:
-        about["vocabulary_content"] = vocabularies.content_hash(vocabulary)
-    if dry_run and is_remote(model.checkpoint):
-        unread.append("content")
-    elif model.checkpoint is not None:
-        about["content"] = content.content_id(model.checkpoint)
+    about, unread = _describe(opened, evaluation, text_file)
     _on_first_process(made_by.check, output, about, unread)
     ready = _prepare(opened, evaluation, mesh, reads_split=text_file is None)
     if dry_run:
@@ -234,21 +214,24 @@ def _line(row: evaluate.Row) -> dict[str, Any]:
     return {**asked, "messages": [*asked["messages"], answer], **reference}
 
 
-def _about(
-    model: ModelConfig, data: DataConfig, evaluation: EvalConfig, text_file: str | None
-) -> dict[str, Any]:
-    """Everything that determines the lines of an output, except contents that must be read."""
-    about: dict[str, Any] = {"checkpoint": model.checkpoint, "content": None}
-    about |= {name: getattr(model, name) for name in ("size", "dtype", "param_dtype")}
-    about |= {name: getattr(data, name) for name in _OF_DATA}
-    about["template_variables"] = dict(data.template_variables)
-    if data.eval_fraction is not None:
-        about |= {"eval_fraction": data.eval_fraction, "data_seed": data.seed}
-    about |= {"split": evaluation.split} if text_file is None else {"text_file": text_file}
-    about["feature_lengths"] = dict(data.feature_lengths)
-    about["batch_size"] = evaluation.batch_size or data.batch_size
+def _describe(
+    opened: Opened, evaluation: EvalConfig, text_file: str | None
+) -> tuple[dict[str, Any], list[str]]:
+    """Returns what determines the lines of an output, and the names of the hashes left out.
+
+    See `Opened.describe`.
+    """
+    about, unread = opened.describe(evaluation.split if text_file is None else None)
+    if text_file is not None:
+        about["text_file"] = text_file
+        if opened.dry_run and files.is_remote(text_file):
+            unread.append("text_content")
+        else:  # A fault in the file is reported before the model is loaded.
+            lines = "\n".join(files.read_lines(text_file))
+            about["text_content"] = hashlib.sha256(lines.encode()).hexdigest()
+    about["batch_size"] = evaluation.batch_size or opened.data.batch_size
     names = ["decoding", "num_examples", "target_length", *decodings.USED_BY[evaluation.decoding]]
-    return about | {name: getattr(evaluation, name) for name in names}
+    return about | {name: getattr(evaluation, name) for name in names}, unread
 
 
 def _on_first_process(check: Callable[..., None], *arguments: Any) -> None:

@@ -8,15 +8,20 @@ import seqio
 from gkd_jax.input import named_tasks
 from gkd_jax.input.data import DataConfig
 from gkd_jax.models import lm
-from gkd_jax.storage import tokenizer_files
+from gkd_jax.storage import content, tokenizer_files
 from gkd_jax.storage.pretrained import (
     ModelConfig,
     check_exists,
+    is_remote,
     remote_checkpoints,
     with_local_files,
 )
 from gkd_jax.storage.vocabulary_checks import check_special_ids, shared_pieces
-from gkd_jax.text import vocabularies
+from gkd_jax.text import files, vocabularies
+
+
+_OF_MODEL = ("checkpoint", "size", "dtype", "param_dtype")
+_OF_DATA = ("task", "data_dir", "vocabulary", "extra_ids", "batch_size", "long_prompts")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,6 +63,44 @@ class Opened:
         config = self.model.config(num_pieces, pending=self.model.checkpoint in unread)
         check_special_ids(config, self.vocabulary, check_remote=reads)
         return config, num_pieces
+
+    def describe(self, split: str | None) -> tuple[dict[str, Any], list[str]]:
+        """Returns what determines the examples and the model's answers, for a record of the output.
+
+        Args:
+            split: the split that is read; None if only the vocabulary of the task is used.
+
+        Returns:
+            The fields of the model and of the data, with the SHA-256 of what they name: `content`
+            of the checkpoint, `vocabulary_content` and, for a split, `task_content`, which is None
+            for a task without a file. Then the names of the hashes that a dry run leaves out,
+            because what they belong to is remote.
+        """
+        model, data = self.model, self.data
+        about = {name: getattr(model, name) for name in _OF_MODEL}
+        about["content"] = None
+        about |= {name: getattr(data, name) for name in _OF_DATA}
+        about["feature_lengths"] = dict(data.feature_lengths)
+        about["template_variables"] = dict(data.template_variables)
+        about["teacher_template"] = data.teacher_template
+        if data.eval_fraction is not None:
+            about |= {"eval_fraction": data.eval_fraction, "data_seed": data.seed}
+        unread = []
+        if split is not None:
+            about |= {"split": split, "use_cached": data.use_cached}
+            if self.dry_run and files.is_remote(str(data.task)):
+                unread.append("task_content")
+            else:
+                about["task_content"] = named_tasks.content_of(str(data.task), split)
+        if self.dry_run and vocabularies.is_remote(self.vocabulary):
+            unread.append("vocabulary_content")
+        else:
+            about["vocabulary_content"] = vocabularies.content_hash(self.vocabulary)
+        if self.dry_run and is_remote(model.checkpoint):
+            unread.append("content")
+        elif model.checkpoint is not None:
+            about["content"] = content.content_id(model.checkpoint)
+        return about, unread
 
 
 def open_model_and_task(model: ModelConfig, data: DataConfig, *, dry_run: bool) -> Opened:
