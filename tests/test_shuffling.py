@@ -75,6 +75,35 @@ def test_orders_are_uniform(task):
     assert ((counts - expected) ** 2 / expected).sum() < 27.9  # 0.1 % of chi-square with 9
 
 
+def passes(size, count, seed=0, shard=data.WHOLE) -> np.ndarray:
+    """The orders of the first passes over the numbers below `size`, one a row."""
+    examples = [{"number": i} for i in range(size)]
+    stream = shuffling.InMemory(examples, seed, size // shard.num_shards, shard)
+    return np.array([[row["number"] for row in next(stream)] for _ in range(count)])
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 64, 65_536, 65_537, 99_999])
+def test_a_pass_has_all_examples_at_any_size(size):
+    for order in passes(size, 2, seed=2**32 - 1):
+        np.testing.assert_array_equal(np.sort(order), np.arange(size))
+
+
+def test_orders_do_not_come_again():
+    """Neither after many passes, nor for other seeds or shards of as many examples."""
+    seeds = [0, 1, 255, 256, 2**16, 2**31 - 1, 2**31, 2**32 - 1]
+    later = np.concatenate([passes(50, 600, seed) for seed in seeds])
+    assert len({order.tobytes() for order in later}) == 600 * len(seeds)
+    first, second = (passes(100, 5, shard=data.Shard(i, 2, i)) // 2 for i in range(2))
+    assert not (first == second).all(axis=1).any()
+
+
+def test_small_orders_are_all_as_frequent():
+    """A chi-square test of the 24 orders of four examples, over 2400 passes."""
+    _, counts = np.unique(passes(4, 2400), axis=0, return_counts=True)
+    assert len(counts) == 24
+    assert ((counts - 100) ** 2 / 100).sum() < 49.8  # 0.1 % of chi-square with 23
+
+
 def test_shards_part_the_examples(task):
     parts = [numbers(stream(task, data.Shard(i, 2, i), batch_size=20), 35) for i in range(2)]
     assert sorted(parts[0] + parts[1]) == list(range(SIZE))

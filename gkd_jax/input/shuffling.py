@@ -2,12 +2,13 @@
 
 seqio shuffles within a window of about a thousand examples, so the first steps of a run would see
 only the first examples. A source of up to `LARGEST` examples is therefore read into memory and
-shuffled whole. The order of the examples in a pass is a function of the seed and the number of the
-pass, so that the position in the stream is one number: how many rows have been taken.
+shuffled whole. The order of the examples in a pass is a function of the seed, the shard and the
+number of the pass, so that the position in the stream is one number: how many rows have been taken.
 """
 
 from collections.abc import Callable, Sequence
 import concurrent.futures
+import functools
 import json
 from typing import Any
 
@@ -26,7 +27,6 @@ LARGEST = 100_000
 """Examples of the largest source that is shuffled whole; seqio's window serves larger ones."""
 
 _READ_AT_ONCE = 1024
-_KEY = 498247692  # the first part of the keys that `tf.random.experimental.index_shuffle` makes
 
 
 def shuffled(
@@ -99,7 +99,9 @@ class InMemory:
                 start of a run would take seconds, so examples are tokenized when they are taken.
         """
         self._examples = examples[shard.index :: shard.num_shards]
-        self._seed, self._rows_at_once, self._make_rows = seed, rows_at_once, make_rows
+        self._rows_at_once, self._make_rows = rows_at_once, make_rows
+        order = functools.partial(_order, len(self._examples), seed, shard.index)
+        self._order = functools.lru_cache(maxsize=2)(order)
         self._taken = 0
         self._thread = concurrent.futures.ThreadPoolExecutor(1)
         self._ahead: concurrent.futures.Future[list[Row]] | None = None
@@ -113,9 +115,12 @@ class InMemory:
         return rows
 
     def _rows_after(self, taken: int) -> list[Row]:
-        steps = np.arange(taken, taken + self._rows_at_once)
-        order = _order(steps, self._seed, len(self._examples))
-        return self._make_rows([self._examples[i] for i in order.tolist()])
+        chosen: list[int] = []
+        while len(chosen) < self._rows_at_once:
+            number, start = divmod(taken + len(chosen), len(self._examples))
+            missing = self._rows_at_once - len(chosen)
+            chosen.extend(self._order(number)[start : start + missing].tolist())
+        return self._make_rows([self._examples[i] for i in chosen])
 
     def save(self, directory: files.AnyPath, name: str) -> None:
         """Writes the position to the file `<name>.json`."""
@@ -148,16 +153,14 @@ class Window:
         self._checkpoint.read(str(directory / name)).assert_consumed()
 
 
-def _order(steps: np.ndarray, seed: int, size: int) -> np.ndarray:
-    """Returns the index of the example that each step takes; every `size` steps are a pass."""
-    passes = steps // size
-    # `tf.random.experimental.index_shuffle` rejects the matrix of keys that its documentation
-    # describes (in TensorFlow 2.21), so the operation behind it is called.
-    keys = [np.full_like(steps, _KEY), np.full_like(steps, seed), passes]
-    chosen: Any = tf.raw_ops.RandomIndexShuffle(
-        index=steps % size, seed=np.stack(keys, 1), max_index=np.int64(size - 1), rounds=4
-    )
-    return chosen.numpy()
+def _order(size: int, seed: int, shard: int, number: int) -> np.ndarray:
+    """Returns the indices of a shard's `size` examples in the order of one pass.
+
+    The examples are sorted by random numbers. These are the raw numbers of a bit generator, which
+    NumPy promises to keep the same in new versions, unlike those of its `permutation`.
+    """
+    numbers = np.random.Philox(key=[seed, number], counter=[0, 0, 0, shard])
+    return np.argsort(numbers.random_raw(size), kind="stable")
 
 
 def _window(split: Split, names: Sequence[str], shard: Shard) -> tf.data.Dataset:
