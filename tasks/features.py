@@ -128,12 +128,13 @@ def tokenize_rows(
     Args:
         rows: the examples of a source.
         output_features: the features of the task.
-        lengths: the largest number of tokens of each feature, including EOS.
+        lengths: the largest number of tokens of each feature, including EOS. A feature without a
+            length is not cut.
     """
     made = [dict(row) for row in rows]
     for name, feature in output_features.items():
         end = [feature.vocabulary.eos_id] if feature.add_eos else []
-        most = lengths[name] - len(end)
+        most = lengths[name] - len(end) if name in lengths else None
         for row in made:
             ids = feature.vocabulary.encode(row[name].decode("utf-8", "replace"))
             row[f"{name}_pretokenized"] = row[name]

@@ -397,8 +397,10 @@ def test_examples_read_in_order_are_those_of_seqio(tmp_path):
     rows = [*pairs(3), {"inputs": "alone"}]
     rows = [{**row, "teacher_inputs": "b" * (9 * i + 1)} for i, row in enumerate(rows)]
     path = write(tmp_path / "data.jsonl", rows)
-    for names in (("inputs", "targets"), ("inputs", "targets", "teacher_inputs")):
-        lengths = dict.fromkeys(names, 4)  # shorter than some of the texts
+    both, all_three = ("inputs", "targets"), ("inputs", "targets", "teacher_inputs")
+    # Decoding gives the teacher's prompts no length.
+    for names, limited in ((both, both), (all_three, all_three), (all_three, both)):
+        lengths = dict.fromkeys(limited, 4)  # shorter than some of the texts
         task = open_task(path, feature_lengths=dict.fromkeys(names, 100))
         ours = list(Split(task, "train", lengths).in_order())
         theirs = list(task.get_dataset(lengths, split="train", shuffle=False).as_numpy_iterator())

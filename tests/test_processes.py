@@ -271,6 +271,9 @@ def test_processes_with_the_same_rows_read_the_same(processes, rows, expected, m
     if found[0].num_shards > 1:
         with pytest.raises(ValueError, match="num_examples=1"):
             data.process_shard(few, mesh)
+        uneven = dataclasses.replace(config, task={"arithmetic": 5, "arithmetic_backwards": 3})
+        with pytest.raises(ValueError, match="shards has the same number of rows of every"):
+            data.process_shard(uneven, mesh)
 
 
 @pytest.mark.parametrize("own_fails", [True, False])

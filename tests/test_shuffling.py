@@ -144,7 +144,9 @@ def test_a_saved_stream_goes_on_where_it_was(task, tmp_path, monkeypatch, case):
         assert sorted(position["rows_taken"] for position in positions) == taken
 
 
-@pytest.mark.parametrize("lengths", [{"inputs": 40, "targets": 24}, {"inputs": 6, "targets": 5}])
+@pytest.mark.parametrize(
+    "lengths", [{"inputs": 40, "targets": 24}, {"inputs": 6, "targets": 5}, {"inputs": 6}]
+)
 @pytest.mark.parametrize("kind", ["words", "sentencepiece", "tokenizer"])
 def test_many_texts_are_tokenized_as_seqio_tokenizes_each(tmp_path, kind, lengths):
     if kind == "words":

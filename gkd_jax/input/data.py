@@ -238,7 +238,8 @@ def process_shard(config: DataConfig, mesh: Mesh) -> Shard:
 
     Raises:
         ValueError: if two processes share only some of their rows, if processes have different
-            numbers of rows, or if there are more shards than examples.
+            numbers of rows, if a process would have other shares of several tasks than the batch,
+            or if there are more shards than examples.
     """
     if not config.shard_by_process:
         return WHOLE
@@ -251,6 +252,11 @@ def process_shard(config: DataConfig, mesh: Mesh) -> Shard:
         raise ValueError(
             "shard_by_process needs processes with as many rows of a batch each, all the same or "
             f"all different, got a mesh of {dict(mesh.shape)} whose processes start at {parts}"
+        )
+    if any(rows % len(parts) for rows in config.task_rows.values()):
+        raise ValueError(
+            f"with shard_by_process each of {len(parts)} shards has the same number of rows of "
+            f"every task, got {config.task_rows}"
         )
     if config.num_examples is not None and config.num_examples < len(parts):
         raise ValueError(

@@ -189,10 +189,10 @@ class JsonlSource(features.RowSource):
         output_features: Mapping[str, Any],
         lengths: Mapping[str, int],
     ) -> list[Row]:
-        """Returns the rows, cut to the lengths."""
+        """Returns the rows, cut to the lengths; a feature without a length is not cut."""
         self._check_vocabulary(output_features)
         return [
-            row | {name: row[name][: lengths[name]] for name in output_features} for row in rows
+            row | {name: row[name][: lengths.get(name)] for name in output_features} for row in rows
         ]
 
     def _checked(
