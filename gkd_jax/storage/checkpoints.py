@@ -302,9 +302,17 @@ def _items(state: TrainState) -> dict[str, Any]:
 
 # Error messages of TensorStore and Orbax for files that are truncated, altered or missing.
 _DAMAGE = re.compile(
-    r"DATA_LOSS|NOT_FOUND|OUT_OF_RANGE|checksum|corrupt|[Dd]ecod|[Tt]runcated"
+    r"DATA_LOSS|NOT_FOUND|OUT_OF_RANGE|checksum|corrupt|\b[Dd]ecod(e|ing)\b|[Tt]runcated"
     r"|was not found in the checkpoint"
 )
+# The codes with which TensorStore begins an error that may be gone at the next attempt, or with
+# other permissions.
+_PASSING = re.compile(
+    r"ABORTED|CANCELLED|DEADLINE_EXCEEDED|PERMISSION_DENIED|RESOURCE_EXHAUSTED|UNAUTHENTICATED"
+    r"|UNAVAILABLE"
+)
+# What TensorStore quotes: the names of arrays and files, which may contain any word.
+_QUOTED = re.compile(r'"[^"]*"|\[tensorstore_spec=.*', re.DOTALL)
 
 
 def _is_damage(error: BaseException) -> bool:
@@ -314,7 +322,9 @@ def _is_damage(error: BaseException) -> bool:
     """
     if isinstance(error, fingerprints.DamagedError | json.JSONDecodeError | FileNotFoundError):
         return True
-    return bool(_DAMAGE.search(str(error)))
+    if isinstance(error, OSError) or _PASSING.match(str(error)):
+        return False
+    return bool(_DAMAGE.search(_QUOTED.sub("", str(error))))
 
 
 def _check_arrays(step: int, stored: Mapping[str, int] | None, target: Any) -> None:
