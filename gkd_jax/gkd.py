@@ -18,6 +18,7 @@ P is the teacher, Q the student. Axes: B batch, N = B x samples a prompt, S sour
 V vocabulary.
 """
 
+import dataclasses
 import functools
 import math
 from typing import Any, NamedTuple
@@ -34,7 +35,7 @@ from gkd_jax.gkd_config import GKDConfig, Learner, LiveStudent, ModelPair, Movin
 from gkd_jax.input.teacher_cache import outcomes
 from gkd_jax.models import lm
 from gkd_jax.rl import policy_loss
-from gkd_jax.sampling import Sample, allowed_ids, sample
+from gkd_jax.sampling import Sample, SamplingConfig, allowed_ids, banned_tail, sample
 from gkd_jax.text import task_names
 
 
@@ -97,7 +98,7 @@ def sample_targets(
         frozen,
         key=key,
         max_length=length,
-        sampling=config.sampling,
+        sampling=student_sampling(config, models),
         num_samples=config.num_samples,
         decode_rows=config.decode_rows,
     )
@@ -112,6 +113,12 @@ def sample_targets(
     targets = jnp.asarray(batch.targets, drawn.tokens.dtype).at[rows].set(drawn.tokens)
     weights = jnp.asarray(batch.weights, drawn.weights.dtype).at[rows].set(drawn.weights)
     return batch._replace(targets=targets, weights=weights, teacher=None), drawn
+
+
+def student_sampling(config: GKDConfig, models: ModelPair) -> SamplingConfig:
+    """Returns the method's sampling, which also bans a T5's pad and the ids without a piece."""
+    banned = (*(config.sampling.banned_ids or ()), *banned_tail(models.student, models.num_pieces))
+    return dataclasses.replace(config.sampling, banned_ids=tuple(dict.fromkeys(banned)))
 
 
 class TaughtRows(NamedTuple):
@@ -219,7 +226,8 @@ def sample_log_probs(
 
     Banned ids are left out of the softmax, as they are when tokens are drawn.
     """
-    allowed = allowed_ids(models.student.vocab_size, config.sampling.ids(models.student)[0])
+    banned, _ = student_sampling(config, models).ids(models.student)
+    allowed = allowed_ids(models.student.vocab_size, banned)
     logits = jnp.where(allowed, student_logits / config.sampling.temperature, -jnp.inf)
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     # Padding has probability 0 here. Its weight is 0 too, but its gradient would be NaN.

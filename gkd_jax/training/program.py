@@ -23,7 +23,6 @@ from gkd_jax.batch import Batch, TopK
 from gkd_jax.gkd import TrainState
 from gkd_jax.input.data import Shape
 from gkd_jax.models import lm
-from gkd_jax.sampling import banned_tail
 from gkd_jax.storage.pretrained import ModelConfig
 from gkd_jax.training import teachers, train_state
 from gkd_jax.training.recipe import Recipe
@@ -145,11 +144,9 @@ def build(
         sharding.check_batch_size(method.decode_rows, mesh, name="decode_rows")
     teachers.check_rows(recipe, mesh)
 
-    banned = banned_tail(models.student, models.num_pieces)
-    ends = eos_ids if method.sampling.eos_ids is None else method.sampling.eos_ids
-    method = dataclasses.replace(
-        method, sampling=dataclasses.replace(method.sampling, banned_ids=banned, eos_ids=ends)
-    )
+    if method.sampling.eos_ids is None:
+        sampling = dataclasses.replace(method.sampling, eos_ids=eos_ids)
+        method = dataclasses.replace(method, sampling=sampling)
     learner = gkd.Learner(
         config=method,
         models=models,
