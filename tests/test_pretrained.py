@@ -2,16 +2,21 @@
 
 import io
 
+import jax
 import pytest
 import sentencepiece
 import seqio
+from small_runs import write_decoder, write_teacher
+import small_tokenizers
 
-from gkd_jax.models import t5
-from gkd_jax.storage import vocabulary_checks
+import gkd_jax
+from gkd_jax.models import lm, t5
+from gkd_jax.storage import saved_model, vocabulary_checks
 from gkd_jax.text import vocabularies
 
 
 CONFIG = t5.t5_1_1("32x2", vocab_size=128)
+KEY = jax.random.key(0)
 
 
 def sentencepiece_file(path, **ids):
@@ -44,3 +49,31 @@ def test_the_usual_vocabularies_are_taken(tmp_path):
     for vocabulary in (usual, vocabularies.load("bytes"), vocabularies.load("arithmetic")):
         vocabulary_checks.check_special_ids(CONFIG, vocabulary)
     vocabulary_checks.check_special_ids(CONFIG, vocabularies.t5_default(), check_remote=False)
+
+
+def test_num_pieces_compares_what_the_ids_mean(tmp_path):
+    """The divergence of two models whose ids mean different tokens would be a wrong number."""
+    tokenizer = small_tokenizers.train("qwen")
+    count = tokenizer.get_vocab_size()
+    for name, rows, written in (
+        ("student", count + 3, tokenizer),
+        ("teacher", count + 8, tokenizer),
+        ("stranger", 900, small_tokenizers.train("qwen", vocab_size=500)),
+    ):
+        write_decoder(tmp_path / name, written, rows, seed=0)
+    student, teacher, stranger = (tmp_path / name for name in ("student", "teacher", "stranger"))
+    assert gkd_jax.num_pieces(student, teacher) == count
+    with pytest.raises(ValueError, match=r"different tokenizers.*SeqKD"):
+        gkd_jax.num_pieces(student, stranger)
+
+    ours, copy, other = write_teacher(tmp_path / "ours"), tmp_path / "copy", tmp_path / "other"
+    content = vocabularies.content_hash(vocabularies.arithmetic())
+    for folder, found in ((copy, content), (other, "1" * 64)):
+        saved_model.write_params(str(folder), CONFIG, lm.init(CONFIG, KEY), found, 100)
+    assert gkd_jax.num_pieces(ours, copy) == 100
+    for one in (other, student):
+        with pytest.raises(ValueError, match="different vocabularies"):
+            gkd_jax.num_pieces(ours, one)
+    # A checkpoint that says nothing of its vocabulary is compared by the rows of its embedding.
+    saved_model.write_params(str(tmp_path / "silent"), CONFIG, lm.init(CONFIG, KEY), "")
+    assert gkd_jax.num_pieces(tmp_path / "silent", copy, ours) == 100

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 import functools
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 from etils import epath
 import jax
@@ -112,29 +112,70 @@ def load_model(path: str | os.PathLike[str]) -> tuple[lm.Config, lm.Params]:
 
 
 def num_pieces(*paths: str | os.PathLike[str]) -> int:
-    """Returns the number of ids that the vocabularies of some checkpoints share.
+    """Returns the number of ids that mean the same token to all of some checkpoints.
 
     An embedding often has more rows than the vocabulary has ids, and those rows must be neither
-    sampled nor distilled. A checkpoint of gkd_jax stores the number of ids, and a Hugging Face
-    folder has it in its tokenizer. Where neither is there, the rows of the embedding count.
+    sampled nor distilled. A checkpoint of gkd_jax stores the number of ids and a hash of its
+    vocabulary, and a Hugging Face folder holds its tokenizer. Where neither is there, the rows of
+    the embedding count, and nothing can be compared.
 
     Args:
         paths: checkpoints, each as for `load_config`; a student and its teacher, say.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_config` does, or if no checkpoint is given.
+        FileNotFoundError, ValueError: as `load_config` does, if no checkpoint is given, or if two
+            of them have different vocabularies.
     """
     if not paths:
         raise ValueError("num_pieces needs at least one checkpoint, got none")
-    return min(_num_pieces(hub.local_folder(os.fspath(path))) for path in paths)
+    found = [_vocabulary(hub.local_folder(os.fspath(path))) for path in paths]
+    first, *others = [one for one in found if one.content] or found
+    shared = [_num_shared(first, other) for other in others if other.content]
+    return min([one.num_pieces for one in found] + shared)
 
 
-def _num_pieces(path: str) -> int:
+class _Vocabulary(NamedTuple):
+    """What a checkpoint says of its vocabulary.
+
+    Attributes:
+        path: the checkpoint.
+        num_pieces: the number of ids.
+        content: the vocabulary's hash; "" if the checkpoint has none.
+        tokenizer: the `seqio.Vocabulary` of a Hugging Face folder; else None.
+    """
+
+    path: str
+    num_pieces: int
+    content: str
+    tokenizer: Any
+
+
+def _vocabulary(path: str) -> _Vocabulary:
     step_folder = saved_model.find_step(path)
     rows = load_config(path).vocab_size
     if step_folder is not None:
-        return saved_model.read_description(step_folder).get("num_pieces") or rows
+        about = saved_model.read_description(step_folder)
+        return _Vocabulary(path, about.get("num_pieces") or rows, about["vocabulary"], None)
     from gkd_jax.text import vocabularies  # brings TensorFlow and seqio
 
-    vocabulary = vocabularies.in_folder(path)
-    return rows if vocabulary is None else min(vocabularies.num_pieces(vocabulary), rows)
+    own = vocabularies.in_folder(path)
+    if own is None:
+        return _Vocabulary(path, rows, "", None)
+    size = min(vocabularies.num_pieces(own), rows)
+    return _Vocabulary(path, size, vocabularies.content_hash(own), own)
+
+
+def _num_shared(one: _Vocabulary, other: _Vocabulary) -> int:
+    """Returns how many ids two vocabularies share, or raises ValueError if they differ."""
+    if one.content == other.content:
+        return min(one.num_pieces, other.num_pieces)
+    if one.tokenizer is None or other.tokenizer is None:
+        raise ValueError(
+            f"{one.path!r} and {other.path!r} have different vocabularies (content "
+            f"{one.content[:12]} and {other.content[:12]}): their ids do not mean the same tokens"
+        )
+    from gkd_jax.text import comparison
+
+    return comparison.shared_pieces(
+        one.tokenizer, other.tokenizer, student_name=one.path, teacher_name=other.path
+    )
