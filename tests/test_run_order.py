@@ -1,8 +1,10 @@
 """A run checks before it writes and saves before it evaluates; a refused resume changes nothing."""
 
+import contextlib
 import json
 import pathlib
 import shutil
+import signal
 
 import pytest
 import seqio
@@ -16,7 +18,16 @@ from gkd_jax.input import streams
 from gkd_jax.input.data import DataConfig
 from gkd_jax.storage import checkpoints, saved_model
 from gkd_jax.storage.pretrained import ModelConfig
-from gkd_jax.training import metrics, optimizers, program, run_record, source, train
+from gkd_jax.training import (
+    interrupts,
+    metrics,
+    optimizers,
+    program,
+    run_lock,
+    run_record,
+    source,
+    train,
+)
 from gkd_jax.training.evaluations import Evaluations
 from gkd_jax.training.recipe import TrainConfig
 
@@ -187,7 +198,7 @@ def test_a_folder_that_is_no_checkpoint_is_said_before_the_data(tmp_path):
         run(tmp_path / "run", student=student, data=data, dry_run=True)
 
 
-def test_every_task_of_a_mixture_is_evaluated(tmp_path):
+def test_every_task_of_a_mixture_is_evaluated(tmp_path, capfd):
     task = seqio.TaskRegistry.get("arithmetic")
     for name in ("one_half", "other_half"):
         if name not in seqio.TaskRegistry.names():
@@ -195,9 +206,11 @@ def test_every_task_of_a_mixture_is_evaluated(tmp_path):
     if "both_halves" not in seqio.MixtureRegistry.names():
         seqio.MixtureRegistry.add("both_halves", ["one_half", "other_half"], default_rate=1.0)
     mixed = DataConfig(task="both_halves", feature_lengths=LENGTHS, batch_size=8)
-    run(tmp_path, steps=1, data=mixed, evaluation=EVALUATION)
+    config = TrainConfig(train_steps=1, eval_period=1, best_metric="one_half/accuracy")
+    run(tmp_path, data=mixed, evaluation=EVALUATION, train=config)
     last = metrics.read(tmp_path / "metrics.jsonl")[-1]
     assert {"eval/one_half/accuracy", "eval/other_half/accuracy"} <= set(last)
+    assert "best checkpoint: step 1, one_half/accuracy" in capfd.readouterr().out
 
 
 def test_an_evaluation_task_of_another_vocabulary_is_refused(tmp_path):
@@ -308,10 +321,26 @@ def test_a_change_on_purpose_is_recorded(run_dir, capfd):
     assert "schedule.learning_rate is 0.5 from here on, not 0.02" in capfd.readouterr().err
 
 
+READING = 'Error reading "decoder.layers_0.corrupt.kernel/.zarray" in OCDBT database'
+
+
 @pytest.mark.parametrize(
-    "error", [OSError(5, "Input/output error"), RuntimeError("UNAVAILABLE: try again")]
+    "error",
+    [
+        OSError(5, "Input/output error"),
+        PermissionError(13, "Permission denied", "/runs/corrupt/checkpoints"),
+        RuntimeError("UNAVAILABLE: try again"),
+        ValueError(f"UNAVAILABLE: {READING}: truncated response"),
+        ValueError(f"PERMISSION_DENIED: {READING}"),
+        ValueError(f"FAILED_PRECONDITION: {READING}"),
+        ValueError(
+            'INTERNAL: Failed [tensorstore_spec=\'{"kvstore":"file:///decode/DATA_LOSS"}\']'
+        ),
+    ],
 )
 def test_a_file_system_that_hiccups_damages_nothing(error, run_dir, monkeypatch):
+    """The names of arrays and folders in a message, such as a decoder's, are no evidence."""
+
     def hiccups(*arguments, **more):
         raise error
 
@@ -323,6 +352,51 @@ def test_a_file_system_that_hiccups_damages_nothing(error, run_dir, monkeypatch)
     assert contents(run_dir) == before
     monkeypatch.undo()
     run(run_dir, steps=4)
+
+
+def test_a_start_that_waited_for_the_lock_goes_on_from_what_was_saved_meanwhile(
+    tmp_path, monkeypatch, capfd
+):
+    hold = run_lock.hold
+
+    @contextlib.contextmanager
+    def hold_after(folder):
+        monkeypatch.setattr(run_lock, "hold", hold)
+        run(tmp_path, steps=2)  # the job that holds the lock ends
+        with hold(folder):
+            yield
+
+    monkeypatch.setattr(run_lock, "hold", hold_after)
+    run(tmp_path, steps=4)
+    assert "resumed from step 2" in capfd.readouterr().err
+    steps = [line["step"] for line in metrics.read(tmp_path / "metrics.jsonl")]
+    assert steps == [1, 2, 3, 4]
+    assert saved_model.saved_steps(tmp_path) == [2, 4]
+    before = contents(tmp_path)
+    monkeypatch.setattr(run_lock, "hold", hold_after)
+    run(tmp_path, steps=4)
+    assert contents(tmp_path) == before
+
+
+def test_a_signal_at_a_step_that_evaluates_does_not_wait_for_the_evaluation(tmp_path, monkeypatch):
+    """The grace period after SIGTERM is short. The next start makes up for the evaluation."""
+
+    def is_due(self, done):
+        self.signal = signal.SIGTERM if done == 2 else None
+        return done == 2
+
+    config = TrainConfig(train_steps=4, save_period=2, eval_period=2)
+    more = {"evaluation": EVALUATION, "train": config}
+    with monkeypatch.context() as patched:
+        patched.setattr(interrupts.Interruption, "is_due", is_due)
+        with pytest.raises(SystemExit) as stopped:
+            run(tmp_path, **more)
+    assert stopped.value.code == 143
+    file, name = tmp_path / "metrics.jsonl", "eval/arithmetic/accuracy"
+    assert list(metrics.values_by_step(file, name)) == [0]
+    assert saved_model.saved_steps(tmp_path) == [2]
+    run(tmp_path, **more)
+    assert list(metrics.values_by_step(file, name)) == [0, 2, 4]
 
 
 def test_where_all_is_damaged_nothing_starts_from_scratch(run_dir):

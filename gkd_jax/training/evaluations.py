@@ -53,6 +53,11 @@ class Evaluations:
         self._tasks = dict(self._open(check_remote))
         self._divergences: dict[gkd.ModelPair, evaluate.TokenDivergence] = {}
 
+    @property
+    def names(self) -> list[str]:
+        """The names of the evaluated tasks in metrics: `eval/<name>/<metric>`."""
+        return list(self._tasks)
+
     def _open(self, check_remote: bool) -> Iterator[tuple[str, tuple[Any, str]]]:
         """Yields the entries of `self._tasks`."""
         name, tasks = self._config.task, self._source.tasks

@@ -37,6 +37,7 @@ class RunFolder:
         folder: files.AnyPath,
         *,
         name: str = "",
+        evaluated: Sequence[str] = (),
         allow_changes: Sequence[str] = (),
         macros: Mapping[str, str] = {},
         commits: Mapping[str, str] = {},
@@ -48,6 +49,7 @@ class RunFolder:
             source: the opened task.
             folder: the MODEL_DIR.
             name: the name of the run within a study; with "", run.json has the folder's name.
+            evaluated: the names that the evaluated tasks have in metrics.
             allow_changes: names of the recipe's fields that a resumed run may change, as
                 `run_record.fields_named` reads them.
             macros: the gin macros of the run.
@@ -58,23 +60,32 @@ class RunFolder:
                 no field of a name in `allow_changes`.
         """
         self.program, self.source, self.folder, self.name = program, source, folder, name
+        self._evaluated = evaluated
         about = run_record.describe_run(program, source, name=name or folder.name, macros=macros)
-        before = run_record.read(folder)
+        self.about = {**about, "hub": dict(commits)}
         # A name that is no field is refused even where there is nothing to resume.
-        allowed = [
+        self._may_change = [
             field for name in allow_changes for field in run_record.fields_named(about, name)
         ]
-        self.about, self.changes, self.is_new = about, [], before is None
-        if before is not None:
-            self.changes = run_record.changes(folder, before, about, allowed)
-            about["changes"] = before.get("changes", [])
-            about["first_batch"] = before.get("first_batch")
-        about["hub"] = dict(commits)
         self.description = saved_model.describe_model(
             program.models.student,
             vocabularies.content_hash(source.vocabulary),
             source.num_pieces,
         )
+        self.look()
+
+    def look(self) -> None:
+        """Compares the recipe with what MODEL_DIR holds now: sets `changes` and `is_new`.
+
+        Raises:
+            ValueError: if the folder holds a run with another configuration.
+        """
+        before = run_record.read(self.folder)
+        self.changes, self.is_new = [], before is None
+        if before is not None:
+            self.changes = run_record.changes(self.folder, before, self.about, self._may_change)
+            self.about["changes"] = before.get("changes", [])
+            self.about["first_batch"] = before.get("first_batch")
 
     @property
     def is_finished(self) -> bool:
@@ -109,18 +120,17 @@ class RunFolder:
                 f"all {len(skipped)} steps were skipped, because their loss or gradient was not "
                 f"finite: the student learnt nothing, and its checkpoint holds the weights of the "
                 f"start. {file} has train/loss and train/grad_norm of each step. Without "
-                "train.TrainConfig.skip_nonfinite a run in another MODEL_DIR stops at its first "
+                "recipe.TrainConfig.skip_nonfinite a run in another MODEL_DIR stops at its first "
                 "such step and stores the batch"
             )
 
     @functools.cached_property
     def checkpoints(self) -> checkpoints.Checkpoints:
         """Opens the checkpoints of the folder, which is made if it does not exist."""
-        config, evaluation = self.program.recipe.train, self.program.recipe.evaluation
+        config = self.program.recipe.train
         best_metric = None
-        if config.best_metric is not None and evaluation is not None:
-            task = evaluation.task or self.program.recipe.data.task
-            where = f"{task_names.display_name(task)}/" if isinstance(task, str) else ""
+        if config.best_metric is not None and self._evaluated:
+            where = f"{self._evaluated[0]}/" if len(self._evaluated) == 1 else ""
             best_metric = f"eval/{where}{config.best_metric}"
         scores = {}
         if best_metric is not None and not self.is_new:

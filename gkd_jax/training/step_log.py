@@ -151,5 +151,5 @@ class StepLog:
         raise FloatingPointError(
             f"step {step.number} ({kind} batch): loss {values['loss']}, gradient norm "
             f"{values['grad_norm']}; the batch is in {dumped}, and the last checkpoint is from "
-            "before it. train.TrainConfig.skip_nonfinite = True goes on"
+            "before it. recipe.TrainConfig.skip_nonfinite = True goes on"
         )

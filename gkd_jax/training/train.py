@@ -96,6 +96,7 @@ def train(
         source,
         folder,
         name=name,
+        evaluated=evaluate.names if evaluate else (),
         allow_changes=allow_changes,
         macros=macros,
         commits=commits,
@@ -107,7 +108,9 @@ def train(
     if evaluate is not None:
         evaluate.check_first_examples()
     with run_lock.hold(folder):
-        _train(run, evaluate, config_text)
+        run.look()  # the job that held the lock before may have saved a checkpoint
+        if not run.is_finished:
+            _train(run, evaluate, config_text)
     run.check_learnt()
 
 
@@ -168,13 +171,13 @@ def _train(run: RunFolder, evaluate: Evaluations | None, config_text: Callable[[
             if saves or stops:
                 log.flush()
                 saved.save(done, state, stream, run.description)
+            if stops and done < config.train_steps:  # the next start makes up for an evaluation
+                interruption.exit(done)
             if evaluates:
                 saved.wait()  # if the evaluation fails, the weights are safe
                 evaluate_at(done, state)
             if saves:
                 times.saved()
-            if stops and done < config.train_steps:
-                interruption.exit(done)
         if (best := saved.best()) is not None:
             print(f"best checkpoint: step {best[0]}, {config.best_metric} {best[1]:.4g}")
 
