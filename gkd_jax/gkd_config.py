@@ -42,7 +42,8 @@ class GKDConfig:
             makes place for the next prompt (see `sampling.sample`). None decodes all at once.
         rl: a reward beside the divergence (Eq. 5); None is pure distillation.
         reduction: `losses.sequence_mean` (Eq. 2 and Algorithm 1's 1/B) or `losses.token_mean`.
-        label_smoothing: of the cross-entropy.
+        label_smoothing: the share of each target's probability that the cross-entropy spreads over
+            all ids.
         loss_parts: how many parts of the target length have their logits computed one after the
             other, and again in the backward pass, so that those of one part are in memory at once;
             None takes the fewest with which a device's student logits fit 256 MiB.
@@ -158,8 +159,9 @@ class ModelPair:
     """What is static about the two models.
 
     Attributes:
-        student: the student's sizes.
-        teacher: the teacher's, or None where nothing is distilled.
+        student: the student's config.
+        teacher: the teacher's config; None without a divergence, with stored scores alone, and in
+            `Learner.models` where several teachers have pairs of their own (`task_teachers`).
         num_pieces: pieces of the shared vocabulary. Ids beyond it exist only to round the
             embedding up (32128 for 32100): they are left out of every softmax.
         teacher_mesh: the axis sizes of the teacher's own mesh over the same devices; None if it has
@@ -188,7 +190,7 @@ class TaskTeacher:
 
     Attributes:
         task: the name of the task, by which the teacher's parameters are found.
-        models: the sizes of the student and of this teacher.
+        models: the configs of the student and of this teacher.
         num_rows: the number of rows of the task in a block.
     """
 
@@ -203,8 +205,8 @@ class Learner:
 
     Attributes:
         config: the method.
-        models: both models' sizes.
-        optimizer: of the student's parameters.
+        models: the configs of the student and of its one teacher.
+        optimizer: the optimizer of the student's parameters.
         num_microbatches: parts of the batch whose gradients are added up.
         self_teacher: the teacher where it is the student itself; None for a frozen one.
         task_teachers: several frozen teachers, in the order of their rows in a block; () for one.

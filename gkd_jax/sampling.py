@@ -109,7 +109,15 @@ def banned_tail(config: lm.Config, num_pieces: int) -> tuple[int, ...]:
 
 
 class _Rows(NamedTuple):
-    """The state of decoding, by rows."""
+    """The state of decoding: an entry for each row.
+
+    Attributes:
+        tokens, log_probs: what was drawn so far, as in `Sample`.
+        uniforms: the random number in [0, 1) that decides each draw.
+        limits: the most tokens of each row.
+        last: the token that the model reads next.
+        ended: whether the row has drawn an EOS or reached its limit.
+    """
 
     tokens: Int[Array, "B T"]
     log_probs: Float[Array, "B T"]

@@ -1,7 +1,8 @@
 """The folder DATA_DIR, from which tasks made of plain files (such as multi30k_ende) read.
 
-`set_data_dir` is called once, before a dataset is built. A task looks the folder up only when a
-dataset is requested, so that tasks can be registered before DATA_DIR is known.
+`named_tasks.open_task` sets the folder whenever it opens a task, and the last value holds for the
+process. A task looks the folder up only when a dataset is requested, so that tasks can be
+registered before DATA_DIR is known.
 """
 
 import os

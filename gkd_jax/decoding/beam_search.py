@@ -55,18 +55,18 @@ def beam_search(
     banned_ids: tuple[int, ...] | None = None,
     eos_ids: tuple[int, ...] | None = None,
 ) -> Beams:
-    """The likeliest sequences found for each row of `inputs`.
+    """Returns the likeliest sequences that were found for each row of `inputs`.
 
     Args:
-        config: the model's sizes.
-        params: its parameters.
-        inputs: source ids, padded on the right.
-        max_length: most tokens to decode, T.
-        input_lengths: tokens of each row of `inputs`; a T5 may do without.
-        num_beams: sequences followed at once, W.
-        alpha: of the length penalty; 0 is none.
-        banned_ids: token ids never chosen; None is the family's.
-        eos_ids: each of them ends a sequence; None is the family's.
+        config: the model's config.
+        params: the model's parameters.
+        inputs: the ids of the prompts, padded on the right.
+        max_length: the most tokens to decode, T.
+        input_lengths: the number of tokens of each row of `inputs`; a T5 may do without.
+        num_beams: the number of sequences that are followed at once, W.
+        alpha: the exponent of the length penalty; 0 is no penalty.
+        banned_ids: the ids that are never chosen; None takes the family's.
+        eos_ids: the ids that end a sequence; None takes the family's.
     """
     if num_beams < 1:
         raise ValueError(f"num_beams must be positive, got {num_beams}")
@@ -119,7 +119,7 @@ def _start(first: Int[Array, "B W"], max_length: int) -> _Search:
 
 
 def length_penalty(length: Any, alpha: float) -> Any:
-    """((5 + length) / 6)^alpha."""
+    """Returns ((5 + length) / 6)^alpha, which divides the log-probability of a sequence."""
     return ((5.0 + length) / 6.0) ** alpha
 
 
@@ -132,9 +132,9 @@ def _keep_best(
     ended: Bool[Array, "B C"],
     penalty: Float[Array, ""],
 ) -> tuple[_Search, Int[Array, "B W"]]:
-    """The W best candidates that go on, the W best sequences that have ended so far, and parents.
+    """Returns the search with its W best candidates and W best ended sequences, and the parents.
 
-    Which prompts have ended is left as it was.
+    The field `ended` keeps its value.
     """
     num_beams = search.live.shape[1]
     live_log_probs, chosen = lax.top_k(jnp.where(ended, EMPTY, candidates), num_beams)

@@ -263,7 +263,7 @@ def check_teacher_inputs(name: str, task: seqio.Task | seqio.Mixture, config: Da
 
 
 def check_rows(task: seqio.Task | seqio.Mixture, split: str, *, check_remote: bool = True) -> None:
-    """Reads the local JSONL file of a split, so that a fault in it is found before a model is read.
+    """Reads the JSONL files of a split, so that a fault in one is found before a model is read.
 
     Args:
         task: a task or mixture. Only JSONL files are read, which then stay in memory.

@@ -58,7 +58,7 @@ class Program:
 
     @property
     def models(self) -> gkd.ModelPair:
-        """The sizes of both models."""
+        """The configs of the student and of its one teacher; see `gkd.Learner`."""
         return self.learner.models
 
     @property

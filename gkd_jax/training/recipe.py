@@ -251,7 +251,9 @@ def phase_dir(model_dir: str, phase: str) -> str:
     return os.path.join(model_dir, phase)
 
 
-# Fields that a resumed run may change: they do not affect what a training step computes.
+# Fields that a resumed run may change. They do not change what a training step computes, but for
+# rounding, with two exceptions: `train_steps` moves the cool-down, and with `sample_ahead` the
+# steps at which a run saves decide which samples are one update old.
 MAY_CHANGE = (
     "train.train_steps",
     "train.eval_period",

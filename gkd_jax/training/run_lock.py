@@ -33,9 +33,9 @@ STALE_SECONDS = 60.0
 def hold(model_dir: str | os.PathLike[str]) -> Iterator[None]:
     """Holds the lock of a MODEL_DIR while the context lasts, on behalf of all processes of a job.
 
-    The first process of the job owns the file. If another job renews the lock, wait for it for a
-    minute. Take the lock over if it was not renewed for a minute, or if its owner was a process of
-    this machine that has ended.
+    The first process of the job owns the file. If another job renews the lock, this waits for a
+    minute. It takes the lock over if nobody renewed it for a minute, or if its owner was a process
+    of this machine that has ended.
 
     Raises:
         ValueError: if the lock is still renewed after the wait; the message names its owner.
