@@ -73,6 +73,7 @@ DAMAGE = {
     "no structure": lambda step: (step / "opt_state" / "_METADATA").unlink(),
     "no stream": lambda step: shutil.rmtree(step / "stream"),
     "bad JSON": lambda step: (step / "model" / "metadata").write_text("{"),
+    "no fingerprints": lambda step: (step / "model" / "metadata").write_text('{"family": "t5"}'),
 }
 
 

@@ -248,16 +248,16 @@ class Checkpoints:
 
         If one process cannot read its part of the data's position, all processes raise together.
         """
-        stored = saved_model.read_description(self._folder / str(step)).get("fingerprints", {})
+        stored = saved_model.read_fingerprints(self._folder / str(step))
         wanted = _items(target)
-        for name, tree in wanted.items():
-            _check_arrays(step, stored.get(name), tree)
         if "average" in wanted and "average" not in stored:
             raise ValueError(
                 f"checkpoint {step} has no moving average of the student's parameters, which is "
                 "the teacher: begin in another MODEL_DIR with this one as STUDENT_CHECKPOINT"
             )
-        for name in wanted:  # without this file, Orbax returns a tree of another form
+        for name, tree in wanted.items():
+            _check_arrays(step, stored.get(name, {}), tree)
+            # Without this file, Orbax returns a tree of another form.
             if not (self._folder / str(step) / name / _TREE_FILE).exists():
                 raise fingerprints.DamagedError(f"there is no file {name}/{_TREE_FILE}")
         items: dict[str, Any] = {
@@ -271,7 +271,7 @@ class Checkpoints:
             here = errors[0] if errors else "of another process' part"
             raise fingerprints.DamagedError(f"the position of the data cannot be read: {here}")
         for name in wanted:
-            fingerprints.check(restored[name], stored.get(name))
+            fingerprints.check(restored[name], stored[name])
         count = jax.device_put(jnp.asarray(step, jnp.int32), target.step.sharding)
         return TrainState(step=count, **{name: restored[name] for name in wanted})
 
@@ -327,10 +327,8 @@ def _is_damage(error: BaseException) -> bool:
     return bool(_DAMAGE.search(_QUOTED.sub("", str(error))))
 
 
-def _check_arrays(step: int, stored: Mapping[str, int] | None, target: Any) -> None:
+def _check_arrays(step: int, stored: Mapping[str, int], target: Any) -> None:
     """Raises ValueError if `stored` fingerprints name other arrays than `target` has."""
-    if not stored:  # Old checkpoints have no fingerprints.
-        return
     expected = set(fingerprints.array_names(target))
     if unexpected := sorted(expected ^ set(stored)):
         raise ValueError(

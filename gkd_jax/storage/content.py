@@ -38,13 +38,10 @@ def content_id(path: str) -> str:
     """
     step_folder = saved_model.find_step(path)
     if step_folder is not None:
-        stored = saved_model.read_description(step_folder)
-        marks = stored.get("fingerprints", {}).get("params")
-        if marks:
-            architecture = lm.architecture(saved_model.read_config(step_folder))
-            text = json.dumps([architecture, marks], sort_keys=True)
-            return hashlib.sha256(text.encode()).hexdigest()
-        return _hash_of_files(step_folder / "params", ".*")
+        marks = saved_model.read_fingerprints(step_folder)["params"]
+        architecture = lm.architecture(saved_model.read_config(step_folder))
+        text = json.dumps([architecture, marks], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
     if convert.detect(path) == "hf":
         return _hash_of_files(epath.Path(path), r"config\.json|[^/]*\.safetensors(\.index\.json)?")
     # Leave out the files of the optimizer's state. An OCDBT checkpoint has the arrays of the model

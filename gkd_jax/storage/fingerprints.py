@@ -45,10 +45,8 @@ def _fingerprint(leaves: list[jax.Array]) -> list[jax.Array]:
     return [one(leaf) for leaf in leaves]
 
 
-def check(tree: Any, stored: dict[str, int] | None) -> None:
+def check(tree: Any, stored: dict[str, int]) -> None:
     """Raises DamagedError if the fingerprints of restored arrays differ from the stored ones."""
-    if not stored:  # Old checkpoints have no fingerprints.
-        return
     found = of_tree(tree)
     wrong = [name for name, value in found.items() if stored.get(name) != value]
     if wrong:

@@ -72,10 +72,22 @@ def read_description(step_folder: epath.Path) -> dict[str, Any]:
     return json.loads((step_folder / "model" / "metadata").read_text())
 
 
+def read_fingerprints(step_folder: epath.Path) -> dict[str, dict[str, int]]:
+    """Returns the fingerprints of a step's arrays, by item ("params", say) and name.
+
+    Raises:
+        DamagedError: if there are none.
+    """
+    found = read_description(step_folder).get("fingerprints")
+    if not isinstance(found, dict) or "params" not in found:
+        raise fingerprints.DamagedError(f"{step_folder}/model/metadata has no fingerprints")
+    return found
+
+
 def read_config(step_folder: epath.Path) -> lm.Config:
-    """Returns the sizes of the model in a step folder."""
+    """Returns the config of the model in a step folder."""
     about = read_description(step_folder)
-    return lm.from_fields(about.get("family", "t5"), about["config"])
+    return lm.from_fields(about["family"], about["config"])
 
 
 def read_params(step_folder: epath.Path, target: lm.Params) -> lm.Params:
@@ -89,8 +101,7 @@ def read_params(step_folder: epath.Path, target: lm.Params) -> lm.Params:
         params = checkpointer.restore(files.absolute(step_folder) / "params", target)
     # Parameters are written in float32, and a fingerprint is valid for the written dtype only.
     if all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params)):
-        stored = read_description(step_folder).get("fingerprints", {})
-        fingerprints.check(params, stored.get("params"))
+        fingerprints.check(params, read_fingerprints(step_folder)["params"])
     return params
 
 
