@@ -11,6 +11,7 @@ from absl import logging as absl_logging
 from hypothesis import given, settings, strategies
 import pytest
 
+import gin
 from gkd_jax import main
 from gkd_jax.command_line import flags, gin_files, process
 from gkd_jax.text import extras
@@ -89,6 +90,27 @@ def test_a_path_needs_no_quotes_whatever_its_signs(path, fresh_gin):
 def test_a_text_that_gin_cannot_read_is_answered_with_how_to_write_it(value, fresh_gin):
     with pytest.raises(flags.UsageError, match=r"^--gin\.BETA=.*no value of gin;.*BETA=\"'...'\"$"):
         gin_files.parse(["gin/gkd.gin"], [*NEEDED, ("BETA", value)], ["."])
+
+
+def test_a_flag_that_a_scope_of_the_gin_files_overrules_is_warned_of(fresh_gin, capsys):
+    """The samples of training have the temperature of the scope, whatever the flag says."""
+    from gkd_jax.sampling import SamplingConfig
+
+    scoped = "train/sampling.SamplingConfig.temperature"
+    flag = ("sampling.SamplingConfig.temperature", "0.5")
+    gin_files.parse(["gin/gkd.gin"], [*NEEDED, flag], ["."])
+    make = gin_files.configured(SamplingConfig)
+    with gin_files.scope("train"):
+        assert make().temperature == 1.0
+    assert make().temperature == 0.5
+    said = capsys.readouterr().err
+    assert said.startswith("WARNING: --gin.sampling.SamplingConfig.temperature does not hold where")
+    assert said.endswith(f"scope: {scoped} = %SAMPLING_TEMPERATURE\n")
+
+    gin.clear_config()
+    flags = [*NEEDED, ("SAMPLING_TEMPERATURE", "0.7"), ("sampling.SamplingConfig.top_p", "0.9")]
+    gin_files.parse(["gin/gkd.gin"], [*flags, flag, (scoped, "0.6")], ["."])
+    assert capsys.readouterr().err == ""
 
 
 def test_400_random_values_make_a_recipe_or_one_line_that_names_them():

@@ -3,7 +3,7 @@
 No package outside `command_line/` imports gin.
 """
 
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 import contextlib
 import inspect
 import logging
@@ -30,7 +30,7 @@ _PATH = re.compile(r"\.{0,2}/|~|\w+://|\.{1,2}$")
 
 def parse(
     files: Iterable[str],
-    bindings: Iterable[tuple[str, str]],
+    bindings: Sequence[tuple[str, str]],
     search_paths: Iterable[str],
     *,
     stand_ins: Mapping[str, str] = {},
@@ -76,6 +76,7 @@ def parse(
             raise UsageError(f"--gin.{name}={value}: {_rejected(error)}") from error
     lines = _lines()  # once, because gin takes milliseconds to write the bindings out
     _check_references(lines, defined)
+    _warn_of_scopes([name for name, _ in bindings], lines)
     _expand_paths(defined)
     missing = [name for name, value in lines if name in defined and value == REQUIRED]
     for name in stand_ins.keys() & missing:
@@ -170,6 +171,31 @@ def _check_references(lines: Iterable[tuple[str, str]], defined: Container[str])
         for other in re.findall(r"%([\w.]+)", without_texts):
             if other not in defined and f"%{other}" != REQUIRED:
                 raise UsageError(f"{name}={value}: no macro is called {other!r}")
+
+
+def _warn_of_scopes(flags: Sequence[str], lines: Iterable[tuple[str, str]]) -> None:
+    """Warns of flags that bind a parameter which the files bind in a scope, where theirs holds."""
+
+    def split(name: str) -> tuple[str, list[str]]:
+        scope, _, selector = name.rpartition("/")
+        return scope, selector.split(".")[-2:]
+
+    given = [split(name) for name in flags]
+    bound = [(split(left), f"{left} = {right}") for left, right in lines]
+    for name, (scope, parameter) in zip(flags, given, strict=True):
+        within = f"{scope}/" if scope else ""
+        others = [
+            text
+            for (other, what), text in bound
+            if what == parameter and other != scope and other.startswith(within)
+            if (other, what) not in given
+        ]
+        if others:
+            print(
+                f"WARNING: --gin.{name} does not hold where the gin files bind the parameter in a "
+                f"scope: {'; '.join(others)}",
+                file=sys.stderr,
+            )
 
 
 def _expand_paths(names: Iterable[str]) -> None:
