@@ -227,7 +227,7 @@ def test_what_a_learning_teacher_cannot_have_is_refused(tmp_path):
     cached = dataclasses.replace(HINTS, teacher_cache=str(tmp_path))
     about = {"feature_lengths": LENGTHS, "temperature": 1.0, "num_rows": 1, "k": 3}
     vocabulary = vocabularies.arithmetic()
-    about["vocabulary"] = vocabularies.content_hash(vocabulary)
+    about["vocabulary_content"] = vocabularies.content_hash(vocabulary)
     about["num_pieces"] = vocabularies.num_pieces(vocabulary)
     (tmp_path / "about.json").write_text(json.dumps(about))
     with pytest.raises(ValueError, match="holds the scores of a frozen teacher, got the teacher"):

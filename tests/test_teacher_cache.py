@@ -12,6 +12,7 @@ from small_runs import LENGTHS, options, small, step_lines
 import gin
 from gkd_jax import divergences, main
 from gkd_jax.batch import Batch
+from gkd_jax.evaluation import made_by, score
 from gkd_jax.input import teacher_cache
 from gkd_jax.input.data import DataConfig
 from gkd_jax.storage import pretrained
@@ -157,7 +158,8 @@ def test_a_writer_that_was_cut_off_goes_on_after_whole_batches(tmp_path):
         assert path.read_bytes() == (tmp_path / "cut" / path.name).read_bytes(), path.name
     assert writer.finish() == pytest.approx(mass_of_tails(stored))
     with pytest.raises(ValueError, match="something else: k 3 -> 4"):
-        teacher_cache.Writer(str(tmp_path / "cut"), {**ABOUT, "k": 4})
+        made_by.check_scores(str(tmp_path / "cut"), {**ABOUT, "k": 4})
+    made_by.check_scores(str(tmp_path / "cut"), ABOUT)
     (tmp_path / "cut" / "ids").write_bytes(b"")  # of a machine that lost what was not on disk yet
     with pytest.raises(ValueError, match=r"damaged teacher cache: .*ids should have"):
         teacher_cache.Writer(str(tmp_path / "cut"), ABOUT)
@@ -175,7 +177,7 @@ def test_a_file_of_another_size_is_refused(tmp_path):
         with pytest.raises(ValueError, match=rf"about\.json{said}"):
             teacher_cache.read_about(str(tmp_path))
         with pytest.raises(ValueError, match=rf"about\.json{said}"):
-            teacher_cache.Writer(str(tmp_path), ABOUT)
+            made_by.check_scores(str(tmp_path), ABOUT)
 
 
 # Whole runs ---------------------------------------------------------------------------------------
@@ -205,6 +207,35 @@ def scores(teacher_dir, tmp_path_factory):
     main.main(["score", "--gin_file=gin/score.gin", *(f"--gin.{n}={v}" for n, v in flags.items())])
     gin.clear_config()
     return folder
+
+
+def test_a_cache_goes_on_with_the_same_contents_only(tmp_path, teacher_dir, scores):
+    """A dry run says so before the teacher is loaded."""
+
+    def run(checkpoint=teacher_dir, **changes):
+        data = {"feature_lengths": LENGTHS, "batch_size": 16, "num_examples": 40, **changes}
+        score.run(
+            model=pretrained.ModelConfig(checkpoint=str(checkpoint)),
+            data=DataConfig(task="arithmetic", **data),
+            output=str(scores),
+            k=1000,
+            dry_run=True,
+        )
+
+    before = (scores / "about.json").read_bytes()
+    run()
+    run(vocabulary="arithmetic")  # the task's own by its name
+    (tmp_path / "moved").symlink_to(teacher_dir)
+    run(tmp_path / "moved")
+    for checkpoint, changes, said in (
+        (teacher_dir / "checkpoints" / "3", {}, "checkpoint .*3'; content "),
+        (teacher_dir, {"data_dir": str(tmp_path)}, f"data_dir None -> '{tmp_path}'"),
+        (teacher_dir, {"use_cached": True}, "use_cached False -> True"),
+        (teacher_dir, {"seed": 1}, "seed 0 -> 1"),
+    ):
+        with pytest.raises(ValueError, match=rf"holds the scores of something else: {said}"):
+            run(checkpoint, **changes)
+    assert (scores / "about.json").read_bytes() == before
 
 
 def trained(folder, teacher, cache, fraction=0.0):

@@ -4,7 +4,7 @@
 the teacher decodes the training split, and `gkd_jax.input.jsonl` reads the result as a task.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 import contextlib
 import dataclasses
 import hashlib
@@ -116,7 +116,7 @@ def evaluate_checkpoint(
         ValueError: if OUTPUT_DIR cannot be made or holds such files of another origin, or if no
             example is to be evaluated.
     """
-    _on_first_process(made_by.check_evaluation, output_dir)
+    made_by.on_first_process(made_by.check_evaluation, output_dir)
     opened = open_model_and_task(model, data, dry_run=dry_run)
     ready = _prepare(opened, evaluation, mesh)
     if dry_run:
@@ -173,7 +173,7 @@ def run(
     """
     opened = open_model_and_task(model, data, dry_run=dry_run)
     about, unread = _describe(opened, evaluation, text_file)
-    _on_first_process(made_by.check, output, about, unread)
+    made_by.on_first_process(made_by.check, output, about, unread)
     ready = _prepare(opened, evaluation, mesh, reads_split=text_file is None)
     if dry_run:
         print("dry run: all is well", file=sys.stderr)
@@ -232,18 +232,6 @@ def _describe(
     about["batch_size"] = evaluation.batch_size or opened.data.batch_size
     names = ["decoding", "num_examples", "target_length", *decodings.USED_BY[evaluation.decoding]]
     return about | {name: getattr(evaluation, name) for name in names}, unread
-
-
-def _on_first_process(check: Callable[..., None], *arguments: Any) -> None:
-    """Runs a check on the first process, which alone writes the file; if it fails, all raise."""
-    error = None
-    if jax.process_index() == 0:
-        try:
-            check(*arguments)
-        except Exception as found:
-            error = found
-    if int(multihost_utils.broadcast_one_to_all(np.asarray(error is not None))):
-        raise error or ValueError("the first process refuses the output: see its message")
 
 
 def _text_batches(

@@ -1,11 +1,14 @@
-"""The record of what made a file of predictions, kept beside it as `<file>.made_by.json`.
+"""The records of what made an output, by which a command knows whether it may go on with it.
+
+The record of a file of predictions is kept beside it as `<file>.made_by.json`.
 
 `gkd-jax infer` continues a run that was stopped after the lines it has written. `check` refuses to
 continue with another model or other settings: lines of two models in one file could not be told
-apart later, and SeqKD trains on such files.
+apart later, and SeqKD trains on such files. `check_scores` does the same for the teacher cache of
+`gkd-jax score`, whose record is its about.json.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import json
 import os
 import pathlib
@@ -13,7 +16,11 @@ import re
 from typing import Any
 
 from etils import epath
+import jax
+from jax.experimental import multihost_utils
+import numpy as np
 
+from gkd_jax.input import teacher_cache
 from gkd_jax.text import files
 
 
@@ -77,22 +84,51 @@ def check(
             "it): give another OUTPUT"
         )
     lines = before.pop(_DONE, None)
-    changed = [
-        f"{name} {_short(before.get(name))} -> {_short(about.get(name))}"
-        for name in [*about, *sorted(before.keys() - about.keys())]
-        if name not in unread and _CONTENT_OF.get(name) not in unread
-        if before.get(name) != about.get(name) and not _lies_elsewhere(name, before, about)
-    ]
-    if changed:
+    if changed := _changes(before, about, unread):
         raise ValueError(
-            f"{path} was made by something else: {'; '.join(changed)}. Give another OUTPUT, or "
-            "delete the file"
+            f"{path} was made by something else: {changed}. Give another OUTPUT, or delete the file"
         )
     if lines is not None and path.read_bytes().count(b"\n") != lines:
         raise ValueError(
             f"{path} was changed after it was complete with {lines} lines: give another OUTPUT, or "
             "delete the file"
         )
+
+
+def check_scores(folder: str, about: dict[str, Any], unread: Sequence[str] = ()) -> None:
+    """Refuses the folder of a teacher cache that was made from something else.
+
+    Args:
+        folder: the folder to write or to continue.
+        about: what the cache would be made from now; see `check`.
+        unread: see `check`.
+
+    Raises:
+        ValueError: if the folder holds another cache, or its record is damaged; the message names
+            what differs.
+    """
+    path = pathlib.Path(folder) / teacher_cache.ABOUT
+    if not path.exists():
+        return
+    before = files.read_json_object(path)
+    before.pop(teacher_cache.DONE, None)
+    if changed := _changes(before, about, unread):
+        raise ValueError(
+            f"{folder!r} holds the scores of something else: {changed}. Take another folder, or "
+            "delete it"
+        )
+
+
+def on_first_process(check: Callable[..., None], *arguments: Any) -> None:
+    """Runs a check on the first process, which alone writes the output; if it fails, all raise."""
+    error = None
+    if jax.process_index() == 0:
+        try:
+            check(*arguments)
+        except Exception as found:
+            error = found
+    if int(multihost_utils.broadcast_one_to_all(np.asarray(error is not None))):
+        raise error or ValueError("the first process refuses the output: see its message")
 
 
 def check_evaluation(folder: str | os.PathLike[str]) -> None:
@@ -119,6 +155,16 @@ def check_evaluation(folder: str | os.PathLike[str]) -> None:
     ):
         if path.exists() and not is_ours:
             raise ValueError(f"{path} exists and was not made by `eval`: give another OUTPUT_DIR")
+
+
+def _changes(before: dict[str, Any], about: dict[str, Any], unread: Sequence[str]) -> str:
+    """Returns the fields that differ between two records, for a message; "" if there are none."""
+    return "; ".join(
+        f"{name} {_short(before.get(name))} -> {_short(about.get(name))}"
+        for name in [*about, *sorted(before.keys() - about.keys())]
+        if name not in unread and _CONTENT_OF.get(name) not in unread
+        if before.get(name) != about.get(name) and not _lies_elsewhere(name, before, about)
+    )
 
 
 def _lies_elsewhere(name: str, before: dict[str, Any], about: dict[str, Any]) -> bool:

@@ -15,15 +15,15 @@ import seqio
 
 from gkd_jax import gkd, sharding
 from gkd_jax.batch import Batch, TopK
+from gkd_jax.evaluation import made_by
 from gkd_jax.evaluation.opened import open_model_and_task
 from gkd_jax.input import eval_batches, named_tasks, teacher_cache
 from gkd_jax.input.data import DataConfig, check_ids, place
 from gkd_jax.input.split import Split
 from gkd_jax.models import lm
-from gkd_jax.storage import content, saved_model
 from gkd_jax.storage.context_checks import warn_of_long_texts
 from gkd_jax.storage.pretrained import ModelConfig, place_params
-from gkd_jax.text import files, vocabularies
+from gkd_jax.text import files
 
 
 def run(
@@ -67,6 +67,12 @@ def run(
     device_mesh = sharding.make_mesh(model.mesh or mesh)
     sharding.check_batch_size(data.batch_size, device_mesh)
     k = min(k, num_pieces)
+    about, unread = opened.describe(data.split)
+    about |= {"num_examples": data.num_examples, "seed": data.seed}
+    about |= {"num_pieces": num_pieces, "temperature": temperature, "k": k}
+    if "content" in unread or "vocabulary_content" in unread:  # which decide these numbers
+        unread += ["num_pieces", "k"]
+    made_by.on_first_process(made_by.check_scores, output, about, unread)
     if dry_run:
         print("dry run: all is well", file=sys.stderr)
         return
@@ -78,7 +84,6 @@ def run(
 
     jitted = jax.jit(score, out_shardings=sharding.replicated(device_mesh))
     params = place_params(model, config, device_mesh)
-    about = _about(model, data, opened.vocabulary, num_pieces, k, temperature)
     batches = eval_batches.eval_batches(Split.of(task, data), data.batch_size)
 
     def scored(batch: Batch) -> TopK:
@@ -86,40 +91,6 @@ def run(
         return jitted(params, place(batch, device_mesh))
 
     _write(output, about, batches, scored)
-
-
-def _about(
-    model: ModelConfig,
-    data: DataConfig,
-    vocabulary: seqio.Vocabulary,
-    num_pieces: int,
-    k: int,
-    temperature: float,
-) -> dict[str, Any]:
-    """The contents of about.json, which tell another teacher and other data apart."""
-    return {
-        "task": data.task,
-        "task_content": named_tasks.content_of(str(data.task), data.split),
-        "split": data.split,
-        "feature_lengths": dict(data.feature_lengths),
-        "batch_size": data.batch_size,
-        "num_examples": data.num_examples,
-        "vocabulary": vocabularies.content_hash(vocabulary),
-        "num_pieces": num_pieces,
-        "seed": data.seed,
-        "use_cached": data.use_cached,
-        "eval_fraction": data.eval_fraction,
-        "long_prompts": data.long_prompts,
-        "template_variables": dict(data.template_variables),
-        "teacher_template": data.teacher_template,
-        "teacher": str(saved_model.find_step(model.checkpoint) or model.checkpoint)
-        if model.checkpoint
-        else None,
-        "teacher_content": content.content_id(model.checkpoint) if model.checkpoint else None,
-        "dtypes": [model.dtype, model.param_dtype],
-        "temperature": temperature,
-        "k": k,
-    }
 
 
 def _check(k: int, temperature: float, output: str) -> None:

@@ -36,6 +36,8 @@ from gkd_jax.text import files
 
 _PER_ROW = {"keys": np.uint64, "lengths": np.int32}
 _PER_TOKEN = TopK._fields
+ABOUT = "about.json"  # says what a cache was made from
+DONE = "num_rows"  # the field of about.json that a whole cache has
 
 
 def top_k(logits: Float[Array, "B T V"], k: int) -> TopK:
@@ -107,31 +109,22 @@ class Writer:
     """Appends batches to a cache, and continues an interrupted cache after its last whole batch.
 
     Args:
-        folder: the folder of the cache.
-        about: what the cache is made from; see `score.run`.
+        folder: the folder of the cache. If it holds a cache, this was made from the same, which
+            the caller has checked (`evaluation.made_by.check_scores`).
+        about: what the cache is made from; see `evaluation.score`.
 
     Attributes:
         num_rows: the number of rows in the cache.
 
     Raises:
-        ValueError: if the folder holds a cache that was made from something else.
+        ValueError: if the cache in the folder is damaged.
     """
 
     def __init__(self, folder: str, about: dict[str, Any]):
         self._folder, self._about = pathlib.Path(folder), about
         self._folder.mkdir(parents=True, exist_ok=True)
-        path = self._folder / "about.json"
-        if path.exists():
-            before = files.read_json_object(path)
-            changed = [
-                f"{k} {before.get(k)!r} -> {v!r}" for k, v in about.items() if before.get(k) != v
-            ]
-            if changed:
-                raise ValueError(
-                    f"{folder!r} holds the scores of something else: {'; '.join(changed)}. Take "
-                    "another folder, or delete it"
-                )
-        else:
+        path = self._folder / ABOUT
+        if not path.exists():
             files.write_whole(path, json.dumps(about, indent=1) + "\n")
         self.num_rows = self._keep_whole_batches()
 
@@ -177,8 +170,8 @@ class Writer:
         """Marks the cache as complete and returns the mean probability mass of the tails."""
         tails = self._folder / "tails"
         mass = np.exp(np.fromfile(tails, np.float32)) if tails.exists() else np.zeros(0)
-        about = {**self._about, "num_rows": self.num_rows}
-        files.write_whole(self._folder / "about.json", json.dumps(about, indent=1) + "\n")
+        about = {**self._about, DONE: self.num_rows}
+        files.write_whole(self._folder / ABOUT, json.dumps(about, indent=1) + "\n")
         return float(mass.mean()) if mass.size else 0.0
 
 
@@ -198,11 +191,11 @@ def read_about(folder: str) -> dict[str, Any]:
         FileNotFoundError: if the folder holds no cache.
         ValueError: if the cache is not complete.
     """
-    path = pathlib.Path(folder) / "about.json"
+    path = pathlib.Path(folder) / ABOUT
     if not path.exists():
-        raise FileNotFoundError(f"no teacher cache at {folder!r}: it has no about.json")
+        raise FileNotFoundError(f"no teacher cache at {folder!r}: it has no {ABOUT}")
     about = files.read_json_object(path)
-    if "num_rows" not in about:
+    if DONE not in about:
         raise ValueError(
             f"the teacher cache {folder!r} is not whole: run `gkd-jax score` to its end"
         )
@@ -220,7 +213,7 @@ class TeacherCache:
     def __init__(self, folder: str):
         self.about = read_about(folder)
         self._folder = folder
-        rows = self.about["num_rows"]
+        rows = self.about[DONE]
         self._lengths = self._map("lengths", rows)
         self._starts = np.concatenate([[0], np.cumsum(self._lengths, dtype=np.int64)])
         tokens = int(self._starts[-1])

@@ -109,11 +109,13 @@ def _check_cache(
             f"was made {stored} prompts of the teacher's own ('teacher_inputs' of "
             f"TASK_FEATURE_LENGTHS), and the run is {wanted} them"
         )
-    expected = vocabularies.content_hash(vocabulary)
-    if about["vocabulary"] != expected:
+    found, expected = about.get("vocabulary_content"), vocabularies.content_hash(vocabulary)
+    if found is None:
+        refuse("does not say which vocabulary it was made with: run `gkd-jax score` again")
+    if found != expected:
         refuse(
-            f"was made with another vocabulary (content {about['vocabulary'][:12]}) than this "
-            f"task's (content {expected[:12]})"
+            f"was made with another vocabulary (content {found[:12]}) than this task's (content "
+            f"{expected[:12]})"
         )
     if recipe.self_teacher is not None:
         refuse(
@@ -122,10 +124,10 @@ def _check_cache(
     teacher = recipe.teachers.get("teacher")
     checkpoint = None if teacher is None else teacher.checkpoint
     if checkpoint is not None and checkpoint not in pending:
-        found, expected = content.content_id(checkpoint), about.get("teacher_content")
+        found, expected = content.content_id(checkpoint), about.get("content")
         if expected != found:
             refuse(
-                f"holds the scores of {about['teacher']!r} (content {str(expected)[:12]}), and "
+                f"holds the scores of {about['checkpoint']!r} (content {str(expected)[:12]}), and "
                 f"TEACHER_CHECKPOINT is another: {checkpoint!r} (content {found[:12]})"
             )
     if about["num_pieces"] > num_pieces:
