@@ -28,11 +28,10 @@ import seqio
 from t5x import decoding, metrics, models, trainer, utils
 
 from gkd_jax import convert, divergences, losses, sampling
+from gkd_jax.gkd_config import Divergence, Reduction
 from gkd_jax.models import lm, t5
 
 
-Divergence = Callable[[jax.Array, jax.Array], jax.Array]
-Reduction = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 Batch = Mapping[str, jax.Array]  # The features of T5X by name, each of shape [B, ...].
 
 # A feature [B] that repeats in every row the number by which the loss of the whole batch is

@@ -8,6 +8,7 @@ import sys
 import time
 
 from etils import epath
+import jax
 
 from gkd_jax.gkd import TrainState, teacher_now
 from gkd_jax.storage import context_checks, pretrained, tokenizer_files, vocabulary_checks
@@ -178,7 +179,7 @@ def _train(run: RunFolder, evaluate: Evaluations | None, config_text: Callable[[
                 evaluate_at(done, state)
             if saves:
                 times.saved()
-        if (best := saved.best()) is not None:
+        if (best := saved.best()) is not None and jax.process_index() == 0:
             print(f"best checkpoint: step {best[0]}, {config.best_metric} {best[1]:.4g}")
 
 
