@@ -281,6 +281,20 @@ def test_what_a_cache_cannot_serve_is_said(tmp_path, scores, changes, message):
         train.train(**options(tmp_path, steps=1, data=data, **more))
 
 
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [("0" * 64, "with another vocabulary"), (None, "which vocabulary .*run `gkd-jax score` again")],
+)
+def test_a_cache_of_another_or_an_unknown_vocabulary_is_refused(tmp_path, scores, found, message):
+    cache = shutil.copytree(scores, tmp_path / "scores")
+    about = json.loads((cache / "about.json").read_text())
+    about.pop("vocabulary_content")
+    about |= {} if found is None else {"vocabulary_content": found}
+    (cache / "about.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match=message):
+        trained(tmp_path / "run", None, cache)
+
+
 def test_a_cache_of_another_teacher_is_refused_and_a_copy_of_its_teacher_taken(
     tmp_path, teacher_dir, scores
 ):
