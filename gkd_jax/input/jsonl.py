@@ -93,7 +93,8 @@ def _splits(path: str, eval_fraction: float | None, check_remote: bool) -> dict[
     if "train" not in found or "validation" in found:
         raise ValueError(
             f"eval_fraction={eval_fraction} holds rows of the training file out, "
-            f"but {path!r} has files of its own: {found}"
+            f"but {path!r} has files of its own: {found}; "
+            "with --gin.EVAL_FRACTION=None these are read as they are"
         )
     return {**found, "validation": found["train"]}
 
