@@ -77,7 +77,7 @@ class TfdsOrFiles(seqio.TfdsDataSource):
         except (AssertionError, tf.errors.NotFoundError) as error:
             raise FileNotFoundError(
                 f"TFDS has no {self._name!r} here. {self._hint}Or put {chosen}.jsonl (objects with "
-                f"'inputs' and 'targets') into the folder {self._family!r} of DATA_DIR. TFDS says: "
+                f"{self._expected()}) into the folder {self._family!r} of DATA_DIR. TFDS says: "
                 f"{' '.join(str(error).split())[:200]}"
             ) from None
 
@@ -113,5 +113,12 @@ class TfdsOrFiles(seqio.TfdsDataSource):
         for number, row in enumerate(rows, start=1):
             with files.faults_in(path, number):
                 for ours, theirs in self._fields.items():
-                    columns[theirs].append(files.string(row, theirs if own else ours))
+                    name = theirs if own else ours
+                    if name not in row:
+                        raise ValueError(f"key {name!r} is missing: expected {self._expected()}")
+                    columns[theirs].append(files.string(row, name))
         return tf.data.Dataset.from_tensor_slices(columns)
+
+    def _expected(self) -> str:
+        """Returns the keys of a row of a file, for messages."""
+        return "'inputs' and 'targets', or '{inputs}' and '{targets}'".format(**self._fields)

@@ -911,8 +911,16 @@ def test_a_data_set_that_tfds_lacks_says_what_to_do(tmp_path, no_data_dir, monke
     monkeypatch.setattr(source.tfds_dataset, "_data_dir_override", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="tfds build xsum --manual_dir") as error:
         source.get_dataset(split="validation")
-    assert "put validation.jsonl (objects with 'inputs' and 'targets')" in str(error.value)
+    assert "put validation.jsonl (objects with 'inputs' and 'targets', or " in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_row_without_the_keys_is_answered_with_both_pairs_of_keys(tmp_path, no_data_dir):
+    folder.set_data_dir(tmp_path)
+    (tmp_path / "train.jsonl").write_text('{"article": "a", "summary": "b"}\n')
+    expected = "expected 'inputs' and 'targets', or 'document' and 'summary'"
+    with pytest.raises(ValueError, match=f"line 1: key 'inputs' is missing: {expected}$"):
+        seqio.TaskRegistry.get("xsum").source.get_dataset(split="train")
 
 
 # Summaries and translations -----------------------------------------------------------------------
