@@ -13,7 +13,7 @@ import pytest
 
 import gin
 from gkd_jax import main
-from gkd_jax.command_line import flags, gin_files, process
+from gkd_jax.command_line import flags, gin_files, process, recipes
 from gkd_jax.text import extras
 
 
@@ -144,13 +144,19 @@ def test_help_names_every_flag_and_an_example_that_parses(command):
     assert bool(bindings) == any(word.startswith("--gin.") for word in example)
 
 
-def test_recipes_lists_every_gin_file_that_runs_with_one_line(capsys):
+def test_recipes_lists_every_gin_file_that_runs_with_one_line(capsys, tmp_path, monkeypatch):
     main.main(["recipes"])
     listed = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
     files = {path.relative_to(ROOT / "gin").with_suffix("") for path in ROOT.glob("gin/**/*.gin")}
     parts = {path for path in files if path.parts[0] in ("decode", "settings", "sweeps")}
     assert listed.keys() == {path.as_posix() for path in files - parts}
     assert all(len(text) > 20 for text in listed.values())
+    monkeypatch.chdir(tmp_path)
+    assert all(pathlib.Path(recipes.find(name, ".gin")).is_file() for name in listed)
+    assert recipes.find("gin/gkd.gin", ".gin") == str(ROOT / "gin" / "gkd.gin")
+    assert recipes.find("no_such_file", ".gin") == "no_such_file"
+    (tmp_path / "gkd.gin").touch()
+    assert recipes.find("gkd.gin", ".gin") == "gkd.gin"
     assert listed["rl_gkd"].startswith("RL + GKD (the paper's Eq. 5) maximises")
 
 

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import pathlib
+import re
 import shlex
 import shutil
 import signal
@@ -12,6 +13,8 @@ import sys
 import time
 
 import pytest
+
+from gkd_jax.command_line import recipes
 
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -513,6 +516,16 @@ def test_wrong_flags_end_with_one_line(sweep, flags, words):
 )
 def test_wrong_sweep_files_end_with_one_line(sweep, text, words):
     assert_usage_error(sweep(sweep.write(text)), *words)
+
+
+@pytest.mark.parametrize("name", ["gin/sweeps/arithmetic.toml", "sweeps/arithmetic"])
+def test_our_sweep_files_are_found_from_any_folder_as_gin_files_are(sweep, name, monkeypatch):
+    monkeypatch.chdir(sweep.folder)
+    result = sweep(f"--sweep_file={name}", "--rows=teacher", "--print")
+    assert result.returncode == 0, result.stderr
+    files = re.findall(r"--gin_file=(\S+)", result.stdout)
+    assert len(files) == 2
+    assert {recipes.find(file, ".gin") for file in files} == {str(ROOT / file) for file in files}
 
 
 def test_the_arithmetic_study_has_every_method(sweep):

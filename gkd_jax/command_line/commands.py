@@ -198,7 +198,7 @@ def _sweep(values: Any, macros: dict[str, str], extra: list[str]) -> None:
     options = sweep.Options(
         output=values.output,
         gin_files=tuple(values.gin_file),
-        sweep_file=values.sweep_file,
+        sweep_file=values.sweep_file and recipes.find(values.sweep_file, ".toml"),
         grids=tuple(values.grid),
         macros=macros,
         chosen=tuple(values.rows),

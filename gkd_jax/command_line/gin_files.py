@@ -8,7 +8,6 @@ import contextlib
 import inspect
 import logging
 import os
-import pathlib
 import re
 import sys
 import tokenize
@@ -47,13 +46,13 @@ def parse(
         UsageError: if gin rejects a file or a binding, if no file defines a macro, or if macros
             have no value (the message lists them all).
     """
-    home = recipes.folder().parent
-    for path in [*search_paths, str(home)]:
+    search_paths = list(search_paths)
+    for path in [*search_paths, str(recipes.folder().parent)]:
         gin.add_config_file_search_path(path)
     for name in files:
         try:
             with _quiet():
-                gin.parse_config_file(_recipe(name, home))
+                gin.parse_config_file(recipes.find(name, ".gin", search_paths))
         except OSError as error:
             raise UsageError(f"--gin_file: cannot read {name!r}: {error}") from None
         except Exception as error:
@@ -113,19 +112,6 @@ def _rejected(error: Exception) -> str:
             f"they import {', '.join(known)}"
         )
     return message
-
-
-def _recipe(name: str, home: pathlib.Path) -> str:
-    """Returns the path of a gin file; a word such as `quickstart` means gin/quickstart.gin.
-
-    The folder `gin` is looked for in the working directory, then in `home`.
-    """
-    if os.path.exists(name) or not re.fullmatch(r"[\w/]+", name):
-        return name
-    for root in (pathlib.Path(), home):
-        if (root / "gin" / f"{name}.gin").is_file():
-            return str(root / "gin" / f"{name}.gin")
-    return name
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
-"""`listing`: the gin files that come with the package, with one line each."""
+"""The gin and TOML files that come with the package: where they are, and a list of them."""
 
+from collections.abc import Iterable
 import pathlib
 import re
 
@@ -15,6 +16,25 @@ def folder() -> pathlib.Path:
     package = pathlib.Path(gkd_jax.__file__).parent
     candidates = (package.parent / "gin", package / "gin")
     return next(path for path in candidates if (path / "gkd.gin").is_file())
+
+
+def find(name: str, ending: str, search_paths: Iterable[str] = ()) -> str:
+    """Returns the path of a file that a flag names; the name itself if there is no such file.
+
+    The name is a path, such as `gin/quickstart.gin`, or the name of a file of the folder `gin`
+    without its ending, such as `quickstart`.
+
+    Args:
+        name: the name.
+        ending: ".gin" or ".toml".
+        search_paths: folders that are searched after the working directory, and before the one
+            that our folder `gin` is in.
+    """
+    roots = [pathlib.Path(root) for root in ("", *search_paths, folder().parent)]
+    candidates = [root / name for root in roots]
+    if re.fullmatch(r"\w[\w./]*", name):
+        candidates += [root / "gin" / f"{name}{ending}" for root in roots]
+    return next((str(path) for path in candidates if path.is_file()), name)
 
 
 def listing() -> str:
