@@ -35,7 +35,7 @@ class Batch(NamedTuple):
         inputs: the ids of the prompts. A T5's prompts end in EOS.
         targets: the ids of the targets, which end in EOS unless they are truncated.
         weights: 1.0 where a target token counts (EOS included), 0.0 elsewhere.
-        teacher: the teacher's stored scores of these targets (`teacher_cache`); None without.
+        teacher_scores: what `teacher_cache` stored of the teacher for these targets; None without.
         input_lengths: the number of tokens of each prompt. An encoder-decoder may do without, and
             then counts the ids other than 0.
         teacher_inputs: prompts that the teacher reads instead of `inputs`, padded in the same way;
@@ -46,7 +46,7 @@ class Batch(NamedTuple):
     inputs: Int[Any, "B S"]
     targets: Int[Any, "B T"]
     weights: Float[Any, "B T"]
-    teacher: TopK | None = None
+    teacher_scores: TopK | None = None
     input_lengths: Int[Any, " B"] | None = None
     teacher_inputs: Int[Any, "B R"] | None = None
     teacher_input_lengths: Int[Any, " B"] | None = None

@@ -104,7 +104,9 @@ def sample_targets(
     )
     if config.mixing == "step":
         drawn = draw(batch.inputs, input_lengths=batch.input_lengths)
-        return batch._replace(targets=drawn.tokens, weights=drawn.weights, teacher=None), drawn
+        return batch._replace(
+            targets=drawn.tokens, weights=drawn.weights, teacher_scores=None
+        ), drawn
     assert not callable(config.on_policy_fraction)
     num_rows = num_on_policy_rows(config.on_policy_fraction, batch_size)
     rows = np.arange(num_rows) * batch_size // num_rows
@@ -112,7 +114,7 @@ def sample_targets(
     drawn = draw(batch.inputs[rows], input_lengths=lengths)
     targets = jnp.asarray(batch.targets, drawn.tokens.dtype).at[rows].set(drawn.tokens)
     weights = jnp.asarray(batch.weights, drawn.weights.dtype).at[rows].set(drawn.weights)
-    return batch._replace(targets=targets, weights=weights, teacher=None), drawn
+    return batch._replace(targets=targets, weights=weights, teacher_scores=None), drawn
 
 
 def student_sampling(config: GKDConfig, models: ModelPair) -> SamplingConfig:
@@ -171,7 +173,7 @@ def _token_values(
     models, teacher_params, batch, _ = rows
     states = [lm.hidden(models.student, student_params, batch, dropout_key=dropout_key)]
     heads = [lm.head_params(student_params)]
-    if config.divergence is not None and batch.teacher is None:
+    if config.divergence is not None and batch.teacher_scores is None:
         if models.teacher is None or teacher_params is None:
             raise ValueError("a divergence needs the teacher's sizes and its parameters, got None")
         with sharding.use_sizes(models.teacher_mesh):
@@ -201,7 +203,7 @@ def _token_values(
     parts = accumulation.num_length_parts(
         num_rows, length, models.student.vocab_size, config.loss_parts
     )
-    inputs = (states, batch.targets, batch.weights, batch.teacher)
+    inputs = (states, batch.targets, batch.weights, batch.teacher_scores)
     return accumulation.map_length_parts(of_part, heads, inputs, parts)
 
 

@@ -123,7 +123,7 @@ def test_what_was_written_is_found_in_any_order_and_padding(tmp_path):
     batch = Batch(*(np.stack([getattr(part[0], n) for part in parts]) for n in Batch._fields[:3]))
     # More padding than when they were scored.
     batch = Batch(*(np.pad(x, ((0, 0), (0, 2))) for x in batch[:3]))
-    found = cache.attach(batch).teacher
+    found = cache.attach(batch).teacher_scores
     for row, (_, scores) in enumerate(parts):
         length = int(batch.weights[row].sum())
         for got, expected in zip(found, scores, strict=True):

@@ -251,7 +251,7 @@ class TeacherCache:
             ids[row, :length] = self._ids[part]
             log_probs[row, :length] = self._log_probs[part]
             tails[row, :length] = self._tails[part, 0]
-        return batch._replace(teacher=TopK(ids, log_probs, tails))
+        return batch._replace(teacher_scores=TopK(ids, log_probs, tails))
 
     def _find(self, inputs: np.ndarray, targets: np.ndarray, *teacher_inputs: np.ndarray) -> int:
         """Returns the index in the cache of a row, whose ids are given without padding."""

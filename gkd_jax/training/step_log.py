@@ -133,7 +133,7 @@ class StepLog:
         program = self._program
         flops = throughput.step_flops(
             program.models.student,
-            program.learner.teachers if step.rollout.batch.teacher is None else (),
+            program.learner.teachers if step.rollout.batch.teacher_scores is None else (),
             program.method,
             prompt_tokens=values["prompt_tokens"],
             target_tokens=values["target_tokens"],
@@ -145,8 +145,8 @@ class StepLog:
     def _stop_at_nonfinite(self, step: Step, values: dict[str, float]) -> None:
         kind = "dataset" if step.rollout.sample is None else "on-policy"
         batch = step.rollout.batch
-        arrays = batch._asdict() | (batch.teacher._asdict() if batch.teacher else {})
-        arrays = {k: v for k, v in arrays.items() if k != "teacher" and v is not None}
+        arrays = batch._asdict() | (batch.teacher_scores._asdict() if batch.teacher_scores else {})
+        arrays = {k: v for k, v in arrays.items() if k != "teacher_scores" and v is not None}
         dumped = self._writer.dump(step.number, arrays)
         raise FloatingPointError(
             f"step {step.number} ({kind} batch): loss {values['loss']}, gradient norm "
