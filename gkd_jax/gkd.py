@@ -18,7 +18,6 @@ P is the teacher, Q the student. Axes: B batch, N = B x samples a prompt, S sour
 V vocabulary.
 """
 
-import dataclasses
 import functools
 import math
 from typing import Any, NamedTuple
@@ -31,11 +30,18 @@ import optax
 
 from gkd_jax import accumulation, losses, sharding
 from gkd_jax.batch import Batch, TopK
-from gkd_jax.gkd_config import GKDConfig, Learner, LiveStudent, ModelPair, MovingAverage
+from gkd_jax.gkd_config import (
+    GKDConfig,
+    Learner,
+    LiveStudent,
+    ModelPair,
+    MovingAverage,
+    student_sampling,
+)
 from gkd_jax.input.teacher_cache import outcomes
 from gkd_jax.models import lm
 from gkd_jax.rl import policy_loss
-from gkd_jax.sampling import Sample, SamplingConfig, allowed_ids, banned_tail, sample
+from gkd_jax.sampling import Sample, allowed_ids, sample
 from gkd_jax.text import task_names
 
 
@@ -115,12 +121,6 @@ def sample_targets(
     targets = jnp.asarray(batch.targets, drawn.tokens.dtype).at[rows].set(drawn.tokens)
     weights = jnp.asarray(batch.weights, drawn.weights.dtype).at[rows].set(drawn.weights)
     return batch._replace(targets=targets, weights=weights, teacher_scores=None), drawn
-
-
-def student_sampling(config: GKDConfig, models: ModelPair) -> SamplingConfig:
-    """Returns the method's sampling, which also bans a T5's pad and the ids without a piece."""
-    banned = (*(config.sampling.banned_ids or ()), *banned_tail(models.student, models.num_pieces))
-    return dataclasses.replace(config.sampling, banned_ids=tuple(dict.fromkeys(banned)))
 
 
 class TaughtRows(NamedTuple):

@@ -11,7 +11,7 @@ import optax
 from gkd_jax import divergences, losses
 from gkd_jax.models import lm
 from gkd_jax.rl import RLConfig
-from gkd_jax.sampling import SamplingConfig
+from gkd_jax.sampling import SamplingConfig, banned_tail
 from gkd_jax.sharding import MeshConfig
 from gkd_jax.text import settings
 
@@ -180,6 +180,12 @@ class ModelPair:
                     f"the {name}'s embedding has {config.vocab_size} rows, fewer than the "
                     f"vocabulary's {self.num_pieces} pieces"
                 )
+
+
+def student_sampling(config: GKDConfig, models: ModelPair) -> SamplingConfig:
+    """Returns the method's sampling, which also bans a T5's pad and the ids without a piece."""
+    banned = (*(config.sampling.banned_ids or ()), *banned_tail(models.student, models.num_pieces))
+    return dataclasses.replace(config.sampling, banned_ids=tuple(dict.fromkeys(banned)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
