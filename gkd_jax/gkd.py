@@ -30,14 +30,7 @@ import optax
 
 from gkd_jax import accumulation, losses, sharding
 from gkd_jax.batch import Batch, TopK
-from gkd_jax.gkd_config import (
-    GKDConfig,
-    Learner,
-    LiveStudent,
-    ModelPair,
-    MovingAverage,
-    student_sampling,
-)
+from gkd_jax.gkd_config import GKDConfig, Learner, LiveStudent, ModelPair, MovingAverage
 from gkd_jax.input.teacher_cache import outcomes
 from gkd_jax.models import lm
 from gkd_jax.rl import policy_loss
@@ -104,7 +97,7 @@ def sample_targets(
         frozen,
         key=key,
         max_length=length,
-        sampling=student_sampling(config, models),
+        sampling=models.student_sampling(config.sampling),
         num_samples=config.num_samples,
         decode_rows=config.decode_rows,
     )
@@ -228,7 +221,7 @@ def sample_log_probs(
 
     Banned ids are left out of the softmax, as they are when tokens are drawn.
     """
-    banned, _ = student_sampling(config, models).ids(models.student)
+    banned, _ = models.student_sampling(config.sampling).ids(models.student)
     allowed = allowed_ids(models.student.vocab_size, banned)
     logits = jnp.where(allowed, student_logits / config.sampling.temperature, -jnp.inf)
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]

@@ -181,11 +181,10 @@ class ModelPair:
                     f"vocabulary's {self.num_pieces} pieces"
                 )
 
-
-def student_sampling(config: GKDConfig, models: ModelPair) -> SamplingConfig:
-    """Returns the method's sampling, which also bans a T5's pad and the ids without a piece."""
-    banned = (*(config.sampling.banned_ids or ()), *banned_tail(models.student, models.num_pieces))
-    return dataclasses.replace(config.sampling, banned_ids=tuple(dict.fromkeys(banned)))
+    def student_sampling(self, sampling: SamplingConfig) -> SamplingConfig:
+        """Returns settings that also ban a T5's pad and the ids without a piece."""
+        banned = (*(sampling.banned_ids or ()), *banned_tail(self.student, self.num_pieces))
+        return dataclasses.replace(sampling, banned_ids=tuple(dict.fromkeys(banned)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -463,7 +463,7 @@ def test_mixing_by_example_samples_exactly_its_share_of_every_batch(
         batch.inputs[rows],
         KEY,
         max_length=T,
-        sampling=gkd.student_sampling(config, MODELS),
+        sampling=MODELS.student_sampling(config.sampling),
     )
     np.testing.assert_array_equal(alone.tokens, drawn.tokens)
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from gkd_jax import gkd, sharding
+from gkd_jax import sharding
 from gkd_jax.batch import Batch
 from gkd_jax.models import decode_loop, lm
 from gkd_jax.sampling import Sample, sample
@@ -104,7 +104,7 @@ def _sample(
             key,
             max_length=batch.targets.shape[1],
             input_lengths=batch.input_lengths,
-            sampling=gkd.student_sampling(method, built.models),
+            sampling=built.models.student_sampling(method.sampling),
             num_samples=method.num_samples,
             limits=limits,
             plain=plain,
