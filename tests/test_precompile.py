@@ -126,7 +126,7 @@ def test_numbers_are_those_of_the_program_that_train_runs(capsys):
 def test_phases_are_the_programs_of_compile_steps(monkeypatch, method, phases):
     given = options(method=method)
     built = build(given)
-    found = program.phases(built)
+    found = program.step_functions(built)
     assert list(found) == phases
     ours = [function.lower(*arguments).as_text() for function, arguments in found.values()]
     theirs = []
@@ -223,7 +223,7 @@ def test_flops_of_the_teacher_against_the_formula():
     teacher = pretrained.ModelConfig(architecture=small, size="tiny", scan_unroll=1)
     given = options(teacher=teacher, mesh=sharding.MeshConfig(data=8))
     built = build(given)
-    found = analysis.analyse(*program.phases(built)["score"])
+    found = analysis.analyse(*program.step_functions(built)["score"])
     config = built.models.teacher
     assert config is not None
     inner, wide, mlp = config.num_heads * config.head_dim, config.d_model, config.d_ff
@@ -480,7 +480,7 @@ def test_counts_of_collectives_are_those_that_were_looked_at(axis):
         method=gkd.GKDConfig(on_policy_fraction=1.0, divergence=divergences.forward_kl),
     )
     built = build(given)
-    for phase, (function, arguments) in program.phases(built).items():
+    for phase, (function, arguments) in program.step_functions(built).items():
         found: dict[tuple[str, bool], float] = {}
         for item in analysis.analyse(function, arguments)["collectives"]:
             key = (item["kind"], item["loop"] != "")
@@ -497,7 +497,7 @@ def test_the_gradient_of_a_position_bias_is_not_summed_over_devices_at_every_lay
         student=pretrained.ModelConfig(architecture=small, size="tiny", scan_unroll=1),
     )
     built = build(given)
-    function, arguments = program.phases(built)["update"]
+    function, arguments = program.step_functions(built)["update"]
     found = analysis.analyse(function, arguments)["collectives"]
     sent = sum(item["bytes"] for item in found if item["kind"] == "all-reduce")
     assert 0 < sent < 2 * 256 * 256 * 4  # two heads

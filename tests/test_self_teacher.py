@@ -208,7 +208,7 @@ def test_a_live_teacher_needs_no_memory_of_its_own():
     def update_of(teacher):
         made = options("", steps=1, teacher=teacher, divergence=divergences.forward_kl, data=HINTS)
         built = program.build(made["recipe"], 149)
-        found = analysis.analyse(*program.phases(built)["update"])
+        found = analysis.analyse(*program.step_functions(built)["update"])
         return built, found, precompile._resident_bytes(built, "sample")
 
     built, live, beside = update_of(LiveStudent())

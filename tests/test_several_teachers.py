@@ -459,7 +459,7 @@ def test_rows_stay_on_their_devices():
     """Over 8 devices the update sends nothing but the sums of gradients and numbers."""
     short = data_config(feature_lengths={"inputs": 8, "targets": 8})
     built = program.build(recipe_of(mesh=sharding.MeshConfig(), fraction=1.0, data=short), 149)
-    function, arguments = program.phases(built)["update"]
+    function, arguments = program.step_functions(built)["update"]
     text = function.lower(*arguments).compile().as_text()
     found = {kind for kind in hlo.COLLECTIVES if re.search(rf" {kind}(-start)?\(", text)}
     assert found == {"all-reduce"}

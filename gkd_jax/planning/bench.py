@@ -139,7 +139,7 @@ def _measure(
     models: tuple[TrainState, lm.Params | None],
     runs: int,
 ) -> dict[str, float]:
-    functions = program.phases(built)
+    functions = program.step_functions(built)
     functions.pop("update_dataset", None)  # where it exists, "update" is that of on-policy steps
     began = time.perf_counter()
     compiled = {

@@ -72,7 +72,7 @@ def precompile(
         print("dry run: all is well", file=sys.stderr)
         return
     phases = {}
-    for name, (function, arguments) in program.phases(built).items():
+    for name, (function, arguments) in program.step_functions(built).items():
         print(f"compiling {name} ...", file=sys.stderr)
         analysed = analyse(function, arguments, topology, full=full)
         analysed["resident_bytes"] = _resident_bytes(built, name)

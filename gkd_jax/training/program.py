@@ -352,7 +352,7 @@ def start_compiling(program: Program) -> Callable[[], dict[Shape, Steps]]:
     return steps.result
 
 
-def phases(program: Program) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+def step_functions(program: Program) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     """Returns the jitted functions of a step with their abstract arguments.
 
     Returns:
