@@ -116,8 +116,9 @@ def test_every_field_is_refused_by_name_or_may_change(name, tmp_path):
         ]
         return
     if is_path(name) and old is not None:  # of paths, what they lead to counts
+        before["contents"][name] = now["contents"][name] = "a" * 64
         assert run_record.changes(tmp_path, before, now) == []
-        before["contents"][name], now["contents"][name] = "a" * 64, "b" * 64
+        now["contents"][name] = "b" * 64
     with pytest.raises(ValueError, match="another configuration") as error:
         run_record.changes(tmp_path, before, now)
     assert name in str(error.value)
@@ -235,3 +236,15 @@ def test_a_macro_of_a_function_stands_for_what_the_function_makes():
         "STUDENT_SIZE": ["Linear.learning_rate", "student/ModelConfig.size"],
         "BETA": ["jsd.beta"],
     }
+
+
+def test_the_name_of_a_task_without_a_file_counts(tmp_path):
+    """In each direction, since a registered task has no content to compare."""
+    named, file = (
+        about(replaced(DESCRIPTION, "data.task", task)) for task in ("xsum", "./a.jsonl")
+    )
+    file["contents"]["data.task"] = "a" * 64
+    other = about(replaced(DESCRIPTION, "data.task", "wmt_t2t_ende_v003"))
+    for before, now in ((named, other), (named, file), (file, named)):
+        with pytest.raises(ValueError, match=r"another configuration's run: data\.task '"):
+            run_record.changes(tmp_path, before, now)

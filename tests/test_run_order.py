@@ -51,6 +51,10 @@ def contents(folder):
     }
 
 
+def step_losses(folder):
+    return metrics.values_by_step(folder / "metrics.jsonl", "train/loss")
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished") / "run"
@@ -319,6 +323,26 @@ def test_a_change_on_purpose_is_recorded(run_dir, capfd):
     rates = [line["train/learning_rate"] for line in metrics.read(run_dir / "metrics.jsonl")]
     assert rates == pytest.approx([0.02] * 3 + [0.5] * 2)
     assert "schedule.learning_rate is 0.5 from here on, not 0.02" in capfd.readouterr().err
+
+
+def test_data_that_were_changed_begin_at_their_beginning(run_dir, tmp_path, monkeypatch):
+    """Also where the start that changed them ended before its first checkpoint."""
+    whole = shutil.copytree(run_dir, tmp_path / "whole")
+    other = DataConfig(task="arithmetic_backwards", feature_lengths=LENGTHS, batch_size=8)
+    config = TrainConfig(train_steps=5, save_period=2)
+
+    def start(folder, **more):
+        train.train(**options(folder, steps=5, train=config, data=other), **more)
+
+    with pytest.raises(ValueError, match=r"data\.task 'arithmetic' -> 'arithmetic_backwards'"):
+        start(run_dir)
+    start(whole, allow_changes=["data.task"])
+    with monkeypatch.context() as patched:
+        patched.delattr(train, "Rollouts")
+        with pytest.raises(NameError):
+            start(run_dir, allow_changes=["data.task"])
+    start(run_dir)
+    assert step_losses(run_dir) == step_losses(whole)
 
 
 READING = 'Error reading "decoder.layers_0.corrupt.kernel/.zarray" in OCDBT database'

@@ -149,7 +149,9 @@ class Checkpoints:
             },
         )
 
-    def restore_newest(self, target: TrainState, stream: Any) -> tuple[int, TrainState]:
+    def restore_newest(
+        self, target: TrainState, stream: Any, *, stream_since: int = -1
+    ) -> tuple[int, TrainState]:
         """Restores the newest undamaged checkpoint and returns its step and its state.
 
         If a checkpoint is damaged, a warning names it, and the checkpoint before it is tried. Once
@@ -159,6 +161,8 @@ class Checkpoints:
         Args:
             target: arrays, or `ShapeDtypeStruct`s with shardings, of the returned state.
             stream: the training data, whose position is restored in place; None skips this.
+            stream_since: the step after which the run has read `stream`. Checkpoints of this step
+                and earlier ones hold the position in other data, which is skipped.
 
         Raises:
             ValueError: if no checkpoint can be read, or if one holds other arrays than `target`.
@@ -168,7 +172,7 @@ class Checkpoints:
         damaged: list[int] = []
         for step in steps:
             try:
-                state = self._restore(step, target, stream)
+                state = self._restore(step, target, stream if step > stream_since else None)
             except Exception as error:
                 if not _is_damage(error):
                     raise

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 import functools
 import sys
+from typing import Any
 
 import jax
 
@@ -160,7 +161,11 @@ class RunFolder:
             )
             return 0, initial_state(program, params), stream
         kept = None if self._reads_other_data else stream
-        step, state = self.checkpoints.restore_newest(program.state, kept)
+        # A start that changed the data may have ended before its first checkpoint.
+        changed = (one["step"] for one in self.about["changes"] if _is_of_data(one))
+        step, state = self.checkpoints.restore_newest(
+            program.state, kept, stream_since=max(changed, default=-1)
+        )
         print(f"resumed from step {step} of {self.folder}", file=sys.stderr)
         for change in self.changes:
             said = f"{change['field']} is {change['new']!r} from here on, not {change['old']!r}"
@@ -178,7 +183,7 @@ class RunFolder:
     @property
     def _reads_other_data(self) -> bool:
         """Whether a field of the data was changed on purpose."""
-        return any(change["field"].startswith("data.") for change in self.changes)
+        return any(map(_is_of_data, self.changes))
 
     def _check_first_batch(self, found: str, shard: data.Shard) -> None:
         """Checks that a resumed run reads the same data, wherever the files are now.
@@ -204,3 +209,8 @@ class RunFolder:
             files.write_whole(self.folder / "config.gin", config_text)
             files.write_whole(self.folder / "model_info.txt", model_info(self.program))
             run_record.write(self.folder, self.about)
+
+
+def _is_of_data(change: Mapping[str, Any]) -> bool:
+    """Returns whether a change of `run_record.changes` is one of the training data."""
+    return change["field"].startswith("data.")

@@ -169,8 +169,10 @@ def _all_differences(
         known = "data.vocabulary" if name == "data.extra_ids" else name
         if known in was and known in now:
             continue
-        # Where both runs have a path, the contents behind the paths are compared below.
-        if not is_path(name) or old is None or new is None:
+        # Where both runs have a path, the contents behind the paths are compared below. A task that
+        # is no file has a name in place of a path.
+        has_name = name == "data.task" and not (name in was and name in now)
+        if not is_path(name) or old is None or new is None or has_name:
             yield name, old, new
     values = {name: value for name, _, value in _fields(about["recipe"])}
     for name in sorted(was.keys() & now.keys()):
