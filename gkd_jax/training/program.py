@@ -1,7 +1,7 @@
 """`build`: checks a recipe and makes the shapes, shardings and jitted functions of a run.
 
 No array exists yet. `train` compiles and runs these functions (`compile_steps`); `precompile` and
-`bench` take the same ones (`phases`).
+`bench` take the same ones (`step_functions`).
 
 Axes: S source, T target.
 """
