@@ -29,7 +29,7 @@ _PATH = re.compile(r"\.{0,2}/|~|\w+://|\.{1,2}$")
 
 def parse(
     files: Iterable[str],
-    bindings: Sequence[tuple[str, str]],
+    bindings: Iterable[tuple[str, str]],
     search_paths: Iterable[str],
     *,
     stand_ins: Mapping[str, str] = {},
@@ -46,7 +46,7 @@ def parse(
         UsageError: if gin rejects a file or a binding, if no file defines a macro, or if macros
             have no value (the message lists them all).
     """
-    search_paths = list(search_paths)
+    search_paths, bindings = list(search_paths), list(bindings)
     for path in [*search_paths, str(recipes.folder().parent)]:
         gin.add_config_file_search_path(path)
     for name in files:
