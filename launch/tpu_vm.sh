@@ -6,13 +6,15 @@
 #   launch/tpu_vm.sh status --name=gkd --zone=us-west4-a     # repeat until it prints ACTIVE
 #   launch/tpu_vm.sh install --name=gkd --zone=us-west4-a [--python=3.11]
 #   launch/tpu_vm.sh run --name=gkd --zone=us-west4-a -- \
-#     gkd-jax train --gin_file=gin/gkd.gin --gin.MODEL_DIR=gs://BUCKET/gkd ...
+#     gkd-jax train --gin_file=gin/models/large_teacher.gin --gin.MODEL_DIR=gs://BUCKET/run ...
 #   launch/tpu_vm.sh delete --name=gkd --zone=us-west4-a
 #
 # `install` copies this checkout to every worker and installs it into an environment made by uv,
 # because the Python of the images may be too old. `run` starts the same command on all workers of all
-# slices, in the folder of the checkout, with GKD_JAX_DISTRIBUTED=1. MODEL_DIR must be a folder that
-# every worker can reach, on a shared disk or in a bucket. --dry_run prints the gcloud commands and runs nothing.
+# slices, in the folder of the checkout, with GKD_JAX_DISTRIBUTED=1. Every worker must reach MODEL_DIR, the
+# data and the models: name models as on the Hugging Face hub, and put MODEL_DIR and JSONL files into a bucket
+# (docs/configuration.md has the whole way). What `precompile` calls v5e:4x4 is --accelerator_type=v5litepod-16.
+# --dry_run prints the gcloud commands and runs nothing.
 set -euo pipefail
 # shellcheck source=launch/shared.bash
 source "$(dirname "${BASH_SOURCE[0]}")/shared.bash"
