@@ -47,6 +47,7 @@ def test_gkd_trains_evaluates_and_converts(tmp_path, capfd):
     common = [
         f"--gin.CHECKPOINT='{tmp_path}/run'",
         "--gin.MIXTURE_OR_TASK_NAME='arithmetic'",
+        "--gin.TEMPLATE_VARIABLES={'enable_thinking': False}",
         "--gin.NUM_EXAMPLES=5",
         "--gin.BATCH_SIZE=8",
         LENGTHS,
@@ -62,6 +63,8 @@ def test_gkd_trains_evaluates_and_converts(tmp_path, capfd):
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert len(rows) == 5
     assert set(rows[0]) == {"inputs", "targets", "reference"}
+    about = json.loads((tmp_path / "out.jsonl.made_by.json").read_text())
+    assert about["template_variables"] == {"enable_thinking": False}
     gin.clear_config()
     beams = [f"--gin.OUTPUT='{tmp_path}/beams.jsonl'", "--gin.DECODING='beam'", *common]
     assert run("infer", "--gin_file=gin/infer.gin", *beams) == 0
