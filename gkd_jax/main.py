@@ -81,6 +81,7 @@ def _message(error: BaseException) -> str:
         return str(error) or type(error).__name__
     from gkd_jax.command_line import gin_files
 
-    message, setting = gin_files.one_message(error), getattr(error, "setting", None)
-    macros = gin_files.macros_that_set(setting) if setting else []
+    message, scope = gin_files.one_message(error), gin_files.scope_of(error)
+    settings = getattr(error, "settings", ())
+    macros = [name for field in settings for name in gin_files.macros_that_set(field, scope)]
     return f"{message} (set by {', '.join(macros)})" if macros else message

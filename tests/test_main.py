@@ -110,6 +110,19 @@ def test_every_train_recipe_builds(recipe, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_self_distillation_of_a_chat_model_needs_no_teacher_s_checkpoint(tmp_path, capfd):
+    given = {"MODEL_DIR": tmp_path / "run", "MIXTURE_OR_TASK_NAME": tmp_path / "chats.jsonl"}
+    given["STUDENT_CHECKPOINT"] = tmp_path / "student"
+    flags = [f"--gin.{name}={value}" for name, value in given.items()]
+    for more, message in (
+        ([], "None for both (set by TEACHER_CHECKPOINT, TEACHER_SIZE)"),
+        (["--gin.TEACHER=student"], f"no checkpoint at '{tmp_path}/student'"),
+    ):
+        gin.clear_config()
+        assert run("train", "--gin_file=gin/gkd_chat.gin", *flags, *more) == 2
+        assert message in capfd.readouterr().err
+
+
 WRONG = {
     "unknown command": (["trian"], "did you mean 'train'"),
     "no gin file": (["train"], "train needs --gin_file=FILE"),
@@ -154,7 +167,8 @@ BAD = {
     "--gin.TASK_FEATURE_LENGTHS={'inputs': 0, 'targets': 8}": "must be positive, got 0",
     "--gin.TASK_FEATURE_LENGTHS={'inputs': 8}": "feature_lengths must be",
     "--gin.STUDENT_SIZE='huge'": "size must be one of 32x2",
-    "--gin.STUDENT_SIZE=None": "a model needs a size",
+    "--gin.STUDENT_SIZE=None": "None for both (set by STUDENT_CHECKPOINT, STUDENT_SIZE)",
+    "--gin.TEACHER_SIZE=None": "None for both (set by TEACHER_CHECKPOINT, TEACHER_SIZE)",
     "--gin.STUDENT_CHECKPOINT='/no/such/folder'": "no checkpoint at '/no/such/folder'",
     "--gin.TEACHER_CHECKPOINT='/no/such/folder'": "no checkpoint at '/no/such/folder'",
     "--gin.VOCABULARY='/no/such.model'": "/no/such.model",
@@ -250,6 +264,7 @@ WRONG_TYPES = {
     "--gin.LEARNING_RATE=1e400": "must be a number, got inf (set by LEARNING_RATE)",
     "--gin.TASK_FEATURE_LENGTHS=[8, 8]": "feature_lengths must be a mapping, got [8, 8] (set by",
     "--gin.data.DataConfig.length_buckets=('8',)": "must be positive integers, got ('8',)",
+    "--gin.STUDENT_SIZE=5": "size must be a string or None, got 5 (set by STUDENT_SIZE)",
     "--gin.DIVERGENCE=jsd": "divergence must be a function (@module.name) or None, got 'jsd' (set",
     "--gin.TRAIN_STEPS=True": "train_steps must be an integer, got True (set by TRAIN_STEPS)",
 }

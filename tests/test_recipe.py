@@ -221,14 +221,14 @@ def test_every_type_is_checked_where_it_is_declared():
     ):
         with pytest.raises(settings.SettingError, match=said) as error:
             settings.check_types(Settings(**wrong))
-        assert error.value.setting == f"Settings.{next(iter(wrong))}"
+        assert error.value.settings == (f"Settings.{next(iter(wrong))}",)
 
 
 def test_a_macro_of_a_function_stands_for_what_the_function_makes():
     """TEACHER is an argument of a function, and a size chooses the learning rate of XSum."""
     gin.clear_config()
     needed = {"MODEL_DIR": "x", "STUDENT_CHECKPOINT": "a", "TEACHER_CHECKPOINT": "b"}
-    gin_files.parse(["gin/paper/xsum/gkd.gin"], needed.items(), [])
+    gin_files.parse(["gin/paper/xsum/gkd.gin"], [*needed.items()], [])
     fields = {name: gin_files.fields_of(name) for name in ("TEACHER", "STUDENT_SIZE", "BETA")}
     gin.clear_config()
     assert fields == {

@@ -243,17 +243,23 @@ def _set_to(value: str) -> list[str]:
     return found
 
 
-def macros_that_set(field: str) -> list[str]:
-    """Returns the macros that set a parameter "Type.field" in any scope."""
-    ends = f".{field}"
-    return sorted(
-        {
-            right.removeprefix("%")
-            for left, right in _lines()
-            if f".{left.rpartition('/')[2]}".endswith(ends)
-            and re.fullmatch(r"%[A-Za-z_]\w*", right)
-        }
-    )
+def macros_that_set(field: str, scope: str | None) -> list[str]:
+    """Returns the macros that set a parameter "Type.field" in a scope; None means any scope."""
+    ends, found = f".{field}", set()
+    for left, right in _lines():
+        where, _, selector = left.rpartition("/")
+        holds = scope is None or not where or f"{scope}/".startswith(f"{where}/")
+        is_macro = re.fullmatch(r"%[A-Za-z_]\w*", right)
+        if holds and is_macro and f".{selector}".endswith(ends):
+            found.add(right.removeprefix("%"))
+    return sorted(found)
+
+
+def scope_of(error: BaseException) -> str | None:
+    """Returns the gin scope of the call that raised an error; None if gin did not make the call."""
+    calls = re.findall(r"In call to configurable .*", str(error))
+    scopes = re.findall(r" in scope '(.*)'$", calls[0]) if calls else [None]
+    return scopes[0] if scopes else ""
 
 
 def configured(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -78,8 +78,11 @@ class ModelConfig:
     def __post_init__(self):
         settings.check_types(self)
         if self.size is None and self.checkpoint is None:
-            raise ValueError(
-                "a model needs a size (tiny, small, base, large, xl, xxl) or a checkpoint, got None"
+            raise settings.SettingError(
+                "a model needs a size (tiny, small, base, large, xl, xxl) or a checkpoint, got "
+                "None for both",
+                "ModelConfig.checkpoint",
+                "ModelConfig.size",
             )
         check_dtype(self.dtype)
         if self.param_dtype not in ("float32", "bfloat16", "int8"):

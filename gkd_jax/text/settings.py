@@ -14,16 +14,16 @@ import numpy as np
 
 
 class SettingError(ValueError):
-    """Raised when the value of a setting does not have the type of its field.
+    """Raised for the value of a setting, such as one of another type than its field.
 
     Attributes:
-        setting: the setting as "Type.field". The command line finds with it the gin macro that sets
-            the value.
+        settings: the settings that the message is about, each as "Type.field". The command line
+            finds with them the gin macros that set the values.
     """
 
-    def __init__(self, message: str, setting: str):
+    def __init__(self, message: str, *settings: str):
         super().__init__(message)
-        self.setting = setting
+        self.settings = settings
 
 
 def check_types(config: Any) -> None:
