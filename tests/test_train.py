@@ -2,12 +2,14 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 from small_runs import LENGTHS, options, small
@@ -16,7 +18,7 @@ from gkd_jax import divergences, sharding
 from gkd_jax.evaluation import evaluate
 from gkd_jax.input.data import DataConfig
 from gkd_jax.models import lm
-from gkd_jax.storage import loading, pretrained, saved_model
+from gkd_jax.storage import fingerprints, loading, pretrained, saved_model
 import gkd_jax.tasks.arithmetic  # noqa: F401
 from gkd_jax.training import metrics, optimizers, train
 
@@ -153,11 +155,20 @@ def test_a_teacher_without_weights_is_said_loudly(tmp_path, capfd):
     assert "WARNING: the teacher has random weights" in capfd.readouterr().err
 
 
-def test_a_bfloat16_teacher_is_held_in_bfloat16(teacher_dir):
-    config = saved_model.read_config(saved_model.find_step(str(teacher_dir)))
+def test_a_bfloat16_model_is_rounded_from_bytes_that_were_checked(teacher_dir, tmp_path):
+    config, wide = loading.load_model(teacher_dir)
     target = lm.abstract_params(config, "bfloat16")
-    params = loading.load_params(str(teacher_dir), target, config)
+    copy = shutil.copytree(saved_model.find_step(str(teacher_dir)), tmp_path / "copy")
+    params = loading.load_params(copy, target, config)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"bfloat16"}
+    rounded = jax.tree.map(lambda x: np.asarray(x).astype(ml_dtypes.bfloat16), wide)
+    jax.tree.map(np.testing.assert_array_equal, params, rounded)
+    about = json.loads((copy / "model" / "metadata").read_text())
+    name = sorted(about["fingerprints"]["params"])[1]
+    about["fingerprints"]["params"][name] ^= 1
+    (copy / "model" / "metadata").write_text(json.dumps(about))
+    with pytest.raises(fingerprints.DamagedError, match=f"bytes of {name} are not those that"):
+        loading.load_params(copy, target, config)
 
 
 QUICK = """

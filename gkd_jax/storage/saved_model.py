@@ -94,15 +94,33 @@ def read_params(step_folder: epath.Path, target: lm.Params) -> lm.Params:
     """Returns the parameters in a step folder, with the shapes, dtypes and shardings of `target`.
 
     Raises:
-        DamagedError: if all dtypes of `target` are float32 and the bytes of an array differ from
-            the bytes that were written; the message names the arrays.
+        DamagedError: if the bytes of an array differ from the bytes that were written; the message
+            names the array.
     """
-    with ocp.StandardCheckpointer() as checkpointer:
-        params = checkpointer.restore(files.absolute(step_folder) / "params", target)
-    # Parameters are written in float32, and a fingerprint is valid for the written dtype only.
-    if all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params)):
-        fingerprints.check(params, read_fingerprints(step_folder)["params"])
-    return params
+    stored = read_fingerprints(step_folder)["params"]
+    if all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(target)):
+        with ocp.StandardCheckpointer() as checkpointer:
+            params = checkpointer.restore(files.absolute(step_folder) / "params", target)
+        fingerprints.check(params, stored)
+        return params
+    # Parameters are written in float32, and a fingerprint is valid for the written dtype only. One
+    # array is read in float32, checked and cast at a time: the memory never holds the model twice.
+    leaves, structure = jax.tree.flatten(target)
+    names, params = fingerprints.array_names(target), []
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        for index, leaf in enumerate(leaves):
+            wide = jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding)
+            items: list[Any] = [ocp.PLACEHOLDER] * len(leaves)
+            arguments: list[Any] = [ocp.RestoreArgs()] * len(leaves)
+            items[index], arguments[index] = wide, ocp.checkpoint_utils.construct_restore_args(wide)
+            wanted = ocp.args.PyTreeRestore(
+                item=structure.unflatten(items), restore_args=structure.unflatten(arguments)
+            )
+            restored = checkpointer.restore(files.absolute(step_folder) / "params", args=wanted)
+            array = jax.tree.leaves(restored)[index]
+            fingerprints.check({names[index]: array}, stored)
+            params.append(array.astype(leaf.dtype))
+    return structure.unflatten(params)
 
 
 def write_params(
