@@ -92,6 +92,17 @@ def test_a_text_that_gin_cannot_read_is_answered_with_how_to_write_it(value, fre
         gin_files.parse(["gin/gkd.gin"], [*NEEDED, ("BETA", value)], ["."])
 
 
+@pytest.mark.parametrize("command", ["eval", "infer", "score"])
+def test_a_model_that_is_only_read_is_held_in_the_dtype_of_computation(command, fresh_gin):
+    from gkd_jax.storage.pretrained import ModelConfig
+
+    needed = {"CHECKPOINT": "/tmp/run", "MIXTURE_OR_TASK_NAME": "arithmetic", "DTYPE": "bfloat16"}
+    needed["OUTPUT_DIR" if command == "eval" else "OUTPUT"] = "/tmp/output"
+    gin_files.parse([f"gin/{command}.gin"], [*needed.items()], ["."])
+    model = gin_files.configured(ModelConfig)()
+    assert (model.dtype, model.param_dtype) == ("bfloat16", "bfloat16")
+
+
 def test_a_flag_that_a_scope_of_the_gin_files_overrules_is_warned_of(fresh_gin, capsys):
     """The samples of training have the temperature of the scope, whatever the flag says."""
     from gkd_jax.sampling import SamplingConfig
