@@ -194,7 +194,9 @@ def test_a_folder_or_a_damaged_record_is_refused(models, output, tmp_path):
 def evaluate(models, folder, **more):
     chosen = pretrained.ModelConfig(checkpoint=str(models / "0"))
     infer.evaluate_checkpoint(
-        model=chosen, data=DATA, output_dir=str(folder), **{"evaluation": EVALUATION, **more}
+        model=chosen,
+        output_dir=str(folder),
+        **{"data": DATA, "evaluation": EVALUATION, **more},
     )
 
 
@@ -230,6 +232,19 @@ def test_only_the_first_process_writes_and_says_the_result(models, tmp_path, mon
     printed, messages = capfd.readouterr()
     assert (printed, "wrote" in messages) == ("", False)
     assert [path.name for path in tmp_path.iterdir()] == ["first"]
+
+
+def test_rows_without_targets_are_said_to_have_no_metric(models, tmp_path, capfd):
+    (tmp_path / "prompts.jsonl").write_text('{"inputs": "How many eggs?"}\n')
+    task = str(tmp_path / "prompts.jsonl")
+    prompts = dataclasses.replace(DATA, task=task, vocabulary="arithmetic")
+    evaluation = dataclasses.replace(EVALUATION, split="train")
+    evaluate(models, tmp_path / "out", data=prompts, evaluation=evaluation)
+    printed, messages = capfd.readouterr()
+    assert json.loads(printed) == {"prompts.jsonl": {}}
+    assert "WARNING: prompts.jsonl has no metric, because no row of the split 'train'" in messages
+    evaluate(models, tmp_path / "scored")
+    assert "no metric" not in capfd.readouterr().err
 
 
 def test_an_output_that_cannot_be_made_is_said_before_a_model_is_read(models, tmp_path):

@@ -129,6 +129,13 @@ def evaluate_checkpoint(
     values = evaluate.score(opened.task, decoded, evaluation)
     model, name = opened.model, task_names.display_name(data.name)
     if jax.process_index() == 0:
+        if opened.task.metric_fns and not values:
+            print(
+                f"WARNING: {name} has no metric, because no row of the split "
+                f"{evaluation.split!r} has a target: give the rows answers, or decode prompts with "
+                "`gkd-jax infer`",
+                file=sys.stderr,
+            )
         evaluate.write_rows(folder / "predictions.jsonl", decoded, opened.vocabulary)
         step_folder = saved_model.find_step(model.checkpoint) if model.checkpoint else None
         about = {
