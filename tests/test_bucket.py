@@ -22,6 +22,7 @@ from gkd_jax.models import t5
 from gkd_jax.storage import loading, pretrained, saved_model
 from gkd_jax.text import files, vocabularies
 from gkd_jax.training import metrics, run_lock, train
+from gkd_jax.training.recipe import TrainConfig
 
 
 # google-api-core says this when it is imported.
@@ -46,7 +47,7 @@ def test_a_run_in_a_bucket_goes_on_exactly_as_a_local_one(bucket, tmp_path):
         "fraction": 0.5,
         "divergence": divergences.forward_kl,
         "teacher": pretrained.ModelConfig(checkpoint=write_teacher(tmp_path / "teacher")),
-        "train": train.TrainConfig(train_steps=4, save_period=2, log_period=100),
+        "train": TrainConfig(train_steps=4, save_period=2, log_period=100),
         "evaluation": evaluate.EvalConfig(num_examples=8),
     }
     local, remote = tmp_path / "run", "gs://bucket/run"

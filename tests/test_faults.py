@@ -22,6 +22,7 @@ from gkd_jax.storage import checkpoints, fingerprints, loading, saved_model
 from gkd_jax.storage.loading import load_model
 from gkd_jax.storage.pretrained import ModelConfig
 from gkd_jax.training import metrics, optimizers, samples, train
+from gkd_jax.training.recipe import TrainConfig
 
 
 pytestmark = pytest.mark.usefixtures("shared_steps")
@@ -30,7 +31,7 @@ TESTS = pathlib.Path(__file__).parent
 
 def options(model_dir, **more):
     return small_runs.options(
-        model_dir, steps=6, **{"train": train.TrainConfig(train_steps=6, save_period=2), **more}
+        model_dir, steps=6, **{"train": TrainConfig(train_steps=6, save_period=2), **more}
     )
 
 
@@ -82,7 +83,7 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_the_checkpoint_before_a_damaged_one_is_taken(damage, run_dir, finished, capfd):
     DAMAGE[damage](run_dir / "checkpoints" / "6")
-    more = {"train": train.TrainConfig(train_steps=7, save_period=2)}
+    more = {"train": TrainConfig(train_steps=7, save_period=2)}
     train.train(**options(run_dir, **more))
     error = capfd.readouterr().err
     assert "WARNING: checkpoint 6 is damaged" in error
@@ -100,7 +101,7 @@ def test_where_all_checkpoints_are_damaged_nothing_starts_from_scratch(run_dir):
     for step in ("4", "6"):
         flip(largest_file(run_dir / "checkpoints" / step / "params" / "d"))
     with pytest.raises(ValueError, match=r"none of the checkpoints \[6, 4\]"):
-        train.train(**options(run_dir, train=train.TrainConfig(train_steps=7)))
+        train.train(**options(run_dir, train=TrainConfig(train_steps=7)))
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -141,7 +142,7 @@ def test_a_half_written_checkpoint_is_not_taken(run_dir, capfd):
     shutil.copytree(
         run_dir / "checkpoints" / "6", run_dir / "checkpoints" / "8.orbax-checkpoint-tmp-1"
     )
-    train.train(**options(run_dir, train=train.TrainConfig(train_steps=7)))
+    train.train(**options(run_dir, train=TrainConfig(train_steps=7)))
     assert "resumed from step 6" in capfd.readouterr().err
 
 
@@ -151,7 +152,7 @@ def test_a_half_written_checkpoint_is_not_taken(run_dir, capfd):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"train": train.TrainConfig(train_steps=8, seed=1)}, "train.seed 0 -> 1"),
+        ({"train": TrainConfig(train_steps=8, seed=1)}, "train.seed 0 -> 1"),
         ({"optimizer": optimizers.AdamW()}, "optimizer {'type': 'Adafactor'"),
         (
             {"student": ModelConfig(architecture=small, size="tiny", dropout_rate=0.1)},
@@ -172,7 +173,7 @@ def test_a_model_dir_of_another_configuration_is_refused(change, message, run_di
 
 
 def test_lengths_periods_and_meshes_may_change(run_dir):
-    trainer = train.TrainConfig(train_steps=8, save_period=1, log_period=3)
+    trainer = TrainConfig(train_steps=8, save_period=1, log_period=3)
     evaluation = evaluate.EvalConfig(num_examples=4, split="test")
     train.train(**options(run_dir, train=trainer, mesh=MeshConfig(data=8), evaluation=evaluation))
     assert metrics.read(run_dir / "metrics.jsonl")[-1]["step"] == 8
@@ -221,7 +222,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_batch(broken_teac
 
 
 def test_steps_that_are_not_finite_can_be_skipped_and_are_counted(broken_teacher, tmp_path):
-    trainer = train.TrainConfig(train_steps=6, skip_nonfinite=True)
+    trainer = TrainConfig(train_steps=6, skip_nonfinite=True)
     train.train(**distil(tmp_path / "run", broken_teacher, train=trainer))
     lines = metrics.read(tmp_path / "run" / "metrics.jsonl")
     assert len(lines) == 6
@@ -236,7 +237,7 @@ def test_a_run_whose_steps_were_all_skipped_fails_whenever_it_is_started(
     monkeypatch.setattr(loading, "check_finite", lambda params, path: None)
     teacher = write_broken_teacher(finished, tmp_path / "teacher", slice(None))
     folder = tmp_path / "run"
-    trainer = train.TrainConfig(train_steps=2, skip_nonfinite=True)
+    trainer = TrainConfig(train_steps=2, skip_nonfinite=True)
     for _ in range(2):
         with pytest.raises(FloatingPointError, match=r"all 2 steps were skipped.*metrics\.jsonl"):
             train.train(**distil(folder, teacher, train=trainer))
@@ -256,7 +257,7 @@ def test_a_source_that_raises_ends_the_run_and_the_next_goes_on(run_dir, monkeyp
         return real(self)
 
     monkeypatch.setattr(streams.TrainIterator, "__next__", failing)
-    more = {"train": train.TrainConfig(train_steps=12, save_period=2)}
+    more = {"train": TrainConfig(train_steps=12, save_period=2)}
     with pytest.raises(OSError, match="the disk is gone"):
         train.train(**options(run_dir, **more))
     monkeypatch.undo()
@@ -300,7 +301,7 @@ def test_the_newest_every_fourth_and_the_best_checkpoint_stay(tmp_path, monkeypa
     monkeypatch.setattr(evaluate, "score", scored)
 
     def run(steps):
-        trainer = train.TrainConfig(
+        trainer = TrainConfig(
             train_steps=steps,
             eval_period=1,
             save_period=1,
@@ -321,7 +322,7 @@ def test_the_newest_every_fourth_and_the_best_checkpoint_stay(tmp_path, monkeypa
 def test_the_best_may_be_the_least(tmp_path, monkeypatch):
     scores = iter([0.7, 0.5, 0.1, 0.2, 0.3])  # the first is of step 0
     monkeypatch.setattr(evaluate, "score", lambda *_: {"teacher_divergence": next(scores)})
-    trainer = train.TrainConfig(
+    trainer = TrainConfig(
         train_steps=4,
         eval_period=1,
         save_period=1,
@@ -335,7 +336,7 @@ def test_the_best_may_be_the_least(tmp_path, monkeypatch):
 
 
 def test_a_metric_that_the_evaluation_lacks_is_said_and_nothing_is_lost(tmp_path, capfd):
-    trainer = train.TrainConfig(train_steps=2, eval_period=1, save_period=1, best_metric="bleu")
+    trainer = TrainConfig(train_steps=2, eval_period=1, save_period=1, best_metric="bleu")
     evaluation = evaluate.EvalConfig(num_examples=8)
     train.train(**options(tmp_path / "run", train=trainer, evaluation=evaluation))
     assert "has no eval/arithmetic/bleu, but eval/arithmetic/accuracy" in capfd.readouterr().err
@@ -353,10 +354,8 @@ def test_a_disk_that_fills_up_while_saving_ends_the_run_and_the_next_goes_on(
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode not in (0, -signal.SIGKILL), done.stderr[-2000:]
     assert kept_steps(run_dir) == [4, 6]  # what was there is there, and nothing half-written
-    train.train(**options(run_dir, train=train.TrainConfig(train_steps=8, save_period=2)))
-    train.train(
-        **options(tmp_path / "whole", train=train.TrainConfig(train_steps=8, save_period=2))
-    )
+    train.train(**options(run_dir, train=TrainConfig(train_steps=8, save_period=2)))
+    train.train(**options(tmp_path / "whole", train=TrainConfig(train_steps=8, save_period=2)))
     equal_params(run_dir, tmp_path / "whole")
 
 
@@ -365,6 +364,7 @@ import resource, signal, sys
 sys.path.insert(0, {tests!r})
 from gkd_jax.storage.checkpoints import Checkpoints
 from gkd_jax.training import train
+from gkd_jax.training.recipe import TrainConfig
 from small_runs import options
 
 save = Checkpoints.save
@@ -373,7 +373,7 @@ def save_on_a_full_disk(*arguments, **more):
     resource.setrlimit(resource.RLIMIT_FSIZE, (512, resource.RLIM_INFINITY))
     save(*arguments, **more)
 Checkpoints.save = save_on_a_full_disk
-config = train.TrainConfig(train_steps=8, save_period=2)
+config = TrainConfig(train_steps=8, save_period=2)
 train.train(**options({folder!r}, steps=8, train=config))
 """
 
@@ -411,7 +411,7 @@ def test_the_record_of_a_run_tells_its_first_batch(finished, tmp_path):
 
     train.train(**options(tmp_path / "same"))
     assert record(tmp_path / "same") == record(finished)
-    train.train(**options(tmp_path / "same", train=train.TrainConfig(train_steps=7)))
+    train.train(**options(tmp_path / "same", train=TrainConfig(train_steps=7)))
     assert record(tmp_path / "same") == record(finished)  # a resume keeps it
     other = DataConfig(task="arithmetic", feature_lengths=LENGTHS, batch_size=8, seed=1)
     train.train(**options(tmp_path / "other", data=other))

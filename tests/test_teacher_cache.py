@@ -17,6 +17,7 @@ from gkd_jax.input import teacher_cache
 from gkd_jax.input.data import DataConfig
 from gkd_jax.storage import pretrained
 from gkd_jax.training import train
+from gkd_jax.training.recipe import TrainConfig
 
 
 pytestmark = pytest.mark.usefixtures("shared_steps")
@@ -246,7 +247,7 @@ def trained(folder, teacher, cache, fraction=0.0):
         num_examples=40,
         teacher_cache=None if cache is None else str(cache),
     )
-    trainer = train.TrainConfig(train_steps=6, save_period=3, num_microbatches=2)
+    trainer = TrainConfig(train_steps=6, save_period=3, num_microbatches=2)
     more = {"fraction": fraction, "divergence": divergences.forward_kl, "teacher": teacher}
     train.train(**options(folder, steps=6, data=data, train=trainer, **more))
     return step_lines(folder)

@@ -21,6 +21,7 @@ from gkd_jax.models import lm
 from gkd_jax.storage import fingerprints, loading, pretrained, saved_model
 import gkd_jax.tasks.arithmetic  # noqa: F401
 from gkd_jax.training import metrics, optimizers, train
+from gkd_jax.training.recipe import TrainConfig
 
 
 pytestmark = pytest.mark.usefixtures("shared_steps")
@@ -62,7 +63,7 @@ def on_policy(teacher_dir, **more):
 def test_a_stopped_run_goes_on_exactly_as_one_never_stopped(teacher_dir, tmp_path):
     """Coins, samples, batches, losses and parameters are equal bit for bit, whenever it saves."""
     train.train(**options(tmp_path / "whole", steps=8, **on_policy(teacher_dir)))
-    often = train.TrainConfig(train_steps=5, save_period="0.000000001 s", keep=None)
+    often = TrainConfig(train_steps=5, save_period="0.000000001 s", keep=None)
     train.train(**options(tmp_path / "parts", steps=5, train=often, **on_policy(teacher_dir)))
     assert saved_model.saved_steps(tmp_path / "parts") == [1, 2, 3, 4, 5]
     train.train(**options(tmp_path / "parts", steps=8, **on_policy(teacher_dir)))
@@ -210,7 +211,7 @@ def test_a_signal_loses_nothing_that_was_saved(tmp_path, number, status):
 
 def test_samples_drawn_ahead_are_one_update_old_and_none_crosses_a_checkpoint(tmp_path):
     def trained(name, steps, *, ahead, rate):
-        trainer = train.TrainConfig(train_steps=steps, save_period=4, sample_ahead=ahead)
+        trainer = TrainConfig(train_steps=steps, save_period=4, sample_ahead=ahead)
         schedule = optimizers.Linear(learning_rate=rate)
         more = {"teacher": pretrained.ModelConfig(architecture=small, size="tiny"), "fraction": 0.7}
         more |= {"train": trainer, "schedule": schedule, "divergence": divergences.forward_kl}

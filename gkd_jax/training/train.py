@@ -26,14 +26,11 @@ from gkd_jax.training.evaluations import Evaluations
 from gkd_jax.training.plan import plan
 from gkd_jax.training.program import Program, build, start_compiling
 from gkd_jax.training.progress import Progress
-from gkd_jax.training.recipe import Recipe, TrainConfig
+from gkd_jax.training.recipe import Recipe
 from gkd_jax.training.rollouts import Rollouts
 from gkd_jax.training.run_folder import RunFolder
 from gkd_jax.training.source import Source, open_source
 from gkd_jax.training.step_log import Step, StepLog
-
-
-__all__ = ["TrainConfig", "train"]
 
 
 def train(
