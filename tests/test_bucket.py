@@ -12,6 +12,7 @@ import gcs_server
 import jax
 import numpy as np
 import pytest
+import small_runs
 from small_runs import LENGTHS, options, write_teacher
 
 from gkd_jax import divergences
@@ -19,8 +20,8 @@ from gkd_jax.evaluation import evaluate, infer, made_by, score
 from gkd_jax.input import named_tasks
 from gkd_jax.input.data import DataConfig
 from gkd_jax.models import t5
-from gkd_jax.storage import loading, pretrained, saved_model
-from gkd_jax.text import files, vocabularies
+from gkd_jax.storage import conversion, loading, pretrained, saved_model, tokenizer_files
+from gkd_jax.text import files, special_ids, vocabularies
 from gkd_jax.training import metrics, run_lock, train
 from gkd_jax.training.recipe import TrainConfig
 
@@ -73,6 +74,27 @@ def test_a_run_in_a_bucket_goes_on_exactly_as_a_local_one(bucket, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, ours[1], theirs[1])
     rows = gcs_server.path_of(bucket, "run/eval/arithmetic/4.jsonl").read_bytes()
     assert rows == (local / "eval" / "arithmetic" / "4.jsonl").read_bytes()
+
+
+@pytest.mark.usefixtures("bucket")
+def test_a_decoder_of_a_run_in_a_bucket_is_converted_with_the_tokenizer_there(tmp_path):
+    student = str(tmp_path / "student")
+    small_runs.write_decoder(tmp_path / "student", None, 448, 0)
+    (tmp_path / "student" / "additional_chat_templates").mkdir()
+    (tmp_path / "student" / "additional_chat_templates" / "x.jinja").write_text("more")
+    config, params = loading.load_model(student)
+    vocabulary = vocabularies.of_folder(student)
+    content = vocabularies.content_hash(vocabulary)
+    step = "gs://bucket/run/checkpoints/1"
+    saved_model.write_params(step, config, params, content, vocabulary.vocab_size)
+    tokenizer_files.copy(student, epath.Path("gs://bucket/run"))
+    assert vocabularies.of_folder("gs://bucket/run/tokenizer") == vocabulary
+    for number, source in enumerate(("gs://bucket/run", step)):
+        output = tmp_path / f"out{number}"
+        conversion.convert_checkpoint(source, str(output), to="hf")
+        assert special_ids.stated(output) == special_ids.stated(student)
+        for name in ("tokenizer.json", "additional_chat_templates/x.jinja"):
+            assert (output / name).read_bytes() == (tmp_path / "student" / name).read_bytes()
 
 
 @pytest.fixture

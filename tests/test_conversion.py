@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+import small_runs
 
 from gkd_jax import convert, load_model, main, sampling
 from gkd_jax.models import lm, t5
-from gkd_jax.storage import saved_model
+from gkd_jax.storage import saved_model, tokenizer_files
 from gkd_jax.storage.conversion import FORMATS, convert_checkpoint
 from gkd_jax.tasks import multi30k
 from gkd_jax.text import vocabularies
@@ -129,27 +130,23 @@ def started(tmp_path):
     texts = [f"word{i} {'abcdefgh'[i % 8] * 3} number {i}" for i in range(40)]
     multi30k.train_sentencepiece(texts, hf / "spiece.model", vocab_size=60)
     (hf / "tokenizer_config.json").write_text('{"extra_ids": 0}')
+    (hf / "additional_chat_templates").mkdir()
+    (hf / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
     vocabulary = vocabularies.of_folder(str(hf))
     step = tmp_path / "run" / "checkpoints" / "5"
     content = vocabularies.content_hash(vocabulary)
     saved_model.write_params(str(step), CONFIG, params, content, vocabulary.vocab_size)
-    record(tmp_path / "run", str(hf))
+    tokenizer_files.copy(str(hf), tmp_path / "run")
     return tmp_path
 
 
-def record(model_dir, checkpoint):
-    recipe = {"data": {"vocabulary": None}, "student": {"checkpoint": checkpoint}}
-    (model_dir / "run.json").write_text(json.dumps({"recipe": recipe}))
-
-
-def test_the_tokenizer_of_the_folder_that_a_run_started_from_is_copied(started, capsys):
-    later = started / "later" / "checkpoints" / "2"  # a run that started from that run
-    shutil.copytree(started / "run" / "checkpoints" / "5", later)
-    record(started / "later", str(started / "run"))
-    for number, source in enumerate(("run", "later", "hf")):
+def test_the_tokenizer_that_a_run_carries_is_copied(started, capsys):
+    convert_checkpoint(str(started / "run"), str(started / "gkd"), to="gkd")
+    for number, source in enumerate(("run", "run/checkpoints/5", "gkd", "hf")):
         output = started / f"out{number}"
         convert_checkpoint(str(started / source), str(output), to="hf")
-        for name in ("spiece.model", "tokenizer_config.json"):
+        tools = "additional_chat_templates/tool_use.jinja"
+        for name in ("spiece.model", "tokenizer_config.json", tools):
             assert (output / name).read_bytes() == (started / "hf" / name).read_bytes()
         generation = json.loads((output / "generation_config.json").read_text())
         expected = [0] if source == "hf" else [0, 60, 61, 62, 63]
@@ -165,6 +162,24 @@ def test_another_tokenizer_than_the_runs_is_not_copied(started, capsys):
     convert_checkpoint(str(started / "run"), str(started / "out"), to="hf")
     assert not (started / "out" / "spiece.model").exists()
     assert "no tokenizer was copied" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_a_decoder_without_a_tokenizer_would_never_stop_and_is_refused(dry_run, tmp_path, capsys):
+    student = small_runs.write_decoder(tmp_path / "student", None, 448, 0).checkpoint
+    assert student is not None
+    config, params = load_model(student)
+    saved_model.write_params(str(tmp_path / "run" / "checkpoints" / "5"), config, params, "other")
+    tokenizer_files.copy(student, tmp_path / "run")  # which is of another vocabulary
+    flags = ["--dry_run"] if dry_run else []
+    asked = (f"--input={tmp_path / 'run'}", f"--output={tmp_path / 'out'}", "--to=hf", *flags)
+    assert run(*asked) == 2
+    said = capsys.readouterr().err
+    assert "no tokenizer of the decoder-only model" in said
+    assert str(tmp_path / "run" / "tokenizer") in said
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "student" / "tokenizer.json").unlink()  # such a folder is taken as it is
+    convert_checkpoint(student, str(tmp_path / "out"), to="hf")
 
 
 # Ids that no piece has ----------------------------------------------------------------------------

@@ -1,8 +1,10 @@
 """Whole runs with decoder-only models: frozen teachers of every kind, and rewards of chats."""
 
 import concurrent.futures
+import dataclasses
 import functools
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +19,8 @@ from gkd_jax.evaluation import evaluate, infer, score
 from gkd_jax.input.data import DataConfig
 from gkd_jax.models.decoder_config import DecoderConfig, Rope
 from gkd_jax.sampling import Sample
-from gkd_jax.storage import pretrained
+from gkd_jax.storage import conversion, pretrained
+from gkd_jax.text import special_ids, vocabularies
 from gkd_jax.training import metrics, plan, program, train
 from gkd_jax.training.progress import Progress
 from gkd_jax.training.recipe import TrainConfig
@@ -63,6 +66,60 @@ def test_a_teacher_on_the_host_gives_the_losses_of_one_on_the_device(tmp_path):
     assert len(found[0]) == 2
     assert np.isfinite(found).all()
     np.testing.assert_allclose(found[1], found[0], rtol=1e-6)
+
+
+def test_a_run_carries_the_tokenizer_of_its_student(tmp_path, monkeypatch, capsys):
+    """Through a resumption and a further run, from another working directory, and moved."""
+    monkeypatch.chdir(tmp_path)
+    small_runs.write_decoder(tmp_path / "student", None, 448, 0)
+    (tmp_path / "a.jsonl").write_text('{"inputs": "7 eggs", "targets": "12"}\n' * 8)
+    lengths = {"inputs": 16, "targets": 6}
+    data = DataConfig(task="./a.jsonl", feature_lengths=lengths, batch_size=8)
+    for model_dir, checkpoint, steps in (
+        ("first", "./student", 1),
+        ("first", "./student", 2),
+        ("second", "first", 1),
+    ):
+        student = pretrained.ModelConfig(checkpoint=checkpoint)
+        recipe = small_runs.options(model_dir, steps=steps, student=student, data=data)
+        train.train(**recipe, dry_run=True)
+        train.train(**recipe)
+        if steps == 1 and checkpoint == "./student":
+            kept = (
+                tmp_path / "first" / "tokenizer" / "kept"
+            )  # a resumed run leaves the folder alone
+            kept.touch()
+    assert kept.exists()
+    stated = special_ids.stated(tmp_path / "student")
+    assert len(stated["eos_token_id"]) == 2
+    shutil.rmtree(tmp_path / "first")
+    (tmp_path / "student").rename(tmp_path / "gone")
+    (tmp_path / "second").rename(tmp_path / "moved")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    conversion.convert_checkpoint("../moved", "hf", to="hf")
+    assert special_ids.stated("hf") == stated
+    vocabulary = vocabularies.of_folder("hf")
+    assert vocabulary == vocabularies.of_folder(tmp_path / "gone")
+
+    asked = {
+        "model": pretrained.ModelConfig(checkpoint="../moved"),
+        "data": dataclasses.replace(data, task="../a.jsonl"),
+        "dry_run": True,
+    }
+    evaluation = evaluate.EvalConfig(split="train")
+    commands = (
+        functools.partial(score.run, output="scores"),
+        functools.partial(infer.run, output="rows.jsonl", evaluation=evaluation),
+        functools.partial(infer.evaluate_checkpoint, output_dir="eval", evaluation=evaluation),
+    )
+    for command in commands:
+        command(**asked)
+    assert "32100" not in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "moved" / "tokenizer")
+    for command in commands:
+        with pytest.raises(FileNotFoundError, match=r"moved/tokenizer.*, or set VOCABULARY"):
+            command(**asked)
 
 
 def test_rewards_of_chats_read_whole_prompts(tmp_path):

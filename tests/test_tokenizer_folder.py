@@ -13,7 +13,6 @@ import tensorflow as tf
 from tokenizers import processors
 import transformers
 
-from gkd_jax.storage import tokenizer_files
 from gkd_jax.text import comparison, files, vocabularies
 from gkd_jax.text.chat_template import ChatTemplate
 from gkd_jax.text.tokenizer_folder import TokenizerVocabulary
@@ -495,15 +494,3 @@ def test_folders_without_files_beside_the_tokenizer(tmp_path):
     assert vocabulary.chat_template is None
     assert vocabulary.decode(vocabulary.encode("7 eggs")) == "7 eggs"
     assert files.read_json_in(str(folder), "none.json") == {}
-
-
-def test_a_run_that_seems_to_have_started_from_itself_has_no_tokenizer(tmp_path):
-    """Two runs, of which each names the other after their folders were exchanged."""
-    for name, other in (("a", "b"), ("b", "a")):
-        for part in ("params", "model"):
-            (tmp_path / name / "checkpoints" / "1" / part).mkdir(parents=True)
-        metadata = tmp_path / name / "checkpoints" / "1" / "model" / "metadata"
-        metadata.write_text('{"vocabulary": "hash"}')
-        student = {"checkpoint": str(tmp_path / other)}
-        (tmp_path / name / "run.json").write_text(json.dumps({"recipe": {"student": student}}))
-    assert tokenizer_files.find(str(tmp_path / "a")) is None

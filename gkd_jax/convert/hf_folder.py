@@ -6,10 +6,10 @@ the sizes, offsets and dtypes in the file's header.
 """
 
 from collections.abc import Iterable
+import fnmatch
 import json
 import math
 import pathlib
-import shutil
 from typing import Any
 
 import ml_dtypes
@@ -19,7 +19,7 @@ import safetensors.numpy
 
 from gkd_jax.convert.stored import Index, Stored
 from gkd_jax.convert.writing import Unwritten
-from gkd_jax.text.files import check_no_pointer, is_remote, read_json_object
+from gkd_jax.text.files import AnyPath, check_no_pointer, is_remote, read_json_object
 
 
 WEIGHTS = "model.safetensors"
@@ -28,9 +28,10 @@ GENERATION = "generation_config.json"
 # The files that stay valid for a model after its weights have been trained further.
 _COMPANIONS = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
-    *("spiece.model", "sentencepiece*.model", "chat_template*", "additional_chat_templates"),
+    *("spiece.model", "sentencepiece*.model", "chat_template*"),
     *(GENERATION, "LICENSE*", "NOTICE*", "USE_POLICY*"),
 )
+_MORE_TEMPLATES = "additional_chat_templates"  # a folder beside the other files
 _LARGEST_FILE = 5 * 10**9  # Bytes; the default of transformers for one of several files.
 _DTYPES = {
     "F64": np.dtype(np.float64),
@@ -62,24 +63,24 @@ def write_json(file: pathlib.Path, fields: dict[str, Any]) -> None:
     file.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
 
 
-def companions(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Returns the files that accompany a model's weights in a folder.
+def copy_companions(source: AnyPath, folder: AnyPath, *more: str) -> None:
+    """Copies the files that accompany a model's weights.
 
     They are the files of the tokenizer and the chat template, generation_config.json and licences.
+
+    Args:
+        source: a Hugging Face folder, local or in a bucket.
+        folder: the folder to write to, which must exist.
+        more: the names of further files, which are copied if they are there.
     """
-    found = {path for pattern in _COMPANIONS for path in folder.glob(pattern)}
-    return sorted(path for path in found if path.is_file())
-
-
-def copy_companions(source: pathlib.Path, folder: pathlib.Path) -> None:
-    """Creates `folder` and copies the `companions` and config.json of `source` into it.
-
-    config.json is copied because it names the ids of special tokens.
-    """
-    folder.mkdir()
-    for file in [*companions(source), source / "config.json"]:
-        if file.is_file():
-            shutil.copy(file, folder)
+    for file in source.iterdir():
+        if file.name == _MORE_TEMPLATES and file.is_dir():
+            (folder / file.name).mkdir()
+            copy_companions(file, folder / file.name, "*.jinja")
+            continue
+        is_one = any(fnmatch.fnmatchcase(file.name, name) for name in (*_COMPANIONS, *more))
+        if is_one and file.is_file():
+            (folder / file.name).write_bytes(file.read_bytes())
 
 
 def spare_ids(vocab_size: int, num_pieces: int | None) -> range:

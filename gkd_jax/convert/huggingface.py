@@ -2,10 +2,9 @@
 
 import dataclasses
 import os
-import pathlib
-import shutil
 from typing import Any
 
+from etils import epath
 import numpy as np
 
 from gkd_jax.convert import decoder_fields, decoder_huggingface, hf_folder, t5_huggingface
@@ -54,7 +53,8 @@ def write_hf(
             more rows than that. Training does not change these spare rows, so their ids are
             written into generation_config.json as `suppress_tokens` and are never generated. For
             a T5 the pad id is always written there, because gkd_jax never decodes it.
-        source: a Hugging Face folder whose tokenizer and other companion files are copied.
+        source: a Hugging Face folder, local or in a bucket, whose tokenizer and other companion
+            files are copied.
         card: the text of README.md; None writes no README.md.
 
     Raises:
@@ -64,14 +64,14 @@ def write_hf(
     kind = np.dtype(np.float16) if dtype == "float16" else as_dtype(dtype)
     fields = family.config_fields(config, dtype)
     arrays = unwritten(family.hf_layout(config), params)
-    beside = None if source is None else pathlib.Path(source)
+    beside = None if source is None else epath.Path(source)
     if beside is not None and family is decoder_huggingface:  # a T5's special ids are built in
         fields |= special_ids.stated(beside)
     with complete_folder(os.fspath(path)) as folder:
         hf_folder.write_weights(folder, arrays, kind)
         hf_folder.write_json(folder / "config.json", fields)
-        for file in () if beside is None else hf_folder.companions(beside):
-            shutil.copy(file, folder)
+        if beside is not None:
+            hf_folder.copy_companions(beside, folder)
         family.write_generation(folder, config, num_pieces)
         if card is not None:
             (folder / "README.md").write_text(card, "utf-8")

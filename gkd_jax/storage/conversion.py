@@ -1,6 +1,5 @@
 """Implements `gkd-jax convert`, which reads a checkpoint in any format and writes it in another."""
 
-import pathlib
 import re
 import sys
 from typing import Any, NamedTuple
@@ -8,7 +7,6 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from gkd_jax import convert
-from gkd_jax.convert import hf_folder
 from gkd_jax.convert.stored import as_dtype
 from gkd_jax.convert.writing import check_output
 from gkd_jax.models import lm
@@ -44,7 +42,7 @@ def convert_checkpoint(
         dry_run: check everything that can be checked without loading arrays, and write nothing.
 
     Raises:
-        FileNotFoundError: if there is no such source.
+        FileNotFoundError: if there is no such source, or no tokenizer for a decoder-only model.
         ValueError: if the output exists or cannot be created, if the source is damaged, or if the
             format cannot represent the model.
     """
@@ -68,6 +66,7 @@ def convert_checkpoint(
         convert.check_arrays(source, config)
     if to == "hf":
         convert.check_hf(config)
+        tokenizer_files.check_known(source, opened.tokenizer)
     what = f"{output}/checkpoint_{step}" if to == "t5x" else output
     size = f"{lm.num_params(lm.abstract_params(config)):,} parameters"
     if dry_run:
@@ -129,7 +128,7 @@ def _open(path: str) -> _Source:
 
 def _write_hf(output: str, source: _Source, params: lm.Params, dtype: str) -> None:
     """Writes a Hugging Face folder with the tokenizer's files and, for a run, a model card."""
-    run = None if source.step_folder is None else pathlib.Path(source.step_folder.parent.parent)
+    run = None if source.step_folder is None else source.step_folder.parent.parent
     convert.write_hf(
         output,
         source.config,
@@ -140,7 +139,7 @@ def _write_hf(output: str, source: _Source, params: lm.Params, dtype: str) -> No
         card=None if run is None else model_card.of_run(run),
     )
     if source.tokenizer is None:
-        print("no tokenizer was copied: the source names no folder with its own", file=sys.stderr)
+        print("no tokenizer was copied: the source has none", file=sys.stderr)
 
 
 def _write_own(output: str, source: _Source, params: lm.Params) -> None:
@@ -152,9 +151,7 @@ def _write_own(output: str, source: _Source, params: lm.Params) -> None:
     more = {"dtype": source.dtype}
     saved_model.write_params(output, source.config, params, vocabulary, num_pieces, more)
     if source.tokenizer is not None:
-        hf_folder.copy_companions(
-            pathlib.Path(source.tokenizer), pathlib.Path(output) / tokenizer_files.HF_FILES
-        )
+        tokenizer_files.copy(source.tokenizer, epath.Path(output))
 
 
 def _step_of(source: str) -> int:

@@ -1,12 +1,11 @@
 """Writes the README.md of an exported model: its origin, its training and its last evaluation."""
 
-import pathlib
 from typing import Any
 
 from gkd_jax.text import files, task_names
 
 
-def of_run(folder: pathlib.Path) -> str | None:
+def of_run(folder: files.AnyPath) -> str | None:
     """Returns the model card of a run as Markdown; None if there is no readable run.json.
 
     Args:

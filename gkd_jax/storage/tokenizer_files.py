@@ -2,19 +2,20 @@
 
 from collections.abc import Mapping
 import dataclasses
-import json
 import os
 
 from etils import epath
 
+from gkd_jax.convert import hf_folder
 from gkd_jax.input.data import DataConfig
+from gkd_jax.models.decoder_config import DecoderConfig
 from gkd_jax.storage import hub, saved_model
-from gkd_jax.text import vocabularies
+from gkd_jax.text import files, task_names, vocabularies
 
 
-# A folder in a step folder, with the tokenizer's and other files of the Hugging Face folder from
-# which the checkpoint was converted.
-HF_FILES = "hf"
+# The folder in a MODEL_DIR, or in a converted checkpoint, with the tokenizer's and other files of
+# the Hugging Face folder from which the model began.
+FOLDER = "tokenizer"
 
 
 def with_local_vocabulary(
@@ -47,57 +48,114 @@ def with_local_vocabulary(
     return dataclasses.replace(data, vocabulary=folder), commits
 
 
-def find(checkpoint: str | None) -> str | None:
-    """Returns a Hugging Face folder with the tokenizer of a checkpoint; None if none is known.
+def find(checkpoint: str | None, *, check_remote: bool = True) -> str | None:
+    """Returns the Hugging Face folder with the tokenizer of a checkpoint; None if there is none.
 
-    For a run, the candidates are the folder that VOCABULARY names and the folder from which the
-    student was initialised. A candidate must have the vocabulary of the run.
+    For a Hugging Face folder that is the folder itself, which may lack a tokenizer. A checkpoint of
+    gkd_jax has the folder `tokenizer` in its MODEL_DIR or, if it was converted, in its own folder.
+    It must have the vocabulary of the checkpoint, where that is known.
 
     Args:
-        checkpoint: the path of a checkpoint in any format. For a remote or absent one the result is
-            None.
+        checkpoint: the path of a checkpoint in any format, local or gs://.
+        check_remote: whether a checkpoint in a bucket may be read; if not, the result is None.
     """
-    if checkpoint is None or not os.path.isdir(checkpoint):
+    if not checkpoint or (files.is_remote(checkpoint) and not check_remote):
         return None
     step_folder = saved_model.find_step(checkpoint)
     if step_folder is None:
         return checkpoint if os.path.isfile(os.path.join(checkpoint, "config.json")) else None
-    return _of_run(step_folder, saved_model.read_description(step_folder)["vocabulary"], ())
+    folder = _place(step_folder)
+    if not folder.is_dir():
+        return None
+    expected = saved_model.read_description(step_folder)["vocabulary"]
+    return str(folder) if not expected or _has_vocabulary(str(folder), expected) else None
 
 
-def _of_run(step_folder: epath.Path, expected: str, later: tuple[epath.Path, ...]) -> str | None:
-    """Returns the folder for one of our step folders.
+def find_for_task(
+    data: DataConfig, checkpoint: str | None, *, check_remote: bool = True
+) -> str | None:
+    """Returns the result of `find` for the model that reads a task.
 
     Args:
-        step_folder: the folder of the step.
-        expected: the content hash that the vocabulary must have.
-        later: the step folders of the runs that started from this one. Since folders may be
-            renamed, a run can seem to have started from itself.
+        data: the configuration of the task.
+        checkpoint: the model's checkpoint.
+        check_remote: as for `find`.
+
+    Raises:
+        FileNotFoundError: if a decoder-only model of a run has no known tokenizer, and the task is
+            a JSONL file, which has no vocabulary of its own either.
     """
-    if step_folder in later:
-        return None
-    if (step_folder / HF_FILES).is_dir():
-        return str(step_folder / HF_FILES)
-    record = step_folder.parent.parent / "run.json"
-    if not record.is_file():
-        return None
-    recipe = json.loads(record.read_text()).get("recipe", {})
-    places = (recipe.get("data", {}).get("vocabulary"), recipe.get("student", {}).get("checkpoint"))
-    for place in places:
-        if not place or not os.path.isdir(place):
-            continue
-        # If the student started from another run, look for that run's tokenizer.
-        earlier = saved_model.find_step(place)
-        if earlier is not None:
-            found = _of_run(earlier, expected, (*later, step_folder))
-            if found is not None:
-                return found
-        elif _has_vocabulary(place, expected):
-            return place
-    return None
+    found = find(checkpoint, check_remote=check_remote)
+    unread = checkpoint is None or (files.is_remote(checkpoint) and not check_remote)
+    if not unread and data.vocabulary is None and any(map(task_names.is_path, data.task_rows)):
+        check_known(checkpoint, found, ", or set VOCABULARY")
+    return found
+
+
+def check_known(checkpoint: str, found: str | None, also: str = "") -> None:
+    """Checks that the tokenizer of a run whose model is decoder-only was found.
+
+    Without it nothing says where a text ends. A T5 has its special ids built in, and a Hugging Face
+    folder is taken as it is.
+
+    Args:
+        checkpoint: the path of a checkpoint in any format, local or gs://.
+        found: the result of `find`.
+        also: what else can be done about it, for the error message.
+
+    Raises:
+        FileNotFoundError: if it was not; the message says what to do.
+    """
+    step_folder = None if found is not None else saved_model.find_step(checkpoint)
+    if step_folder is None:
+        return
+    if isinstance(saved_model.read_config(step_folder), DecoderConfig):
+        raise FileNotFoundError(
+            f"no tokenizer of the decoder-only model {checkpoint!r} in {str(_place(step_folder))!r}"
+            ": copy tokenizer.json, tokenizer_config.json, config.json and generation_config.json "
+            f"there from the Hugging Face folder that its student started from{also}"
+        )
+
+
+def for_run(data: DataConfig, checkpoint: str | None, expected: str) -> str | None:
+    """Returns the Hugging Face folder with the tokenizer of a run that begins; None without one.
+
+    Args:
+        data: the configuration of the data, whose `vocabulary` comes first.
+        checkpoint: the checkpoint that the student starts from, which comes second.
+        expected: the content hash of the run's vocabulary.
+    """
+    named = None if data.vocabulary is None else vocabularies.folder_of(data.vocabulary)
+    places = (named, find(checkpoint))
+    return next((place for place in places if place and _has_vocabulary(place, expected)), None)
+
+
+def copy(source: str, folder: files.AnyPath) -> None:
+    """Copies a Hugging Face folder's tokenizer and other small files into `folder`/tokenizer.
+
+    config.json is among them, because it names the ids of special tokens. What `folder`/tokenizer
+    held before is removed.
+
+    Args:
+        source: the Hugging Face folder, local or in a bucket.
+        folder: a MODEL_DIR or a step folder, local or in a bucket.
+    """
+    target = folder / FOLDER
+    if target.is_dir():
+        epath.Path(target).rmtree()
+    target.mkdir(parents=True)
+    hf_folder.copy_companions(epath.Path(source), target, "config.json")
+
+
+def _place(step_folder: epath.Path) -> epath.Path:
+    """Returns the folder of the tokenizer of a step: in its MODEL_DIR, or beside its parameters."""
+    folder = files.absolute(step_folder)
+    is_of_run = folder.parent.name == saved_model.FOLDER
+    return (folder.parent.parent if is_of_run else folder) / FOLDER
 
 
 def _has_vocabulary(folder: str, expected: str) -> bool:
+    """Returns whether a folder has a tokenizer with a content hash."""
     try:
         return vocabularies.content_hash(vocabularies.of_folder(folder)) == expected
     except (ValueError, FileNotFoundError):

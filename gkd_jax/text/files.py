@@ -326,7 +326,7 @@ def read_records(path: AnyPath) -> tuple[list[dict[str, Any]], int]:
     return objects, len(values) - len(objects)
 
 
-def read_record(path: pathlib.Path) -> dict[str, Any] | None:
+def read_record(path: AnyPath) -> dict[str, Any] | None:
     """Returns the JSON object in a file of a run; None if there is no file, or a damaged one."""
     try:
         value = _parsed(path.read_text(encoding="utf-8"))

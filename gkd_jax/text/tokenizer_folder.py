@@ -17,6 +17,7 @@ import json
 import os
 from typing import Any
 
+from etils import epath
 import numpy as np
 import seqio
 import tensorflow as tf
@@ -341,12 +342,11 @@ def _read_template(
     path = os.path.join(folder, TEMPLATE_FILE)
     with contextlib.suppress(FileNotFoundError):
         templates, source = {"default": files.read_text(path)}, path
-    more = os.path.join(folder, MORE_TEMPLATES)
-    if not files.is_remote(folder) and os.path.isdir(more):
-        for name in sorted(os.listdir(more)):
-            if name.endswith(".jinja"):
-                text = files.read_text(os.path.join(more, name))
-                templates[name.removesuffix(".jinja")] = text
+    more = epath.Path(folder) / MORE_TEMPLATES
+    if more.is_dir():
+        for file in sorted(more.iterdir()):
+            if file.suffix == ".jinja":
+                templates[file.stem] = files.read_text(file)
     return ChatTemplate(templates, dict(names), source) if templates else None
 
 

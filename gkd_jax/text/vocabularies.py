@@ -51,7 +51,7 @@ def load(spec: str, *, extra_ids: int = 0, check_remote: bool = True) -> seqio.V
         if extra_ids not in (0, T5_EXTRA_IDS):
             raise ValueError(f"the vocabulary 't5' has {T5_EXTRA_IDS} extra_ids, got {extra_ids}")
         vocabulary = t5_default()
-    elif (folder := _as_folder(spec)) is not None:
+    elif (folder := folder_of(spec)) is not None:
         if extra_ids:
             raise ValueError(f"the folder {folder!r} has its own extra ids, got {extra_ids}")
         return of_folder(folder)
@@ -122,7 +122,7 @@ def of_folder(path: str | os.PathLike) -> seqio.Vocabulary:
     )
 
 
-def _as_folder(spec: str) -> str | None:
+def folder_of(spec: str) -> str | None:
     """Returns the folder that `spec` names, directly or by its tokenizer.json; None if neither."""
     if os.path.basename(spec) == tokenizer_folder.TOKENIZER_FILE:
         return os.path.dirname(spec) or "."

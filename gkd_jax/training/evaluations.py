@@ -77,7 +77,7 @@ class Evaluations:
         recipe, expected = self._program.recipe, self._source.vocabulary
         task, vocabulary = named_tasks.open_task(
             dataclasses.replace(recipe.data, task=name),
-            tokenizer=tokenizer_files.find(recipe.student.checkpoint),
+            tokenizer=tokenizer_files.find(recipe.student.checkpoint, check_remote=check_remote),
             check_remote=check_remote,
             file_vocabulary=expected,
         )

@@ -9,7 +9,7 @@ import jax
 
 from gkd_jax.gkd import TrainState
 from gkd_jax.input import data, streams
-from gkd_jax.storage import checkpoints, pretrained, saved_model
+from gkd_jax.storage import checkpoints, pretrained, saved_model, tokenizer_files
 from gkd_jax.text import files, task_names, vocabularies
 from gkd_jax.training import metrics, run_record
 from gkd_jax.training.plan import model_info
@@ -203,12 +203,27 @@ class RunFolder:
             )
 
     def write(self, config_text: str) -> None:
-        """Writes config.gin, model_info.txt and run.json to the folder."""
+        """Writes config.gin, model_info.txt, run.json and the student's tokenizer to the folder."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
+            self._keep_tokenizer()
             files.write_whole(self.folder / "config.gin", config_text)
             files.write_whole(self.folder / "model_info.txt", model_info(self.program))
             run_record.write(self.folder, self.about)
+
+    def _keep_tokenizer(self) -> None:
+        """Copies the student's tokenizer, so that the run needs the student's folder no longer.
+
+        A resumed run copies it only if the folder has no tokenizer of the run's vocabulary.
+        """
+        recipe = self.program.recipe
+        if not self.is_new and tokenizer_files.find(str(self.folder)) is not None:
+            return
+        source = tokenizer_files.for_run(
+            recipe.data, recipe.student.checkpoint, self.description["vocabulary"]
+        )
+        if source is not None:
+            tokenizer_files.copy(source, self.folder)
 
 
 def _is_of_data(change: Mapping[str, Any]) -> bool:

@@ -45,7 +45,9 @@ def open_source(
         ValueError: if a split, a teacher cache or a checkpoint does not fit the task and its
             vocabulary, or if a row without a target would be trained on.
     """
-    tokenizer = tokenizer_files.find(recipe.student.checkpoint)
+    tokenizer = tokenizer_files.find_for_task(
+        recipe.data, recipe.student.checkpoint, check_remote=check_remote
+    )
     tasks, vocabulary = named_tasks.open_tasks(
         recipe.data, tokenizer=tokenizer, check_remote=check_remote
     )
