@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from small_runs import LENGTHS, options, small
 
-from gkd_jax import convert, load_model
+from gkd_jax import convert, divergences, load_model
 from gkd_jax.evaluation import infer, score
 from gkd_jax.evaluation.evaluate import EvalConfig
 from gkd_jax.evaluation.rewards import Entailment
 from gkd_jax.input import named_tasks
 from gkd_jax.input.data import DataConfig
-from gkd_jax.models import t5
+from gkd_jax.models import decoder_sizes, t5
 from gkd_jax.storage import hub, pretrained
 from gkd_jax.storage.conversion import convert_checkpoint
 from gkd_jax.tasks import multi30k
@@ -174,6 +174,33 @@ def test_a_dry_run_asks_nobody(served, tmp_path):
     with pytest.raises(ValueError, match="a dry run does not look on the Hugging Face hub"):
         train.train(**options(tmp_path / "run", steps=1, student=student), dry_run=True)
     assert not served.asked
+
+
+def test_a_dry_run_takes_the_size_s_rows_for_the_vocabulary_of_a_decoder(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jsonl").write_text('{"inputs": "7 eggs", "targets": "12"}\n')
+    lengths = {"inputs": 16, "targets": 6}
+    data = DataConfig(task="./a.jsonl", feature_lengths=lengths, batch_size=8)
+    student, teacher = (
+        pretrained.ModelConfig(
+            architecture=decoder_sizes.qwen3, size=size.lower(), checkpoint=f"Qwen/Qwen3-{size}"
+        )
+        for size in ("0.6B", "8B")
+    )
+    fields = {"data": data, "divergence": divergences.reverse_kl, "fraction": 1.0}
+    recipe = options(tmp_path / "run", steps=1, student=student, teacher=teacher, **fields)
+    train.train(**recipe, dry_run=True)
+    said = capsys.readouterr().err
+    assert "8,190,735,360 parameters" in said  # of the files on the hub
+    assert "not checked: the vocabulary of Qwen/Qwen3-0.6B\n" in said
+    assert vocabularies.T5_PATH not in said
+    infer.run(
+        model=student, data=data, evaluation=EvalConfig(split="train"), output="o", dry_run=True
+    )
+    assert "32,100" not in (said := capsys.readouterr().err)
+    assert "32100" not in said
 
 
 # Tokenizers ---------------------------------------------------------------------------------------

@@ -19,7 +19,10 @@ _T5_TYPES = ("t5", "mt5", "umt5")
 
 
 def open_tasks(
-    config: DataConfig, *, tokenizer: str | None = None, check_remote: bool = True
+    config: DataConfig,
+    *,
+    tokenizer: str | seqio.Vocabulary | None = None,
+    check_remote: bool = True,
 ) -> tuple[dict[str, Any], seqio.Vocabulary]:
     """Returns the tasks of a configuration by their names, and the vocabulary that they share.
 
@@ -59,7 +62,7 @@ def open_tasks(
 def open_task(
     config: DataConfig,
     *,
-    tokenizer: str | None = None,
+    tokenizer: str | seqio.Vocabulary | None = None,
     check_remote: bool = True,
     beside: Sequence[str] = (),
     file_vocabulary: seqio.Vocabulary | None = None,
@@ -69,7 +72,8 @@ def open_task(
     Args:
         config: the configuration of the data.
         tokenizer: the Hugging Face folder of the model that reads the task, or None. If `config`
-            names no vocabulary and the folder has a tokenizer, that tokenizer is used.
+            names no vocabulary and the folder has a tokenizer, that tokenizer is used. A dry run
+            that does not open the model may give an `Unread` vocabulary.
         check_remote: whether remote files may be read; False in a dry run.
         beside: the names of all tasks of the run. Where some of them select rows of a JSONL file by
             the field `teacher`, each row of the file must belong to one of them.
@@ -89,7 +93,7 @@ def open_task(
     vocabulary = _named_vocabulary(config, tokenizer, check_remote)
     if task_names.is_path(config.task):
         vocabulary = file_vocabulary if vocabulary is None else vocabulary
-        if vocabulary is None and tokenizer is not None:
+        if vocabulary is None and isinstance(tokenizer, str):
             _check_has_t5_vocabulary(tokenizer)
         path, _ = task_names.split(config.task)
         task = jsonl.make_task(
@@ -112,14 +116,14 @@ def open_task(
 
 
 def _named_vocabulary(
-    config: DataConfig, tokenizer: str | None, check_remote: bool
+    config: DataConfig, tokenizer: str | seqio.Vocabulary | None, check_remote: bool
 ) -> seqio.Vocabulary | None:
     """Returns the vocabulary of the configuration, or else of a model's folder; None if neither."""
     if config.vocabulary is not None:
         return vocabularies.load(
             config.vocabulary, extra_ids=config.extra_ids, check_remote=check_remote
         )
-    return None if tokenizer is None else vocabularies.in_folder(tokenizer)
+    return vocabularies.in_folder(tokenizer) if isinstance(tokenizer, str) else tokenizer
 
 
 def _check_has_t5_vocabulary(folder: str) -> None:

@@ -5,11 +5,13 @@ import dataclasses
 import os
 
 from etils import epath
+import seqio
 
 from gkd_jax.convert import hf_folder
 from gkd_jax.input.data import DataConfig
 from gkd_jax.models.decoder_config import DecoderConfig
 from gkd_jax.storage import hub, saved_model
+from gkd_jax.storage.pretrained import ModelConfig, is_remote
 from gkd_jax.text import files, task_names, vocabularies
 
 
@@ -48,7 +50,7 @@ def with_local_vocabulary(
     return dataclasses.replace(data, vocabulary=folder), commits
 
 
-def find(checkpoint: str | None, *, check_remote: bool = True) -> str | None:
+def find(checkpoint: str | None) -> str | None:
     """Returns the Hugging Face folder with the tokenizer of a checkpoint; None if there is none.
 
     For a Hugging Face folder that is the folder itself, which may lack a tokenizer. A checkpoint of
@@ -57,9 +59,8 @@ def find(checkpoint: str | None, *, check_remote: bool = True) -> str | None:
 
     Args:
         checkpoint: the path of a checkpoint in any format, local or gs://.
-        check_remote: whether a checkpoint in a bucket may be read; if not, the result is None.
     """
-    if not checkpoint or (files.is_remote(checkpoint) and not check_remote):
+    if not checkpoint:
         return None
     step_folder = saved_model.find_step(checkpoint)
     if step_folder is None:
@@ -72,24 +73,48 @@ def find(checkpoint: str | None, *, check_remote: bool = True) -> str | None:
 
 
 def find_for_task(
-    data: DataConfig, checkpoint: str | None, *, check_remote: bool = True
-) -> str | None:
+    data: DataConfig,
+    model: ModelConfig,
+    pending: frozenset[str] = frozenset(),
+    *,
+    check_remote: bool = True,
+) -> str | seqio.Vocabulary | None:
     """Returns the result of `find` for the model that reads a task.
 
     Args:
         data: the configuration of the task.
-        checkpoint: the model's checkpoint.
-        check_remote: as for `find`.
+        model: the model.
+        pending: checkpoints that are not opened.
+        check_remote: whether a checkpoint on the hub or in a bucket may be read.
+
+    Returns:
+        For a decoder-only model whose checkpoint is not opened, an `Unread` vocabulary of the size
+        of the model.
 
     Raises:
         FileNotFoundError: if a decoder-only model of a run has no known tokenizer, and the task is
             a JSONL file, which has no vocabulary of its own either.
     """
-    found = find(checkpoint, check_remote=check_remote)
-    unread = checkpoint is None or (files.is_remote(checkpoint) and not check_remote)
-    if not unread and data.vocabulary is None and any(map(task_names.is_path, data.task_rows)):
+    checkpoint = model.checkpoint
+    if checkpoint is None:
+        return None
+    # A registered task keeps its vocabulary for a run, which may have been trained with that one.
+    has_none = any(map(task_names.is_path, data.task_rows))
+    if checkpoint in pending or (is_remote(checkpoint) and not check_remote):
+        return _unread(checkpoint, model) if has_none or hub.is_name(checkpoint) else None
+    found = find(checkpoint)
+    if data.vocabulary is None and has_none:
         check_known(checkpoint, found, ", or set VOCABULARY")
     return found
+
+
+def _unread(checkpoint: str, model: ModelConfig) -> vocabularies.Unread | None:
+    """Returns the vocabulary of a decoder-only model that is not opened; None for another model."""
+    if model.size is None:
+        return None
+    if not isinstance(model.architecture(model.size, vocab_size=1), DecoderConfig):
+        return None
+    return vocabularies.Unread(checkpoint, model.architecture(model.size).vocab_size)
 
 
 def check_known(checkpoint: str, found: str | None, also: str = "") -> None:

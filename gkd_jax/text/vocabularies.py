@@ -24,6 +24,19 @@ T5_EXTRA_IDS = 100
 SENTENCEPIECE_FILES = ("spiece.model", "sentencepiece.model", "tokenizer.model")
 
 
+class Unread(seqio.PassThroughVocabulary):
+    """The vocabulary of a checkpoint that a dry run does not read. It turns no text into ids.
+
+    Attributes:
+        checkpoint: the checkpoint.
+    """
+
+    def __init__(self, checkpoint: str, size: int):
+        """Takes the number of rows of the model's embedding, which is at least that of ids."""
+        super().__init__(size)
+        self.checkpoint = checkpoint
+
+
 def load(spec: str, *, extra_ids: int = 0, check_remote: bool = True) -> seqio.Vocabulary:
     """Returns the vocabulary that a gin file or a flag names.
 
@@ -187,8 +200,17 @@ def piece(vocabulary: seqio.Vocabulary, token: int) -> str:
 
 
 def is_remote(vocabulary: seqio.Vocabulary) -> bool:
-    """Returns whether a vocabulary is read from a remote file."""
-    return files.is_remote(getattr(vocabulary, "sentencepiece_model_file", ""))
+    """Returns whether a vocabulary is read from a remote file, or is `Unread`."""
+    path = getattr(vocabulary, "sentencepiece_model_file", "")
+    return isinstance(vocabulary, Unread) or files.is_remote(path)
+
+
+def in_words(vocabulary: seqio.Vocabulary) -> str:
+    """Returns where a vocabulary is that `is_remote`."""
+    if isinstance(vocabulary, Unread):
+        return f"the vocabulary of {vocabulary.checkpoint}"
+    assert isinstance(vocabulary, seqio.SentencePieceVocabulary)
+    return vocabulary.sentencepiece_model_file
 
 
 def check_readable(vocabulary: seqio.Vocabulary, *, check_remote: bool = True) -> None:
@@ -236,7 +258,7 @@ def num_pieces(vocabulary: seqio.Vocabulary, *, check_remote: bool = True) -> in
     Raises:
         ValueError: if a remote file would have to be read and may not be; the message names it.
     """
-    if check_remote or not is_remote(vocabulary):
+    if check_remote or not is_remote(vocabulary) or isinstance(vocabulary, Unread):
         return vocabulary.vocab_size
     assert isinstance(vocabulary, seqio.SentencePieceVocabulary)
     path = vocabulary.sentencepiece_model_file
@@ -281,8 +303,7 @@ def content_hash(vocabulary: seqio.Vocabulary) -> str:
 def short_name(vocabulary: seqio.Vocabulary) -> str:
     """Returns 12 characters that tell a vocabulary from others, without reading a remote file."""
     if is_remote(vocabulary):
-        assert isinstance(vocabulary, seqio.SentencePieceVocabulary)
-        path = f"{vocabulary.sentencepiece_model_file}:{vocabulary.extra_ids}"
+        path = f"{in_words(vocabulary)}:{vocabulary.extra_ids}"
         return hashlib.sha256(path.encode()).hexdigest()[:12]
     return content_hash(vocabulary)[:12]
 
@@ -291,8 +312,10 @@ def same(one: seqio.Vocabulary, other: seqio.Vocabulary) -> bool:
     """Returns whether two vocabularies turn every text into the same ids.
 
     If both are the same SentencePiece file with the same number of sentinel ids, the file is not
-    read.
+    read. An `Unread` vocabulary is the same as itself alone.
     """
+    if isinstance(one, Unread) or isinstance(other, Unread):
+        return one is other
     paths = [getattr(x, "sentencepiece_model_file", None) for x in (one, other)]
     if paths[0] is not None and paths[0] == paths[1] and one.extra_ids == other.extra_ids:
         return True

@@ -15,7 +15,6 @@ from gkd_jax.evaluation import evaluate
 from gkd_jax.input import eval_batches, named_tasks
 from gkd_jax.input.split import Split
 from gkd_jax.models import lm
-from gkd_jax.storage import tokenizer_files
 from gkd_jax.text import files, task_names, vocabularies
 from gkd_jax.training import teachers
 from gkd_jax.training.program import Program
@@ -77,7 +76,7 @@ class Evaluations:
         recipe, expected = self._program.recipe, self._source.vocabulary
         task, vocabulary = named_tasks.open_task(
             dataclasses.replace(recipe.data, task=name),
-            tokenizer=tokenizer_files.find(recipe.student.checkpoint, check_remote=check_remote),
+            tokenizer=self._source.tokenizer,
             check_remote=check_remote,
             file_vocabulary=expected,
         )

@@ -21,6 +21,7 @@ class Source(NamedTuple):
         cached_k: the number of ids per position in the teacher's stored scores; 0 without a cache.
         eos_ids: the ids that end a text; None if the vocabulary has none, or is remote and was not
             read.
+        tokenizer: the result of `tokenizer_files.find_for_task` for the student.
     """
 
     tasks: dict[str, Any]
@@ -28,6 +29,7 @@ class Source(NamedTuple):
     num_pieces: int
     cached_k: int = 0
     eos_ids: tuple[int, ...] | None = None
+    tokenizer: Any = None
 
 
 def open_source(
@@ -46,7 +48,7 @@ def open_source(
             vocabulary, or if a row without a target would be trained on.
     """
     tokenizer = tokenizer_files.find_for_task(
-        recipe.data, recipe.student.checkpoint, check_remote=check_remote
+        recipe.data, recipe.student, pending, check_remote=check_remote
     )
     tasks, vocabulary = named_tasks.open_tasks(
         recipe.data, tokenizer=tokenizer, check_remote=check_remote
@@ -64,7 +66,7 @@ def open_source(
     )
     cached_k, num_pieces = _check_cache(recipe, vocabulary, num_pieces, pending)
     ends = vocabularies.end_ids(vocabulary) if is_read else ()
-    return Source(tasks, vocabulary, num_pieces, cached_k, ends or None)
+    return Source(tasks, vocabulary, num_pieces, cached_k, ends or None, tokenizer)
 
 
 def _check_cache(
@@ -111,9 +113,11 @@ def _check_cache(
             f"was made {stored} prompts of the teacher's own ('teacher_inputs' of "
             f"TASK_FEATURE_LENGTHS), and the run is {wanted} them"
         )
-    found, expected = about.get("vocabulary_content"), vocabularies.content_hash(vocabulary)
+    found = about.get("vocabulary_content")
     if found is None:
         refuse("does not say which vocabulary it was made with: run `gkd-jax score` again")
+    is_unread = isinstance(vocabulary, vocabularies.Unread)
+    expected = found if is_unread else vocabularies.content_hash(vocabulary)
     if found != expected:
         refuse(
             f"was made with another vocabulary (content {found[:12]}) than this task's (content "

@@ -253,7 +253,7 @@ def _check_dry(
     unknown = pending & {model.checkpoint for model in recipe.models.values()}
     unknown |= set(filter(files.is_remote, recipe.data.task_rows))
     if vocabularies.is_remote(source.vocabulary):
-        unknown |= {source.vocabulary.sentencepiece_model_file}
+        unknown |= {vocabularies.in_words(source.vocabulary)}
     if files.in_bucket(folder):
         unknown |= {os.fspath(folder)}
     if not unknown:
