@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+import small_tokenizers
 import torch
 
 from gkd_jax import divergences, gkd, load_model
@@ -226,6 +227,7 @@ def test_theirs_to_ours_to_theirs_is_the_same_bytes(tmp_path, dtype):
 def test_the_card_of_a_run_says_what_it_was(tmp_path):
     params = decoder.init(SMALL, jax.random.key(0))
     saved_model.write_params(str(tmp_path / "run" / "checkpoints" / "7"), SMALL, params, "")
+    small_tokenizers.write(tmp_path / "run" / "tokenizer", "qwen")
     recipe = {
         "student": {"checkpoint": "small-model"},
         "teacher": {"checkpoint": "large-model"},
