@@ -35,8 +35,8 @@ class SamplingConfig:
         temperature: the number that divides the logits; 0 is greedy.
         top_k: only the k likeliest tokens are drawn; 0 is off.
         top_p: only the smallest set of likeliest tokens with this probability is drawn; 1 is off.
-        banned_ids: the ids that are never drawn; None is the family's (T5: its pad, 0). Training
-            also bans these and the ids that have no piece (`banned_tail`).
+        banned_ids: the ids that are never drawn; None is the family's (T5: its pad, 0). In
+            training, the family's ids and those without a piece are banned in any case.
         eos_ids: the ids that end a sequence; None is the family's (T5: 1). A decoder-only model has
             none that all tokenizers share, and goes on to the last position.
     """

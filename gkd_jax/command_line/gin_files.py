@@ -160,7 +160,14 @@ def _check_references(lines: Iterable[tuple[str, str]], defined: Container[str])
 
 
 def _warn_of_scopes(flags: Sequence[str], lines: Iterable[tuple[str, str]]) -> None:
-    """Warns of flags that bind a parameter which the files bind in a scope, where theirs holds."""
+    """Warns of each flag whose parameter the gin files bind in a scope.
+
+    In that scope the binding of the files holds, and the flag has no effect.
+
+    Args:
+        flags: the names of the bindings of the command line.
+        lines: the (left, right) sides of all bindings.
+    """
 
     def split(name: str) -> tuple[str, list[str]]:
         scope, _, selector = name.rpartition("/")
