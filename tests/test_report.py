@@ -1451,7 +1451,7 @@ def test_a_file_of_the_users_is_no_archive(tmp_path, content):
 
 
 def test_the_kept_studies_can_be_read():
-    """The numbers of docs/results.md come from these files."""
+    """The numbers of docs/results/earlier_protocol.md come from these files."""
     root = pathlib.Path(__file__).parent.parent / "docs" / "results"
     study = read_study(root / "arithmetic.jsonl", root / "multi30k.jsonl")
     assert len(study.runs) == 174
