@@ -144,6 +144,40 @@ def test_a_saved_stream_goes_on_where_it_was(task, tmp_path, monkeypatch, case):
         assert sorted(position["rows_taken"] for position in positions) == taken
 
 
+@pytest.mark.parametrize("taken", [-10, 2.5, "7", None])
+def test_a_damaged_position_is_refused(task, tmp_path, taken):
+    batches = stream(task)
+    batches.save(tmp_path)
+    (file,) = tmp_path.iterdir()
+    file.write_text(json.dumps({"rows_taken": taken}))
+    with pytest.raises(ValueError, match=f"damaged position.*{file.name}.*rows_taken {taken!r}"):
+        batches.restore(tmp_path)
+
+
+@pytest.mark.parametrize("largest", [100, -1])  # -1 gives every source to seqio's window
+@pytest.mark.parametrize("buckets", [(), (2, 3)])
+def test_an_empty_split_is_refused_by_its_name(monkeypatch, largest, buckets):
+    monkeypatch.setattr(shuffling, "LARGEST", largest)
+
+    def source(split, shuffle_files, seed=None):
+        del split, shuffle_files, seed
+        empty = tf.constant([], tf.string)
+        return tf.data.Dataset.from_tensor_slices({"inputs": empty, "targets": empty})
+
+    nothing = seqio.Task(
+        "nothing",
+        source=seqio.FunctionDataSource(source, splits=["train"]),
+        preprocessors=features.TOKENIZE,
+        output_features=features.output_features(vocabularies.arithmetic()),
+    )
+    batches = stream(nothing, length_buckets=buckets)
+    with pytest.raises(ValueError, match="training task 'nothing', split 'train', has no examples"):
+        next(batches)
+    one = stream(nothing, data.Shard(1, 2, 1))
+    with pytest.raises(ValueError, match="has no examples for shard 1 of 2"):
+        next(one)
+
+
 @pytest.mark.parametrize(
     "lengths", [{"inputs": 40, "targets": 24}, {"inputs": 6, "targets": 5}, {"inputs": 6}]
 )

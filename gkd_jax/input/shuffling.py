@@ -127,9 +127,19 @@ class InMemory:
         (directory / f"{name}.json").write_text(json.dumps({"rows_taken": self._taken}))
 
     def restore(self, directory: files.AnyPath, name: str) -> None:
-        """Sets the position to that of `save`."""
-        self._taken = int(json.loads((directory / f"{name}.json").read_text())["rows_taken"])
-        self._ahead = None
+        """Sets the position to that of `save`.
+
+        Raises:
+            ValueError: if the file holds no such position.
+        """
+        path = directory / f"{name}.json"
+        taken = files.read_json_object(path).get("rows_taken")
+        if type(taken) is not int or taken < 0:
+            raise ValueError(
+                f"damaged position of the data: {path} has the rows_taken {taken!r}, expected an "
+                "integer of at least 0"
+            )
+        self._taken, self._ahead = taken, None
 
 
 class Window:

@@ -41,6 +41,7 @@ class TrainIterator:
         """
         tasks = list(task.values()) if isinstance(task, Mapping) else [task]
         splits = [Split.of(one, config) for one in tasks]
+        self._config, self._shard = config, shard
         for split in splits:
             fit.warn_once(split)
         self._names, self._shapes = config.features(), config.shapes()
@@ -70,13 +71,11 @@ class TrainIterator:
         return self._peeked
 
     def __next__(self) -> Batch:
+        """Returns the next batch, or raises ValueError if a task has no examples."""
         if self._peeked is not None:
             peeked, self._peeked = self._peeked, None
             return peeked
-        try:
-            index, rows = self._next_bucket() if len(self._shapes) > 1 else (0, self._next_rows())
-        except StopIteration:
-            raise RuntimeError("the dataset has no examples: the stream ended") from None
+        index, rows = self._next_bucket() if len(self._shapes) > 1 else (0, self._next_rows())
         lengths = dict(zip(self._names, self._shapes[index], strict=True))
         return fill_batch(rows, lengths, self._num_rows).batch
 
@@ -113,8 +112,20 @@ class TrainIterator:
 
     def _next_rows(self) -> list[Row]:
         """Takes the rows of one batch, which are ordered as `DataConfig.block` says."""
-        taken = [iter(next(source)) for source in self._sources]
+        taken = [iter(self._take(index)) for index in range(len(self._sources))]
         return [next(taken[index]) for index in self._order]
+
+    def _take(self, index: int) -> list[Row]:
+        """Takes the rows that the task of this index has in one batch."""
+        rows = next(self._sources[index], None)
+        if rows is None:
+            shard = self._shard
+            part = "" if shard == WHOLE else f" for shard {shard.index} of {shard.num_shards}"
+            raise ValueError(
+                f"the training task {list(self._config.task_rows)[index]!r}, split "
+                f"{self._config.split!r}, has no examples{part}"
+            )
+        return rows
 
     def _next_bucket(self) -> tuple[int, list[Row]]:
         """Takes rows until those of one length bucket fill a batch; returns its index and rows."""
