@@ -264,7 +264,7 @@ def records(tmp_path_factory):
         recipe = options(folder / "run", steps=1, student=student, data=data)["recipe"]
         opened = source.open_source(recipe)
         built = program.build(recipe, opened.num_pieces, eos_ids=opened.eos_ids)
-        return run_record.describe_run(built, opened, name="", macros={})
+        return run_record.describe_run(built, opened, name="")
 
     return {name: record(name and str(folder / name)) for name in (None, "same")}
 

@@ -25,7 +25,7 @@ class RunFolder:
         source: the opened task.
         folder: the MODEL_DIR.
         name: the name of the run within a study, or "".
-        about: the contents of run.json, as this start will write them.
+        about: the contents of run.json, as this start will write them (`run_record.describe_run`).
         changes: the differences to the run that the folder holds (`run_record.changes`).
         is_new: whether the folder holds no checkpoint yet.
         description: the model's description, saved with every checkpoint.
@@ -62,11 +62,12 @@ class RunFolder:
         """
         self.program, self.source, self.folder, self.name = program, source, folder, name
         self._evaluated = evaluated
-        about = run_record.describe_run(program, source, name=name or folder.name, macros=macros)
-        self.about = {**about, "hub": dict(commits)}
+        self.about = run_record.describe_run(
+            program, source, name=name or folder.name, macros=macros, commits=commits
+        )
         # A name that is no field is refused even where there is nothing to resume.
         self._may_change = [
-            field for name in allow_changes for field in run_record.fields_named(about, name)
+            field for name in allow_changes for field in run_record.fields_named(self.about, name)
         ]
         self.description = saved_model.describe_model(
             program.models.student,
@@ -192,7 +193,7 @@ class RunFolder:
             ValueError: if the first batch differs from the recorded one, although no field of the
                 data was changed on purpose.
         """
-        recorded = self.about.get("first_batch")
+        recorded = self.about["first_batch"]
         self.about["first_batch"] = found
         if recorded is None or self._reads_other_data or shard != data.WHOLE:
             return

@@ -1,7 +1,7 @@
 """`run.json`: the record of a run, which identifies it and lets it be repeated.
 
-`describe_run` makes the record. `changes` compares it with the record that a MODEL_DIR holds and
-refuses to mix two runs.
+`describe_run` makes the record and says what is in it. `changes` compares it with the record that a
+MODEL_DIR holds and refuses to mix two runs.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +28,12 @@ from gkd_jax.training.source import Source
 
 
 def describe_run(
-    program: Program, source: Source, *, name: str, macros: Mapping[str, str]
+    program: Program,
+    source: Source,
+    *,
+    name: str,
+    macros: Mapping[str, str] = {},
+    commits: Mapping[str, str] = {},
 ) -> dict[str, Any]:
     """Returns the contents of run.json, which tell the run from others and let it be repeated.
 
@@ -37,6 +42,27 @@ def describe_run(
         source: the run's opened task.
         name: the name of the run within a study, or of its folder.
         macros: the gin macros as they are written.
+        commits: the commits of what was downloaded from the Hugging Face hub, by name.
+
+    Returns:
+        All keys of run.json. `recipe`, `contents` and `process_shards` identify the run: `changes`
+        compares them. What `RunFolder` learns as the run begins is empty here:
+
+        | key | value |
+        |---|---|
+        | `name` | the argument |
+        | `recipe` | the description of the recipe (`recipe.describe`) |
+        | `contents` | hashes of the vocabulary, checkpoints and files, by the recipe's fields |
+        | `parameters` | the number of parameters of the student and of the teacher |
+        | `targets_made_by` | the records that `infer` wrote beside the training files, if any |
+        | `process_shards` | the number of parts of the data that processes read |
+        | `macros` | the argument |
+        | `versions` | the versions of packages |
+        | `commit` | the commit of this package's checkout |
+        | `devices` | the number and the kind of the devices |
+        | `hub` | the argument `commits` |
+        | `changes` | of every start that changed the recipe: the step, the field, both values |
+        | `first_batch` | the hash of the first batch (`batch_hash`) |
     """
     recipe = program.recipe
     paths = (named_tasks.file_of(task, recipe.data.split) for task in recipe.data.task_rows)
@@ -61,7 +87,9 @@ def describe_run(
         },
         "commit": _commit(),
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "hub": dict(commits),
         "changes": [],
+        "first_batch": None,
     }
 
 
