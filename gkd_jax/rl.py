@@ -59,26 +59,30 @@ class RLConfig:
             raise ValueError(f"alpha must lie in [0, 1], got {self.alpha}")
 
 
-def numbers(rewards: Any, num_outputs: int) -> Float[np.ndarray, " N"]:
-    """Returns what a reward function returned as one finite number for each output.
+def rewards_of(
+    reward: Reward, prompts: Sequence[str], outputs: Sequence[str], references: Sequence[str]
+) -> Float[np.ndarray, " N"]:
+    """Returns the rewards of N outputs, after checking what the reward function returned.
 
     Args:
-        rewards: the result of the function.
-        num_outputs: the number of outputs that it was given.
+        reward: the reward function.
+        prompts, outputs, references: its arguments, N texts each.
 
     Raises:
-        ValueError: if the result is anything else. A result of another length, for example, would
-            be averaged, or divided among prompts, as if it were right.
+        ValueError: if the function returns anything but one finite number for each output. A result
+            of another length, for example, would be averaged, or divided among prompts, as if it
+            were right.
     """
+    returned: Any = reward(prompts, outputs, references)
     try:
-        found = np.asarray(rewards)
+        found = np.asarray(returned)
     except ValueError:  # lists of different lengths
-        found = np.asarray(rewards, object)
+        found = np.asarray(returned, object)
     is_numeric = jnp.issubdtype(found.dtype, jnp.floating) or found.dtype.kind in "biu"
-    if found.shape != (num_outputs,) or not is_numeric:
+    if found.shape != (len(outputs),) or not is_numeric:
         raise ValueError(
-            f"a reward must return one number for each of the {num_outputs} outputs, got an array "
-            f"of shape {found.shape} and dtype {found.dtype}: {str(rewards)[:200]}"
+            f"a reward must return one number for each of the {len(outputs)} outputs, got an array "
+            f"of shape {found.shape} and dtype {found.dtype}: {str(returned)[:200]}"
         )
     found = found.astype(np.float64)
     if not np.all(np.isfinite(found)):
@@ -93,14 +97,10 @@ def advantages(rewards: Float[np.ndarray, " N"], num_samples: int = 1) -> Float[
     without others keeps its reward.
 
     Args:
-        rewards: the reward of each sample.
+        rewards: the reward of each sample, as `rewards_of` returns them.
         num_samples: the number of samples of each prompt. If there are several, the others are
             those of the same prompt (REINFORCE leave-one-out), else the rest of the batch.
-
-    Raises:
-        ValueError: for a reward that is not a finite number.
     """
-    rewards = numbers(rewards, len(rewards))
     groups = rewards.reshape(-1, num_samples) if num_samples > 1 else rewards[None]
     size = groups.shape[1]
     if size == 1:

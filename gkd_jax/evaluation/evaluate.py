@@ -360,7 +360,7 @@ def score(
     for reward in evaluation.rewards:
         inputs = [text(row.example, "inputs") for row in rows]
         references = [text(row.example, "targets") for row in rows]
-        scores = rl.numbers(reward(inputs, texts, references), len(texts))
+        scores = rl.rewards_of(reward, inputs, texts, references)
         report = getattr(reward, "report", None)
         if report is None:
             name = getattr(reward, "__name__", type(reward).__name__).lower()

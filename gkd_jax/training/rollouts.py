@@ -174,7 +174,7 @@ class Rollouts:
         references = texts(vocabularies.decode, rows.targets, np.asarray(rows.weights).sum(axis=1))
         prompts = [text for text in prompts for _ in range(method.num_samples)]
         references = [text for text in references for _ in range(method.num_samples)]
-        rewards = rl.numbers(method.rl.reward(prompts, outputs, references), len(outputs))
+        rewards = rl.rewards_of(method.rl.reward, prompts, outputs, references)
         advantages = rl.advantages(rewards, method.num_samples)
         return rollout._replace(
             rewards=rewards, advantages=data.place_array(advantages, self._program.mesh)
