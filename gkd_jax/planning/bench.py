@@ -223,10 +223,10 @@ def _random_models(built: program.Program) -> tuple[TrainState, lm.Params | None
     }
     recipe = built.recipe.with_models(models)
     params = initial_params(
-        recipe.student, built.models.student, built.state.params, jax.random.key(0), "bench"
+        recipe.student, built.models.student, built.state.params, jax.random.key(0), "student"
     )
     state = program.initial_state(built, params)
-    return state, teachers.initial_params(recipe, built.learner, built.teacher, "bench")
+    return state, teachers.initial_params(recipe, built.learner, built.teacher)
 
 
 def _random_batch(built: program.Program) -> Batch:

@@ -311,7 +311,7 @@ def initial_params(
         config: the model's sizes.
         target: the shapes, dtypes and shardings of the result.
         key: the random key of random parameters.
-        name: what messages call the model; random weights of a "teacher" cause a warning.
+        name: what the message about a loaded checkpoint calls the model.
     """
     where = jax.tree.map(lambda x: x.sharding, target)
     # Load to the devices first, where parameters are checked and cast, then move them to the host.
@@ -335,12 +335,6 @@ def initial_params(
             file=sys.stderr,
         )
         return params
-    if name == "teacher":
-        print(
-            "WARNING: the teacher has random weights (TEACHER_CHECKPOINT is None): the student "
-            "learns noise",
-            file=sys.stderr,
-        )
     dtype = jax.tree.leaves(target)[0].dtype
     return jax.jit(_random_params, static_argnums=(0, 1), out_shardings=where)(config, dtype, key)
 

@@ -1,10 +1,11 @@
-"""The frozen teachers of a run, one or several: their sizes, their shapes and their parameters.
+"""The frozen teachers of a run, one or several: their configs, their shapes and their parameters.
 
 The parameters of one teacher are a tree. Those of several teachers (`TaskTeachers`) are a dict of
 trees by the names of the tasks.
 """
 
 import math
+import sys
 from typing import Any
 
 import jax
@@ -24,7 +25,7 @@ def task_teachers(
 
     Args:
         recipe: the configuration of the run.
-        student: the student's sizes.
+        student: the student's config.
         num_pieces: the number of ids of the vocabulary that all models share.
         pending: checkpoints that are not opened.
 
@@ -37,10 +38,10 @@ def task_teachers(
     found = []
     for task, num_rows in recipe.data.block.items():
         model = recipe.teacher.models[task]
-        sizes = model.config(num_pieces, pending=model.checkpoint in pending)
+        config = model.config(num_pieces, pending=model.checkpoint in pending)
         try:
             pair = gkd.ModelPair(
-                student=student, teacher=sizes, num_pieces=num_pieces, teacher_mesh=model.mesh
+                student=student, teacher=config, num_pieces=num_pieces, teacher_mesh=model.mesh
             )
         except ValueError as error:
             raise ValueError(f"task {task!r}: {error}") from None
@@ -75,24 +76,23 @@ def abstract_params(recipe: Recipe, learner: gkd.Learner, mesh: Mesh) -> lm.Para
     if isinstance(recipe.teacher, TaskTeachers):
         return {
             one.task: pretrained.frozen_shapes(
-                recipe.teacher.models[one.task], _sizes(one.models), mesh
+                recipe.teacher.models[one.task], _config(one.models), mesh
             )
             for one in learner.task_teachers
         }
     model = recipe.teachers.get("teacher")
-    return model and pretrained.frozen_shapes(model, _sizes(learner.models), mesh)
+    return model and pretrained.frozen_shapes(model, _config(learner.models), mesh)
 
 
 def initial_params(
-    recipe: Recipe, learner: gkd.Learner, shapes: lm.Params | None, name: str = "teacher"
+    recipe: Recipe, learner: gkd.Learner, shapes: lm.Params | None
 ) -> lm.Params | None:
     """Returns the teachers' parameters, from their checkpoints or random; None without any.
 
     Args:
         recipe: the configuration of the run.
-        learner: holds the sizes of the teachers.
+        learner: holds the configs of the teachers.
         shapes: the result of `abstract_params`.
-        name: what messages call a teacher.
     """
     if shapes is None:
         return None
@@ -101,15 +101,27 @@ def initial_params(
         return {
             one.task: pretrained.initial_params(
                 recipe.teacher.models[one.task],
-                _sizes(one.models),
+                _config(one.models),
                 shapes[one.task],
                 jax.random.fold_in(key, index),
-                name,
+                "teacher",
             )
             for index, one in enumerate(learner.task_teachers)
         }
     model = recipe.teachers["teacher"]
-    return pretrained.initial_params(model, _sizes(learner.models), shapes, key, name)
+    return pretrained.initial_params(model, _config(learner.models), shapes, key, "teacher")
+
+
+def warn_of_random_weights(recipe: Recipe) -> None:
+    """Prints a warning for each frozen teacher that has no checkpoint."""
+    for name, model in recipe.teachers.items():
+        if model.checkpoint is None:
+            setting = "TEACHER_CHECKPOINT" if name == "teacher" else f"{name}.checkpoint"
+            print(
+                f"WARNING: the teacher has random weights ({setting} is None): the student learns "
+                "noise",
+                file=sys.stderr,
+            )
 
 
 def in_words(recipe: Recipe, shapes: Any, task: str | None = None) -> str:
@@ -135,6 +147,6 @@ def in_words(recipe: Recipe, shapes: Any, task: str | None = None) -> str:
     return f"{lm.num_params(params):,} parameters"
 
 
-def _sizes(models: gkd.ModelPair) -> lm.Config:
+def _config(models: gkd.ModelPair) -> lm.Config:
     assert models.teacher is not None
     return models.teacher

@@ -123,6 +123,7 @@ def _train(run: RunFolder, evaluate: Evaluations | None, config_text: Callable[[
     program, recipe, config = run.program, run.program.recipe, run.program.recipe.train
     compiled_steps = start_compiling(program)
     start, state, stream = run.begin()
+    teachers.warn_of_random_weights(recipe)
     teacher_params = teachers.initial_params(recipe, program.learner, program.teacher)
     steps = compiled_steps()
     run.write(config_text())
