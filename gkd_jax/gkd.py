@@ -221,8 +221,8 @@ def sample_log_probs(
 
     Banned ids are left out of the softmax, as they are when tokens are drawn.
     """
-    banned, _ = models.student_sampling(config.sampling).ids(models.student)
-    allowed = allowed_ids(models.student.vocab_size, banned)
+    special = models.student_sampling(config.sampling).special_ids(models.student)
+    allowed = allowed_ids(models.student.vocab_size, special.banned)
     logits = jnp.where(allowed, student_logits / config.sampling.temperature, -jnp.inf)
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     # Padding has probability 0 here. Its weight is 0 too, but its gradient would be NaN.

@@ -27,6 +27,13 @@ from gkd_jax.text import settings
 _BLOCK = 128
 
 
+class SpecialIds(NamedTuple):
+    """The ids that decoding treats apart: those never drawn, and those that end a sequence."""
+
+    banned: tuple[int, ...]
+    eos: tuple[int, ...]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
     """How tokens are drawn. The paper samples at temperature 1, without top-k and top-p.
@@ -65,8 +72,8 @@ class SamplingConfig:
             object.__setattr__(self, name, tuple(map(int, ids)))
         _check_ids(self.banned_ids or (), self.eos_ids or ())
 
-    def ids(self, config: lm.Config) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Returns the banned ids and those that end a sequence, by default the family's.
+    def special_ids(self, config: lm.Config) -> SpecialIds:
+        """Returns the ids that decoding with a model treats apart, by default the family's.
 
         Raises:
             ValueError: where no sequence could end.
@@ -79,7 +86,7 @@ class SamplingConfig:
         banned = lm.banned_ids(config) if self.banned_ids is None else self.banned_ids
         ends = lm.eos_ids(config) if self.eos_ids is None else self.eos_ids
         _check_ids(banned, ends)
-        return banned, ends
+        return SpecialIds(banned, ends)
 
 
 def _check_ids(banned_ids: tuple[int, ...], eos_ids: tuple[int, ...]) -> None:
@@ -173,7 +180,7 @@ def sample(
         raise ValueError(f"num_samples must be a positive integer, got {num_samples}")
     if key is None and sampling.temperature > 0:
         raise ValueError(f"temperature={sampling.temperature} needs a key; only greedy does not")
-    banned_ids, eos_ids = sampling.ids(config)
+    banned_ids, eos_ids = sampling.special_ids(config)
     num_rows = inputs.shape[0] * num_samples
     end = jnp.full((num_rows,), max_length)
     end = end if limits is None else jnp.minimum(limits, end)

@@ -70,7 +70,7 @@ def beam_search(
     """
     if num_beams < 1:
         raise ValueError(f"num_beams must be positive, got {num_beams}")
-    banned, ends = SamplingConfig(banned_ids=banned_ids, eos_ids=eos_ids).ids(config)
+    banned, ends = SamplingConfig(banned_ids=banned_ids, eos_ids=eos_ids).special_ids(config)
     allowed = allowed_ids(config.vocab_size, banned)
     started = decode_loop.start(
         config, params, inputs, input_lengths, length=max_length, copies=num_beams

@@ -46,7 +46,7 @@ def make_decode(
         banned_ids: ids that are never decoded; None takes those of the model family.
         eos_ids: the ids that end a sequence; None takes those of the model family.
     """
-    banned, ends = SamplingConfig(banned_ids=banned_ids, eos_ids=eos_ids).ids(config)
+    banned, ends = SamplingConfig(banned_ids=banned_ids, eos_ids=eos_ids).special_ids(config)
     allowed = allowed_ids(config.vocab_size, banned)
 
     def start(params, inputs, input_lengths):

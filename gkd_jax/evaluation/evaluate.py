@@ -246,7 +246,7 @@ def _decode_fn(
 
     The tokens are replicated, so that every process can read all rows.
     """
-    banned, ends = sampling.ids(config)
+    banned, ends = sampling.special_ids(config)
     if evaluation.calculator:
         decode = calculator_decoding.make_decode(
             config, vocabulary, mesh=mesh, max_length=length, banned_ids=banned, eos_ids=ends

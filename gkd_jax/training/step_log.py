@@ -40,7 +40,7 @@ class StepLog:
     def __init__(self, writer: metrics.Writer, progress: Progress, program: Program):
         self._writer, self._progress, self._program = writer, progress, program
         self._learning_rate = jax.jit(program.recipe.learning_rate())
-        self._eos_ids = program.method.sampling.ids(program.models.student)[1]
+        self._eos_ids = program.method.sampling.special_ids(program.models.student).eos
         self._peak = throughput.peak_flops()
         self._held: Step | None = None
         self._ended_at = 0.0
