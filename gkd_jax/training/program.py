@@ -275,15 +275,15 @@ def shardings_of(shapes: Any) -> Any:
     return jax.tree.map(lambda x: x.sharding, shapes)
 
 
-class Steps(NamedTuple):
-    """The jitted functions of a step for one shape (S, T): their abstract arguments, or compiled.
+class StepArguments(NamedTuple):
+    """The abstract arguments of a step's jitted functions for one shape (S, T) of a batch.
 
-    What lambda excludes is None.
+    Those of a function that lambda excludes are None.
 
     Attributes:
-        sample: sampling, for on-policy steps.
-        update_samples: the update on a batch that `sample` made.
-        update_dataset: the update on a batch of the data set.
+        sample: of sampling, for on-policy steps.
+        update_samples: of the update on a batch that `sample` made.
+        update_dataset: of the update on a batch of the data set.
     """
 
     sample: Any
@@ -291,8 +291,16 @@ class Steps(NamedTuple):
     update_dataset: Any
 
 
-def step_arguments(program: Program, rows: int, shape: Shape) -> Steps:
-    """Returns the arguments of the step functions for `rows` prompts of lengths (S, T)."""
+class CompiledStep(NamedTuple):
+    """The functions that `StepArguments` has the arguments of, compiled; None where it has None."""
+
+    sample: Any
+    update_samples: Any
+    update_dataset: Any
+
+
+def step_arguments(program: Program, rows: int, shape: Shape) -> StepArguments:
+    """Returns the arguments of a step's functions for `rows` prompts of lengths (S, T)."""
     method = program.method
     key = jax.eval_shape(lambda: jax.random.key(0))
     sample = update_samples = update_dataset = None
@@ -308,10 +316,10 @@ def step_arguments(program: Program, rows: int, shape: Shape) -> Steps:
             size = drawn.targets.shape[:1]
             advantages = jax.ShapeDtypeStruct(size, jnp.float32, sharding=where)
         update_samples = (program.state, program.teacher, drawn, key, advantages)
-    return Steps(sample, update_samples, update_dataset)
+    return StepArguments(sample, update_samples, update_dataset)
 
 
-def compile_steps(program: Program) -> dict[Shape, Steps]:
+def compile_steps(program: Program) -> dict[Shape, CompiledStep]:
     """Compiles the functions of every step kind that lambda allows, for each shape of a batch."""
     found, data = {}, program.recipe.data
     for shape in data.shapes():
@@ -325,11 +333,11 @@ def compile_steps(program: Program) -> dict[Shape, Steps]:
                 update_samples = update_dataset
             else:
                 update_samples = program.update.lower(*arguments.update_samples).compile()
-        found[shape] = Steps(sample, update_samples, update_dataset)
+        found[shape] = CompiledStep(sample, update_samples, update_dataset)
     return found
 
 
-def start_compiling(program: Program) -> Callable[[], dict[Shape, Steps]]:
+def start_compiling(program: Program) -> Callable[[], dict[Shape, CompiledStep]]:
     """Starts `compile_steps` in a thread, beside which the run reads its data and its checkpoints.
 
     Settings of `jax.config.update` hold in that thread. Those of JAX's context managers, such as
@@ -339,7 +347,7 @@ def start_compiling(program: Program) -> Callable[[], dict[Shape, Steps]]:
         A function that waits for the compiled steps and returns them, or raises what
         `compile_steps` has raised.
     """
-    steps: concurrent.futures.Future[dict[Shape, Steps]] = concurrent.futures.Future()
+    steps: concurrent.futures.Future[dict[Shape, CompiledStep]] = concurrent.futures.Future()
 
     def compile_all():
         try:

@@ -23,7 +23,7 @@ from gkd_jax.input.teacher_cache import TeacherCache
 from gkd_jax.models import lm
 from gkd_jax.sampling import Sample
 from gkd_jax.text import vocabularies
-from gkd_jax.training.program import Program, Steps
+from gkd_jax.training.program import CompiledStep, Program
 from gkd_jax.training.source import Source
 from gkd_jax.training.throughput import DeviceClock
 
@@ -67,7 +67,7 @@ class Rollouts:
         self,
         program: Program,
         source: Source,
-        steps: Mapping[Shape, Steps],
+        steps: Mapping[Shape, CompiledStep],
         stream: streams.TrainIterator,
         clock: DeviceClock,
     ):
