@@ -90,9 +90,9 @@ def test_an_evaluation_reports_both_numbers_of_a_classifier(classifier):
 
     known = Known(model=ModelConfig(checkpoint=classifier[0]), vocabulary="bytes")
     texts = {"inputs_pretokenized": "p", "targets_pretokenized": "yes"}
-    rows = [evaluate.Row(texts, output, [1], None) for output in ("yes", "no", "yes", "yes")]
+    rows = [evaluate.DecodedRow(texts, output, [1], None) for output in ("yes", "no", "yes", "yes")]
     settings = evaluate.EvalConfig(rewards=(known, rewards.Brevity()))
-    values = evaluate.score(seqio.TaskRegistry.get("rte"), rows, settings)
+    values = evaluate.compute_metrics(seqio.TaskRegistry.get("rte"), rows, settings)
     assert values == {
         "exact_match": 75.0,
         "entailment": pytest.approx((3 * np.log(0.75) + np.log(0.25)) / 4),

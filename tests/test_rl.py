@@ -225,10 +225,10 @@ def test_what_is_no_number_for_each_output_is_refused(returned, message, tmp_pat
     with pytest.raises(ValueError, match=message):
         rl.rewards_of(broken, TEXTS, TEXTS, TEXTS)
     texts = {"inputs_pretokenized": "p", "targets_pretokenized": "The answer is 1."}
-    rows = [evaluate.Row(texts, "The answer is 1.", [1], None)] * 2
+    rows = [evaluate.DecodedRow(texts, "The answer is 1.", [1], None)] * 2
     task = seqio.TaskRegistry.get("arithmetic")
     with pytest.raises(ValueError, match=message):
-        evaluate.score(task, rows, evaluate.EvalConfig(rewards=(broken,)))
+        evaluate.compute_metrics(task, rows, evaluate.EvalConfig(rewards=(broken,)))
 
 
 @pytest.mark.parametrize(

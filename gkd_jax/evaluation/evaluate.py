@@ -1,8 +1,9 @@
 """Decodes the split of a task and scores the result with the task's own metric functions.
 
-`make_decoder` makes a function that decodes batches to `Row`s, `score` computes their metrics, and
-`write_rows` writes them to a file. `EvalConfig` holds the settings. Training evaluates with these
-functions; the command `gkd-jax eval`, which calls them too, is `infer.evaluate_checkpoint`.
+`make_decoder` makes a function that decodes batches to `DecodedRow`s, `compute_metrics` computes
+their metrics, and `write_rows` writes them to a file. `EvalConfig` holds the settings. Training
+evaluates with these functions; the command `gkd-jax eval`, which calls them too, is
+`infer.evaluate_checkpoint`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,7 +27,7 @@ from gkd_jax.sampling import SamplingConfig, banned_tail, sample, weights_until_
 from gkd_jax.text import files, settings, text_metrics
 
 
-class Row(NamedTuple):
+class DecodedRow(NamedTuple):
     """One decoded text.
 
     Attributes:
@@ -45,7 +46,7 @@ class Row(NamedTuple):
     teacher_inputs: str | None = None
 
 
-Decoder = Callable[..., Iterator[Row]]
+Decoder = Callable[..., Iterator[DecodedRow]]
 TokenDivergence = Callable[[lm.Params, lm.Params, Batch], jax.Array]
 
 
@@ -166,7 +167,7 @@ def make_decoder(
     mesh: Mesh,
     length: int,
 ) -> Decoder:
-    """Makes a function (params, batches, first=0, teacher=None) -> one `Row` per text.
+    """Makes a function (params, batches, first=0, teacher=None) -> one `DecodedRow` per text.
 
     The function skips batches before `first`, and decodes the later ones as if it had not skipped
     any, so that an interrupted run can continue. With a `Teacher`, it also computes the divergence
@@ -208,7 +209,7 @@ def make_decoder(
             # The last batch is padded with rows that have no example: leave them out.
             for i in range(len(examples) * repeats):
                 size = int(weights[i].sum())
-                yield Row(
+                yield DecodedRow(
                     examples[i // repeats],
                     to_text(vocabulary, tokens[i, :size]),
                     tokens[i, :size].tolist(),
@@ -322,8 +323,8 @@ def to_text(vocabulary: Any, tokens: np.ndarray) -> str:
     return _vocabularies().decode(vocabulary, tokens.tolist())
 
 
-def score(
-    task: Any, rows: Sequence[Row], evaluation: EvalConfig = EvalConfig()
+def compute_metrics(
+    task: Any, rows: Sequence[DecodedRow], evaluation: EvalConfig = EvalConfig()
 ) -> dict[str, float]:
     """Computes the metrics of decoded rows, after the task's own postprocessing.
 
@@ -370,7 +371,7 @@ def score(
     return values
 
 
-def write_rows(path: files.AnyPath, rows: Sequence[Row], vocabulary: Any) -> None:
+def write_rows(path: files.AnyPath, rows: Sequence[DecodedRow], vocabulary: Any) -> None:
     """Writes rows as JSONL; with a teacher, each row has its tokens and their divergences."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with files.naming(path), path.open("w", encoding="utf-8") as file:

@@ -126,7 +126,7 @@ def evaluate_checkpoint(
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
     decoded = list(ready.decoder(ready.params, ready.batches(evaluation)))
-    values = evaluate.score(opened.task, decoded, evaluation)
+    values = evaluate.compute_metrics(opened.task, decoded, evaluation)
     model, name = opened.model, task_names.display_name(data.name)
     if jax.process_index() == 0:
         if opened.task.metric_fns and not values:
@@ -209,7 +209,7 @@ def run(
         print(f"wrote {path}", file=sys.stderr)
 
 
-def _line(row: evaluate.Row) -> dict[str, Any]:
+def _line(row: evaluate.DecodedRow) -> dict[str, Any]:
     """Returns a prediction as a row of training data, with `messages` or `inputs` and `targets`."""
     reference = {"reference": evaluate.text(row.example, "targets")}
     chat = row.example.get("chat")

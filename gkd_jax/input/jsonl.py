@@ -231,7 +231,7 @@ class JsonlSource(features.RowSource):
             lambda index: {name: values[index] for name, values in columns.items()}
         )
 
-    def _rows(self, split: str) -> list[rows.Row]:
+    def _rows(self, split: str) -> list[rows.FileRow]:
         """Returns the rows of a split; held-out rows belong to `validation` only."""
         path, config = self.files[split], self._config
         found = rows.read(path)
@@ -252,7 +252,7 @@ class JsonlSource(features.RowSource):
             files.fault(path, None, message)
         return found
 
-    def _tokenized(self, found: list[rows.Row], split: str) -> list[Example]:
+    def _tokenized(self, found: list[rows.FileRow], split: str) -> list[Example]:
         """Returns the examples of a split, whose prompts have the lengths of the configuration."""
         path, config = self.files[split], self._config
         has_own = any(row.teacher_prompt is not None for row in found)
@@ -291,7 +291,7 @@ class JsonlSource(features.RowSource):
         return made
 
 
-def _is_held_out(row: rows.Row, config: DataConfig) -> bool:
+def _is_held_out(row: rows.FileRow, config: DataConfig) -> bool:
     """Returns whether a training row is held out for validation.
 
     The decision depends only on the seed and the line, so it is the same in every run and process.

@@ -10,7 +10,7 @@ import numpy as np
 import seqio
 
 from gkd_jax.input import fit
-from gkd_jax.input.rows import Prompt, Row, Tools
+from gkd_jax.input.rows import FileRow, Prompt, Tools
 from gkd_jax.text import files, teacher_template
 from gkd_jax.text.tokenizer_folder import TokenizerVocabulary
 
@@ -45,7 +45,7 @@ class Example(NamedTuple):
 
 
 def tokenize(
-    rows: Sequence[Row],
+    rows: Sequence[FileRow],
     vocabulary: seqio.Vocabulary,
     path: str | os.PathLike,
     variables: Mapping[str, Any] | None = None,
@@ -157,7 +157,7 @@ def read_prompts(
     lines = files.read_lines(path)
     if not lines:
         files.fault(path, None, "expected a prompt a line, got an empty file")
-    rows = [Row(line, None, None, number) for number, line in enumerate(lines, start=1)]
+    rows = [FileRow(line, None, None, number) for number, line in enumerate(lines, start=1)]
     examples = fitting(
         tokenize(rows, vocabulary, path),
         "inputs",
@@ -185,7 +185,7 @@ def prompt_ids(vocabulary: seqio.Vocabulary, text: str) -> list[int]:
     return [*vocabulary.encode(text), *_end(vocabulary)]
 
 
-def _example(row: Row, vocabulary: seqio.Vocabulary, variables: Mapping[str, Any]) -> Example:
+def _example(row: FileRow, vocabulary: seqio.Vocabulary, variables: Mapping[str, Any]) -> Example:
     """Returns a row as token ids, without the teacher's prompt."""
     inputs, prompt = _prompt(row.prompt, row.tools, vocabulary, variables)
     if not inputs or not prompt.strip():
@@ -199,7 +199,7 @@ def _example(row: Row, vocabulary: seqio.Vocabulary, variables: Mapping[str, Any
 
 
 def _target(
-    row: Row, prompt: str, vocabulary: seqio.Vocabulary, variables: Mapping[str, Any]
+    row: FileRow, prompt: str, vocabulary: seqio.Vocabulary, variables: Mapping[str, Any]
 ) -> tuple[list[int], str | None]:
     """Returns the ids and the text of a row's target; `prompt` is the text of its prompt."""
     if row.target is None:
@@ -262,7 +262,7 @@ def _check_calls(message: Mapping[str, Any], printed: str) -> None:
             )
 
 
-def _teacher_prompt(row: Row, template: str | None) -> Prompt:
+def _teacher_prompt(row: FileRow, template: str | None) -> Prompt:
     """Returns the prompt that the teacher reads.
 
     The template makes it, if there is one. Otherwise it is the row's own prompt for the teacher, or

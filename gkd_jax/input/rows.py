@@ -29,8 +29,8 @@ Tools = list[dict[str, Any]]
 _TARGET_OF = {"inputs": "targets", "prompt": "completion"}
 
 
-class Row(NamedTuple):
-    """One line of a JSONL file.
+class FileRow(NamedTuple):
+    """One line of a JSONL file, or of a text file of prompts.
 
     Attributes:
         prompt: a text or a list of messages.
@@ -51,7 +51,7 @@ class Row(NamedTuple):
     teacher: Any = None
 
 
-def read(path: str | os.PathLike) -> list[Row]:
+def read(path: str | os.PathLike) -> list[FileRow]:
     """Returns the rows of a JSONL file.
 
     Raises:
@@ -63,8 +63,8 @@ def read(path: str | os.PathLike) -> list[Row]:
 
 
 def of_teacher(
-    rows: Sequence[Row], path: str | os.PathLike, teacher: str, allowed: Sequence[str] = ()
-) -> list[Row]:
+    rows: Sequence[FileRow], path: str | os.PathLike, teacher: str, allowed: Sequence[str] = ()
+) -> list[FileRow]:
     """Returns the rows whose field `teacher` has a value.
 
     Args:
@@ -88,15 +88,15 @@ def of_teacher(
     return chosen
 
 
-def _row(row: dict[str, Any], path: str | os.PathLike, line: int) -> Row:
+def _row(row: dict[str, Any], path: str | os.PathLike, line: int) -> FileRow:
     """Returns the row of a JSON object in any of the forms of this module's docstring."""
     with files.faults_in(path, line):
         prompt, target, tools = _prompt_and_target(row)
-        return Row(prompt, target, tools, line, _own_teacher_prompt(row), row.get("teacher"))
+        return FileRow(prompt, target, tools, line, _own_teacher_prompt(row), row.get("teacher"))
 
 
 def _prompt_and_target(row: dict[str, Any]) -> tuple[Any, Any, Tools | None]:
-    """Returns the prompt, the target and the tools; see `Row`."""
+    """Returns the prompt, the target and the tools; see `FileRow`."""
     if "messages" in row:
         return _of_chat(row, row["messages"])
     key = next((key for key in _TARGET_OF if key in row), None)

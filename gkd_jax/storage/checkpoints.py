@@ -202,7 +202,7 @@ class Checkpoints:
         step = best_step(self._scores, self._best_mode, self._orbax.all_steps())
         return None if step is None else (step, self._scores[step])
 
-    def score(self, step: int, scores: Mapping[str, float]) -> None:
+    def record_metrics(self, step: int, scores: Mapping[str, float]) -> None:
         """Records the metrics of a step's evaluation, from which the best checkpoint is chosen."""
         if self._best_metric is None:
             return

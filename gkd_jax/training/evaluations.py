@@ -153,7 +153,7 @@ class Evaluations:
         for name, (task, in_recipe) in self._tasks.items():
             teacher = self._teacher(in_recipe, teacher_params)
             rows = list(self._decoder(params, self._batches(task), teacher=teacher))
-            values = evaluate.score(task, rows, self._config)
+            values = evaluate.compute_metrics(task, rows, self._config)
             if jax.process_index() == 0:
                 path = self._folder / "eval" / os.path.basename(name) / f"{step}.jsonl"
                 evaluate.write_rows(path, rows, self._source.vocabulary)

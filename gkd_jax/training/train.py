@@ -142,9 +142,9 @@ def _train(run: RunFolder, evaluate: Evaluations | None, config_text: Callable[[
         def evaluate_at(done: int, state: TrainState) -> None:
             assert evaluate is not None
             teacher = teacher_now(program.learner, state, teacher_params)
-            scores = evaluate(state.params, teacher, done)
-            writer.write(done, scores)
-            saved.score(done, scores)
+            values = evaluate(state.params, teacher, done)
+            writer.write(done, values)
+            saved.record_metrics(done, values)
 
         if run.lacks_evaluation(start):
             evaluate_at(start, state)
