@@ -10,7 +10,7 @@ import seqio
 from gkd_jax import gkd, sharding
 from gkd_jax.batch import Batch
 from gkd_jax.evaluation import evaluate
-from gkd_jax.input import eval_batches
+from gkd_jax.input import padded_batches
 from gkd_jax.models import t5
 from gkd_jax.text import vocabularies
 
@@ -37,7 +37,7 @@ def test_fewer_rows_at_a_time_give_the_same_rows():
     params, teacher_params = (t5.init(CONFIG, jax.random.key(seed)) for seed in (1, 2))
     ids = np.random.default_rng(0).integers(3, 259, (14, 6)).tolist()
     rows = [{"inputs": row, "targets": [1]} for row in ids]
-    batch = eval_batches.fill_batch(rows, {"inputs": 6, "targets": 4}, 16)
+    batch = padded_batches.fill_batch(rows, {"inputs": 6, "targets": 4}, 16)
     mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:2])
     pair = gkd.ModelPair(student=CONFIG, teacher=CONFIG, num_pieces=vocabulary.vocab_size)
     teacher = evaluate.Teacher(evaluate.teacher_divergence(pair, mesh), teacher_params)
@@ -71,7 +71,7 @@ def test_likeliest_takes_the_choice_with_the_largest_first_logit():
     params = jax.tree.map(lambda x: 20 * x, t5.init(CONFIG, jax.random.key(1)))
     ids = np.random.default_rng(0).integers(3, 259, (16, 24)).tolist()
     rows = [{"inputs": row, "targets": [1]} for row in ids]
-    batch = eval_batches.fill_batch(rows, {"inputs": 24, "targets": 4}, 16)
+    batch = padded_batches.fill_batch(rows, {"inputs": 24, "targets": 4}, 16)
     found = [row.prediction for row in decoder(vocabulary)(params, [batch])]
     inputs, targets = jnp.asarray(batch.batch.inputs), jnp.zeros((16, 1), int)
     first = Batch(inputs, targets, jnp.ones((16, 1)))

@@ -11,7 +11,7 @@ import seqio
 import small_tokenizers
 import transformers
 
-from gkd_jax.input import data, eval_batches, jsonl, named_tasks, row_ids, rows, streams
+from gkd_jax.input import data, jsonl, named_tasks, padded_batches, row_ids, rows, streams
 from gkd_jax.input.split import Split
 from gkd_jax.tasks import flan
 from gkd_jax.text import task_names, vocabularies
@@ -474,7 +474,7 @@ def test_the_stream_gives_lengths_and_can_be_saved(tmp_path, folders):
 def test_evaluation_gives_lengths_and_fills_up_with_rows_of_one_token(tmp_path, folders):
     path = write(tmp_path / "data.jsonl", pairs(3))
     task = open_task(path, vocabulary=str(folders["qwen"]))
-    batches = list(eval_batches.eval_batches(Split(task, "train", LENGTHS), 2))
+    batches = list(padded_batches.in_order(Split(task, "train", LENGTHS), 2))
     assert [len(batch.examples) for batch in batches] == [2, 1]
     expected = [len(vocabularies.of_folder(folders["qwen"]).encode(f"in {i}")) for i in range(3)]
     assert [int(n) for batch in batches for n in batch.batch.input_lengths] == [*expected, 1]

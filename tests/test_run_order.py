@@ -141,7 +141,7 @@ def test_data_that_cannot_be_read_claim_no_model_dir(broken, tmp_path, monkeypat
     if broken == "training":
         monkeypatch.setattr(streams.TrainIterator, "__next__", unreadable)
     else:
-        monkeypatch.setattr("gkd_jax.input.eval_batches.eval_batches", unreadable)
+        monkeypatch.setattr("gkd_jax.input.padded_batches.in_order", unreadable)
     with pytest.raises((OSError, ValueError), match="the disk is gone"):
         run(tmp_path / "run", evaluation=EVALUATION)
     assert not (tmp_path / "run").exists()

@@ -21,7 +21,7 @@ from gkd_jax import sharding
 from gkd_jax.evaluation import decodings, evaluate, made_by
 from gkd_jax.evaluation.evaluate import EvalConfig
 from gkd_jax.evaluation.opened import Opened, open_model_and_task
-from gkd_jax.input import eval_batches, row_ids
+from gkd_jax.input import padded_batches, row_ids
 from gkd_jax.input.data import DataConfig
 from gkd_jax.input.split import Split
 from gkd_jax.models import lm
@@ -52,7 +52,7 @@ class _Decoding:
     def batches(self, evaluation: EvalConfig):
         task, use_cached = self.opened.task, self.opened.data.use_cached
         split = Split(task, evaluation.split, self.lengths, evaluation.num_examples, use_cached)
-        return eval_batches.eval_batches(split, self.batch_size)
+        return padded_batches.in_order(split, self.batch_size)
 
 
 def _prepare(
@@ -243,14 +243,14 @@ def _describe(
 
 def _text_batches(
     text_file: str, ready: _Decoding, num_lines: int | None
-) -> Iterator[eval_batches.EvalBatch]:
+) -> Iterator[padded_batches.PaddedBatch]:
     """Checks all lines of a file, and returns batches of the first of them, each a prompt."""
     size, lengths = ready.batch_size, ready.lengths
     prompts = row_ids.read_prompts(text_file, ready.opened.vocabulary, lengths["inputs"])
     prompts = prompts[:num_lines]
     starts = range(0, len(prompts), size)
     return (
-        eval_batches.fill_batch(prompts[start : start + size], lengths, size) for start in starts
+        padded_batches.fill_batch(prompts[start : start + size], lengths, size) for start in starts
     )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from gkd_jax import losses, sharding
 from gkd_jax.batch import Batch
-from gkd_jax.input import data, eval_batches
+from gkd_jax.input import data, padded_batches
 from gkd_jax.models import lm
 from gkd_jax.storage import hub, pretrained
 from gkd_jax.text import settings, text_metrics, vocabularies
@@ -118,7 +118,7 @@ class Entailment:
         scores: list[float] = []
         for start in range(0, len(inputs), self.batch_size):
             rows = [{"inputs": ids, "targets": label} for ids in inputs[start:][: self.batch_size]]
-            batch, _ = eval_batches.fill_batch(rows, lengths, self.batch_size)
+            batch, _ = padded_batches.fill_batch(rows, lengths, self.batch_size)
             scores.extend(np.asarray(self._log_probs(batch))[: len(rows)].tolist())
         return np.array(scores)
 

@@ -17,7 +17,7 @@ from gkd_jax import gkd, sharding
 from gkd_jax.batch import Batch, TopK
 from gkd_jax.evaluation import made_by
 from gkd_jax.evaluation.opened import open_model_and_task
-from gkd_jax.input import eval_batches, named_tasks, teacher_cache
+from gkd_jax.input import named_tasks, padded_batches, teacher_cache
 from gkd_jax.input.data import DataConfig, check_ids, place
 from gkd_jax.input.split import Split
 from gkd_jax.models import lm
@@ -84,7 +84,7 @@ def run(
 
     jitted = jax.jit(score, out_shardings=sharding.replicated(device_mesh))
     params = place_params(model, config, device_mesh)
-    batches = eval_batches.eval_batches(Split.of(task, data), data.batch_size)
+    batches = padded_batches.in_order(Split.of(task, data), data.batch_size)
 
     def scored(batch: Batch) -> TopK:
         check_ids(batch, num_pieces)
@@ -104,7 +104,7 @@ def _check(k: int, temperature: float, output: str) -> None:
 def _write(
     output: str,
     about: dict[str, Any],
-    batches: Iterator[eval_batches.EvalBatch],
+    batches: Iterator[padded_batches.PaddedBatch],
     score: Callable[[Batch], TopK],
 ) -> None:
     """Scores the batches that the cache does not hold yet; only the first process writes."""

@@ -18,7 +18,7 @@ import numpy as np
 from gkd_jax.batch import Batch
 from gkd_jax.input import fit, shuffling
 from gkd_jax.input.data import WHOLE, DataConfig, Shard
-from gkd_jax.input.eval_batches import fill_batch
+from gkd_jax.input.padded_batches import fill_batch
 from gkd_jax.input.split import Split
 from gkd_jax.tasks.features import Row  # pyright: ignore[reportMissingImports]
 from gkd_jax.text import files

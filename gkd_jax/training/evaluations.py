@@ -12,7 +12,7 @@ import seqio
 
 from gkd_jax import gkd
 from gkd_jax.evaluation import evaluate
-from gkd_jax.input import eval_batches, named_tasks
+from gkd_jax.input import named_tasks, padded_batches
 from gkd_jax.input.split import Split
 from gkd_jax.models import lm
 from gkd_jax.text import files, task_names, vocabularies
@@ -128,12 +128,12 @@ class Evaluations:
             if first is None:
                 raise ValueError(f"{where}, has no examples")
 
-    def _batches(self, task: Any) -> Iterator[eval_batches.EvalBatch]:
+    def _batches(self, task: Any) -> Iterator[padded_batches.PaddedBatch]:
         # A task without prompts of the teacher's own is scored behind the student's.
         lengths = {k: v for k, v in self._lengths.items() if k in task.output_features}
         config, use_cached = self._config, self._program.recipe.data.use_cached
         split = Split(task, config.split, lengths, config.num_examples, use_cached)
-        return eval_batches.eval_batches(split, self._batch_size)
+        return padded_batches.in_order(split, self._batch_size)
 
     def __call__(
         self, params: lm.Params, teacher_params: lm.Params | None, step: int

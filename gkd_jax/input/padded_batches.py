@@ -1,4 +1,4 @@
-"""Reads a split once, in its own order, in batches of one shape."""
+"""Makes batches of one shape: cuts and pads examples, and reads a whole split in its own order."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -11,11 +11,11 @@ from gkd_jax.input.data import TEACHER_INPUTS
 from gkd_jax.input.split import Split
 
 
-class EvalBatch(NamedTuple):
-    """Consecutive examples of a split.
+class PaddedBatch(NamedTuple):
+    """A batch of one shape, with the examples that it was made of.
 
     Attributes:
-        batch: the token ids. The last batch of a split is filled up with empty rows.
+        batch: the token ids, filled up with empty rows where there are fewer examples than rows.
         examples: the task's example for each row that is not empty, including the texts in
             `*_pretokenized`.
     """
@@ -24,7 +24,7 @@ class EvalBatch(NamedTuple):
     examples: list[dict[str, Any]]
 
 
-def eval_batches(split: Split, batch_size: int) -> Iterator[EvalBatch]:
+def in_order(split: Split, batch_size: int) -> Iterator[PaddedBatch]:
     """Yields the examples of a split once, in their own order, in batches of one shape.
 
     Args:
@@ -44,7 +44,7 @@ def eval_batches(split: Split, batch_size: int) -> Iterator[EvalBatch]:
 
 def fill_batch(
     rows: list[dict[str, Any]], feature_lengths: Mapping[str, int], batch_size: int
-) -> EvalBatch:
+) -> PaddedBatch:
     """Returns a batch of cut and padded examples, filled up with empty rows to `batch_size`.
 
     Args:
@@ -63,7 +63,7 @@ def fill_batch(
         prompts, lengths = _padded(rows, TEACHER_INPUTS, feature_lengths, batch_size)
         lengths[len(rows) :] = 1
         batch = batch._replace(teacher_inputs=prompts, teacher_input_lengths=lengths)
-    return EvalBatch(batch, rows)
+    return PaddedBatch(batch, rows)
 
 
 def _padded(
