@@ -298,7 +298,7 @@ def test_the_newest_every_fourth_and_the_best_checkpoint_stay(tmp_path, monkeypa
     def scored(*_):
         return {"accuracy": next(scores)}
 
-    monkeypatch.setattr(evaluate, "score", scored)
+    monkeypatch.setattr(evaluate, "compute_metrics", scored)
 
     def run(steps):
         trainer = TrainConfig(
@@ -321,7 +321,9 @@ def test_the_newest_every_fourth_and_the_best_checkpoint_stay(tmp_path, monkeypa
 
 def test_the_best_may_be_the_least(tmp_path, monkeypatch):
     scores = iter([0.7, 0.5, 0.1, 0.2, 0.3])  # the first is of step 0
-    monkeypatch.setattr(evaluate, "score", lambda *_: {"teacher_divergence": next(scores)})
+    monkeypatch.setattr(
+        evaluate, "compute_metrics", lambda *_: {"teacher_divergence": next(scores)}
+    )
     trainer = TrainConfig(
         train_steps=4,
         eval_period=1,

@@ -72,7 +72,7 @@ def test_an_evaluation_that_fails_costs_no_weights(tmp_path, monkeypatch):
         raise RuntimeError("the metric is broken")
 
     calls = iter([lambda *_: {"accuracy": 1.0}, fails])
-    monkeypatch.setattr(evaluate, "score", lambda *arguments: next(calls)(*arguments))
+    monkeypatch.setattr(evaluate, "compute_metrics", lambda *arguments: next(calls)(*arguments))
     with pytest.raises(RuntimeError, match="the metric is broken"):
         run(tmp_path / "run", evaluation=EVALUATION)
     assert saved_model.saved_steps(tmp_path / "run") == [2, 3]
