@@ -1,4 +1,4 @@
-"""What a step of GKD is made of: the hyperparameters of Algorithm 1, and the models' sizes."""
+"""What a step of GKD is made of: the hyperparameters of Algorithm 1, and the models' configs."""
 
 from collections.abc import Callable
 import dataclasses
@@ -226,10 +226,10 @@ class Learner:
 
     @property
     def teachers(self) -> list[tuple[lm.Config, float]]:
-        """The sizes of each teacher, with the share of the rows that it scores."""
+        """The config of each teacher, with the share of the rows that it scores."""
         pairs = [(one.models.teacher, one.num_rows) for one in self.task_teachers]
         pairs = pairs or [(self.models.teacher, 1)]
-        return [(sizes, rows / self.block_size) for sizes, rows in pairs if sizes is not None]
+        return [(config, rows / self.block_size) for config, rows in pairs if config is not None]
 
     @property
     def block_size(self) -> int:

@@ -163,7 +163,7 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 
 
 def read(fields: dict[str, Any]) -> DecoderConfig:
-    """Returns the sizes and switches that a `config.json` describes.
+    """Returns the config that a `config.json` describes.
 
     Args:
         fields: the object in the `config.json`.
@@ -356,7 +356,7 @@ def config_fields(config: DecoderConfig, dtype: str) -> dict[str, Any]:
     """Returns the `config.json` of a model, with the keys of transformers 4 and of transformers 5.
 
     Args:
-        config: the model's sizes and switches.
+        config: the model's config.
         dtype: the name of the dtype of the stored weights.
 
     Raises:

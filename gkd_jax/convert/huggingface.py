@@ -17,7 +17,7 @@ from gkd_jax.text.files import read_json_object
 
 
 def read_config(path: str) -> lm.Config:
-    """Returns the sizes of the model in a folder; see `reading.read_config` for the errors."""
+    """Returns the config of the model in a folder; see `reading.read_config` for the errors."""
     folder = hf_folder.local(path)
     fields = read_json_object(folder / "config.json")
     arrays = hf_folder.open_weights(folder)  # a file that is missing or cut is named at once
@@ -46,7 +46,7 @@ def write_hf(
 
     Args:
         path: the folder to create. It appears under this name only when it is complete.
-        config: the model's sizes.
+        config: the model's config.
         params: the model's parameters.
         dtype: the dtype of the stored weights: "float32", "bfloat16" or "float16".
         num_pieces: the number of pieces in the vocabulary; None if unknown. An embedding may have

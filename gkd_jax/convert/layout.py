@@ -73,7 +73,7 @@ def layer_by_layer(
     """Returns the layout of a checkpoint with one array for each layer of a parameter.
 
     Args:
-        config: the model's sizes.
+        config: the model's config.
         part_of: returns a stored array from the components of the parameter's path, the shape of
             the parameter or of its layer, and the layer, which is None outside the layers.
     """

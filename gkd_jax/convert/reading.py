@@ -12,9 +12,9 @@ from gkd_jax.models.decoder_config import DecoderConfig
 
 
 def read_config(path: str | os.PathLike[str]) -> lm.Config:
-    """Returns the sizes of the model in a Hugging Face or T5X checkpoint.
+    """Returns the config of the model in a Hugging Face or T5X checkpoint.
 
-    Weights are read only where the sizes depend on them: a Hugging Face T5's output head is
+    Weights are read only where the config depends on them: a Hugging Face T5's output head is
     compared with its embedding. But every weight file of a Hugging Face folder must be there and
     have the size that its header states. A run chooses dropout and the compute dtype, so these
     fields of the returned config have their defaults.
@@ -42,7 +42,7 @@ def read_params(
 
     Args:
         path: the checkpoint's folder.
-        config: the expected sizes, for example the result of `read_config`.
+        config: the expected config, for example the result of `read_config`.
         dtype: the dtype in memory, "float32" or "bfloat16", by name or as a dtype; None keeps the
             stored dtype.
         shardings: a tree with the structure of the parameters and a `jax.sharding.Sharding` at each

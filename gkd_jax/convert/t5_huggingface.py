@@ -56,7 +56,7 @@ _MT5_VOCAB_SIZE = 250_112
 
 
 def read_fields(fields: dict[str, Any]) -> t5.T5Config:
-    """Returns the sizes that a config.json states; `has_own_head` tells whether the head is tied.
+    """Returns the config that a config.json states; `has_own_head` tells whether the head is tied.
 
     Args:
         fields: the object in the config.json.
@@ -265,7 +265,7 @@ def config_fields(config: t5.T5Config, dtype: str) -> dict[str, Any]:
     """Returns the fields of a T5's config.json.
 
     Args:
-        config: the model's sizes.
+        config: the model's config.
         dtype: the name of the dtype of the stored weights.
 
     Raises:

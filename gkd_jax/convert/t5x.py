@@ -33,7 +33,7 @@ _LARGEST_INDEX = 2**31  # Bytes of a msgpack file. Public files have a few hundr
 
 
 def read_config(path: str) -> t5.T5Config:
-    """Returns the sizes of the model in a checkpoint, inferred from the shapes of its arrays.
+    """Returns the config of the model in a checkpoint, inferred from the shapes of its arrays.
 
     T5X does not store the activations either. A gated MLP (`wi_0`, `wi_1`) is assumed to have the
     activations of T5 1.1, ("gelu", "linear"), and any other MLP those of T5 1.0, ("relu",). Without
@@ -142,7 +142,7 @@ def t5x_layout(config: t5.T5Config, *, scanned: bool) -> Layout:
     """Returns the layout of a T5X checkpoint, with the names that T5X uses inside `target`.
 
     Args:
-        config: the model's sizes.
+        config: the model's config.
         scanned: whether the checkpoint belongs to T5X's scanned network rather than to its plain
             network.
     """
@@ -165,7 +165,7 @@ def _scanned_part(config: t5.T5Config, names: list[str], shape: tuple[int, ...])
     """Returns the stored array of a parameter in T5X's scanned network.
 
     Args:
-        config: the model's sizes.
+        config: the model's config.
         names: the components of the parameter's path.
         shape: the shape of the parameter in gkd_jax.
     """

@@ -35,7 +35,7 @@ def write_t5x(
 
     Args:
         path: the folder in which the checkpoint's folder is created.
-        config: the model's sizes.
+        config: the model's config.
         params: the model's parameters.
         step: the number in the folder's name and in the stored training state.
         dtype: the dtype of the stored parameters, "float32" or "bfloat16".

@@ -174,7 +174,7 @@ def make_decoder(
     at each decoded token.
 
     Args:
-        config: the model's sizes.
+        config: the model's config.
         evaluation: how to decode.
         vocabulary: turns ids into text.
         num_pieces: the number of ids that the vocabulary and the models share. Further ids are

@@ -70,7 +70,7 @@ def _prepare(
         raise ValueError(f"a model decodes in memory='device', got {model.memory!r}")
     if reads_split:
         opened.check_split(evaluation.split)
-    config, num_pieces = opened.sizes()
+    config, num_pieces = opened.config_and_num_pieces()
     device_mesh = sharding.make_mesh(model.mesh or mesh)
     batch_size = evaluation.batch_size or data.batch_size
     evaluation.check_mesh(batch_size, device_mesh)

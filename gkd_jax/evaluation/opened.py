@@ -47,12 +47,12 @@ class Opened:
         named_tasks.check_split(self.task, split)
         named_tasks.check_rows(self.task, split, check_remote=not self.dry_run)
 
-    def sizes(self) -> tuple[lm.Config, int]:
-        """Returns the sizes of the model, and the number of ids that it shares with the vocabulary.
+    def config_and_num_pieces(self) -> tuple[lm.Config, int]:
+        """Returns the model's config, and the number of ids that it shares with the vocabulary.
 
         Raises:
             ValueError: if the model does not fit the vocabulary or its own settings, or if a dry
-                run would need a remote checkpoint for the sizes.
+                run would need a remote checkpoint for the config.
         """
         reads = not self.dry_run
         unread = remote_checkpoints(self.model) if self.dry_run else frozenset()

@@ -61,7 +61,7 @@ def run(
         )
     opened.check_split(data.split)
     named_tasks.check_teacher_inputs(str(data.task), task, data)
-    config, num_pieces = opened.sizes()
+    config, num_pieces = opened.config_and_num_pieces()
     prompt, target, *own = data.shapes()[-1]
     warn_of_long_texts(config, "teacher", own[0] if own else prompt, target)
     device_mesh = sharding.make_mesh(model.mesh or mesh)

@@ -6,7 +6,7 @@ Each saved step has one folder:
                                  opt_state   the optimizer's state
                                  average     the parameters' moving average, if that is the teacher
                                  stream      the position in the training data
-                                 model       JSON: sizes of the model, hash of its vocabulary,
+                                 model       JSON: config of the model, hash of its vocabulary,
                                              a fingerprint of every array
 
 Parameters are an item of their own, so that a model can be loaded without its optimizer. Orbax

@@ -11,7 +11,7 @@ def warn_of_long_texts(config: lm.Config, name: str, prompt: int, target: int) -
     This is no error, because the texts of a task may all be shorter than the lengths allow.
 
     Args:
-        config: the model's sizes.
+        config: the model's config.
         name: what the warning calls the model, such as "student".
         prompt: the largest number of tokens of a prompt.
         target: the largest number of tokens of an answer.

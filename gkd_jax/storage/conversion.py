@@ -100,7 +100,7 @@ class _Source(NamedTuple):
 
     Attributes:
         path: its folder.
-        config: the model's sizes.
+        config: the model's config.
         step_folder: the folder of the step; None if it is no checkpoint of gkd_jax.
         about: the JSON of the step folder; {} without one.
         tokenizer: the Hugging Face folder with its tokenizer; None if none is known.

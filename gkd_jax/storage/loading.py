@@ -18,7 +18,7 @@ _MOST_NAMES = 10  # The number of arrays that one error message names.
 
 
 def load_config(path: str | os.PathLike[str]) -> lm.Config:
-    """Returns the sizes of the model in a checkpoint of any format.
+    """Returns the config of the model in a checkpoint of any format.
 
     Args:
         path: a MODEL_DIR (which refers to its newest step), one of its folders

@@ -36,8 +36,8 @@ class ModelConfig:
     """States which model a run uses as its student or as its teacher.
 
     Attributes:
-        architecture: a function from a size's name to the model's sizes, such as `t5.t5_1_1`.
-        size: "tiny", "small", "base", "large", "xl" or "xxl"; None takes the checkpoint's sizes.
+        architecture: a function from a size's name to the model's config, such as `t5.t5_1_1`.
+        size: "tiny", "small", "base", "large", "xl" or "xxl"; None takes the checkpoint's config.
         checkpoint: a MODEL_DIR, a Hugging Face folder, a T5X checkpoint or a name on the Hugging
             Face hub ("google/flan-t5-small", see `hub`); None means random weights.
         dropout_rate: the dropout rate while this model is trained.
@@ -93,13 +93,13 @@ class ModelConfig:
             raise ValueError(f"memory must be 'device' or 'host', got {self.memory!r}")
 
     def config(self, num_pieces: int, *, pending: bool = False) -> lm.Config:
-        """Returns the model's sizes, which come from the checkpoint if there is one.
+        """Returns the model's config, which comes from the checkpoint if there is one.
 
         Args:
             num_pieces: the number of ids of the vocabulary. The embedding of a new model has this
                 many rows, rounded up to a multiple of 128.
             pending: whether the checkpoint does not exist yet because another run will write it.
-                The sizes then come from `size`.
+                The config is then that of `size`.
 
         Raises:
             FileNotFoundError: if there is no such checkpoint.
@@ -271,7 +271,7 @@ def frozen_shapes(model: ModelConfig, config: lm.Config, mesh: Mesh) -> lm.Param
 
     Args:
         model: states the dtype of the parameters, where they are kept and their own mesh.
-        config: the model's sizes.
+        config: the model's config.
         mesh: the mesh of the run, whose devices the model's own mesh has too.
 
     Raises:
@@ -308,7 +308,7 @@ def initial_params(
 
     Args:
         model: states the checkpoint, the dtype of the parameters and where they are kept.
-        config: the model's sizes.
+        config: the model's config.
         target: the shapes, dtypes and shardings of the result.
         key: the random key of random parameters.
         name: what the message about a loaded checkpoint calls the model.

@@ -35,7 +35,7 @@ class Program:
     Attributes:
         recipe: the configuration of the run.
         mesh: the mesh over all devices.
-        learner: the method with its banned ids, the sizes of both models, and the optimizer.
+        learner: the method with its banned ids, the configs of both models, and the optimizer.
         state: the student's training state as shapes with shardings.
         teacher: the teacher's parameters as shapes with shardings, or those of several teachers by
             their tasks; None without a frozen teacher.
