@@ -110,13 +110,16 @@ def test_every_train_recipe_builds(recipe, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_self_distillation_of_a_chat_model_needs_no_teacher_s_checkpoint(tmp_path, capfd):
+def test_self_distillation_and_seqkd_of_a_chat_model_need_no_teacher_s_checkpoint(tmp_path, capfd):
     given = {"MODEL_DIR": tmp_path / "run", "MIXTURE_OR_TASK_NAME": tmp_path / "chats.jsonl"}
     given["STUDENT_CHECKPOINT"] = tmp_path / "student"
     flags = [f"--gin.{name}={value}" for name, value in given.items()]
+    seqkd = re.findall(r"--gin\.(?:ON|DIV|RED|recipe)\S+", (ROOT / "gin/seqkd.gin").read_text())
+    assert len(seqkd) == 4
     for more, message in (
         ([], "None for both (set by TEACHER_CHECKPOINT, TEACHER_SIZE)"),
         (["--gin.TEACHER=student"], f"no checkpoint at '{tmp_path}/student'"),
+        (seqkd, f"no checkpoint at '{tmp_path}/student'"),
     ):
         gin.clear_config()
         assert run("train", "--gin_file=gin/gkd_chat.gin", *flags, *more) == 2
