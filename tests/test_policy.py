@@ -15,7 +15,7 @@ PACKAGE = ROOT / "gkd_jax"
 # import each other. `__init__` is `import gkd_jax` itself, the public names.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("batch", "divergences", "losses", "text"),
-    ("rl", "sharding"),
+    ("rl", "sharding", "top_k"),
     ("accumulation", "models", "tasks"),
     ("input", "sampling"),
     ("convert", "decoding", "gkd_config"),

@@ -1,10 +1,8 @@
 """Stores on disk a teacher's top-k probabilities at every target position of a data set.
 
 `gkd-jax score` writes the cache once; training steps on the data set's targets (lambda < 1) then
-need no teacher. For each position the cache has the k most probable ids, their log-probabilities,
-and the tail, which is the log of the probability mass of all other ids. The divergence is computed
-over these k + 1 outcomes. It is at least 0 and at most the divergence of the whole distributions,
-because merging outcomes cannot increase a divergence; for k = V both are equal.
+need no teacher. For each position the cache has what `gkd_jax.top_k` computes: the k most probable
+ids, their log-probabilities, and the log of the probability mass of all other ids.
 
 The folder of a cache holds `about.json` and these files. A file is a flat array in native byte
 order, with one entry for each row of the split or for each target token of each row:
@@ -16,8 +14,6 @@ order, with one entry for each row of the split or for each target token of each
 | `ids` | target token | k x uint16, or int32 for a larger vocabulary; most probable first |
 | `log_probs` | target token | k x float32, in nats |
 | `tails` | target token | float32: log of the mass of all other ids, in nats; -inf for k = V |
-
-Axes: B batch, T target, V vocabulary, k most probable ids, K outcomes.
 """
 
 import hashlib
@@ -25,9 +21,6 @@ import json
 import pathlib
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Float
 import numpy as np
 
 from gkd_jax.batch import Batch, TopK
@@ -38,44 +31,6 @@ _PER_ROW = {"keys": np.uint64, "lengths": np.int32}
 _PER_TOKEN = TopK._fields
 ABOUT = "about.json"  # says what a cache was made from
 DONE = "num_rows"  # the field of about.json that a whole cache has
-
-
-def top_k(logits: Float[Array, "B T V"], k: int) -> TopK:
-    """Returns the k most probable ids at each position and the log mass of all other ids."""
-    log_probs = jax.nn.log_softmax(logits)
-    values, ids = jax.lax.top_k(log_probs, k)
-    return TopK(ids, values, _log_mass_without(log_probs, ids))
-
-
-def outcomes(
-    student_logits: Float[Array, "B T V"], teacher: TopK
-) -> tuple[Float[Array, "B T K"], Float[Array, "B T K"]]:
-    """Returns the student's and the teacher's log-probabilities of the same K outcomes.
-
-    The outcomes are the teacher's k ids and, unless k = V, one outcome for all other ids. Any
-    divergence accepts the results as logits.
-    """
-    log_q = jax.nn.log_softmax(student_logits)
-    picked = jnp.take_along_axis(log_q, teacher.ids, axis=-1)
-    if teacher.ids.shape[-1] == log_q.shape[-1]:
-        return picked, teacher.log_probs
-    rest = _log_mass_without(log_q, teacher.ids)
-    return (
-        jnp.concatenate([picked, rest[..., None]], axis=-1),
-        jnp.concatenate([teacher.log_probs, teacher.tails[..., None]], axis=-1),
-    )
-
-
-def _log_mass_without(log_probs: jax.Array, ids: jax.Array) -> jax.Array:
-    """Returns the log of the total probability of the ids that are not in `ids`.
-
-    The probabilities of the other ids are summed directly, because log(1 - mass of `ids`) has a
-    large rounding error if that mass is close to 1.
-    """
-    # `vmap` scatters within each position. For one scatter over all positions, the compiler would
-    # gather the indices on every device.
-    without = jax.vmap(jax.vmap(lambda row, picked: row.at[picked].set(-jnp.inf)))
-    return jax.nn.logsumexp(without(log_probs, ids), axis=-1)
 
 
 def row_key(*features: np.ndarray) -> int:
