@@ -188,8 +188,8 @@ class ModelPair:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TaskTeacher:
-    """One of several teachers, which scores the rows of its task.
+class TeacherShare:
+    """One of several teachers, and its share of a batch: the rows of its task.
 
     A batch is a sequence of equal blocks, and the rows of a task are neighbours in each block.
 
@@ -222,7 +222,7 @@ class Learner:
     optimizer: optax.GradientTransformation
     num_microbatches: int = 1
     self_teacher: LiveStudent | MovingAverage | None = None
-    task_teachers: tuple[TaskTeacher, ...] = ()
+    task_teachers: tuple[TeacherShare, ...] = ()
 
     @property
     def teachers(self) -> list[tuple[lm.Config, float]]:

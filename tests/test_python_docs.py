@@ -166,7 +166,7 @@ says("num_microbatches=3 does not divide the 2 prompts", update, num_microbatche
 says("a divergence needs the teacher's sizes and its parameters, got None", update, None)
 says("with_average=True", update, None, self_teacher=gkd.MovingAverage())
 says("advantages need GKDConfig.rl", update, advantages=np.ones(2))
-blocks = tuple(gkd_config.TaskTeacher(task=task, models=pair, num_rows=2) for task in "ab")
+blocks = tuple(gkd_config.TeacherShare(task=task, models=pair, num_rows=2) for task in "ab")
 says("whole blocks of 4 prompts", update, {"a": params, "b": params}, task_teachers=blocks)
 for wrong in (np.ones((2, 1)), np.ones(1), np.float32(1)):
     said = f"one number for each of the 2 sequences, got the shape {wrong.shape}"

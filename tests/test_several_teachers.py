@@ -20,7 +20,7 @@ from small_runs import LENGTHS, options, small, step_lines
 from gkd_jax import accumulation, divergences, gkd, losses, rl, sharding
 from gkd_jax.batch import Batch
 from gkd_jax.evaluation import evaluate
-from gkd_jax.gkd_config import TaskTeacher
+from gkd_jax.gkd_config import TeacherShare
 from gkd_jax.input import data, named_tasks, streams
 from gkd_jax.input.data import DataConfig, Shard
 from gkd_jax.models import lm
@@ -48,7 +48,7 @@ PAIRS = {
 }
 STUDENT_ALONE = gkd.ModelPair(student=T5, teacher=None, num_pieces=VOCAB)
 SEVERAL = tuple(
-    TaskTeacher(task=task, models=PAIRS[task], num_rows=rows) for task, rows in SIZES.items()
+    TeacherShare(task=task, models=PAIRS[task], num_rows=rows) for task, rows in SIZES.items()
 )
 
 
@@ -138,7 +138,7 @@ def test_the_gradient_is_the_sum_of_those_of_the_sub_batches(num_microbatches, r
 def test_one_task_s_teacher_alone_gives_the_bits_of_one_teacher():
     student, teachers = parameters()
     batch = batch_of(4)
-    alone = (TaskTeacher(task="one", models=PAIRS["one"], num_rows=1),)
+    alone = (TeacherShare(task="one", models=PAIRS["one"], num_rows=1),)
     found, numbers = gradient(learner_of(STUDENT_ALONE, alone), student, teachers, batch)
     expected, others = gradient(learner_of(PAIRS["one"]), student, teachers["one"], batch)
     jax.tree.map(np.testing.assert_array_equal, found, expected)

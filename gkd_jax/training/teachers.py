@@ -12,7 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from gkd_jax import gkd, sharding
-from gkd_jax.gkd_config import TaskTeacher
+from gkd_jax.gkd_config import TeacherShare
 from gkd_jax.models import lm
 from gkd_jax.storage import pretrained
 from gkd_jax.training.recipe import Recipe, TaskTeachers
@@ -20,7 +20,7 @@ from gkd_jax.training.recipe import Recipe, TaskTeachers
 
 def task_teachers(
     recipe: Recipe, student: lm.Config, num_pieces: int, pending: frozenset[str]
-) -> tuple[TaskTeacher, ...]:
+) -> tuple[TeacherShare, ...]:
     """Returns several teachers in the order of their rows in a batch; () for any other teacher.
 
     Args:
@@ -45,7 +45,7 @@ def task_teachers(
             )
         except ValueError as error:
             raise ValueError(f"task {task!r}: {error}") from None
-        found.append(TaskTeacher(task=task, models=pair, num_rows=num_rows))
+        found.append(TeacherShare(task=task, models=pair, num_rows=num_rows))
     return tuple(found)
 
 
