@@ -288,14 +288,14 @@ def rows_by_teacher(
         batch: whole blocks of rows. A prompt may have several neighbouring rows of targets.
         advantages: the advantage of each row of targets; None without a reward.
     """
-    if not learner.task_teachers:
+    if not learner.teacher_shares:
         return [TaughtRows(learner.models, teacher_params, batch, advantages)]
     assert teacher_params is not None
-    sizes = [teacher.num_rows for teacher in learner.task_teachers]
+    sizes = [teacher.num_rows for teacher in learner.teacher_shares]
     parts = accumulation.split_blocks((batch, advantages), sizes, batch.inputs.shape[0])
     return [
         TaughtRows(teacher.models, teacher_params[teacher.task], *rows)
-        for teacher, rows in zip(learner.task_teachers, parts, strict=True)
+        for teacher, rows in zip(learner.teacher_shares, parts, strict=True)
     ]
 
 
@@ -385,7 +385,7 @@ def update(
     if alpha < 1:
         metrics["policy_loss"] = sums.policy / num_sequences
         metrics["loss"] = alpha * loss + (1 - alpha) * metrics["policy_loss"]
-    if learner.task_teachers:
+    if learner.teacher_shares:
         metrics |= _divergences(learner, rows_by_teacher(learner, teacher_params, batch), parts)
     average = next_average(learner, state, params)
     return TrainState(state.step + 1, params, opt_state, average), metrics
@@ -405,7 +405,7 @@ def _divergences(
 ) -> dict[str, Float[Array, ""]]:
     """Returns the mean divergence from each of several teachers over its own rows."""
     found = {}
-    for teacher, rows, sums in zip(learner.task_teachers, taught, parts, strict=True):
+    for teacher, rows, sums in zip(learner.teacher_shares, taught, parts, strict=True):
         _, count = learner.config.reduction(rows.batch.weights, rows.batch.weights)
         name = task_names.display_name(teacher.task)
         found[f"divergence/{name}"] = sums.loss / jnp.maximum(count, 1.0)

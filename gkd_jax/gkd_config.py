@@ -161,7 +161,7 @@ class ModelPair:
     Attributes:
         student: the student's config.
         teacher: the teacher's config; None without a divergence, with stored scores alone, and in
-            `Learner.models` where several teachers have pairs of their own (`task_teachers`).
+            `Learner.models` where several teachers have pairs of their own (`teacher_shares`).
         num_pieces: pieces of the shared vocabulary. Ids beyond it exist only to round the
             embedding up (32128 for 32100): they are left out of every softmax.
         teacher_mesh: the axis sizes of the teacher's own mesh over the same devices; None if it has
@@ -214,7 +214,7 @@ class Learner:
         optimizer: the optimizer of the student's parameters.
         num_microbatches: parts of the batch whose gradients are added up.
         self_teacher: the teacher where it is the student itself; None for a frozen one.
-        task_teachers: several frozen teachers, in the order of their rows in a block; () for one.
+        teacher_shares: several frozen teachers, in the order of their rows in a block; () for one.
     """
 
     config: GKDConfig
@@ -222,16 +222,16 @@ class Learner:
     optimizer: optax.GradientTransformation
     num_microbatches: int = 1
     self_teacher: LiveStudent | MovingAverage | None = None
-    task_teachers: tuple[TeacherShare, ...] = ()
+    teacher_shares: tuple[TeacherShare, ...] = ()
 
     @property
     def teachers(self) -> list[tuple[lm.Config, float]]:
         """The config of each teacher, with the share of the rows that it scores."""
-        pairs = [(one.models.teacher, one.num_rows) for one in self.task_teachers]
+        pairs = [(one.models.teacher, one.num_rows) for one in self.teacher_shares]
         pairs = pairs or [(self.models.teacher, 1)]
         return [(config, rows / self.block_size) for config, rows in pairs if config is not None]
 
     @property
     def block_size(self) -> int:
         """The number of neighbouring prompts that a split of the batch must keep together."""
-        return sum(teacher.num_rows for teacher in self.task_teachers) or 1
+        return sum(teacher.num_rows for teacher in self.teacher_shares) or 1

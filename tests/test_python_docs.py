@@ -167,7 +167,7 @@ says("a divergence needs the teacher's sizes and its parameters, got None", upda
 says("with_average=True", update, None, self_teacher=gkd.MovingAverage())
 says("advantages need GKDConfig.rl", update, advantages=np.ones(2))
 blocks = tuple(gkd_config.TeacherShare(task=task, models=pair, num_rows=2) for task in "ab")
-says("whole blocks of 4 prompts", update, {"a": params, "b": params}, task_teachers=blocks)
+says("whole blocks of 4 prompts", update, {"a": params, "b": params}, teacher_shares=blocks)
 for wrong in (np.ones((2, 1)), np.ones(1), np.float32(1)):
     said = f"one number for each of the 2 sequences, got the shape {wrong.shape}"
     says(said, rl.policy_loss, jnp.zeros((2, 3)), jnp.ones((2, 3)), wrong)

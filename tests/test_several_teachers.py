@@ -85,7 +85,7 @@ def learner_of(models, several=(), num_microbatches=1, **method):
         models=models,
         optimizer=SGD,
         num_microbatches=num_microbatches,
-        task_teachers=several,
+        teacher_shares=several,
     )
 
 

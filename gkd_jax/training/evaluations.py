@@ -103,8 +103,10 @@ class Evaluations:
     def _teacher(self, task: str, params: lm.Params | None) -> evaluate.Teacher | None:
         """Returns the teacher of a task; None if no teacher has been given it."""
         learner, models = self._program.learner, self._program.models
-        if learner.task_teachers:
-            models = next((one.models for one in learner.task_teachers if one.task == task), models)
+        if learner.teacher_shares:
+            models = next(
+                (one.models for one in learner.teacher_shares if one.task == task), models
+            )
             params = (params or {}).get(task)
         if models.teacher is None or params is None:
             return None

@@ -58,7 +58,7 @@ def model_info(program: Program) -> str:
     text = "student\n" + _describe(student, shardings_of(student))
     text += _replicated_heads(program.models.student, program.mesh)
     taught = {"teacher": (program.models, program.teacher)}
-    if several := program.learner.task_teachers:
+    if several := program.learner.teacher_shares:
         assert program.teacher is not None
         taught = {
             f"teacher of {one.task}": (one.models, program.teacher[one.task]) for one in several

@@ -153,7 +153,7 @@ def build(
         optimizer=recipe.optimizer(recipe.learning_rate()),
         num_microbatches=recipe.train.num_microbatches,
         self_teacher=recipe.self_teacher,
-        task_teachers=teachers.task_teachers(recipe, models.student, num_pieces, pending),
+        teacher_shares=teachers.teacher_shares(recipe, models.student, num_pieces, pending),
     )
     state = train_state.abstract(
         models.student,

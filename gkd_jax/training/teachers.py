@@ -18,7 +18,7 @@ from gkd_jax.storage import pretrained
 from gkd_jax.training.recipe import Recipe, TaskTeachers
 
 
-def task_teachers(
+def teacher_shares(
     recipe: Recipe, student: lm.Config, num_pieces: int, pending: frozenset[str]
 ) -> tuple[TeacherShare, ...]:
     """Returns several teachers in the order of their rows in a batch; () for any other teacher.
@@ -78,7 +78,7 @@ def abstract_params(recipe: Recipe, learner: gkd.Learner, mesh: Mesh) -> lm.Para
             one.task: pretrained.frozen_shapes(
                 recipe.teacher.models[one.task], _config(one.models), mesh
             )
-            for one in learner.task_teachers
+            for one in learner.teacher_shares
         }
     model = recipe.teachers.get("teacher")
     return model and pretrained.frozen_shapes(model, _config(learner.models), mesh)
@@ -106,7 +106,7 @@ def initial_params(
                 jax.random.fold_in(key, index),
                 "teacher",
             )
-            for index, one in enumerate(learner.task_teachers)
+            for index, one in enumerate(learner.teacher_shares)
         }
     model = recipe.teachers["teacher"]
     return pretrained.initial_params(model, _config(learner.models), shapes, key, "teacher")
