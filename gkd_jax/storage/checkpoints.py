@@ -141,9 +141,9 @@ class Checkpoints:
                 create=True, preservation_policy=AnyPreservationPolicy(policies)
             ),
             item_handlers={
-                "params": ocp.StandardCheckpointHandler(),
-                "opt_state": ocp.StandardCheckpointHandler(),
-                "average": ocp.StandardCheckpointHandler(),
+                "params": saved_model.tree_handler(),
+                "opt_state": saved_model.tree_handler(),
+                "average": saved_model.tree_handler(),
                 "stream": _StreamHandler(),
                 "model": ocp.JsonCheckpointHandler(),
             },
@@ -232,7 +232,7 @@ class Checkpoints:
             self._orbax.save(
                 step,
                 args=ocp.args.Composite(
-                    **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
+                    **{name: ocp.args.PyTreeSave(tree) for name, tree in items.items()},
                     stream=StreamSave(stream),
                     model=ocp.args.JsonSave({**description, "fingerprints": marks}),
                 ),
@@ -264,8 +264,10 @@ class Checkpoints:
             # Without this file, Orbax returns a tree of another form.
             if not (self._folder / str(step) / name / _TREE_FILE).exists():
                 raise fingerprints.DamagedError(f"there is no file {name}/{_TREE_FILE}")
+        places = ocp.checkpoint_utils.construct_restore_args
         items: dict[str, Any] = {
-            name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()
+            name: ocp.args.PyTreeRestore(tree, restore_args=places(tree))
+            for name, tree in wanted.items()
         }
         errors: list[Exception] = []
         if stream is not None:

@@ -11,6 +11,7 @@ from typing import Any
 from etils import epath
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 from gkd_jax.models import lm
@@ -123,6 +124,24 @@ def read_params(step_folder: epath.Path, target: lm.Params) -> lm.Params:
     return structure.unflatten(params)
 
 
+def tree_handler() -> ocp.PyTreeCheckpointHandler:
+    """Returns Orbax's handler of trees, which writes small arrays in one piece.
+
+    By itself Orbax cuts an array of which this process holds several copies into a slice for each
+    copy, so that every device sends one to the host. It compiles a program for each slice: for 58
+    arrays on eight devices of a CPU the first save took 4.0 s in place of 0.1 s. Arrays whose
+    slices have 16 MiB or more are still cut, and so are all arrays where several processes share
+    the writing.
+    """
+    least = 16 << 20 if jax.process_count() == 1 else None
+    types = ocp.type_handlers
+    registry = types.create_type_handler_registry(
+        (jax.Array, types.ArrayHandler(min_slice_bytes_for_replica_parallel=least)),
+        (np.ndarray, types.NumpyHandler()),
+    )
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+
+
 def write_params(
     folder: str,
     config: lm.Config,
@@ -138,11 +157,12 @@ def write_params(
     target = files.absolute(folder)
     about = {**describe_model(config, vocabulary_hash, num_pieces), **(more or {})}
     about["fingerprints"] = {"params": fingerprints.of_tree(params)}
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler("params", "model")) as checkpointer:
+    handler = ocp.CompositeCheckpointHandler("model", params=tree_handler())
+    with ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(
             target,
             args=ocp.args.Composite(
-                params=ocp.args.StandardSave(params),
+                params=ocp.args.PyTreeSave(params),
                 model=ocp.args.JsonSave(about),
             ),
         )
