@@ -4,6 +4,7 @@ With GKD_JAX_TEST_PLATFORMS=cuda,cpu (or tpu,cpu) the tests run on an accelerato
 marked `accelerator` are made for it.
 """
 
+import gc
 import getpass
 import importlib.metadata
 import os
@@ -35,6 +36,10 @@ import gin  # noqa: E402
 # Every jaxtyping signature in gkd_jax is checked at each call. Nothing of gkd_jax may have been
 # imported before this line.
 install_import_hook("gkd_jax", "beartype.beartype")
+
+# A test worker holds more than a million objects of the packages and of compiled programs. By
+# default the collector looks through all of them so often that it takes a tenth of the time.
+gc.set_threshold(100_000, 50, 100)
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"  # see its README.md

@@ -69,7 +69,10 @@ def options(model_dir, *, steps, fraction=0.0, divergence=None, student=None, **
     """The arguments of `train.train` for a short run; `more` replaces fields of the recipe."""
     fields = {
         "student": student or pretrained.ModelConfig(architecture=small, size="tiny"),
-        "data": DataConfig(task="arithmetic", feature_lengths=LENGTHS, batch_size=8),
+        # Every start of a run reads its examples; all 50,000 would take longer than a run's steps.
+        "data": DataConfig(
+            task="arithmetic", feature_lengths=LENGTHS, batch_size=8, num_examples=1000
+        ),
         "method": gkd.GKDConfig(on_policy_fraction=fraction, divergence=divergence),
         "optimizer": optimizers.Adafactor(),
         "schedule": optimizers.Linear(learning_rate=0.02),

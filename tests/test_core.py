@@ -61,7 +61,12 @@ for command in (["bench", "--runs=1"], ["precompile", "--topology=cpu"]):
     main([*command, "--json", "--gin_file=gin/bench/config1.gin", *sys.argv[2:]])
     print("END")
 """
-SMALL = ["--gin.BATCH_SIZE=8", "--gin.STUDENT_SIZE=32x2", "--gin.TEACHER_SIZE=32x2"]
+SMALL = [
+    "--gin.BATCH_SIZE=8",
+    "--gin.STUDENT_SIZE=32x2",
+    "--gin.TEACHER_SIZE=32x2",
+    "--gin.TASK_FEATURE_LENGTHS={'inputs': 8, 'targets': 4}",
+]
 
 
 def python(code, *arguments):

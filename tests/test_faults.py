@@ -215,7 +215,8 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_batch(broken_teac
     with pytest.raises(FloatingPointError, match=r"step \d+ \(dataset batch\): loss nan") as error:
         train.train(**distil(tmp_path / "run", broken_teacher))
     step = int(str(error.value).split()[1])
-    batch = np.load(tmp_path / "run" / f"nonfinite_{step}.npz")
+    with np.load(tmp_path / "run" / f"nonfinite_{step}.npz") as arrays:
+        batch = dict(arrays)
     assert set(batch) == {"inputs", "targets", "weights", "input_lengths"}
     assert batch["inputs"].shape == (8, 48)
     assert (batch["inputs"] == WORD).any() or (batch["targets"] == WORD).any()

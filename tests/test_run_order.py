@@ -1,6 +1,7 @@
 """A run checks before it writes and saves before it evaluates; a refused resume changes nothing."""
 
 import contextlib
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -328,7 +329,8 @@ def test_a_change_on_purpose_is_recorded(run_dir, capfd):
 def test_data_that_were_changed_begin_at_their_beginning(run_dir, tmp_path, monkeypatch):
     """Also where the start that changed them ended before its first checkpoint."""
     whole = shutil.copytree(run_dir, tmp_path / "whole")
-    other = DataConfig(task="arithmetic_backwards", feature_lengths=LENGTHS, batch_size=8)
+    first = options("", steps=5)["recipe"].data
+    other = dataclasses.replace(first, task="arithmetic_backwards")
     config = TrainConfig(train_steps=5, save_period=2)
 
     def start(folder, **more):

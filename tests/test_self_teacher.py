@@ -185,7 +185,13 @@ def test_a_run_with_a_moving_average_goes_on_bit_by_bit(tmp_path):
         train.train(**made, allow_changes=["teacher"])
 
 
-@pytest.mark.parametrize("teacher", [LiveStudent(), MovingAverage(decay=0.6)], ids=["live", "ema"])
+@pytest.mark.parametrize(
+    "teacher",
+    [
+        pytest.param(LiveStudent(), id="live", marks=pytest.mark.slow),
+        pytest.param(MovingAverage(decay=0.6), id="ema"),
+    ],
+)
 def test_one_device_equals_eight_and_the_evaluation_says_who_the_teacher_is(
     tmp_path, monkeypatch, capsys, teacher
 ):

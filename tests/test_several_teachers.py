@@ -14,7 +14,6 @@ import pytest
 from random_models import random_params
 from scipy import special
 import seqio
-import shared_steps
 from small_runs import LENGTHS, options, small, step_lines
 
 from gkd_jax import accumulation, divergences, gkd, losses, rl, sharding
@@ -33,6 +32,7 @@ from gkd_jax.training import metrics, program, train, train_state
 from gkd_jax.training.recipe import TaskTeachers, TrainConfig
 
 
+pytestmark = pytest.mark.usefixtures("shared_steps")
 VOCAB = 40
 KEY = jax.random.key(0)
 SGD = optax.sgd(1.0)
@@ -95,8 +95,11 @@ def rewarded(prompts, outputs, references):
 
 @pytest.mark.parametrize(
     ("num_microbatches", "reduction", "alpha"),
-    [(1, losses.sequence_mean, None), (2, losses.token_mean, None), (2, losses.token_mean, 0.25)],
-    ids=["plain", "token_mean", "rl"],
+    [
+        pytest.param(1, losses.sequence_mean, None, id="plain"),
+        pytest.param(2, losses.token_mean, None, id="token_mean", marks=pytest.mark.slow),
+        pytest.param(2, losses.token_mean, 0.25, id="rl"),
+    ],
 )
 def test_the_gradient_is_the_sum_of_those_of_the_sub_batches(num_microbatches, reduction, alpha):
     """Each sub-batch alone, with its one teacher, weighted by its part of the batch's count."""
@@ -370,9 +373,8 @@ def test_rows_that_name_their_teacher_train_as_two_files_do(tmp_path):
         return [[line[f"train/{part}"] for part in parts] for line in lines]
 
     expected = run_on("alone", 4, alone)
-    with shared_steps.shared():  # both starts are of one program
-        assert run_on("named", 2, named) == expected[:2]
-        assert run_on("named", 4, named) == expected
+    assert run_on("named", 2, named) == expected[:2]
+    assert run_on("named", 4, named) == expected
     contents = json.loads((tmp_path / "named" / "run.json").read_text())["contents"]
     assert {f"data.task.{task}" for task in named} <= set(contents)
 

@@ -521,13 +521,20 @@ def test_dropped_shots_of_bbh_are_counted(length, expected, data_dirs, shared):
     assert (found.examples, found.fewer_shots, found.no_shots) == (270, *expected)
 
 
-def test_dropped_shots_of_mmlu_are_counted(data_dirs, shared):
+@pytest.mark.parametrize(
+    ("task", "subjects", "examples", "fewer"),
+    [
+        ("mmlu_professional_law", ("professional_law",), 1_534, 35),
+        pytest.param("mmlu", mmlu.SUBJECTS, 14_042, 404, marks=pytest.mark.slow),
+    ],
+)
+def test_dropped_shots_of_mmlu_are_counted(task, subjects, examples, fewer, data_dirs, shared):
     vocabulary = t5_vocabulary(shared)
     data_dir = data_dirs["mmlu"]
-    groups = [mmlu.read_subject(str(data_dir), name, "test") for name in mmlu.SUBJECTS]
-    assert dropped_by_hand(groups, vocabulary, 2048) == (404, 0)
-    found = fit_of("mmlu", data_dir, vocabulary, {"inputs": 2048, "targets": 8})
-    assert (found.examples, found.fewer_shots, found.no_shots) == (14_042, 404, 0)
+    groups = [mmlu.read_subject(str(data_dir), name, "test") for name in subjects]
+    assert dropped_by_hand(groups, vocabulary, 2048) == (fewer, 0)
+    found = fit_of(task, data_dir, vocabulary, {"inputs": 2048, "targets": 8})
+    assert (found.examples, found.fewer_shots, found.no_shots) == (examples, fewer, 0)
     assert found.cut == {"inputs": 0, "targets": 0}
 
 
