@@ -120,7 +120,7 @@ class TaughtRows(NamedTuple):
     """Some rows of a batch with the teacher that scores them.
 
     Attributes:
-        models: the sizes of the student and of the teacher.
+        models: the configs of the student and of the teacher.
         teacher_params: the teacher's parameters.
         batch: the rows.
         advantages: the advantage of each row of targets; None without a reward.
@@ -168,7 +168,7 @@ def _token_values(
     heads = [lm.head_params(student_params)]
     if config.divergence is not None and batch.teacher_scores is None:
         if models.teacher is None or teacher_params is None:
-            raise ValueError("a divergence needs the teacher's sizes and its parameters, got None")
+            raise ValueError("a divergence needs the teacher's config and its parameters, got None")
         with sharding.use_sizes(models.teacher_mesh):
             states.append(lm.hidden(models.teacher, teacher_params, batch.as_teacher_reads()))
         heads.append(lm.head_params(teacher_params))

@@ -87,7 +87,7 @@ def lines(model_dir, key):
     return metrics.values_by_step(model_dir / "metrics.jsonl", key)
 
 
-def test_two_processes_equal_one_and_resume_each_other_s_checkpoints(tmp_path, capfd):
+def test_two_processes_equal_one_which_goes_on_from_their_checkpoint(tmp_path, capfd):
     """A signal to one of two processes ends both; one process goes on, as if it had done it all."""
     alone, together = tmp_path / "alone", tmp_path / "together"
     processes = start(together, "--gin.TRAIN_STEPS=100000", "--gin.SAVE_PERIOD=0.01 s")

@@ -163,7 +163,7 @@ def update(teacher=params, batch=good, advantages=None, **changes):
                           advantages)
 assert update()[0].params.keys() == params.keys()
 says("num_microbatches=3 does not divide the 2 prompts", update, num_microbatches=3)
-says("a divergence needs the teacher's sizes and its parameters, got None", update, None)
+says("a divergence needs the teacher's config and its parameters, got None", update, None)
 says("with_average=True", update, None, self_teacher=gkd.MovingAverage())
 says("advantages need GKDConfig.rl", update, advantages=np.ones(2))
 blocks = tuple(gkd_config.TeacherShare(task=task, models=pair, num_rows=2) for task in "ab")

@@ -102,7 +102,7 @@ def _finite(leaves: list[jax.Array], stacked: tuple[bool, ...]) -> list[jax.Arra
 
 
 def load_model(path: str | os.PathLike[str]) -> tuple[lm.Config, lm.Params]:
-    """Returns the sizes and the float32 parameters of the model in a checkpoint of any format.
+    """Returns the config and the float32 parameters of the model in a checkpoint of any format.
 
     See `load_config` for the formats, and `load_config` and `load_params` for the errors.
     """

@@ -90,7 +90,7 @@ def check_special_ids(
     no special ids built in and accept every vocabulary.
 
     Args:
-        config: the sizes of a model of any family.
+        config: the config of a model of any family.
         vocabulary: the run's vocabulary.
         check_remote: whether a vocabulary in a remote file may be read.
 
