@@ -37,10 +37,6 @@ import gin  # noqa: E402
 # imported before this line.
 install_import_hook("gkd_jax", "beartype.beartype")
 
-# A test worker holds more than a million objects of the packages and of compiled programs. By
-# default the collector looks through all of them so often that it takes a tenth of the time.
-gc.set_threshold(100_000, 50, 100)
-
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"  # see its README.md
 CACHE = pathlib.Path(tempfile.gettempdir()) / f"gkd_jax_test_cache_{getpass.getuser()}"
@@ -52,6 +48,22 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+# By default the collector looks so often through the million objects of the packages that it takes
+# a tenth of the time. Here it runs behind each module, and leaves out what the imports made.
+gc.set_threshold(100_000, 50, 1000)
+
+
+def pytest_collection_finish():
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _collect_garbage():
+    yield
+    gc.collect()
 
 
 @pytest.hookimpl(optionalhook=True)
