@@ -22,6 +22,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from gkd_jax.batch import TopK
+
 
 Logits = Float[Array, "*B V"]
 PerToken = Float[Array, "*B"]
@@ -186,6 +188,51 @@ def total_variation(student_logits: Logits, teacher_logits: Logits) -> PerToken:
     # difference no larger than rounding noise counts as 0.
     noise = jnp.abs(difference) <= 4 * jnp.finfo(p.dtype).eps * (p + q)
     return 0.5 * jnp.sum(jnp.where(noise, 0.0, jnp.abs(difference)), axis=-1)
+
+
+# A stored teacher ---------------------------------------------------------------------------------
+# A teacher that `gkd_jax.input.teacher_cache` stored has its k most probable ids at each position,
+# and the probability mass of all other ids. A divergence from it compares these k + 1 outcomes. It
+# is at least 0 and at most the divergence of the whole distributions, because merging outcomes
+# cannot increase a divergence; for k = V both are equal. Axes: T target, k ids, K outcomes.
+
+
+def top_k(logits: Float[Array, "B T V"], k: int) -> TopK:
+    """Returns the k most probable ids at each position and the log mass of all other ids."""
+    log_probs = jax.nn.log_softmax(logits)
+    values, ids = jax.lax.top_k(log_probs, k)
+    return TopK(ids, values, _log_mass_without(log_probs, ids))
+
+
+def outcomes(
+    student_logits: Float[Array, "B T V"], teacher: TopK
+) -> tuple[Float[Array, "B T K"], Float[Array, "B T K"]]:
+    """Returns the student's and the teacher's log-probabilities of the same K outcomes.
+
+    The outcomes are the teacher's k ids and, unless k = V, one outcome for all other ids. Any
+    divergence accepts the results as logits.
+    """
+    log_q = jax.nn.log_softmax(student_logits)
+    picked = jnp.take_along_axis(log_q, teacher.ids, axis=-1)
+    if teacher.ids.shape[-1] == log_q.shape[-1]:
+        return picked, teacher.log_probs
+    rest = _log_mass_without(log_q, teacher.ids)
+    return (
+        jnp.concatenate([picked, rest[..., None]], axis=-1),
+        jnp.concatenate([teacher.log_probs, teacher.tails[..., None]], axis=-1),
+    )
+
+
+def _log_mass_without(log_probs: jax.Array, ids: jax.Array) -> jax.Array:
+    """Returns the log of the total probability of the ids that are not in `ids`.
+
+    The probabilities of the other ids are summed directly, because log(1 - mass of `ids`) has a
+    large rounding error if that mass is close to 1.
+    """
+    # `vmap` scatters within each position. For one scatter over all positions, the compiler would
+    # gather the indices on every device.
+    without = jax.vmap(jax.vmap(lambda row, picked: row.at[picked].set(-jnp.inf)))
+    return jax.nn.logsumexp(without(log_probs, ids), axis=-1)
 
 
 def _check_shapes(student_logits: Any, teacher_logits: Any) -> None:

@@ -30,12 +30,12 @@ import optax
 
 from gkd_jax import accumulation, losses, sharding
 from gkd_jax.batch import Batch, TopK
+from gkd_jax.divergences import outcomes
 from gkd_jax.gkd_config import GKDConfig, Learner, LiveStudent, ModelPair, MovingAverage
 from gkd_jax.models import lm
 from gkd_jax.rl import policy_loss
 from gkd_jax.sampling import Sample, allowed_ids, sample
 from gkd_jax.text import task_names
-from gkd_jax.top_k import outcomes
 
 
 class StepKeys(NamedTuple):

@@ -14,8 +14,8 @@ PACKAGE = ROOT / "gkd_jax"
 # A module imports from rows above its own only. A package is one entry: its submodules may
 # import each other. `__init__` is `import gkd_jax` itself, the public names.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("batch", "divergences", "losses", "text"),
-    ("rl", "sharding", "top_k"),
+    ("batch", "losses", "text"),
+    ("divergences", "rl", "sharding"),
     ("accumulation", "models", "tasks"),
     ("input", "sampling"),
     ("convert", "decoding", "gkd_config"),

@@ -10,7 +10,7 @@ import pytest
 from small_runs import LENGTHS, options, small, step_lines
 
 import gin
-from gkd_jax import divergences, main, top_k
+from gkd_jax import divergences, main
 from gkd_jax.batch import Batch
 from gkd_jax.evaluation import made_by, score
 from gkd_jax.input import teacher_cache
@@ -48,9 +48,9 @@ def merged(log_probs, ids):
 
 def test_outcomes_are_the_probabilities_of_the_ids_and_of_the_rest(logits):
     student, teacher = logits
-    top = top_k.top_k(teacher, 6)
+    top = divergences.top_k(teacher, 6)
     assert np.all(np.diff(top.log_probs) <= 0)
-    q, p = top_k.outcomes(student, top)
+    q, p = divergences.outcomes(student, top)
     np.testing.assert_allclose(np.exp(q), merged(student, top.ids), rtol=1e-5)
     np.testing.assert_allclose(np.exp(p), merged(teacher, top.ids), rtol=1e-5)
     # The forward KL of merged outcomes, by its formula.
@@ -68,11 +68,11 @@ def test_more_ids_say_more_and_all_say_all(logits, name):
     full, gradient = jax.value_and_grad(lambda q: divergence(q, teacher).sum())(student)
     before = jnp.zeros(student.shape[:2])
     for k in (1, 9, V):
-        top = top_k.top_k(teacher, k)
+        top = divergences.top_k(teacher, k)
 
         @jax.jit
         def of_top(q, top=top):
-            return divergence(*top_k.outcomes(q, top))
+            return divergence(*divergences.outcomes(q, top))
 
         gradient_of_top = jax.jit(jax.grad(lambda q: of_top(q).sum()))
         found = of_top(student)
@@ -88,7 +88,7 @@ def test_more_ids_say_more_and_all_say_all(logits, name):
 
 def test_a_tail_of_next_to_nothing_keeps_its_digits():
     logits = jnp.asarray([[[40.0, 1.0, 0.0, -1.0]]])
-    top = top_k.top_k(logits, 1)
+    top = divergences.top_k(logits, 1)
     expected = np.log(np.exp(np.array([1.0, 0.0, -1.0]) - 40.0).sum())
     np.testing.assert_allclose(top.tails, [[expected]], rtol=1e-6)
 
@@ -104,7 +104,7 @@ def rows(seed, num=2):
     inputs = rng.integers(1, V, (num, 4)).astype(np.int32)
     inputs[0, 2:] = 0
     targets = (rng.integers(0, V, (num, 5)) * weights).astype(np.int32)
-    scores = top_k.top_k(jnp.asarray(rng.normal(size=(num, 5, V)), jnp.float32), 3)
+    scores = divergences.top_k(jnp.asarray(rng.normal(size=(num, 5, V)), jnp.float32), 3)
     return Batch(inputs, targets, weights), jax.tree.map(np.asarray, scores)
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gkd_jax import divergences, gkd, sampling, top_k
+from gkd_jax import divergences, gkd, sampling
 from gkd_jax.batch import Batch
 from gkd_jax.gkd_config import Divergence
 from gkd_jax.models import lm, t5
@@ -74,8 +74,8 @@ class GKDJax:
         )
 
     def top_k_divergence(self, student_logits, teacher_logits, beta, k):
-        top = top_k.top_k(jnp.asarray(teacher_logits), k)
-        student, teacher = top_k.outcomes(jnp.asarray(student_logits), top)
+        top = divergences.top_k(jnp.asarray(teacher_logits), k)
+        student, teacher = divergences.outcomes(jnp.asarray(student_logits), top)
         return np.asarray(_divergence(beta)(student, teacher))
 
     def divergence_and_gradient(self, student_logits, teacher_logits, beta):

@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 import numpy as np
 import seqio
 
-from gkd_jax import gkd, sharding, top_k
+from gkd_jax import divergences, gkd, sharding
 from gkd_jax.batch import Batch, TopK
 from gkd_jax.evaluation import made_by
 from gkd_jax.evaluation.opened import open_model_and_task
@@ -80,7 +80,7 @@ def run(
     def score(params, batch):
         with sharding.use(device_mesh):
             logits = gkd.of_pieces(lm.logits(config, params, batch.as_teacher_reads()), num_pieces)
-            return top_k.top_k(logits / temperature, k)
+            return divergences.top_k(logits / temperature, k)
 
     jitted = jax.jit(score, out_shardings=sharding.replicated(device_mesh))
     params = place_params(model, config, device_mesh)

@@ -1,8 +1,8 @@
 """Stores on disk a teacher's top-k probabilities at every target position of a data set.
 
 `gkd-jax score` writes the cache once; training steps on the data set's targets (lambda < 1) then
-need no teacher. For each position the cache has what `gkd_jax.top_k` computes: the k most probable
-ids, their log-probabilities, and the log of the probability mass of all other ids.
+need no teacher. For each position the cache has what `gkd_jax.divergences.top_k` computes: the k
+most probable ids, their log-probabilities, and the log of the probability mass of all other ids.
 
 The folder of a cache holds `about.json` and these files. A file is a flat array in native byte
 order, with one entry for each row of the split or for each target token of each row:
