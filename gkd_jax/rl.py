@@ -73,15 +73,19 @@ def rewards_of(
             of another length, for example, would be averaged, or divided among prompts, as if it
             were right.
     """
-    returned: Any = reward(prompts, outputs, references)
+    return _numbers(reward(prompts, outputs, references), len(outputs))
+
+
+def _numbers(returned: Any, num_outputs: int) -> Float[np.ndarray, " N"]:
+    """Returns rewards as one finite float64 for each of N outputs; the error is `rewards_of`'s."""
     try:
         found = np.asarray(returned)
     except ValueError:  # lists of different lengths
         found = np.asarray(returned, object)
     is_numeric = jnp.issubdtype(found.dtype, jnp.floating) or found.dtype.kind in "biu"
-    if found.shape != (len(outputs),) or not is_numeric:
+    if found.shape != (num_outputs,) or not is_numeric:
         raise ValueError(
-            f"a reward must return one number for each of the {len(outputs)} outputs, got an array "
+            f"a reward must return one number for each of the {num_outputs} outputs, got an array "
             f"of shape {found.shape} and dtype {found.dtype}: {str(returned)[:200]}"
         )
     found = found.astype(np.float64)
@@ -97,10 +101,14 @@ def advantages(rewards: Float[np.ndarray, " N"], num_samples: int = 1) -> Float[
     without others keeps its reward.
 
     Args:
-        rewards: the reward of each sample, as `rewards_of` returns them.
+        rewards: the reward of each sample.
         num_samples: the number of samples of each prompt. If there are several, the others are
             those of the same prompt (REINFORCE leave-one-out), else the rest of the batch.
+
+    Raises:
+        ValueError: for a reward that is not a finite number.
     """
+    rewards = _numbers(rewards, len(rewards))
     groups = rewards.reshape(-1, num_samples) if num_samples > 1 else rewards[None]
     size = groups.shape[1]
     if size == 1:

@@ -201,6 +201,8 @@ def test_advantages():
     # Two a prompt: against the other one.
     np.testing.assert_allclose(rl.advantages(rewards, 2), [-1, 1, 6, -6])
     np.testing.assert_allclose(rl.advantages(np.array([5.0])), [5.0])  # nothing to compare with
+    with pytest.raises(ValueError, match=r"must be a finite number, got \[1.0, nan\]"):
+        rl.advantages(np.array([1.0, np.nan]))
 
 
 @pytest.mark.parametrize(
