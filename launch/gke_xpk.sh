@@ -3,7 +3,7 @@
 #
 #   launch/gke_xpk.sh --cluster=C --workload=gkd-1 --tpu_type=v5litepod-64 \
 #     --base_docker_image=IMAGE [--num_slices=2] [--zone=Z] [--project=P] [--priority=medium] \
-#     [--max_restarts=10] -- gkd-jax train --gin_file=gin/gkd.gin --gin.MODEL_DIR="'/runs/gkd'" ...
+#     [--max_restarts=10] -- gkd-jax train --gin_file=gin/gkd.gin --gin.MODEL_DIR=/runs/gkd ...
 #
 # XPK adds this checkout to the base image, which must hold the dependencies of gkd_jax[tpu]. With
 # --docker_image=IMAGE the image is used as it is. Every worker runs the same command with

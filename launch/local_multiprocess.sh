@@ -3,7 +3,7 @@
 #
 #   launch/local_multiprocess.sh --num_processes=2 [--devices_per_process=2] [--port=12345] \
 #     [--log_dir=DIR] -- \
-#     gkd-jax train --gin_file=gin/gkd.gin --gin.MODEL_DIR="'/tmp/gkd'" ...
+#     gkd-jax train --gin_file=gin/gkd.gin --gin.MODEL_DIR=/tmp/gkd ...
 #
 # Every process runs the same command with GKD_JAX_COORDINATOR, GKD_JAX_NUM_PROCESSES and
 # GKD_JAX_PROCESS_ID. Process 0 writes to the terminal, and process N to LOG_DIR/process_N.txt. The

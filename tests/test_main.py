@@ -135,7 +135,7 @@ WRONG = {
     "positional": (["train", "x"], "takes flags only, got 'x'"),
     "missing macros": (
         ["train", "--gin_file=gin/gkd.gin"],
-        "MIXTURE_OR_TASK_NAME is required: --gin.MIXTURE_OR_TASK_NAME=\"'...'\"; MODEL_DIR is",
+        "MIXTURE_OR_TASK_NAME is required: --gin.MIXTURE_OR_TASK_NAME=VALUE; MODEL_DIR is",
     ),
     "no recipe of that name": (["train", "--gin_file=quickstar"], "quickstar"),
     "report of nothing": (["report", "/no/such/run", "--output=/tmp/x"], "no '/no/such/run'"),

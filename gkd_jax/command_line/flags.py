@@ -89,7 +89,7 @@ COMMANDS = {
         does="many runs from a grid of macros, or from a file of rows; what is done is skipped",
         example="gkd-jax sweep --gin_file=gin/gkd.gin --output=/tmp/study "
         "--grid RANDOM_SEED=0,1,2 --grid divergence=forward_kl,jsd_0.1 "
-        "--gin.MIXTURE_OR_TASK_NAME=\"'arithmetic'\" -- --tfds_data_dir=/data/tfds",
+        "--gin.MIXTURE_OR_TASK_NAME=arithmetic -- --tfds_data_dir=/data/tfds",
         reads_gin=False,
     ),
     "report": Command(

@@ -82,9 +82,7 @@ def parse(
         gin.parse_config(f"{name} = {stand_ins[name]}")
         missing.remove(name)
     if missing:
-        raise UsageError(
-            "; ".join(f"{name} is required: --gin.{name}=\"'...'\"" for name in missing)
-        )
+        raise UsageError("; ".join(f"{name} is required: --gin.{name}=VALUE" for name in missing))
 
 
 def _rejected(error: Exception) -> str:

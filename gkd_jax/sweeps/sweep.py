@@ -2,8 +2,7 @@
 
     gkd-jax sweep --gin_file=gin/gkd.gin --output=/runs/study \\
       --grid divergence=forward_kl,jsd_0.1,jsd_0.9 --grid RANDOM_SEED=0,1,2 \\
-      --gin.MIXTURE_OR_TASK_NAME="'arithmetic'" --gin.STUDENT_SIZE="'tiny'" \\
-      --gin.TEACHER_SIZE="'tiny'"
+      --gin.MIXTURE_OR_TASK_NAME=arithmetic --gin.STUDENT_SIZE=tiny --gin.TEACHER_SIZE=tiny
     gkd-jax sweep --sweep_file=gin/sweeps/arithmetic.toml --output=/runs/arithmetic
 
 A sweep file is TOML:
@@ -14,16 +13,16 @@ A sweep file is TOML:
     [rows.teacher]                        # a row is one run for each combination of its axes
     command = "train"                     # or "infer", "eval"; the default is "train"
     gin_file = "gin/sft.gin"
-    macros = { TRAIN_STEPS = 900, STUDENT_SIZE = "'small'" }
+    macros = { TRAIN_STEPS = 900, STUDENT_SIZE = "small" }
     axes = { RANDOM_SEED = [] }           # added to the axes above; an empty axis is dropped
     [rows.gkd]
-    macros = { TEACHER_CHECKPOINT = "'{teacher}'" }
+    macros = { TEACHER_CHECKPOINT = "{teacher}" }
     axes.divergence = ["forward_kl", "jsd_0.1"]
 
-Strings are gin expressions, as on the command line, so a string value has quotes of its own.
-`{teacher}` stands for the folder of the row `teacher`, which then runs first. If both rows have an
-axis, the run with the same value is taken. An axis is a macro with its values, or any name with
-tables of macros (`[{ name = "short", TRAIN_STEPS = 400 }]`), or `divergence`, whose values
+Strings are gin expressions, as on the command line, where a word or a path needs no quotes of its
+own. `{teacher}` stands for the folder of the row `teacher`, which then runs first. If both rows
+have an axis, the run with the same value is taken. An axis is a macro with its values, or any name
+with tables of macros (`[{ name = "short", TRAIN_STEPS = 400 }]`), or `divergence`, whose values
 `forward_kl`, `reverse_kl`, `total_variation` and `jsd_0.1` set DIVERGENCE and BETA together.
 `--grid` replaces the axis of the same name. `--gin.MACRO` applies to the rows of `train` and to
 rows that set the macro; an axis overrides it.
