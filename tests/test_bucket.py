@@ -146,14 +146,11 @@ def test_a_dry_run_does_not_look_at_a_bucket(path, eval_fraction, tmp_path, caps
     ],
     ids=["infer", "infer of a text file", "eval", "score"],
 )
-def test_no_dry_run_of_another_command_looks_at_a_bucket(
-    command, more, tmp_path, monkeypatch, capsys
-):
+def test_no_dry_run_of_another_command_looks_at_a_bucket(command, more, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     more = {**more, "data": data_at("gs://bucket/data.jsonl"), "dry_run": True}
     more |= {} if command is score.run else {"evaluation": evaluate.EvalConfig()}
     command(model=pretrained.ModelConfig(size="tiny", checkpoint="gs://bucket/model"), **more)
-    assert "dry run: all is well" in capsys.readouterr().err
     with pytest.raises(ValueError, match="'gs://bucket/model': it needs the model's size"):
         command(model=pretrained.ModelConfig(checkpoint="gs://bucket/model"), **more)
 
@@ -192,8 +189,8 @@ def test_a_dry_run_does_not_look_at_a_vocabulary_in_a_bucket(student, tmp_path, 
         model = pretrained.ModelConfig(checkpoint=str(tmp_path / "student"))
     data = DataConfig(task="arithmetic", vocabulary="t5", feature_lengths=LENGTHS, batch_size=8)
     train.train(**options(run, steps=1, student=model, data=data), dry_run=True)
-    said = capsys.readouterr().err.splitlines()
-    assert said[-2:] == [f"not checked: {vocabularies.T5_PATH}", "dry run: all is well"]
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == f"not checked: {vocabularies.T5_PATH}"
 
 
 def test_one_job_at_a_time_holds_a_run(bucket, monkeypatch):

@@ -5,6 +5,7 @@ import copy
 import pathlib
 import re
 
+import jax
 import pytest
 
 import gin
@@ -41,6 +42,12 @@ def dry_run(name, tmp_path, *more):
 def test_every_benchmark_builds(path, capsys):
     assert main.main(["bench", f"--gin_file={path}", "--dry_run"]) in (0, None)
     assert "all is well" in capsys.readouterr().err
+
+
+def test_of_several_processes_one_says_that_all_is_well(monkeypatch, capsys):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    main.main(["bench", f"--gin_file={ROOT}/gin/bench/config1.gin", "--dry_run"])
+    assert "all is well" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -52,6 +52,8 @@ def run(command: str, values: Any, bindings: list[tuple[str, str]], positional: 
         case "recipes":
             with contextlib.suppress(BrokenPipeError):  # `| head` takes what it needs
                 print(recipes.listing())
+    if values.dry_run and flags.COMMANDS[command].reads_gin:
+        _say_all_is_well()
 
 
 def _read_gin_files(command: str, values: Any, bindings: list[tuple[str, str]]) -> None:
@@ -62,6 +64,14 @@ def _read_gin_files(command: str, values: Any, bindings: list[tuple[str, str]]) 
     with process.importing():
         process.set_up(reads_data=reads_data, tfds_data_dir=values.tfds_data_dir)
         gin_files.parse(values.gin_file, bindings, values.gin_search_paths, stand_ins=stand_ins)
+
+
+def _say_all_is_well() -> None:
+    """Ends a dry run that found nothing wrong; of several processes, only the first prints."""
+    import jax
+
+    if jax.process_index() == 0:
+        print("dry run: all is well", file=sys.stderr)
 
 
 def _train(values: Any) -> None:

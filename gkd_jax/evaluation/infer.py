@@ -120,7 +120,6 @@ def evaluate_checkpoint(
     opened = open_model_and_task(model, data, dry_run=dry_run)
     ready = _prepare(opened, evaluation, mesh)
     if dry_run:
-        print("dry run: all is well", file=sys.stderr)
         return
     folder = pathlib.Path(output_dir)
     if jax.process_index() == 0:
@@ -183,7 +182,6 @@ def run(
     made_by.on_first_process(made_by.check, output, about, unread)
     ready = _prepare(opened, evaluation, mesh, reads_split=text_file is None)
     if dry_run:
-        print("dry run: all is well", file=sys.stderr)
         return
     if text_file is None:
         batches = ready.batches(evaluation)

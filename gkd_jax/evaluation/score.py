@@ -74,7 +74,6 @@ def run(
         unread += ["num_pieces", "k"]
     made_by.on_first_process(made_by.check_scores, output, about, unread)
     if dry_run:
-        print("dry run: all is well", file=sys.stderr)
         return
 
     def score(params, batch):

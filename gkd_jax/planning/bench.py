@@ -36,7 +36,6 @@ from collections.abc import Callable, Mapping
 import dataclasses
 import json
 import resource
-import sys
 import time
 import timeit
 from typing import Any
@@ -90,7 +89,6 @@ def bench(
     recipe = dataclasses.replace(recipe, method=dataclasses.replace(method, sampling=sampling))
     built = program.build(recipe, vocabulary_size.num_pieces_of(recipe))
     if dry_run:
-        print("dry run: all is well", file=sys.stderr)
         return
     models = _random_models(built)
     sampled: dict[str, Any] = {}

@@ -69,7 +69,6 @@ def precompile(
         devices=devices,
     )
     if dry_run:
-        print("dry run: all is well", file=sys.stderr)
         return
     phases = {}
     for name, (function, arguments) in program.step_functions(built).items():

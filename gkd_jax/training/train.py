@@ -84,7 +84,8 @@ def train(
     evaluate = None
     if recipe.evaluation is not None:
         evaluate = Evaluations(program, source, folder, check_remote=not dry_run)
-    print(plan(program), file=sys.stderr)
+    if jax.process_index() == 0:
+        print(plan(program), file=sys.stderr)
     _warn_of_long_texts(program)
     if dry_run:
         _check_dry(folder, program, source, pending, allow_changes)
@@ -259,6 +260,5 @@ def _check_dry(
         unknown |= {os.fspath(folder)}
     if not unknown:
         RunFolder(program, source, folder, allow_changes=allow_changes)
-    for path in sorted(unknown):
+    for path in sorted(unknown) if jax.process_index() == 0 else ():
         print(f"not checked: {path}", file=sys.stderr)
-    print("dry run: all is well", file=sys.stderr)
