@@ -30,8 +30,6 @@ class Evaluations:
         """Opens the tasks and checks them against the model; decodes nothing yet.
 
         Args:
-            program: the run's shapes; its recipe has an `evaluation`.
-            source: the run's opened task.
             model_dir: the folder that receives decoded rows, in `eval/<task>/<step>.jsonl`.
             check_remote: whether remote vocabularies are read; False keeps a dry run off the
                 network.
@@ -143,10 +141,8 @@ class Evaluations:
         """Decodes and scores every task with these parameters; also writes the decoded rows.
 
         Args:
-            params: the student's parameters.
             teacher_params: the teacher's parameters, for the divergence, or those of several
                 teachers by their tasks; None without a teacher.
-            step: the number of updates so far.
 
         Returns:
             The metrics, named `eval/<task>/<metric>`.

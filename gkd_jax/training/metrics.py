@@ -50,12 +50,9 @@ class Writer:
         resume_step: int | None,
         also: Sequence[Tracker] = (),
     ):
-        """Opens the files.
+        """Opens the files of a run, which begins if `resume_step` is None.
 
-        Args:
-            model_dir: the folder of the run.
-            resume_step: the step from which the run goes on; None if it begins.
-            also: functions that are given the numbers of each step as well.
+        The functions `also` are given the numbers of each step as well.
         """
         self._folder = epath.Path(model_dir)
         self._also = tuple(also)
@@ -85,10 +82,7 @@ class Writer:
     ) -> None:
         """Writes one line `{"step": step, **values}`, and warns of samples that go wrong.
 
-        Args:
-            step: the number of steps done.
-            values: the numbers of the step, by name.
-            before_warning: called before a warning is printed.
+        `before_warning` is called before a warning is printed.
         """
         if self._file is None or self._tensorboard is None:
             return
@@ -119,11 +113,7 @@ class Writer:
         self._copied_at = time.monotonic()
 
     def dump(self, step: int, arrays: Mapping[str, Any]) -> epath.Path:
-        """Writes the arrays that this process holds whole to `MODEL_DIR/nonfinite_<step>.npz`.
-
-        Returns:
-            The path of the file.
-        """
+        """Writes the arrays that this process holds whole to a file, whose path is returned."""
         path = self._folder / f"nonfinite_{step}.npz"
         held = {
             name: np.asarray(value)
@@ -190,9 +180,7 @@ def values_by_step(path: files.AnyPath, name: str) -> dict[int, float]:
 def study_table(root: str | os.PathLike[str], phases: Sequence[str]) -> str:
     """Returns a Markdown table with the last evaluation of each run of a study, one run a row.
 
-    Args:
-        root: the folder of the study.
-        phases: the names of the runs, which are folders in `root`.
+    The runs are the folders `phases` of `root`.
     """
     rows: dict[str, dict[str, Any]] = {}
     for phase in phases:

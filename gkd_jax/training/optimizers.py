@@ -43,10 +43,7 @@ class Linear:
                 raise ValueError(f"{name} must be an integer of at least 0, got {value!r}")
 
     def over(self, total_steps: int) -> Schedule:
-        """Returns the learning rate as a function of the number of updates done before.
-
-        Args:
-            total_steps: the number of updates of the run.
+        """Returns the rate in a run of `total_steps` updates, as a function of those done before.
 
         Raises:
             ValueError: if the rise and the fall together are longer than the run.

@@ -14,10 +14,6 @@ from typing import Any
 def by_size(size: str, values: Mapping[str, Any]) -> Any:
     """Returns the value of a setting for a model size.
 
-    Args:
-        size: the size of the student (STUDENT_SIZE).
-        values: the value for each size.
-
     Raises:
         ValueError: if there is no value for this size; names the known sizes.
     """
@@ -35,17 +31,11 @@ def learning_rate(
     divergence: Callable | None = None,
     reverse_kl: float | None = None,
 ) -> float:
-    """Returns the learning rate for a model size and a divergence.
+    """Returns the learning rate for a model size and a divergence; errors are those of `by_size`.
 
     Args:
-        size: the size of the student (STUDENT_SIZE).
-        values: the learning rate for each size.
-        divergence: the method's divergence; None for SFT.
         reverse_kl: the learning rate for the reverse KL at any size. This divergence is more
             sensitive to high rates (Agarwal et al., 2024, App. A.4). None makes no exception.
-
-    Raises:
-        ValueError: if there is no learning rate for this size; names the known sizes.
     """
     if reverse_kl is not None and getattr(divergence, "__name__", "") == "reverse_kl":
         return reverse_kl

@@ -72,13 +72,10 @@ class Program:
         return self.learner.config
 
     def batch(self, rows: int, shape: Shape, num_samples: int = 1, k: int = 0) -> Batch:
-        """Returns an abstract batch: shapes with shardings.
+        """Returns an abstract batch of `rows` prompts: shapes with shardings.
 
-        Args:
-            rows: the number of prompts.
-            shape: the lengths (S, T), and R where the teacher reads prompts of its own.
-            num_samples: the number of targets for each prompt.
-            k: the number of the teacher's stored ids per position; 0 without stored scores.
+        Each prompt has `num_samples` targets. With `k`, each position of a target has k of the
+        teacher's stored ids.
         """
         where = sharding.batch_sharding(self.mesh)
         source, target, *teachers = shape
@@ -115,14 +112,11 @@ def build(
     """Checks a recipe and makes its jitted functions, from shapes alone.
 
     Args:
-        recipe: the configuration of the run.
         num_pieces: the number of ids in the vocabulary, extra ids included.
         eos_ids: the ids that end the student's samples, unless the recipe names others; None takes
             those of the model family.
-        cached_k: the number of ids per position in the teacher's stored scores; 0 without a cache.
         pending: checkpoints that are not opened, because another run will make them, or because
             they are remote and this is a dry run.
-        devices: the devices of the mesh; None takes all.
 
     Raises:
         ValueError: if settings do not fit together; the message names the value and what was

@@ -17,13 +17,10 @@ class Progress:
     """
 
     def __init__(self, total: int, *, start: int, every: int, name: str = ""):
-        """Starts the clock.
+        """Starts the clock of a run of `total` steps, of which `start` are done.
 
-        Args:
-            total: the number of steps of the whole run.
-            start: the number of steps that are done already.
-            every: the number of steps between lines where standard error is not a terminal.
-            name: the name of the run within a study, or "".
+        Where standard error is not a terminal, there are `every` steps between lines. `name` is
+        that of the run within a study, or "".
         """
         self._silent = jax.process_index() > 0
         self._total, self._start, self._every = total, start, every
@@ -42,12 +39,7 @@ class Progress:
             )
 
     def step(self, done: int, values: Mapping[str, float]) -> None:
-        """Records one more step and prints where it is due.
-
-        Args:
-            done: the number of steps done so far.
-            values: the numbers of the step.
-        """
+        """Records the numbers of one more step, after which `done` are done; prints if due."""
         self._sampling += values.get("time/sample_s", 0.0)
         self._updating += values.get("time/update_s", 0.0)
         if self._silent:

@@ -71,15 +71,7 @@ class Rollouts:
         stream: streams.TrainIterator,
         clock: DeviceClock,
     ):
-        """Prepares to draw batches; reads none yet.
-
-        Args:
-            program: the run's shapes and jitted functions.
-            source: the opened task, whose vocabulary turns samples into texts for the reward.
-            steps: the compiled functions for each shape of a batch.
-            stream: the training stream, positioned at the first step to come.
-            clock: measures how long sampling occupies the device.
-        """
+        """Prepares to draw batches; reads none yet. The stream stands at the first step to come."""
         self._program, self._source, self._steps = program, source, steps
         self._stream, self._clock = stream, clock
         config = program.recipe.data
@@ -97,8 +89,6 @@ class Rollouts:
         """Returns the batch that a step trains on, with the rewards of its samples.
 
         Args:
-            step: the step, counted from 0.
-            student_params: the student's parameters before this step's update.
             draw_next: also draw the batch of the next step now, with these parameters.
         """
         now = self._ahead or self._draw(step, student_params)
@@ -109,11 +99,7 @@ class Rollouts:
         return self._with_rewards(now)
 
     def _draw(self, step: int, student_params: lm.Params) -> Rollout:
-        """Draws a batch (x, y) of Algorithm 1; on an on-policy step the student samples y.
-
-        Raises:
-            ValueError: if a model does not know a token of the batch (`data.check_ids`).
-        """
+        """Draws a batch (x, y) of Algorithm 1; on an on-policy step the student samples y."""
         program, seed = self._program, self._program.recipe.train.seed
         began = time.monotonic()
         rows = next(self._stream)

@@ -46,15 +46,9 @@ class RunFolder:
         """Compares a recipe with what MODEL_DIR holds; writes nothing.
 
         Args:
-            program: the run's shapes and jitted functions.
-            source: the opened task.
-            folder: the MODEL_DIR.
-            name: the name of the run within a study; with "", run.json has the folder's name.
             evaluated: the names that the evaluated tasks have in metrics.
             allow_changes: names of the recipe's fields that a resumed run may change, as
                 `run_record.fields_named` reads them.
-            macros: the gin macros of the run.
-            commits: the commits of what was downloaded from the Hugging Face hub, by name.
 
         Raises:
             ValueError: if the folder holds a run with another configuration, or if the recipe has
@@ -77,11 +71,7 @@ class RunFolder:
         self.look()
 
     def look(self) -> None:
-        """Compares the recipe with what MODEL_DIR holds now: sets `changes` and `is_new`.
-
-        Raises:
-            ValueError: if the folder holds a run with another configuration.
-        """
+        """Compares the recipe with what MODEL_DIR holds; sets `changes` and `is_new`."""
         before = run_record.read(self.folder)
         self.changes, self.is_new = [], before is None
         if before is not None:
@@ -187,11 +177,9 @@ class RunFolder:
         return any(map(_is_of_data, self.changes))
 
     def _check_first_batch(self, found: str, shard: data.Shard) -> None:
-        """Checks that a resumed run reads the same data, wherever the files are now.
+        """Refuses to resume on other data, wherever the files are now.
 
-        Raises:
-            ValueError: if the first batch differs from the recorded one, although no field of the
-                data was changed on purpose.
+        The first batch must be the recorded one, unless a field of the data was changed on purpose.
         """
         recorded = self.about["first_batch"]
         self.about["first_batch"] = found

@@ -37,30 +37,23 @@ def describe_run(
 ) -> dict[str, Any]:
     """Returns the contents of run.json, which tell the run from others and let it be repeated.
 
-    Args:
-        program: the run's shapes and recipe.
-        source: the run's opened task.
-        name: the name of the run within a study, or of its folder.
-        macros: the gin macros as they are written.
-        commits: the commits of what was downloaded from the Hugging Face hub, by name.
-
     Returns:
         All keys of run.json. `recipe`, `contents` and `process_shards` identify the run: `changes`
         compares them. What `RunFolder` learns as the run begins is empty here:
 
         | key | value |
         |---|---|
-        | `name` | the argument |
+        | `name` | the name of the run within a study, or of its folder |
         | `recipe` | the description of the recipe (`recipe.describe`) |
         | `contents` | hashes of the vocabulary, checkpoints and files, by the recipe's fields |
         | `parameters` | the number of parameters of the student and of the teacher |
         | `targets_made_by` | the records that `infer` wrote beside the training files, if any |
         | `process_shards` | the number of parts of the data that processes read |
-        | `macros` | the argument |
+        | `macros` | the gin macros as they are written |
         | `versions` | the versions of packages |
         | `commit` | the commit of this package's checkout |
         | `devices` | the number and the kind of the devices |
-        | `hub` | the argument `commits` |
+        | `hub` | the commits of what was downloaded from the Hugging Face hub, by name |
         | `changes` | of every start that changed the recipe: the step, the field, both values |
         | `first_batch` | the hash of the first batch (`batch_hash`) |
     """
@@ -154,11 +147,8 @@ def changes(
 ) -> list[dict[str, Any]]:
     """Returns the changes that this start makes to the run in a MODEL_DIR.
 
-    Args:
-        folder: the MODEL_DIR.
-        before: its run.json.
-        about: the run.json that this start would write.
-        allowed: recipe fields that may change, besides those of `recipe.MAY_CHANGE`.
+    `before` is the run.json there and `about` the one that this start would write. The recipe's
+    fields in `allowed` may change, besides those of `recipe.MAY_CHANGE`.
 
     Returns:
         `{"field", "old", "new"}` for each field that differs and may.
@@ -217,7 +207,6 @@ def fields_named(about: dict[str, Any], name: str) -> list[str]:
     """Returns the recipe fields that a name of ALLOW_CHANGES stands for.
 
     Args:
-        about: the contents of run.json.
         name: a dotted field, or gin's "[scope/]Type.field". "Linear.learning_rate" stands for
             `schedule.learning_rate`, "student/ModelConfig.checkpoint" for `student.checkpoint`.
 

@@ -38,11 +38,7 @@ class SaveTimes:
     """Decides after which steps a run saves, beside its evaluations and its end."""
 
     def __init__(self, period: int | str):
-        """Starts the clock.
-
-        Args:
-            period: a number of steps, or a time (see `seconds`).
-        """
+        """Starts the clock. The period is a number of steps, or a time (see `seconds`)."""
         self._steps = period if isinstance(period, int) else None
         self._seconds = seconds(period) if isinstance(period, str) else 0.0
         self._saved_at = self._looked_at = time.monotonic()

@@ -38,7 +38,6 @@ def open_source(
     """Opens the task that a recipe trains on.
 
     Args:
-        recipe: the configuration of the run.
         pending: checkpoints that are not opened (see `program.build`).
         check_remote: whether remote vocabularies and JSONL files are read; False keeps a dry run
             off the network.
@@ -74,14 +73,7 @@ def _check_cache(
 ) -> tuple[int, int]:
     """Checks that the recipe's teacher cache fits the run, if there is one.
 
-    Args:
-        recipe: the configuration of the run.
-        vocabulary: the vocabulary of the run.
-        num_pieces: the number of ids that the vocabulary and the models share.
-        pending: checkpoints that are not opened.
-
-    Returns:
-        The k of the cache, 0 without one, and the number of ids that the cache shares as well.
+    Returns the k of the cache, 0 without one, and the number of ids that the cache shares as well.
 
     Raises:
         ValueError: if the method, the temperature, the vocabulary or the teacher is not that of the

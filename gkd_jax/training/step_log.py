@@ -56,11 +56,7 @@ class StepLog:
         self._held = step
 
     def flush(self) -> None:
-        """Writes the held step too, as a checkpoint of it needs, and clears the bar of progress.
-
-        Raises:
-            FloatingPointError: as `add` does.
-        """
+        """Writes the held step too, as a checkpoint of it needs, and clears the bar of progress."""
         self._write_held()
         self._progress.clear()
         self._writer.copy()

@@ -23,12 +23,6 @@ def teacher_shares(
 ) -> tuple[TeacherShare, ...]:
     """Returns several teachers in the order of their rows in a batch; () for any other teacher.
 
-    Args:
-        recipe: the configuration of the run.
-        student: the student's config.
-        num_pieces: the number of ids of the vocabulary that all models share.
-        pending: checkpoints that are not opened.
-
     Raises:
         ValueError: if a teacher's embedding has fewer rows than the vocabulary has ids; the message
             names its task.
@@ -89,10 +83,7 @@ def initial_params(
 ) -> lm.Params | None:
     """Returns the teachers' parameters, from their checkpoints or random; None without any.
 
-    Args:
-        recipe: the configuration of the run.
-        learner: holds the configs of the teachers.
-        shapes: the result of `abstract_params`.
+    `shapes` is the result of `abstract_params`.
     """
     if shapes is None:
         return None
@@ -125,12 +116,9 @@ def warn_of_random_weights(recipe: Recipe) -> None:
 
 
 def in_words(recipe: Recipe, shapes: Any, task: str | None = None) -> str:
-    """Returns who the teacher is, in words.
+    """Returns who the teacher is, in words; of several, the one of a task, or all without a task.
 
-    Args:
-        recipe: the configuration of the run.
-        shapes: the result of `abstract_params`.
-        task: a task, whose teacher alone is described where there are several; None means all.
+    `shapes` is the result of `abstract_params`.
     """
     teacher = recipe.teacher
     if isinstance(teacher, gkd.LiveStudent):

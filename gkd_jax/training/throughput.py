@@ -42,13 +42,8 @@ def step_flops(
     pass of the student over the prompts and the sampled tokens.
 
     Args:
-        student: the student's config.
         teachers: the config of each teacher, with the share of the batch that it scores; () where
             a cache has its scores.
-        config: the method, which tells how many samples a prompt has.
-        prompt_tokens: the number of tokens of the batch's prompts.
-        target_tokens: the number of tokens of the batch's targets.
-        batch_size: the number of prompts.
         sampled_tokens: the number of tokens that the student wrote in this step.
     """
     drawn = sampled_tokens > 0

@@ -114,13 +114,7 @@ def train(
 
 
 def _train(run: RunFolder, evaluate: Evaluations | None, config_text: Callable[[], str]) -> None:
-    """Trains from the first step, or from the newest checkpoint, to the last step.
-
-    Args:
-        run: the MODEL_DIR, which this process holds.
-        evaluate: decodes and scores the tasks of the evaluation; None evaluates nothing.
-        config_text: returns the text of config.gin.
-    """
+    """Trains from the first step, or from the newest checkpoint, to the last step."""
     program, recipe, config = run.program, run.program.recipe, run.program.recipe.train
     compiled_steps = start_compiling(program)
     start, state, stream = run.begin()
