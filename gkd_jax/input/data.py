@@ -192,17 +192,14 @@ def shape_of(batch: Batch) -> Shape:
 
 
 def check_ids(batch: Batch, num_pieces: int) -> None:
-    """Checks that all models know every token of a batch, which lies on the host.
+    """Checks that all models know every token of a batch on the host.
 
     A tokenizer may have further tokens at its end that one of the models lacks. Such an id would
     read a row of an embedding that nobody trained, or none at all.
 
-    Args:
-        batch: a batch of the data set.
-        num_pieces: the number of ids, counted from 0, that the vocabulary and the models share.
-
     Raises:
-        ValueError: if the batch has another id.
+        ValueError: if the batch has an id outside the `num_pieces` that vocabulary and models
+            share.
     """
     for name in FEATURES:
         ids = getattr(batch, name)

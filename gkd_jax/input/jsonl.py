@@ -46,8 +46,6 @@ def make_task(
     """Returns the task of a JSONL file or of a folder of JSONL files, without registering it.
 
     Args:
-        config: the configuration of the data, whose task is the path.
-        vocabulary: the vocabulary of the model.
         teachers: all values that the field `teacher` of the rows may have, for a path that selects
             rows by this field. () allows any.
         check_remote: whether a remote path may be looked at; without looking, every file that can
@@ -100,10 +98,7 @@ def _splits(path: str, eval_fraction: float | None, check_remote: bool) -> dict[
 
 
 def find_splits(path: str) -> dict[str, str]:
-    """Returns the file of each split, by the name of the split.
-
-    Args:
-        path: the path of a JSONL file or of a folder.
+    """Returns the file of each split of a JSONL file or of a folder, by the name of the split.
 
     Raises:
         FileNotFoundError: if the path is a folder without a file of any split.

@@ -70,7 +70,6 @@ def open_task(
     """Returns the only task of a configuration, and the vocabulary of its inputs and targets.
 
     Args:
-        config: the configuration of the data.
         tokenizer: the Hugging Face folder of the model that reads the task, or None. If `config`
             names no vocabulary and the folder has a tokenizer, that tokenizer is used. A dry run
             that does not open the model may give an `Unread` vocabulary.
@@ -137,11 +136,7 @@ def _check_has_t5_vocabulary(folder: str) -> None:
 
 
 def _with_teacher_inputs(task: Any, config: DataConfig) -> Any:
-    """Returns a task whose examples have the teacher's prompts that a template makes.
-
-    Raises:
-        ValueError: if the task has prompts of the teacher's own, or a template cannot make any.
-    """
+    """Returns a task whose examples have the teacher's prompts that a template makes."""
     template = config.teacher_template
     if template is None:
         return task
@@ -159,11 +154,7 @@ def _with_teacher_inputs(task: Any, config: DataConfig) -> Any:
 
 
 def find_task(name: str, vocabulary: seqio.Vocabulary | None) -> seqio.Task | seqio.Mixture:
-    """Returns a registered task or mixture.
-
-    Args:
-        name: the registered name.
-        vocabulary: a vocabulary that replaces the task's own; None keeps the task's own.
+    """Returns a registered task or mixture; a vocabulary that is given replaces its own.
 
     Raises:
         ValueError: if no task has this name, if the task lacks a feature, or if a vocabulary is
@@ -206,7 +197,6 @@ def file_of(name: str, split: str) -> str | None:
     The result is also None for a local file that another run has still to write.
 
     Args:
-        name: the name of the task, perhaps a path.
         split: a split. One that has no file of its own is held out of the training file.
 
     Raises:
@@ -269,9 +259,9 @@ def check_teacher_inputs(name: str, task: seqio.Task | seqio.Mixture, config: Da
 def check_rows(task: seqio.Task | seqio.Mixture, split: str, *, check_remote: bool = True) -> None:
     """Reads the JSONL files of a split, so that a fault in one is found before a model is read.
 
+    Their rows then stay in memory. Other tasks are not read.
+
     Args:
-        task: a task or mixture. Only JSONL files are read, which then stay in memory.
-        split: the split of the task.
         check_remote: whether remote files may be read. Without the vocabulary, rows are not
             tokenized.
 
@@ -293,11 +283,7 @@ def check_targets(
 ) -> None:
     """Raises ValueError, naming the file and the line, if a row of a split has no target.
 
-    Args:
-        task: a task or mixture. Only JSONL files can have rows without targets.
-        split: the split of the task.
-        why: the reason why targets are needed, for the error message.
-        check_remote: whether remote files may be read.
+    Only JSONL files can have such rows. The message ends with `why` targets are needed.
     """
     for _, source in _jsonl_parts(task, split, check_remote):
         examples = source.examples(split)

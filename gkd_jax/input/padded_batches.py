@@ -25,11 +25,9 @@ class PaddedBatch(NamedTuple):
 
 
 def in_order(split: Split, batch_size: int) -> Iterator[PaddedBatch]:
-    """Yields the examples of a split once, in their own order, in batches of one shape.
+    """Yields the examples of a split once, in their own order, in batches of `batch_size` rows.
 
-    Args:
-        split: the examples. Longer sequences than its lengths are cut, shorter ones padded.
-        batch_size: the number of rows of every batch.
+    Sequences that are longer than the split's lengths are cut, shorter ones padded.
     """
     fit.warn_once(split)
     rows: list[dict[str, Any]] = []
@@ -47,11 +45,7 @@ def fill_batch(
 ) -> PaddedBatch:
     """Returns a batch of cut and padded examples, filled up with empty rows to `batch_size`.
 
-    Args:
-        rows: examples with the token ids `inputs` and `targets`, and `teacher_inputs` where it
-            has a length.
-        feature_lengths: {"inputs": S, "targets": T}, and perhaps "teacher_inputs": R.
-        batch_size: the number of rows of the batch.
+    The lengths are {"inputs": S, "targets": T}, and perhaps "teacher_inputs": R.
     """
     inputs, input_lengths = _padded(rows, "inputs", feature_lengths, batch_size)
     targets, target_lengths = _padded(rows, "targets", feature_lengths, batch_size)

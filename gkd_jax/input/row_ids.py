@@ -61,9 +61,6 @@ def tokenize(
     prompt, up to and including the first id that ends a text.
 
     Args:
-        rows: the result of `rows.read`.
-        vocabulary: the vocabulary of the model.
-        path: the file of the rows, for error messages.
         variables: further variables of the chat template, such as `enable_thinking`.
         with_teacher: whether the examples have the teacher's prompts. These are the rows' own, or
             those that `template` makes, or else the student's.
@@ -99,15 +96,11 @@ def fitting(
 ) -> list[Example]:
     """Returns examples whose prompts have at most `limit` tokens, and warns of longer ones once.
 
+    The prompts are the feature `name`. The warning begins with `where` and ends with `advice`.
+
     Args:
-        examples: the result of `tokenize`.
-        name: the feature of the prompts, "inputs" or "teacher_inputs".
-        limit: the largest number of tokens.
-        vocabulary: the vocabulary of the prompts.
         skips: whether examples with longer prompts are left out. Otherwise these prompts keep
             their last tokens, and a BOS at their start.
-        where: the file of the examples, for the warning.
-        advice: the sentence that ends the warning.
 
     Raises:
         ValueError: if every example would be left out.
@@ -223,12 +216,6 @@ def _answer_ids(
     The answer is the part of the whole rendered chat after its prompt. Some templates render the
     prompt differently when an answer follows; for example, they drop the reasoning of past turns.
     In this case the answer is the text in `content`, with an id that ends a text added.
-
-    Args:
-        vocabulary: the vocabulary of the model.
-        prompt: the rendered messages before the answer, with the generation prompt.
-        whole: all messages as rendered.
-        content: the content of the answer's message.
     """
     if whole.startswith(prompt):
         before, ids = list(vocabulary.encode(prompt)), list(vocabulary.encode(whole))
@@ -267,10 +254,6 @@ def _teacher_prompt(row: FileRow, template: str | None) -> Prompt:
 
     The template makes it, if there is one. Otherwise it is the row's own prompt for the teacher, or
     else the prompt of the student.
-
-    Raises:
-        ValueError: if there is a template and the row has its own prompt for the teacher, or if the
-            template needs a text that the row does not have.
     """
     if template is None:
         return row.prompt if row.teacher_prompt is None else row.teacher_prompt
@@ -310,11 +293,7 @@ def _render(
     *,
     add_generation_prompt: bool,
 ) -> str:
-    """Returns messages as the chat template of the vocabulary renders them.
-
-    Raises:
-        ValueError: if the vocabulary has no chat template, or the template refuses the messages.
-    """
+    """Returns messages as the chat template of the vocabulary renders them."""
     has_own = isinstance(vocabulary, TokenizerVocabulary)
     template = vocabulary.chat_template if has_own else None
     if template is None:

@@ -68,9 +68,6 @@ def of_teacher(
     """Returns the rows whose field `teacher` has a value.
 
     Args:
-        rows: the result of `read`.
-        path: the file of the rows, for error messages.
-        teacher: the value.
         allowed: all values that the rows may have; () allows any value, and rows without one.
 
     Raises:

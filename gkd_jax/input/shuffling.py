@@ -32,13 +32,10 @@ _READ_AT_ONCE = 1024
 def shuffled(
     split: Split, names: Sequence[str], seed: int, rows_at_once: int, shard: Shard = WHOLE
 ) -> "InMemory | Window":
-    """Returns an endless iterator over lists of shuffled rows.
+    """Returns an endless iterator over lists of `rows_at_once` shuffled rows.
 
     Args:
-        split: the examples.
-        names: the features that a row has.
         seed: the seed of the orders in memory; a window has the seed of its split.
-        rows_at_once: the number of rows of every list.
         shard: the part of the examples. Shard i of n has the examples i, i + n, ...
     """
     size = number_of_examples(split)
@@ -88,13 +85,9 @@ class InMemory:
         shard: Shard = WHOLE,
         make_rows: Callable[[list[Row]], list[Row]] = list,
     ):
-        """Begins with the first pass.
+        """Begins with the first pass over the part `shard` of the examples.
 
         Args:
-            examples: the examples of all shards.
-            seed: the seed of the orders.
-            rows_at_once: the number of rows of every list.
-            shard: the part of the examples.
             make_rows: makes rows of ids from some of the examples. Tokenizing a whole source at the
                 start of a run would take seconds, so examples are tokenized when they are taken.
         """

@@ -34,10 +34,7 @@ class TrainIterator:
     def __init__(self, task: Any, config: DataConfig, shard: Shard = WHOLE):
         """Opens the stream at its beginning, and warns of examples that do not fit the lengths.
 
-        Args:
-            task: the task, or the tasks by name (`named_tasks.open_tasks`).
-            config: the configuration of the data.
-            shard: the part of the examples that this process reads.
+        `task` may also be the tasks by name (`named_tasks.open_tasks`).
         """
         tasks = list(task.values()) if isinstance(task, Mapping) else [task]
         splits = [Split.of(one, config) for one in tasks]
