@@ -120,7 +120,6 @@ class Checkpoints:
         """Opens the folder of checkpoints, and creates it if it does not exist.
 
         Args:
-            model_dir: the run's MODEL_DIR.
             keep: how many of the newest checkpoints are kept; None keeps all checkpoints.
             keep_period: checkpoints of steps divisible by this number are kept as well.
             best_metric: the checkpoint with the best value of this metric is kept as well.
@@ -218,11 +217,8 @@ class Checkpoints:
     def save(self, step: int, state: TrainState, stream: Any, description: dict[str, Any]) -> None:
         """Copies the state to the host and writes it in the background, unless the step is saved.
 
-        Args:
-            step: the number of updates done.
-            state: the state after these updates.
-            stream: the training data, whose position is saved.
-            description: the result of `saved_model.describe_model`.
+        The position of the stream is saved with it, and `description`
+        (`saved_model.describe_model`).
         """
         if step in self._orbax.all_steps():
             return

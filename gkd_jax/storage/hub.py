@@ -32,11 +32,7 @@ def is_name(path: str) -> bool:
 
 
 def local_folder(path: str) -> str:
-    """Returns `path` itself, or the folder of the downloaded model if it is a name on the hub.
-
-    Raises:
-        FileNotFoundError: as `download` does.
-    """
+    """Returns `path` itself, or the folder of the downloaded model if it is a name on the hub."""
     return download(path) if is_name(path) else path
 
 

@@ -65,10 +65,6 @@ def load_params(path: str | os.PathLike[str], target: lm.Params, config: lm.Conf
 def check_finite(params: Any, path: str) -> None:
     """Checks that all parameters are finite, because other models decode empty texts silently.
 
-    Args:
-        params: the loaded parameters, sharded or not.
-        path: the checkpoint's path, for the error message.
-
     Raises:
         ValueError: if an array has a NaN or an infinity; the message names the arrays, and the
             layers of arrays that stack the layers of a model.

@@ -6,11 +6,7 @@ from gkd_jax.text import files, task_names
 
 
 def of_run(folder: files.AnyPath) -> str | None:
-    """Returns the model card of a run as Markdown; None if there is no readable run.json.
-
-    Args:
-        folder: the run's MODEL_DIR.
-    """
+    """Returns the model card of a run as Markdown; None if there is no readable run.json."""
     run = files.read_record(folder / "run.json")
     if run is None:
         return None

@@ -269,11 +269,6 @@ def place_params(model: ModelConfig, config: lm.Config, mesh: Mesh) -> lm.Params
 def frozen_shapes(model: ModelConfig, config: lm.Config, mesh: Mesh) -> lm.Params:
     """Returns the shapes, dtypes and shardings of the parameters of a model that is not trained.
 
-    Args:
-        model: states the dtype of the parameters, where they are kept and their own mesh.
-        config: the model's config.
-        mesh: the mesh of the run, whose devices the model's own mesh has too.
-
     Raises:
         ValueError: if `model.memory` is "host" and the backend has no pinned host memory, or if the
             model's own mesh does not fit the devices or the parameters.
@@ -307,10 +302,7 @@ def initial_params(
     """Returns parameters from the model's checkpoint, or random ones if there is no checkpoint.
 
     Args:
-        model: states the checkpoint, the dtype of the parameters and where they are kept.
-        config: the model's config.
         target: the shapes, dtypes and shardings of the result.
-        key: the random key of random parameters.
         name: what the message about a loaded checkpoint calls the model.
     """
     where = jax.tree.map(lambda x: x.sharding, target)

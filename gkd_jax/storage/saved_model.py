@@ -46,7 +46,6 @@ def describe_model(
     """Returns the JSON that is stored beside a step's parameters.
 
     Args:
-        config: the model's config.
         vocabulary_hash: the `vocabularies.content_hash` of the vocabulary; "" if unknown.
         num_pieces: the number of ids that the vocabulary has; None if unknown. Further rows of the
             embedding only round its size up.

@@ -56,9 +56,6 @@ def find(checkpoint: str | None) -> str | None:
     For a Hugging Face folder that is the folder itself, which may lack a tokenizer. A checkpoint of
     gkd_jax has the folder `tokenizer` in its MODEL_DIR or, if it was converted, in its own folder.
     It must have the vocabulary of the checkpoint, where that is known.
-
-    Args:
-        checkpoint: the path of a checkpoint in any format, local or gs://.
     """
     if not checkpoint:
         return None
@@ -81,15 +78,8 @@ def find_for_task(
 ) -> str | seqio.Vocabulary | None:
     """Returns the result of `find` for the model that reads a task.
 
-    Args:
-        data: the configuration of the task.
-        model: the model.
-        pending: checkpoints that are not opened.
-        check_remote: whether a checkpoint on the hub or in a bucket may be read.
-
-    Returns:
-        For a decoder-only model whose checkpoint is not opened, an `Unread` vocabulary of the size
-        of the model.
+    Checkpoints that are `pending`, or remote without `check_remote`, are not opened. The result for
+    such a decoder-only model is an `Unread` vocabulary of the model's size.
 
     Raises:
         FileNotFoundError: if a decoder-only model of a run has no known tokenizer, and the task is
@@ -118,18 +108,13 @@ def _unread(checkpoint: str, model: ModelConfig) -> vocabularies.Unread | None:
 
 
 def check_known(checkpoint: str, found: str | None, also: str = "") -> None:
-    """Checks that the tokenizer of a run whose model is decoder-only was found.
+    """Checks that the tokenizer of a run whose model is decoder-only was found by `find`.
 
     Without it nothing says where a text ends. A T5 has its special ids built in, and a Hugging Face
     folder is taken as it is.
 
-    Args:
-        checkpoint: the path of a checkpoint in any format, local or gs://.
-        found: the result of `find`.
-        also: what else can be done about it, for the error message.
-
     Raises:
-        FileNotFoundError: if it was not; the message says what to do.
+        FileNotFoundError: if it was not; the message says what to do, and what `also` can be done.
     """
     step_folder = None if found is not None else saved_model.find_step(checkpoint)
     if step_folder is None:
@@ -145,10 +130,8 @@ def check_known(checkpoint: str, found: str | None, also: str = "") -> None:
 def for_run(data: DataConfig, checkpoint: str | None, expected: str) -> str | None:
     """Returns the Hugging Face folder with the tokenizer of a run that begins; None without one.
 
-    Args:
-        data: the configuration of the data, whose `vocabulary` comes first.
-        checkpoint: the checkpoint that the student starts from, which comes second.
-        expected: the content hash of the run's vocabulary.
+    It is that of `data.vocabulary`, or else of the student's checkpoint, with the content hash
+    `expected`.
     """
     named = None if data.vocabulary is None else vocabularies.folder_of(data.vocabulary)
     places = (named, find(checkpoint))
@@ -156,14 +139,10 @@ def for_run(data: DataConfig, checkpoint: str | None, expected: str) -> str | No
 
 
 def copy(source: str, folder: files.AnyPath) -> None:
-    """Copies a Hugging Face folder's tokenizer and other small files into `folder`/tokenizer.
+    """Copies the tokenizer and other small files of the folder `source` into `folder`/tokenizer.
 
-    config.json is among them, because it names the ids of special tokens. What `folder`/tokenizer
-    held before is removed.
-
-    Args:
-        source: the Hugging Face folder, local or in a bucket.
-        folder: a MODEL_DIR or a step folder, local or in a bucket.
+    Both may be in a bucket. config.json is among the files, because it names the ids of special
+    tokens. What `folder`/tokenizer held before is removed.
     """
     target = folder / FOLDER
     if target.is_dir():

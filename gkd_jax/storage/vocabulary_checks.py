@@ -87,12 +87,8 @@ def check_special_ids(
     """Checks that the vocabulary has the special ids that are built into the model's family.
 
     A T5 masks id 0, starts a target with id 0 and ends a target with id 1. The other families have
-    no special ids built in and accept every vocabulary.
-
-    Args:
-        config: the config of a model of any family.
-        vocabulary: the run's vocabulary.
-        check_remote: whether a vocabulary in a remote file may be read.
+    no special ids built in and accept every vocabulary. A remote vocabulary is read with
+    `check_remote` only.
 
     Raises:
         ValueError: if the vocabulary has other special ids; the message names them.
