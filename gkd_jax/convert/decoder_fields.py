@@ -165,9 +165,6 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 def read(fields: dict[str, Any]) -> DecoderConfig:
     """Returns the config that a `config.json` describes.
 
-    Args:
-        fields: the object in the `config.json`.
-
     Raises:
         ValueError: if the model type is not supported, or if a key is unknown or has a value that
             is not supported.
@@ -223,11 +220,7 @@ def _text_fields(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _sizes(known: dict[str, Any]) -> dict[str, Any]:
-    """Returns the sizes of a model by the names of `DecoderConfig`'s fields.
-
-    Raises:
-        ValueError: if a size is no positive integer, or if two sizes do not fit each other.
-    """
+    """Returns the sizes of a model by the names of `DecoderConfig`'s fields."""
     field_values.size(known, "num_hidden_layers", field_values.MOST_LAYERS)
     heads, width = (field_values.size(known, key) for key in ("num_attention_heads", "hidden_size"))
     if known["num_key_value_heads"] is None:
@@ -304,11 +297,7 @@ def _windows(
 ) -> tuple[int, ...]:
     """Returns the attention window of each layer in tokens, as `DecoderConfig.windows` holds it.
 
-    Args:
-        kind: the model type.
-        fields: the keys in the `config.json`.
-        known: `fields` completed with the defaults of the class.
-        types: the type of each layer.
+    `known` are the keys of `config.json`, completed with the defaults of the class.
     """
     window = known["sliding_window"]
     if kind == "llama":
@@ -330,11 +319,7 @@ def _windows(
 
 
 def _model_type(config: DecoderConfig) -> str:
-    """Returns the `model_type` whose class in transformers computes this model.
-
-    Raises:
-        ValueError: if no class computes it.
-    """
+    """Returns the `model_type` whose class computes this model; raises ValueError if none does."""
     windows = config.windows
     if config.unit_offset:
         kind = "gemma3_text" if config.qk_norm else "gemma2"
@@ -353,11 +338,9 @@ def _model_type(config: DecoderConfig) -> str:
 
 
 def config_fields(config: DecoderConfig, dtype: str) -> dict[str, Any]:
-    """Returns the `config.json` of a model, with the keys of transformers 4 and of transformers 5.
+    """Returns the `config.json` of a model whose weights are stored in `dtype`.
 
-    Args:
-        config: the model's config.
-        dtype: the name of the dtype of the stored weights.
+    It has the keys of transformers 4 and of transformers 5.
 
     Raises:
         ValueError: if no class of transformers computes the model.

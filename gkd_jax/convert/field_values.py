@@ -1,4 +1,4 @@
-"""Reads single values of a `config.json`, and names the key of a value that is not of its kind."""
+"""Reads single values of a `config.json`; a value not of its kind is a ValueError with its key."""
 
 from collections.abc import Collection
 import math
@@ -11,11 +11,7 @@ _LARGEST_SIZE = 2**31 - 1  # of a dimension of an array
 
 
 def choice(fields: dict[str, Any], key: str, allowed: Collection[str]) -> str:
-    """Returns a string that is one of the allowed ones.
-
-    Raises:
-        ValueError: if the value is anything else, or absent.
-    """
+    """Returns a string that is one of the allowed ones; the key must be there."""
     value = fields.get(key)
     if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{key} must be one of {', '.join(allowed)}, got {value!r}")
@@ -23,11 +19,7 @@ def choice(fields: dict[str, Any], key: str, allowed: Collection[str]) -> str:
 
 
 def size(fields: dict[str, Any], key: str, largest: int = _LARGEST_SIZE) -> int:
-    """Returns a positive integer.
-
-    Raises:
-        ValueError: if the value is no integer from 1 to `largest`.
-    """
+    """Returns an integer from 1 to `largest`."""
     value = fields[key]
     if type(value) is not int or value < 1:
         raise ValueError(f"{key} must be a positive integer, got {value!r}")
@@ -37,11 +29,7 @@ def size(fields: dict[str, Any], key: str, largest: int = _LARGEST_SIZE) -> int:
 
 
 def positive(fields: dict[str, Any], key: str, below: float = math.inf) -> float:
-    """Returns a positive number.
-
-    Raises:
-        ValueError: if the value is no number, or not positive, or not below `below`.
-    """
+    """Returns a positive number, which is below `below`."""
     value = fields[key]
     if type(value) not in (int, float) or not 0 < value < below:
         bound = "" if below == math.inf else f" below {below:g}"
@@ -50,20 +38,12 @@ def positive(fields: dict[str, Any], key: str, below: float = math.inf) -> float
 
 
 def positive_or_null(fields: dict[str, Any], key: str) -> float | None:
-    """Returns a positive number, or None for null and for a key that is absent.
-
-    Raises:
-        ValueError: if the value is neither.
-    """
+    """Returns a positive number, or None for null and for a key that is absent."""
     return None if fields.get(key) is None else positive(fields, key)
 
 
 def switch(fields: dict[str, Any], key: str) -> bool:
-    """Returns a truth value; null is false, as it is in transformers.
-
-    Raises:
-        ValueError: if the value is neither true nor false nor null.
-    """
+    """Returns a truth value; null is false, as it is in transformers."""
     value = fields[key]
     if value not in (None, False, True) or type(value) in (int, float):
         raise ValueError(f"{key} must be true or false, got {value!r}")

@@ -16,10 +16,7 @@ _LOOKED_FOR = (
 
 
 def detect(path: str) -> Format:
-    """Returns the format of the checkpoint in a folder.
-
-    Args:
-        path: a folder, local or gs://.
+    """Returns the format of the checkpoint in a folder, local or gs://.
 
     Raises:
         FileNotFoundError: if there is no such folder.

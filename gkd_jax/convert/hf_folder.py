@@ -64,14 +64,10 @@ def write_json(file: pathlib.Path, fields: dict[str, Any]) -> None:
 
 
 def copy_companions(source: AnyPath, folder: AnyPath, *more: str) -> None:
-    """Copies the files that accompany a model's weights.
+    """Copies the files that accompany a model's weights, and those with one of the names `more`.
 
     They are the files of the tokenizer and the chat template, generation_config.json and licences.
-
-    Args:
-        source: a Hugging Face folder, local or in a bucket.
-        folder: the folder to write to, which must exist.
-        more: the names of further files, which are copied if they are there.
+    The folders may be in a bucket, and the one to write to must exist.
     """
     for file in source.iterdir():
         if file.name == _MORE_TEMPLATES and file.is_dir():
@@ -144,11 +140,6 @@ def write_weights(folder: pathlib.Path, arrays: Iterable[Unwritten], dtype: np.d
 
     All arrays of one file are in host memory at the same time, because the package writes a file
     with one call.
-
-    Args:
-        folder: the folder to write to.
-        arrays: the arrays to write.
-        dtype: the dtype of the stored arrays.
     """
     files: list[list[Unwritten]] = [[]]
     size = total = 0

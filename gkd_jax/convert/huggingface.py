@@ -46,8 +46,6 @@ def write_hf(
 
     Args:
         path: the folder to create. It appears under this name only when it is complete.
-        config: the model's config.
-        params: the model's parameters.
         dtype: the dtype of the stored weights: "float32", "bfloat16" or "float16".
         num_pieces: the number of pieces in the vocabulary; None if unknown. An embedding may have
             more rows than that. Training does not change these spare rows, so their ids are

@@ -73,7 +73,6 @@ def layer_by_layer(
     """Returns the layout of a checkpoint with one array for each layer of a parameter.
 
     Args:
-        config: the model's config.
         part_of: returns a stored array from the components of the parameter's path, the shape of
             the parameter or of its layer, and the layer, which is None outside the layers.
     """
@@ -97,11 +96,8 @@ def unchanged(name: str, shape: tuple[int, ...]) -> Part:
 def hf_part(name: str, shape: tuple[int, ...], kind: str) -> Part:
     """Returns the array of transformers that holds a parameter, or a layer of a parameter.
 
-    Args:
-        name: the name of the stored array.
-        shape: the shape of the parameter, or of its layer.
-        kind: the last component of the parameter's path. A "kernel" and a "rel_embedding" are
-            stored transposed, because torch's layers hold them so.
+    The kind is the last component of the parameter's path. A "kernel" and a "rel_embedding" are
+    stored transposed, because torch's layers hold them so.
     """
     if kind in ("kernel", "rel_embedding"):
         return Part(name, shape[::-1], ((1,), (0,)))
@@ -109,12 +105,7 @@ def hf_part(name: str, shape: tuple[int, ...], kind: str) -> Part:
 
 
 def to_ours(stored: np.ndarray, axes: tuple[tuple[int, ...], ...]) -> np.ndarray:
-    """Returns a stored array with its dimensions reordered and fused as `axes` states.
-
-    Args:
-        stored: an array with the dimensions of the checkpoint.
-        axes: the stored dimensions that form each dimension of the result; see `Part`.
-    """
+    """Returns a stored array with its dimensions reordered and fused by the axes of a `Part`."""
     ordered = stored.transpose([axis for group in axes for axis in group])
     sizes = [int(np.prod([stored.shape[axis] for axis in group])) for group in axes]
     return ordered.reshape(sizes)

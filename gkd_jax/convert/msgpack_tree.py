@@ -31,10 +31,6 @@ _CHUNKED = "__msgpack_chunked_array__"
 def parse(data: bytes, where: str) -> dict[str, Any]:
     """Returns the nested dicts in a msgpack file; arrays at the leaves are NumPy arrays.
 
-    Args:
-        data: the bytes of the file.
-        where: the name of the file, for error messages.
-
     Raises:
         ValueError: if the bytes are no such file, are damaged, or exceed a limit.
     """

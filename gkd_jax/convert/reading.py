@@ -41,7 +41,6 @@ def read_params(
     to `dtype` while it is read.
 
     Args:
-        path: the checkpoint's folder.
         config: the expected config, for example the result of `read_config`.
         dtype: the dtype in memory, "float32" or "bfloat16", by name or as a dtype; None keeps the
             stored dtype.
@@ -79,11 +78,7 @@ def _open(path: str, config: lm.Config) -> tuple[Layout, dict[str, Stored]]:
 
 
 def stored_dtype(path: str | os.PathLike[str]) -> str:
-    """Returns the name of the dtype of a checkpoint's weights; "float32" if there are several.
-
-    Args:
-        path: the folder of a Hugging Face or T5X checkpoint.
-    """
+    """Returns the name of the dtype of a checkpoint's weights; "float32" if there are several."""
     path = os.fspath(path)
     if _foreign(path) == "hf":
         arrays = hf_folder.open_weights(hf_folder.local(path))

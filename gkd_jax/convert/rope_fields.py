@@ -29,10 +29,7 @@ def read(
 ) -> tuple[tuple[Rope, ...], tuple[int, ...]]:
     """Returns the values of `DecoderConfig.ropes` and `DecoderConfig.rope_of_layer`.
 
-    Args:
-        kind: the model type.
-        known: the keys of the `config.json`, completed with the defaults of the model's class.
-        types: the type of each layer, one of `LAYER_TYPES`.
+    `known` are the keys of the `config.json`, completed with the defaults of the model's class.
 
     Raises:
         ValueError: if a key is unknown or missing, or has a value that is not supported.
@@ -67,7 +64,6 @@ def _rope(stated: Any, theta_key: str, known: dict[str, Any]) -> Rope:
     Args:
         stated: the object `rope_scaling`, or (a part of) the object `rope_parameters`.
         theta_key: the key in `known` with the base of the frequencies if `stated` has none.
-        known: the keys of the `config.json`, completed with defaults.
     """
     stated = _object(stated, "rope_scaling or rope_parameters")
     unknown = sorted(name for name in stated if name not in _ROPE_KEYS)

@@ -57,11 +57,7 @@ def whole(shape: tuple[int, ...]) -> Index:
 
 
 def as_dtype(dtype: Any) -> np.dtype:
-    """Returns the NumPy dtype of "float32" or "bfloat16", which is given by name or as a dtype.
-
-    Raises:
-        ValueError: for any other dtype.
-    """
+    """Returns the NumPy dtype of "float32" or "bfloat16"; any other dtype is a ValueError."""
     check_dtype(dtype if isinstance(dtype, str) else np.dtype(dtype).name)
     return np.dtype(dtype)
 
@@ -83,12 +79,9 @@ def same(one: Stored, other: Stored) -> bool:
 def check(
     layout: Layout, arrays: dict[str, Stored], where: str, *, ignored: Iterable[str] = ()
 ) -> None:
-    """Compares the arrays that a model needs with the arrays that a checkpoint has.
+    """Compares the arrays that a model needs with those of the checkpoint `where`, by name.
 
     Args:
-        layout: the arrays that the model needs.
-        arrays: the arrays of the checkpoint by name.
-        where: the checkpoint's path, for the error message.
         ignored: names of arrays that the checkpoint may have although the model does not need them.
 
     Raises:
@@ -125,7 +118,6 @@ def read_tree(
 
     Args:
         layout: the stored arrays of each parameter; `check` must have accepted the layout.
-        arrays: the stored arrays by name.
         dtype: the dtype in memory, "float32" or "bfloat16"; None keeps the stored dtype.
         shardings: a tree with the structure of the parameters and a `jax.sharding.Sharding` at each
             leaf; None puts every array on the default device.
@@ -199,13 +191,7 @@ def _read(
 
 
 def _read_part(part: Part, arrays: dict[str, Stored], index: Index) -> np.ndarray:
-    """Reads from one stored array the values at `index`, in the dimensions of gkd_jax.
-
-    Args:
-        part: the stored array, which holds a whole parameter or one layer.
-        arrays: the stored arrays by name.
-        index: one slice per dimension of the parameter, or of its layer.
-    """
+    """Reads from one stored array the values at `index`, in the dimensions of gkd_jax."""
     stored_index = list(whole(part.shape))
     trim = []
     for group, wanted in zip(part.axes, index, strict=True):

@@ -58,9 +58,6 @@ _MT5_VOCAB_SIZE = 250_112
 def read_fields(fields: dict[str, Any]) -> t5.T5Config:
     """Returns the config that a config.json states; `has_own_head` tells whether the head is tied.
 
-    Args:
-        fields: the object in the config.json.
-
     Raises:
         ValueError: if the model type is not supported, or if a field is missing or has a value that
             is not supported.
@@ -97,11 +94,7 @@ def _implied(activations: str) -> dict[str, Any]:
 
 
 def _numbers(fields: dict[str, Any]) -> dict[str, Any]:
-    """Returns the sizes in a config.json by the names of `T5Config`'s fields.
-
-    Raises:
-        ValueError: if a size is not a positive integer, or the epsilon no number in (0, 1).
-    """
+    """Returns the sizes in a config.json by the names of `T5Config`'s fields."""
     known = {**_DEFAULTS, **fields}
     if known.get("num_decoder_layers") is None:
         known["num_decoder_layers"] = known["num_layers"]
@@ -262,11 +255,7 @@ def write_generation(folder: pathlib.Path, config: t5.T5Config, num_pieces: int 
 
 
 def config_fields(config: t5.T5Config, dtype: str) -> dict[str, Any]:
-    """Returns the fields of a T5's config.json.
-
-    Args:
-        config: the model's config.
-        dtype: the name of the dtype of the stored weights.
+    """Returns the fields of a T5's config.json; the weights are stored in `dtype`.
 
     Raises:
         ValueError: if no class of transformers computes this T5.

@@ -101,10 +101,9 @@ def _num_layers(path: str, shapes: dict[str, tuple[int, ...]], stack: str) -> in
 
 
 def open_model(path: str, config: t5.T5Config) -> tuple[Layout, dict[str, Stored]]:
-    """Returns the layout of a model and the stored arrays of a checkpoint, which fit each other.
+    """Returns the layout of a model and a checkpoint's stored arrays, which fit each other.
 
-    Raises:
-        FileNotFoundError, ValueError: see `open_arrays`, and ValueError if the arrays do not fit.
+    Errors are those of `open_arrays` and `check`.
     """
     arrays = open_arrays(path)
     layout = t5x_layout(config, scanned=_is_scanned(arrays))
@@ -117,9 +116,6 @@ def open_arrays(path: str) -> dict[str, Stored]:
 
     Zarr arrays are opened without reading their values. Small arrays that the msgpack index
     contains are read with the index.
-
-    Args:
-        path: a folder `checkpoint_<step>`, local or gs://.
 
     Raises:
         FileNotFoundError: if arrays are missing; the message names all of them.
@@ -141,10 +137,7 @@ def open_arrays(path: str) -> dict[str, Stored]:
 def t5x_layout(config: t5.T5Config, *, scanned: bool) -> Layout:
     """Returns the layout of a T5X checkpoint, with the names that T5X uses inside `target`.
 
-    Args:
-        config: the model's config.
-        scanned: whether the checkpoint belongs to T5X's scanned network rather than to its plain
-            network.
+    `scanned` tells T5X's scanned network from its plain network.
     """
     if not scanned:
         return layer_by_layer(config, _plain_part)
@@ -162,13 +155,7 @@ def _plain_part(names: list[str], shape: tuple[int, ...], layer: int | None) -> 
 
 
 def _scanned_part(config: t5.T5Config, names: list[str], shape: tuple[int, ...]) -> Part:
-    """Returns the stored array of a parameter in T5X's scanned network.
-
-    Args:
-        config: the model's config.
-        names: the components of the parameter's path.
-        shape: the shape of the parameter in gkd_jax.
-    """
+    """Returns the stored array of a parameter in T5X's scanned network."""
     stored_name = ".".join(names[0] if name == "layers" else name for name in names)
     if "layers" not in names:
         return unchanged(stored_name, shape)
@@ -321,12 +308,6 @@ def _check_chunk_tails(name: str, folder: str, metadata: dict[str, Any], index: 
 
     A gzip file ends with the size of its uncompressed content, which TensorStore does not compare
     with what it decompressed.
-
-    Args:
-        name: the array's name, for the error message.
-        folder: the folder with the array's chunks.
-        metadata: the array's zarr metadata.
-        index: the slices that were read.
     """
     chunks, separator = metadata["chunks"], metadata.get("dimension_separator", ".")
     itemsize = 2 if metadata["dtype"] == "bfloat16" else np.dtype(metadata["dtype"]).itemsize

@@ -28,20 +28,15 @@ def write_t5x(
     step: int,
     dtype: str = "float32",
 ) -> str:
-    """Writes a T5X checkpoint to the folder `<path>/checkpoint_<step>`.
+    """Writes a T5X checkpoint to the folder `<path>/checkpoint_<step>`, and returns its path.
 
     A model with a position bias in every layer is written in the layout of T5X's scanned network
     (`examples/scalable_t5`), any other model in the layout of its plain network (`examples/t5`).
 
     Args:
         path: the folder in which the checkpoint's folder is created.
-        config: the model's config.
-        params: the model's parameters.
         step: the number in the folder's name and in the stored training state.
         dtype: the dtype of the stored parameters, "float32" or "bfloat16".
-
-    Returns:
-        The path of the checkpoint's folder.
 
     Raises:
         ValueError: if the checkpoint's folder exists or is remote, if `step` is negative, or if the
@@ -102,10 +97,6 @@ def chunk_shape(shape: tuple[int, ...], itemsize: int) -> list[int]:
 
     While a chunk is too large, its longest dimension is divided by that dimension's smallest prime
     factor, so that every chunk of the array has the same shape.
-
-    Args:
-        shape: the shape of the array.
-        itemsize: the size of one element in bytes.
     """
     chunk = list(shape)
     while math.prod(chunk) * itemsize > _LARGEST_CHUNK:
