@@ -112,12 +112,7 @@ def to_text(value: Number) -> str:
 
 
 def _correct_result(lexemes: list[tuple[str, str]], equals: int) -> None:
-    """Corrects in place the number after one equals sign, and that number in later lexemes.
-
-    Args:
-        lexemes: (kind, text) of each lexeme.
-        equals: the index of the equals sign.
-    """
+    """Corrects in place the number after one equals sign, and that number in later lexemes."""
     position = equals + 1
     while position < len(lexemes) and lexemes[position][0] == "space":
         position += 1
@@ -172,10 +167,6 @@ def _value_before(lexemes: Sequence[tuple[str, str]], equals: int) -> Number | N
     """Returns the value of the expression before an equals sign; None if there is no expression.
 
     An expression must contain an operator.
-
-    Args:
-        lexemes: (kind, text) of each lexeme.
-        equals: the index of the equals sign.
     """
     start = equals
     while start and lexemes[start - 1][0] in ("number", "operator", "space"):
@@ -204,10 +195,7 @@ def _value_before(lexemes: Sequence[tuple[str, str]], equals: int) -> Number | N
 def _starts_freely(lexemes: Sequence[tuple[str, str]], start: int, equals: int) -> bool:
     """Returns whether the text before an expression leaves the expression's meaning unchanged.
 
-    Args:
-        lexemes: (kind, text) of each lexeme.
-        start: the index of the expression's first lexeme.
-        equals: the index of the equals sign after the expression.
+    The expression has the lexemes from `start` up to `equals`.
     """
     before = lexemes[start - 1][1] if start else ""
     touches = start < equals and lexemes[start][0] != "space"

@@ -20,13 +20,6 @@ def shared_pieces(
     embedding rows is not compared: two sizes of one model family may have 151,936 and 152,064 rows
     for the same 151,665 tokens.
 
-    Args:
-        student, teacher: the vocabularies.
-        student_name, teacher_name: the names of the models, for error messages.
-
-    Returns:
-        The number of pieces of the smaller vocabulary.
-
     Raises:
         ValueError: if the tokenizers do not agree. The message names the first id that differs and
             suggests SeqKD, which works with different tokenizers.

@@ -8,9 +8,6 @@ def install_command(extra: str) -> str:
     """Returns the command that installs the packages of one of our extras.
 
     The command names the packages themselves, so it is the same for a wheel and for a checkout.
-
-    Args:
-        extra: the name of an extra in setup.py, such as "report".
     """
     packages = []
     for requirement in importlib.metadata.requires("gkd_jax") or ():

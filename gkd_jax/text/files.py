@@ -65,13 +65,9 @@ def size_of(path: epath.Path) -> int:
 
 
 def write_whole(path: AnyPath, content: str | bytes) -> None:
-    """Writes a file atomically: to a temporary file in the same folder, which is then renamed.
+    """Writes or replaces a file atomically: a temporary file in the same folder is renamed.
 
-    In a bucket, every write is atomic by itself.
-
-    Args:
-        path: the file, which is replaced if it exists.
-        content: the bytes, or the text, which is written as UTF-8.
+    In a bucket, every write is atomic by itself. Text is written as UTF-8.
 
     Raises:
         OSError: if the file cannot be written; the temporary file is then removed.
@@ -107,7 +103,6 @@ def check_can_be_folder(
     """Checks that a path is a folder, or that a folder can be made there.
 
     Args:
-        path: the path, which need not exist.
         name: what the folder is for, for the message.
         may_be_in_bucket: whether the folder may be in a bucket, which is not looked at.
 
@@ -141,13 +136,7 @@ def check_can_be_folder(
 
 
 def fault(path: str | os.PathLike, line: int | None, message: str) -> NoReturn:
-    """Raises a ValueError about a fault in a file.
-
-    Args:
-        path: the file.
-        line: the number of the line, counted from 1; None if the fault is not in one line.
-        message: what was expected and what was found.
-    """
+    """Raises a ValueError about a fault in a file, or in its line of a number counted from 1."""
     place = os.fspath(path) if line is None else f"{os.fspath(path)}, line {line}"
     # Commands print the message as one line, so newlines from the file's content are removed.
     raise ValueError(f"{place}: {message}".replace("\n", " ")) from None
@@ -213,11 +202,7 @@ def read_text(path: str | os.PathLike) -> str:
 
 
 def read_lines(path: str | os.PathLike) -> list[str]:
-    """Returns the lines of a text file without line ends, read by the rules of this module.
-
-    Raises:
-        FileNotFoundError, ValueError: see `read_text`.
-    """
+    """Returns the lines of a text file without line ends; see `read_text` for rules and errors."""
     lines = read_text(path).split("\n")
     if not lines[-1]:
         lines.pop()
@@ -228,8 +213,6 @@ def parse_json(text: str, path: str | os.PathLike, line: int | None) -> Any:
     """Returns the JSON value in a text.
 
     Args:
-        text: the text of one line, or of a whole file.
-        path: the file, for error messages.
         line: the number of the line, counted from 1; None if `text` is a whole file.
 
     Raises:
@@ -279,20 +262,12 @@ def read_json_in(folder: str | os.PathLike[str], name: str) -> dict[str, Any]:
 
 
 def read_objects(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """Returns the JSON objects of a JSONL file.
-
-    Raises:
-        FileNotFoundError, ValueError: see `read_text` and `parse_objects`.
-    """
+    """Returns the JSON objects of a JSONL file; see `read_text` and `parse_objects` for errors."""
     return parse_objects(read_lines(path), path)
 
 
 def parse_objects(lines: Sequence[str], path: str | os.PathLike) -> list[dict[str, Any]]:
-    """Returns the JSON object in each line.
-
-    Args:
-        lines: the lines of a JSONL file.
-        path: the file, for error messages.
+    """Returns the JSON object in each line of a JSONL file.
 
     Raises:
         ValueError: if there are no lines, or if a line is empty or is no JSON object; the message

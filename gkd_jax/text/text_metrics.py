@@ -1,8 +1,9 @@
 """Metrics of decoded text: BLEU, ROUGE, exact match, accuracy of stated answers, Self-BLEU.
 
-Every function of targets and predictions is a seqio `metric_fn`: it takes lists of strings and
-returns a dict of Python floats. All values are percentages. An empty prediction counts as a wrong
-prediction; an empty list is an error.
+Every function of targets and predictions is a seqio `metric_fn`: it takes the reference (or a list
+of references) and the decoded text of each example, and returns a dict of Python floats. All values
+are percentages. An empty prediction counts as a wrong prediction. ValueError is raised for lists
+that are empty or differ in length.
 """
 
 from collections.abc import Sequence
@@ -26,15 +27,8 @@ def bleu(targets: References, predictions: Sequence[str]) -> dict[str, float]:
 
     The tokenizer is T5's too, sacreBLEU's "intl". Published tables of WMT mostly use "13a".
 
-    Args:
-        targets: one reference or a list of references for each example.
-        predictions: the decoded text of each example.
-
     Returns:
         {"bleu": a number from 0 to 100}.
-
-    Raises:
-        ValueError: if the lists are empty or differ in length.
     """
     references = _references(targets, predictions)
     most = max(len(row) for row in references)
@@ -58,15 +52,8 @@ def rouge(targets: References, predictions: Sequence[str]) -> dict[str, float]:
     the reference with the largest ROUGE-1 counts for all three values, as in the evaluation of
     SciTLDR (Cachola et al., 2020).
 
-    Args:
-        targets: one reference or a list of references for each example.
-        predictions: the decoded text of each example.
-
     Returns:
         The values "rouge1", "rouge2" and "rougeLsum", numbers from 0 to 100.
-
-    Raises:
-        ValueError: if the lists are empty or differ in length.
     """
     references = _references(targets, predictions)
     from rouge_score import rouge_scorer  # Imported here because importing nltk takes 0.6 s.
@@ -87,9 +74,6 @@ def exact_match(targets: References, predictions: Sequence[str]) -> dict[str, fl
     """Returns {"exact_match": the percentage of predictions that equal a reference}.
 
     White space at the ends of predictions and references does not count.
-
-    Raises:
-        ValueError: if the lists are empty or differ in length.
     """
     references = _references(targets, predictions)
     hits = sum(
@@ -113,9 +97,6 @@ def grouped_exact_match(
 
     Returns:
         {"accuracy": a number from 0 to 100}.
-
-    Raises:
-        ValueError: if the lists are empty or differ in length.
     """
     _check_lengths(targets, predictions)
     hits: dict[str, list[bool]] = {}
@@ -134,13 +115,12 @@ def answer_accuracy(targets: Sequence[str], predictions: Sequence[str]) -> dict[
 
     Args:
         targets: texts that state the correct answer in the same form.
-        predictions: the decoded text of each example.
 
     Returns:
         The values "accuracy" and "accuracy_with_calculator", numbers from 0 to 100.
 
     Raises:
-        ValueError: if a target states no answer, or if the lists are empty or differ in length.
+        ValueError: if a target states no answer.
     """
     _check_lengths(targets, predictions)
     hits = hits_calculator = 0

@@ -255,13 +255,7 @@ def hash_pieces(pieces: Iterable[str]) -> str:
 def _read_tokenizer(
     folder: str, config: Mapping[str, Any], names: Mapping[str, str]
 ) -> tokenizers.Tokenizer:
-    """Returns the tokenizer in `tokenizer.json`, with the added and special tokens of the folder.
-
-    Args:
-        folder: the folder.
-        config: the content of `tokenizer_config.json`.
-        names: the texts of special tokens by name.
-    """
+    """Returns the tokenizer in `tokenizer.json`, with a folder's added and special tokens."""
     path = os.path.join(folder, TOKENIZER_FILE)
     text = files.read_text(path)
     try:
@@ -307,9 +301,6 @@ def _end_ids(folder: str, stated: Any, named: int | None) -> tuple[int, ...]:
 
     The first is the tokenizer's own EOS (`named`), if it has one. The others are those at which
     transformers' `generate` stops (`stated`: an id, a list of ids, or None).
-
-    Raises:
-        ValueError: if `stated` is something else.
     """
     listed = stated if isinstance(stated, list) else [] if stated is None else [stated]
     if not all(type(index) is int and index >= 0 for index in listed):

@@ -89,9 +89,6 @@ def in_folder(path: str | os.PathLike) -> seqio.Vocabulary | None:
     configuration states the number of extra ids. Otherwise the library tokenizers reads the
     folder's `tokenizer.json`. A ByT5 has neither file; its vocabulary is bytes.
 
-    Args:
-        path: a folder that `save_pretrained` wrote or that was downloaded from the Hub.
-
     Raises:
         ValueError: if a file is not as expected; the message names the file.
     """
@@ -216,9 +213,7 @@ def in_words(vocabulary: seqio.Vocabulary) -> str:
 def check_readable(vocabulary: seqio.Vocabulary, *, check_remote: bool = True) -> None:
     """Checks the file of a SentencePiece vocabulary, which seqio opens only on first use.
 
-    Args:
-        vocabulary: any vocabulary; a vocabulary without a SentencePiece file is not checked.
-        check_remote: whether remote files may be read.
+    Other vocabularies, and remote files without `check_remote`, are not checked.
 
     Raises:
         FileNotFoundError: if the file does not exist or cannot be reached; the message names it.
