@@ -23,12 +23,6 @@ STAND_INS = {
 def run(command: str, values: Any, bindings: list[tuple[str, str]], positional: list[str]) -> None:
     """Sets the process up, reads the gin files and runs a command.
 
-    Args:
-        command: one of `flags.COMMANDS`.
-        values: the flags, as `flags.parse` returns them.
-        bindings: the gin bindings of the command line, as (name, value).
-        positional: all other arguments.
-
     Raises:
         UsageError: if a flag or macro that the command needs is missing.
     """

@@ -36,10 +36,9 @@ def parse(
 ) -> None:
     """Reads gin files, then bindings, which may name everything that the files import.
 
+    A later file overrides an earlier one. The bindings are names and values as they were typed.
+
     Args:
-        files: gin files; a later file overrides an earlier one.
-        bindings: names and values as they were typed.
-        search_paths: folders in which gin files are searched.
         stand_ins: gin values for macros that the files require and the command does not need.
 
     Raises:
@@ -161,10 +160,6 @@ def _warn_of_scopes(flags: Sequence[str], lines: Iterable[tuple[str, str]]) -> N
     """Warns of each flag whose parameter the gin files bind in a scope.
 
     In that scope the binding of the files holds, and the flag has no effect.
-
-    Args:
-        flags: the names of the bindings of the command line.
-        lines: the (left, right) sides of all bindings.
     """
 
     def split(name: str) -> tuple[str, list[str]]:
@@ -190,11 +185,7 @@ def _warn_of_scopes(flags: Sequence[str], lines: Iterable[tuple[str, str]]) -> N
 
 
 def _expand_paths(names: Iterable[str]) -> None:
-    """Expands `~` and `$NAME` in those macros that are strings.
-
-    Raises:
-        UsageError: if a variable is not set or a user is unknown; the message names the macro.
-    """
+    """Expands `~` and `$NAME` in those macros that are strings; UsageError if one is unknown."""
     for name in names:
         value = macro(name, None)
         if not isinstance(value, str) or not ("$" in value or value.startswith("~")):

@@ -159,9 +159,6 @@ def _join_processes() -> None:
 
     GKD_JAX_DISTRIBUTED=1 serves TPU pods, SLURM and other clusters that JAX detects by itself.
     Elsewhere GKD_JAX_COORDINATOR=host:port, GKD_JAX_NUM_PROCESSES and GKD_JAX_PROCESS_ID are set.
-
-    Raises:
-        UsageError: if only some of these variables are set, or a number is none.
     """
     import jax
 

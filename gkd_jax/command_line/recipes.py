@@ -25,8 +25,6 @@ def find(name: str, ending: str, search_paths: Iterable[str] = ()) -> str:
     without its ending, such as `quickstart`.
 
     Args:
-        name: the name.
-        ending: ".gin" or ".toml".
         search_paths: folders that are searched after the working directory, and before the one
             that our folder `gin` is in.
     """

@@ -141,11 +141,7 @@ class EvalConfig:
             )
 
     def check_mesh(self, batch_size: int, mesh: Mesh) -> None:
-        """Checks that the mesh divides the rows that are read and decoded.
-
-        Raises:
-            ValueError: if it does not.
-        """
+        """Raises ValueError unless the mesh divides the rows that are read and decoded."""
         sharding.check_batch_size(batch_size, mesh)
         if self.decode_rows is not None:
             sharding.check_batch_size(self.decode_rows, mesh, name="decode_rows")
@@ -174,12 +170,8 @@ def make_decoder(
     at each decoded token.
 
     Args:
-        config: the model's config.
-        evaluation: how to decode.
-        vocabulary: turns ids into text.
         num_pieces: the number of ids that the vocabulary and the models share. Further ids are
             never decoded, and a batch that has one raises ValueError.
-        mesh: the mesh on which the model runs.
         length: the largest number of tokens to decode.
     """
     ends = _vocabularies().end_ids(vocabulary) or lm.eos_ids(config)
@@ -290,11 +282,7 @@ def _decode_fn(
 
 
 def _single_tokens(vocabulary: Any, choices: Sequence[str]) -> set[int]:
-    """Returns the ids of the choices.
-
-    Raises:
-        ValueError: if a choice is not exactly one token, or two choices are the same token.
-    """
+    """Returns the ids of the choices, each of which must be one token that no other choice is."""
     ids = [vocabulary.encode(choice) for choice in choices]
     if not ids or any(len(tokens) != 1 for tokens in ids) or len({*map(tuple, ids)}) != len(ids):
         raise ValueError(

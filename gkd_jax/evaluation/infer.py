@@ -105,11 +105,8 @@ def evaluate_checkpoint(
     """Writes metrics.json and predictions.jsonl to OUTPUT_DIR, and prints the metrics.
 
     Args:
-        model: the model that decodes.
         data: the task, the vocabulary, the lengths and the batch size.
-        evaluation: the split and the decoding.
         output_dir: the folder OUTPUT_DIR.
-        mesh: the sizes of the mesh axes.
         dry_run: check everything, but decode nothing.
 
     Raises:
@@ -165,12 +162,9 @@ def run(
     The file is itself a task (`gkd_jax.input.jsonl`).
 
     Args:
-        model: the model that decodes.
         data: the task, the vocabulary, the lengths and the batch size.
-        evaluation: the split and the decoding.
         output: the JSONL file.
         text_file: decode the lines of this file instead of the task's split.
-        mesh: the sizes of the mesh axes.
         dry_run: check everything, but decode nothing.
 
     Raises:

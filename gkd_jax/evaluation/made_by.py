@@ -96,12 +96,7 @@ def check(
 
 
 def check_scores(folder: str, about: dict[str, Any], unread: Sequence[str] = ()) -> None:
-    """Refuses the folder of a teacher cache that was made from something else.
-
-    Args:
-        folder: the folder to write or to continue.
-        about: what the cache would be made from now; see `check`.
-        unread: see `check`.
+    """Refuses the folder of a teacher cache that was made from something else; see `check`.
 
     Raises:
         ValueError: if the folder holds another cache, or its record is damaged; the message names
@@ -135,9 +130,6 @@ def check_evaluation(folder: str | os.PathLike[str]) -> None:
     """Refuses a folder in which `eval` would write over files that it did not make.
 
     A later evaluation takes the place of an earlier one in its folder.
-
-    Args:
-        folder: the folder of metrics.json and predictions.jsonl.
 
     Raises:
         ValueError: if the folder cannot be made, or if one of the two files has another origin.

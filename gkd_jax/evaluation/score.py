@@ -39,13 +39,11 @@ def run(
     """Writes the teacher cache of a task's split; the same call continues a run that was stopped.
 
     Args:
-        model: the teacher.
         data: the task, split, lengths, `num_examples` and seed of the training run.
         output: the folder of the cache, on a local disk.
         k: the number of most probable ids to keep at each position, at most the vocabulary's.
         temperature: divides the teacher's logits; the training run's `teacher_temperature` must be
             the same.
-        mesh: the sizes of the mesh axes.
         dry_run: check everything, but score nothing.
 
     Raises:
