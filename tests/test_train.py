@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from small_runs import LENGTHS, options, small
 
-from gkd_jax import divergences, sharding
+from gkd_jax import divergences, gkd, sharding
 from gkd_jax.evaluation import evaluate
 from gkd_jax.input.data import DataConfig
 from gkd_jax.models import lm
@@ -93,6 +93,33 @@ def test_one_device_and_eight_give_the_same_losses(teacher_dir, tmp_path, monkey
     for a, b in zip(lines(tmp_path / "eight"), lines(tmp_path / "one"), strict=True):
         assert a["train/loss"] == pytest.approx(b["train/loss"], rel=2e-4)
         assert a.get("train/sample_length") == b.get("train/sample_length")
+
+
+@pytest.mark.parametrize("mixing", ["step", "example"])
+def test_samples_may_be_longer_than_the_bucket_of_their_prompts(mixing, tmp_path):
+    """The bucket holds the data set's answers, which must not decide where a sample is cut off."""
+    rows = [{"inputs": f"{n} + {n}", "targets": f"{2 * n}"} for n in range(16)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"task": str(tmp_path / "data.jsonl"), "vocabulary": "arithmetic", "batch_size": 8}
+    lengths = {"inputs": 20, "targets": 20}
+
+    def trained(name, buckets):
+        config = DataConfig(**settings, feature_lengths=lengths, length_buckets=buckets)
+        more = {
+            "data": config,
+            "method": gkd.GKDConfig(on_policy_fraction=0.5, mixing=mixing),
+            "teacher": pretrained.ModelConfig(architecture=small, size="tiny"),
+        }
+        train.train(**options(tmp_path / name, steps=4, **more))
+        return lines(tmp_path / name)
+
+    found, expected = trained("buckets", (8,)), trained("whole", ())
+    assert max(line.get("train/sample_length", 0) for line in found) > 8
+    if mixing == "step":
+        assert {line["train/on_policy"] for line in found} == {0.0, 1.0}
+    for one, other in zip(found, expected, strict=True):
+        assert one.get("train/sample_length") == other.get("train/sample_length")
+        assert one["train/loss"] == pytest.approx(other["train/loss"], rel=1e-4)
 
 
 def test_evaluation_scores_every_example_once(teacher_dir, tmp_path):

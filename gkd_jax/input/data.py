@@ -51,7 +51,8 @@ class DataConfig:
         use_cached: whether the task is read from seqio's cache.
         length_buckets: increasing lengths. A batch has examples of similar length, padded to the
             smallest of these lengths that holds all of them, or else to `feature_lengths`. () pads
-            every batch to `feature_lengths`.
+            every batch to `feature_lengths`. The student's samples do not depend on the bucket:
+            they have at most as many tokens as `feature_lengths` allows for targets.
         teacher_cache: a folder with the teacher's scores of the targets, which `gkd-jax score`
             wrote. Steps on the data set's targets then need no teacher.
         shard_by_process: whether each process reads only a part of the examples, from which it
@@ -184,11 +185,27 @@ class DataConfig:
         buckets = [[min(length, limit) for limit in limits] for length in self.length_buckets]
         return list(dict.fromkeys(map(tuple, [*buckets, limits])))
 
+    def shape_for_samples(self, shape: Shape) -> Shape:
+        """Returns the shape that a batch of one of `shapes` has when the student samples targets.
+
+        The length of a sample must not depend on the bucket, which the reference answer decides.
+        """
+        source, _, *teachers = shape
+        return (source, self.feature_lengths["targets"], *teachers)
+
 
 def shape_of(batch: Batch) -> Shape:
     """Returns the lengths of a batch."""
     arrays = (batch.inputs, batch.targets, batch.teacher_inputs)
     return tuple(array.shape[1] for array in arrays if array is not None)
+
+
+def with_target_length(batch: Batch, length: int) -> Batch:
+    """Returns a batch of NumPy arrays whose targets are padded to `length` tokens of weight 0."""
+    missing = ((0, 0), (0, length - batch.targets.shape[1]))
+    return batch._replace(
+        targets=np.pad(batch.targets, missing), weights=np.pad(batch.weights, missing)
+    )
 
 
 def check_ids(batch: Batch, num_pieces: int) -> None:

@@ -294,7 +294,10 @@ class CompiledStep(NamedTuple):
 
 
 def step_arguments(program: Program, rows: int, shape: Shape) -> StepArguments:
-    """Returns the arguments of a step's functions for `rows` prompts of lengths (S, T)."""
+    """Returns the arguments of a step's functions for `rows` prompts of lengths (S, T).
+
+    Samples have the largest T of the run, whatever the T of the shape.
+    """
     method = program.method
     key = jax.eval_shape(lambda: jax.random.key(0))
     sample = update_samples = update_dataset = None
@@ -302,8 +305,9 @@ def step_arguments(program: Program, rows: int, shape: Shape) -> StepArguments:
         of_dataset = program.batch(rows, shape, k=program.cached_k)
         update_dataset = (program.state, program.teacher, of_dataset, key, None)
     if method.uses_samples():
-        sample = (program.state.params, program.batch(rows, shape), key)
-        drawn = program.batch(rows, shape, method.num_samples)
+        longest = program.recipe.data.shape_for_samples(shape)
+        sample = (program.state.params, program.batch(rows, longest), key)
+        drawn = program.batch(rows, longest, method.num_samples)
         advantages = None
         if method.rl is not None:
             where = sharding.batch_sharding(program.mesh)

@@ -109,6 +109,7 @@ class Rollouts:
         if not gkd.is_on_policy(seed, step, program.method):
             scored = self._place(self._with_scores(rows))
             return Rollout(rows, scored, keys, steps.update_dataset, began)
+        rows = data.with_target_length(rows, program.recipe.data.feature_lengths["targets"])
         batch = self._place(rows)
         if program.method.rl is not None and self._is_sharded:
             # Each process read only its own rows, and the reward needs the rows of all processes.
