@@ -59,6 +59,26 @@ def test_fewer_rows_at_a_time_give_the_same_rows():
         np.testing.assert_allclose(one.divergence, other.divergence, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("decoding", "expected"),
+    [("greedy", [False, True, False, False]), ("likeliest", [False] * 4)],
+)
+def test_a_text_without_an_end_is_truncated(decoding, expected, monkeypatch):
+    tokens = np.array([[70, 1, 0, 0], [70, 71, 72, 73], [70, 71, 72, 1], [1, 0, 0, 0]])
+    monkeypatch.setattr(evaluate, "_decode_fn", lambda *_: lambda *_: tokens)
+    decode = evaluate.make_decoder(
+        CONFIG,
+        evaluate.EvalConfig(decoding=decoding),
+        vocabulary=vocabularies.load("bytes"),
+        num_pieces=259,
+        mesh=sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1]),
+        length=4,
+    )
+    rows = [{"inputs": [70, 1], "targets": [1]}] * 4
+    batch = padded_batches.fill_batch(rows, {"inputs": 2, "targets": 4}, 4)
+    assert [row.truncated for row in decode(None, [batch])] == expected
+
+
 @pytest.mark.parametrize("how", [{"decoding": "beam"}, {"calculator": True}])
 def test_beams_and_the_calculator_decode_whole_batches(how):
     with pytest.raises(ValueError, match=r"decode_rows=8 with .* would decode whole batches"):

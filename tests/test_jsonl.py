@@ -118,6 +118,7 @@ def test_rows_in_the_forms_that_people_have(row, prompt, target):
         ({"messages": [{"role": "user"}]}, "message 1 must have a string 'content'"),
         ({"messages": [ANSWER]}, "expected a turn before the assistant's, got none"),
         ({"messages": CHAT, "tools": {"a": 1}}, "'tools' must be a list of objects"),
+        ({"inputs": "a", "targets": "b", "truncated": 1}, "'truncated' must be true or false, got 1"),
         ({"prompt": "", "completion": "b"}, "expected a prompt with text, got an empty one"),
         ({"inputs": " \n", "targets": "b"}, "expected a prompt with text, got an empty one"),
         ({"prompt": "a", "targets": "b"}, "'prompt' goes with 'completion', got 'targets'"),
@@ -182,6 +183,21 @@ def test_chats_are_prompt_and_answer_of_transformers_rendering(vocabulary):
     assert made.target.endswith("The answer is 7.")
     assert example(vocabulary, {"messages": CHAT}).inputs.tolist() == prompt
     assert json.loads(made.chat) == {"messages": CHAT}
+
+
+def test_a_target_that_was_cut_off_is_its_text_alone(vocabulary):
+    """Nothing ends it, and no template closes the thoughts in which it stops."""
+    text = "<think>Ada has 7"
+    messages = [*CHAT, {"role": "assistant", "content": text}]
+    for row in ({"prompt": "How many?", "completion": text}, {"messages": messages}):
+        made = example(vocabulary, {**row, "truncated": True})
+        assert made.targets.tolist() == vocabulary.encode(text)
+        assert made.target == text
+        whole = example(vocabulary, {**row, "truncated": False})
+        assert whole.targets[-1] in vocabulary.eos_ids
+        assert whole.inputs.tolist() == made.inputs.tolist()
+    with pytest.raises(ValueError, match="truncated answer must have a string 'content'"):
+        example(vocabulary, {"messages": [*CHAT, {**ANSWER, "content": ["x"]}], "truncated": True})
 
 
 def test_an_answer_across_a_seam_of_tokens_goes_on_from_the_prompt(folders):

@@ -37,6 +37,7 @@ class DecodedRow(NamedTuple):
         divergence: KL(teacher || student) at each token, in nats; None without a teacher.
         teacher_inputs: the prompt that the teacher read in place of the student's; None where it
             read the same one, or none.
+        truncated: whether the text reached the largest length before it ended.
     """
 
     example: dict[str, Any]
@@ -44,6 +45,7 @@ class DecodedRow(NamedTuple):
     tokens: list[int]
     divergence: list[float] | None
     teacher_inputs: str | None = None
+    truncated: bool = False
 
 
 Decoder = Callable[..., Iterator[DecodedRow]]
@@ -201,12 +203,14 @@ def make_decoder(
             # The last batch is padded with rows that have no example: leave them out.
             for i in range(len(examples) * repeats):
                 size = int(weights[i].sum())
+                ended = evaluation.decoding == "likeliest" or tokens[i, size - 1] in ends
                 yield DecodedRow(
                     examples[i // repeats],
                     to_text(vocabulary, tokens[i, :size]),
                     tokens[i, :size].tolist(),
                     None if values is None else values[i, :size].tolist(),
                     text(examples[i // repeats], "teacher_inputs") if has_own else None,
+                    not ended,
                 )
 
     return predictions

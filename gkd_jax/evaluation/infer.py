@@ -157,6 +157,8 @@ def run(
 ) -> None:
     """Decodes a split to a JSONL file of `inputs`, `targets` (the prediction) and `reference`.
 
+    A prediction that reached the largest length before it ended has `truncated`, too.
+
     The same call continues a run that was stopped, after the lines that the file holds. A record
     beside the file (`made_by`) says what made it, and a file with another origin is never touched.
     The file is itself a task (`gkd_jax.input.jsonl`).
@@ -190,20 +192,31 @@ def run(
     skipped = _skip(path, ready.batch_size * evaluation.num_samples)
     decoded = ready.decoder(ready.params, batches, first=skipped)
     appended = path.open("a", encoding="utf-8") if writes else contextlib.nullcontext()
+    num_rows = num_truncated = 0
     with files.naming(path), appended as file:
         for row in decoded:
+            num_rows, num_truncated = num_rows + 1, num_truncated + row.truncated
             if file is not None:
                 line = _line(row)
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
                 file.flush()
     if writes:
         made_by.write(path, about, num_lines=path.read_bytes().count(b"\n"))
+        if num_truncated:
+            print(
+                f"WARNING: {num_truncated} of {num_rows} predictions reached "
+                f"{ready.lengths['targets']} tokens before they ended. Their lines say so, and a "
+                "student of them learns no end",
+                file=sys.stderr,
+            )
         print(f"wrote {path}", file=sys.stderr)
 
 
 def _line(row: evaluate.DecodedRow) -> dict[str, Any]:
     """Returns a prediction as a row of training data, with `messages` or `inputs` and `targets`."""
-    reference = {"reference": evaluate.text(row.example, "targets")}
+    reference: dict[str, Any] = {"reference": evaluate.text(row.example, "targets")}
+    if row.truncated:  # so that a student of this text does not learn to end where it was cut off
+        reference["truncated"] = True
     chat = row.example.get("chat")
     if not chat:
         inputs = evaluate.text(row.example, "inputs")

@@ -25,7 +25,8 @@ class Example(NamedTuple):
 
     Attributes:
         inputs: the ids of the prompt, including the special tokens that the model expects.
-        targets: the ids of the target, ending in an id that ends a text; empty without a target.
+        targets: the ids of the target, ending in an id that ends a text unless the row says that
+            the target was cut off; empty without a target.
         prompt: the text of the prompt; for messages, the rendered chat.
         target: the text of the target; for messages, the decoded `targets`; None without a target.
         chat: the messages and tools of the prompt as JSON; "" if the prompt is a text.
@@ -58,7 +59,8 @@ def tokenize(
     A prompt that is a text gets the special tokens of its vocabulary: with T5 it ends in EOS, with
     Llama it begins with BOS. Messages become the ids of the rendered chat with its generation
     prompt. The target of messages becomes the ids that the whole rendered chat has after the
-    prompt, up to and including the first id that ends a text.
+    prompt, up to and including the first id that ends a text. A target that was cut off becomes the
+    ids of its text alone: a student must not learn to end there.
 
     Args:
         variables: further variables of the chat template, such as `enable_thinking`.
@@ -197,6 +199,11 @@ def _target(
     """Returns the ids and the text of a row's target; `prompt` is the text of its prompt."""
     if row.target is None:
         return [], None
+    if row.truncated:
+        cut = row.target if isinstance(row.target, str) else row.target.get("content")
+        if not isinstance(cut, str):
+            raise ValueError("a truncated answer must have a string 'content'")
+        return list(vocabulary.encode(cut)), cut
     if isinstance(row.target, str):
         return [*vocabulary.encode(row.target), *_end(vocabulary)], row.target
     assert isinstance(vocabulary, TokenizerVocabulary)

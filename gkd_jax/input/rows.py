@@ -13,6 +13,7 @@ prompt.
 
 Besides, a row may have `teacher_inputs` (a text) or `teacher_messages` (messages that end before
 the answer), which the teacher reads instead of the prompt, and `teacher`, the name of its teacher.
+`truncated: true` says that the target was cut off before its end, as `gkd-jax infer` writes it.
 """
 
 from collections.abc import Sequence
@@ -41,6 +42,7 @@ class FileRow(NamedTuple):
             None if it reads the prompt.
         teacher: the row's field `teacher` as it stands there, which is a name in files whose rows
             are selected by it; None without such a field.
+        truncated: whether the target was cut off before its end.
     """
 
     prompt: Prompt
@@ -49,6 +51,7 @@ class FileRow(NamedTuple):
     line: int
     teacher_prompt: Prompt | None = None
     teacher: Any = None
+    truncated: bool = False
 
 
 def read(path: str | os.PathLike) -> list[FileRow]:
@@ -89,7 +92,11 @@ def _row(row: dict[str, Any], path: str | os.PathLike, line: int) -> FileRow:
     """Returns the row of a JSON object in any of the forms of this module's docstring."""
     with files.faults_in(path, line):
         prompt, target, tools = _prompt_and_target(row)
-        return FileRow(prompt, target, tools, line, _own_teacher_prompt(row), row.get("teacher"))
+        truncated = row.get("truncated", False)
+        if not isinstance(truncated, bool):
+            raise ValueError(f"'truncated' must be true or false, got {json.dumps(truncated)}")
+        own = _own_teacher_prompt(row)
+        return FileRow(prompt, target, tools, line, own, row.get("teacher"), truncated)
 
 
 def _prompt_and_target(row: dict[str, Any]) -> tuple[Any, Any, Tools | None]:
