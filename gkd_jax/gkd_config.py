@@ -120,11 +120,15 @@ class GKDConfig:
         """Whether any step may train on the student's own samples."""
         return callable(self.on_policy_fraction) or self.on_policy_fraction > 0
 
+    def uses_targets(self) -> bool:
+        """Whether any row may be trained on its target in the data set."""
+        return callable(self.on_policy_fraction) or self.on_policy_fraction < 1
+
     def uses_dataset(self) -> bool:
         """Whether any step may train on a batch as the dataset has it."""
         if self.mixing == "example":
             return self.on_policy_fraction == 0
-        return callable(self.on_policy_fraction) or self.on_policy_fraction < 1
+        return self.uses_targets()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

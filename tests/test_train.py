@@ -122,6 +122,22 @@ def test_samples_may_be_longer_than_the_bucket_of_their_prompts(mixing, tmp_path
         assert one["train/loss"] == pytest.approx(other["train/loss"], rel=1e-4)
 
 
+@pytest.mark.parametrize("mixing", ["step", "example"])
+def test_a_row_without_a_target_is_refused_unless_all_are_sampled(mixing, tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"inputs": "1 + 1", "targets": "2"}\n{"inputs": "2 + 2"}\n')
+    config = DataConfig(
+        task=str(path), vocabulary="arithmetic", feature_lengths=LENGTHS, batch_size=8
+    )
+    for fraction in (0.0, 0.5):
+        method = gkd.GKDConfig(on_policy_fraction=fraction, mixing=mixing)
+        teacher = pretrained.ModelConfig(architecture=small, size="tiny")
+        with pytest.raises(ValueError, match=r"data\.jsonl, line 2: expected a target"):
+            train.train(
+                **options(tmp_path / "run", steps=1, data=config, method=method, teacher=teacher)
+            )
+
+
 def test_evaluation_scores_every_example_once(teacher_dir, tmp_path):
     evaluation = evaluate.EvalConfig(num_examples=11)  # not a multiple of the batch
     train.train(**options(tmp_path, steps=2, evaluation=evaluation))
