@@ -118,7 +118,7 @@ def test_rows_in_the_forms_that_people_have(row, prompt, target):
         ({"messages": [{"role": "user"}]}, "message 1 must have a string 'content'"),
         ({"messages": [ANSWER]}, "expected a turn before the assistant's, got none"),
         ({"messages": CHAT, "tools": {"a": 1}}, "'tools' must be a list of objects"),
-        ({"inputs": "a", "targets": "b", "truncated": 1}, "'truncated' must be true or false, got 1"),
+        ({"inputs": "a", "truncated": 1}, "'truncated' must be true or false, got 1"),
         ({"prompt": "", "completion": "b"}, "expected a prompt with text, got an empty one"),
         ({"inputs": " \n", "targets": "b"}, "expected a prompt with text, got an empty one"),
         ({"prompt": "a", "targets": "b"}, "'prompt' goes with 'completion', got 'targets'"),
