@@ -32,7 +32,11 @@ def is_name(path: str) -> bool:
 
 
 def local_folder(path: str) -> str:
-    """Returns `path` itself, or the folder of the downloaded model if it is a name on the hub."""
+    """Returns `path` itself, or the folder of the downloaded model if it is a name on the hub.
+
+    Raises:
+        FileNotFoundError: as `download` does.
+    """
     return download(path) if is_name(path) else path
 
 

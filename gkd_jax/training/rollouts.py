@@ -99,7 +99,11 @@ class Rollouts:
         return self._with_rewards(now)
 
     def _draw(self, step: int, student_params: lm.Params) -> Rollout:
-        """Draws a batch (x, y) of Algorithm 1; on an on-policy step the student samples y."""
+        """Draws a batch (x, y) of Algorithm 1; on an on-policy step the student samples y.
+
+        Raises:
+            ValueError: if a model does not know a token of the batch (`data.check_ids`).
+        """
         program, seed = self._program, self._program.recipe.train.seed
         began = time.monotonic()
         rows = next(self._stream)

@@ -71,7 +71,11 @@ class RunFolder:
         self.look()
 
     def look(self) -> None:
-        """Compares the recipe with what MODEL_DIR holds; sets `changes` and `is_new`."""
+        """Compares the recipe with what MODEL_DIR holds now: sets `changes` and `is_new`.
+
+        Raises:
+            ValueError: if the folder holds a run with another configuration.
+        """
         before = run_record.read(self.folder)
         self.changes, self.is_new = [], before is None
         if before is not None:

@@ -56,7 +56,11 @@ class StepLog:
         self._held = step
 
     def flush(self) -> None:
-        """Writes the held step too, as a checkpoint of it needs, and clears the bar of progress."""
+        """Writes the held step too, as a checkpoint of it needs, and clears the bar of progress.
+
+        Raises:
+            FloatingPointError: as `add` does.
+        """
         self._write_held()
         self._progress.clear()
         self._writer.copy()
