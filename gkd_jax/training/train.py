@@ -48,7 +48,8 @@ def train(
 
     Args:
         recipe: the configuration of the run.
-        model_dir: the folder that receives checkpoints, metrics and records (see the README).
+        model_dir: the folder that receives checkpoints, metrics and records; docs/configuration.md
+            lists what it holds.
         dry_run: build and check everything and print the plan, but train nothing.
         pending: checkpoints that an earlier phase of a study will make; a dry run does not open
             them.
