@@ -110,9 +110,9 @@ def open_model_and_task(model: ModelConfig, data: DataConfig, *, dry_run: bool) 
         FileNotFoundError, ValueError: if a checkpoint, a file or the vocabulary is missing or not
             as expected.
     """
-    model, commits = with_local_files(model, dry_run=dry_run)
+    models, data, _ = with_local_files({"model": model}, data, dry_run=dry_run)
+    model = models["model"]
     check_exists(model.checkpoint)
-    data, _ = tokenizer_files.with_local_vocabulary(data, commits, dry_run=dry_run)
     tokenizer = tokenizer_files.find_for_task(data, model, check_remote=not dry_run)
     task, vocabulary = named_tasks.open_task(data, tokenizer=tokenizer, check_remote=not dry_run)
     return Opened(model=model, data=data, task=task, vocabulary=vocabulary, dry_run=dry_run)

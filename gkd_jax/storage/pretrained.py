@@ -14,6 +14,7 @@ import jax
 from jax.sharding import Mesh
 
 from gkd_jax import convert, sharding
+from gkd_jax.input.data import DataConfig
 from gkd_jax.models import kv_cache, lm, quantized
 from gkd_jax.models.execution import ExecutionSettings, check_dtype
 from gkd_jax.storage import hub, loading
@@ -138,26 +139,44 @@ class ModelConfig:
 
 
 def with_local_files(
-    model: ModelConfig, pinned: Mapping[str, str] = {}, *, dry_run: bool = False
-) -> tuple[ModelConfig, dict[str, str]]:
-    """Downloads the checkpoint of a model if it is a name on the Hugging Face hub.
+    models: Mapping[str, ModelConfig],
+    data: DataConfig,
+    pinned: Mapping[str, str] = {},
+    *,
+    dry_run: bool = False,
+) -> tuple[dict[str, ModelConfig], DataConfig, dict[str, str]]:
+    """Downloads the checkpoints and the vocabulary that are names on the Hugging Face hub.
 
     Args:
-        model: any model.
-        pinned: the commits to take, by name.
-        dry_run: download nothing.
+        models: the models by any names.
+        data: the configuration of the data.
+        pinned: the commits to take, by the names on the hub.
+        dry_run: download nothing, and leave checkpoints as they are named.
 
     Returns:
-        The model with the folder as its checkpoint, and the commit by name; the model itself and {}
-        if its checkpoint is no such name.
+        The models and the data with the downloaded folders, and the commit of each name.
 
     Raises:
         FileNotFoundError: as `hub.download` does.
+        ValueError: for a vocabulary on the hub in a dry run, which cannot know the tokenizer.
     """
-    if model.checkpoint is None or dry_run:
-        return model, {}
-    folder, commits = hub.local_copy(model.checkpoint, pinned)
-    return (dataclasses.replace(model, checkpoint=folder) if commits else model), commits
+    found, commits = dict(models), {}
+    for name, model in models.items():
+        if model.checkpoint is not None and not dry_run:
+            folder, own = hub.local_copy(model.checkpoint, pinned)
+            found[name] = dataclasses.replace(model, checkpoint=folder)
+            commits |= own
+    vocabulary = data.vocabulary
+    if vocabulary is not None and hub.is_name(vocabulary):
+        if dry_run:
+            raise ValueError(
+                f"no vocabulary at {vocabulary!r}: there is no such file or folder, and a dry run "
+                "does not look on the Hugging Face hub; if it is a model there, name a local copy"
+            )
+        folder, own = hub.local_copy(vocabulary, {**pinned, **commits}, tokenizer_only=True)
+        data = dataclasses.replace(data, vocabulary=folder)
+        commits |= own
+    return found, data, commits
 
 
 def remote_checkpoints(*models: ModelConfig) -> frozenset[str]:

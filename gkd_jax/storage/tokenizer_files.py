@@ -1,7 +1,5 @@
-"""Finds tokenizers: that of a checkpoint, and one that is named as on the Hugging Face hub."""
+"""Finds the tokenizers of checkpoints, and copies them."""
 
-from collections.abc import Mapping
-import dataclasses
 import os
 
 from etils import epath
@@ -18,36 +16,6 @@ from gkd_jax.text import files, task_names, vocabularies
 # The folder in a MODEL_DIR, or in a converted checkpoint, with the tokenizer's and other files of
 # the Hugging Face folder from which the model began.
 FOLDER = "tokenizer"
-
-
-def with_local_vocabulary(
-    data: DataConfig, pinned: Mapping[str, str] = {}, *, dry_run: bool = False
-) -> tuple[DataConfig, dict[str, str]]:
-    """Downloads the tokenizer of `data.vocabulary` if it is a name on the Hugging Face hub.
-
-    Args:
-        data: any configuration of data.
-        pinned: the commits to take, by name.
-        dry_run: download nothing.
-
-    Returns:
-        The configuration with the downloaded folder as its vocabulary, and the commit by name; the
-        configuration itself and {} if its vocabulary is no such name.
-
-    Raises:
-        FileNotFoundError: as `hub.download` does.
-        ValueError: in a dry run, which cannot know the tokenizer.
-    """
-    name = data.vocabulary
-    if name is None or not hub.is_name(name):
-        return data, {}
-    if dry_run:
-        raise ValueError(
-            f"no vocabulary at {name!r}: there is no such file or folder, and a dry run does not "
-            "look on the Hugging Face hub; if it is a model there, name a local copy"
-        )
-    folder, commits = hub.local_copy(name, pinned, tokenizer_only=True)
-    return dataclasses.replace(data, vocabulary=folder), commits
 
 
 def find(checkpoint: str | None) -> str | None:

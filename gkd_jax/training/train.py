@@ -11,7 +11,7 @@ from etils import epath
 import jax
 
 from gkd_jax.gkd import TrainState, teacher_now
-from gkd_jax.storage import context_checks, pretrained, tokenizer_files, vocabulary_checks
+from gkd_jax.storage import context_checks, pretrained, vocabulary_checks
 from gkd_jax.text import files, vocabularies
 from gkd_jax.training import (
     interrupts,
@@ -224,14 +224,10 @@ def _with_local_files(
     """
     before = None if dry_run and files.in_bucket(folder) else run_record.read(folder)
     pinned = (before or {}).get("hub", {})
-    models, commits = {}, {}
-    for name, model in recipe.models.items():
-        models[name], found = pretrained.with_local_files(model, pinned, dry_run=dry_run)
-        commits |= found
-    chosen, found = tokenizer_files.with_local_vocabulary(
-        recipe.data, pinned | commits, dry_run=dry_run
+    models, chosen, commits = pretrained.with_local_files(
+        recipe.models, recipe.data, pinned, dry_run=dry_run
     )
-    return dataclasses.replace(recipe.with_models(models), data=chosen), commits | found
+    return dataclasses.replace(recipe.with_models(models), data=chosen), commits
 
 
 def _check_dry(
