@@ -10,58 +10,6 @@ from gkd_jax.storage.pretrained import ModelConfig
 from gkd_jax.text import comparison, files, vocabularies
 
 
-def check_vocabularies(
-    vocabulary: seqio.Vocabulary, chosen: Mapping[str, ModelConfig], pending: frozenset[str]
-) -> int | None:
-    """Compares a run's vocabulary with the vocabularies that its models were trained with.
-
-    A checkpoint of gkd_jax stores a hash of its vocabulary, and a Hugging Face folder holds its
-    tokenizer. A T5X checkpoint holds nothing to compare and is not checked.
-
-    Args:
-        vocabulary: the run's vocabulary.
-        chosen: the models, by the names that error messages use.
-        pending: the checkpoints that must not be opened.
-
-    Returns:
-        The number of ids that mean the same token to the run's vocabulary and to all models: those
-        of the tokenizers in Hugging Face folders, and those that a checkpoint of gkd_jax was
-        trained with. None if no model states a number.
-
-    Raises:
-        ValueError: if a model has another vocabulary; the message names the model.
-    """
-    stated: list[int] = []
-    for name, model in chosen.items():
-        if model.checkpoint is None or model.checkpoint in pending:
-            continue
-        step_folder = saved_model.find_step(model.checkpoint)
-        if step_folder is None:
-            path = model.checkpoint
-            own = None if files.is_remote(path) else vocabularies.in_folder(path)
-            if own is None:
-                continue
-            found = comparison.shared_pieces(
-                vocabulary,
-                own,
-                student_name="this run's vocabulary",
-                teacher_name=f"{name} {path}",
-            )
-            stated.append(found)
-            continue
-        about = saved_model.read_description(step_folder)
-        found = about["vocabulary"]
-        expected = vocabularies.content_hash(vocabulary)
-        if found and found != expected:
-            raise ValueError(
-                f"the {name}'s checkpoint {model.checkpoint!r} was trained with another vocabulary "
-                f"(content {found[:12]}) than this task's (content {expected[:12]})"
-            )
-        if about.get("num_pieces") is not None:
-            stated.append(about["num_pieces"])
-    return min(stated, default=None)
-
-
 def shared_pieces(
     vocabulary: seqio.Vocabulary,
     chosen: Mapping[str, ModelConfig],
@@ -69,16 +17,43 @@ def shared_pieces(
     *,
     check_remote: bool = True,
 ) -> int:
-    """Returns the number of ids that a run's vocabulary and all its models share.
+    """Returns the number of ids that mean the same token to a run's vocabulary and all its models.
 
-    See `check_vocabularies` for the first three arguments and the errors. A vocabulary in a remote
-    file is read, and compared with those of the models, only with `check_remote`.
+    A checkpoint of gkd_jax stores a hash of its vocabulary and the number of its ids, and a Hugging
+    Face folder holds its tokenizer. A T5X checkpoint holds nothing to compare and is not checked.
+
+    Args:
+        vocabulary: the run's vocabulary.
+        chosen: the models, by the names that error messages use.
+        pending: the checkpoints that must not be opened.
+        check_remote: whether a vocabulary in a remote file is read and compared with the models.
+
+    Raises:
+        ValueError: if a model has another vocabulary; the message names the model.
     """
-    num_pieces = vocabularies.num_pieces(vocabulary, check_remote=check_remote)
+    shared = vocabularies.num_pieces(vocabulary, check_remote=check_remote)
     if vocabularies.is_remote(vocabulary) and not check_remote:
-        return num_pieces
-    stated = check_vocabularies(vocabulary, chosen, pending)
-    return num_pieces if stated is None else min(num_pieces, stated)
+        return shared
+    for name, model in chosen.items():
+        path = model.checkpoint
+        if path is None or path in pending:
+            continue
+        step_folder = saved_model.find_step(path)
+        if step_folder is not None:
+            about = saved_model.read_description(step_folder)
+            found, expected = about["vocabulary"], vocabularies.content_hash(vocabulary)
+            if found and found != expected:
+                raise ValueError(
+                    f"the {name}'s checkpoint {path!r} was trained with another vocabulary "
+                    f"(content {found[:12]}) than this task's (content {expected[:12]})"
+                )
+            shared = min(shared, about.get("num_pieces") or shared)
+        elif not files.is_remote(path) and (own := vocabularies.in_folder(path)) is not None:
+            agreed = comparison.shared_pieces(
+                vocabulary, own, student_name="this run's vocabulary", teacher_name=f"{name} {path}"
+            )
+            shared = min(shared, agreed)
+    return shared
 
 
 def check_special_ids(
