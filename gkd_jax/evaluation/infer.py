@@ -26,8 +26,7 @@ from gkd_jax.input.data import DataConfig
 from gkd_jax.input.split import Split
 from gkd_jax.models import lm
 from gkd_jax.storage import content, saved_model
-from gkd_jax.storage.context_checks import warn_of_long_texts
-from gkd_jax.storage.pretrained import ModelConfig, place_params
+from gkd_jax.storage.pretrained import ModelConfig, place_params, warn_of_long_texts
 from gkd_jax.text import files, settings, task_names
 
 

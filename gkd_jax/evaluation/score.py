@@ -21,8 +21,7 @@ from gkd_jax.input import named_tasks, padded_batches, teacher_cache
 from gkd_jax.input.data import DataConfig, check_ids, place
 from gkd_jax.input.split import Split
 from gkd_jax.models import lm
-from gkd_jax.storage.context_checks import warn_of_long_texts
-from gkd_jax.storage.pretrained import ModelConfig, place_params
+from gkd_jax.storage.pretrained import ModelConfig, place_params, warn_of_long_texts
 from gkd_jax.text import files
 
 

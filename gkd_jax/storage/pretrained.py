@@ -259,6 +259,22 @@ def _check_rows(path: str, rows: int, num_pieces: int) -> None:
         )
 
 
+def warn_of_long_texts(config: lm.Config, name: str, prompt: int, target: int) -> None:
+    """Warns if a model was made for shorter texts than the longest prompt and answer of a run.
+
+    This is no error, because the texts of a task may all be shorter than the lengths allow. The
+    name is what the warning calls the model.
+    """
+    limit = config.context_length
+    if limit is not None and prompt + target > limit:
+        print(
+            f"WARNING: TASK_FEATURE_LENGTHS allows texts of {prompt + target} tokens ({prompt} of "
+            f"the prompt and {target} of the answer), and the {name} was made for texts of at most "
+            f"{limit} (max_position_embeddings): what it writes beyond them may be poor",
+            file=sys.stderr,
+        )
+
+
 def _check_sizes(path: str, size: str | None, stored: lm.Config, chosen: lm.Config) -> None:
     names = ("d_model", "num_heads", "head_dim", "d_ff")
     names += ("num_encoder_layers", "num_decoder_layers", "num_kv_heads", "num_layers")

@@ -11,7 +11,7 @@ from etils import epath
 import jax
 
 from gkd_jax.gkd import TrainState, teacher_now
-from gkd_jax.storage import context_checks, pretrained, vocabulary_checks
+from gkd_jax.storage import pretrained, vocabulary_checks
 from gkd_jax.text import files, vocabularies
 from gkd_jax.training import (
     interrupts,
@@ -204,12 +204,12 @@ def _warn_of_long_texts(program: Program) -> None:
     recipe, models = program.recipe, program.models
     prompt, target, *teachers = recipe.data.shapes()[-1]
     evaluated = None if recipe.evaluation is None else recipe.evaluation.target_length
-    context_checks.warn_of_long_texts(
+    pretrained.warn_of_long_texts(
         models.student, "student", prompt, max(target, evaluated or target)
     )
     read = teachers[0] if program.reads_own_prompts else prompt
     for config in dict.fromkeys(config for config, _ in program.learner.teachers):
-        context_checks.warn_of_long_texts(config, "teacher", read, target)
+        pretrained.warn_of_long_texts(config, "teacher", read, target)
 
 
 def _with_local_files(
