@@ -149,13 +149,6 @@ class EvalConfig:
             sharding.check_batch_size(self.decode_rows, mesh, name="decode_rows")
 
 
-def _vocabularies() -> Any:
-    """Imports `vocabularies` late: it needs seqio, but `bench` and `precompile` do not."""
-    from gkd_jax.text import vocabularies
-
-    return vocabularies
-
-
 def make_decoder(
     config: lm.Config,
     evaluation: EvalConfig,
@@ -176,7 +169,9 @@ def make_decoder(
             never decoded, and a batch that has one raises ValueError.
         length: the largest number of tokens to decode.
     """
-    ends = _vocabularies().end_ids(vocabulary) or lm.eos_ids(config)
+    from gkd_jax.text import vocabularies  # needs seqio, which `bench` and `precompile` do not
+
+    ends = vocabularies.end_ids(vocabulary) or lm.eos_ids(config)
     sampling = SamplingConfig(
         temperature=evaluation.temperature if evaluation.decoding == "sample" else 0.0,
         banned_ids=banned_tail(config, num_pieces),
@@ -203,11 +198,12 @@ def make_decoder(
             # The last batch is padded with rows that have no example: leave them out.
             for i in range(len(examples) * repeats):
                 size = int(weights[i].sum())
+                decoded = tokens[i, :size].tolist()
                 ended = evaluation.decoding == "likeliest" or tokens[i, size - 1] in ends
                 yield DecodedRow(
                     examples[i // repeats],
-                    to_text(vocabulary, tokens[i, :size]),
-                    tokens[i, :size].tolist(),
+                    vocabularies.decode(vocabulary, decoded),
+                    decoded,
                     None if values is None else values[i, :size].tolist(),
                     text(examples[i // repeats], "teacher_inputs") if has_own else None,
                     not ended,
@@ -310,11 +306,6 @@ def teacher_divergence(models: gkd.ModelPair, mesh: Mesh) -> TokenDivergence:
     return jax.jit(values, out_shardings=sharding.replicated(mesh))
 
 
-def to_text(vocabulary: Any, tokens: np.ndarray) -> str:
-    """Returns the text of decoded ids, up to the first id that ends a text."""
-    return _vocabularies().decode(vocabulary, tokens.tolist())
-
-
 def compute_metrics(
     task: Any, rows: Sequence[DecodedRow], evaluation: EvalConfig = EvalConfig()
 ) -> dict[str, float]:
@@ -365,6 +356,8 @@ def compute_metrics(
 
 def write_rows(path: files.AnyPath, rows: Sequence[DecodedRow], vocabulary: Any) -> None:
     """Writes rows as JSONL; with a teacher, each row has its tokens and their divergences."""
+    from gkd_jax.text import vocabularies
+
     path.parent.mkdir(parents=True, exist_ok=True)
     with files.naming(path), path.open("w", encoding="utf-8") as file:
         for row in rows:
@@ -376,7 +369,7 @@ def write_rows(path: files.AnyPath, rows: Sequence[DecodedRow], vocabulary: Any)
             if row.divergence is not None:
                 if row.teacher_inputs is not None:
                     line["teacher_inputs"] = row.teacher_inputs
-                line["tokens"] = [_vocabularies().piece(vocabulary, token) for token in row.tokens]
+                line["tokens"] = [vocabularies.piece(vocabulary, token) for token in row.tokens]
                 line["token_divergence"] = [round(value, 4) for value in row.divergence]
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
