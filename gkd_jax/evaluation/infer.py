@@ -6,7 +6,7 @@ the teacher decodes the training split, and `gkd_jax.input.jsonl` reads the resu
 
 from collections.abc import Iterator
 import contextlib
-import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
@@ -24,72 +24,59 @@ from gkd_jax.evaluation.opened import Opened, open_model_and_task
 from gkd_jax.input import padded_batches, row_ids
 from gkd_jax.input.data import DataConfig
 from gkd_jax.input.split import Split
-from gkd_jax.models import lm
 from gkd_jax.storage import content, saved_model
 from gkd_jax.storage.pretrained import ModelConfig, place_params, warn_of_long_texts
 from gkd_jax.text import files, settings, task_names
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Decoding:
-    """A model that is ready to decode a task.
-
-    Attributes:
-        opened: the model and the task.
-        decoder: the function of `evaluate.make_decoder`; None in a dry run.
-        params: the model's parameters; None in a dry run.
-        batch_size: examples that are read at once.
-        lengths: the feature lengths; "targets" is the largest number of decoded tokens.
-    """
-
-    opened: Opened
-    decoder: Any
-    params: lm.Params | None
-    batch_size: int
-    lengths: dict[str, int]
-
-    def batches(self, evaluation: EvalConfig):
-        task, use_cached = self.opened.task, self.opened.data.use_cached
-        split = Split(task, evaluation.split, self.lengths, evaluation.num_examples, use_cached)
-        return padded_batches.in_order(split, self.batch_size)
+_Ready = tuple[evaluate.Decoder, Iterator[padded_batches.PaddedBatch], int]
 
 
 def _prepare(
-    opened: Opened,
-    evaluation: EvalConfig,
-    mesh: sharding.MeshConfig,
-    *,
-    reads_split: bool = True,
-) -> _Decoding:
-    """Checks everything, and loads the model except in a dry run."""
+    opened: Opened, evaluation: EvalConfig, mesh: sharding.MeshConfig, text_file: str | None = None
+) -> _Ready | None:
+    """Checks everything, and loads the model except in a dry run.
+
+    Returns:
+        The decoder with the model's parameters, the batches to decode, from the task's split or
+        from the lines of a file, and their size; None in a dry run.
+    """
     model, data = opened.model, opened.data
     if evaluation.num_examples == 0:
         raise ValueError("num_examples must be a positive integer or None, got 0")
     if model.memory != "device":
         raise ValueError(f"a model decodes in memory='device', got {model.memory!r}")
-    if reads_split:
+    if text_file is None:
         opened.check_split(evaluation.split)
     config, num_pieces = opened.config_and_num_pieces()
     device_mesh = sharding.make_mesh(model.mesh or mesh)
-    batch_size = evaluation.batch_size or data.batch_size
-    evaluation.check_mesh(batch_size, device_mesh)
+    size = evaluation.batch_size or data.batch_size
+    evaluation.check_mesh(size, device_mesh)
     lengths = {name: data.feature_lengths[name] for name in ("inputs", "targets")}
     lengths["targets"] = evaluation.target_length or lengths["targets"]
     warn_of_long_texts(config, "model", lengths["inputs"], lengths["targets"])
-    decoder = params = None
-    if not opened.dry_run:
-        decoder = evaluate.make_decoder(
-            config,
-            evaluation,
-            vocabulary=opened.vocabulary,
-            num_pieces=num_pieces,
-            mesh=device_mesh,
-            length=lengths["targets"],
-        )
-        params = place_params(model, config, device_mesh)
-    return _Decoding(
-        opened=opened, decoder=decoder, params=params, batch_size=batch_size, lengths=lengths
+    if opened.dry_run:
+        return None
+    decoder = evaluate.make_decoder(
+        config,
+        evaluation,
+        vocabulary=opened.vocabulary,
+        num_pieces=num_pieces,
+        mesh=device_mesh,
+        length=lengths["targets"],
     )
+    params = place_params(model, config, device_mesh)
+    limit = evaluation.num_examples
+    if text_file is None:
+        split = Split(opened.task, evaluation.split, lengths, limit, data.use_cached)
+        batches = padded_batches.in_order(split, size)
+    else:  # All lines are checked before the first batch.
+        prompts = row_ids.read_prompts(text_file, opened.vocabulary, lengths["inputs"])[:limit]
+        batches = (
+            padded_batches.fill_batch(prompts[start : start + size], lengths, size)
+            for start in range(0, len(prompts), size)
+        )
+    return functools.partial(decoder, params), batches, size
 
 
 def evaluate_checkpoint(
@@ -115,12 +102,13 @@ def evaluate_checkpoint(
     made_by.on_first_process(made_by.check_evaluation, output_dir)
     opened = open_model_and_task(model, data, dry_run=dry_run)
     ready = _prepare(opened, evaluation, mesh)
-    if dry_run:
+    if ready is None:
         return
+    decode, batches, _ = ready
     folder = pathlib.Path(output_dir)
     if jax.process_index() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-    decoded = list(ready.decoder(ready.params, ready.batches(evaluation)))
+    decoded = list(decode(batches))
     values = evaluate.compute_metrics(opened.task, decoded, evaluation)
     model, name = opened.model, task_names.display_name(data.name)
     if jax.process_index() == 0:
@@ -175,21 +163,17 @@ def run(
     opened = open_model_and_task(model, data, dry_run=dry_run)
     about, unread = _describe(opened, evaluation, text_file)
     made_by.on_first_process(made_by.check, output, about, unread)
-    ready = _prepare(opened, evaluation, mesh, reads_split=text_file is None)
-    if dry_run:
+    ready = _prepare(opened, evaluation, mesh, text_file)
+    if ready is None:
         return
-    if text_file is None:
-        batches = ready.batches(evaluation)
-    else:
-        batches = _text_batches(text_file, ready, evaluation.num_examples)
+    decode, batches, batch_size = ready
     path = pathlib.Path(output)
     writes = jax.process_index() == 0
     if writes:
         path.parent.mkdir(parents=True, exist_ok=True)
         made_by.write(path, about)
     # Skip whole batches only, because the key of a sampled row depends on its batch.
-    skipped = _skip(path, ready.batch_size * evaluation.num_samples)
-    decoded = ready.decoder(ready.params, batches, first=skipped)
+    decoded = decode(batches, first=_skip(path, batch_size * evaluation.num_samples))
     appended = path.open("a", encoding="utf-8") if writes else contextlib.nullcontext()
     num_rows = num_truncated = 0
     with files.naming(path), appended as file:
@@ -202,10 +186,10 @@ def run(
     if writes:
         made_by.write(path, about, num_lines=path.read_bytes().count(b"\n"))
         if num_truncated:
+            length = evaluation.target_length or opened.data.feature_lengths["targets"]
             print(
-                f"WARNING: {num_truncated} of {num_rows} predictions reached "
-                f"{ready.lengths['targets']} tokens before they ended. Their lines say so, and a "
-                "student of them learns no end",
+                f"WARNING: {num_truncated} of {num_rows} predictions reached {length} tokens "
+                "before they ended. Their lines say so, and a student of them learns no end",
                 file=sys.stderr,
             )
         print(f"wrote {path}", file=sys.stderr)
@@ -245,30 +229,13 @@ def _describe(
     return about | {name: getattr(evaluation, name) for name in names}, unread
 
 
-def _text_batches(
-    text_file: str, ready: _Decoding, num_lines: int | None
-) -> Iterator[padded_batches.PaddedBatch]:
-    """Checks all lines of a file, and returns batches of the first of them, each a prompt."""
-    size, lengths = ready.batch_size, ready.lengths
-    prompts = row_ids.read_prompts(text_file, ready.opened.vocabulary, lengths["inputs"])
-    prompts = prompts[:num_lines]
-    starts = range(0, len(prompts), size)
-    return (
-        padded_batches.fill_batch(prompts[start : start + size], lengths, size) for start in starts
-    )
-
-
 def _skip(path: pathlib.Path, lines_a_batch: int) -> int:
     """Returns the number of whole batches in the file; the first process cuts the rest off."""
     batches = 0
     if jax.process_index() == 0:
-        done = path.read_bytes().count(b"\n") if path.exists() else 0
-        batches = done // lines_a_batch
-        _truncate(path, batches * lines_a_batch)
+        content = path.read_bytes() if path.exists() else b""
+        batches = content.count(b"\n") // lines_a_batch
+        if content:
+            kept = content.splitlines(keepends=True)[: batches * lines_a_batch]
+            files.write_whole(path, b"".join(kept))
     return int(multihost_utils.broadcast_one_to_all(np.asarray(batches)))
-
-
-def _truncate(path: pathlib.Path, num_lines: int) -> None:
-    if path.exists():
-        lines = path.read_bytes().splitlines(keepends=True)[:num_lines]
-        files.write_whole(path, b"".join(lines))
