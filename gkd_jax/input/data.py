@@ -282,20 +282,19 @@ def process_shard(config: DataConfig, mesh: Mesh) -> Shard:
     return Shard(parts.index(mine), len(parts), min(readers))
 
 
-def place(batch: Batch, mesh: Mesh, *, num_rows: int | None = None) -> Batch:
-    """Returns a global batch of JAX arrays whose rows are sharded over the devices.
+def place(tree: Any, mesh: Mesh, *, num_rows: int | None = None) -> Any:
+    """Returns a tree, such as a batch, as global JAX arrays with rows sharded over the devices.
 
     Args:
-        batch: NumPy arrays with the whole global batch, or with the rows of this process (from the
-            `TrainIterator` of a shard).
+        tree: NumPy arrays with the rows of the whole global batch, or with those of this process
+            (from the `TrainIterator` of a shard).
         mesh: the device mesh.
-        num_rows: the number of rows of the global batch; None if `batch` is the whole batch.
+        num_rows: the number of rows of the global batch; None if the arrays have all of them.
     """
-    return jax.tree.map(lambda x: place_array(x, mesh, num_rows=num_rows), batch)
-
-
-def place_array(values: np.ndarray, mesh: Mesh, *, num_rows: int | None = None) -> jax.Array:
-    """Returns one array, whose first axis is the batch rows, sharded over devices; see `place`."""
     where = sharding.batch_sharding(mesh)
-    shape = (num_rows or len(values), *values.shape[1:])
-    return jax.make_array_from_process_local_data(where, values, shape)
+
+    def placed(values: np.ndarray) -> jax.Array:
+        shape = (num_rows or len(values), *values.shape[1:])
+        return jax.make_array_from_process_local_data(where, values, shape)
+
+    return jax.tree.map(placed, tree)

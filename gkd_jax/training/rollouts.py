@@ -167,6 +167,5 @@ class Rollouts:
         references = [text for text in references for _ in range(method.num_samples)]
         rewards = rl.rewards_of(method.rl.reward, prompts, outputs, references)
         advantages = rl.advantages(rewards, method.num_samples)
-        return rollout._replace(
-            rewards=rewards, advantages=data.place_array(advantages, self._program.mesh)
-        )
+        placed = data.place(advantages, self._program.mesh)
+        return rollout._replace(rewards=rewards, advantages=placed)
