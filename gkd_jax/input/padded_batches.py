@@ -1,6 +1,7 @@
 """Makes batches of one shape: cuts and pads examples, and reads a whole split in its own order."""
 
 from collections.abc import Iterator, Mapping
+import itertools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,13 +31,8 @@ def in_order(split: Split, batch_size: int) -> Iterator[PaddedBatch]:
     Sequences that are longer than the split's lengths are cut, shorter ones padded.
     """
     fit.warn_once(split)
-    rows: list[dict[str, Any]] = []
-    for example in split.in_order():
-        rows.append(example)
-        if len(rows) == batch_size:
-            yield fill_batch(rows, split.lengths, batch_size)
-            rows = []
-    if rows:
+    examples = split.in_order()
+    while rows := list(itertools.islice(examples, batch_size)):
         yield fill_batch(rows, split.lengths, batch_size)
 
 
