@@ -19,13 +19,16 @@ def detect(path: str) -> Format:
     """Returns the format of the checkpoint in a folder, local or gs://.
 
     Raises:
-        FileNotFoundError: if there is no such folder.
+        FileNotFoundError: if nothing is there.
+        NotADirectoryError: if a file is there.
         ValueError: if the folder has none of the formats; the message says which files were
             looked for, or what the folder lacks.
     """
     folder = epath.Path(path)
+    if folder.is_file():
+        raise NotADirectoryError(f"no checkpoint at {path!r}: it is a file, not a folder")
     if not folder.is_dir():
-        raise FileNotFoundError(f"no checkpoint folder {path}")
+        raise FileNotFoundError(f"no checkpoint at {path!r}: there is no such file or folder")
     if _is_step(folder) or any(map(_is_step, folder.glob("checkpoints/*"))):
         return "gkd"
     weights = [

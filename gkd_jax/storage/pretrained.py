@@ -5,7 +5,6 @@
 
 from collections.abc import Callable, Mapping
 import dataclasses
-import os
 import resource
 import sys
 from typing import Any
@@ -204,19 +203,10 @@ def remote_checkpoints(*models: ModelConfig) -> frozenset[str]:
 def check_exists(checkpoint: str | None) -> None:
     """Checks that there is a checkpoint at a path, by the names of its files, unless it is remote.
 
-    Raises:
-        FileNotFoundError: if nothing is there.
-        NotADirectoryError: if a file is there.
-        ValueError: if a folder is there and lacks the files of a checkpoint.
+    Errors are those of `convert.detect`.
     """
-    if checkpoint is None or is_remote(checkpoint):
-        return
-    if os.path.isdir(checkpoint):
+    if checkpoint is not None and not is_remote(checkpoint):
         convert.detect(checkpoint)
-        return
-    if os.path.exists(checkpoint):
-        raise NotADirectoryError(f"no checkpoint at {checkpoint!r}: it is a file, not a folder")
-    raise FileNotFoundError(f"no checkpoint at {checkpoint!r}: there is no such file or folder")
 
 
 def is_remote(checkpoint: str | None) -> bool:
