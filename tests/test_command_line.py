@@ -46,7 +46,7 @@ for _ in range(400):
     try:
         _, bindings, _ = flags.parse("train", [f"--gin.{name}={value}"])
         gin_files.parse(["gin/gkd.gin"], [*REQUIRED, *bindings], ["."])
-        gin_files.configured(Recipe)()
+        gin.get_configurable(Recipe)()
         built += 1
     except known as error:
         message = main._message(error)
@@ -99,7 +99,7 @@ def test_a_model_that_is_only_read_is_held_in_the_dtype_of_computation(command, 
     needed = {"CHECKPOINT": "/tmp/run", "MIXTURE_OR_TASK_NAME": "arithmetic", "DTYPE": "bfloat16"}
     needed["OUTPUT_DIR" if command == "eval" else "OUTPUT"] = "/tmp/output"
     gin_files.parse([f"gin/{command}.gin"], [*needed.items()], ["."])
-    model = gin_files.configured(ModelConfig)()
+    model = gin.get_configurable(ModelConfig)()
     assert (model.dtype, model.param_dtype) == ("bfloat16", "bfloat16")
 
 
@@ -110,8 +110,8 @@ def test_a_flag_that_a_scope_of_the_gin_files_overrules_is_warned_of(fresh_gin, 
     scoped = "train/sampling.SamplingConfig.temperature"
     flag = ("sampling.SamplingConfig.temperature", "0.5")
     gin_files.parse(["gin/gkd.gin"], [*NEEDED, flag], ["."])
-    make = gin_files.configured(SamplingConfig)
-    with gin_files.scope("train"):
+    make = gin.get_configurable(SamplingConfig)
+    with gin.config_scope("train"):
         assert make().temperature == 1.0
     assert make().temperature == 0.5
     said = capsys.readouterr().err

@@ -28,7 +28,7 @@ def recipe_of(name):
 
     path = str(ROOT / "gin" / "models" / f"{name}.gin")
     gin_files.parse([path], [], [str(ROOT)], stand_ins=commands.STAND_INS)
-    return gin_files.configured(Recipe)(evaluation=None)
+    return gin.get_configurable(Recipe)(evaluation=None)
 
 
 def test_all_recipes_are_tested():

@@ -7,6 +7,7 @@ from typing import Any
 
 from etils import epath
 
+import gin
 from gkd_jax.command_line import flags, gin_files, process, recipes
 from gkd_jax.command_line.flags import UsageError
 
@@ -80,11 +81,11 @@ def _train(values: Any) -> None:
         raise UsageError(f"MODEL_DIR must be a string, the folder of the run, got {model_dir!r}")
     settings = {
         "dry_run": values.dry_run,
-        "config_text": gin_files.operative,
+        "config_text": gin.operative_config_str,
         "macros": gin_files.macros(),
         "allow_changes": [field for name in allowed for field in gin_files.fields_of(name)],
     }
-    make_recipe = gin_files.configured(Recipe)
+    make_recipe = gin.get_configurable(Recipe)
     phases = gin_files.macro("PHASES", ())
     if not phases:
         train.train(recipe=make_recipe(), model_dir=model_dir, **settings)
@@ -93,7 +94,7 @@ def _train(values: Any) -> None:
     pending = frozenset(os.fspath(root / phase) for phase in phases if values.dry_run)
     for phase in phases:
         print(f"\n=== {phase} ===", file=sys.stderr)
-        with gin_files.scope(phase):
+        with gin.config_scope(phase):
             recipe = make_recipe()
         train.train(
             recipe=recipe,
@@ -110,7 +111,7 @@ def _decode(command: str, values: Any) -> None:
     from gkd_jax.evaluation import infer, score
 
     functions = {"eval": infer.evaluate_checkpoint, "infer": infer.run, "score": score.run}
-    gin_files.configured(functions[command])(dry_run=values.dry_run)
+    gin.get_configurable(functions[command])(dry_run=values.dry_run)
 
 
 def _precompile(values: Any) -> None:
@@ -149,8 +150,8 @@ def _recipe(phase: str | None) -> Any:
     phases = gin_files.macro("PHASES", ())
     if phase not in (phases or (None,)):
         raise UsageError(f"--phase must be one of {list(phases)} here, got {phase!r}")
-    with gin_files.scope(phase):
-        return gin_files.configured(Recipe)(evaluation=None)
+    with gin.config_scope(phase):
+        return gin.get_configurable(Recipe)(evaluation=None)
 
 
 def _convert(values: Any) -> None:

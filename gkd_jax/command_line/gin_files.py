@@ -3,7 +3,7 @@
 No package outside `command_line/` imports gin.
 """
 
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 import contextlib
 import inspect
 import logging
@@ -256,21 +256,6 @@ def scope_of(error: BaseException) -> str | None:
     calls = re.findall(r"In call to configurable .*", str(error))
     scopes = re.findall(r" in scope '(.*)'$", calls[0]) if calls else [None]
     return scopes[0] if scopes else ""
-
-
-def configured(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a function or class with the parameters that the gin files bind."""
-    return gin.get_configurable(function)
-
-
-def scope(name: str | None) -> Any:
-    """Returns a context in which the bindings of a gin scope hold; None is the root scope."""
-    return gin.config_scope(name)
-
-
-def operative() -> str:
-    """Returns the part of the configuration that was used so far, as gin text."""
-    return gin.operative_config_str()
 
 
 # What gin adds about the text of one binding: the text is the user's, and its lines are not.
