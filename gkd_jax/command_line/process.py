@@ -7,7 +7,6 @@ import os
 import pathlib
 import sys
 import tempfile
-from typing import Any
 
 from gkd_jax.command_line.flags import UsageError
 
@@ -85,12 +84,7 @@ def _import_tensorflow() -> None:
     logging.set_verbosity(logging.ERROR)  # seqio's warnings are about how it was called
     # orbax logs an exception of its threads and raises it as well. It is printed once, as the error
     # of the command.
-    logging.get_absl_logger().addFilter(_has_no_exception)
-
-
-def _has_no_exception(record: Any) -> bool:
-    """Returns whether a record of a log comes without a traceback."""
-    return not record.exc_info
+    logging.get_absl_logger().addFilter(lambda record: not record.exc_info)
 
 
 @contextlib.contextmanager

@@ -57,8 +57,9 @@ def convert_checkpoint(
         )
         return
     source = hub.local_folder(source)
-    opened = _open(source)
-    config = opened.config
+    config, step_folder = loading.load_config(source), saved_model.find_step(source)
+    about = {} if step_folder is None else saved_model.read_description(step_folder)
+    opened = _Source(source, config, step_folder, about, tokenizer_files.find(source))
     if to == "t5x" and config.family != "t5":
         raise ValueError(f"{source!r} is no T5, and T5X's format is for those alone")
     step = _step_of(source) if step is None else step
@@ -118,12 +119,6 @@ class _Source(NamedTuple):
         if self.step_folder is None:
             return convert.stored_dtype(self.path)
         return self.about.get("dtype", "float32")
-
-
-def _open(path: str) -> _Source:
-    config, step_folder = loading.load_config(path), saved_model.find_step(path)
-    about = {} if step_folder is None else saved_model.read_description(step_folder)
-    return _Source(path, config, step_folder, about, tokenizer_files.find(path))
 
 
 def _write_hf(output: str, source: _Source, params: lm.Params, dtype: str) -> None:

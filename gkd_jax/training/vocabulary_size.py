@@ -20,7 +20,9 @@ def num_pieces_of(recipe: Recipe) -> int:
     sizes = {known_sizes.num_pieces(config.vocabulary, config.extra_ids, task) for task in tasks}
     found = sizes.pop() if len(sizes) == 1 else None
     if config.vocabulary is None:
-        cannot_be_read = all(map(_is_absent, tasks))
+        paths = [task_names.split(task)[0] for task in tasks]
+        ends = task_names.ENDINGS
+        cannot_be_read = all(path.endswith(ends) and not os.path.exists(path) for path in paths)
     else:
         cannot_be_read = hub.is_name(config.vocabulary)
     if found is None and cannot_be_read:
@@ -32,8 +34,3 @@ def num_pieces_of(recipe: Recipe) -> int:
 
         found = source.open_source(recipe, check_remote=False).num_pieces
     return found
-
-
-def _is_absent(task: str) -> bool:
-    path, _ = task_names.split(task)
-    return path.endswith(task_names.ENDINGS) and not os.path.exists(path)
