@@ -13,7 +13,7 @@ import tensorflow as tf
 from tokenizers import processors
 import transformers
 
-from gkd_jax.text import comparison, files, vocabularies
+from gkd_jax.text import files, vocabularies
 from gkd_jax.text.chat_template import ChatTemplate
 from gkd_jax.text.tokenizer_folder import TokenizerVocabulary
 
@@ -300,8 +300,8 @@ def test_t5_folders_have_their_sentinels_and_one_content_in_both_forms(shared, t
     assert isinstance(fast, TokenizerVocabulary)
     assert vocabularies.content_hash(fast) == vocabularies.content_hash(vocabulary)
     names = {"student_name": "a", "teacher_name": "b"}
-    assert comparison.shared_pieces(fast, vocabulary, **names) == 32_100
-    assert comparison.shared_pieces(fast, plain, **names) == 32_000
+    assert vocabularies.shared_pieces(fast, vocabulary, **names) == 32_100
+    assert vocabularies.shared_pieces(fast, plain, **names) == 32_000
     text = "The answer is 12, or is it?"
     assert fast.encode(text) == theirs(text, add_special_tokens=False)["input_ids"]
     assert fast.encode_prompt(text) == theirs(text)["input_ids"]
@@ -364,7 +364,7 @@ def test_different_tokenizers_are_refused_with_the_way_that_works(
     with pytest.raises(
         ValueError, match=f"'S'.*'T' have different.*{message}.*SeqKD works"
     ) as error:
-        comparison.shared_pieces(student, teacher, student_name="S", teacher_name="T")
+        vocabularies.shared_pieces(student, teacher, student_name="S", teacher_name="T")
     assert "\n" not in str(error.value)
 
 
@@ -372,11 +372,11 @@ def test_tokenizers_of_other_families_are_refused(folders):
     vocabulary = {kind: TokenizerVocabulary(path) for kind, path in folders.items()}
     for one, other in (("qwen", "llama"), ("gemma", "qwen")):
         with pytest.raises(ValueError, match=r"different tokenizers: id .*SeqKD"):
-            comparison.shared_pieces(
+            vocabularies.shared_pieces(
                 vocabulary[one], vocabulary[other], student_name="S", teacher_name="T"
             )
     with pytest.raises(ValueError, match="SeqKD"):
-        comparison.shared_pieces(
+        vocabularies.shared_pieces(
             vocabulary["qwen"], vocabularies.arithmetic(), student_name="S", teacher_name="T"
         )
 
@@ -392,7 +392,7 @@ def test_further_tokens_at_the_end_leave_the_shared_ones(folders, tmp_path):
     teacher = changed(tmp_path, add)
     assert teacher.vocab_size == student.vocab_size + 1
     for one, other in ((student, teacher), (teacher, student), (student, student)):
-        shared = comparison.shared_pieces(one, other, student_name="S", teacher_name="T")
+        shared = vocabularies.shared_pieces(one, other, student_name="S", teacher_name="T")
         assert shared == student.vocab_size
 
 

@@ -170,8 +170,8 @@ def _num_shared(one: _Vocabulary, other: _Vocabulary) -> int:
             f"{one.path!r} and {other.path!r} have different vocabularies (content "
             f"{one.content[:12]} and {other.content[:12]}): their ids do not mean the same tokens"
         )
-    from gkd_jax.text import comparison
+    from gkd_jax.text import vocabularies
 
-    return comparison.shared_pieces(
+    return vocabularies.shared_pieces(
         one.tokenizer, other.tokenizer, student_name=one.path, teacher_name=other.path
     )

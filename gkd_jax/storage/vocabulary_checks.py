@@ -7,7 +7,7 @@ import seqio
 from gkd_jax.models import lm
 from gkd_jax.storage import saved_model
 from gkd_jax.storage.pretrained import ModelConfig
-from gkd_jax.text import comparison, files, vocabularies
+from gkd_jax.text import files, vocabularies
 
 
 def shared_pieces(
@@ -49,7 +49,7 @@ def shared_pieces(
                 )
             shared = min(shared, about.get("num_pieces") or shared)
         elif not files.is_remote(path) and (own := vocabularies.in_folder(path)) is not None:
-            agreed = comparison.shared_pieces(
+            agreed = vocabularies.shared_pieces(
                 vocabulary, own, student_name="this run's vocabulary", teacher_name=f"{name} {path}"
             )
             shared = min(shared, agreed)
