@@ -6,8 +6,7 @@ import tensorflow as tf
 
 from gkd_jax.input import named_tasks, shuffling
 from gkd_jax.input.data import DataConfig
-from gkd_jax.input.split import Split
-from gkd_jax.input.untuned import untuned
+from gkd_jax.input.split import Split, untuned
 import gkd_jax.tasks.arithmetic  # noqa: F401
 
 

@@ -17,8 +17,7 @@ import seqio
 import tensorflow as tf
 
 from gkd_jax.input.data import WHOLE, Shard
-from gkd_jax.input.split import Split, as_rows
-from gkd_jax.input.untuned import untuned
+from gkd_jax.input.split import Split, as_rows, untuned
 from gkd_jax.tasks.features import Row  # pyright: ignore[reportMissingImports]
 from gkd_jax.text import files
 

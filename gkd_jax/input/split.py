@@ -8,7 +8,6 @@ import seqio
 import tensorflow as tf
 
 from gkd_jax.input.data import DataConfig
-from gkd_jax.input.untuned import untuned
 from gkd_jax.tasks import features  # pyright: ignore[reportMissingImports]
 from gkd_jax.tasks.features import Row  # pyright: ignore[reportMissingImports]
 
@@ -98,6 +97,26 @@ class Split(NamedTuple):
     @property
     def _limit(self) -> int:
         return -1 if self.num_examples is None else self.num_examples
+
+
+def untuned(dataset: tf.data.Dataset, *, num_threads: int | None = None) -> tf.data.Dataset:
+    """Returns a dataset with a deterministic order, which tf.data does not tune while it is read.
+
+    tf.data tunes its parallelism in a thread that sleeps longer and longer between its rounds, up
+    to a minute, and nothing wakes it: an iterator that is closed waits until the thread has slept.
+    A run of a minute ended up to a minute late. The datasets here have few stages, whose
+    parallelism is set.
+
+    Args:
+        dataset: any dataset.
+        num_threads: the threads of this dataset alone; None takes those that all datasets share.
+    """
+    options = tf.data.Options()
+    options.deterministic = True
+    options.autotune.enabled = False
+    if num_threads is not None:
+        options.threading.private_threadpool_size = num_threads
+    return dataset.with_options(options)
 
 
 def _lists(rows: Iterator[Row]) -> Iterator[list[Row]]:
