@@ -27,12 +27,8 @@ def measure(
 ) -> dict[str, Any]:
     """Returns tokens per second of both loops, and how far their samples and memory differ.
 
-    Args:
-        built: the program whose student samples.
-        params: the student's parameters.
-        batch: the prompts.
-        runs: the number of batches that are drawn and timed, after one that is not timed.
-        mean_length: the mean of the geometric lengths; None is full length.
+    `runs` batches are drawn and timed, after one that is not timed. The answers have geometric
+    lengths with this mean, or full length if it is None.
     """
     sampled, found = {}, {}
     draws = [_limits(built, turn, mean_length) for turn in range(_WARMUP_RUNS + runs)]

@@ -46,10 +46,7 @@ def _bounds(
 ) -> Iterator[tuple[frozenset[int], int]]:
     """Yields (elements, constant) of each comparison of the loop's elements with a constant.
 
-    Args:
-        module: the program.
-        name: the condition of a loop, or a computation that the condition calls.
-        arguments: the arguments of the call; None for the condition itself.
+    The name is that of a loop's condition, or of a computation that it calls with `arguments`.
     """
     known: dict[str, _Scalar] = {}
     for instruction in module.computations[name].values():

@@ -26,15 +26,12 @@ class KernelCost(NamedTuple):
 
 
 def cost(call: Instruction, operands: list[Instruction]) -> KernelCost | None:
-    """Returns the cost of a call, or None if the kernel is not one of ours.
+    """Returns the cost of a call of `TARGET`, or None if the kernel is not one of ours.
 
     The forward pass and the queries' gradient read the keys and values of a block again for each
     query head and block of queries that sees it. The gradient of keys and values reads what belongs
-    to the queries again for each block of keys. Everything else is read or written once.
-
-    Args:
-        call: a custom call of the target `TARGET`.
-        operands: the instructions that its operands come from.
+    to the queries again for each block of keys. Everything else is read or written once. The
+    operands are the instructions that the call's operands come from.
     """
     found = _SPLASH.search(call.op_name)
     if found is None:

@@ -287,12 +287,7 @@ def in_order(rows: Mapping[str, Row], chosen: Iterable[str]) -> list[Row]:
 
 
 def expand(rows: Sequence[Row], extra: Sequence[str] = ()) -> list[Run]:
-    """Returns the runs of rows, in the order of the rows.
-
-    Args:
-        rows: the result of `in_order`.
-        extra: flags that are added to every command.
-    """
+    """Returns the runs of rows that are `in_order`, with the flags `extra` in every command."""
     places = {row.name: _places(row) for row in rows}
     runs = {}
     for row in rows:
