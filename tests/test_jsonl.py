@@ -200,6 +200,28 @@ def test_a_target_that_was_cut_off_is_its_text_alone(vocabulary):
         example(vocabulary, {"messages": [*CHAT, {**ANSWER, "content": ["x"]}], "truncated": True})
 
 
+def test_a_turn_that_ends_no_text_is_warned_of(tmp_path, folders, capsys):
+    """As in the folder of a base model, with the template of the chat models."""
+    for folder in folders.values():
+        example(TokenizerVocabulary(folder), {"messages": CHAT})
+    assert capsys.readouterr().err == ""
+    base = small_tokenizers.write(tmp_path / "base", "qwen")
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    text = json.dumps({**config, "eos_token": "<|endoftext|>"})
+    (base / "tokenizer_config.json").write_text(text)
+    end, turn = map(
+        TokenizerVocabulary(base)._tokenizer.token_to_id, small_tokenizers.STOPS["qwen"][::-1]
+    )
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
+    vocabulary = TokenizerVocabulary(base)
+    example(vocabulary, {"inputs": "a", "targets": "b"})
+    assert capsys.readouterr().err == ""
+    example(vocabulary, {"messages": CHAT})
+    said = capsys.readouterr().err
+    assert f"ends an answer with '<|im_end|>' (ids [{turn}, " in said
+    assert "samples go on after the answer" in said
+
+
 def test_an_answer_across_a_seam_of_tokens_goes_on_from_the_prompt(folders):
     """If the whole chat merges the end of the prompt with the answer, the prompt's ids stay."""
     vocabulary = TokenizerVocabulary(folders["llama"])

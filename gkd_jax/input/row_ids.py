@@ -72,6 +72,8 @@ def tokenize(
         ValueError: if a prompt is empty, if there is no chat template for messages, or if the
             template refuses the messages; the message names the file and the line.
     """
+    if any(not isinstance(row.prompt, str) for row in rows):
+        _warn_of_turns_without_end(vocabulary, variables or {})
     examples = []
     for row in rows:
         with files.faults_in(path, row.line):
@@ -238,6 +240,31 @@ def _answer_ids(
             "answer, whose 'content' must then be a string"
         )
     return [*vocabulary.encode(content), *_end(vocabulary)]
+
+
+def _warn_of_turns_without_end(vocabulary: seqio.Vocabulary, variables: Mapping[str, Any]) -> None:
+    """Warns if the chat template ends an answer with no id that ends a text.
+
+    The folder of a base model often has the template of the chat models and another end of texts.
+    """
+    content = "Yes."
+    chat = [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": content}]
+    try:
+        whole = _render(vocabulary, chat, None, variables, add_generation_prompt=False)
+    except ValueError:  # there is no template, or it refuses this chat: rows are judged one by one
+        return
+    assert isinstance(vocabulary, TokenizerVocabulary)
+    _, found, after = whole.rpartition(content)
+    ids = vocabulary.encode(after)
+    if not found or not after.strip() or any(token in vocabulary.eos_ids for token in ids):
+        return
+    ends = " or ".join(repr(vocabulary.piece(token)) for token in vocabulary.eos_ids)
+    fit.warn(
+        f"the chat template of {vocabulary.folder!r} ends an answer with {after.strip()!r} (ids "
+        f"{list(ids)}), and texts end with {ends or 'no token'}: samples go on after the answer. "
+        "If the model is to stop there, add the id to eos_token_id in the folder's "
+        "generation_config.json."
+    )
 
 
 def _check_calls(message: Mapping[str, Any], printed: str) -> None:
