@@ -15,7 +15,7 @@ import pytest
 import small_runs
 from small_runs import LENGTHS, options, write_teacher
 
-from gkd_jax import divergences
+from gkd_jax import divergences, main
 from gkd_jax.evaluation import evaluate, infer, made_by, score
 from gkd_jax.input import named_tasks
 from gkd_jax.input.data import DataConfig
@@ -155,6 +155,27 @@ def test_no_dry_run_of_another_command_looks_at_a_bucket(command, more, tmp_path
         command(model=pretrained.ModelConfig(checkpoint="gs://bucket/model"), **more)
 
 
+@pytest.mark.usefixtures("no_network", "fresh_gin")
+@pytest.mark.parametrize(
+    ("command", "flags"),
+    [
+        ("infer", ["--gin.OUTPUT=out.jsonl"]),
+        ("infer", ["--gin.OUTPUT=out.jsonl", "--gin.TEXT_FILE=gs://bucket/prompts.txt"]),
+        ("eval", ["--gin.OUTPUT_DIR=out"]),
+        ("score", ["--gin.OUTPUT=scores"]),
+    ],
+    ids=["infer", "infer of a text file", "eval", "score"],
+)
+def test_a_dry_run_that_looks_at_no_bucket_says_that_all_is_well(
+    command, flags, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    flags = [*flags, "--gin.CHECKPOINT=gs://bucket/model", "--gin.SIZE=tiny"]
+    flags += ["--gin.MIXTURE_OR_TASK_NAME=gs://bucket/data.jsonl", "--gin.VOCABULARY=bytes"]
+    main.main([command, f"--gin_file={command}", *flags, "--dry_run"])
+    assert capsys.readouterr().err.splitlines()[-1] == "dry run: all is well"
+
+
 def test_a_file_in_a_bucket_is_read_and_hashed_like_a_local_one(bucket, tmp_path):
     content = "".join(json.dumps({"inputs": str(i), "targets": "a"}) + "\n" for i in range(40))
     file = gcs_server.path_of(bucket, "data.jsonl")
@@ -191,6 +212,16 @@ def test_a_dry_run_does_not_look_at_a_vocabulary_in_a_bucket(student, tmp_path, 
     train.train(**options(run, steps=1, student=model, data=data), dry_run=True)
     last = capsys.readouterr().err.splitlines()[-1]
     assert last == f"not checked: {vocabularies.T5_PATH}"
+
+
+@pytest.mark.usefixtures("no_network", "fresh_gin")
+def test_a_dry_run_lists_what_it_did_not_check_before_it_says_that_all_is_well(tmp_path, capsys):
+    needed = {"MODEL_DIR": tmp_path / "run", "MIXTURE_OR_TASK_NAME": "arithmetic"}
+    needed |= {"VOCABULARY": "t5", "STUDENT_SIZE": "tiny", "TEACHER_SIZE": "tiny"}
+    flags = [f"--gin.{name}={value}" for name, value in needed.items()]
+    main.main(["train", "--gin_file=gkd", *flags, "--dry_run"])
+    said = capsys.readouterr().err.splitlines()
+    assert said[-2:] == [f"not checked: {vocabularies.T5_PATH}", "dry run: all is well"]
 
 
 def test_one_job_at_a_time_holds_a_run(bucket, monkeypatch):
