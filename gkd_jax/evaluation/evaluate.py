@@ -142,6 +142,10 @@ class EvalConfig:
                 f"decode_rows={self.decode_rows} with {how} would decode whole batches"
             )
 
+    def lengths(self, of_training: Mapping[str, int]) -> dict[str, int]:
+        """Returns feature lengths; "targets" is the largest number of decoded tokens."""
+        return {**of_training, "targets": self.target_length or of_training["targets"]}
+
     def check_mesh(self, batch_size: int, mesh: Mesh) -> None:
         """Raises ValueError unless the mesh divides the rows that are read and decoded."""
         sharding.check_batch_size(batch_size, mesh)

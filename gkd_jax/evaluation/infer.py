@@ -29,6 +29,7 @@ from gkd_jax.storage.pretrained import ModelConfig, place_params, warn_of_long_t
 from gkd_jax.text import files, settings, task_names
 
 
+# A decoder, the batches that it decodes, and the number of rows of a batch.
 _Ready = tuple[evaluate.Decoder, Iterator[padded_batches.PaddedBatch], int]
 
 
@@ -38,8 +39,8 @@ def _prepare(
     """Checks everything, and loads the model except in a dry run.
 
     Returns:
-        The decoder with the model's parameters, the batches to decode, from the task's split or
-        from the lines of a file, and their size; None in a dry run.
+        The decoder, to which the model's parameters are bound; the batches of the task's split, or
+        of the lines of `text_file`; and the number of rows of a batch. None in a dry run.
     """
     model, data = opened.model, opened.data
     if evaluation.num_examples == 0:
@@ -52,8 +53,8 @@ def _prepare(
     device_mesh = sharding.make_mesh(model.mesh or mesh)
     size = evaluation.batch_size or data.batch_size
     evaluation.check_mesh(size, device_mesh)
-    lengths = {name: data.feature_lengths[name] for name in ("inputs", "targets")}
-    lengths["targets"] = evaluation.target_length or lengths["targets"]
+    trained = {name: data.feature_lengths[name] for name in ("inputs", "targets")}
+    lengths = evaluation.lengths(trained)
     warn_of_long_texts(config, "model", lengths["inputs"], lengths["targets"])
     if opened.dry_run:
         return None
@@ -186,7 +187,7 @@ def run(
     if writes:
         made_by.write(path, about, num_lines=path.read_bytes().count(b"\n"))
         if num_truncated:
-            length = evaluation.target_length or opened.data.feature_lengths["targets"]
+            length = evaluation.lengths(opened.data.feature_lengths)["targets"]
             print(
                 f"WARNING: {num_truncated} of {num_rows} predictions reached {length} tokens "
                 "before they ended. Their lines say so, and a student of them learns no end",
@@ -233,9 +234,8 @@ def _skip(path: pathlib.Path, lines_a_batch: int) -> int:
     """Returns the number of whole batches in the file; the first process cuts the rest off."""
     batches = 0
     if jax.process_index() == 0:
-        content = path.read_bytes() if path.exists() else b""
-        batches = content.count(b"\n") // lines_a_batch
-        if content:
-            kept = content.splitlines(keepends=True)[: batches * lines_a_batch]
-            files.write_whole(path, b"".join(kept))
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        batches = sum(line.endswith(b"\n") for line in lines) // lines_a_batch
+        if lines:
+            files.write_whole(path, b"".join(lines[: batches * lines_a_batch]))
     return int(multihost_utils.broadcast_one_to_all(np.asarray(batches)))

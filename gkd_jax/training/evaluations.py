@@ -42,8 +42,7 @@ class Evaluations:
         assert recipe.evaluation is not None
         self._program, self._source, self._folder = program, source, model_dir
         self._config = recipe.evaluation
-        self._lengths = dict(recipe.data.feature_lengths)
-        self._lengths["targets"] = self._config.target_length or self._lengths["targets"]
+        self._lengths = self._config.lengths(recipe.data.feature_lengths)
         self._batch_size = self._config.batch_size or recipe.data.batch_size
         self._config.check_mesh(self._batch_size, program.mesh)
         # The name in metrics -> the seqio task, and the name in the recipe of the task or mixture.
