@@ -283,7 +283,8 @@ def check_targets(
 ) -> None:
     """Raises ValueError, naming the file and the line, if a row of a split has no target.
 
-    Only JSONL files can have such rows. The message ends with `why` targets are needed.
+    Only JSONL files can have such rows. The message ends with `why`, the reason why targets are
+    needed.
     """
     for _, source in _jsonl_parts(task, split, check_remote):
         examples = source.examples(split)

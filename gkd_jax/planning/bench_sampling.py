@@ -27,8 +27,8 @@ def measure(
 ) -> dict[str, Any]:
     """Returns tokens per second of both loops, and how far their samples and memory differ.
 
-    `runs` batches are drawn and timed, after one that is not timed. The answers have geometric
-    lengths with this mean, or full length if it is None.
+    `runs` batches are drawn and timed, after one that is not timed. The lengths of the answers are
+    geometric with the mean `mean_length`; if it is None, every answer has the full length.
     """
     sampled, found = {}, {}
     draws = [_limits(built, turn, mean_length) for turn in range(_WARMUP_RUNS + runs)]

@@ -82,7 +82,8 @@ def check_known(checkpoint: str, found: str | None, also: str = "") -> None:
     folder is taken as it is.
 
     Raises:
-        FileNotFoundError: if it was not; the message says what to do, and what `also` can be done.
+        FileNotFoundError: if it was not. The message says what to do about it, and ends with what
+            else can be done (`also`).
     """
     step_folder = None if found is not None else saved_model.find_step(checkpoint)
     if step_folder is None:
@@ -98,8 +99,8 @@ def check_known(checkpoint: str, found: str | None, also: str = "") -> None:
 def for_run(data: DataConfig, checkpoint: str | None, expected: str) -> str | None:
     """Returns the Hugging Face folder with the tokenizer of a run that begins; None without one.
 
-    It is that of `data.vocabulary`, or else of the student's checkpoint, with the content hash
-    `expected`.
+    The folder is that of `data.vocabulary`, or else that of the student's checkpoint. Its
+    vocabulary must have the content hash `expected`.
     """
     named = None if data.vocabulary is None else vocabularies.folder_of(data.vocabulary)
     places = (named, find(checkpoint))

@@ -136,7 +136,11 @@ def check_can_be_folder(
 
 
 def fault(path: str | os.PathLike, line: int | None, message: str) -> NoReturn:
-    """Raises a ValueError about a fault in a file, or in its line of a number counted from 1."""
+    """Raises a ValueError about a fault in a file.
+
+    The line is counted from 1, and None if the fault is not in one line. The message says what was
+    expected and what was found.
+    """
     place = os.fspath(path) if line is None else f"{os.fspath(path)}, line {line}"
     # Commands print the message as one line, so newlines from the file's content are removed.
     raise ValueError(f"{place}: {message}".replace("\n", " ")) from None

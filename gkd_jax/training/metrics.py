@@ -50,7 +50,7 @@ class Writer:
         resume_step: int | None,
         also: Sequence[Tracker] = (),
     ):
-        """Opens the files of a run, which begins if `resume_step` is None.
+        """Opens the files of a run; with a `resume_step`, they hold the run up to this step.
 
         The functions `also` are given the numbers of each step as well.
         """
@@ -113,7 +113,11 @@ class Writer:
         self._copied_at = time.monotonic()
 
     def dump(self, step: int, arrays: Mapping[str, Any]) -> epath.Path:
-        """Writes the arrays that this process holds whole to a file, whose path is returned."""
+        """Writes the arrays that this process holds whole to `MODEL_DIR/nonfinite_<step>.npz`.
+
+        Returns:
+            The path of the file.
+        """
         path = self._folder / f"nonfinite_{step}.npz"
         held = {
             name: np.asarray(value)

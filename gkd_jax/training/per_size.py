@@ -34,6 +34,8 @@ def learning_rate(
     """Returns the learning rate for a model size and a divergence; errors are those of `by_size`.
 
     Args:
+        values: the learning rate for each size.
+        divergence: the method's divergence; None for SFT.
         reverse_kl: the learning rate for the reverse KL at any size. This divergence is more
             sensitive to high rates (Agarwal et al., 2024, App. A.4). None makes no exception.
     """

@@ -116,9 +116,10 @@ def warn_of_random_weights(recipe: Recipe) -> None:
 
 
 def in_words(recipe: Recipe, shapes: Any, task: str | None = None) -> str:
-    """Returns who the teacher is, in words; of several, the one of a task, or all without a task.
+    """Returns who the teacher is, in words.
 
-    `shapes` is the result of `abstract_params`.
+    Of several teachers, the one of `task` is described, or all of them if `task` is None. `shapes`
+    is the result of `abstract_params`.
     """
     teacher = recipe.teacher
     if isinstance(teacher, gkd.LiveStudent):
