@@ -116,6 +116,13 @@ def test_rows_in_the_forms_that_people_have(row, prompt, target):
         ({"messages": [*CHAT, {"content": "a"}]}, "message 4 must be an object .* 'role'"),
         ({"messages": [{"role": "user", "content": 3}]}, "message 1 must have a string 'content'"),
         ({"messages": [{"role": "user"}]}, "message 1 must have a string 'content'"),
+        # As other data name the roles. The answer would be a turn of the prompt.
+        ({"messages": [{**CHAT[0], "role": "human"}]}, "message 1 .* 'user', got 'human'"),
+        ({"messages": [*CHAT, {**ANSWER, "role": "gpt"}]}, "message 4 .* 'assistant', got 'gpt'"),
+        (
+            {"prompt": CHAT, "completion": [{**ANSWER, "role": "Assistant"}]},
+            "message 4 .* got 'Assistant'",
+        ),
         ({"messages": [ANSWER]}, "expected a turn before the assistant's, got none"),
         ({"messages": CHAT, "tools": {"a": 1}}, "'tools' must be a list of objects"),
         ({"inputs": "a", "truncated": 1}, "'truncated' must be true or false, got 1"),
@@ -244,7 +251,7 @@ def test_a_template_that_changes_what_is_past_keeps_the_answer(folders):
     made = example(vocabulary, {"messages": [*CHAT, ANSWER]})
     assert made.targets.tolist() == [*vocabulary.encode(ANSWER["content"]), vocabulary.eos_id]
     with pytest.raises(ValueError, match=r"line 1: .*'content' must then be a string"):
-        example(vocabulary, {"messages": [*CHAT, {**ANSWER, "content": ["x"]}]})
+        example(vocabulary, {"messages": [*CHAT, {**ANSWER, "content": None, "thinking": "x"}]})
 
 
 def test_variables_and_tools_reach_the_template(folders):
@@ -268,6 +275,33 @@ def test_calls_that_a_template_leaves_out_are_refused(folders):
         example(vocabulary, row)
     printed = {**answer, "content": "count_eggs()"}
     assert example(vocabulary, {"messages": [row["messages"][0], printed]}).target == "count_eggs()"
+
+
+def test_messages_that_a_template_does_not_print_are_refused(folders):
+    """transformers makes ids of these, and a run would be trained on them."""
+    theirs = transformers.AutoTokenizer.from_pretrained(folders["llama"])
+    vocabulary = TokenizerVocabulary(folders["llama"])
+    question = {"role": "user", "content": "How many?"}
+    parts = [{"type": "text", "text": "How many?"}]
+    chat = [{"role": "user", "content": parts}]
+    assert "[{'type': 'text'" in str(theirs.apply_chat_template(chat, tokenize=False))
+    for messages in (chat, [question, {"role": "assistant", "content": parts}]):
+        with pytest.raises(ValueError, match=r"line 1: message \d has a list .* as \"\[\{'type'"):
+            example(vocabulary, {"messages": messages})
+    rules = [{"role": "developer", "content": 'Say "no"\nor "yes".'}, question]
+    quoted = "{% for m in messages %}{{ m.content | tojson }}{% endfor %}"
+    known = "{% for m in messages if m.role in ('user', 'assistant') %}{{ m.content }}{% endfor %}"
+    assert "yes" not in theirs.apply_chat_template(rules, chat_template=known, tokenize=False)
+    object.__setattr__(vocabulary.chat_template, "templates", {"default": quoted})
+    assert (
+        example(vocabulary, {"messages": rules}).prompt
+        == r'"Say \"no\"\nor \"yes\"."' + '"How many?"'
+    )
+    object.__setattr__(vocabulary.chat_template, "templates", {"default": known})
+    with pytest.raises(
+        ValueError, match=r"message 1 has the role 'developer', of which .* nothing"
+    ):
+        example(vocabulary, {"messages": rules})
 
 
 def test_a_rendered_chat_read_as_a_text_begins_once(folders):

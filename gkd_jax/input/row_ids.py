@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 import datetime
 import json
 import os
+import re
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -267,6 +268,30 @@ def _warn_of_turns_without_end(vocabulary: seqio.Vocabulary, variables: Mapping[
     )
 
 
+def _check_printed(messages: Sequence[Mapping[str, Any]], text: str) -> None:
+    """Raises ValueError if a chat template left out a message, or printed its list as Python does.
+
+    A template may print nothing for a role that it does not know, such as `developer`. Templates
+    that only expect strings print a list of parts as `[{'type': 'text', ...}]`.
+    """
+    for number, message in enumerate(messages, start=1):
+        content, role = message.get("content"), message["role"]
+        if isinstance(content, list) and str(content) in text:
+            raise ValueError(
+                f"message {number} has a list as its 'content', which the chat template prints as "
+                f"{str(content)[:60]!r}: it must be a string"
+            )
+        if role in ("system", "user", "assistant", "tool") or not isinstance(content, str):
+            continue
+        # A template may change a text, for example strip or quote it, but it keeps its words.
+        longest = max(re.findall(r"\w+", content), key=len, default="")
+        if longest not in text:
+            raise ValueError(
+                f"message {number} has the role {role!r}, of which the chat template prints "
+                "nothing: give it a role that the template knows"
+            )
+
+
 def _check_calls(message: Mapping[str, Any], printed: str) -> None:
     """Raises ValueError if the text of an answer lacks a call of a tool that the message has.
 
@@ -335,13 +360,15 @@ def _render(
             "'messages' need a vocabulary with a chat template (a Hugging Face folder with "
             "chat_template.jinja, or one in tokenizer_config.json), and this one has none"
         )
-    return template.render(
+    text = template.render(
         messages,
         tools=tools,
         add_generation_prompt=add_generation_prompt,
         now=DATE,
         **variables,
     )
+    _check_printed(messages, text)
+    return text
 
 
 def _end(vocabulary: seqio.Vocabulary) -> list[int]:

@@ -28,6 +28,10 @@ Messages = list[dict[str, Any]]
 Prompt = str | Messages
 Tools = list[dict[str, Any]]
 _TARGET_OF = {"inputs": "targets", "prompt": "completion"}
+# Roles by the names that other data give them. Under such a name a chat template prints a turn with
+# a header that the model has never seen, or not at all, and an answer would not be the target.
+_ROLES = {name: name for name in ("system", "user", "assistant", "tool")}
+_ROLES |= {"human": "user", **dict.fromkeys(("ai", "bot", "chatbot", "gpt", "model"), "assistant")}
 
 
 class FileRow(NamedTuple):
@@ -141,6 +145,9 @@ def _checked(messages: Any, name: str) -> Messages:
     for number, message in enumerate(messages, start=1):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise ValueError(f"message {number} must be an object with a string 'role'")
+        role = message["role"]
+        if (expected := _ROLES.get(role.strip().lower(), role)) != role:
+            raise ValueError(f"message {number} must have the role {expected!r}, got {role!r}")
         content = message.get("content")
         if not isinstance(content, str | list) and not (content is None and len(message) > 2):
             raise ValueError(f"message {number} must have a string 'content'")
