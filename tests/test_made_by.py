@@ -5,9 +5,10 @@ import json
 
 import jax
 import pytest
+import seqio
 from small_runs import LENGTHS, small
 
-from gkd_jax.evaluation import decodings, infer, made_by
+from gkd_jax.evaluation import decodings, infer, made_by, score
 from gkd_jax.evaluation.evaluate import EvalConfig
 from gkd_jax.input.data import DataConfig
 from gkd_jax.models import t5
@@ -73,6 +74,7 @@ def test_the_record_has_the_settings_of_every_decoding(decoding, models, tmp_pat
     record = record_of(tmp_path / "out.jsonl")
     used = {name: getattr(evaluation, name) for name in decodings.USED_BY[decoding]}
     assert {name: record[name] for name in used} == json.loads(json.dumps(used))
+    run(models, tmp_path / "out.jsonl", evaluation=evaluation, dry_run=True)  # may go on
     if decoding == "likeliest":
         lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
         assert {line["targets"] for line in lines} <= {"7", "8"}
@@ -259,6 +261,20 @@ def test_an_output_that_cannot_be_made_is_said_before_a_model_is_read(models, tm
             evaluate(models, place, dry_run=True)
         with pytest.raises(ValueError, match=said):
             run(models, f"{place}/out.jsonl", dry_run=True)
+
+
+def test_a_mixture_is_refused_before_a_model_is_read(models, tmp_path):
+    if "two_arithmetics" not in seqio.MixtureRegistry.names():
+        seqio.MixtureRegistry.add("two_arithmetics", ["arithmetic"], default_rate=1.0)
+    mixed = dataclasses.replace(DATA, task="two_arithmetics")
+    model = pretrained.ModelConfig(checkpoint=str(models / "0"))
+    message = "'two_arithmetics' is a mixture, .*: name one of its tasks, arithmetic$"
+    with pytest.raises(ValueError, match=message):
+        run(models, tmp_path / "out.jsonl", data=mixed)
+    with pytest.raises(ValueError, match=message):
+        evaluate(models, tmp_path / "out", data=mixed)
+    with pytest.raises(ValueError, match=message):
+        score.run(model=model, data=mixed, output=str(tmp_path / "scores"))
 
 
 def test_no_examples_are_no_success(models, tmp_path):

@@ -151,6 +151,7 @@ def check_evaluation(folder: str | os.PathLike[str]) -> None:
 
 def _changes(before: dict[str, Any], about: dict[str, Any], unread: Sequence[str]) -> str:
     """Returns the fields that differ between two records, for a message; "" if there are none."""
+    about = json.loads(json.dumps(about))  # as the earlier record was read: tuples became lists
     return "; ".join(
         f"{name} {_short(before.get(name))} -> {_short(about.get(name))}"
         for name in [*about, *sorted(before.keys() - about.keys())]

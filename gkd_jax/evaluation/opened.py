@@ -108,11 +108,16 @@ def open_model_and_task(model: ModelConfig, data: DataConfig, *, dry_run: bool) 
 
     Raises:
         FileNotFoundError, ValueError: if a checkpoint, a file or the vocabulary is missing or not
-            as expected.
+            as expected, or if the task is a mixture.
     """
     models, data, _ = with_local_files({"model": model}, data, dry_run=dry_run)
     model = models["model"]
     check_exists(model.checkpoint)
     tokenizer = tokenizer_files.find_for_task(data, model, check_remote=not dry_run)
     task, vocabulary = named_tasks.open_task(data, tokenizer=tokenizer, check_remote=not dry_run)
+    if isinstance(task, seqio.Mixture):
+        raise ValueError(
+            f"{data.task!r} is a mixture, whose examples end with those of its shortest task: name "
+            f"one of its tasks, {', '.join(sorted(part.name for part in task.tasks))}"
+        )
     return Opened(model=model, data=data, task=task, vocabulary=vocabulary, dry_run=dry_run)

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 import numpy as np
-import seqio
 
 from gkd_jax import divergences, gkd, sharding
 from gkd_jax.batch import Batch, TopK
@@ -52,10 +51,6 @@ def run(
     _check(k, temperature, output)
     opened = open_model_and_task(model, data, dry_run=dry_run)
     model, data, task = opened.model, opened.data, opened.task
-    if isinstance(task, seqio.Mixture):
-        raise ValueError(
-            f"{data.task!r} is a mixture, which ends with its shortest task: score its tasks"
-        )
     opened.check_split(data.split)
     named_tasks.check_teacher_inputs(str(data.task), task, data)
     config, num_pieces = opened.config_and_num_pieces()
