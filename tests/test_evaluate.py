@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from random_models import tiny_t5
 import seqio
+import tokenizers
 
 from gkd_jax import gkd, sharding
 from gkd_jax.batch import Batch
@@ -13,6 +14,7 @@ from gkd_jax.evaluation import evaluate
 from gkd_jax.input import padded_batches
 from gkd_jax.models import t5
 from gkd_jax.text import vocabularies
+from gkd_jax.text.tokenizer_folder import TokenizerVocabulary
 
 
 CONFIG = tiny_t5(384)
@@ -101,6 +103,20 @@ def test_likeliest_takes_the_choice_with_the_largest_first_logit():
     assert found == expected
     assert len(set(expected)) > 1
     assert not set(logits.argmax(1).tolist()) <= set(letters)  # greedy would write something else
+
+
+def test_a_choice_behind_a_space_counts_too(shared):
+    """After "Answer:" a model writes " B", which is a token of its own to Qwen 3 and Llama 3."""
+    for name in ("qwen3", "llama3_1"):
+        folder = shared / "tokenizers" / name
+        theirs = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        after, alone = (
+            {theirs.encode(space + letter, add_special_tokens=False).ids[-1] for letter in "ABCD"}
+            for space in ("Answer: ", "")
+        )
+        assert not after & alone
+        found = evaluate._single_tokens(TokenizerVocabulary(folder), tuple("ABCD"))
+        assert found == after | alone
 
 
 def test_choices_of_several_tokens_or_of_the_same_are_refused():

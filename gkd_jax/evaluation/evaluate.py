@@ -81,7 +81,8 @@ class EvalConfig:
             paper's GSM8K evaluation.
         num_beams, alpha: the number of beams and the length penalty of "beam"; the defaults are
             the paper's for WMT.
-        choices: texts of one token each, all different, for "likeliest".
+        choices: texts of one token each, all different, for "likeliest", which also considers the
+            token of a text behind a space.
         batch_size: examples that are read at once; None takes the training batch size.
         decode_rows: for "greedy" and "sample": the most rows that are decoded at a time, over all
             devices. A row that ends makes place for the next example (see `sampling.sample`), so
@@ -286,14 +287,19 @@ def _decode_fn(
 
 
 def _single_tokens(vocabulary: Any, choices: Sequence[str]) -> set[int]:
-    """Returns the ids of the choices, each of which must be one token that no other choice is."""
+    """Returns the ids of the choices, each of which must be one token that no other choice is.
+
+    Many tokenizers have another token for a word behind a space. After "Answer:" a model writes
+    that one, and the authors of MMLU compare those, too.
+    """
     ids = [vocabulary.encode(choice) for choice in choices]
     if not ids or any(len(tokens) != 1 for tokens in ids) or len({*map(tuple, ids)}) != len(ids):
         raise ValueError(
             f"decoding 'likeliest' needs choices of one token each, all different, "
             f"got {tuple(choices)} with the tokens {ids}"
         )
-    return {tokens[0] for tokens in ids}
+    behind_spaces = [vocabulary.encode(f" {choice}") for choice in choices]
+    return {tokens[0] for tokens in [*ids, *behind_spaces] if len(tokens) == 1}
 
 
 def teacher_divergence(models: gkd.ModelPair, mesh: Mesh) -> TokenDivergence:
