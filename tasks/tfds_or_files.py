@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 import seqio
 import tensorflow as tf
 
-from gkd_jax.tasks import folder
+from gkd_jax.tasks import features, folder
 from gkd_jax.text import files
 
 
@@ -112,6 +112,7 @@ class TfdsOrFiles(seqio.TfdsDataSource):
         columns: dict[str, list[str]] = {theirs: [] for theirs in self._fields.values()}
         for number, row in enumerate(rows, start=1):
             with files.faults_in(path, number):
+                features.check_ends(row)
                 for ours, theirs in self._fields.items():
                     name = theirs if own else ours
                     if name not in row:

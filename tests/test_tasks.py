@@ -791,6 +791,12 @@ def test_mixed_order_keeps_the_shares_in_every_round():
         ("x.tsv", "a\t \n", r"x\.tsv, line 1: "),
         ("x.tsv", "", r"x\.tsv: .*empty file"),
         ("x.jsonl", '{"inputs": "a"}\n', r"x\.jsonl, line 1: key 'targets' is missing"),
+        (
+            "x.jsonl",
+            '{"inputs": "a", "targets": "b", "truncated": false}\n'
+            '{"inputs": "a", "targets": "b", "truncated": true}\n',
+            r"x\.jsonl, line 2: the target was cut off",
+        ),
     ],
 )
 def test_bad_instruction_files_name_file_and_line(tmp_path, name, content, message):
@@ -893,6 +899,9 @@ def test_files_stand_in_for_a_tfds_split(name, family, theirs, inputs, data_dirs
         assert next(dataset(task, "test").as_numpy_iterator())["inputs_pretokenized"] == before
     with pytest.raises(ValueError, match=r"train\.jsonl is read whole: .* got 'train\[:1\]'"):
         task.source.get_dataset(split="train[:1]")
+    path.write_text('{"inputs": "a", "targets": "b", "truncated": true}\n')
+    with pytest.raises(ValueError, match=r"train\.jsonl, line 1: the target was cut off"):
+        task.source.get_dataset(split="train")
     path.write_text('{"inputs": "a", "targets": "b"}\n{"inputs": "a"}\n')
     with pytest.raises(ValueError, match=r"train\.jsonl, line 2: key 'targets' is missing"):
         task.source.get_dataset(split="train")
