@@ -6,7 +6,8 @@ import json
 import jax
 import pytest
 import seqio
-from small_runs import LENGTHS, small
+from small_runs import LENGTHS, small, write_decoder
+import small_tokenizers
 
 from gkd_jax.evaluation import decodings, infer, made_by, score
 from gkd_jax.evaluation.evaluate import EvalConfig
@@ -89,15 +90,18 @@ def test_a_setting_belongs_to_some_ways_to_decode_or_to_all():
 
 
 @pytest.mark.parametrize("lines", [0, 5, 8, 19])
-def test_the_same_command_goes_on_where_it_stopped(lines, models, finished, output):
+def test_the_same_command_goes_on_where_it_stopped(lines, models, finished, output, capsys):
     record = record_of(output)
     del record["num_lines"]  # as a run leaves it that was stopped
     made_by.path_of(output).write_text(json.dumps(record))
     kept = finished.read_bytes().splitlines(keepends=True)[:lines]
     output.write_bytes(b"".join(kept) + b'{"inputs": "cut of')
+    capsys.readouterr()
     run(models, output)
     assert output.read_bytes() == finished.read_bytes()
     assert record_of(output)["num_lines"] == 20
+    cut_off = finished.read_text().count('"truncated": true}')
+    assert f"WARNING: {cut_off} of 20 predictions reached 4 tokens" in capsys.readouterr().err
 
 
 def test_a_checkpoint_may_have_moved(models, output, tmp_path):
@@ -247,6 +251,34 @@ def test_rows_without_targets_are_said_to_have_no_metric(models, tmp_path, capfd
     assert "WARNING: prompts.jsonl has no metric, because no row of the split 'train'" in messages
     evaluate(models, tmp_path / "scored")
     assert "no metric" not in capfd.readouterr().err
+
+
+def test_other_chats_or_ends_of_texts_are_something_else(tmp_path):
+    """A warning tells to add an id to eos_token_id; the lines before it would stay as they are."""
+    tokenizer = small_tokenizers.train("qwen")
+    write_decoder(tmp_path / "0", tokenizer, tokenizer.get_vocab_size(), 0)
+    (tmp_path / "task.jsonl").write_text('{"messages": [{"role": "user", "content": "7?"}]}\n')
+    data = dataclasses.replace(DATA, task=str(tmp_path / "task.jsonl"))
+    evaluation = EvalConfig(split="train", target_length=2)
+    output = tmp_path / "out.jsonl"
+    run(tmp_path, output, data=data, evaluation=evaluation)
+    run(tmp_path, output, data=data, evaluation=evaluation, dry_run=True)
+    for name, old, new, message in (
+        ("generation_config.json", '"eos_token_id": [', '"eos_token_id": [5, ', r"end_ids \["),
+        (
+            "tokenizer_config.json",
+            "<|im_start|>assistant",
+            "<|im_start|>a",
+            "chat_template [0-9a-f]",
+        ),
+    ):
+        file = tmp_path / "0" / name
+        before = file.read_text()
+        assert old in before
+        file.write_text(before.replace(old, new))
+        with pytest.raises(ValueError, match=f"was made by something else: {message}"):
+            run(tmp_path, output, data=data, evaluation=evaluation, dry_run=True)
+        file.write_text(before)
 
 
 def test_an_output_that_cannot_be_made_is_said_before_a_model_is_read(models, tmp_path):

@@ -176,20 +176,20 @@ def run(
     # Skip whole batches only, because the key of a sampled row depends on its batch.
     decoded = decode(batches, first=_skip(path, batch_size * evaluation.num_samples))
     appended = path.open("a", encoding="utf-8") if writes else contextlib.nullcontext()
-    num_rows = num_truncated = 0
     with files.naming(path), appended as file:
         for row in decoded:
-            num_rows, num_truncated = num_rows + 1, num_truncated + row.truncated
             if file is not None:
                 line = _line(row)
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
                 file.flush()
     if writes:
-        made_by.write(path, about, num_lines=path.read_bytes().count(b"\n"))
+        lines, _ = files.read_records(path)  # with those that an earlier run wrote
+        made_by.write(path, about, num_lines=len(lines))
+        num_truncated = sum("truncated" in line for line in lines)
         if num_truncated:
             length = evaluation.lengths(opened.data.feature_lengths)["targets"]
             print(
-                f"WARNING: {num_truncated} of {num_rows} predictions reached {length} tokens "
+                f"WARNING: {num_truncated} of {len(lines)} predictions reached {length} tokens "
                 "before they ended. Their lines say so, and a student of them learns no end",
                 file=sys.stderr,
             )

@@ -1,6 +1,8 @@
 """Opens the model and the task that `infer`, `eval` and `score` read."""
 
 import dataclasses
+import hashlib
+import json
 from typing import Any
 
 import seqio
@@ -18,6 +20,7 @@ from gkd_jax.storage.pretrained import (
 )
 from gkd_jax.storage.vocabulary_checks import check_special_ids, shared_pieces
 from gkd_jax.text import files, vocabularies
+from gkd_jax.text.tokenizer_folder import TokenizerVocabulary
 
 
 _OF_MODEL = ("checkpoint", "size", "dtype", "param_dtype")
@@ -73,8 +76,9 @@ class Opened:
         Returns:
             The fields of the model and of the data, with the SHA-256 of what they name: `content`
             of the checkpoint, `vocabulary_content` and, for a split, `task_content`, which is None
-            for a task without a file. Then the names of the hashes that a dry run leaves out,
-            because what they belong to is remote.
+            for a task without a file; for a tokenizer's folder also `end_ids` and the SHA-256 of
+            its `chat_template`. Then the names of the fields that a dry run leaves out, because
+            what they belong to is remote.
         """
         model, data = self.model, self.data
         about = {name: getattr(model, name) for name in _OF_MODEL}
@@ -93,14 +97,27 @@ class Opened:
             else:
                 about["task_content"] = named_tasks.content_of(str(data.task), split)
         if self.dry_run and vocabularies.is_remote(self.vocabulary):
-            unread.append("vocabulary_content")
+            unread += ["vocabulary_content", "end_ids", "chat_template"]
         else:
             about["vocabulary_content"] = vocabularies.content_hash(self.vocabulary)
+            about |= _describe_chats(self.vocabulary)
         if self.dry_run and is_remote(model.checkpoint):
             unread.append("content")
         elif model.checkpoint is not None:
             about["content"] = content.content_id(model.checkpoint)
         return about, unread
+
+
+def _describe_chats(vocabulary: seqio.Vocabulary) -> dict[str, Any]:
+    """Returns what the other files of a tokenizer's folder decide: ends of texts, and prompts."""
+    if not isinstance(vocabulary, TokenizerVocabulary):
+        return {}
+    chats = vocabulary.chat_template
+    text = "" if chats is None else json.dumps([*chats.templates.items(), chats.special_tokens])
+    return {
+        "end_ids": list(vocabulary.eos_ids),
+        "chat_template": hashlib.sha256(text.encode()).hexdigest(),
+    }
 
 
 def open_model_and_task(model: ModelConfig, data: DataConfig, *, dry_run: bool) -> Opened:
