@@ -105,6 +105,8 @@ def find_files(folder: str) -> list[str]:
         for where, _, names in tf.io.gfile.walk(folder)
         for name in names
         if name.removesuffix(".gz").endswith(ENDINGS)
+        # Of x.jsonl and x.jsonl.gz, the plain file is read, as everywhere.
+        and (not name.endswith(".gz") or name.removesuffix(".gz") not in names)
     )
     if not paths:
         raise FileNotFoundError(f"there is no .jsonl or .tsv file (or .gz of one) in {folder!r}")

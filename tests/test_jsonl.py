@@ -273,6 +273,13 @@ def test_calls_that_a_template_leaves_out_are_refused(folders):
     vocabulary = TokenizerVocabulary(folders["llama"])  # whose template prints contents alone
     with pytest.raises(ValueError, match=r"line 1: .* a call of 'count_eggs', which .* not print"):
         example(vocabulary, row)
+    past = [row["messages"][0], answer, {"role": "user", "content": "And now?"}]
+    with pytest.raises(ValueError, match=r"line 1: .* a call of 'count_eggs', which .* not print"):
+        example(vocabulary, {"messages": past})
+    theirs = transformers.AutoTokenizer.from_pretrained(folders["llama"])
+    assert "count" not in theirs.apply_chat_template(CHAT, tools=[call], tokenize=False)
+    with pytest.raises(ValueError, match=r"line 1: 'tools' have 'count_eggs', which .* not print"):
+        example(vocabulary, {"messages": CHAT, "tools": [call]})
     printed = {**answer, "content": "count_eggs()"}
     assert example(vocabulary, {"messages": [row["messages"][0], printed]}).target == "count_eggs()"
 

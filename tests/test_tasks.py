@@ -707,6 +707,7 @@ def flan_folder(tmp_path, no_data_dir):
     where = tmp_path / "flan"
     (where / "cot").mkdir(parents=True)
     (where / "a.jsonl").write_text('{"inputs": "in", "targets": "out", "task": "x"}\n')
+    (where / "a.jsonl.gz").write_bytes(gzip.compress((where / "a.jsonl").read_bytes()))  # its copy
     (where / "notes.md").write_text("not read")
     (where / "cot" / "b.tsv").write_text("Is it?\\nOptions:\\n- yes\tyes\tIt is.\n")
     with gzip.open(where / "cot" / "c.tsv.gz", "wt") as file:

@@ -293,19 +293,23 @@ def _check_printed(messages: Sequence[Mapping[str, Any]], text: str) -> None:
 
 
 def _check_calls(message: Mapping[str, Any], printed: str) -> None:
-    """Raises ValueError if the text of an answer lacks a call of a tool that the message has.
+    """Raises ValueError if a text lacks the name of a tool that a message in it calls.
 
-    Not every chat template prints calls. The answer would then be a text without them, and often
+    Not every chat template prints calls. An answer would then be a text without them, and often
     one without any token but the end.
     """
     for call in message.get("tool_calls") or ():
-        function = call.get("function", call) if isinstance(call, dict) else None
-        name = function.get("name") if isinstance(function, dict) else None
-        if not isinstance(name, str) or name not in printed:
+        if not isinstance(name := _name_of(call), str) or name not in printed:
             raise ValueError(
-                f"the answer's 'tool_calls' have a call of {name!r}, which the chat template does "
-                f"not print: the answer would be {printed[:60]!r}"
+                f"'tool_calls' have a call of {name!r}, which the chat template does not print: "
+                f"the text would be {printed[-60:]!r}"
             )
+
+
+def _name_of(tool: Any) -> Any:
+    """Returns the name in a call or a JSON schema of a tool; None if it has none."""
+    function = tool.get("function", tool) if isinstance(tool, dict) else None
+    return function.get("name") if isinstance(function, dict) else None
 
 
 def _teacher_prompt(row: FileRow, template: str | None) -> Prompt:
@@ -368,6 +372,14 @@ def _render(
         **variables,
     )
     _check_printed(messages, text)
+    for message in messages:
+        _check_calls(message, text)
+    for tool in tools or ():
+        if isinstance(name := _name_of(tool), str) and name not in text:
+            raise ValueError(
+                f"'tools' have {name!r}, which the chat template does not print: the model would "
+                "know nothing of this tool"
+            )
     return text
 
 
