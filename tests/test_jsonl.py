@@ -162,6 +162,13 @@ def test_texts_are_prompts_as_transformers_has_them_and_targets_with_an_end(voca
     answer = theirs("12 eggs", add_special_tokens=False)["input_ids"]
     assert made.targets.tolist() == [*answer, theirs.eos_token_id]
     assert (made.prompt, made.target) == ("How many?", "12 eggs")
+    # Some files have the end token in the text. As in TRL, it is not added again.
+    ended = example(vocabulary, {"prompt": "How many?", "completion": f"12 eggs{theirs.eos_token}"})
+    assert (ended.targets.tolist(), ended.target) == (made.targets.tolist(), "12 eggs")
+    # A prediction is compared with what the ids can say: Qwen composes the accent.
+    accent = theirs("cafe\u0301", add_special_tokens=False)["input_ids"]
+    made = example(vocabulary, {"inputs": "a", "targets": "cafe\u0301"})
+    assert made.target == theirs.decode(accent, skip_special_tokens=True)
 
 
 def test_texts_of_t5_s_kind_end_in_eos():

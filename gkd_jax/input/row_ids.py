@@ -12,7 +12,7 @@ import seqio
 
 from gkd_jax.input import fit
 from gkd_jax.input.rows import FileRow, Prompt, Tools
-from gkd_jax.text import files, teacher_template
+from gkd_jax.text import files, teacher_template, vocabularies
 from gkd_jax.text.tokenizer_folder import TokenizerVocabulary
 
 
@@ -29,7 +29,8 @@ class Example(NamedTuple):
         targets: the ids of the target, ending in an id that ends a text unless the row says that
             the target was cut off; empty without a target.
         prompt: the text of the prompt; for messages, the rendered chat.
-        target: the text of the target; for messages, the decoded `targets`; None without a target.
+        target: the text of the target; with the tokenizer of a folder, the decoded `targets`; None
+            without a target.
         chat: the messages and tools of the prompt as JSON; "" if the prompt is a text.
         line: the number of the line in the file, counted from 1.
         teacher_inputs: the ids of the prompt that the teacher reads; None if nothing reads them.
@@ -60,8 +61,9 @@ def tokenize(
     A prompt that is a text gets the special tokens of its vocabulary: with T5 it ends in EOS, with
     Llama it begins with BOS. Messages become the ids of the rendered chat with its generation
     prompt. The target of messages becomes the ids that the whole rendered chat has after the
-    prompt, up to and including the first id that ends a text. A target that was cut off becomes the
-    ids of its text alone: a student must not learn to end there.
+    prompt. Every target goes up to and including the first id that ends a text, which is added if
+    the target has none. A target that was cut off becomes the ids of its text alone: a student must
+    not learn to end there.
 
     Args:
         variables: further variables of the chat template, such as `enable_thinking`.
@@ -208,7 +210,10 @@ def _target(
             raise ValueError("a truncated answer must have a string 'content'")
         return list(vocabulary.encode(cut)), cut
     if isinstance(row.target, str):
-        return [*vocabulary.encode(row.target), *_end(vocabulary)], row.target
+        ids = _ended(vocabulary.encode(row.target), vocabulary)
+        # A prediction is a decoded text, too: without special tokens, and as the normalizer has it.
+        has_special = isinstance(vocabulary, TokenizerVocabulary)
+        return ids, vocabulary.decode(ids) if has_special else row.target
     assert isinstance(vocabulary, TokenizerVocabulary)
     messages = [*row.prompt, row.target]
     whole = _render(vocabulary, messages, row.tools, variables, add_generation_prompt=False)
@@ -233,14 +238,13 @@ def _answer_ids(
         # then tokenized alone, because the model generates from the ids of the prompt alone.
         follows = ids[: len(before)] == before
         ids = ids[len(before) :] if follows else list(vocabulary.encode(whole[len(prompt) :]))
-        end = next((i for i, token in enumerate(ids) if token in vocabulary.eos_ids), None)
-        return ids[: end + 1] if end is not None else [*ids, *_end(vocabulary)]
+        return _ended(ids, vocabulary)
     if not isinstance(content, str):
         raise ValueError(
             "the chat template does not print the prompt of these messages again before the "
             "answer, whose 'content' must then be a string"
         )
-    return [*vocabulary.encode(content), *_end(vocabulary)]
+    return _ended(vocabulary.encode(content), vocabulary)
 
 
 def _warn_of_turns_without_end(vocabulary: seqio.Vocabulary, variables: Mapping[str, Any]) -> None:
@@ -388,6 +392,16 @@ def _end(vocabulary: seqio.Vocabulary) -> list[int]:
     if vocabulary.eos_id is None:
         raise ValueError("the vocabulary names no token that ends a text (eos_token)")
     return [vocabulary.eos_id]
+
+
+def _ended(ids: Sequence[int], vocabulary: seqio.Vocabulary) -> list[int]:
+    """Returns the ids up to the first that ends a text, or else with such an id added.
+
+    In some files the answers end in the name of the end token, and nothing is learnt behind it.
+    """
+    ends = vocabularies.end_ids(vocabulary)
+    end = next((i for i, token in enumerate(ids) if token in ends), None)
+    return [*ids[: end + 1]] if end is not None else [*ids, *_end(vocabulary)]
 
 
 def _array(ids: Sequence[int]) -> np.ndarray:
