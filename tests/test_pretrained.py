@@ -11,7 +11,8 @@ import small_tokenizers
 
 import gkd_jax
 from gkd_jax.models import lm, t5
-from gkd_jax.storage import saved_model, vocabulary_checks
+from gkd_jax.storage import conversion, saved_model, vocabulary_checks
+from gkd_jax.storage.pretrained import ModelConfig
 from gkd_jax.text import vocabularies
 
 
@@ -65,6 +66,20 @@ def test_num_pieces_compares_what_the_ids_mean(tmp_path):
     assert gkd_jax.num_pieces(student, teacher) == count
     with pytest.raises(ValueError, match=r"different tokenizers.*SeqKD"):
         gkd_jax.num_pieces(student, stranger)
+
+    # A conversion keeps the tokenizer, and with it what the ids mean.
+    for name in ("teacher", "stranger"):
+        conversion.convert_checkpoint(str(tmp_path / name), str(tmp_path / f"own_{name}"), to="gkd")
+    assert gkd_jax.num_pieces(student, tmp_path / "own_teacher") == count
+    assert gkd_jax.num_pieces(tmp_path / "own_teacher") == count
+    vocabulary, teachers = vocabularies.in_folder(student), {}
+    for name in ("teacher", "stranger"):
+        teachers[name] = {name: ModelConfig(checkpoint=str(tmp_path / f"own_{name}"))}
+    assert vocabulary_checks.shared_pieces(vocabulary, teachers["teacher"]) == count
+    with pytest.raises(ValueError, match=r"different tokenizers.*SeqKD"):
+        gkd_jax.num_pieces(student, tmp_path / "own_stranger")
+    with pytest.raises(ValueError, match=r"different tokenizers.*SeqKD"):
+        vocabulary_checks.shared_pieces(vocabulary, teachers["stranger"])
 
     ours, copy, other = write_teacher(tmp_path / "ours"), tmp_path / "copy", tmp_path / "other"
     content = vocabularies.content_hash(vocabularies.arithmetic())

@@ -112,8 +112,8 @@ def num_pieces(*paths: str | os.PathLike[str]) -> int:
 
     An embedding often has more rows than the vocabulary has ids, and those rows must be neither
     sampled nor distilled. A checkpoint of gkd_jax stores the number of ids and a hash of its
-    vocabulary, and a Hugging Face folder holds its tokenizer. Where neither is there, the rows of
-    the embedding count, and nothing can be compared.
+    vocabulary; a Hugging Face folder, and a checkpoint converted from one, hold the tokenizer.
+    Where neither is there, the rows of the embedding count, and nothing can be compared.
 
     Args:
         paths: checkpoints, each as for `load_config`; a student and its teacher, say.
@@ -137,7 +137,8 @@ class _Vocabulary(NamedTuple):
         path: the checkpoint.
         num_pieces: the number of ids.
         content: the vocabulary's hash; "" if the checkpoint has none.
-        tokenizer: the `seqio.Vocabulary` of a Hugging Face folder; else None.
+        tokenizer: the `seqio.Vocabulary` of a Hugging Face folder or of a checkpoint that was
+            converted from one; else None.
     """
 
     path: str
@@ -148,13 +149,17 @@ class _Vocabulary(NamedTuple):
 
 def _vocabulary(path: str) -> _Vocabulary:
     step_folder = saved_model.find_step(path)
-    rows = load_config(path).vocab_size
-    if step_folder is not None:
-        about = saved_model.read_description(step_folder)
-        return _Vocabulary(path, about.get("num_pieces") or rows, about["vocabulary"], None)
-    from gkd_jax.text import vocabularies  # brings TensorFlow and seqio
+    about = {} if step_folder is None else saved_model.read_description(step_folder)
+    rows = about.get("num_pieces") or load_config(path).vocab_size
+    # A converted checkpoint has the tokenizer of its source in the place of a hash.
+    has_tokenizer = step_folder is None or (step_folder / saved_model.TOKENIZER).is_dir()
+    if about.get("vocabulary") or not has_tokenizer:
+        return _Vocabulary(path, rows, about["vocabulary"], None)
+    from gkd_jax.storage import tokenizer_files  # brings TensorFlow and seqio
+    from gkd_jax.text import vocabularies
 
-    own = vocabularies.in_folder(path)
+    folder = tokenizer_files.find(path)
+    own = None if folder is None else vocabularies.in_folder(folder)
     if own is None:
         return _Vocabulary(path, rows, "", None)
     size = min(vocabularies.num_pieces(own), rows)

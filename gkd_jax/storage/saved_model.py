@@ -20,6 +20,9 @@ from gkd_jax.text import files
 
 
 FOLDER = "checkpoints"  # of a MODEL_DIR, with one folder for each saved step
+# The folder in a MODEL_DIR, or in a converted checkpoint, with the tokenizer's and other files of
+# the Hugging Face folder from which the model began.
+TOKENIZER = "tokenizer"
 # Orbax writes this file into the folder of a step when the step is complete. It does so only in a
 # bucket, where a folder cannot get its final name in one go.
 _COMMITTED = "commit_success.txt"

@@ -13,11 +13,6 @@ from gkd_jax.storage.pretrained import ModelConfig, is_remote
 from gkd_jax.text import files, task_names, vocabularies
 
 
-# The folder in a MODEL_DIR, or in a converted checkpoint, with the tokenizer's and other files of
-# the Hugging Face folder from which the model began.
-FOLDER = "tokenizer"
-
-
 def find(checkpoint: str | None) -> str | None:
     """Returns the Hugging Face folder with the tokenizer of a checkpoint; None if there is none.
 
@@ -113,7 +108,7 @@ def copy(source: str, folder: files.AnyPath) -> None:
     Both may be in a bucket. config.json is among the files, because it names the ids of special
     tokens. What `folder`/tokenizer held before is removed.
     """
-    target = folder / FOLDER
+    target = folder / saved_model.TOKENIZER
     if target.is_dir():
         epath.Path(target).rmtree()
     target.mkdir(parents=True)
@@ -124,7 +119,7 @@ def _place(step_folder: epath.Path) -> epath.Path:
     """Returns the folder of the tokenizer of a step: in its MODEL_DIR, or beside its parameters."""
     folder = files.absolute(step_folder)
     is_of_run = folder.parent.name == saved_model.FOLDER
-    return (folder.parent.parent if is_of_run else folder) / FOLDER
+    return (folder.parent.parent if is_of_run else folder) / saved_model.TOKENIZER
 
 
 def _has_vocabulary(folder: str, expected: str) -> bool:

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 import seqio
 
 from gkd_jax.models import lm
-from gkd_jax.storage import saved_model
+from gkd_jax.storage import saved_model, tokenizer_files
 from gkd_jax.storage.pretrained import ModelConfig
-from gkd_jax.text import files, vocabularies
+from gkd_jax.text import vocabularies
 
 
 def shared_pieces(
@@ -19,8 +19,9 @@ def shared_pieces(
 ) -> int:
     """Returns the number of ids that mean the same token to a run's vocabulary and all its models.
 
-    A checkpoint of gkd_jax stores a hash of its vocabulary and the number of its ids, and a Hugging
-    Face folder holds its tokenizer. A T5X checkpoint holds nothing to compare and is not checked.
+    A checkpoint of gkd_jax stores a hash of its vocabulary and the number of its ids; a Hugging
+    Face folder, and a checkpoint converted from one, hold the tokenizer. A T5X checkpoint holds
+    nothing to compare and is not checked.
 
     Args:
         vocabulary: the run's vocabulary.
@@ -39,16 +40,20 @@ def shared_pieces(
         if path is None or path in pending:
             continue
         step_folder = saved_model.find_step(path)
-        if step_folder is not None:
-            about = saved_model.read_description(step_folder)
-            found, expected = about["vocabulary"], vocabularies.content_hash(vocabulary)
-            if found and found != expected:
+        about = {} if step_folder is None else saved_model.read_description(step_folder)
+        shared = min(shared, about.get("num_pieces") or shared)
+        if found := about.get("vocabulary"):
+            expected = vocabularies.content_hash(vocabulary)
+            if found != expected:
                 raise ValueError(
                     f"the {name}'s checkpoint {path!r} was trained with another vocabulary "
                     f"(content {found[:12]}) than this task's (content {expected[:12]})"
                 )
-            shared = min(shared, about.get("num_pieces") or shared)
-        elif not files.is_remote(path) and (own := vocabularies.in_folder(path)) is not None:
+            continue
+        # A converted checkpoint has the tokenizer of its source in the place of a hash.
+        folder = tokenizer_files.find(path)
+        own = None if folder is None else vocabularies.in_folder(folder)
+        if own is not None:
             agreed = vocabularies.shared_pieces(
                 vocabulary, own, student_name="this run's vocabulary", teacher_name=f"{name} {path}"
             )
