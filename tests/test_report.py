@@ -667,6 +667,19 @@ def test_no_two_groups_have_one_label(tmp_path):
     report.write([str(tmp_path)], str(tmp_path / "out"))
 
 
+def test_runs_on_two_tasks_stand_apart_in_the_table_of_a_third(tmp_path):
+    """`gkd-jax eval` decoded both on the held-out task, in whose table they have one method."""
+    for task, value in (("arithmetic", 40.0), ("words", 30.0)):
+        run = write_run(tmp_path / task, about(task=task), {"accuracy": 50.0})
+        (run / "held_out").mkdir()
+        content = {"held_out": {"accuracy": value}, "evaluation": {**GREEDY, "step": 20}}
+        (run / "held_out" / "metrics.json").write_text(json.dumps(content))
+    rows = table(read_study(tmp_path), task="held_out")
+    means = {label: row["mean"] for (label, _), row in rows.items()}
+    assert means == {"SFT · task arithmetic": 40.0, "SFT · task words": 30.0}
+    report.write([str(tmp_path)], str(tmp_path / "out"))
+
+
 def test_the_final_number_is_the_final_checkpoints_of_the_same_decoding(tmp_path):
     evals = [
         ({**GREEDY, "step": 10}, {"accuracy": 99.0}),  # of an earlier checkpoint

@@ -28,14 +28,19 @@ _OMITTED = re.compile(
 
 
 def label(groups: Iterable[Group]) -> None:
-    """Sets the label of each group, which no other group of its task and size has."""
-    alike: dict[Any, list[Group]] = {}
+    """Sets the label of each group, which no other group of its size has in a table of a task."""
+    alike: list[tuple[set[Any], list[Group]]] = []  # the titles in tables, and who has them
     for group in groups:
         group.label = _TITLES.get(group.role, group.method.title)
         if group.first.several_tasks:  # it stands in a table of each task
             group.label += f" · {group.first.several_tasks}"
-        alike.setdefault((group.label, group.first.task), []).append(group)
-    for members in alike.values():
+        tasks = frozenset[str | None]().union(*(run.tasks for run in group.runs)) or {None}
+        titles, members = {(group.label, task) for task in tasks}, [group]
+        for part in [one for one in alike if one[0] & titles]:
+            alike.remove(part)
+            titles, members = part[0] | titles, part[1] + members
+        alike.append((titles, members))
+    for _, members in alike:
         for field in _differing(members):
             having = [group for group in members if field in group.identity]
             for group, text in zip(having, _texts(field, having), strict=True):
