@@ -137,9 +137,15 @@ def test_a_folder_comes_back_byte_for_byte(tmp_path, name, dtype):
             assert one == other, key
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2_yarn", "qwen3_sliding", "gemma2", "gemma3"])
-def test_transformers_computes_the_same_with_what_is_written(tmp_path, name):
-    theirs = decoder_models.theirs(name)
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        *((name, {}) for name in ("llama", "qwen2_yarn", "qwen3_sliding", "gemma2", "gemma3")),
+        *((name, {"layer_types": ["full_attention"] * 7}) for name in ("gemma2", "gemma3")),
+    ],
+)
+def test_transformers_computes_the_same_with_what_is_written(tmp_path, name, changes):
+    theirs = decoder_models.theirs(name, **changes, num_hidden_layers=7)
     path = decoder_models.save(theirs, tmp_path / "theirs")
     config = convert.read_config(path)
     convert.write_hf(str(tmp_path / "ours"), config, convert.read_params(path, config))

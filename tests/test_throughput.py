@@ -9,7 +9,7 @@ from small_runs import options
 
 from gkd_jax import divergences
 from gkd_jax.input.data import DataConfig
-from gkd_jax.models import decoder_sizes, t5
+from gkd_jax.models import decoder_sizes, flops, t5
 from gkd_jax.planning import hlo, hlo_text
 from gkd_jax.sharding import MeshConfig
 from gkd_jax.storage.pretrained import ModelConfig
@@ -32,6 +32,21 @@ def test_flops_of_a_decoder_are_those_of_the_compiled_update():
         )
 
     check(architecture, "small")
+
+
+def test_flops_of_a_tied_t5_are_those_of_the_formula():
+    """The position biases multiply nothing, although their arrays are embeddings, too."""
+    config = dataclasses.replace(t5.t5_1_0("128x2", vocab_size=149), per_layer_relpos=True)
+    assert config.tie_embeddings
+    inner, wide, mlp = config.num_heads * config.head_dim, config.d_model, config.d_ff
+    s, t = SOURCE, TARGET
+    encoder = 2 * (s * (4 * wide * inner + 2 * wide * mlp) + 2 * s * s * inner)
+    decoder = 2 * (t * (6 * wide * inner + 2 * wide * mlp) + t * t * inner)
+    decoder += 2 * (s * 2 * wide * inner + 2 * t * s * inner)
+    full = {"prompt_tokens": 1.0 * ROWS * s, "target_tokens": 1.0 * ROWS * t}
+    expected = 2 * ROWS * (encoder + decoder + t * wide * config.vocab_size)
+    found = flops.forward_flops(config, **full, prompts=ROWS, targets=ROWS)
+    assert found == expected
 
 
 def check(architecture, size):

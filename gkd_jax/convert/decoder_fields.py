@@ -375,7 +375,8 @@ def _fields(kind: str, config: DecoderConfig) -> dict[str, Any]:
         fields["mlp_bias"] = config.mlp_bias
     window = max(config.windows, default=0) or None
     if kind != "llama":
-        fields["sliding_window"] = window
+        # transformers' Gemma computes the mask of its windows even if no layer has one.
+        fields["sliding_window"] = window or (_GEMMA["sliding_window"] if gemma else None)
     types = [LAYER_TYPES[window > 0] for window in config.windows]
     if kind in ("qwen2", "qwen3"):
         fields["use_sliding_window"] = window is not None

@@ -39,7 +39,7 @@ def forward_flops(
     for path, leaf in jax.tree_util.tree_flatten_with_path(lm.abstract_params(config))[0]:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         tokens = _tokens_through(name, has_encoder, prompt_tokens, target_tokens)
-        if config.tie_embeddings and name.endswith("embedding"):  # the output head
+        if config.tie_embeddings and name.endswith("/embedding"):  # the output head
             tokens = target_tokens
         total += 2.0 * math.prod(leaf.shape) * tokens
     width = 4.0 * config.num_heads * config.head_dim  # scores, and the sums that they weigh
