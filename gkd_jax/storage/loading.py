@@ -152,14 +152,12 @@ def _vocabulary(path: str) -> _Vocabulary:
     about = {} if step_folder is None else saved_model.read_description(step_folder)
     rows = about.get("num_pieces") or load_config(path).vocab_size
     # A converted checkpoint has the tokenizer of its source in the place of a hash.
-    has_tokenizer = step_folder is None or (step_folder / saved_model.TOKENIZER).is_dir()
-    if about.get("vocabulary") or not has_tokenizer:
+    folder = epath.Path(path) if step_folder is None else step_folder / saved_model.TOKENIZER
+    if about.get("vocabulary") or not folder.is_dir():
         return _Vocabulary(path, rows, about["vocabulary"], None)
-    from gkd_jax.storage import tokenizer_files  # brings TensorFlow and seqio
-    from gkd_jax.text import vocabularies
+    from gkd_jax.text import vocabularies  # brings TensorFlow and seqio
 
-    folder = tokenizer_files.find(path)
-    own = None if folder is None else vocabularies.in_folder(folder)
+    own = vocabularies.in_folder(folder)
     if own is None:
         return _Vocabulary(path, rows, "", None)
     size = min(vocabularies.num_pieces(own), rows)
