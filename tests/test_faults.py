@@ -62,6 +62,11 @@ def flip(path, at=0.5):
     path.write_bytes(bytes(content))
 
 
+def cut_in_half(path):
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
 # Checkpoints --------------------------------------------------------------------------------------
 
 DAMAGE = {
@@ -70,6 +75,7 @@ DAMAGE = {
         largest_file(step / "opt_state" / "d")
     ),
     "parameters cut short": lambda step: largest_file(step / "params" / "d").write_bytes(b"x"),
+    "parameters cut in half": lambda step: cut_in_half(largest_file(step / "params")),
     "a missing file": lambda step: largest_file(step / "params" / "d").unlink(),
     "no structure": lambda step: (step / "opt_state" / "_METADATA").unlink(),
     "no stream": lambda step: shutil.rmtree(step / "stream"),

@@ -326,7 +326,10 @@ def _is_damage(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError) or _PASSING.match(str(error)):
         return False
-    return bool(_DAMAGE.search(_QUOTED.sub("", str(error))))
+    if _DAMAGE.search(_QUOTED.sub("", str(error))):
+        return True
+    # Orbax raises an error of its own where TensorStore cannot read an array.
+    return error.__cause__ is not None and _is_damage(error.__cause__)
 
 
 def _check_arrays(step: int, stored: Mapping[str, int], target: Any) -> None:
