@@ -75,7 +75,9 @@ DAMAGE = {
         largest_file(step / "opt_state" / "d")
     ),
     "parameters cut short": lambda step: largest_file(step / "params" / "d").write_bytes(b"x"),
-    "parameters cut in half": lambda step: cut_in_half(largest_file(step / "params")),
+    "parameters cut in half": lambda step: [
+        cut_in_half(file) for file in (step / "params").rglob("d/*") if file.stat().st_size > 8192
+    ],
     "a missing file": lambda step: largest_file(step / "params" / "d").unlink(),
     "no structure": lambda step: (step / "opt_state" / "_METADATA").unlink(),
     "no stream": lambda step: shutil.rmtree(step / "stream"),
@@ -114,6 +116,12 @@ def test_where_all_checkpoints_are_damaged_nothing_starts_from_scratch(run_dir):
 def test_a_model_is_not_loaded_from_damaged_bytes(run_dir):
     flip(largest_file(run_dir / "checkpoints" / "6" / "params" / "d"))
     with pytest.raises(ValueError, match=r"are not those that were written|DATA_LOSS"):
+        load_model(str(run_dir))
+
+
+def test_a_description_that_was_cut_short_is_named(run_dir):
+    cut_in_half(run_dir / "checkpoints" / "6" / "model" / "metadata")
+    with pytest.raises(fingerprints.DamagedError, match=r"6/model/metadata is damaged"):
         load_model(str(run_dir))
 
 

@@ -71,8 +71,16 @@ def find_step(path: str) -> epath.Path | None:
 
 
 def read_description(step_folder: epath.Path) -> dict[str, Any]:
-    """Returns the JSON beside a step's parameters; see `describe_model`."""
-    return json.loads((step_folder / "model" / "metadata").read_text())
+    """Returns the JSON beside a step's parameters; see `describe_model`.
+
+    Raises:
+        DamagedError: if the file is cut or damaged; the message names it.
+    """
+    file = step_folder / "model" / "metadata"
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise fingerprints.DamagedError(f"{file} is damaged: {error}") from error
 
 
 def read_fingerprints(step_folder: epath.Path) -> dict[str, dict[str, int]]:
