@@ -119,6 +119,22 @@ def test_a_model_is_not_loaded_from_damaged_bytes(run_dir):
         load_model(str(run_dir))
 
 
+def test_damage_that_orbax_wraps_in_an_error_of_its_own_is_damage(run_dir, monkeypatch, capfd):
+    """Its words for a data file that was cut short; TensorStore's reason is the cause alone."""
+    manager = checkpoints.ocp.CheckpointManager
+    restore = manager.restore
+
+    def cut(self, step, **arguments):
+        if step == 6:
+            cause = ValueError("OUT_OF_RANGE: Requested byte range [5, 9) is not valid")
+            raise RuntimeError("Encountered error while reading array index") from cause
+        return restore(self, step, **arguments)
+
+    monkeypatch.setattr(manager, "restore", cut)
+    train.train(**options(run_dir, train=TrainConfig(train_steps=7, save_period=2)))
+    assert "resumed from step 4" in capfd.readouterr().err
+
+
 def test_a_description_that_was_cut_short_is_named(run_dir):
     cut_in_half(run_dir / "checkpoints" / "6" / "model" / "metadata")
     with pytest.raises(fingerprints.DamagedError, match=r"6/model/metadata is damaged"):
