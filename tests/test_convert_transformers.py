@@ -209,6 +209,7 @@ def test_another_way_to_decode_is_refused_by_name(tmp_path, file, fields, messag
         ({"relative_attention_num_buckets": 2}, "num_buckets must be at least 4.* got 2 and 20"),
         ({"scale_decoder_outputs": "no"}, "scale_decoder_outputs must be true or false, got 'no'"),
         ({"model_type": ["t5"]}, r"model_type must be one of t5, .*got \['t5'\]"),
+        ({"model_type": "olmo2"}, "model_type must be one of t5, .*llama.*qwen3.*got .olmo2"),
     ],
 )
 def test_what_transformers_computes_otherwise_or_not_at_all_is_refused(tmp_path, fields, message):

@@ -7,7 +7,13 @@ from typing import Any
 from etils import epath
 import numpy as np
 
-from gkd_jax.convert import decoder_fields, decoder_huggingface, hf_folder, t5_huggingface
+from gkd_jax.convert import (
+    decoder_fields,
+    decoder_huggingface,
+    field_values,
+    hf_folder,
+    t5_huggingface,
+)
 from gkd_jax.convert.stored import as_dtype
 from gkd_jax.convert.writing import complete_folder, unwritten
 from gkd_jax.models import lm
@@ -21,8 +27,9 @@ def read_config(path: str) -> lm.Config:
     folder = hf_folder.local(path)
     fields = read_json_object(folder / "config.json")
     arrays = hf_folder.open_weights(folder)  # a file that is missing or cut is named at once
-    is_decoder = fields.get("model_type") in decoder_fields.MODEL_TYPES
+    kinds = (*t5_huggingface.ARCHITECTURES, *decoder_fields.MODEL_TYPES)
     try:
+        is_decoder = field_values.choice(fields, "model_type", kinds) in decoder_fields.MODEL_TYPES
         config = decoder_fields.read(fields) if is_decoder else t5_huggingface.read_fields(fields)
     except ValueError as error:
         raise ValueError(f"{folder}/config.json: {error}") from error

@@ -25,7 +25,7 @@ _ACTIVATIONS = {
     "gated-gelu": ("gelu", "linear"),
     "gated-gelu_new": ("gelu", "linear"),
 }
-_ARCHITECTURES = {
+ARCHITECTURES = {
     "t5": "T5ForConditionalGeneration",
     "mt5": "MT5ForConditionalGeneration",
     "umt5": "UMT5ForConditionalGeneration",
@@ -62,7 +62,7 @@ def read_fields(fields: dict[str, Any]) -> t5.T5Config:
         ValueError: if the model type is not supported, or if a field is missing or has a value that
             is not supported.
     """
-    kind = field_values.choice(fields, "model_type", _ARCHITECTURES)
+    kind = field_values.choice(fields, "model_type", ARCHITECTURES)
     default = "relu" if kind == "t5" else "gated-gelu"
     activations = field_values.choice(
         {"feed_forward_proj": default, **fields}, "feed_forward_proj", _ACTIVATIONS
@@ -272,7 +272,7 @@ def config_fields(config: t5.T5Config, dtype: str) -> dict[str, Any]:
     elif config.vocab_size == _MT5_VOCAB_SIZE and not config.scale_logits:
         kind = "mt5"
     return {
-        "architectures": [_ARCHITECTURES[kind]],
+        "architectures": [ARCHITECTURES[kind]],
         "model_type": kind,
         **{theirs: getattr(config, ours) for theirs, ours in _SIZES.items()},
         "feed_forward_proj": names[config.mlp_activations],

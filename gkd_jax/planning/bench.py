@@ -21,7 +21,8 @@ samples never end with EOS, so that every run does the same work. The result is 
     sample_least_gb        bytes that sampling cannot do without: for each token, the weights and
                            the KV cache as far as it is written
     sample_of_bandwidth    rate of sampling (sample_least_gb over its time) as a share of
-                           copy_gb_per_s
+                           copy_gb_per_s; not with several accelerators, since each of them
+                           has a memory of its own and the bytes are those of all
 
 Sampling is also timed beside its plain loop (all rows to the last token, the whole cache at each),
 with answers of full length or, where MEAN_LENGTH is set, of geometric lengths:
@@ -163,7 +164,7 @@ def _shares(timed: Mapping[str, float], dtype: str) -> dict[str, float]:
         if f"{name}_ms" in timed:
             rate = timed[f"{name}_gflop"] / timed[f"{name}_ms"] * 1e3
             found[f"{name}_of_peak"] = rate / found["gemm_gflops"]
-    if "sample_ms" in timed:
+    if "sample_ms" in timed and (jax.default_backend() == "cpu" or jax.device_count() == 1):
         rate = timed["sample_least_gb"] / timed["sample_ms"] * 1e3
         found["sample_of_bandwidth"] = rate / found["copy_gb_per_s"]
     return found

@@ -154,7 +154,7 @@ def _vocabulary(path: str) -> _Vocabulary:
     # A converted checkpoint has the tokenizer of its source in the place of a hash.
     folder = epath.Path(path) if step_folder is None else step_folder / saved_model.TOKENIZER
     if about.get("vocabulary") or not folder.is_dir():
-        return _Vocabulary(path, rows, about["vocabulary"], None)
+        return _Vocabulary(path, rows, about.get("vocabulary", ""), None)
     from gkd_jax.text import vocabularies  # brings TensorFlow and seqio
 
     own = vocabularies.in_folder(folder)
