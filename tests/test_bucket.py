@@ -76,6 +76,7 @@ def test_a_run_in_a_bucket_goes_on_exactly_as_a_local_one(bucket, tmp_path):
     assert rows == (local / "eval" / "arithmetic" / "4.jsonl").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("bucket")
 def test_a_decoder_of_a_run_in_a_bucket_is_converted_with_the_tokenizer_there(tmp_path):
     student = str(tmp_path / "student")

@@ -100,9 +100,8 @@ def losses(model_dir):
     return metrics.values_by_step(model_dir / "metrics.jsonl", "train/loss")
 
 
-@pytest.mark.parametrize(
-    "seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 30))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(30))
 def test_a_killed_run_ends_as_one_never_killed(seed, uninterrupted, tmp_path, capfd):
     where = kill(tmp_path / "run", random.Random(seed))
     capfd.readouterr()

@@ -152,6 +152,7 @@ def replay(model_dir, steps, monkeypatch, *more):
     return lines(model_dir, "train/loss")
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_saves_and_ends_both(tmp_path, monkeypatch, capfd):
     """Each process reads its own part of the data, and saves its position there."""
     together = tmp_path / "together"

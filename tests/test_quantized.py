@@ -66,6 +66,7 @@ def test_logits_and_samples_are_those_of_the_restored_kernels(params):
     np.testing.assert_array_equal(*tokens)
 
 
+@pytest.mark.slow
 def test_a_run_with_a_teacher_in_8_bits_on_a_mesh(tmp_path):
     """Values are sharded by rows and scales replicated; the teacher is read from a checkpoint."""
     path = small_runs.write_teacher(tmp_path / "teacher")

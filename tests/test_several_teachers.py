@@ -405,6 +405,7 @@ def test_one_device_with_teachers_on_the_host_equals_eight(
             assert a[f"train/{name}"] == pytest.approx(b[f"train/{name}"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_teachers_on_meshes_of_their_own_give_the_same_numbers(tmp_path, checkpoint, whole):
     teacher = teachers_of(checkpoint)
     sizes = [

@@ -521,11 +521,12 @@ def test_dropped_shots_of_bbh_are_counted(length, expected, data_dirs, shared):
     assert (found.examples, found.fewer_shots, found.no_shots) == (270, *expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "subjects", "examples", "fewer"),
     [
         ("mmlu_professional_law", ("professional_law",), 1_534, 35),
-        pytest.param("mmlu", mmlu.SUBJECTS, 14_042, 404, marks=pytest.mark.slow),
+        ("mmlu", mmlu.SUBJECTS, 14_042, 404),
     ],
 )
 def test_dropped_shots_of_mmlu_are_counted(task, subjects, examples, fewer, data_dirs, shared):

@@ -335,6 +335,7 @@ def losses(folder):
     return [line["train/loss"] for line in step_lines(folder)]
 
 
+@pytest.mark.slow
 def test_scores_on_disk_are_those_of_a_teacher_with_its_own_prompts(tmp_path, teacher):
     own = data_config(num_examples=24)
     more = {"steps": 3, "teacher": teacher, "divergence": divergences.forward_kl}

@@ -95,7 +95,7 @@ def test_one_device_and_eight_give_the_same_losses(teacher_dir, tmp_path, monkey
         assert a.get("train/sample_length") == b.get("train/sample_length")
 
 
-@pytest.mark.parametrize("mixing", ["step", "example"])
+@pytest.mark.parametrize("mixing", ["step", pytest.param("example", marks=pytest.mark.slow)])
 def test_samples_may_be_longer_than_the_bucket_of_their_prompts(mixing, tmp_path):
     """The bucket holds the data set's answers, which must not decide where a sample is cut off."""
     rows = [{"inputs": f"{n} + {n}", "targets": f"{2 * n}"} for n in range(16)]
