@@ -42,8 +42,11 @@ numbers of tokens before the cut as `*_tokens`.
 # Vocabularies whose `encode` gives the ids of `encode_tf`, with which seqio tokenizes.
 _ENCODERS = (seqio.SentencePieceVocabulary, TokenizerVocabulary, WordVocabulary)
 
+Row = dict[str, Any]
+"""The features of one example: NumPy arrays and numbers, and bytes for texts."""
 
-def check_ends(row: Mapping[str, Any]) -> None:
+
+def check_complete(row: Mapping[str, Any]) -> None:
     """Raises ValueError if a line of `gkd-jax infer` says that its target was cut off.
 
     The tasks that read files of texts end every target with EOS, so that a student would learn to
@@ -54,10 +57,6 @@ def check_ends(row: Mapping[str, Any]) -> None:
             "the target was cut off ('truncated'), and this task would end it with EOS: leave the "
             "line out, or train on the file itself (MIXTURE_OR_TASK_NAME is its path)"
         )
-
-
-Row = dict[str, Any]
-"""The features of one example: NumPy arrays and numbers, and bytes for texts."""
 
 
 class RowSource(seqio.FunctionDataSource):

@@ -129,7 +129,7 @@ def read_file(path: str) -> list[dict[str, str]]:
     for number, row in enumerate(rows, start=1):
         keys = ("inputs", "targets", *(["task_name"] if "task_name" in row else []))
         with files.faults_in(path, number):
-            features.check_ends(row)
+            features.check_complete(row)
             found.append({key: files.string(row, key) for key in keys})
     return found
 

@@ -112,7 +112,7 @@ class TfdsOrFiles(seqio.TfdsDataSource):
         columns: dict[str, list[str]] = {theirs: [] for theirs in self._fields.values()}
         for number, row in enumerate(rows, start=1):
             with files.faults_in(path, number):
-                features.check_ends(row)
+                features.check_complete(row)
                 for ours, theirs in self._fields.items():
                     name = theirs if own else ours
                     if name not in row:
