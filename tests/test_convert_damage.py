@@ -498,6 +498,17 @@ def test_pickles_are_refused_with_the_reason(hf):
         convert.detect(str(hf))
 
 
+@pytest.mark.parametrize("with_model", [False, True])
+def test_a_lora_adapter_is_refused_also_beside_a_model(hf, with_model):
+    """transformers would add the adapter to the model beside it."""
+    (hf / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    if not with_model:
+        (hf / "config.json").unlink()
+        (hf / "model.safetensors").rename(hf / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"LoRA adapter .* merge it into its model"):
+        convert.read_config(str(hf))
+
+
 def test_other_folders(tmp_path, native):
     with pytest.raises(FileNotFoundError, match="absent"):
         convert.detect(str(tmp_path / "absent"))
@@ -506,6 +517,13 @@ def test_other_folders(tmp_path, native):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"Looked for .*model\.safetensors.*manifest\.ocdbt"):
         convert.detect(str(tmp_path / "empty"))
+    (tmp_path / "trainer" / "checkpoint-500").mkdir(parents=True)
+    with pytest.raises(ValueError, match="checkpoint-500: give one of these"):
+        convert.detect(str(tmp_path / "trainer"))
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    for name in (tmp_path, tmp_path / "model.gguf"):
+        with pytest.raises((ValueError, NotADirectoryError), match="GGUF is not read: give the"):
+            convert.detect(str(name))
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     with pytest.raises(ValueError, match="no complete step"):
         convert.detect(str(tmp_path / "run"))

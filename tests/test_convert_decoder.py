@@ -305,7 +305,8 @@ def test_an_exported_model_never_generates_ids_that_no_piece_has(
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
-        ("llama", {"quantization_config": {"bits": 4}}, "the key quantization_config=.* is not"),
+        ("llama", {"quantization_config": {"bits": 4}}, "quantization_config must be .* absent"),
+        ("gemma3", {"quantization_config": {"bits": 4}}, "quantization_config must be .* absent"),
         ("llama", {"residual_scale": 2.0}, "the key residual_scale=2.0 is not known"),
         ("gpt_oss", {}, "model_type must be one of llama, .*gemma3, got 'gpt_oss'"),
         ("llama", {"hidden_act": "relu"}, "hidden_act must be one of silu, .*got 'relu'"),

@@ -170,6 +170,11 @@ def read(fields: dict[str, Any]) -> DecoderConfig:
             is not supported.
     """
     kind = field_values.choice(fields, "model_type", MODEL_TYPES)
+    if fields.get("quantization_config") is not None:
+        raise ValueError(
+            "quantization_config must be null or absent: quantised weights are not read, so give "
+            "the folder of the same model in bfloat16 or float32"
+        )
     composite = kind == COMPOSITE
     if composite:
         fields, kind = _text_fields(fields), "gemma3_text"

@@ -14,6 +14,8 @@ _LOOKED_FOR = (
     "T5X: checkpoint, state/checkpoint or state/manifest.ocdbt"
 )
 
+_GGUF = "GGUF is not read: give the Hugging Face folder (safetensors) that it was made from"
+
 
 def detect(path: str) -> Format:
     """Returns the format of the checkpoint in a folder, local or gs://.
@@ -26,11 +28,18 @@ def detect(path: str) -> Format:
     """
     folder = epath.Path(path)
     if folder.is_file():
-        raise NotADirectoryError(f"no checkpoint at {path!r}: it is a file, not a folder")
+        gguf = f". {_GGUF}" if path.endswith(".gguf") else ""
+        raise NotADirectoryError(f"no checkpoint at {path!r}: it is a file, not a folder{gguf}")
     if not folder.is_dir():
         raise FileNotFoundError(f"no checkpoint at {path!r}: there is no such file or folder")
     if _is_step(folder) or any(map(_is_step, folder.glob("checkpoints/*"))):
         return "gkd"
+    # Even beside a whole model: transformers would add the adapter to it.
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{path} holds a LoRA adapter (adapter_config.json), which is not read: merge it into "
+            "its model with peft, model.merge_and_unload().save_pretrained(DIR), and give DIR"
+        )
     weights = [
         name
         for name in ("model.safetensors", "model.safetensors.index.json")
@@ -60,6 +69,8 @@ def _hint(folder: epath.Path, weights: list[str]) -> str:
             "code from the file. Save it again as safetensors: "
             "model.save_pretrained(DIR, safe_serialization=True)"
         )
+    if any(folder.glob("*.gguf")):
+        return _GGUF
     if weights:
         return f"It has {weights[0]} but no config.json"
     if (folder / "config.json").is_file():
@@ -68,7 +79,8 @@ def _hint(folder: epath.Path, weights: list[str]) -> str:
         return "It is a MODEL_DIR whose checkpoints/ holds no complete step yet"
     if own := sorted(child.name for child in folder.iterdir() if _is_step(child)):
         return f"It contains the steps {', '.join(own[:5])} of a run: give one of these folders"
-    steps = sorted(child.name for child in folder.iterdir() if child.name.startswith("checkpoint_"))
+    begins = ("checkpoint_", "checkpoint-")  # T5X's steps, and those of transformers' Trainer
+    steps = sorted(child.name for child in folder.iterdir() if child.name.startswith(begins))
     if steps:
         return f"It contains {', '.join(steps[:5])}: give one of these folders"
     return f"Looked for {_LOOKED_FOR}"
