@@ -143,6 +143,22 @@ def test_bad_json_lines_name_file_line_and_what_was_expected(tmp_path, line, mes
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        ('[{"inputs": "a"}]', "an object a line, got an array: `jq -c '.[]'` writes"),
+        ('[\n  {"inputs": "a"}\n]\n', "an object a line, got an array"),
+        ('{\n  "inputs": "a"\n}\n', "a whole JSON object in each line: `jq -c .` writes"),
+    ],
+)
+def test_json_that_is_not_one_object_a_line_is_answered_with_what_makes_lines(
+    tmp_path, content, message
+):
+    path = write(tmp_path / "x.jsonl", content)
+    with pytest.raises(ValueError, match=re.escape(f"{path}, line 1: expected {message}")):
+        files.read_objects(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
         ("[]", ": expected a JSON object, got a list"),
         ("3", ": expected a JSON object, got 3"),
         ('{\n"a": }', ", line 2: not JSON"),

@@ -105,7 +105,8 @@ def test_rows_in_the_forms_that_people_have(row, prompt, target):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"text": "a"}, "expected 'inputs', 'prompt' or 'messages', got none of these keys"),
+        ({"text": "a", "id": 1}, "expected 'inputs', 'prompt' or 'messages', got 'text', 'id'"),
+        ({}, "expected 'inputs', 'prompt' or 'messages', got an empty object"),
         ({"prompt": 3}, "'prompt' must be a string, got 3"),
         ({"prompt": "a", "completion": None}, "'completion' must be a string, got null"),
         ({"prompt": CHAT, "completion": "b"}, "'completion' must be messages, as 'prompt' is"),
@@ -421,10 +422,12 @@ def test_shares_that_cannot_be_held_out_are_refused(tmp_path):
         with pytest.raises(ValueError, match=r"eval_fraction must lie in \(0, 1\), got"):
             open_task(path, eval_fraction=fraction)
     task = open_task(path, eval_fraction=1e-9)
-    with pytest.raises(ValueError, match=r"data\.jsonl: .*leaves none for 'validation'"):
+    with pytest.raises(ValueError, match=r"none for 'validation', of 2: raise EVAL_FRACTION"):
         texts(task, "validation")
-    with pytest.raises(ValueError, match="got the task 'arithmetic'"):
+    with pytest.raises(ValueError, match=r"the task 'arithmetic', .* --gin\.EVAL_FRACTION=None"):
         open_task("arithmetic", eval_fraction=0.1)
+    with pytest.raises(ValueError, match=r"unknown task or mixture 'data\.json'"):
+        open_task("data.json", eval_fraction=0.1)
     write(tmp_path / "validation.jsonl", pairs(1))
     with pytest.raises(ValueError, match=r"files of its own.*--gin\.EVAL_FRACTION=None"):
         open_task(path, eval_fraction=0.1)
@@ -464,7 +467,7 @@ def test_a_prompt_that_begins_with_bos_keeps_it(folders):
 def test_all_prompts_too_long_and_unknown_ways(tmp_path):
     path = write(tmp_path / "data.jsonl", [{"inputs": "x" * 200, "targets": "b"}] * 3)
     with pytest.raises(
-        ValueError, match=r"data\.jsonl, split .train.: all 3 prompts are longer than 64 tokens"
+        ValueError, match=r"split .train.: all 3 prompts are longer than 64 tokens\. TASK_FEATURE"
     ):
         texts(open_task(path))
     with pytest.raises(ValueError, match="long_prompts must be 'skip' or 'cut', got 'left'"):

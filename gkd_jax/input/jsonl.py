@@ -241,11 +241,15 @@ class JsonlSource(features.RowSource):
         if config.eval_fraction is None:
             return found
         wanted = split == "validation"
-        found = [row for row in found if _is_held_out(row, config) == wanted]
-        if not found:
-            message = f"eval_fraction={config.eval_fraction} of its rows leaves none for {split!r}"
-            files.fault(path, None, message)
-        return found
+        kept = [row for row in found if _is_held_out(row, config) == wanted]
+        if not kept:
+            files.fault(
+                path,
+                None,
+                f"eval_fraction={config.eval_fraction} of its rows leaves none for {split!r}, of "
+                f"{len(found)}: {'raise' if wanted else 'lower'} EVAL_FRACTION, or give more rows",
+            )
+        return kept
 
     def _tokenized(self, found: list[rows.FileRow], split: str) -> list[Example]:
         """Returns the examples of a split, whose prompts have the lengths of the configuration."""

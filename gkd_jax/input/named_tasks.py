@@ -101,13 +101,13 @@ def open_task(
             teachers=task_names.teachers_of(path, beside),
             check_remote=check_remote,
         )
-    elif config.eval_fraction is not None:
-        raise ValueError(
-            f"eval_fraction={config.eval_fraction} holds rows of a JSONL file out, "
-            f"got the task {config.task!r}"
-        )
     else:
         task = _with_teacher_inputs(find_task(config.task, vocabulary), config)
+        if config.eval_fraction is not None:
+            raise ValueError(
+                f"eval_fraction={config.eval_fraction} holds rows of a JSONL file out, got the "
+                f"task {config.task!r}, whose own splits are read with --gin.EVAL_FRACTION=None"
+            )
     vocabularies.check_readable(
         task.output_features["targets"].vocabulary, check_remote=check_remote
     )

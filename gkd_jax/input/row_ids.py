@@ -118,7 +118,9 @@ def fitting(
         return examples
     whose = "of the teacher " if name == "teacher_inputs" else ""
     if skips and long == len(examples):
-        raise ValueError(f"{where}: all {long} prompts {whose}are longer than {limit} tokens")
+        raise ValueError(
+            f"{where}: all {long} prompts {whose}are longer than {limit} tokens. {advice}"
+        )
     share = f"{long} of {len(examples)} prompts {whose}({100 * long / len(examples):.1f} %)"
     done = "skipped" if skips else "cut from the left"
     fit.warn(f"{where}: {share} are longer than {limit} tokens and {done}. {advice}")

@@ -109,7 +109,8 @@ def _prompt_and_target(row: dict[str, Any]) -> tuple[Any, Any, Tools | None]:
         return _of_chat(row, row["messages"])
     key = next((key for key in _TARGET_OF if key in row), None)
     if key is None:
-        raise ValueError("expected 'inputs', 'prompt' or 'messages', got none of these keys")
+        given = ", ".join(map(repr, [*row][:8])) or "an empty object"
+        raise ValueError(f"expected 'inputs', 'prompt' or 'messages', got {given}")
     target_key = _TARGET_OF[key]
     others = {*_TARGET_OF.values()} & row.keys()
     if target_key not in row and others:

@@ -281,6 +281,10 @@ def parse_objects(lines: Sequence[str], path: str | os.PathLike) -> list[dict[st
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             fault(path, number, "expected a JSON object, got an empty line")
+        if number == 1 and line.lstrip().startswith("["):
+            fault(path, 1, "expected an object a line, got an array: `jq -c '.[]'` writes lines")
+        if number == 1 and line.strip() == "{":
+            fault(path, 1, "expected a whole JSON object in each line: `jq -c .` writes them so")
         row = parse_json(line, path, number)
         if not isinstance(row, dict):
             fault(path, number, f"expected a JSON object, got {line[:60]!r}")

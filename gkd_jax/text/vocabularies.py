@@ -346,10 +346,10 @@ def shared_pieces(
         else f"id {differs} is {ours[differs]!r} to the one and {theirs[differs]!r} to the other"
     )
     raise ValueError(
-        f"the student {student_name!r} and the teacher {teacher_name!r} have different tokenizers: "
+        f"{student_name!r} and {teacher_name!r} have different tokenizers: "
         f"{where}. Their probabilities cannot be compared token by token. SeqKD works: let the "
         "teacher write the targets (gkd-jax infer --gin_file=gin/infer.gin) and train the student "
-        "on them (gin/seqkd.gin)"
+        "on them (gin/seqkd.gin; docs/your_own_data.md has the commands)"
     )
 
 

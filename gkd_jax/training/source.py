@@ -58,7 +58,7 @@ def open_source(
         named_tasks.check_rows(task, recipe.data.split, check_remote=check_remote)
         named_tasks.check_teacher_inputs(name, task, recipe.data)
         if recipe.method.uses_targets() and is_read:
-            why = "only with ON_POLICY_FRACTION 1 is nothing learnt from the data set's targets"
+            why = "prompts alone can be trained on only with ON_POLICY_FRACTION=1.0"
             named_tasks.check_targets(task, recipe.data.split, why, check_remote=check_remote)
     num_pieces = vocabulary_checks.shared_pieces(
         vocabulary, recipe.models, pending, check_remote=check_remote
