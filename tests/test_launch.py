@@ -236,6 +236,7 @@ def test_local_dry_run_prints_runnable_commands(tmp_path):
         (["slurm.sh", "--gpus_per_node=2", "--per=rack", "--", "x"], "'rack'"),
         (["local_multiprocess.sh", "--", "x"], "--num_processes"),
         (["local_multiprocess.sh", "--num_processes=2"], "-- COMMAND"),
+        (["one_gpu.sh", "--dry_run"], "unknown flag '--dry_run'"),
     ],
 )
 def test_wrong_flags_of_scripts_end_with_one_line(tools, arguments, words):

@@ -129,9 +129,18 @@ def test_self_distillation_and_seqkd_of_a_chat_model_need_no_teacher_s_checkpoin
 
 WRONG = {
     "unknown command": (["trian"], "did you mean 'train'"),
-    "no gin file": (["train"], "train needs --gin_file=FILE"),
+    "no gin file": (["train"], "train needs --gin_file=FILE: `gkd-jax recipes` lists"),
     "unknown flag": (["train", "--gin_fil=x"], "gin_fil"),
-    "missing gin file": (["train", "--gin_file=gin/none.gin"], "gin/none.gin"),
+    "a setting as a flag": (["train", "--learning_rate=1"], "as --gin.LEARNING_RATE=VALUE"),
+    "missing gin file": (["train", "--gin_file=gin/none.gin"], "`gkd-jax recipes` lists"),
+    "a macro in small letters": (
+        ["train", "--gin_file=gin/gkd.gin", "--gin.learning_rate=1"],
+        "did you mean 'LEARNING_RATE'",
+    ),
+    "keys without quotes": (
+        ["train", "--gin_file=gin/gkd.gin", "--gin.TASK_FEATURE_LENGTHS={inputs: 8}"],
+        "--gin.TASK_FEATURE_LENGTHS=\"{'KEY': ...}\"",
+    ),
     "flag without a value": (["train", "--gin_file=gin/gkd.gin", "--gin.BETA"], "has no value"),
     "positional": (["train", "x"], "takes flags only, got 'x'"),
     "missing macros": (

@@ -53,7 +53,7 @@ def run(command: str, values: Any, bindings: list[tuple[str, str]], positional: 
 
 def _read_gin_files(command: str, values: Any, bindings: list[tuple[str, str]]) -> None:
     if not values.gin_file:
-        raise UsageError(f"{command} needs --gin_file=FILE")
+        raise UsageError(f"{command} needs --gin_file=FILE: `gkd-jax recipes` lists the files")
     reads_data = command not in ("precompile", "bench")
     stand_ins = {} if reads_data else STAND_INS
     with process.importing():

@@ -76,14 +76,13 @@ COMMANDS = {
     ),
     "precompile": Command(
         does="memory, FLOPs and time of a run on TPUs or GPUs that are not there (or on cpu)",
-        example="gkd-jax precompile --topology=v5e:8x8 --gin_file=gin/paper/xsum/gkd.gin "
-        "--gin.MODEL_DIR=/tmp/run",
-        required=_TRAIN,
+        example="gkd-jax precompile --topology=v5e:4x4 --gin_file=gin/models/qwen3_8b_to_0.6b.gin",
+        required=_TRAIN[2:],
     ),
     "bench": Command(
         does="times the phases of a step on this machine",
         example="gkd-jax bench --gin_file=gin/bench/config1.gin --json",
-        required=_TRAIN,
+        required=_TRAIN[2:],
     ),
     "sweep": Command(
         does="many runs from a grid of macros, or from a file of rows; what is done is skipped",
@@ -203,7 +202,10 @@ def parse(command: str, arguments: Iterable[str]) -> tuple[Any, list[tuple[str, 
     try:
         extra = values(["gkd-jax", *others])[1:]
     except flags.Error as error:
-        raise UsageError(f"{command}: {error}") from None
+        message = f"{command}: {error}"
+        if isinstance(error, flags.UnrecognizedFlagError) and COMMANDS[command].reads_gin:
+            message += f"; a setting is written as --gin.{error.flagname.upper()}=VALUE"
+        raise UsageError(message) from None
     for name in _PATHS & {*values}:  # a shell expands no `~` behind the `=` of a flag
         given = values[name].value
         if given:
@@ -228,5 +230,6 @@ def _binding(text: str, argument: str) -> tuple[str, str]:
 
 def suggestion(name: str, known: Iterable[str]) -> str:
     """Returns " (did you mean 'x'?)" with the closest known name; "" if none is close."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+    by_letters = {other.lower(): other for other in known}
+    close = difflib.get_close_matches(name.lower(), by_letters, n=1)
+    return f" (did you mean {by_letters[close[0]]!r}?)" if close else ""

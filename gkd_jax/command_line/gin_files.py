@@ -53,7 +53,10 @@ def parse(
             with _quiet():
                 gin.parse_config_file(recipes.find(name, ".gin", search_paths))
         except OSError as error:
-            raise UsageError(f"--gin_file: cannot read {name!r}: {error}") from None
+            raise UsageError(
+                f"--gin_file: cannot read {name!r}: {error} `gkd-jax recipes` lists the files of "
+                "the installation"
+            ) from None
         except Exception as error:
             raise UsageError(f"{name}: {_rejected(error)}") from error
     header, defined = _imports(), macros()
@@ -66,9 +69,10 @@ def parse(
         try:
             gin.parse_config(f"{header}{name} = {_as_gin(value)}")
         except (SyntaxError, tokenize.TokenError) as error:
+            quoted = "{'KEY': ...}" if re.fullmatch(r"\{.*\}", value) else "'...'"
             raise UsageError(
                 f"--gin.{name}={value}: this is no value of gin; a text with such signs needs "
-                f"quotes within quotes: --gin.{name}=\"'...'\""
+                f'quotes within quotes: --gin.{name}="{quoted}"'
             ) from error
         except Exception as error:
             raise UsageError(f"--gin.{name}={value}: {_rejected(error)}") from error
