@@ -24,6 +24,7 @@ from gkd_jax.convert import hf_folder, stored, t5x_write
 from gkd_jax.convert.layout import flatten, to_ours, unflatten
 from gkd_jax.convert.t5x import t5x_layout
 from gkd_jax.models import lm, t5
+from gkd_jax.storage import conversion
 from gkd_jax.training import optimizers
 
 
@@ -332,6 +333,28 @@ def test_hugging_face_and_t5x_and_back_are_exact(tmp_path, config):
     assert convert.read_config(folder) == config
     assert_same(convert.read_params(folder, config), params)
     assert not list(tmp_path.glob("*tmp*"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layer_norm_epsilon": 1e-5}, "layer_norm_epsilon=1e-06, got 1e-05"),
+        ({"relpos_max_distance": 64}, "relpos_max_distance=128, got 64"),
+        ({"scale_logits": True}, "scale_logits=False, got True"),
+        ({"tie_embeddings": True}, "scale_logits=True, got False"),
+        ({"mlp_activations": ("relu", "linear")}, r"mlp_activations=\('gelu', 'linear'\), got"),
+        ({"mlp_activations": ("gelu",)}, r"mlp_activations=\('relu',\), got \('gelu',\)"),
+    ],
+)
+def test_what_t5x_would_compute_otherwise_is_refused(tmp_path, changes, message):
+    config = dataclasses.replace(PLAIN, **changes)
+    with pytest.raises(ValueError, match=message):
+        convert.write_t5x(str(tmp_path), config, random_params(config), step=1)
+    convert.write_hf(str(tmp_path / "hf"), config, random_params(config))
+    with pytest.raises(ValueError, match=message):
+        conversion.convert_checkpoint(
+            str(tmp_path / "hf"), str(tmp_path / "out"), to="t5x", dry_run=True
+        )
 
 
 @pytest.mark.parametrize("config", [TIED, PER_LAYER], ids=["tied", "per_layer"])

@@ -76,12 +76,17 @@ def read_config(path: str) -> t5.T5Config:
         d_ff=shape(f"{layer}.mlp.wo.kernel", 3 if scanned else 2)[0],
         num_encoder_layers=_num_layers(path, shapes, "encoder"),
         num_decoder_layers=_num_layers(path, shapes, "decoder"),
-        mlp_activations=("gelu", "linear") if f"{layer}.mlp.wi_0.kernel" in shapes else ("relu",),
+        mlp_activations=t5x_activations(f"{layer}.mlp.wi_0.kernel" in shapes),
         tie_embeddings=tied,
         scale_logits=tied,
         relpos_buckets=bias_shape[-1],
         per_layer_relpos=per_layer,
     )
+
+
+def t5x_activations(gated: bool) -> tuple[str, ...]:
+    """Returns the activations that a T5X checkpoint is taken to have."""
+    return ("gelu", "linear") if gated else ("relu",)
 
 
 def _num_layers(path: str, shapes: dict[str, tuple[int, ...]], stack: str) -> int:

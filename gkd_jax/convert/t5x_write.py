@@ -12,9 +12,9 @@ import tensorstore as ts
 
 from gkd_jax.convert.layout import unflatten
 from gkd_jax.convert.stored import as_dtype
-from gkd_jax.convert.t5x import t5x_layout
+from gkd_jax.convert.t5x import t5x_activations, t5x_layout
 from gkd_jax.convert.writing import complete_folder, unwritten
-from gkd_jax.models import t5
+from gkd_jax.models import lm, t5
 
 
 _LARGEST_CHUNK = 64 * 2**20  # The largest uncompressed size of a zarr chunk, in bytes.
@@ -39,11 +39,10 @@ def write_t5x(
         dtype: the dtype of the stored parameters, "float32" or "bfloat16".
 
     Raises:
-        ValueError: if the checkpoint's folder exists or is remote, if `step` is negative, or if the
-            model is no T5.
+        ValueError: if the checkpoint's folder exists or is remote, if `step` is negative, or if
+            `check_t5x` refuses the model.
     """
-    if not isinstance(config, t5.T5Config):
-        raise ValueError(f"T5X's format is for T5s alone, got a {type(config).__name__}")
+    check_t5x(config)
     if step < 0:
         raise ValueError(f"step must be at least 0, got {step}")
     kind = as_dtype(dtype)
@@ -59,6 +58,32 @@ def write_t5x(
         with (folder / "checkpoint").open("wb") as file:
             msgpack.pack({"version": 3, "optimizer": tree}, file)
     return target
+
+
+def check_t5x(config: lm.Config) -> None:
+    """Raises ValueError for a model that T5X would compute otherwise.
+
+    A T5X checkpoint holds arrays alone. The settings checked here are fixed in T5X's networks, or
+    `t5x.read_config` infers them from the arrays.
+    """
+    if not isinstance(config, t5.T5Config):
+        raise ValueError(f"T5X's format is for T5s alone, got a {type(config).__name__}")
+    fixed = {
+        "mlp_activations": t5x_activations(len(config.mlp_activations) > 1),
+        "scale_logits": config.tie_embeddings,
+        "relpos_max_distance": 128,
+        "layer_norm_epsilon": 1e-6,
+    }
+    wrong = [
+        f"{name}={value!r}, got {getattr(config, name)!r}"
+        for name, value in fixed.items()
+        if getattr(config, name) != value
+    ]
+    if wrong:
+        raise ValueError(
+            "T5X's format holds no settings, and its checkpoints are read with "
+            f"{'; '.join(wrong)}: T5X would compute another model"
+        )
 
 
 def _packed(array: np.ndarray) -> msgpack.ExtType:

@@ -60,8 +60,8 @@ def convert_checkpoint(
     config, step_folder = loading.load_config(source), saved_model.find_step(source)
     about = {} if step_folder is None else saved_model.read_description(step_folder)
     opened = _Source(source, config, step_folder, about, tokenizer_files.find(source))
-    if to == "t5x" and config.family != "t5":
-        raise ValueError(f"{source!r} is no T5, and T5X's format is for those alone")
+    if to == "t5x":
+        convert.check_t5x(config)
     step = _step_of(source) if step is None else step
     if opened.step_folder is None:
         convert.check_arrays(source, config)
