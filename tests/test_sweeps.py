@@ -469,6 +469,13 @@ def test_rows_and_axes_can_be_chosen(sweep):
         (["--gin_file=a.gin", "--grid=X=1,1"], ["different names"]),
         (["--gin_file=a.gin", "--grid=X=1", "--grid=X=2"], ["twice"]),
         (["--gin_file=a.gin", "--grid=X=1", "--gin.X=2"], ["--grid", "--gin.X"]),
+        (["--gin_file=a.gin", "--grid=divergence=jsd_0.1", "--gin.BETA=2"], ["--grid", "BETA"]),
+        (
+            ["--gin_file=a.gin", "--grid=divergence=jsd_0.1", "--grid=BETA=0.1,0.9"],
+            ["'divergence' and 'BETA' both set BETA"],
+        ),
+        (["--gin_file=a.gin", "--gin.MODEL_DIR=/tmp/x"], ["sets MODEL_DIR"]),
+        (["--gin_file=a.gin", "--grid=MODEL_DIR=x,y"], ["sets MODEL_DIR"]),
         (["--gin_file=a.gin", "--gin.X"], ["no value"]),
         (["--gin_file=a.gin", "--rows=x"], ["--sweep_file"]),
         (["--gin_file=a.gin", "--num_parallel=0"], ["at least 1"]),
@@ -498,6 +505,14 @@ def test_wrong_flags_end_with_one_line(sweep, flags, words):
         ("[rows.a]\ngin_file = 'x'\naxes.X = 1", ["axis 'X'", "list"]),
         ("[rows.a]\ngin_file = 'x'\naxes.X = [{ Y = 1 }]", ["axis 'X'", "name"]),
         ("[rows.a]\ngin_file = 'x'\nmacros.X = 2020-01-01", ["X", "2020"]),
+        (
+            "[rows.a]\ngin_file = 'x'\ncommand = 'infer'\nmacros.OUTPUT = 'x'",
+            ["row 'a' sets OUTPUT, which the sweep sets itself"],
+        ),
+        (
+            "[axes]\nS = [0, 1]\n[rows.a]\ngin_file = 'x'\naxes.T = [{ name = 'b', S = 3 }]",
+            ["'T' and 'S' both set S"],
+        ),
         ("[rows.a]\ngin_file = 'x'\nmacros.X = \"'{b}'\"", ["row 'a'", "no row 'b'"]),
         (
             "gin_file = 'x'\n[rows.a]\nmacros.X = \"'{b}'\"\n[rows.b]\nmacros.X = \"'{a}'\"",

@@ -149,9 +149,14 @@ def _axes(table: Any, where: str, *, trains: bool = True) -> dict[str, tuple[Poi
     return axes
 
 
+def macros_of(points: Iterable[Point]) -> set[str]:
+    """Returns the macros that some of the points set."""
+    return {macro for point in points for macro in point.macros}
+
+
 def _with_macros_of(points: Sequence[Point], old: Sequence[Point]) -> tuple[Point, ...]:
     """Returns the points with only those macros that some of the `old` points set."""
-    known = {macro for point in old for macro in point.macros}
+    known = macros_of(old)
     return tuple(
         Point(point.label, {name: x for name, x in point.macros.items() if name in known})
         for point in points
@@ -288,6 +293,8 @@ def in_order(rows: Mapping[str, Row], chosen: Iterable[str]) -> list[Row]:
 
 def expand(rows: Sequence[Row], extra: Sequence[str] = ()) -> list[Run]:
     """Returns the runs of rows that are `in_order`, with the flags `extra` in every command."""
+    for row in rows:
+        _check_macros(row)
     places = {row.name: _places(row) for row in rows}
     runs = {}
     for row in rows:
@@ -297,6 +304,17 @@ def expand(rows: Sequence[Row], extra: Sequence[str] = ()) -> list[Run]:
                 raise ValueError(f"two runs would have the folder {run.name!r}: rename a row")
             runs[run.name] = run
     return list(runs.values())
+
+
+def _check_macros(row: Row) -> None:
+    """Raises ValueError if a run's command would hold another value than the row gives a macro."""
+    output = OUTPUT_MACROS[row.command][0]
+    set_by = {axis: macros_of(points) for axis, points in row.axes.items()}
+    if output in row.macros or any(output in macros for macros in set_by.values()):
+        raise ValueError(f"row {row.name!r} sets {output}, which the sweep sets itself")
+    for (axis, macros), (other, others) in itertools.combinations(set_by.items(), 2):
+        for macro in sorted(macros & others):
+            raise ValueError(f"row {row.name!r}: the axes {axis!r} and {other!r} both set {macro}")
 
 
 Place = dict[str, Point]  # one point of each axis, by the axis

@@ -63,7 +63,8 @@ class Options:
         program: the command line of the program that replaces `gkd-jax`.
         num_parallel: the largest number of runs at once.
         only_print: print the commands that are left, and run none.
-        redo_changed: put folders of other commands aside instead of refusing them.
+        redo_changed: put folders of other commands aside instead of refusing them: they are renamed
+            to `<name>.replaced_<n>`, and a report of the study leaves them out.
         dry_run: check, with `--dry_run`, each command that needs no other run.
     """
 
@@ -149,7 +150,7 @@ def _rows(options: Options) -> list[Row]:
     if options.chosen:
         raise ValueError("--rows chooses from a --sweep_file, and there is none")
     for macro in options.macros:
-        if macro in axes:
+        if any(macro in rows.macros_of(points) for points in axes.values()):
             raise ValueError(f"{macro} is given by --grid and by --gin.{macro}")
     name = re.sub(r"[^\w.]+", "_", pathlib.PurePath(options.gin_files[-1]).stem)
     row = Row(name, "train", options.gin_files, options.macros, axes)
