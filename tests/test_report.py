@@ -718,6 +718,37 @@ def test_evaluations_written_elsewhere_find_their_run(tmp_path):
         assert [row["mean"] for row in rows.values()] == [value]
 
 
+def test_what_a_sweep_put_aside_is_left_out(tmp_path):
+    """Evaluations that were put aside name the folder in which another run has been made since."""
+    run = write_run(tmp_path / "run", about(), {"accuracy": 1.0})
+    write_run(tmp_path / "run.replaced_1", about(size="base"), {"accuracy": 5.0})
+    how = {**SAMPLED, "checkpoint": f"{run}/checkpoints/20", "step": 20}
+    (tmp_path / "decoded.replaced_2").mkdir()
+    content = {"arithmetic": {"accuracy": 9.0}, "evaluation": how}
+    (tmp_path / "decoded.replaced_2" / "metrics.json").write_text(json.dumps(content))
+    study = read_study(tmp_path)
+    assert [run.name for run in study.runs] == ["run"]
+    assert not table(study, **SAMPLED)
+    aside = read_study(tmp_path / "run.replaced_1")  # by its own name
+    assert [row["mean"] for row in table(aside).values()] == [5.0]
+
+
+def test_evaluations_that_disagree_are_named(tmp_path):
+    """Two files of one name, or a model in 8 bits and in float32, are decoded alike."""
+    evals = [
+        (SAMPLED, {"accuracy": 3.0, "self_bleu": 1.0}),
+        (SAMPLED, {"accuracy": 4.0, "self_bleu": 1.00001}),
+    ]
+    write_run(tmp_path / "run", about(), {"accuracy": 60.0}, evals=evals)
+    study = read_study(tmp_path)
+    assert [row["mean"] for row in table(study, **SAMPLED).values()] == [3.0]
+    (problem,) = study.runs[0].problems
+    assert problem == (
+        "two evaluations of arithmetic at step 20 (sampled at temperature 1, validation) differ "
+        "in accuracy: 3 counts, 4 does not"
+    )
+
+
 #### The answer ####################################################################################
 
 

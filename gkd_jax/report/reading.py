@@ -4,8 +4,9 @@ No content of a file raises an error, because a run that crashed still belongs i
 Unreadable parts are left out and listed in `Run.problems`.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 import dataclasses
+import math
 import os
 import pathlib
 import re
@@ -15,8 +16,9 @@ from gkd_jax.report.record import Run, as_object, as_objects, real_path, whole
 from gkd_jax.text import files
 
 
-# These folders hold many files and no runs.
-_NOT_SEARCHED = frozenset({"checkpoints", "damaged", "tensorboard", "eval"})
+# These folders hold many files and no runs, or were put aside by `gkd-jax sweep --redo_changed`.
+# An evaluation in the latter names the folder of the run that has taken the place of its own.
+_NOT_SEARCHED = re.compile(r"checkpoints|damaged|tensorboard|eval|.*\.replaced_\d+")
 
 
 def find(run_dirs: Sequence[str]) -> list[Run]:
@@ -42,7 +44,8 @@ def find(run_dirs: Sequence[str]) -> list[Run]:
         if not root.is_dir():
             raise FileNotFoundError(f"RUN_DIR {run_dir!r} is neither a folder nor a .jsonl file")
         for path, inside, names in os.walk(root):
-            inside[:] = sorted(set(inside) - _NOT_SEARCHED)  # os.walk enters only these
+            # os.walk enters only these.
+            inside[:] = sorted(name for name in inside if not _NOT_SEARCHED.fullmatch(name))
             folder = pathlib.Path(path)
             if "metrics.jsonl" in names and folder not in found:
                 found[folder] = _from_folder(root, folder)
@@ -51,6 +54,8 @@ def find(run_dirs: Sequence[str]) -> list[Run]:
     if not found:
         raise FileNotFoundError(f"no metrics.jsonl below {', '.join(map(str, run_dirs))}")
     _add_evaluations(found, evaluations)
+    for run in found.values():
+        run.problems.extend(_contradictions(run))
     return _named(list(found.values()))
 
 
@@ -105,6 +110,19 @@ def _add_evaluations(found: Mapping[pathlib.Path, Run], paths: Iterable[pathlib.
                 found[folder].problems.append(f"{path.relative_to(folder)} cannot be read")
             else:
                 found[folder].decoded.append(content)
+
+
+def _contradictions(run: Run) -> Iterator[str]:
+    """Says which numbers do not count because another evaluation, decoded alike, has the same."""
+    found: dict[Any, float] = {}
+    for task, setting, step, values in run.evaluations:
+        for metric, value in values.items():
+            first = found.setdefault((task, setting, step, metric), value)
+            if step is not None and not math.isclose(first, value, rel_tol=1e-4):
+                yield (
+                    f"two evaluations of {task} at step {step:,} ({setting}) differ in {metric}: "
+                    f"{first:g} counts, {value:g} does not"
+                )
 
 
 def _named(runs: Sequence[Run]) -> list[Run]:

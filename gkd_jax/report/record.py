@@ -131,7 +131,7 @@ class Run:
     decoded: list[dict[str, Any]]  # each metrics.json that `gkd-jax eval` wrote for its checkpoints
     # Task -> (step, file of decoded rows), in the order of the steps.
     samples: dict[str, list[tuple[int, pathlib.Path]]] = dataclasses.field(default_factory=dict)
-    problems: list[str] = dataclasses.field(default_factory=list)  # everything that is unreadable
+    problems: list[str] = dataclasses.field(default_factory=list)  # what is unreadable or disagrees
 
     @functools.cached_property
     def fields(self) -> dict[str, Any]:
