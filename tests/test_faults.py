@@ -254,10 +254,15 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_batch(broken_teac
 
 def test_steps_that_are_not_finite_can_be_skipped_and_are_counted(broken_teacher, tmp_path):
     trainer = TrainConfig(train_steps=6, skip_nonfinite=True)
-    train.train(**distil(tmp_path / "run", broken_teacher, train=trainer))
+    schedule = optimizers.Linear(learning_rate=0.06, warmup_steps=6)
+    train.train(**distil(tmp_path / "run", broken_teacher, train=trainer, schedule=schedule))
     lines = metrics.read(tmp_path / "run" / "metrics.jsonl")
     assert len(lines) == 6
-    assert {line["train/skipped"] for line in lines} == {0.0, 1.0}
+    skipped = [line["train/skipped"] for line in lines]
+    assert set(skipped) == {0.0, 1.0}
+    # The schedule counts the updates that were done.
+    rates = [0.01 * (step - sum(skipped[:step])) for step in range(6)]
+    np.testing.assert_allclose([line["train/learning_rate"] for line in lines], rates, rtol=1e-5)
     for leaf in jax.tree.leaves(load_model(str(tmp_path / "run"))[1]):
         assert np.isfinite(leaf).all()
 

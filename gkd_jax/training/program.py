@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+import optax
 
 from gkd_jax import gkd, sharding
 from gkd_jax.batch import Batch, TopK
@@ -155,7 +156,7 @@ def build(
         with_average=isinstance(recipe.teacher, gkd.MovingAverage),
     )
     state = sharding.with_shardings(state, train_state.shardings(state, mesh))
-    sample, update = _jit(learner, mesh, state, recipe.train.skip_nonfinite)
+    sample, update = _jit(learner, mesh, state, recipe)
     return Program(
         recipe=recipe,
         mesh=mesh,
@@ -204,7 +205,7 @@ def _check_student(student: ModelConfig, method: gkd.GKDConfig) -> None:
 
 
 def _jit(
-    learner: gkd.Learner, mesh: Mesh, state: TrainState, skip_nonfinite: bool
+    learner: gkd.Learner, mesh: Mesh, state: TrainState, recipe: Recipe
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """Returns the two jitted functions of a step: `Program.sample` and `Program.update`."""
 
@@ -215,11 +216,14 @@ def _jit(
     def update_batch(state, teacher_params, batch, key, advantages):
         with sharding.use(mesh):
             new, metrics = gkd.update(learner, state, teacher_params, batch, key, advantages)
-        if not skip_nonfinite:
+        if not recipe.train.skip_nonfinite:
             return new, metrics
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
         kept = jax.tree.map(lambda x, old: jnp.where(finite, x, old), new, state)
-        return kept._replace(step=new.step), {**metrics, "skipped": 1.0 - finite}
+        # The optimizer's schedule follows its own count, which leaves out the skipped steps.
+        (_, done), *_ = optax.tree.get_all_with_path(state.opt_state, "count")
+        more = {"skipped": 1.0 - finite, "learning_rate": recipe.learning_rate()(done)}
+        return kept._replace(step=new.step), {**metrics, **more}
 
     # The samples are replicated, because every process reads all of them for logs and rewards.
     rows, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)

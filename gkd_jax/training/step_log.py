@@ -75,9 +75,9 @@ class StepLog:
         with jax.default_device(sharding.host_device()):
             learning_rate = float(self._learning_rate(step.number))
         line = {
+            "train/learning_rate": learning_rate,
             **{f"train/{name}": value for name, value in values.items()},
             "train/on_policy": float(step.rollout.sample is not None),
-            "train/learning_rate": learning_rate,
             **self._sample_numbers(step.rollout),
             "time/sample_s": sampled.result() if sampled else 0.0,
             "time/update_s": step.update_seconds.result(),
