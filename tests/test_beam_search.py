@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_models import random_params
 
 from gkd_jax import convert
 from gkd_jax.batch import Batch
@@ -72,7 +73,7 @@ def all_scores(config, params, row, length, alpha):
 @pytest.mark.parametrize("alpha", [0.0, 0.6])
 def test_enough_beams_find_the_best_sequence_there_is(alpha):
     config, length = tiny(), 4
-    params = t5.init(config, jax.random.key(3))
+    params = random_params(config, 3)
     beams = run(config, params, max_length=length, num_beams=64, alpha=alpha)
     for row in range(len(INPUTS)):
         sequences, scores = all_scores(config, params, row, length, alpha)
@@ -85,7 +86,7 @@ def test_enough_beams_find_the_best_sequence_there_is(alpha):
 
 def test_one_beam_without_eos_is_greedy():
     config = tiny(vocab_size=40)
-    params = t5.init(config, jax.random.key(0))
+    params = random_params(config)
     beams = run(config, params, max_length=6, num_beams=1, banned_ids=(0, 1), eos_ids=())
     greedy = sample(
         config,
@@ -101,7 +102,7 @@ def test_one_beam_without_eos_is_greedy():
 
 def test_scores_descend_and_banned_ids_never_occur():
     config = dataclasses.replace(tiny(vocab_size=40), per_layer_relpos=True)
-    params = t5.init(config, jax.random.key(1))
+    params = random_params(config, 1)
     beams = run(config, params, max_length=7, banned_ids=(0, 7, 8, 9))
     assert (np.diff(beams.scores, axis=1) <= 0).all()
     found = beams.tokens[beams.scores > EMPTY]  # the others are slots that hold nothing
@@ -113,4 +114,4 @@ def test_scores_descend_and_banned_ids_never_occur():
 def test_no_beams_are_refused():
     config = tiny()
     with pytest.raises(ValueError, match="num_beams must be positive, got 0"):
-        beam_search(config, t5.init(config, jax.random.key(0)), INPUTS, max_length=3, num_beams=0)
+        beam_search(config, random_params(config), INPUTS, max_length=3, num_beams=0)

@@ -12,6 +12,7 @@ import gcs_server
 import jax
 import numpy as np
 import pytest
+from random_models import random_params
 import small_runs
 from small_runs import LENGTHS, options, write_teacher
 
@@ -206,7 +207,7 @@ def test_a_dry_run_does_not_look_at_a_vocabulary_in_a_bucket(student, tmp_path, 
     model = pretrained.ModelConfig(size="tiny")
     if student == "checkpoint":
         config = t5.t5_1_1("32x2", vocab_size=32128)
-        params = t5.init(config, jax.random.key(0))
+        params = random_params(config)
         saved_model.write_params(str(tmp_path / "student"), config, params, "hash", 32100)
         model = pretrained.ModelConfig(checkpoint=str(tmp_path / "student"))
     data = DataConfig(task="arithmetic", vocabulary="t5", feature_lengths=LENGTHS, batch_size=8)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from random_models import tiny_t5
+from random_models import random_params, tiny_t5
 
 from gkd_jax import sharding
 from gkd_jax.decoding import calculator_decoding
@@ -43,7 +43,7 @@ def decoded(tokens):
 
 @pytest.fixture(scope="module")
 def params():
-    return t5.init(CONFIG, jax.random.key(0))
+    return random_params(CONFIG)
 
 
 def test_results_are_forced_into_the_text_and_fed_to_the_model(monkeypatch, params):

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_models import random_params
 from safetensors.numpy import load_file, save_file
 
 from gkd_jax import convert, load_model
@@ -75,7 +76,7 @@ def write(folder, form, params):
 
 @pytest.fixture(scope="module")
 def params():
-    return t5.init(CONFIG, jax.random.key(0))
+    return random_params(CONFIG)
 
 
 def changed(params, where, value):

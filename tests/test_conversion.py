@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_models import random_params
 from safetensors.numpy import load_file, save_file
 import small_runs
 
@@ -27,7 +28,7 @@ PIECES = 50
 def sources(tmp_path_factory):
     """The same model in each format."""
     folder = tmp_path_factory.mktemp("sources")
-    params = t5.init(CONFIG, jax.random.key(0))
+    params = random_params(CONFIG)
     saved_model.write_params(str(folder / "gkd"), CONFIG, params, "a hash", PIECES)
     convert.write_hf(str(folder / "hf"), CONFIG, params, num_pieces=PIECES)
     convert.write_t5x(str(folder), CONFIG, params, step=7)
@@ -125,7 +126,7 @@ def test_it_says_what_it_wrote(to, sources, tmp_path, capsys):
 def started(tmp_path):
     """A run whose student started from a Hugging Face folder with a tokenizer."""
     hf = tmp_path / "hf"
-    params = t5.init(CONFIG, jax.random.key(0))
+    params = random_params(CONFIG)
     convert.write_hf(str(hf), CONFIG, params)
     texts = [f"word{i} {'abcdefgh'[i % 8] * 3} number {i}" for i in range(40)]
     multi30k.train_sentencepiece(texts, hf / "spiece.model", vocab_size=60)
@@ -157,7 +158,7 @@ def test_the_tokenizer_that_a_run_carries_is_copied(started, capsys):
 def test_another_tokenizer_than_the_runs_is_not_copied(started, capsys):
     pieces = WordVocabulary(["other"])
     other = vocabularies.content_hash(pieces)
-    params = t5.init(CONFIG, jax.random.key(0))
+    params = random_params(CONFIG)
     saved_model.write_params(str(started / "run" / "checkpoints" / "9"), CONFIG, params, other)
     convert_checkpoint(str(started / "run"), str(started / "out"), to="hf")
     assert not (started / "out" / "spiece.model").exists()
@@ -187,7 +188,7 @@ def test_a_decoder_without_a_tokenizer_would_never_stop_and_is_refused(dry_run, 
 
 @pytest.mark.parametrize(("pieces", "rows"), [(PIECES, 64), (63, 64), (64, 64)])
 def test_ids_that_no_piece_has_are_suppressed(pieces, rows, tmp_path):
-    params = t5.init(CONFIG, jax.random.key(0))
+    params = random_params(CONFIG)
     saved_model.write_params(str(tmp_path / "gkd"), CONFIG, params, "", pieces)
     convert_checkpoint(str(tmp_path / "gkd"), str(tmp_path / "hf"), to="hf")
     generation = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
@@ -198,7 +199,7 @@ def test_ids_that_no_piece_has_are_suppressed(pieces, rows, tmp_path):
 def test_an_exported_model_never_generates_them(options, tmp_path):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    params = t5.init(CONFIG, jax.random.key(0))
+    params = random_params(CONFIG)
     # Training leaves the rows of spare ids as they were: here the likeliest of all.
     kernel = params["decoder"]["logits_dense"]["kernel"]
     params["decoder"]["logits_dense"]["kernel"] = kernel.at[:, PIECES:].multiply(100.0)
@@ -216,7 +217,7 @@ def test_an_exported_model_never_generates_them(options, tmp_path):
 def test_an_exported_t5_generates_what_gkd_decodes(tmp_path):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    params = t5.init(CONFIG, jax.random.key(0))
+    params = random_params(CONFIG)
     # The two kinds of id that gkd_jax never decodes, the pad and the spare, are the likeliest.
     never = jnp.r_[0, PIECES : CONFIG.vocab_size]
     kernel = params["decoder"]["logits_dense"]["kernel"]

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import msgpack
 import numpy as np
 import pytest
+from random_models import random_params
 from safetensors.numpy import load_file, save_file
 
 from gkd_jax import convert
@@ -33,7 +34,7 @@ KERNEL = "target.encoder.layers_1.mlp.wi_0.kernel"
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pristine")
-    params = t5.init(CONFIG, jax.random.key(0))
+    params = random_params(CONFIG)
     convert.write_t5x(str(folder), CONFIG, params, step=5)
     convert.write_hf(str(folder / "hf"), CONFIG, params)
     return folder
@@ -236,7 +237,7 @@ def test_a_flipped_bit_in_a_chunk_is_never_read(native):
 def test_absurd_sizes_are_refused(tmp_path):
     """In a tied model no other array would show that the size is wrong."""
     config = dataclasses.replace(CONFIG, tie_embeddings=True, scale_logits=True)
-    folder = convert.write_t5x(str(tmp_path), config, t5.init(config, jax.random.key(0)), step=1)
+    folder = convert.write_t5x(str(tmp_path), config, random_params(config), step=1)
     file = tmp_path / "checkpoint_1" / "target.token_embedder.embedding" / ".zarray"
     file.write_text(json.dumps({**json.loads(file.read_text()), "shape": [2**50, 16]}))
     with pytest.raises(ValueError, match="token_embedder/embedding: no memory"):

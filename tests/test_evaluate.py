@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from random_models import tiny_t5
+from random_models import random_params, tiny_t5
 import seqio
 import tokenizers
 
@@ -36,7 +36,7 @@ def decoder(vocabulary, choices=("A", "B", "C", "D")):
 def test_fewer_rows_at_a_time_give_the_same_rows():
     """The 14 examples of a batch of 16, two samples of each, in 8 rows of the cache."""
     vocabulary = vocabularies.load("bytes")
-    params, teacher_params = (t5.init(CONFIG, jax.random.key(seed)) for seed in (1, 2))
+    params, teacher_params = (random_params(CONFIG, seed) for seed in (1, 2))
     ids = np.random.default_rng(0).integers(3, 259, (14, 6)).tolist()
     rows = [{"inputs": row, "targets": [1]} for row in ids]
     batch = padded_batches.fill_batch(rows, {"inputs": 6, "targets": 4}, 16)
@@ -90,7 +90,7 @@ def test_beams_and_the_calculator_decode_whole_batches(how):
 def test_likeliest_takes_the_choice_with_the_largest_first_logit():
     vocabulary = vocabularies.load("bytes")
     # Large weights, so that the likeliest choice differs between inputs.
-    params = jax.tree.map(lambda x: 20 * x, t5.init(CONFIG, jax.random.key(1)))
+    params = jax.tree.map(lambda x: 20 * x, random_params(CONFIG, 1))
     ids = np.random.default_rng(0).integers(3, 259, (16, 24)).tolist()
     rows = [{"inputs": row, "targets": [1]} for row in ids]
     batch = padded_batches.fill_batch(rows, {"inputs": 24, "targets": 4}, 16)

@@ -11,6 +11,7 @@ import huggingface_hub
 import jax
 import numpy as np
 import pytest
+from random_models import random_params
 from small_runs import LENGTHS, options, small
 
 from gkd_jax import convert, divergences, load_model
@@ -106,7 +107,7 @@ def served(tmp_path, monkeypatch):
 
 
 def model_folder(folder, seed):
-    params = t5.init(CONFIG, jax.random.key(seed))
+    params = random_params(CONFIG, seed)
     convert.write_hf(str(folder), CONFIG, params)
     (folder / "pytorch_model.bin").write_bytes(b"a pickle, which nobody asks for")
     return params

@@ -5,6 +5,7 @@ import json
 
 import jax
 import pytest
+from random_models import random_params
 import seqio
 from small_runs import LENGTHS, small, write_decoder
 import small_tokenizers
@@ -12,7 +13,6 @@ import small_tokenizers
 from gkd_jax.evaluation import decodings, infer, made_by, score
 from gkd_jax.evaluation.evaluate import EvalConfig
 from gkd_jax.input.data import DataConfig
-from gkd_jax.models import t5
 from gkd_jax.storage import pretrained, saved_model
 
 
@@ -25,7 +25,7 @@ def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     config = small("tiny", vocab_size=256)
     for seed in (0, 1):
-        params = t5.init(config, jax.random.key(seed))
+        params = random_params(config, seed)
         saved_model.write_params(str(folder / str(seed)), config, params, "")
     return folder
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from random_models import random_params
 
 from gkd_jax.models import t5
 from gkd_jax.training import optimizers
@@ -199,7 +200,7 @@ def test_adamw_equals_its_definition(weight_decay):
 def test_adamw_decays_neither_norms_nor_biases(per_layer_relpos):
     """Names decide, because a stacked norm [L, D] has the shape of a matrix."""
     config = t5.t5_1_1("32x2", vocab_size=16)
-    params = t5.init(dataclasses.replace(config, per_layer_relpos=per_layer_relpos), KEY)
+    params = random_params(dataclasses.replace(config, per_layer_relpos=per_layer_relpos))
     params["decoder"]["layers"]["self_attention"]["query"]["bias"] = jnp.ones((2, 32))
     optimizer = optimizers.AdamW(weight_decay=0.1)(_constant)
     zeros = jax.tree.map(jnp.zeros_like, params)

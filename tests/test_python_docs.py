@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_models import random_params
 
 import gkd_jax
 from gkd_jax import convert, sampling
@@ -35,7 +36,7 @@ assert "tensorflow" not in sys.modules
 def models(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for seed, name in enumerate(("student", "teacher")):
-        params = t5.init(CONFIG, jax.random.key(seed))
+        params = random_params(CONFIG, seed)
         saved_model.write_params(name, CONFIG, params, "a hash", 100 + seed)
 
 
@@ -60,7 +61,7 @@ def test_dir_lists_the_public_names_and_each_is_there():
 
 
 def test_the_public_sample_is_compiled_and_draws_the_same():
-    params, key = t5.init(CONFIG, jax.random.key(0)), jax.random.key(1)
+    params, key = random_params(CONFIG), jax.random.key(1)
     inputs = jnp.array([[5, 6, 1], [7, 1, 0]])
     more = {"max_length": 4, "sampling": SamplingConfig(top_k=5)}
     before = sampling._jitted._cache_size()
@@ -73,7 +74,7 @@ def test_the_public_sample_is_compiled_and_draws_the_same():
 
 
 def test_num_pieces_without_a_record_are_the_rows(models, tmp_path):
-    params = t5.init(CONFIG, jax.random.key(0))
+    params = random_params(CONFIG)
     convert.write_hf(str(tmp_path / "hf"), CONFIG, params)
     assert gkd_jax.num_pieces("hf") == 128
     assert gkd_jax.num_pieces("hf", "teacher") == 101

@@ -1,10 +1,9 @@
 """Rewards give the documented numbers; the entailment score is the model's own logits."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from random_models import tiny_t5
+from random_models import random_params, tiny_t5
 import seqio
 
 from gkd_jax import losses
@@ -45,7 +44,7 @@ def classifier(tmp_path_factory):
     """(folder, config, params) of a small random T5 over bytes."""
     folder = str(tmp_path_factory.mktemp("nli") / "model")
     config = tiny_t5(384)
-    params = t5.init(config, jax.random.key(0))
+    params = random_params(config)
     saved_model.write_params(folder, config, params, "")
     return folder, config, params
 
