@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+from jax.experimental import multihost_utils
 import pytest
 
 from gkd_jax.training import run_lock
@@ -38,6 +39,15 @@ def test_a_start_that_fails_leaves_no_folder(tmp_path):
     with pytest.raises(OSError, match="data"), run_lock.hold(tmp_path / "run"):
         raise OSError("no data")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_cannot_be_made_ends_every_process(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(multihost_utils, "process_allgather", lambda own: told.append(own) or own)
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"), run_lock.hold(tmp_path / "file" / "run"):
+        pytest.fail("there is no folder")
+    assert told == [True]  # so that the other processes do not wait for this one
 
 
 def test_a_lock_that_is_renewed_is_waited_for_and_then_said(tmp_path, capfd):

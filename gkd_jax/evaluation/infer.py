@@ -24,7 +24,7 @@ from gkd_jax.evaluation.opened import Opened, open_model_and_task
 from gkd_jax.input import padded_batches, row_ids
 from gkd_jax.input.data import DataConfig
 from gkd_jax.input.split import Split
-from gkd_jax.storage import content, saved_model
+from gkd_jax.storage import content, processes, saved_model
 from gkd_jax.storage.pretrained import ModelConfig, place_params, warn_of_long_texts
 from gkd_jax.text import files, settings, task_names
 
@@ -100,7 +100,7 @@ def evaluate_checkpoint(
         ValueError: if OUTPUT_DIR cannot be made or holds such files of another origin, or if no
             example is to be evaluated.
     """
-    made_by.on_first_process(made_by.check_evaluation, output_dir)
+    processes.on_first_process(made_by.check_evaluation, output_dir)
     opened = open_model_and_task(model, data, dry_run=dry_run)
     ready = _prepare(opened, evaluation, mesh)
     if ready is None:
@@ -163,7 +163,7 @@ def run(
     """
     opened = open_model_and_task(model, data, dry_run=dry_run)
     about, unread = _describe(opened, evaluation, text_file)
-    made_by.on_first_process(made_by.check, output, about, unread)
+    processes.on_first_process(made_by.check, output, about, unread)
     ready = _prepare(opened, evaluation, mesh, text_file)
     if ready is None:
         return

@@ -8,7 +8,7 @@ apart later, and SeqKD trains on such files. `check_scores` does the same for th
 `gkd-jax score`, whose record is its about.json.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 import json
 import os
 import pathlib
@@ -16,9 +16,6 @@ import re
 from typing import Any
 
 from etils import epath
-import jax
-from jax.experimental import multihost_utils
-import numpy as np
 
 from gkd_jax.input import teacher_cache
 from gkd_jax.text import files
@@ -112,18 +109,6 @@ def check_scores(folder: str, about: dict[str, Any], unread: Sequence[str] = ())
             f"{folder!r} holds the scores of something else: {changed}. Take another folder, or "
             "delete it"
         )
-
-
-def on_first_process(check: Callable[..., None], *arguments: Any) -> None:
-    """Runs a check on the first process, which alone writes the output; if it fails, all raise."""
-    error = None
-    if jax.process_index() == 0:
-        try:
-            check(*arguments)
-        except Exception as found:
-            error = found
-    if int(multihost_utils.broadcast_one_to_all(np.asarray(error is not None))):
-        raise error or ValueError("the first process refuses the output: see its message")
 
 
 def check_evaluation(folder: str | os.PathLike[str]) -> None:

@@ -20,6 +20,7 @@ from gkd_jax.input import named_tasks, padded_batches, teacher_cache
 from gkd_jax.input.data import DataConfig, check_ids, place
 from gkd_jax.input.split import Split
 from gkd_jax.models import lm
+from gkd_jax.storage import processes
 from gkd_jax.storage.pretrained import ModelConfig, place_params, warn_of_long_texts
 from gkd_jax.text import files
 
@@ -64,7 +65,7 @@ def run(
     about |= {"num_pieces": num_pieces, "temperature": temperature, "k": k}
     if "content" in unread or "vocabulary_content" in unread:  # which decide these numbers
         unread += ["num_pieces", "k"]
-    made_by.on_first_process(made_by.check_scores, output, about, unread)
+    processes.on_first_process(made_by.check_scores, output, about, unread)
     if dry_run:
         return
 

@@ -27,7 +27,6 @@ from etils import epath
 import jax
 from jax.experimental import multihost_utils
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import (
     AnyPreservationPolicy,
@@ -37,12 +36,13 @@ from orbax.checkpoint.checkpoint_managers import (
 )
 
 from gkd_jax.gkd import TrainState
-from gkd_jax.storage import fingerprints, saved_model
+from gkd_jax.storage import fingerprints, processes, saved_model
 from gkd_jax.text import files
 
 
 _TREE_FILE = "_METADATA"  # Orbax's record of the structure of an item
 DAMAGED = "damaged"
+_NO_POSITION = "the position of the data cannot be read"
 
 
 class _StreamHandler(ocp.CheckpointHandler):
@@ -55,13 +55,7 @@ class _StreamHandler(ocp.CheckpointHandler):
         try:  # If one process raised here, the others would wait for it: see `_restore`.
             args.stream.restore(directory)
         except Exception as error:
-            args.errors.append(error)
-
-    def finalize(self, directory: epath.Path) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
+            args.errors.append(fingerprints.DamagedError(f"{_NO_POSITION}: {error}"))
 
 
 @ocp.args.register_with_handler(_StreamHandler, for_save=True)
@@ -269,9 +263,9 @@ class Checkpoints:
         if stream is not None:
             items["stream"] = StreamRestore(stream, errors)
         restored: Any = self._orbax.restore(step, args=ocp.args.Composite(**items))
-        if np.any(multihost_utils.process_allgather(np.asarray(bool(errors)))):
-            here = errors[0] if errors else "of another process' part"
-            raise fingerprints.DamagedError(f"the position of the data cannot be read: {here}")
+        here = errors[0] if errors else None
+        elsewhere = fingerprints.DamagedError(f"{_NO_POSITION} in another process")
+        processes.raise_together(here, elsewhere)
         for name in wanted:
             fingerprints.check(restored[name], stored[name])
         count = jax.device_put(jnp.asarray(step, jnp.int32), target.step.sharding)

@@ -22,6 +22,7 @@ from gkd_jax.input.data import Shape
 from gkd_jax.input.teacher_cache import TeacherCache
 from gkd_jax.models import lm
 from gkd_jax.sampling import Sample
+from gkd_jax.storage import processes
 from gkd_jax.text import vocabularies
 from gkd_jax.training.program import CompiledStep, Program
 from gkd_jax.training.source import Source
@@ -132,16 +133,15 @@ class Rollouts:
         """
         if self._cache is None:
             return rows
+        if not self._is_sharded:
+            return self._cache.attach(rows)
         error = None
         try:
             rows = self._cache.attach(rows)
         except ValueError as found:
             error = found
-        failed = error is not None
-        if self._is_sharded:
-            failed = bool(np.any(multihost_utils.process_allgather(np.asarray(failed))))
-        if failed:
-            raise error or ValueError("the teacher cache lacks a row that another process reads")
+        elsewhere = ValueError("the teacher cache lacks a row that another process reads")
+        processes.raise_together(error, elsewhere)
         return rows
 
     def _with_rewards(self, rollout: Rollout) -> Rollout:

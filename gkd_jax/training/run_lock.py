@@ -18,9 +18,8 @@ from typing import Any
 
 from etils import epath
 import jax
-from jax.experimental import multihost_utils
-import numpy as np
 
+from gkd_jax.storage import processes
 from gkd_jax.text import files
 
 
@@ -41,11 +40,8 @@ def hold(model_dir: str | os.PathLike[str]) -> Iterator[None]:
         ValueError: if the lock is still renewed after the wait; the message names its owner.
     """
     folder = epath.Path(model_dir)
-    existed, refusal = folder.exists(), ""
-    if jax.process_index() == 0:
-        refusal = _take(folder)
-    if np.any(multihost_utils.process_allgather(np.asarray(bool(refusal)))):
-        raise ValueError(refusal or f"MODEL_DIR {str(folder)!r} is in use by another job")
+    existed = folder.exists()
+    processes.on_first_process(_take, folder)
     ended = threading.Event()
     renewal = threading.Thread(target=_renew, args=(folder / FILE, ended), daemon=True)
     if jax.process_index() == 0:
@@ -62,14 +58,14 @@ def hold(model_dir: str | os.PathLike[str]) -> Iterator[None]:
                     os.rmdir(folder)
 
 
-def _take(folder: epath.Path) -> str:
-    """Creates the lock file; returns "", or the reason why another job keeps the lock."""
+def _take(folder: epath.Path) -> None:
+    """Creates the lock file, or raises ValueError if another job keeps the lock."""
     folder.mkdir(parents=True, exist_ok=True)
     path, waited_since, said = folder / FILE, time.monotonic(), False
     while True:
         try:
             _create(path)
-            return ""
+            return
         except FileExistsError:
             owner, age = _owner(path)
             if age is None:
@@ -82,7 +78,9 @@ def _take(folder: epath.Path) -> str:
                 path.unlink(missing_ok=True)
                 continue
             if time.monotonic() - waited_since > STALE_SECONDS:
-                return f"MODEL_DIR {str(folder)!r} is being trained by {who}: one run at a time"
+                raise ValueError(
+                    f"MODEL_DIR {str(folder)!r} is being trained by {who}: one run at a time"
+                ) from None
             if not said:
                 print(f"waiting for {who}, which is training in {folder}", file=sys.stderr)
                 said = True

@@ -1,0 +1,33 @@
+"""Lets all processes of a job raise if one of them fails.
+
+A process that raised alone would leave the others waiting for it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+import numpy as np
+
+
+def raise_together(error: Exception | None, elsewhere: Exception) -> None:
+    """Raises in every process if one of them has an error; all processes must call this.
+
+    Args:
+        error: the error of this process; None if it has none.
+        elsewhere: what this process raises if only others have an error.
+    """
+    if np.any(multihost_utils.process_allgather(np.asarray(error is not None))):
+        raise error or elsewhere
+
+
+def on_first_process(check: Callable[..., None], *arguments: Any) -> None:
+    """Runs a check on the first process, which alone writes; if it fails, all processes raise."""
+    error = None
+    if jax.process_index() == 0:
+        try:
+            check(*arguments)
+        except Exception as found:
+            error = found
+    raise_together(error, ValueError("the first process refuses to go on: see its message"))
