@@ -182,7 +182,7 @@ def _report(values: Any, run_dirs: list[str]) -> None:
     if missing:
         raise UsageError(f"report: there is no {missing[0]!r}")
     if values.dry_run:
-        print("dry run: all is well", file=sys.stderr)
+        _say_all_is_well()
         return
     from gkd_jax import report
     from gkd_jax.report import archive
