@@ -19,7 +19,7 @@ from gkd_jax.command_line import gin_files
 from gkd_jax.evaluation import evaluate, rewards
 from gkd_jax.input.data import DataConfig
 from gkd_jax.sampling import SamplingConfig
-from gkd_jax.storage import pretrained
+from gkd_jax.storage import model_card, pretrained
 from gkd_jax.text import settings
 from gkd_jax.training import optimizers, run_record
 from gkd_jax.training.recipe import MAY_CHANGE, Recipe, TaskTeachers, is_below, is_path
@@ -179,6 +179,21 @@ def test_the_same_divergence_is_one_value_however_it_is_given():
     given = (divergences.jsd, functools.partial(divergences.jsd, beta=0.5), divergences.JSD())
     found = {json.dumps(settings.describe(gkd.GKDConfig(divergence=d).divergence)) for d in given}
     assert found == {'{"type": "JSD", "beta": 0.5, "scale": "paper"}'}
+
+
+def test_a_model_card_names_a_divergence_with_its_values(tmp_path):
+    def mine(student_logits, teacher_logits, *, k):
+        return student_logits
+
+    for divergence, said in (
+        (divergences.JSD(beta=0.1), "JSD(beta=0.1, scale=paper)"),
+        (functools.partial(mine, k=2), "mine(k=2)"),
+    ):
+        method = {"divergence": settings.describe(divergence), "on_policy_fraction": 1.0}
+        (tmp_path / "run.json").write_text(json.dumps({"recipe": {"method": method}}))
+        card = model_card.of_run(tmp_path)
+        assert card is not None
+        assert f"{said}, on-policy fraction 1.0" in card
 
 
 def test_what_cannot_be_recorded_is_refused():

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from gkd_jax.text import files, task_names
+from gkd_jax.text import files, settings, task_names
 
 
 def of_run(folder: files.AnyPath) -> str | None:
@@ -44,7 +44,5 @@ def _method(method: dict[str, Any]) -> str:
     divergence = method.get("divergence")
     if divergence is None:
         return "cross-entropy of the data's targets"
-    if isinstance(divergence, dict):
-        settings = (f"{k}={v}" for k, v in divergence.items() if k != "type")
-        divergence = f"{divergence.get('type')}({', '.join(settings)})"
-    return f"{divergence}, on-policy fraction {method.get('on_policy_fraction')}"
+    fraction = method.get("on_policy_fraction")
+    return f"{settings.in_words(divergence)}, on-policy fraction {settings.in_words(fraction)}"

@@ -124,6 +124,14 @@ def describe(value: Any) -> Any:
     )
 
 
+def in_words(description: Any) -> str:
+    """Returns a description on one line, such as `JSD(beta=0.1, scale=paper)`."""
+    if not isinstance(description, dict) or not description:
+        return str(description)
+    (_, name), *fields = description.items()
+    return f"{name}({', '.join(f'{key}={value}' for key, value in fields)})"
+
+
 def _describe_function(function: Any) -> Any:
     """Returns the description of a function; see `describe`.
 

@@ -7,9 +7,9 @@ from jax.sharding import Mesh, NamedSharding
 
 from gkd_jax import sharding
 from gkd_jax.models import lm
+from gkd_jax.text import settings
 from gkd_jax.training import teachers
 from gkd_jax.training.program import Program, shardings_of
-from gkd_jax.training.recipe import describe
 
 
 def plan(program: Program) -> str:
@@ -44,12 +44,7 @@ def _mesh_text(mesh: Mesh) -> str:
 
 
 def _text(value: Any) -> str:
-    """Returns a value of a recipe on one line, such as `JSD(beta=0.1, scale=paper)`."""
-    found = describe(value)
-    if not isinstance(found, dict):
-        return str(found)
-    name, *settings = found.items()
-    return f"{name[1]}({', '.join(f'{key}={setting}' for key, setting in settings)})"
+    return settings.in_words(settings.describe(value))
 
 
 def model_info(program: Program) -> str:
