@@ -142,8 +142,10 @@ def started(tmp_path):
 
 
 def test_the_tokenizer_that_a_run_carries_is_copied(started, capsys):
-    convert_checkpoint(str(started / "run"), str(started / "gkd"), to="gkd")
-    for number, source in enumerate(("run", "run/checkpoints/5", "gkd", "hf")):
+    for own in ("gkd", "checkpoints/gkd"):  # the latter is no step of a run
+        convert_checkpoint(str(started / "run"), str(started / own), to="gkd")
+    sources = ("run", "run/checkpoints/5", "gkd", "checkpoints/gkd", "hf")
+    for number, source in enumerate(sources):
         output = started / f"out{number}"
         convert_checkpoint(str(started / source), str(output), to="hf")
         tools = "additional_chat_templates/tool_use.jinja"
