@@ -9,6 +9,7 @@ import getpass
 import importlib.metadata
 import os
 import pathlib
+import sys
 import tempfile
 
 
@@ -24,6 +25,9 @@ FLAGS = f"--xla_force_host_platform_device_count=8 {COMPILE_FAST}"
 if PLATFORMS == "cpu":
     os.environ["XLA_FLAGS"] = f"{FLAGS} {os.environ.get('XLA_FLAGS', '')}".strip()  # later ones win
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# A CUDA build of torch brings Triton, and transformers imports it through torch. The process
+# crashes if that happens after TensorFlow was imported. No test needs Triton.
+sys.modules.setdefault("triton", None)  # type: ignore[arg-type]
 
 import jax  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
