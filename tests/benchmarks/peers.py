@@ -1,6 +1,6 @@
 """Times one on-policy step of GKD here and with Hugging Face's T5 on torch, in the same session.
 
-    python tests/benchmarks/peers.py [--configs config1 config2] [--dtypes float32 bfloat16] [--rounds 3]
+    python tests/benchmarks/peers.py [--configs config1 config2] [--dtypes float32] [--rounds 3]
     python tests/benchmarks/peers.py --t5x PYTHON    # compare with T5X instead of torch
     python tests/benchmarks/peers.py --configs gpu1 --dtypes bfloat16    # on a GPU
 
