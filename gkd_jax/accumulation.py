@@ -29,8 +29,6 @@ def num_length_parts(
 
     Args:
         num_rows: the target rows of the whole batch.
-        length: the target length T.
-        vocab_size: the size of the vocabulary.
         requested: the number of parts. None takes the fewest parts with which the float32 logits of
             one part fit into 256 MiB on each device.
 
@@ -61,7 +59,6 @@ def map_length_parts(
 
     Args:
         function: a function of parameters and of arrays [N, T, ...], which treats every row alike.
-        params: a pytree of parameters.
         inputs: pytrees of arrays [N, T, ...].
         parts: the number of parts, which divides T.
     """

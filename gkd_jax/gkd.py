@@ -283,7 +283,6 @@ def rows_by_teacher(
     """Splits a batch by teacher; if there is only one teacher, all rows are its own.
 
     Args:
-        learner: what is the same in every update.
         teacher_params: the parameters of the teacher, or those of several teachers by task.
         batch: whole blocks of rows. A prompt may have several neighbouring rows of targets.
         advantages: the advantage of each row of targets; None without a reward.
@@ -321,12 +320,9 @@ def update(
     summed, and the sum is divided once by the count of the whole batch.
 
     Args:
-        learner: what is the same in every update.
-        state: the student's state.
         teacher_params: the parameters of a frozen teacher, or those of several teachers by task;
             None without a divergence, or if the teacher is the student.
         batch: the batch. A prompt may have several neighbouring rows of targets.
-        dropout_key: the dropout key of this step.
         advantages: the advantage of each row of targets; None without a reward. With advantages,
             the loss is that of Eq. 5: alpha D + (1 - alpha) times the policy loss.
 

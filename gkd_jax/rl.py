@@ -65,7 +65,6 @@ def rewards_of(
     """Returns the rewards of N outputs, after checking what the reward function returned.
 
     Args:
-        reward: the reward function.
         prompts, outputs, references: its arguments, N texts each.
 
     Raises:
@@ -101,7 +100,6 @@ def advantages(rewards: Float[np.ndarray, " N"], num_samples: int = 1) -> Float[
     without others keeps its reward.
 
     Args:
-        rewards: the reward of each sample.
         num_samples: the number of samples of each prompt. If there are several, the others are
             those of the same prompt (REINFORCE leave-one-out), else the rest of the batch.
 

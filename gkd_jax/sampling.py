@@ -152,8 +152,6 @@ def sample(
     """Decodes `num_samples` sequences for each row of `inputs`, until all of them have ended.
 
     Args:
-        config: the model's config.
-        params: the model's parameters.
         inputs: prompts, padded on the right.
         key: the key of this step, into which each row folds its place in the global batch; greedy
             decoding needs none.

@@ -82,7 +82,6 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     Over several TPU slices, only the axis `data` crosses from slice to slice.
 
     Args:
-        config: the sizes of the mesh axes.
         devices: the devices of the mesh; None is all devices.
 
     Raises:
@@ -180,7 +179,6 @@ def tree_shardings(shapes: Any, axes: Any, mesh: Mesh) -> Any:
     Args:
         shapes: a tree of arrays or `ShapeDtypeStruct`s.
         axes: the same tree with a tuple of logical axes at each leaf.
-        mesh: the mesh.
 
     Raises:
         ValueError: if the mesh does not divide the dimensions of some arrays; names all of these.
@@ -364,7 +362,6 @@ def take_rows(x: jax.Array, rows: Int[Array, "shards n"], axis: int = 0) -> jax.
         x: an array whose `axis` holds the rows of all shards, one shard after the other.
         rows: the rows to take from each shard, numbered within the shard. So the compiler sees that
             no row leaves its device.
-        axis: the axis of the rows.
     """
     shards, count = rows.shape
     before, after = x.shape[:axis], x.shape[axis + 1 :]
@@ -428,7 +425,6 @@ def on_each_device(
     itself.
 
     Args:
-        function: a function of arrays.
         inputs: the logical axes of each argument, whose dimensions the mesh must divide.
         output: the logical axes of the result.
     """

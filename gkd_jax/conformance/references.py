@@ -55,7 +55,6 @@ def mean(values: np.ndarray, weights: np.ndarray, reduction: str) -> float:
     Args:
         values: a value per token, [B T].
         weights: 1 where a token counts, else 0, [B T].
-        reduction: the name of the reduction.
     """
     if not weights.any():
         return 0.0

@@ -58,8 +58,6 @@ def beam_search(
     """Returns the likeliest sequences that were found for each row of `inputs`.
 
     Args:
-        config: the model's config.
-        params: the model's parameters.
         inputs: the ids of the prompts, padded on the right.
         max_length: the most tokens to decode, T.
         input_lengths: the number of tokens of each row of `inputs`; a T5 may do without.

@@ -39,9 +39,7 @@ def make_decode(
     The tokens of a row end with EOS, and 0 follows.
 
     Args:
-        config: the model's config.
         vocabulary: the vocabulary that turns tokens into text, and results into tokens.
-        mesh: the device mesh.
         max_length: the largest number of tokens to decode, T.
         banned_ids: ids that are never decoded; None takes those of the model family.
         eos_ids: the ids that end a sequence; None takes those of the model family.

@@ -288,7 +288,6 @@ def place(tree: Any, mesh: Mesh, *, num_rows: int | None = None) -> Any:
     Args:
         tree: NumPy arrays with the rows of the whole global batch, or with those of this process
             (from the `TrainIterator` of a shard).
-        mesh: the device mesh.
         num_rows: the number of rows of the global batch; None if the arrays have all of them.
     """
     where = sharding.batch_sharding(mesh)

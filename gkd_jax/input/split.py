@@ -108,7 +108,6 @@ def untuned(dataset: tf.data.Dataset, *, num_threads: int | None = None) -> tf.d
     parallelism is set.
 
     Args:
-        dataset: any dataset.
         num_threads: the threads of this dataset alone; None takes those that all datasets share.
     """
     options = tf.data.Options()

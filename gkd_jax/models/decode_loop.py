@@ -62,8 +62,6 @@ def start(
     """Reads the prompts.
 
     Args:
-        config: the model's config.
-        params: the model's parameters.
         inputs: prompts, padded on the right.
         input_lengths: the number of tokens of each prompt; a T5 may do without.
         length: the most tokens that will be decoded.
@@ -105,7 +103,6 @@ def run(decoding: Decoding, state: Any, cache: lm.Cache, *, halves: bool = True)
     """Decodes until all groups have ended, and returns the last state.
 
     Args:
-        decoding: how rows are decoded.
         state: the first `State`.
         cache: the cache of its rows.
         halves: whether the batch may shrink.
@@ -142,7 +139,6 @@ def decode_until(
     """Decodes until no shard has more than `fewest` groups that go on.
 
     Args:
-        decoding: how rows are decoded.
         state: the first `State`.
         cache: the cache of its rows.
         fewest: the most groups of a shard that are left.

@@ -38,7 +38,6 @@ def attend(
     for each query head, so that each device holds the keys of its own query heads.
 
     Args:
-        config: the model's config.
         query, keys, values: arrays of the compute dtype.
         sight: the positions of queries and keys, and the layer's window.
         is_causal: query t sees the keys up to t, but for the windows of `config`.
@@ -76,9 +75,6 @@ def heads(
     Queries and keys are normalised (where `config.qk_norm` is set) and rotated by their positions.
 
     Args:
-        config: the model's config.
-        layer: the parameters of the layer.
-        x: the input of the layer.
         rotations: the rotations of all kinds.
         kind: the index of the layer's kind.
     """
@@ -110,8 +106,6 @@ def rest(
     """Runs the rest of a layer, from the output of the attention heads to the layer's output.
 
     Args:
-        config: the model's config.
-        layer: the parameters of the layer.
         x: the input of the layer, to which the outputs of attention and MLP are added.
         mixed: the output of the attention heads.
         key: the key of dropout; None turns dropout off.

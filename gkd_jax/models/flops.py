@@ -24,14 +24,8 @@ def forward_flops(
 ) -> float:
     """Returns the FLOPs of reading some prompts and targets once, with logits of all targets.
 
-    A backward pass takes twice as many, and decoding token by token takes the same number.
-
-    Args:
-        config: the model's config.
-        prompt_tokens: the number of tokens of all prompts.
-        target_tokens: the number of tokens of all targets.
-        prompts: the number of prompts.
-        targets: the number of targets.
+    A backward pass takes twice as many, and decoding token by token takes the same number. The
+    numbers of tokens are those of all prompts and of all targets together.
     """
     has_encoder = isinstance(config, T5Config)
     source, target = prompt_tokens / max(prompts, 1), target_tokens / max(targets, 1)

@@ -78,7 +78,6 @@ def empty(
     """Returns a cache before the first token.
 
     Args:
-        config: the model's config.
         layers: the layers of the decoder, stacked or as a tuple.
         shape: the shape of one layer's keys, [N H T K].
         prompts: what the family keeps of the prompts.

@@ -72,8 +72,6 @@ def encode(
     """Reads prompts in one pass and returns their `Context`.
 
     Args:
-        config: the model's config.
-        params: the model's parameters.
         inputs: prompts, padded on the right.
         input_lengths: the number of tokens of each prompt. An encoder-decoder does not need
             lengths: without them, id 0 is padding.
@@ -150,8 +148,6 @@ def hidden(
     """Returns the last hidden states for teacher-forced targets, the input of `apply_head`.
 
     Args:
-        config: the model's config.
-        params: the model's parameters.
         batch: prompts and targets. The state at position t sees the prompt and the targets before
             t. Each row of inputs may have n neighbouring rows of targets; a prompt is read once.
         context: `encode`'s result, where the caller has it already.
@@ -204,7 +200,6 @@ def init_cache(config: Config, params: Params, context: Context, length: int) ->
     """Returns an empty `Cache` for at most `length` tokens after a context.
 
     Args:
-        config: the model's config.
         params: those that `decode_step` will be given, usually from `decode_params`.
         context: what is continued.
         length: the most tokens.

@@ -39,8 +39,6 @@ def run(
     """Decodes until all rows have ended, `num_slots` at a time, and returns the last state.
 
     Args:
-        config: the model's config.
-        params: the model's parameters.
         prompts: the prompt of each row, padded on the right, and the number of its tokens, which a
             T5 may do without.
         state: the first `decode_loop.State` of all rows, except for the tokens to feed. Each row

@@ -29,7 +29,6 @@ def scan(
     """Runs whole texts through all layers.
 
     Args:
-        config: the model's config.
         run_layer: a function (x, layer, *per_layer, key) -> (x, outputs) of one layer.
         x: the input of the first layer.
         stacked: the parameters of the layers.
@@ -76,7 +75,6 @@ def decode(
     """Runs one token of each row through all layers.
 
     Args:
-        config: the model's config.
         run_layer: a function (x, layer_cache, layer, *per_layer) -> (x, layer_cache) of one layer.
         x: the input of the first layer.
         cache: the cache before this token.

@@ -110,7 +110,6 @@ def t5_1_1(size: str, vocab_size: int = 32128) -> T5Config:
     Args:
         size: tiny, small, base, large, xl or xxl, or a width and a number of layers (32x2, 48x2,
             128x2, 256x3, 256x4, 512x6).
-        vocab_size: the rows of the embedding.
 
     Raises:
         ValueError: for another size.
@@ -125,7 +124,6 @@ def t5_1_0(size: str, vocab_size: int = 32128) -> T5Config:
 
     Args:
         size: one of the sizes of `t5_1_1`.
-        vocab_size: the rows of the embedding.
 
     Raises:
         ValueError: for another size.

@@ -148,7 +148,6 @@ def with_local_files(
 
     Args:
         models: the models by any names.
-        data: the configuration of the data.
         pinned: the commits to take, by the names on the hub.
         dry_run: download nothing, and leave checkpoints as they are named.
 

@@ -24,7 +24,6 @@ def shared_pieces(
     nothing to compare and is not checked.
 
     Args:
-        vocabulary: the run's vocabulary.
         chosen: the models, by the names that error messages use.
         pending: the checkpoints that must not be opened.
         check_remote: whether a vocabulary in a remote file is read and compared with the models.

@@ -241,7 +241,6 @@ def override(
     """Returns rows with the macros and axes of the command line.
 
     Args:
-        rows: the rows of a sweep file.
         macros: macros for the rows of `train`, and for other rows that set the macro themselves.
         axes: axes that replace the axes of these names. A row of another command than `train` takes
             only the macros that it set before.

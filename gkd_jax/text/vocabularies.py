@@ -246,7 +246,6 @@ def num_pieces(vocabulary: seqio.Vocabulary, *, check_remote: bool = True) -> in
     """Returns the number of ids of a vocabulary, including extra ids.
 
     Args:
-        vocabulary: any vocabulary.
         check_remote: whether remote files may be read. The size of T5's remote file is known
             without reading the file.
 

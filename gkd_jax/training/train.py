@@ -47,7 +47,6 @@ def train(
     """Trains a student, or resumes the run that MODEL_DIR holds.
 
     Args:
-        recipe: the configuration of the run.
         model_dir: the folder that receives checkpoints, metrics and records; docs/configuration.md
             lists what it holds.
         dry_run: build and check everything and print the plan, but train nothing.
