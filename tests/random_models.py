@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gkd_jax.convert.layout import flatten
 from gkd_jax.models import lm, t5
+from gkd_jax.models.parameters import flatten
 
 
 def tiny_t5(vocab_size: int) -> t5.T5Config:

@@ -21,9 +21,10 @@ import tensorstore as ts
 from gkd_jax import convert, sampling
 from gkd_jax.batch import Batch
 from gkd_jax.convert import hf_folder, stored, t5x_write
-from gkd_jax.convert.layout import flatten, to_ours, unflatten
+from gkd_jax.convert.layout import to_ours, unflatten
 from gkd_jax.convert.t5x import t5x_layout
 from gkd_jax.models import lm, t5
+from gkd_jax.models.parameters import flatten
 from gkd_jax.storage import conversion
 from gkd_jax.training import optimizers
 

@@ -8,10 +8,10 @@ formats store one array per layer instead.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from gkd_jax.models import lm
+from gkd_jax.models.parameters import flatten
 
 
 class Part(NamedTuple):
@@ -47,12 +47,6 @@ class Entry(NamedTuple):
 
 
 Layout = dict[str, Entry]  # keys are paths such as "encoder/layers/attention/query/kernel"
-
-
-def flatten(tree: Any) -> dict[str, Any]:
-    """Returns the leaves of nested dicts, keyed by their path, whose names are joined by "/"."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 def unflatten(leaves: dict[str, Any], separator: str = "/") -> dict[str, Any]:

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from gkd_jax.convert.layout import Entry, Layout, Part, flatten, to_ours, unflatten
+from gkd_jax.convert.layout import Entry, Layout, Part, to_ours, unflatten
 from gkd_jax.models import t5
 from gkd_jax.models.execution import check_dtype
+from gkd_jax.models.parameters import flatten
 
 
 FLOATS = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))

@@ -20,9 +20,10 @@ import numpy as np
 import tensorstore as ts
 
 from gkd_jax.convert import formats, msgpack_tree
-from gkd_jax.convert.layout import Entry, Layout, Part, flatten, layer_by_layer, unchanged
+from gkd_jax.convert.layout import Entry, Layout, Part, layer_by_layer, unchanged
 from gkd_jax.convert.stored import Index, Stored, check, in_memory
 from gkd_jax.models import lm, t5
+from gkd_jax.models.parameters import flatten
 from gkd_jax.text import files
 
 

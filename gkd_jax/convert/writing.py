@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from gkd_jax.convert.layout import Layout, Part, flatten, to_stored
-from gkd_jax.models.parameters import Params
+from gkd_jax.convert.layout import Layout, Part, to_stored
+from gkd_jax.models.parameters import Params, flatten
 from gkd_jax.text import files
 
 

@@ -51,6 +51,12 @@ def logical_axes(params: Params) -> Params:
     return jax.tree_util.tree_map_with_path(axes, params)
 
 
+def flatten(tree: Any) -> dict[str, Any]:
+    """Returns the leaves of nested dicts, keyed by their path, whose names are joined by "/"."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
 def num_layers(stacked: Params) -> int:
     """Returns the number of layers whose parameters are stacked on axis 0."""
     return jax.tree.leaves(stacked)[0].shape[0]
