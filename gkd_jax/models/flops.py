@@ -8,9 +8,8 @@ sequence on average.
 
 import math
 
-import jax
-
 from gkd_jax.models import lm
+from gkd_jax.models.parameters import flatten
 from gkd_jax.models.t5_config import T5Config
 
 
@@ -30,8 +29,7 @@ def forward_flops(
     has_encoder = isinstance(config, T5Config)
     source, target = prompt_tokens / max(prompts, 1), target_tokens / max(targets, 1)
     total = 0.0
-    for path, leaf in jax.tree_util.tree_flatten_with_path(lm.abstract_params(config))[0]:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
+    for name, leaf in flatten(lm.abstract_params(config)).items():
         tokens = _tokens_through(name, has_encoder, prompt_tokens, target_tokens)
         if config.tie_embeddings and name.endswith("/embedding"):  # the output head
             tokens = target_tokens

@@ -52,7 +52,7 @@ def logical_axes(params: Params) -> Params:
 
 
 def flatten(tree: Any) -> dict[str, Any]:
-    """Returns the leaves of nested dicts, keyed by their path, whose names are joined by "/"."""
+    """Returns the leaves of a tree by name: the keys of the path to the leaf, joined by "/"."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 

@@ -36,6 +36,7 @@ from orbax.checkpoint.checkpoint_managers import (
 )
 
 from gkd_jax.gkd import TrainState
+from gkd_jax.models.parameters import flatten
 from gkd_jax.storage import fingerprints, processes, saved_model
 from gkd_jax.text import files
 
@@ -328,8 +329,7 @@ def _is_damage(error: BaseException) -> bool:
 
 def _check_arrays(step: int, stored: Mapping[str, int], target: Any) -> None:
     """Raises ValueError if `stored` fingerprints name other arrays than `target` has."""
-    expected = set(fingerprints.array_names(target))
-    if unexpected := sorted(expected ^ set(stored)):
+    if unexpected := sorted(flatten(target).keys() ^ stored.keys()):
         raise ValueError(
             f"checkpoint {step} is of another model or optimizer: only one of the two has "
             f"{', '.join(unexpected[:4])}{' ...' if len(unexpected) > 4 else ''}"

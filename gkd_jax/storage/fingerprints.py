@@ -9,26 +9,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from gkd_jax.models.parameters import flatten
+
 
 class DamagedError(ValueError):
     """Raised when stored bytes differ from the bytes that were written."""
 
 
 def of_tree(tree: Any) -> dict[str, int]:
-    """Returns a fingerprint of each array in a tree, by the array's name.
+    """Returns a fingerprint of each array in a tree, by its name in `flatten`.
 
     The fingerprint is the sum over all elements of bits x (2 index + 1), modulo 2^32. This sum has
     the same value in any order of addition, and so on any mesh. Because the factor is odd, a change
     of one element always changes the sum.
     """
-    values = _fingerprint(jax.tree.leaves(tree))
-    return dict(zip(array_names(tree), (int(value) for value in values), strict=True))
-
-
-def array_names(tree: Any) -> list[str]:
-    """Returns the name of each array in a tree: the path of the leaf, joined by "/"."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    named = flatten(tree)
+    return dict(zip(named, map(int, _fingerprint([*named.values()])), strict=True))
 
 
 @jax.jit

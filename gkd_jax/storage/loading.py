@@ -1,6 +1,6 @@
 """Loads a checkpoint of any format: its config, its parameters, and its number of ids."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 import functools
 import os
 from typing import Any, NamedTuple
@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 from gkd_jax import convert
 from gkd_jax.models import lm
-from gkd_jax.storage import fingerprints, hub, saved_model
+from gkd_jax.models.parameters import flatten
+from gkd_jax.storage import hub, saved_model
 
 
 _MOST_NAMES = 10  # The number of arrays that one error message names.
@@ -69,10 +70,10 @@ def check_finite(params: Any, path: str) -> None:
         ValueError: if an array has a NaN or an infinity; the message names the arrays, and the
             layers of arrays that stack the layers of a model.
     """
-    names = fingerprints.array_names(params)
-    stacked = tuple("/layers/" in name for name in names)
-    flags = jax.device_get(_finite(jax.tree.leaves(params), stacked))
-    wrong = list(_not_finite(names, flags))
+    named = flatten(params)
+    stacked = tuple("/layers/" in name for name in named)
+    flags = jax.device_get(_finite([*named.values()], stacked))
+    wrong = list(_not_finite(named, flags))
     if wrong:
         more = f" and {len(wrong) - _MOST_NAMES} more" if len(wrong) > _MOST_NAMES else ""
         raise ValueError(
@@ -81,7 +82,7 @@ def check_finite(params: Any, path: str) -> None:
         )
 
 
-def _not_finite(names: list[str], flags: list[Any]) -> Iterator[str]:
+def _not_finite(names: Iterable[str], flags: list[Any]) -> Iterator[str]:
     for name, flag in zip(names, flags, strict=True):
         if flag.ndim == 0 and not flag:
             yield name

@@ -15,6 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from gkd_jax.models import lm
+from gkd_jax.models.parameters import flatten
 from gkd_jax.storage import fingerprints
 from gkd_jax.text import files
 
@@ -117,7 +118,7 @@ def read_params(step_folder: epath.Path, target: lm.Params) -> lm.Params:
     # Parameters are written in float32, and a fingerprint is valid for the written dtype only. One
     # array is read in float32, checked and cast at a time: the memory never holds the model twice.
     leaves, structure = jax.tree.flatten(target)
-    names, params = fingerprints.array_names(target), []
+    names, params = list(flatten(target)), []
     with ocp.PyTreeCheckpointer() as checkpointer:
         for index, leaf in enumerate(leaves):
             wide = jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding)
