@@ -101,7 +101,8 @@ def test_all_formats_hold_the_same_parameters(t5x_checkpoint, network):
     assert_same(ocdbt, expected)
     rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), expected)
     bf16 = t5x_checkpoint(network, "native_bf16")
-    assert_same(convert.read_params(bf16, config, dtype=None), rounded)
+    assert convert.stored_dtype(bf16) == "bfloat16"
+    assert_same(convert.read_params(bf16, config, dtype="bfloat16"), rounded)
     assert_same(convert.read_params(native, config, dtype="bfloat16"), rounded)
     assert_same(convert.read_params(native, config, dtype=np.dtype(ml_dtypes.bfloat16)), rounded)
 
@@ -227,7 +228,7 @@ def test_a_shard_reads_only_its_own_bytes():
     part = stored.Part("x", (8, 4), ((0,), (1,)))
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     layout = {"x": stored.Entry((8, 4), (part,))}
-    placed = stored.read_tree(layout, {"x": kept}, None, {"x": NamedSharding(mesh, P("x"))})
+    placed = stored.read_tree(layout, {"x": kept}, array.dtype, {"x": NamedSharding(mesh, P("x"))})
     np.testing.assert_array_equal(placed["x"], array)
     assert asked == [8, 8, 8, 8]  # four shards; the replicas along y cost nothing
 
@@ -364,9 +365,10 @@ def test_bfloat16_on_disk(tmp_path, config):
     rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     hf = str(tmp_path / "hf")
     convert.write_hf(hf, config, params, dtype="bfloat16")
-    assert_same(convert.read_params(hf, config, dtype=None), rounded)
     native = convert.write_t5x(str(tmp_path), config, params, step=0, dtype="bfloat16")
-    assert_same(convert.read_params(native, config, dtype=None), rounded)
+    for path in (hf, native):
+        assert convert.stored_dtype(path) == "bfloat16"
+        assert_same(convert.read_params(path, config, dtype="bfloat16"), rounded)
 
 
 def test_without_an_optimizer_the_state_is_the_step_alone(tmp_path):

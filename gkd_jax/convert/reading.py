@@ -32,7 +32,7 @@ def read_params(
     path: str | os.PathLike[str],
     config: lm.Config,
     *,
-    dtype: Any | None = "float32",
+    dtype: Any = "float32",
     shardings: Any | None = None,
 ) -> lm.Params:
     """Returns the parameters of a Hugging Face or T5X checkpoint.
@@ -42,8 +42,7 @@ def read_params(
 
     Args:
         config: the expected config, for example the result of `read_config`.
-        dtype: the dtype in memory, "float32" or "bfloat16", by name or as a dtype; None keeps the
-            stored dtype.
+        dtype: the dtype in memory, "float32" or "bfloat16", by name or as a dtype.
         shardings: a tree with the structure of the parameters and a `jax.sharding.Sharding` at each
             leaf; None puts every array on the default device.
 
@@ -52,10 +51,9 @@ def read_params(
         ValueError: if arrays do not fit the model (the message lists every array that is missing,
             unexpected, or of another shape or dtype), or if the data of an array are damaged.
     """
-    if dtype is not None:
-        as_dtype(dtype)
+    kind = as_dtype(dtype)
     layout, arrays = _open(os.fspath(path), config)
-    return read_tree(layout, arrays, dtype, shardings)
+    return read_tree(layout, arrays, kind, shardings)
 
 
 def check_arrays(path: str | os.PathLike[str], config: lm.Config) -> None:

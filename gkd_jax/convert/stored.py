@@ -113,13 +113,13 @@ def check(
 
 
 def read_tree(
-    layout: Layout, arrays: dict[str, Stored], dtype: Any | None, shardings: Any | None
+    layout: Layout, arrays: dict[str, Stored], dtype: np.dtype, shardings: Any | None
 ) -> t5.Params:
     """Returns all parameters; each process reads only the slices that its own devices hold.
 
     Args:
         layout: the stored arrays of each parameter; `check` must have accepted the layout.
-        dtype: the dtype in memory, "float32" or "bfloat16"; None keeps the stored dtype.
+        dtype: the dtype in memory.
         shardings: a tree with the structure of the parameters and a `jax.sharding.Sharding` at each
             leaf; None puts every array on the default device.
 
@@ -134,14 +134,13 @@ def read_tree(
         raise ValueError(f"shardings must have the parameters' tree; these differ: {odd}")
     leaves = {}
     for path, entry in layout.items():
-        kind = arrays[entry.parts[0].name].dtype if dtype is None else as_dtype(dtype)
         try:
             if places is None:
-                leaves[path] = jnp.asarray(_read(entry, arrays, [whole(entry.shape)], kind)[0])
+                leaves[path] = jnp.asarray(_read(entry, arrays, [whole(entry.shape)], dtype)[0])
             else:
-                leaves[path] = _read_sharded(entry, arrays, kind, places[path])
+                leaves[path] = _read_sharded(entry, arrays, dtype, places[path])
         except MemoryError as error:
-            raise ValueError(f"{path}: no memory for {entry.shape} of {kind}") from error
+            raise ValueError(f"{path}: no memory for {entry.shape} of {dtype}") from error
     return unflatten(leaves)
 
 
