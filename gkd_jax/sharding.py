@@ -439,6 +439,6 @@ def on_each_device(
     )
 
 
-def bytes_per_device(shape: jax.ShapeDtypeStruct, sharding: NamedSharding) -> int:
-    """Returns the bytes of one array that each device holds."""
-    return int(np.prod(sharding.shard_shape(shape.shape))) * shape.dtype.itemsize
+def bytes_per_device(array: Any) -> int:
+    """Returns the bytes that each device holds of an array, or of a `ShapeDtypeStruct`."""
+    return math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize

@@ -222,7 +222,7 @@ def test_a_live_teacher_needs_no_memory_of_its_own():
     frozen_model = pretrained.ModelConfig(architecture=small, size="tiny")
     _, frozen, beside_frozen = update_of(frozen_model)
     params = built.state.params
-    size = sum(sharding.bytes_per_device(x, x.sharding) for x in jax.tree.leaves(params))
+    size = sum(map(sharding.bytes_per_device, jax.tree.leaves(params)))
     assert frozen["argument_bytes"] - live["argument_bytes"] == size
     assert average["argument_bytes"] - live["argument_bytes"] == size
     assert live["peak_bytes"] < frozen["peak_bytes"] - 0.9 * size

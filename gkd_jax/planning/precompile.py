@@ -113,7 +113,7 @@ def _resident_bytes(built: program.Program, phase: str) -> int:
         return 0
     held = jax.tree.leaves((built.state.opt_state, built.state.average, built.teacher))
     on_device = (array for array in held if array.sharding.memory_kind != "pinned_host")
-    return sum(sharding.bytes_per_device(array, array.sharding) for array in on_device)
+    return sum(map(sharding.bytes_per_device, on_device))
 
 
 def too_large(phases: Mapping[str, Any], chip: Chip) -> list[str]:

@@ -3,13 +3,14 @@
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from gkd_jax import sharding
 from gkd_jax.models import lm
+from gkd_jax.models.parameters import flatten
 from gkd_jax.text import settings
 from gkd_jax.training import teachers
-from gkd_jax.training.program import Program, shardings_of
+from gkd_jax.training.program import Program
 
 
 def plan(program: Program) -> str:
@@ -49,8 +50,7 @@ def _text(value: Any) -> str:
 
 def model_info(program: Program) -> str:
     """Returns the text of model_info.txt, which describes every array of both models."""
-    student = program.state.params
-    text = "student\n" + _describe(student, shardings_of(student))
+    text = "student\n" + _describe(program.state.params)
     text += _replicated_heads(program.models.student, program.mesh)
     taught = {"teacher": (program.models, program.teacher)}
     if several := program.learner.teacher_shares:
@@ -62,7 +62,7 @@ def model_info(program: Program) -> str:
         if params is not None:
             assert models.teacher is not None
             own_mesh = sharding.with_sizes(program.mesh, models.teacher_mesh)
-            text += f"\n\n{name}\n{_describe(params, shardings_of(params))}"
+            text += f"\n\n{name}\n{_describe(params)}"
             text += _replicated_heads(models.teacher, own_mesh)
     return text + "\n"
 
@@ -76,18 +76,13 @@ def _replicated_heads(config: lm.Config, mesh: Mesh) -> str:
     return f"\n{what} not divide over tensor={parts}: each device of that axis computes all of them"
 
 
-def _describe(params: lm.Params, placed: lm.Params) -> str:
+def _describe(params: lm.Params) -> str:
     """Returns a line per array: path, shape, dtype, logical axes, mesh axes, bytes per device."""
     lines, total = [], 0
     axes = jax.tree.leaves(lm.logical_axes(params), is_leaf=lambda x: type(x) is tuple)
-    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
-    for (path, leaf), names, where in zip(leaves, axes, jax.tree.leaves(placed), strict=True):
-        assert isinstance(where, NamedSharding)
-        size = sharding.bytes_per_device(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), where)
+    for (name, leaf), names in zip(flatten(params).items(), axes, strict=True):
+        size, where = sharding.bytes_per_device(leaf), tuple(leaf.sharding.spec)
         total += size
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        lines.append(
-            f"{name:<64} {leaf.shape!s:<22} {leaf.dtype!s:<9} {names} {tuple(where.spec)} {size}"
-        )
+        lines.append(f"{name:<64} {leaf.shape!s:<22} {leaf.dtype!s:<9} {names} {where} {size}")
     lines.append(f"total: {lm.num_params(params):,} parameters, {total:,} bytes per device")
     return "\n".join(lines)
