@@ -114,5 +114,5 @@ def test_bad_settings_are_refused(classifier):
     model = ModelConfig(checkpoint=classifier[0])
     with pytest.raises(ValueError, match="template must contain"):
         rewards.Entailment(model=model, vocabulary="bytes", template="{premise}")
-    with pytest.raises(ValueError, match="must be positive, got 0, 32"):
+    with pytest.raises(ValueError, match="length must be a positive integer, got 0"):
         rewards.Entailment(model=model, vocabulary="bytes", length=0)

@@ -102,10 +102,7 @@ class Entailment:
         for field in ("{premise}", "{hypothesis}"):
             if field not in self.template:
                 raise ValueError(f"template must contain {field}, got {self.template!r}")
-        if self.length < 1 or self.batch_size < 1:
-            raise ValueError(
-                f"length and batch_size must be positive, got {self.length}, {self.batch_size}"
-            )
+        settings.check_positive(self, "length", "batch_size")
 
     def __call__(self, prompts: Texts, outputs: Texts, references: Texts) -> np.ndarray:
         del references
