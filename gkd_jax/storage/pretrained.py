@@ -330,17 +330,19 @@ def initial_params(
         name: what the message about a loaded checkpoint calls the model.
     """
     where = jax.tree.map(lambda x: x.sharding, target)
-    # Load to the devices first, where parameters are checked and cast, then move them to the host.
+
+    def first_as(**settings: str) -> lm.Params:
+        """Returns the parameters of the model with other settings."""
+        other = dataclasses.replace(model, **settings)
+        shapes = frozen_shapes(other, config, jax.tree.leaves(where)[0].mesh)
+        return initial_params(other, config, shapes, key, name)
+
+    # On the devices the parameters are checked and cast, then they are moved to the host.
     if model.memory == "host":
-        there = dataclasses.replace(model, memory="device")
-        mesh = jax.tree.leaves(where)[0].mesh
-        params = initial_params(there, config, frozen_shapes(there, config, mesh), key, name)
-        return jax.device_put(params, where)
+        return jax.device_put(first_as(memory="device"), where)
     if model.param_dtype == "int8":
-        full = dataclasses.replace(model, param_dtype="float32")
-        mesh = jax.tree.leaves(where)[0].mesh
-        params = initial_params(full, config, frozen_shapes(full, config, mesh), key, name)
-        return jax.jit(quantized.quantize, out_shardings=where, donate_argnums=0)(params)
+        quantize = jax.jit(quantized.quantize, out_shardings=where, donate_argnums=0)
+        return quantize(first_as(param_dtype="float32"))
     if model.checkpoint is not None:
         params = loading.load_params(model.checkpoint, target, config)
         # Linux reports ru_maxrss in KiB.
