@@ -273,15 +273,15 @@ def shardings_of(shapes: Any) -> Any:
     return jax.tree.map(lambda x: x.sharding, shapes)
 
 
-class StepArguments(NamedTuple):
-    """The abstract arguments of a step's jitted functions for one shape (S, T) of a batch.
+class StepParts(NamedTuple):
+    """The functions of a step for one shape (S, T) of a batch: compiled, or their arguments.
 
-    Those of a function that lambda excludes are None.
+    A function that lambda excludes is None.
 
     Attributes:
-        sample: of sampling, for on-policy steps.
-        update_samples: of the update on a batch that `sample` made.
-        update_dataset: of the update on a batch of the data set.
+        sample: the sampling of on-policy steps.
+        update_samples: the update on a batch that `sample` made.
+        update_dataset: the update on a batch of the data set.
     """
 
     sample: Any
@@ -289,16 +289,8 @@ class StepArguments(NamedTuple):
     update_dataset: Any
 
 
-class CompiledStep(NamedTuple):
-    """The functions that `StepArguments` has the arguments of, compiled; None where it has None."""
-
-    sample: Any
-    update_samples: Any
-    update_dataset: Any
-
-
-def step_arguments(program: Program, rows: int, shape: Shape) -> StepArguments:
-    """Returns the arguments of a step's functions for `rows` prompts of lengths (S, T).
+def step_arguments(program: Program, rows: int, shape: Shape) -> StepParts:
+    """Returns the abstract arguments of a step for `rows` prompts of lengths (S, T).
 
     Samples have the largest T of the run, whatever the T of the shape.
     """
@@ -318,28 +310,26 @@ def step_arguments(program: Program, rows: int, shape: Shape) -> StepArguments:
             size = drawn.targets.shape[:1]
             advantages = jax.ShapeDtypeStruct(size, jnp.float32, sharding=where)
         update_samples = (program.state, program.teacher, drawn, key, advantages)
-    return StepArguments(sample, update_samples, update_dataset)
+    return StepParts(sample, update_samples, update_dataset)
 
 
-def compile_steps(program: Program) -> dict[Shape, CompiledStep]:
+def compile_steps(program: Program) -> dict[Shape, StepParts]:
     """Compiles the functions of every step kind that lambda allows, for each shape of a batch."""
+
+    def compiled(function: Any, arguments: Any) -> Any:
+        return None if arguments is None else function.lower(*arguments).compile()
+
     found, data = {}, program.recipe.data
     for shape in data.shapes():
-        arguments = step_arguments(program, data.batch_size, shape)
-        sample = update_samples = update_dataset = None
-        if arguments.update_dataset is not None:
-            update_dataset = program.update.lower(*arguments.update_dataset).compile()
-        if arguments.sample is not None:
-            sample = program.sample.lower(*arguments.sample).compile()
-            if arguments.update_samples == arguments.update_dataset:
-                update_samples = update_dataset
-            else:
-                update_samples = program.update.lower(*arguments.update_samples).compile()
-        found[shape] = CompiledStep(sample, update_samples, update_dataset)
+        sample, update_samples, update_dataset = step_arguments(program, data.batch_size, shape)
+        on_dataset = on_samples = compiled(program.update, update_dataset)
+        if update_samples != update_dataset:
+            on_samples = compiled(program.update, update_samples)
+        found[shape] = StepParts(compiled(program.sample, sample), on_samples, on_dataset)
     return found
 
 
-def start_compiling(program: Program) -> Callable[[], dict[Shape, CompiledStep]]:
+def start_compiling(program: Program) -> Callable[[], dict[Shape, StepParts]]:
     """Starts `compile_steps` in a thread, beside which the run reads its data and its checkpoints.
 
     Settings of `jax.config.update` hold in that thread. Those of JAX's context managers, such as
@@ -349,7 +339,7 @@ def start_compiling(program: Program) -> Callable[[], dict[Shape, CompiledStep]]
         A function that waits for the compiled steps and returns them, or raises what
         `compile_steps` has raised.
     """
-    steps: concurrent.futures.Future[dict[Shape, CompiledStep]] = concurrent.futures.Future()
+    steps: concurrent.futures.Future[dict[Shape, StepParts]] = concurrent.futures.Future()
 
     def compile_all():
         try:

@@ -24,7 +24,7 @@ from gkd_jax.models import lm
 from gkd_jax.sampling import Sample
 from gkd_jax.storage import processes
 from gkd_jax.text import vocabularies
-from gkd_jax.training.program import CompiledStep, Program
+from gkd_jax.training.program import Program, StepParts
 from gkd_jax.training.source import Source
 from gkd_jax.training.throughput import DeviceClock
 
@@ -68,7 +68,7 @@ class Rollouts:
         self,
         program: Program,
         source: Source,
-        steps: Mapping[Shape, CompiledStep],
+        steps: Mapping[Shape, StepParts],
         stream: streams.TrainIterator,
         clock: DeviceClock,
     ):
