@@ -88,8 +88,6 @@ def jsd(
     """Returns the generalized Jensen-Shannon divergence of each token, or the divergence itself.
 
     Args:
-        student_logits: the logits of Q.
-        teacher_logits: the logits of P.
         beta: the weight of the teacher, strictly between 0 and 1; see `JSD`.
         scale: "paper" or "unit"; see `JSD`.
 
@@ -267,10 +265,6 @@ def _kl(log_p: Logits, log_q: Logits) -> PerToken:
     """Returns KL(P || Q). Where log P = -inf, the term is 0 and so is its gradient."""
     possible = log_p != -jnp.inf  # this is true for NaN, so that NaN reaches the sum
     safe_p = jnp.where(possible, log_p, 0.0)
-    safe_q = jnp.where(possible, _floor(log_q), 0.0)
+    floored = jnp.where(log_q != -jnp.inf, log_q, _IMPOSSIBLE)  # no gradient where it is -inf
+    safe_q = jnp.where(possible, floored, 0.0)
     return jnp.sum(jnp.where(possible, jnp.exp(safe_p) * (safe_p - safe_q), 0.0), axis=-1)
-
-
-def _floor(log_p: Logits) -> Logits:
-    """Replaces log-probabilities of -inf by `_IMPOSSIBLE`, through which no gradient flows."""
-    return jnp.where(log_p != -jnp.inf, log_p, _IMPOSSIBLE)
