@@ -64,9 +64,6 @@ def rewards_of(
 ) -> Float[np.ndarray, " N"]:
     """Returns the rewards of N outputs, after checking what the reward function returned.
 
-    Args:
-        prompts, outputs, references: its arguments, N texts each.
-
     Raises:
         ValueError: if the function returns anything but one finite number for each output. A result
             of another length, for example, would be averaged, or divided among prompts, as if it

@@ -295,12 +295,7 @@ def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
 
 
 def with_shardings(shapes: Any, shardings: Any) -> Any:
-    """Returns `ShapeDtypeStruct`s with the shapes and dtypes of one tree, the shardings of another.
-
-    Args:
-        shapes: a tree of arrays or `ShapeDtypeStruct`s.
-        shardings: the same tree with a sharding at each leaf.
-    """
+    """Returns the shapes and dtypes of a tree, as `ShapeDtypeStruct`s, with a tree of shardings."""
     return jax.tree.map(
         lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, shardings
     )

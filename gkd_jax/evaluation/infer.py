@@ -93,7 +93,6 @@ def evaluate_checkpoint(
 
     Args:
         data: the task, the vocabulary, the lengths and the batch size.
-        output_dir: the folder OUTPUT_DIR.
         dry_run: check everything, but decode nothing.
 
     Raises:
@@ -153,7 +152,6 @@ def run(
 
     Args:
         data: the task, the vocabulary, the lengths and the batch size.
-        output: the JSONL file.
         text_file: decode the lines of this file instead of the task's split.
         dry_run: check everything, but decode nothing.
 

@@ -74,13 +74,10 @@ def attention(
 
 
 def forward(function: Callable[..., Any], operands: tuple[Any, ...], otherwise: Otherwise) -> Any:
-    """Returns the result of an attention and zeros for a softmax's maximum and sum.
+    """Returns `function(*operands)`, an attention, and zeros for a softmax's maximum and sum.
 
-    Args:
-        function: an attention by `attention`.
-        operands: its arguments.
-        otherwise: computes the same three arrays on other devices, since a process that has a GPU
-            may use its CPU too. There the maximum and the sum are for the backward pass.
+    `otherwise` computes the same three arrays on other devices, since a process that has a GPU may
+    use its CPU too. There the maximum and the sum are for the backward pass.
     """
 
     def on_gpu():
@@ -96,11 +93,7 @@ def backward(
 ) -> Any:
     """Returns the gradients of the operands of an attention, given that of its result.
 
-    Args:
-        function: an attention by `attention`.
-        operands: its arguments.
-        gradient: the gradient of its result.
-        otherwise: computes the gradients of the operands on other devices.
+    `otherwise` computes them on other devices.
     """
 
     def on_gpu():

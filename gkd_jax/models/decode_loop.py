@@ -102,10 +102,7 @@ class Decoding:
 def run(decoding: Decoding, state: Any, cache: lm.Cache, *, halves: bool = True) -> Any:
     """Decodes until all groups have ended, and returns the last state.
 
-    Args:
-        state: the first `State`.
-        cache: the cache of its rows.
-        halves: whether the batch may shrink.
+    The arguments are the first `State`, the cache of its rows, and whether the batch may shrink.
     """
     num_groups, now = state.ended.shape[0], cache.time
     shards = sharding.row_shards(num_groups)
@@ -178,10 +175,7 @@ def put(tree: Any, taken: Any, rows: Int[Array, "shards n"]) -> Any:
 def halvings(num_groups: int, shards: int, length: int) -> list[int]:
     """Returns the groups a shard of each smaller batch, largest first.
 
-    Args:
-        num_groups: the groups of the whole batch.
-        shards: the devices that the batch is spread over.
-        length: the most tokens of a row.
+    The whole batch has `num_groups` over all shards, whose rows have at most `length` tokens.
     """
     sizes, size = [], num_groups // shards
     most = min(_MAX_HALVINGS, length // _TOKENS_OF_A_LOOP)

@@ -73,10 +73,7 @@ def heads(
     """Returns the queries [N H T K], and the keys and values [N G T K], of a layer's input.
 
     Queries and keys are normalised (where `config.qk_norm` is set) and rotated by their positions.
-
-    Args:
-        rotations: the rotations of all kinds.
-        kind: the index of the layer's kind.
+    Of the rotations, those of index `kind` are the layer's.
     """
     attention, x = layer["self_attention"], norm(config, layer["pre_self_attention_layer_norm"], x)
     rotation = rope.select(rotations, kind)

@@ -99,12 +99,9 @@ def masked_scores(
     scale: float,
     softcap: float | None,
 ) -> Float[Array, "B N G S"]:
-    """Returns the scores of one query per row and head from its products with the keys.
+    """Returns the scores of one query per row and head from its float32 products with the keys.
 
-    Args:
-        products: the products of queries and keys, float32.
-        seen: the keys that the query of each row sees.
-        scale, softcap: as in `attend`.
+    `seen` says which keys the query of each row sees; see `attend` for scale and softcap.
     """
     scores, _ = _capped(products * scale, softcap)
     return jnp.where(seen[:, None, None], scores, _MASKED)

@@ -75,13 +75,9 @@ def empty(
     prompts: Any,
     bias: Any = None,
 ) -> Cache:
-    """Returns a cache before the first token.
+    """Returns a cache before the first token, with the `prompts` and the `bias` of a family.
 
-    Args:
-        layers: the layers of the decoder, stacked or as a tuple.
-        shape: the shape of one layer's keys, [N H T K].
-        prompts: what the family keeps of the prompts.
-        bias: what the family adds to the scores of all rows.
+    The layers are stacked or a tuple. The shape is that of one layer's keys, [N H T K].
     """
     if isinstance(layers, tuple):
         segments = (_segments(shape, config.dtype, config.cache_segment),) * len(layers)

@@ -199,10 +199,7 @@ def decode_params(config: Config, params: Params) -> Params:
 def init_cache(config: Config, params: Params, context: Context, length: int) -> Cache:
     """Returns an empty `Cache` for at most `length` tokens after a context.
 
-    Args:
-        params: those that `decode_step` will be given, usually from `decode_params`.
-        context: what is continued.
-        length: the most tokens.
+    The parameters are those that `decode_step` will be given, usually from `decode_params`.
     """
     return _family(config).init_cache(config, params, context, length)
 
@@ -243,11 +240,7 @@ def architecture(config: Config) -> dict[str, Any]:
 
 
 def from_fields(name: str, fields: dict[str, Any]) -> Config:
-    """Restores a config from the fields of `dataclasses.asdict` that were stored as JSON.
-
-    Args:
-        name: the name of the family.
-        fields: the fields as JSON has them, such as lists in place of tuples.
+    """Restores a config of the family `name` from the fields of `dataclasses.asdict` as JSON.
 
     Raises:
         ValueError: if no family has this name.

@@ -120,13 +120,7 @@ def t5_1_1(size: str, vocab_size: int = 32128) -> T5Config:
 def t5_1_0(size: str, vocab_size: int = 32128) -> T5Config:
     """Returns the config of the first T5 (1.0): ReLU, and a head that is the tied embedding.
 
-    The head's input is divided by sqrt(D).
-
-    Args:
-        size: one of the sizes of `t5_1_1`.
-
-    Raises:
-        ValueError: for another size.
+    The head's input is divided by sqrt(D). Sizes and errors are those of `t5_1_1`.
     """
     own = {"mlp_activations": ("relu",), "tie_embeddings": True, "scale_logits": True}
     return _config(_T5_1_0, size, vocab_size, **own)

@@ -31,7 +31,6 @@ def num_pieces(vocabulary: str | None, extra_ids: int, task: str) -> int | None:
         vocabulary: a name or path that `vocabularies.load` accepts; None is the vocabulary of the
             task.
         extra_ids: the number of sentinel ids after the pieces.
-        task: the name of the task.
     """
     if vocabulary is None and task == "arithmetic":
         vocabulary = "arithmetic"

@@ -96,9 +96,7 @@ class DeviceClock:
     def seconds(self, began: float, result: jax.Array) -> concurrent.futures.Future[float]:
         """Returns the seconds of a result as a future. Call this in the order of dispatch.
 
-        Args:
-            began: the `time.monotonic()` of the dispatch.
-            result: an array of the dispatched computation.
+        `began` is the `time.monotonic()` of the dispatch.
         """
 
         def wait() -> float:
