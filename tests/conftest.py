@@ -113,6 +113,15 @@ def shared_steps():
         yield
 
 
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """The folder of a small tokenizer of each kind."""
+    import small_tokenizers
+
+    where = tmp_path_factory.mktemp("tokenizers")
+    return {kind: small_tokenizers.write(where / kind, kind) for kind in small_tokenizers.KINDS}
+
+
 @pytest.fixture
 def t5x_checkpoint(request):
     """A function (network, kind) -> path of a checkpoint that T5X wrote, ours or shared."""

@@ -1,9 +1,10 @@
-"""Random parameters that differ from the initial values, and comparisons of whole trees."""
+"""Random parameters that differ from the initial values, updates and comparisons of them."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gkd_jax import gkd
 from gkd_jax.models import lm, t5
 from gkd_jax.models.parameters import flatten
 
@@ -40,6 +41,17 @@ def random_params(config: t5.T5Config, seed: int = 0, *, norm_spread: float = 0.
         return jnp.asarray(rng.normal(0, size, shape.shape), jnp.float32)
 
     return jax.tree_util.tree_map_with_path(leaf, lm.abstract_params(config))
+
+
+def update_with(config, models, optimizer, num_microbatches, *arguments):
+    """`gkd.update` with the parts of its learner."""
+    learner = gkd.Learner(
+        config=config, models=models, optimizer=optimizer, num_microbatches=num_microbatches
+    )
+    return gkd.update(learner, *arguments)
+
+
+update = jax.jit(update_with, static_argnums=(0, 1, 2, 3))
 
 
 def assert_same(left, right) -> None:

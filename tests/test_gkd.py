@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from random_models import random_params
+from random_models import random_params, update, update_with
 from scipy import special
 
 from gkd_jax import accumulation, divergences, gkd, losses, sampling, sharding
@@ -48,15 +48,6 @@ CONFIGS = {
     ),
 }
 
-
-def _update(config, models, optimizer, num_microbatches, *arguments):
-    learner = gkd.Learner(
-        config=config, models=models, optimizer=optimizer, num_microbatches=num_microbatches
-    )
-    return gkd.update(learner, *arguments)
-
-
-update = jax.jit(_update, static_argnums=(0, 1, 2, 3))
 
 score = jax.jit(gkd.per_token_loss, static_argnums=(0, 1))
 logits = jax.jit(t5.logits, static_argnums=0)
@@ -519,7 +510,9 @@ def test_eight_devices_equal_one(sizes, num_microbatches, student, teacher, batc
 
     def run(state, teacher, batch, key):
         with sharding.use(mesh):
-            return _update(config, MODELS, optimizer, num_microbatches, state, teacher, batch, key)
+            return update_with(
+                config, MODELS, optimizer, num_microbatches, state, teacher, batch, key
+            )
 
     state_shardings = train_state.shardings(train_state.abstract(STUDENT, optimizer), mesh)
     teacher_shardings = sharding.tree_shardings(teacher, lm.logical_axes(teacher), mesh)

@@ -55,12 +55,6 @@ def texts(task, split: str = "train", feature: str = "inputs") -> list[str]:
     return [row[f"{feature}_pretokenized"].decode() for row in dataset.as_numpy_iterator()]
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    where = tmp_path_factory.mktemp("tokenizers")
-    return {kind: small_tokenizers.write(where / kind, kind) for kind in small_tokenizers.KINDS}
-
-
 @pytest.fixture(params=small_tokenizers.KINDS)
 def vocabulary(request, folders):
     return TokenizerVocabulary(folders[request.param])

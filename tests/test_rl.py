@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from random_models import random_params
+from random_models import random_params, update
 import seqio
 import small_runs
 
@@ -44,16 +44,6 @@ SGD = optax.sgd(1.0)
 KEY = jax.random.key(0)
 ALPHAS = (0.0, 0.25, 1.0)
 TEXTS = ["one", "two"]
-
-
-def _update(config, models, optimizer, num_microbatches, *arguments):
-    learner = gkd.Learner(
-        config=config, models=models, optimizer=optimizer, num_microbatches=num_microbatches
-    )
-    return gkd.update(learner, *arguments)
-
-
-update = jax.jit(_update, static_argnums=(0, 1, 2, 3))
 
 
 def reward(prompts, outputs, references):

@@ -10,9 +10,9 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
+from waiting import wait_for
 
 from gkd_jax.command_line import recipes
 
@@ -401,13 +401,6 @@ def test_a_run_that_outlives_its_sweep_is_not_run_twice(sweep):
     (sweep.folder / "gkd-RANDOM_SEED=0.wait").unlink()
     wait_for(lambda: is_free(sweep.output / ".sweep_lock"))
     assert sweep(*flags).returncode == 0
-
-
-def wait_for(condition, seconds=30.0):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.02)
 
 
 def is_free(path):

@@ -65,12 +65,6 @@ def chats(count: int, *, system: bool = True, seed: int = 0) -> list[dict]:
     return found
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    where = tmp_path_factory.mktemp("tokenizers")
-    return {kind: small_tokenizers.write(where / kind, kind) for kind in small_tokenizers.KINDS}
-
-
 @pytest.fixture(params=small_tokenizers.KINDS)
 def kind(request):
     return request.param
