@@ -127,8 +127,7 @@ def evaluate_checkpoint(
             "step": int(step_folder.name) if step_folder and step_folder.name.isdecimal() else None,
             "content": content.content_id(model.checkpoint) if model.checkpoint else None,
         }
-        text = json.dumps({name: values, "evaluation": about}, indent=1)
-        files.write_whole(folder / "metrics.json", text + "\n")
+        files.write_record(folder / "metrics.json", {name: values, "evaluation": about})
         print(json.dumps({name: values}))
 
 

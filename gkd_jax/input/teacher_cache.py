@@ -17,7 +17,6 @@ order, with one entry for each row of the split or for each target token of each
 """
 
 import hashlib
-import json
 import pathlib
 from typing import Any
 
@@ -80,7 +79,7 @@ class Writer:
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / ABOUT
         if not path.exists():
-            files.write_whole(path, json.dumps(about, indent=1) + "\n")
+            files.write_record(path, about)
         self.num_rows = self._keep_whole_batches()
 
     def _keep_whole_batches(self) -> int:
@@ -125,8 +124,7 @@ class Writer:
         """Marks the cache as complete and returns the mean probability mass of the tails."""
         tails = self._folder / "tails"
         mass = np.exp(np.fromfile(tails, np.float32)) if tails.exists() else np.zeros(0)
-        about = {**self._about, DONE: self.num_rows}
-        files.write_whole(self._folder / ABOUT, json.dumps(about, indent=1) + "\n")
+        files.write_record(self._folder / ABOUT, {**self._about, DONE: self.num_rows})
         return float(mass.mean()) if mass.size else 0.0
 
 

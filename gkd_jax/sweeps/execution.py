@@ -13,6 +13,7 @@ from typing import Any
 
 from gkd_jax.sweeps import folders
 from gkd_jax.sweeps.rows import Run
+from gkd_jax.text import files
 
 
 PREEMPTED = (128 + signal.SIGTERM, -signal.SIGTERM)
@@ -117,7 +118,7 @@ class Execution:
         log = self._log(run.name)
         log.parent.mkdir(parents=True, exist_ok=True)
         if not self._dry_run:
-            folders.write_marker(log.parent / folders.STARTED, self._records[run.name])
+            files.write_record(log.parent / folders.STARTED, self._records[run.name])
         with log.open("a", encoding="utf-8") as file:
             file.write(f"$ {shlex.join(command)}\n")
             file.flush()
@@ -144,7 +145,7 @@ class Execution:
                 if self._dry_run:
                     self._checked.add(name)
                 else:
-                    folders.write_marker(self._root / name / folders.DONE, self._records[name])
+                    files.write_record(self._root / name / folders.DONE, self._records[name])
                     self._done.add(name)
                 self._say(name, f"{'fine' if self._dry_run else 'done'}, {seconds}")
             elif self._stop or status in PREEMPTED:

@@ -57,10 +57,6 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     return f"what it starts from has changed: {', '.join(changed)}"
 
 
-def write_marker(path: pathlib.Path, record: Mapping[str, Any]) -> None:
-    files.write_whole(path, json.dumps(record, indent=1) + "\n")
-
-
 def survey(runs: Sequence[Run], root: pathlib.Path) -> tuple[set[str], dict[str, str]]:
     """Returns the runs that are done, and what has changed for each run with another command."""
     done, changed = set(), {}

@@ -8,7 +8,7 @@ file that breaks these rules causes a ValueError that names the file, the line a
 """
 
 import codecs
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import gzip
 import hashlib
@@ -307,6 +307,11 @@ def read_records(path: AnyPath) -> tuple[list[dict[str, Any]], int]:
     values = [_parsed(line) for line in lines if line.strip()]
     objects = [value for value in values if isinstance(value, dict)]
     return objects, len(values) - len(objects)
+
+
+def write_record(path: AnyPath, record: Mapping[str, Any]) -> None:
+    """Writes a JSON object to a file of a run; see `write_whole`."""
+    write_whole(path, json.dumps(record, indent=1) + "\n")
 
 
 def read_record(path: AnyPath) -> dict[str, Any] | None:

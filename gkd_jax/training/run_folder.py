@@ -202,7 +202,7 @@ class RunFolder:
             self._keep_tokenizer()
             files.write_whole(self.folder / "config.gin", config_text)
             files.write_whole(self.folder / "model_info.txt", model_info(self.program))
-            run_record.write(self.folder, self.about)
+            files.write_record(self.folder / "run.json", self.about)
 
     def _keep_tokenizer(self) -> None:
         """Copies the student's tokenizer, so that the run needs the student's folder no longer.

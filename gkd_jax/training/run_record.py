@@ -241,11 +241,6 @@ def _fields(description: Any, prefix: str = "") -> Iterator[tuple[str, str, Any]
             yield from _fields(value, f"{prefix}{key}.")
 
 
-def write(folder: files.AnyPath, about: dict[str, Any]) -> None:
-    """Writes run.json."""
-    files.write_whole(folder / "run.json", json.dumps(about, indent=1) + "\n")
-
-
 def _commit() -> str | None:
     """Returns the commit of this package's checkout; None if the package is installed."""
     folder = pathlib.Path(__file__).resolve().parent
