@@ -32,10 +32,9 @@ _CONTENT_OF = {
 }
 
 
-def path_of(output: str | os.PathLike[str]) -> files.AnyPath:
+def path_of(output: str | os.PathLike[str]) -> epath.Path:
     """Returns the path of the record of a file, which may be in a bucket."""
-    path = f"{os.fspath(output)}.made_by.json"
-    return epath.Path(path) if files.in_bucket(path) else pathlib.Path(path)
+    return epath.Path(f"{os.fspath(output)}.made_by.json")
 
 
 def read_made_by(output: str | os.PathLike[str]) -> dict[str, Any] | None:
