@@ -117,19 +117,12 @@ def sample_targets(
 
 
 class TaughtRows(NamedTuple):
-    """Some rows of a batch with the teacher that scores them.
-
-    Attributes:
-        models: the configs of the student and of the teacher.
-        teacher_params: the teacher's parameters.
-        batch: the rows.
-        advantages: the advantage of each row of targets; None without a reward.
-    """
+    """Some rows of a batch with the teacher that scores them."""
 
     models: ModelPair
     teacher_params: lm.Params | None
     batch: Batch
-    advantages: jax.Array | None = None
+    advantages: jax.Array | None = None  # of each row of targets; None without a reward
 
 
 def per_token_loss(

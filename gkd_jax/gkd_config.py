@@ -196,16 +196,11 @@ class TeacherShare:
     """One of several teachers, and its share of a batch: the rows of its task.
 
     A batch is a sequence of equal blocks, and the rows of a task are neighbours in each block.
-
-    Attributes:
-        task: the name of the task, by which the teacher's parameters are found.
-        models: the configs of the student and of this teacher.
-        num_rows: the number of rows of the task in a block.
     """
 
-    task: str
-    models: ModelPair
-    num_rows: int
+    task: str  # by which the teacher's parameters are found
+    models: ModelPair  # the student and this teacher
+    num_rows: int  # of the task in a block
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

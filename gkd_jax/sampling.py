@@ -116,22 +116,14 @@ def banned_tail(config: lm.Config, num_pieces: int) -> tuple[int, ...]:
 
 
 class _Rows(NamedTuple):
-    """The state of decoding: an entry for each row.
+    """The state of decoding: an entry for each row."""
 
-    Attributes:
-        tokens, log_probs: what was drawn so far, as in `Sample`.
-        uniforms: the random number in [0, 1) that decides each draw.
-        limits: the most tokens of each row.
-        last: the token that the model reads next.
-        ended: whether the row has drawn an EOS or reached its limit.
-    """
-
-    tokens: Int[Array, "B T"]
+    tokens: Int[Array, "B T"]  # what was drawn so far, as in `Sample`
     log_probs: Float[Array, "B T"]
-    uniforms: Float[Array, "B T"]
-    limits: Int[Array, " B"]
-    last: Int[Array, " B"]
-    ended: Bool[Array, " B"]
+    uniforms: Float[Array, "B T"]  # in [0, 1); each decides a draw
+    limits: Int[Array, " B"]  # the most tokens of each row
+    last: Int[Array, " B"]  # the token that the model reads next
+    ended: Bool[Array, " B"]  # the row has drawn an EOS or reached its limit
 
 
 def sample(

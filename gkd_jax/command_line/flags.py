@@ -19,18 +19,11 @@ class UsageError(Exception):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Command:
-    """The help text of a command.
+    """The help text of a command."""
 
-    Attributes:
-        does: what the command does, on one line.
-        example: a whole command line.
-        required: the macros that have no default, each with its meaning.
-        reads_gin: whether the command reads gin files.
-    """
-
-    does: str
-    example: str
-    required: tuple[str, ...] = ()
+    does: str  # on one line
+    example: str  # a whole command line
+    required: tuple[str, ...] = ()  # the macros that have no default, each with its meaning
     reads_gin: bool = True
 
 

@@ -43,19 +43,12 @@ from gkd_jax.conformance.target import NotGivenError, Target
 
 
 class Verdict(NamedTuple):
-    """The result for one trap.
+    """The result for one trap."""
 
-    Attributes:
-        trap: the trap's key in `TITLES`.
-        status: "pass", "falls into it" or "not checked".
-        measurements: the comparisons that were made.
-        missing: the names of functions that checks of this trap need and that are missing.
-    """
-
-    trap: str
-    status: str
+    trap: str  # its key in `TITLES`
+    status: str  # "pass", "falls into it" or "not checked"
     measurements: list[Measurement]
-    missing: list[str]
+    missing: list[str]  # the functions that checks of this trap need and that are missing
 
 
 def run(implementation: Any) -> list[Verdict]:

@@ -7,19 +7,12 @@ import numpy as np
 
 
 class Measurement(NamedTuple):
-    """One comparison of a result with the expected value.
-
-    Attributes:
-        what: what was compared.
-        found: the result. For an array this is the entry with the largest error.
-        expected: the expected value of the same entry.
-        holds: whether the comparison holds for all entries.
-    """
+    """One comparison of a result with the expected value."""
 
     what: str
-    found: str
-    expected: str
-    holds: bool
+    found: str  # of an array, the entry with the largest error
+    expected: str  # of the same entry
+    holds: bool  # for all entries
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

@@ -30,15 +30,10 @@ class Part(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """One parameter and the stored arrays that hold it.
+    """One parameter and the stored arrays that hold it."""
 
-    Attributes:
-        shape: the shape of the parameter in gkd_jax.
-        parts: the one stored array of the parameter, or the stored array of each layer.
-    """
-
-    shape: tuple[int, ...]
-    parts: tuple[Part, ...]
+    shape: tuple[int, ...]  # of the parameter in gkd_jax
+    parts: tuple[Part, ...]  # the one stored array of the parameter, or that of each layer
 
     @property
     def by_layer(self) -> bool:

@@ -47,17 +47,11 @@ def complete_folder(path: str) -> Iterator[pathlib.Path]:
 
 
 class Unwritten(NamedTuple):
-    """An array that is yet to be written; memory holds its values only when its turn comes.
+    """An array that is yet to be written; memory holds its values only when its turn comes."""
 
-    Attributes:
-        part: the name and the form of the stored array.
-        leaf: the parameter.
-        layer: the layer of the parameter that the stored array holds; None if it holds all of it.
-    """
-
-    part: Part
-    leaf: Any
-    layer: int | None
+    part: Part  # the name and the form of the stored array
+    leaf: Any  # the parameter
+    layer: int | None  # the one that the stored array holds; None if it holds all of them
 
     def values(self) -> np.ndarray:
         """Copies the values to the host, in the form of the stored array."""

@@ -28,24 +28,14 @@ from gkd_jax.text import files, settings, text_metrics
 
 
 class DecodedRow(NamedTuple):
-    """One decoded text.
+    """One decoded text."""
 
-    Attributes:
-        example: the example of the task, with its `*_pretokenized` texts.
-        prediction: the decoded text.
-        tokens: the decoded ids, EOS included.
-        divergence: KL(teacher || student) at each token, in nats; None without a teacher.
-        teacher_inputs: the prompt that the teacher read in place of the student's; None where it
-            read the same one, or none.
-        truncated: whether the text reached the largest length before it ended.
-    """
-
-    example: dict[str, Any]
+    example: dict[str, Any]  # of the task, with its `*_pretokenized` texts
     prediction: str
-    tokens: list[int]
-    divergence: list[float] | None
-    teacher_inputs: str | None = None
-    truncated: bool = False
+    tokens: list[int]  # EOS included
+    divergence: list[float] | None  # KL(teacher || student) a token, nats; None without a teacher
+    teacher_inputs: str | None = None  # the teacher's own prompt; None if it has none
+    truncated: bool = False  # it reached the largest length before it ended
 
 
 Decoder = Callable[..., Iterator[DecodedRow]]
@@ -53,14 +43,9 @@ TokenDivergence = Callable[[lm.Params, lm.Params, Batch], jax.Array]
 
 
 class Teacher(NamedTuple):
-    """The teacher of the rows that are decoded.
+    """The teacher of the rows that are decoded."""
 
-    Attributes:
-        divergence: computes the divergence at each decoded token (see `teacher_divergence`).
-        params: the teacher's parameters.
-    """
-
-    divergence: TokenDivergence
+    divergence: TokenDivergence  # see `teacher_divergence`
     params: lm.Params
 
 

@@ -29,18 +29,10 @@ _OF_DATA = ("task", "data_dir", "vocabulary", "extra_ids", "batch_size", "long_p
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Opened:
-    """A model and a task. A dry run reads of them what lies on this machine, and nothing else.
+    """A model and a task. A dry run reads of them what lies on this machine, and nothing else."""
 
-    Attributes:
-        model: the model; its checkpoint is local or in a bucket, except in a dry run.
-        data: the configuration of the task, whose vocabulary is not on the hub either.
-        task: the task.
-        vocabulary: the vocabulary of the task.
-        dry_run: whether this is a dry run.
-    """
-
-    model: ModelConfig
-    data: DataConfig
+    model: ModelConfig  # its checkpoint is local or in a bucket, except in a dry run
+    data: DataConfig  # its vocabulary is not on the hub either
     task: Any
     vocabulary: seqio.Vocabulary
     dry_run: bool

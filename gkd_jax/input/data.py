@@ -229,17 +229,11 @@ def check_ids(batch: Batch, num_pieces: int) -> None:
 
 
 class Shard(NamedTuple):
-    """The part of a stream's examples that a process reads.
-
-    Attributes:
-        index: the index of this shard.
-        num_shards: the number of shards of the stream.
-        first_process: the lowest index of the processes that read this shard.
-    """
+    """The part of a stream's examples that a process reads."""
 
     index: int = 0
-    num_shards: int = 1
-    first_process: int = 0
+    num_shards: int = 1  # of the stream
+    first_process: int = 0  # the lowest index of the processes that read this shard
 
 
 WHOLE = Shard()

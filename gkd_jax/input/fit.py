@@ -17,19 +17,12 @@ _warned: set[tuple] = set()
 
 
 class Fit(NamedTuple):
-    """Counts of examples that do not fit the feature lengths.
+    """Counts of examples that do not fit the feature lengths."""
 
-    Attributes:
-        examples: the number of examined examples.
-        cut: for each feature, the number of examples in which the end of the feature was cut off.
-        fewer_shots: the number of examples whose prompt lacks some of its worked examples.
-        no_shots: the number of examples whose prompt lacks all of its worked examples.
-    """
-
-    examples: int
-    cut: dict[str, int]
-    fewer_shots: int
-    no_shots: int
+    examples: int  # that were looked at
+    cut: dict[str, int]  # of each feature, the examples in which its end was cut off
+    fewer_shots: int  # examples whose prompt lacks some of its worked examples
+    no_shots: int  # examples whose prompt lacks all of them
 
     def sentence(self, lengths: Mapping[str, int]) -> str:
         """Returns a sentence about what does not fit, with percentages; "" if everything fits."""

@@ -126,12 +126,7 @@ def find_splits(path: str) -> dict[str, str]:
 
 
 class JsonlSource(features.RowSource):
-    """A seqio source that tokenizes the rows of JSONL files and keeps the examples in memory.
-
-    Attributes:
-        path: the path of the file or folder, perhaps with a selection of rows.
-        files: the file of each split.
-    """
+    """A seqio source that tokenizes the rows of JSONL files and keeps the examples in memory."""
 
     def __init__(
         self,
@@ -141,7 +136,7 @@ class JsonlSource(features.RowSource):
         config: DataConfig,
         teachers: Sequence[str],
     ):
-        self.path, self.files = path, splits
+        self.path, self.files = path, splits  # a file or folder; the file of each split
         _, self._teacher = task_names.split(path)
         self._teachers = teachers
         self._vocabulary, self._config = vocabulary, config

@@ -13,16 +13,10 @@ from gkd_jax.input.split import Split
 
 
 class PaddedBatch(NamedTuple):
-    """A batch of one shape, with the examples that it was made of.
+    """A batch of one shape, with the examples that it was made of."""
 
-    Attributes:
-        batch: the token ids, filled up with empty rows where there are fewer examples than rows.
-        examples: the task's example for each row that is not empty, including the texts in
-            `*_pretokenized`.
-    """
-
-    batch: Batch
-    examples: list[dict[str, Any]]
+    batch: Batch  # with empty rows where there are fewer examples than rows
+    examples: list[dict[str, Any]]  # of the other rows, with the texts in `*_pretokenized`
 
 
 def in_order(split: Split, batch_size: int) -> Iterator[PaddedBatch]:

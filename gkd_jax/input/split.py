@@ -16,23 +16,14 @@ _ROWS_AT_ONCE = 256
 
 
 class Split(NamedTuple):
-    """The examples of one split of a task, or the first of them, cut to feature lengths.
+    """The examples of one split of a task, or the first of them, cut to feature lengths."""
 
-    Attributes:
-        task: a seqio task or mixture.
-        name: the name of the split.
-        lengths: the largest number of tokens of each feature.
-        num_examples: how many of the first examples are read; None means all.
-        use_cached: whether the task is read from seqio's cache.
-        seed: the seed of tasks whose examples depend on a seed.
-    """
-
-    task: Any
+    task: Any  # a seqio task or mixture
     name: str
-    lengths: Mapping[str, int]
-    num_examples: int | None = None
-    use_cached: bool = False
-    seed: int | None = None
+    lengths: Mapping[str, int]  # the largest number of tokens of each feature
+    num_examples: int | None = None  # how many of the first examples are read; None is all
+    use_cached: bool = False  # the task is read from seqio's cache
+    seed: int | None = None  # of tasks whose examples depend on one
 
     @classmethod
     def of(cls, task: Any, config: DataConfig) -> "Split":

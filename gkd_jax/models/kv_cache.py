@@ -99,19 +99,12 @@ def _segments(shape: tuple[int, ...], dtype: str, first: int) -> Segments:
 
 
 class LayerCache(NamedTuple):
-    """The KV cache of decoded tokens as one layer writes and reads it at one step.
+    """The KV cache of decoded tokens as one layer writes and reads it at one step."""
 
-    Attributes:
-        keys: the segments of this layer, or those of all layers, stacked on axis 0.
-        values: like the keys.
-        time: the number of tokens decoded before.
-        layer: the number of this layer in stacked segments.
-    """
-
-    keys: Segments
-    values: Segments
-    time: Int[Array, ""]
-    layer: Int[Array, ""] | int
+    keys: Segments  # of this layer, or those of all layers, stacked on axis 0
+    values: Segments  # like the keys
+    time: Int[Array, ""]  # the number of tokens decoded before
+    layer: Int[Array, ""] | int  # the number of this layer in stacked segments
 
 
 def write(
@@ -168,21 +161,13 @@ def ages(cache: Cache, length: int) -> Int[Array, " {length}"]:
 
 
 class Part(NamedTuple):
-    """Keys and values that a query attends to.
+    """Keys and values that a query attends to."""
 
-    Attributes:
-        keys: of one layer, or of all layers, stacked on axis 0.
-        values: like the keys.
-        is_read: whether any key of this part counts; None where some always do.
-        scope: `share_scope` of the tokens of a whole sequence for which `is_read` holds.
-        layer: the number of the layer in stacked keys and values.
-    """
-
-    keys: Float[Array, "*L N H T K"]
-    values: Float[Array, "*L N H T K"]
-    is_read: Bool[Array, ""] | None = None
-    scope: str = ""
-    layer: Int[Array, ""] | int = 0
+    keys: Float[Array, "*L N H T K"]  # of one layer, or of all layers, stacked on axis 0
+    values: Float[Array, "*L N H T K"]  # like the keys
+    is_read: Bool[Array, ""] | None = None  # whether any key counts; None where some always do
+    scope: str = ""  # `share_scope` of the tokens for which `is_read` holds
+    layer: Int[Array, ""] | int = 0  # its number in stacked keys and values
 
 
 def parts(cache: LayerCache, window: Int[Array, ""] | None = None) -> list[Part]:

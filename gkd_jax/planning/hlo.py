@@ -47,18 +47,11 @@ class Collective(NamedTuple):
 
 @dataclasses.dataclass
 class Cost:
-    """The cost of the instructions directly inside one loop, summed over all of its iterations.
+    """The cost of the instructions directly inside one loop, summed over all of its iterations."""
 
-    Attributes:
-        flops: the FLOPs of matrix products and convolutions.
-        traffic: the bytes read from and written to HBM.
-        collectives: the collectives by kind and group size.
-        uncounted: the names of kernels whose FLOPs and traffic are not known, and not in the sums.
-    """
-
-    flops: float = 0.0
-    traffic: float = 0.0
-    uncounted: set[str] = dataclasses.field(default_factory=set)
+    flops: float = 0.0  # of matrix products and convolutions
+    traffic: float = 0.0  # bytes read from and written to HBM
+    uncounted: set[str] = dataclasses.field(default_factory=set)  # kernels that the sums lack
     collectives: dict[tuple[str, int], Collective] = dataclasses.field(default_factory=dict)
 
     def add(self, new: Collective) -> None:

@@ -97,21 +97,13 @@ def convert_checkpoint(
 
 
 class _Source(NamedTuple):
-    """The checkpoint that is converted.
+    """The checkpoint that is converted."""
 
-    Attributes:
-        path: its folder.
-        config: the model's config.
-        step_folder: the folder of the step; None if it is no checkpoint of gkd_jax.
-        about: the JSON of the step folder; {} without one.
-        tokenizer: the Hugging Face folder with its tokenizer; None if none is known.
-    """
-
-    path: str
+    path: str  # its folder
     config: lm.Config
-    step_folder: epath.Path | None
-    about: dict[str, Any]
-    tokenizer: str | None
+    step_folder: epath.Path | None  # None if it is no checkpoint of gkd_jax
+    about: dict[str, Any]  # the JSON of the step folder; {} without one
+    tokenizer: str | None  # the Hugging Face folder that has it; None if none is known
 
     @property
     def dtype(self) -> str:

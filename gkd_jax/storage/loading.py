@@ -132,20 +132,12 @@ def num_pieces(*paths: str | os.PathLike[str]) -> int:
 
 
 class _Vocabulary(NamedTuple):
-    """What a checkpoint says of its vocabulary.
+    """What a checkpoint says of its vocabulary."""
 
-    Attributes:
-        path: the checkpoint.
-        num_pieces: the number of ids.
-        content: the vocabulary's hash; "" if the checkpoint has none.
-        tokenizer: the `seqio.Vocabulary` of a Hugging Face folder or of a checkpoint that was
-            converted from one; else None.
-    """
-
-    path: str
+    path: str  # of the checkpoint
     num_pieces: int
-    content: str
-    tokenizer: Any
+    content: str  # its hash; "" if the checkpoint has none
+    tokenizer: Any  # of a Hugging Face folder, or of what was converted from one; else None
 
 
 def _vocabulary(path: str) -> _Vocabulary:

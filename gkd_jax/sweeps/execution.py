@@ -25,10 +25,7 @@ class Execution:
 
     Args:
         runs: the runs, each after those that it needs.
-        done: the names of runs that are done.
-        root: the folder of all runs.
         program: the words before the subcommand, such as ["gkd-jax"].
-        num_parallel: the largest number of commands at once.
         dry_run: start the commands with `--dry_run`, and write nothing below `root`.
         lock: a locked file descriptor that commands inherit, so that the lock is held as long as a
             command runs; None without a lock.

@@ -52,34 +52,21 @@ from gkd_jax.text import files
 class Options:
     """The options of a sweep.
 
-    Attributes:
-        output: the folder of all runs.
-        gin_files: the gin files of every run, where later files override; () with a sweep file.
-        sweep_file: a TOML file of rows; None with gin files.
-        grids: axes, each as `MACRO=A,B`.
-        macros: gin macros for the rows of `train`.
-        chosen: the rows of the sweep file to run, with the rows that they need; () is all rows.
-        extra: flags that are added to every command.
-        program: the command line of the program that replaces `gkd-jax`.
-        num_parallel: the largest number of runs at once.
-        only_print: print the commands that are left, and run none.
-        redo_changed: put folders of other commands aside instead of refusing them: they are renamed
-            to `<name>.replaced_<n>`, and a report of the study leaves them out.
-        dry_run: check, with `--dry_run`, each command that needs no other run.
+    A folder is put aside as `<name>.replaced_<n>`, which a report of the study leaves out.
     """
 
-    output: str
-    gin_files: tuple[str, ...] = ()
-    sweep_file: str | None = None
-    grids: tuple[str, ...] = ()
-    macros: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    chosen: tuple[str, ...] = ()
-    extra: tuple[str, ...] = ()
-    program: str = "gkd-jax"
-    num_parallel: int = 1
-    only_print: bool = False
-    redo_changed: bool = False
-    dry_run: bool = False
+    output: str  # the folder of all runs
+    gin_files: tuple[str, ...] = ()  # a later file overrides; () with a sweep file
+    sweep_file: str | None = None  # a TOML file of rows; None with gin files
+    grids: tuple[str, ...] = ()  # axes, each as `MACRO=A,B`
+    macros: Mapping[str, str] = dataclasses.field(default_factory=dict)  # for the rows of `train`
+    chosen: tuple[str, ...] = ()  # rows of the sweep file, with those they need; () is all
+    extra: tuple[str, ...] = ()  # flags that are added to every command
+    program: str = "gkd-jax"  # the command line of the program
+    num_parallel: int = 1  # the largest number of runs at once
+    only_print: bool = False  # print the commands that are left, and run none
+    redo_changed: bool = False  # put folders of other commands aside instead of refusing them
+    dry_run: bool = False  # check, with `--dry_run`, each command that needs no other run
 
 
 def sweep(options: Options) -> int:

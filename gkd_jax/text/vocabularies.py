@@ -25,11 +25,7 @@ SENTENCEPIECE_FILES = ("spiece.model", "sentencepiece.model", "tokenizer.model")
 
 
 class Unread(seqio.PassThroughVocabulary):
-    """The vocabulary of a checkpoint that a dry run does not read. It turns no text into ids.
-
-    Attributes:
-        checkpoint: the checkpoint.
-    """
+    """The vocabulary of a checkpoint that a dry run does not read. It turns no text into ids."""
 
     def __init__(self, checkpoint: str, size: int):
         """Takes the number of rows of the model's embedding, which is at least that of ids."""

@@ -14,14 +14,10 @@ _NAMES = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
 
 
 class Interruption:
-    """The signal that asks the run to stop.
-
-    Attributes:
-        signal: the first signal that was received; None before.
-    """
+    """The signal that asks the run to stop."""
 
     def __init__(self):
-        self.signal: signal.Signals | None = None
+        self.signal: signal.Signals | None = None  # the first one that was received
 
     def is_due(self, done: int) -> bool:
         """Returns whether the run must stop after `done` steps; all processes ask at each step.

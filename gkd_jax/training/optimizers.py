@@ -123,18 +123,12 @@ class AdafactorState(NamedTuple):
 
     Each of the three trees has the structure of the parameters. A parameter that has no entry in a
     tree has zeros there, of shape (1,) or, for stacked layers, [L, 1].
-
-    Attributes:
-        count: the number of updates done.
-        v_row: for factored parameters, squared gradients averaged over the last dimension.
-        v_col: for factored parameters, squared gradients averaged over the dimension before.
-        v: for unfactored parameters, the squared gradients.
     """
 
-    count: Int[Array, ""]
-    v_row: Any
-    v_col: Any
-    v: Any
+    count: Int[Array, ""]  # updates done
+    v_row: Any  # of factored parameters, squared gradients averaged over the last dimension
+    v_col: Any  # of factored parameters, squared gradients averaged over the dimension before
+    v: Any  # of unfactored parameters, the squared gradients
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

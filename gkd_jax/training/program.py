@@ -277,16 +277,11 @@ class StepParts(NamedTuple):
     """The functions of a step for one shape (S, T) of a batch: compiled, or their arguments.
 
     A function that lambda excludes is None.
-
-    Attributes:
-        sample: the sampling of on-policy steps.
-        update_samples: the update on a batch that `sample` made.
-        update_dataset: the update on a batch of the data set.
     """
 
-    sample: Any
-    update_samples: Any
-    update_dataset: Any
+    sample: Any  # for on-policy steps
+    update_samples: Any  # on a batch that `sample` made
+    update_dataset: Any  # on a batch of the data set
 
 
 def step_arguments(program: Program, rows: int, shape: Shape) -> StepParts:

@@ -30,32 +30,18 @@ from gkd_jax.training.throughput import DeviceClock
 
 
 class Rollout(NamedTuple):
-    """The batch of one step, with everything that its update needs.
+    """The batch of one step, with everything that its update needs."""
 
-    Attributes:
-        rows: the batch of the data set, on the host.
-        batch: the batch to train on, on the devices; its targets are the data set's or the
-            student's.
-        keys: the random keys of the step.
-        update: the compiled update for a batch of this kind and shape.
-        began: when the step began to read its batch, by `time.monotonic`.
-        sample: the student's samples; None if the targets are the data set's.
-        sample_seconds: a future of the seconds for which sampling occupies the device.
-        is_early: whether the samples were drawn before the update of the previous step.
-        rewards: the reward of each sample, on the host; None without samples or without a reward.
-        advantages: the advantage of each sample (`rl.advantages`), on the devices.
-    """
-
-    rows: Batch
-    batch: Batch
+    rows: Batch  # of the data set, on the host
+    batch: Batch  # on the devices, with the data set's targets or the student's
     keys: gkd.StepKeys
-    update: Callable[..., tuple[gkd.TrainState, dict[str, jax.Array]]]
-    began: float
-    sample: Sample | None = None
-    sample_seconds: concurrent.futures.Future[float] | None = None
-    is_early: bool = False
-    rewards: Float[np.ndarray, " N"] | None = None
-    advantages: Float[Array, " N"] | None = None
+    update: Callable[..., tuple[gkd.TrainState, dict[str, jax.Array]]]  # compiled for such a batch
+    began: float  # when the step began to read its batch, by `time.monotonic`
+    sample: Sample | None = None  # None if the targets are the data set's
+    sample_seconds: concurrent.futures.Future[float] | None = None  # of the device
+    is_early: bool = False  # drawn before the update of the previous step
+    rewards: Float[np.ndarray, " N"] | None = None  # on the host; None without samples or a reward
+    advantages: Float[Array, " N"] | None = None  # `rl.advantages`, on the devices
 
 
 class Rollouts:

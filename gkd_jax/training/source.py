@@ -12,24 +12,14 @@ from gkd_jax.training.recipe import Recipe, describe
 
 
 class Source(NamedTuple):
-    """An opened task with its vocabulary.
+    """An opened task with its vocabulary."""
 
-    Attributes:
-        tasks: the seqio task or mixture by its name in the recipe, or several of them.
-        vocabulary: the vocabulary that all inputs and targets share.
-        num_pieces: the number of ids that all models and the vocabulary share, extra ids included.
-        cached_k: the number of ids per position in the teacher's stored scores; 0 without a cache.
-        eos_ids: the ids that end a text; None if the vocabulary has none, or is remote and was not
-            read.
-        tokenizer: the result of `tokenizer_files.find_for_task` for the student.
-    """
-
-    tasks: dict[str, Any]
-    vocabulary: Any
-    num_pieces: int
-    cached_k: int = 0
-    eos_ids: tuple[int, ...] | None = None
-    tokenizer: Any = None
+    tasks: dict[str, Any]  # by their names in the recipe
+    vocabulary: Any  # of all inputs and targets
+    num_pieces: int  # the ids that all models and the vocabulary share, extra ids included
+    cached_k: int = 0  # ids per position in the teacher's stored scores; 0 without a cache
+    eos_ids: tuple[int, ...] | None = None  # None if there are none, or if nothing was read
+    tokenizer: Any = None  # of the student, by `tokenizer_files.find_for_task`
 
 
 def open_source(

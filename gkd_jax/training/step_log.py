@@ -19,19 +19,12 @@ from gkd_jax.training.rollouts import Rollout
 
 
 class Step(NamedTuple):
-    """A step that was dispatched to the device, and whose results nobody has waited for.
+    """A step that was dispatched to the device, and whose results nobody has waited for."""
 
-    Attributes:
-        number: the step, counted from 0.
-        rollout: the batch that the step trains on.
-        values: the metrics that the update returns.
-        update_seconds: a future of the seconds for which the update occupies the device.
-    """
-
-    number: int
+    number: int  # counted from 0
     rollout: Rollout
-    values: Mapping[str, jax.Array]
-    update_seconds: concurrent.futures.Future[float]
+    values: Mapping[str, jax.Array]  # the metrics that the update returns
+    update_seconds: concurrent.futures.Future[float]  # for which the device is busy with it
 
 
 class StepLog:
