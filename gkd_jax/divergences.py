@@ -87,9 +87,7 @@ def jsd(
 ) -> Any:
     """Returns the generalized Jensen-Shannon divergence of each token, or the divergence itself.
 
-    Args:
-        beta: the weight of the teacher, strictly between 0 and 1; see `JSD`.
-        scale: "paper" or "unit"; see `JSD`.
+    `JSD` says what beta and scale are.
 
     Returns:
         One number per token, in nats. Without logits, the callable `JSD(beta=beta, scale=scale)`.

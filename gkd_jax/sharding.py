@@ -79,10 +79,8 @@ class MeshConfig:
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Returns a mesh of devices, which are placed to suit their interconnect.
 
-    Over several TPU slices, only the axis `data` crosses from slice to slice.
-
-    Args:
-        devices: the devices of the mesh; None is all devices.
+    Over several TPU slices, only the axis `data` crosses from slice to slice. Without `devices` the
+    mesh has all of them.
 
     Raises:
         ValueError: if the axes do not fit the number of devices or slices.
@@ -174,11 +172,9 @@ def spec(axes: Sequence[str | None], rules: Rules = RULES) -> PartitionSpec:
 
 
 def tree_shardings(shapes: Any, axes: Any, mesh: Mesh) -> Any:
-    """Returns the `NamedSharding` of each array in a tree.
+    """Returns the `NamedSharding` of each array, or `ShapeDtypeStruct`, in a tree.
 
-    Args:
-        shapes: a tree of arrays or `ShapeDtypeStruct`s.
-        axes: the same tree with a tuple of logical axes at each leaf.
+    The tree `axes` has a tuple of logical axes at each leaf.
 
     Raises:
         ValueError: if the mesh does not divide the dimensions of some arrays; names all of these.
@@ -417,11 +413,8 @@ def on_each_device(
     """Returns a function that every device of the mesh of `use` computes on its own part of arrays.
 
     The parts must need nothing from each other. Outside `use` and on one device it is the function
-    itself.
-
-    Args:
-        inputs: the logical axes of each argument, whose dimensions the mesh must divide.
-        output: the logical axes of the result.
+    itself. `inputs` has the logical axes of each argument, whose dimensions the mesh must divide,
+    and `output` those of the result.
     """
     active = _active.get()
     if active is None or active[0].size == 1:

@@ -43,11 +43,8 @@ def mean(values: np.ndarray, weights: np.ndarray, reduction: str) -> float:
 
     "sequence_mean" is Eq. 2 and Algorithm 1 of Agarwal et al. (2024): the mean over sequences of
     each sequence's mean over its tokens, without sequences in which no token counts. "token_mean"
-    is the mean over all tokens of the batch.
-
-    Args:
-        values: a value per token, [B T].
-        weights: 1 where a token counts, else 0, [B T].
+    is the mean over all tokens of the batch. Values and weights are [B T], and a weight is 1 where
+    a token counts, else 0.
     """
     if not weights.any():
         return 0.0

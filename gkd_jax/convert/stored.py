@@ -119,7 +119,6 @@ def read_tree(
 
     Args:
         layout: the stored arrays of each parameter; `check` must have accepted the layout.
-        dtype: the dtype in memory.
         shardings: a tree with the structure of the parameters and a `jax.sharding.Sharding` at each
             leaf; None puts every array on the default device.
 

@@ -49,11 +49,7 @@ def count(examples: Iterable[Mapping[str, Any]], lengths: Mapping[str, int]) -> 
 
     The tasks of gkd_jax record in their examples what was there before cutting (`inputs_tokens`,
     `targets_tokens`, `kept_shots`, `all_shots`). For other tasks, a feature that has the largest
-    length allowed counts as cut.
-
-    Args:
-        examples: examples of a seqio task, cut to the lengths.
-        lengths: the largest number of tokens of each feature, including EOS.
+    length allowed counts as cut. The examples are cut to the lengths, which include EOS.
     """
     total, fewer, none = 0, 0, 0
     cut = dict.fromkeys(lengths, 0)

@@ -44,9 +44,7 @@ def precompile(
 
     Args:
         recipe: the recipe of the run. If it has several batch shapes, the largest is compiled.
-        topology: "cpu", a generation and a shape of TPUs such as "v5e:8x8", or "h100:" and slices x
-            hosts x GPUs a host, such as "h100:1x1x8".
-        num_slices: the number of TPU slices of this shape, joined by the data-centre network.
+        topology, num_slices: see `topologies.describe_topology`.
         full: compile for a TPU with all of XLA's effort. This takes minutes and gives the memory of
             a real run.
         as_json: print one line of JSON instead of the table.

@@ -113,7 +113,7 @@ def describe_topology(topology: str, num_slices: int = 1) -> tuple[Chip, Sequenc
     Args:
         topology: "cpu", a generation and a shape of TPUs such as "v5e:8x8", or "h100:" and slices x
             hosts x GPUs a host, such as "h100:1x1x8".
-        num_slices: the number of TPU slices of this shape.
+        num_slices: the number of TPU slices of this shape, joined by the data-centre network.
 
     Raises:
         ValueError: for an unknown name or shape.

@@ -14,9 +14,7 @@ import numpy as np
 def raise_together(error: Exception | None, elsewhere: Exception) -> None:
     """Raises in every process if one of them has an error; all processes must call this.
 
-    Args:
-        error: the error of this process; None if it has none.
-        elsewhere: what this process raises if only others have an error.
+    A process that has none itself raises `elsewhere`.
     """
     if np.any(multihost_utils.process_allgather(np.asarray(error is not None))):
         raise error or elsewhere
