@@ -368,8 +368,10 @@ def _sft_is_off_policy(target: Target) -> Iterator[Measurement]:
 def _vocabularies(target: Target) -> Iterator[Measurement]:
     pieces = ["<pad>", "</s>", "<unk>", "red", "green", "blue"]
     swapped = [*pieces[:3], "green", "red", "blue"]
-    for name, other, refused in (("the same", pieces, False), ("the same size, ", swapped, True)):
-        what = f"{name}{'other ids' if refused else ''}"
+    for what, other, refused in (
+        ("the same", pieces, False),
+        ("the same size, other ids", swapped, True),
+    ):
         yield raises(what, functools.partial(target.check_vocabularies, pieces, other), refused)
 
 
