@@ -1,6 +1,7 @@
 """A vocabulary of whole words, as a seqio vocabulary; the task `arithmetic` has one."""
 
 from collections.abc import Iterable, Sequence
+import functools
 import re
 
 import seqio
@@ -24,7 +25,6 @@ class WordVocabulary(seqio.Vocabulary):
             raise ValueError(f"words must differ from each other, got {repeated} more than once")
         self.pieces = ("<pad>", "</s>", "<unk>", *words)
         self._ids = {piece: i for i, piece in enumerate(self.pieces) if i > UNK_ID}
-        self._table: tf.lookup.StaticHashTable | None = None
 
     @property
     def bos_id(self) -> int | None:
@@ -54,7 +54,7 @@ class WordVocabulary(seqio.Vocabulary):
     def _encode_tf(self, s: tf.Tensor) -> tf.Tensor | tf.RaggedTensor:
         """Returns the ids of a text, or the ragged rows of ids of a vector of texts."""
         words = tf.strings.split(tf.strings.regex_replace(s, r"([.,?])", r" \1 "))
-        return self._lookup().lookup(words)
+        return self._table.lookup(words)
 
     def _decode_tf(self, ids: tf.Tensor) -> tf.Tensor:
         kept = tf.ragged.boolean_mask(ids, (ids != PAD_ID) & (ids != EOS_ID))
@@ -62,21 +62,20 @@ class WordVocabulary(seqio.Vocabulary):
         text = tf.strings.reduce_join(words, axis=-1, separator=" ")
         return tf.strings.regex_replace(text, r" ([.,?])", r"\1")
 
-    def _lookup(self) -> tf.lookup.StaticHashTable:
-        if self._table is None:
-            # The first call comes from a dataset's map function. The table must not be part of that
-            # function's graph, because other graphs use the table too.
-            with tf.init_scope():
-                self._table = tf.lookup.StaticHashTable(
-                    tf.lookup.KeyValueTensorInitializer(
-                        list(self._ids), list(self._ids.values()), tf.string, tf.int32
-                    ),
-                    default_value=UNK_ID,
-                )
-        return self._table
+    @functools.cached_property
+    def _table(self) -> tf.lookup.StaticHashTable:
+        # The first use is in a dataset's map function. The table must not be part of that
+        # function's graph, because other graphs use the table too.
+        with tf.init_scope():
+            return tf.lookup.StaticHashTable(
+                tf.lookup.KeyValueTensorInitializer(
+                    list(self._ids), list(self._ids.values()), tf.string, tf.int32
+                ),
+                default_value=UNK_ID,
+            )
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_table": None}
+        return {name: value for name, value in self.__dict__.items() if name != "_table"}
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, WordVocabulary) and self.pieces == other.pieces
