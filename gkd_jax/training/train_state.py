@@ -10,6 +10,7 @@ import optax
 from gkd_jax import sharding
 from gkd_jax.gkd import TrainState
 from gkd_jax.models import lm
+from gkd_jax.models.parameters import flatten
 
 
 def create(
@@ -41,18 +42,15 @@ def shardings(state: TrainState, mesh: Mesh) -> Any:
     is left out. Any other array is replicated.
     """
     axes = lm.logical_axes(state.params)
-    by_path = {
-        tuple(entry.key for entry in path): (leaf.shape, leaf_axes)
-        for (path, leaf), leaf_axes in zip(
-            jax.tree_util.tree_flatten_with_path(state.params)[0],
-            jax.tree.leaves(axes, is_leaf=lambda x: type(x) is tuple),
-            strict=True,
-        )
+    leaf_axes = jax.tree.leaves(axes, is_leaf=lambda x: type(x) is tuple)
+    by_name = {
+        name: (leaf.shape, names)
+        for (name, leaf), names in zip(flatten(state.params).items(), leaf_axes, strict=True)
     }
 
     def opt_axes(path, leaf):
-        keys = tuple(entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey))
-        shape, names = by_path.get(keys, ((), ()))
+        keys = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
+        shape, names = by_name.get("/".join(keys), ((), ()))
         if leaf.shape == shape:
             return names
         for dropped in reversed(range(len(shape))):
