@@ -113,9 +113,7 @@ def advantages(rewards: Float[np.ndarray, " N"], num_samples: int = 1) -> Float[
 
 
 def policy_loss(
-    log_probs: Float[Array, "N T"],
-    weights: Float[Array, "N T"],
-    advantages: Float[Array, " N"],
+    log_probs: Float[Array, "N T"], weights: Float[Array, "N T"], advantages: Float[Array, " N"]
 ) -> Float[Array, ""]:
     """Returns the REINFORCE loss: the sum over sequences of -advantage x log Q(sequence).
 

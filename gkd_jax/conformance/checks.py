@@ -12,14 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gkd_jax.conformance.references import (
-    Measurement,
-    close,
-    divergence,
-    mean,
-    raises,
-    softmax,
-)
+from gkd_jax.conformance.references import Measurement, close, divergence, mean, raises, softmax
 from gkd_jax.conformance.target import NotGivenError, Target
 
 

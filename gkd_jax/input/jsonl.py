@@ -175,10 +175,7 @@ class JsonlSource(features.RowSource):
             yield row
 
     def finish(
-        self,
-        rows: Sequence[Row],
-        output_features: Mapping[str, Any],
-        lengths: Mapping[str, int],
+        self, rows: Sequence[Row], output_features: Mapping[str, Any], lengths: Mapping[str, int]
     ) -> list[Row]:
         """Returns the rows, cut to the lengths; a feature without a length is not cut."""
         self._check_vocabulary(output_features)

@@ -37,9 +37,7 @@ def open_tasks(
     for name in config.task_rows:
         holds_out = task_names.is_path(name) or not has_files
         one = dataclasses.replace(
-            config,
-            task=name,
-            eval_fraction=config.eval_fraction if holds_out else None,
+            config, task=name, eval_fraction=config.eval_fraction if holds_out else None
         )
         found[name], vocabulary = open_task(
             one, tokenizer=tokenizer, check_remote=check_remote, beside=several

@@ -341,10 +341,7 @@ def _teacher_prompt(row: FileRow, template: str | None) -> Prompt:
 
 
 def _prompt(
-    prompt: Prompt,
-    tools: Tools | None,
-    vocabulary: seqio.Vocabulary,
-    variables: Mapping[str, Any],
+    prompt: Prompt, tools: Tools | None, vocabulary: seqio.Vocabulary, variables: Mapping[str, Any]
 ) -> tuple[list[int], str]:
     """Returns the ids and the text of a prompt, which is a text or a list of messages."""
     if isinstance(prompt, str):
@@ -371,11 +368,7 @@ def _render(
             "chat_template.jinja, or one in tokenizer_config.json), and this one has none"
         )
     text = template.render(
-        messages,
-        tools=tools,
-        add_generation_prompt=add_generation_prompt,
-        now=DATE,
-        **variables,
+        messages, tools=tools, add_generation_prompt=add_generation_prompt, now=DATE, **variables
     )
     _check_printed(messages, text)
     for message in messages:

@@ -150,10 +150,7 @@ class GKDModel(models.EncoderDecoderModel):
         count = batch[_COUNT][0] if _COUNT in batch else count
         loss = total / jnp.maximum(count, 1.0)
         computed = self._compute_metrics(
-            logits=student_logits,
-            targets=batch["decoder_target_tokens"],
-            mask=weights,
-            loss=loss,
+            logits=student_logits, targets=batch["decoder_target_tokens"], mask=weights, loss=loss
         )
         # T5X's own loss is a sum, which these metrics divide by numbers such as that of tokens.
         # The loss here is a mean already, so such metrics are dropped.
@@ -185,9 +182,7 @@ class GKDModel(models.EncoderDecoderModel):
         on_policy = jax.random.uniform(coin) < self.on_policy_fraction
         if self.on_policy_fraction > 0:
             chosen = jax.lax.cond(
-                on_policy,
-                lambda: self.sample_targets(params, chosen, sampling_key),
-                lambda: chosen,
+                on_policy, lambda: self.sample_targets(params, chosen, sampling_key), lambda: chosen
             )
         weights = chosen["decoder_loss_weights"]
         _, count = self.reduction(weights, weights)

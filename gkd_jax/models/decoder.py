@@ -312,12 +312,5 @@ def _run(
 
     x = decoder_block.dropout(config, decoder_block.embed(config, params, tokens), keys[0])
     return stacks.scan(
-        config,
-        run_layer,
-        x,
-        params["decoder"]["layers"],
-        windows,
-        kinds,
-        past,
-        dropout_key=keys[1],
+        config, run_layer, x, params["decoder"]["layers"], windows, kinds, past, dropout_key=keys[1]
     )

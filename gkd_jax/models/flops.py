@@ -14,12 +14,7 @@ from gkd_jax.models.t5_config import T5Config
 
 
 def forward_flops(
-    config: lm.Config,
-    *,
-    prompt_tokens: float,
-    target_tokens: float,
-    prompts: int,
-    targets: int,
+    config: lm.Config, *, prompt_tokens: float, target_tokens: float, prompts: int, targets: int
 ) -> float:
     """Returns the FLOPs of reading some prompts and targets once, with logits of all targets.
 

@@ -20,14 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from gkd_jax.batch import Batch
-from gkd_jax.models import (
-    embedding,
-    kv_cache,
-    quantized,
-    stacks,
-    t5_config,
-    t5_layers,
-)
+from gkd_jax.models import embedding, kv_cache, quantized, stacks, t5_config, t5_layers
 from gkd_jax.models.attention import Padding
 from gkd_jax.models.kv_cache import Cache
 from gkd_jax.models.parameters import Params

@@ -134,9 +134,7 @@ def _check(method: gkd.GKDConfig, mean_length: int | float | None) -> None:
 
 
 def _measure(
-    built: program.Program,
-    models: tuple[TrainState, lm.Params | None],
-    runs: int,
+    built: program.Program, models: tuple[TrainState, lm.Params | None], runs: int
 ) -> dict[str, float]:
     functions = program.step_functions(built)
     functions.pop("update_dataset", None)  # where it exists, "update" is that of on-policy steps

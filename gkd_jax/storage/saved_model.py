@@ -174,7 +174,6 @@ def write_params(
         checkpointer.save(
             target,
             args=ocp.args.Composite(
-                params=ocp.args.PyTreeSave(params),
-                model=ocp.args.JsonSave(about),
+                params=ocp.args.PyTreeSave(params), model=ocp.args.JsonSave(about)
             ),
         )

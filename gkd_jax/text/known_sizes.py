@@ -15,10 +15,7 @@ _WORDS = (
     "Ada Ben Cleo Dan Eve Finn Gus Ivy "
     "apples books coins eggs pens shells stamps stones"
 )
-ARITHMETIC_WORDS: tuple[str, ...] = (
-    *_WORDS.split(),
-    *map(str, range(ARITHMETIC_LARGEST + 1)),
-)
+ARITHMETIC_WORDS: tuple[str, ...] = (*_WORDS.split(), *map(str, range(ARITHMETIC_LARGEST + 1)))
 _SPECIAL = 3  # The ids for padding, the end of a text and unknown words.
 _BYTES = 256
 _T5 = 32_100

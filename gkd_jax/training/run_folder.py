@@ -64,9 +64,7 @@ class RunFolder:
             field for name in allow_changes for field in run_record.fields_named(self.about, name)
         ]
         self.description = saved_model.describe_model(
-            program.models.student,
-            vocabularies.content_hash(source.vocabulary),
-            source.num_pieces,
+            program.models.student, vocabularies.content_hash(source.vocabulary), source.num_pieces
         )
         self.look()
 

@@ -38,11 +38,7 @@ class WandB:
         wandb = _client("wandb")
         if wandb.run is None:
             wandb.init(
-                project=self.project,
-                name=self.name,
-                id=self.name,
-                resume="allow",
-                mode=self.mode,
+                project=self.project, name=self.name, id=self.name, resume="allow", mode=self.mode
             )
             # A resumed run logs some steps again, which W&B's own count of steps refuses.
             wandb.define_metric("*", step_metric="step")

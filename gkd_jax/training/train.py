@@ -72,11 +72,7 @@ def train(
     _check_places(recipe, folder, pending)
     source = open_source(recipe, pending=pending, check_remote=not dry_run)
     program = build(
-        recipe,
-        source.num_pieces,
-        eos_ids=source.eos_ids,
-        cached_k=source.cached_k,
-        pending=pending,
+        recipe, source.num_pieces, eos_ids=source.eos_ids, cached_k=source.cached_k, pending=pending
     )
     vocabulary_checks.check_special_ids(
         program.models.student, source.vocabulary, check_remote=not dry_run
