@@ -17,11 +17,8 @@ from gkd_jax.models.parameters import flatten
 class Part(NamedTuple):
     """One stored array, which holds a whole parameter or one layer of a parameter.
 
-    Attributes:
-        name: the name of the stored array.
-        shape: the shape of the stored array.
-        axes: for each dimension of the parameter (or of its layer), the stored dimensions that form
-            this dimension, outermost first. For example, ((0,), (2, 3)) fuses heads and head dim.
+    For each dimension of the parameter (or of its layer), `axes` has the stored dimensions that
+    form it, outermost first. For example, ((0,), (2, 3)) fuses heads and head dim.
     """
 
     name: str

@@ -33,12 +33,8 @@ Index = tuple[slice, ...]
 class Stored:
     """One array of a checkpoint whose values have not been read yet.
 
-    Attributes:
-        name: the name of the array in the checkpoint.
-        shape, dtype: the shape and the dtype on disk.
-        read: a function that returns the values at an index, which has one `slice(start, stop)`
-            per dimension. It raises ValueError or FileNotFoundError, naming the array, if the data
-            are damaged or missing.
+    `read` returns the values at an index, which has one `slice(start, stop)` per dimension. It
+    raises ValueError or FileNotFoundError, naming the array, if the data are damaged or missing.
     """
 
     name: str

@@ -22,28 +22,15 @@ DATE = datetime.datetime(2024, 7, 26)
 
 
 class Example(NamedTuple):
-    """A tokenized row, without a limit on its length.
+    """A tokenized row, without a limit on its length."""
 
-    Attributes:
-        inputs: the ids of the prompt, including the special tokens that the model expects.
-        targets: the ids of the target, ending in an id that ends a text unless the row says that
-            the target was cut off; empty without a target.
-        prompt: the text of the prompt; for messages, the rendered chat.
-        target: the text of the target; with the tokenizer of a folder, the decoded `targets`; None
-            without a target.
-        chat: the messages and tools of the prompt as JSON; "" if the prompt is a text.
-        line: the number of the line in the file, counted from 1.
-        teacher_inputs: the ids of the prompt that the teacher reads; None if nothing reads them.
-        teacher_prompt: the text of the prompt that the teacher reads.
-    """
-
-    inputs: np.ndarray
-    targets: np.ndarray
-    prompt: str
-    target: str | None
-    chat: str
-    line: int
-    teacher_inputs: np.ndarray | None = None
+    inputs: np.ndarray  # the ids of the prompt, with the special tokens that the model expects
+    targets: np.ndarray  # the last id ends a text, unless the target was cut off; may be empty
+    prompt: str  # the text of `inputs`; for messages, the rendered chat
+    target: str | None  # the text of `targets`; with the tokenizer of a folder, as decoded
+    chat: str  # the messages and tools of the prompt as JSON; "" if the prompt is a text
+    line: int  # of the file, counted from 1
+    teacher_inputs: np.ndarray | None = None  # of the prompt that the teacher reads, if any
     teacher_prompt: str = ""
 
 

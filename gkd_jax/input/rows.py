@@ -35,27 +35,15 @@ _ROLES |= {"human": "user", **dict.fromkeys(("ai", "bot", "chatbot", "gpt", "mod
 
 
 class FileRow(NamedTuple):
-    """One line of a JSONL file, or of a text file of prompts.
-
-    Attributes:
-        prompt: a text or a list of messages.
-        target: a text or a message of the assistant; None if the row is only a prompt.
-        tools: JSON schemas of tools for the chat template; None if there are none.
-        line: the number of the line, counted from 1.
-        teacher_prompt: a text or a list of messages that the teacher reads instead of the prompt;
-            None if it reads the prompt.
-        teacher: the row's field `teacher` as it stands there, which is a name in files whose rows
-            are selected by it; None without such a field.
-        truncated: whether the target was cut off before its end.
-    """
+    """One line of a JSONL file, or of a text file of prompts."""
 
     prompt: Prompt
-    target: str | dict[str, Any] | None
-    tools: Tools | None
-    line: int
-    teacher_prompt: Prompt | None = None
-    teacher: Any = None
-    truncated: bool = False
+    target: str | dict[str, Any] | None  # a text or a message of the assistant; None if it has none
+    tools: Tools | None  # JSON schemas for the chat template
+    line: int  # counted from 1
+    teacher_prompt: Prompt | None = None  # what the teacher reads; None if that is `prompt`
+    teacher: Any = None  # the field `teacher` as it stands there; None without one
+    truncated: bool = False  # the target was cut off before its end
 
 
 def read(path: str | os.PathLike) -> list[FileRow]:

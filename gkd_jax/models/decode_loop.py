@@ -83,20 +83,16 @@ def start(
 class Decoding:
     """How rows are decoded.
 
-    Attributes:
-        config: the model's config.
-        params: those that `lm.decode_step` is given.
-        advance: a function (state, logits, positions) -> (state, parents). `positions` has the
-            position of each row's token, or one number for all rows where they began together.
-            Parents are rows, as in `kv_cache.take_rows`, whose past each row continues; None leaves
-            the rows where they are. A group that has ended must keep its results.
-        length: the most tokens of a row.
+    `advance` is a function (state, logits, positions) -> (state, parents). `positions` has the
+    position of each row's token, or one number for all rows where they began together. Parents are
+    rows, as in `kv_cache.take_rows`, whose past each row continues; None leaves the rows where they
+    are. A group that has ended must keep its results.
     """
 
     config: lm.Config
-    params: lm.Params
+    params: lm.Params  # those that `lm.decode_step` is given
     advance: Advance
-    length: int
+    length: int  # the most tokens of a row
 
 
 def run(decoding: Decoding, state: Any, cache: lm.Cache, *, halves: bool = True) -> Any:

@@ -31,14 +31,12 @@ def trip_count(module: Module, loop: Instruction) -> int:
 class _Scalar(NamedTuple):
     """What is known of a value in the condition of a loop.
 
-    Attributes:
-        elements: the elements of the loop's tuple from which scalar integers lead to the value. A
-            number of rows has none, because it is a sum over an array.
-        constant: the value, if it is a constant.
+    Its elements are those of the loop's tuple from which scalar integers lead to the value. A
+    number of rows has none, because it is a sum over an array.
     """
 
     elements: frozenset[int] = frozenset()
-    constant: int | None = None
+    constant: int | None = None  # the value, if it is one
 
 
 def _bounds(
