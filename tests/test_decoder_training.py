@@ -20,6 +20,7 @@ from gkd_jax.input.data import DataConfig
 from gkd_jax.models.decoder_config import DecoderConfig, Rope
 from gkd_jax.sampling import Sample
 from gkd_jax.storage import conversion, pretrained
+from gkd_jax.tasks import features
 from gkd_jax.text import special_ids, vocabularies
 from gkd_jax.training import metrics, plan, program, train
 from gkd_jax.training.progress import Progress
@@ -239,6 +240,27 @@ def test_commands_that_read_one_model_warn_as_well(command, tmp_path, capfd):
         score.run(**chosen, output=str(tmp_path / "cache"), dry_run=True)
     expected = {"eval": "texts of 68 tokens", "score": "texts of 80 tokens"}
     assert expected[command] in capfd.readouterr().err
+
+
+def test_a_prompt_without_tokens_is_refused(tmp_path):
+    """Behind it, the logits that should predict a token of the target would have seen this token.
+
+    Qwen's tokenizer adds nothing to a text, so that an empty prompt has no token.
+    """
+    table = {"inputs": ["Ada has", ""], "targets": ["7 eggs", "the fox"]}
+    source = features.Table(lambda _: table, ["train"])
+    features.register("an_empty_prompt", source=source, metric_fns=[])
+    folder = small_tokenizers.write(tmp_path / "tokenizer", "qwen")
+    common = {"feature_lengths": small_runs.LENGTHS, "batch_size": 8}
+    data = DataConfig(task="an_empty_prompt", vocabulary=str(folder), **common)
+    said = r"'inputs' must have one token or more in every row of a batch, and row \d has none"
+    with pytest.raises(ValueError, match=said):
+        run(tmp_path / "run", steps=1, data=data)
+    with pytest.raises(ValueError, match=said):
+        score.run(model=model(), data=data, output=str(tmp_path / "scores"))
+    how = evaluate.EvalConfig(split="train")
+    with pytest.raises(ValueError, match=said):
+        infer.run(model=model(), data=data, evaluation=how, output=str(tmp_path / "out.jsonl"))
 
 
 def test_the_context_counts_the_scaling_of_yarn():

@@ -209,14 +209,15 @@ def with_target_length(batch: Batch, length: int) -> Batch:
 
 
 def check_ids(batch: Batch, num_pieces: int) -> None:
-    """Checks that all models know every token of a batch on the host.
+    """Checks that all models know every token of a batch on the host, and that no prompt is empty.
 
     A tokenizer may have further tokens at its end that one of the models lacks. Such an id would
-    read a row of an embedding that nobody trained, or none at all.
+    read a row of an embedding that nobody trained, or none at all. Without a prompt, a decoder-only
+    model has no token from which to predict the first token of the target.
 
     Raises:
         ValueError: if the batch has an id outside the `num_pieces` that vocabulary and models
-            share.
+            share, or a prompt without tokens.
     """
     for name in FEATURES:
         ids = getattr(batch, name)
@@ -225,6 +226,17 @@ def check_ids(batch: Batch, num_pieces: int) -> None:
                 f"{name!r} of a batch have the id {largest}, and the vocabulary and the models "
                 f"share the ids below {num_pieces} alone: leave texts with this token out, or take "
                 "models with the same tokens (SeqKD works with different tokenizers)"
+            )
+    for name, lengths in (
+        ("inputs", batch.input_lengths),
+        (TEACHER_INPUTS, batch.teacher_input_lengths),
+    ):
+        if lengths is not None and not np.all(lengths):
+            row = int(np.argmin(lengths))
+            raise ValueError(
+                f"{name!r} must have one token or more in every row of a batch, and row {row} has "
+                f"none (its target begins with the ids {batch.targets[row, :8].tolist()}): leave "
+                "texts without a prompt out"
             )
 
 
