@@ -22,7 +22,7 @@ from gkd_jax import main, sharding
 from gkd_jax.batch import Batch
 from gkd_jax.input import data, named_tasks, streams
 from gkd_jax.storage import saved_model
-from gkd_jax.training import metrics, rollouts
+from gkd_jax.training import metrics, rollouts, run_folder
 
 
 pytestmark = pytest.mark.usefixtures("shared_steps")
@@ -39,6 +39,8 @@ ARGUMENTS = [
     "--gin.EVAL_NUM_EXAMPLES=8",
     "--gin.sharding.MeshConfig.fsdp=2",
 ]
+
+BATCH = Batch(np.ones((2, 3), np.int32), np.ones((2, 3), np.int32), np.ones((2, 3)))
 
 
 def start(model_dir, *more):
@@ -280,8 +282,7 @@ def test_processes_with_the_same_rows_read_the_same(processes, rows, expected, m
 @pytest.mark.parametrize("own_fails", [True, False])
 @pytest.mark.parametrize("another_fails", [True, False])
 def test_a_row_that_is_in_no_cache_ends_every_process(own_fails, another_fails, monkeypatch):
-    rows = Batch(np.ones((2, 3), np.int32), np.ones((2, 3), np.int32), np.ones((2, 3)))
-    scored = rows._replace(weights=np.zeros((2, 3)))
+    rows, scored = BATCH, BATCH._replace(weights=np.zeros((2, 3)))
 
     class Cache:
         def attach(self, _):
@@ -302,6 +303,41 @@ def test_a_row_that_is_in_no_cache_ends_every_process(own_fails, another_fails, 
             drawing._with_scores(rows)
     else:
         assert drawing._with_scores(rows) is scored
+
+
+@pytest.mark.parametrize("own_fails", [True, False])
+@pytest.mark.parametrize("another_fails", [True, False])
+def test_a_shard_without_examples_ends_every_process(own_fails, another_fails, monkeypatch):
+    class Stream(streams.TrainIterator):
+        def __init__(self):
+            pass
+
+        def peek(self):
+            if own_fails:
+                raise ValueError("no examples for shard 1 of 2")
+            return BATCH
+
+    def gather(failed):
+        assert bool(failed) == own_fails  # a process that fails still tells the others
+        return np.stack([failed, np.asarray(another_fails)])
+
+    monkeypatch.setattr(multihost_utils, "process_allgather", gather)
+    if own_fails or another_fails:
+        said = "no examples for shard 1" if own_fails else "another process cannot read its first"
+        with pytest.raises(ValueError, match=said):
+            run_folder._first_batch(Stream())
+    else:
+        assert run_folder._first_batch(Stream()) is BATCH
+
+
+@pytest.mark.slow
+def test_one_process_without_examples_ends_both_at_once(tmp_path):
+    (tmp_path / "data.jsonl").write_text('{"inputs": "1 + 1", "targets": "2"}\n')
+    flags = [f"--gin.MIXTURE_OR_TASK_NAME='{tmp_path / 'data.jsonl'}'", "--gin.VOCABULARY=bytes"]
+    codes, texts = statuses(start(tmp_path / "run", SHARDED, *flags, "--gin.EVAL_NUM_EXAMPLES=0"))
+    assert codes == [2, 2], texts
+    assert "another process cannot read its first batch" in texts[0]
+    assert "has no examples for shard 1 of 2" in texts[1]
 
 
 @pytest.mark.slow

@@ -7,9 +7,10 @@ from typing import Any
 
 import jax
 
+from gkd_jax.batch import Batch
 from gkd_jax.gkd import TrainState
 from gkd_jax.input import data, streams
-from gkd_jax.storage import checkpoints, pretrained, saved_model, tokenizer_files
+from gkd_jax.storage import checkpoints, pretrained, processes, saved_model, tokenizer_files
 from gkd_jax.text import files, task_names, vocabularies
 from gkd_jax.training import metrics, run_record
 from gkd_jax.training.plan import model_info
@@ -143,7 +144,7 @@ class RunFolder:
         program, recipe = self.program, self.program.recipe
         shard = data.process_shard(recipe.data, program.mesh)
         stream = streams.TrainIterator(self.source.tasks, recipe.data, shard)
-        self._check_first_batch(run_record.batch_hash(stream.peek()), shard)
+        self._check_first_batch(run_record.batch_hash(_first_batch(stream)), shard)
         if self.is_new:
             params = pretrained.initial_params(
                 recipe.student,
@@ -215,6 +216,23 @@ class RunFolder:
         )
         if source is not None:
             tokenizer_files.copy(source, self.folder)
+
+
+def _first_batch(stream: streams.TrainIterator) -> Batch:
+    """Returns the first batch of a stream.
+
+    With `shard_by_process`, only some processes may have no examples. All of them raise then, so
+    that none waits for a process that has ended.
+    """
+    batch = error = None
+    try:
+        batch = stream.peek()
+    except Exception as found:
+        error = found
+    elsewhere = ValueError("another process cannot read its first batch: see its message")
+    processes.raise_together(error, elsewhere)
+    assert batch is not None
+    return batch
 
 
 def _is_of_data(change: Mapping[str, Any]) -> bool:
