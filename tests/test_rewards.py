@@ -1,5 +1,7 @@
 """Rewards give the documented numbers; the entailment score is the model's own logits."""
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,6 +11,9 @@ import seqio
 from gkd_jax import losses
 from gkd_jax.batch import Batch
 from gkd_jax.evaluation import evaluate, rewards
+from gkd_jax.input import named_tasks
+from gkd_jax.input.data import DataConfig
+from gkd_jax.input.split import Split
 from gkd_jax.models import t5
 from gkd_jax.storage import saved_model
 from gkd_jax.storage.pretrained import ModelConfig
@@ -98,6 +103,34 @@ def test_an_evaluation_reports_both_numbers_of_a_classifier(classifier):
         "entailed": 75.0,
         "brevity": 0.0,
     }
+
+
+def test_rows_without_a_target_do_not_count_in_a_reward_that_compares(tmp_path):
+    """As in the metrics of the task; the others count them."""
+    file = tmp_path / "data.jsonl"
+    file.write_text(
+        '{"inputs": "one", "targets": "the cat sat"}\n{"inputs": "two"}\n'
+        '{"inputs": "three", "targets": "The answer is 3."}\n'
+    )
+    lengths = {"inputs": 8, "targets": 32}
+    config = DataConfig(task=str(file), vocabulary="bytes", feature_lengths=lengths, batch_size=1)
+    task, _ = named_tasks.open_task(config)
+    texts = ["the cat sat", "the cat sat", "The answer is 3."]
+    rows = [
+        evaluate.DecodedRow(example, text, [], None)
+        for example, text in zip(Split.of(task, config).in_order(), texts, strict=True)
+    ]
+
+    @functools.wraps(rewards.exact_answer)  # as gin wraps a function
+    def exact_answer(*texts):
+        return rewards.exact_answer(*texts)
+
+    chosen = (rewards.rouge2, exact_answer, rewards.Brevity(limit=2))
+    settings = evaluate.EvalConfig(rewards=chosen)
+    expected = {"exact_match": 100.0, "rouge2": 1.0, "exact_answer": 0.5, "brevity": -4 / 3}
+    assert evaluate.compute_metrics(task, rows, settings) == pytest.approx(expected)
+    none = evaluate.compute_metrics(task, rows[1:2], settings)
+    assert none == {"brevity": -1.0}
 
 
 def test_a_long_premise_is_cut_and_the_hypothesis_kept(classifier):

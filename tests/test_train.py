@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from small_runs import LENGTHS, options, small
 
-from gkd_jax import divergences, gkd, sharding
-from gkd_jax.evaluation import evaluate
+from gkd_jax import divergences, gkd, rl, sharding
+from gkd_jax.evaluation import evaluate, rewards
 from gkd_jax.input.data import DataConfig
 from gkd_jax.models import lm
 from gkd_jax.storage import fingerprints, loading, pretrained, saved_model
@@ -129,8 +129,11 @@ def test_a_row_without_a_target_is_refused_unless_all_are_sampled(mixing, tmp_pa
     config = DataConfig(
         task=str(path), vocabulary="arithmetic", feature_lengths=LENGTHS, batch_size=8
     )
-    for fraction in (0.0, 0.5):
-        method = gkd.GKDConfig(on_policy_fraction=fraction, mixing=mixing)
+    methods = [gkd.GKDConfig(on_policy_fraction=share, mixing=mixing) for share in (0.0, 0.5)]
+    if mixing == "step":  # the samples of such a row would never have a reward
+        reward = rl.RLConfig(reward=rewards.exact_answer, alpha=0.5)
+        methods.append(gkd.GKDConfig(rl=reward))
+    for method in methods:
         teacher = pretrained.ModelConfig(architecture=small, size="tiny")
         with pytest.raises(ValueError, match=r"data\.jsonl, line 2: expected a target"):
             train.train(

@@ -310,7 +310,8 @@ def compute_metrics(
         The metrics of the task. If the rows have divergences, also `teacher_divergence` in nats:
         the mean over each sequence's tokens, then over sequences (Eq. 2). For several samples of
         each input, also `self_bleu`. For each reward of `evaluation`, its mean under the name of
-        the function, or the numbers that its method `report` returns.
+        the function, or the numbers that its method `report` returns. Rows without a target do not
+        count in a reward that compares texts with targets, as in the metrics of the task.
 
     Raises:
         ValueError: if there are no rows.
@@ -336,10 +337,20 @@ def compute_metrics(
         step = evaluation.num_samples
         groups = [texts[i : i + step] for i in range(0, len(texts), step)]
         values.update(text_metrics.self_bleu(groups))
+    from gkd_jax.evaluation import rewards  # needs seqio, which `bench` and `precompile` do not
+
     for reward in evaluation.rewards:
-        inputs = [text(row.example, "inputs") for row in rows]
-        references = [text(row.example, "targets") for row in rows]
-        scores = rl.rewards_of(reward, inputs, texts, references)
+        scored = rows
+        if rewards.needs_references(reward):
+            pairs = zip(rows, targets, strict=True)
+            scored = [row for row, target in pairs if target is not None]
+            if not scored:
+                continue
+        inputs, references = (
+            [text(row.example, name) for row in scored] for name in ("inputs", "targets")
+        )
+        outputs = [row.prediction for row in scored]
+        scores = rl.rewards_of(reward, inputs, outputs, references)
         report = getattr(reward, "report", None)
         if report is None:
             name = getattr(reward, "__name__", type(reward).__name__).lower()

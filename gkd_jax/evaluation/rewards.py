@@ -8,6 +8,7 @@ import bisect
 from collections.abc import Sequence
 import dataclasses
 import functools
+import inspect
 
 import jax
 import numpy as np
@@ -16,6 +17,7 @@ from gkd_jax import losses, sharding
 from gkd_jax.batch import Batch
 from gkd_jax.input import data, padded_batches
 from gkd_jax.models import lm
+from gkd_jax.rl import Reward
 from gkd_jax.storage import hub, pretrained
 from gkd_jax.text import settings, text_metrics, vocabularies
 from gkd_jax.text.word_vocabulary import EOS_ID
@@ -45,6 +47,12 @@ def rouge2(prompts: Texts, outputs: Texts, references: Texts) -> np.ndarray:
             for output, reference in zip(outputs, references, strict=True)
         ]
     )
+
+
+def needs_references(reward: Reward) -> bool:
+    """Returns whether a reward compares outputs with references, which some rows may not have."""
+    # What gin or a decorator wraps is the same reward.
+    return inspect.unwrap(reward) in map(inspect.unwrap, (exact_answer, rouge2))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

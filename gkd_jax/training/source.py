@@ -5,6 +5,8 @@ This happens before any array exists, so that a mistake is reported at once.
 
 from typing import Any, NamedTuple, NoReturn
 
+from gkd_jax.evaluation import rewards
+from gkd_jax.gkd_config import GKDConfig
 from gkd_jax.input import named_tasks, teacher_cache
 from gkd_jax.storage import content, tokenizer_files, vocabulary_checks
 from gkd_jax.text import vocabularies
@@ -47,8 +49,8 @@ def open_source(
         named_tasks.check_split(task, recipe.data.split)
         named_tasks.check_rows(task, recipe.data.split, check_remote=check_remote)
         named_tasks.check_teacher_inputs(name, task, recipe.data)
-        if recipe.method.uses_targets() and is_read:
-            why = "prompts alone can be trained on only with ON_POLICY_FRACTION=1.0"
+        why = _why_targets(recipe.method)
+        if why is not None and is_read:
             named_tasks.check_targets(task, recipe.data.split, why, check_remote=check_remote)
     num_pieces = vocabulary_checks.shared_pieces(
         vocabulary, recipe.models, pending, check_remote=check_remote
@@ -56,6 +58,15 @@ def open_source(
     cached_k, num_pieces = _check_cache(recipe, vocabulary, num_pieces, pending)
     ends = vocabularies.end_ids(vocabulary) if is_read else ()
     return Source(tasks, vocabulary, num_pieces, cached_k, ends or None, tokenizer)
+
+
+def _why_targets(method: GKDConfig) -> str | None:
+    """Returns why every row needs a target; None if prompts alone can be trained on."""
+    if method.uses_targets():
+        return "prompts alone can be trained on only with ON_POLICY_FRACTION=1.0"
+    if method.rl is not None and rewards.needs_references(method.rl.reward):
+        return "REWARD compares samples with targets (rewards.brevity and your own need none)"
+    return None
 
 
 def _check_cache(
