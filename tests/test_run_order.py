@@ -326,6 +326,14 @@ def test_a_change_on_purpose_is_recorded(run_dir, capfd):
     assert "schedule.learning_rate is 0.5 from here on, not 0.02" in capfd.readouterr().err
 
 
+def test_another_optimizer_is_refused_with_what_to_do_also_on_purpose(run_dir):
+    arguments = options(run_dir, steps=5, optimizer=optimizers.AdamW())
+    before = contents(run_dir)
+    with pytest.raises(ValueError, match="begin in another MODEL_DIR with this one as STUDENT_CH"):
+        train.train(**arguments, allow_changes=["optimizer"])
+    assert contents(run_dir) == before
+
+
 def test_data_that_were_changed_begin_at_their_beginning(run_dir, tmp_path, monkeypatch):
     """Also where the start that changed them ended before its first checkpoint."""
     whole = shutil.copytree(run_dir, tmp_path / "whole")

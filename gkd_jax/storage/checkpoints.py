@@ -331,6 +331,7 @@ def _check_arrays(step: int, stored: Mapping[str, int], target: Any) -> None:
     """Raises ValueError if `stored` fingerprints name other arrays than `target` has."""
     if unexpected := sorted(flatten(target).keys() ^ stored.keys()):
         raise ValueError(
-            f"checkpoint {step} is of another model or optimizer: only one of the two has "
-            f"{', '.join(unexpected[:4])}{' ...' if len(unexpected) > 4 else ''}"
+            f"checkpoint {step} is of another model or optimizer, whose state cannot be continued: "
+            "begin in another MODEL_DIR with this one as STUDENT_CHECKPOINT; only one of the two "
+            f"has {', '.join(unexpected[:4])}{' ...' if len(unexpected) > 4 else ''}"
         )
