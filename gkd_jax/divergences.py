@@ -102,12 +102,14 @@ def jsd(
 
 
 def as_value(divergence: Any) -> Any:
-    """Returns `jsd`, configured by gin or `functools.partial`, as a `JSD` with these settings.
+    """Returns a divergence with settings as a value that shows them when it is printed.
 
-    A `JSD` shows its settings when it is printed. Any other divergence is returned as it is.
+    For `@divergences.NAME` gin gives a class or the function `jsd`, either of which makes such a
+    value when it is called without logits. Any other divergence is returned as it is.
     """
     function = inspect.unwrap(getattr(divergence, "func", divergence))
-    return divergence() if function is inspect.unwrap(jsd) else divergence
+    makes_value = isinstance(function, type) or function is inspect.unwrap(jsd)
+    return divergence() if makes_value else divergence
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

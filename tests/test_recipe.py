@@ -176,7 +176,12 @@ def test_values_that_differ_are_described_otherwise(one, other):
 
 
 def test_the_same_divergence_is_one_value_however_it_is_given():
-    given = (divergences.jsd, functools.partial(divergences.jsd, beta=0.5), divergences.JSD())
+    given = (
+        divergences.jsd,
+        functools.partial(divergences.jsd, beta=0.5),
+        divergences.JSD(),
+        divergences.JSD,
+    )
     found = {json.dumps(settings.describe(gkd.GKDConfig(divergence=d).divergence)) for d in given}
     assert found == {'{"type": "JSD", "beta": 0.5, "scale": "paper"}'}
 
