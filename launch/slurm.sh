@@ -2,7 +2,7 @@
 # Runs gkd-jax on GPUs through SLURM, with one process per GPU (the default) or one per node.
 #
 #   launch/slurm.sh --nodes=2 --gpus_per_node=8 [--per=gpu|node] [--partition=P] [--account=A] \
-#     [--time=24:00:00] [--cpus_per_gpu=8] [--job_name=gkd] [--log=%x-%j.txt] -- \
+#     [--time=24:00:00] [--cpus_per_gpu=8] [--job_name=gkd_jax] [--log=%x-%j.txt] -- \
 #     gkd-jax train --gin_file=gin/gkd.gin --gin.MODEL_DIR=/shared/runs/gkd ...
 #
 # Every process runs the same command with GKD_JAX_DISTRIBUTED=1 and finds the others through the
