@@ -40,9 +40,19 @@ def models(tmp_path, monkeypatch):
         saved_model.write_params(name, CONFIG, params, "a hash", 100 + seed)
 
 
+PAGE = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+SMALL_MODELS, *BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+
+
+def test_the_page_makes_small_models(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(SMALL_MODELS, {})
+    for name in ("student", "teacher"):
+        assert convert.read_config(name) == CONFIG
+
+
 def test_the_page_runs(models, tmp_path):
-    page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
-    code = "\n".join(re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL))
+    code = "\n".join(BLOCKS)
     assert code.count("gkd.update(") == 2
     done = subprocess.run(
         [sys.executable, "-c", code + CHECKS], cwd=tmp_path, capture_output=True, text=True
