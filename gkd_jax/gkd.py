@@ -155,7 +155,10 @@ def _token_values(
     *,
     with_log_probs: bool = False,
 ) -> _TokenValues:
-    """Computes both models' states for all rows, and logits for one part of T at a time."""
+    """Computes the last hidden states for all rows, and logits for one part of T at a time.
+
+    The logits of all positions at once would often be the largest arrays of a step.
+    """
     models, teacher_params, batch, _ = rows
     states = [lm.hidden(models.student, student_params, batch, dropout_key=dropout_key)]
     heads = [lm.head_params(student_params)]
@@ -223,8 +226,8 @@ def sample_log_probs(
     return picked - jax.nn.logsumexp(logits, axis=-1)
 
 
-def of_pieces(logits: Float[Array, "B T V"], num_pieces: int) -> Float[Array, "B T P"]:
-    """Returns the logits of the ids that have a piece; the others only round the embedding up."""
+def of_pieces(logits: Float[Array, "B T V"], num_pieces: int) -> Float[Array, "B T pieces"]:
+    """Returns the logits of the ids that have a piece; an embedding may have further rows."""
     return logits[..., :num_pieces]
 
 
@@ -329,7 +332,7 @@ def update(
     config = learner.config
     lm.check_batch(batch)
     teacher_params = teacher_now(learner, state, teacher_params)
-    _, count = config.reduction(batch.weights, batch.weights)
+    _, count = config.reduction(batch.weights, batch.weights)  # the count needs no losses
     count = jnp.maximum(count, 1.0)  # a batch without any target has loss 0 and gradient 0
     num_tokens = jnp.maximum(jnp.sum(batch.weights), 1.0)
     num_sequences = jnp.maximum(jnp.sum(jnp.any(batch.weights > 0, axis=1)), 1.0)

@@ -24,7 +24,7 @@ from gkd_jax.models import decode_loop, lm, refill
 from gkd_jax.text import settings
 
 
-_BLOCK = 128
+_BLOCK = 128  # ids in a block of the cumulative distribution, see `draw`
 
 
 class SpecialIds(NamedTuple):
@@ -154,8 +154,9 @@ def sample(
         num_samples: the samples of each prompt, which are neighbours in the result. The prompt is
             read once, or with `decode_rows` once for each sample.
         limits: the most tokens of each sequence; None is `max_length` for all.
-        plain: decode all rows to the last token, and read the whole cache at each. The samples are
-            the same but for rounding, and are there to be compared with.
+        plain: keep all rows in the batch until the last one has ended, and read the whole cache at
+            each token. The samples are the same but for rounding. Tests and benchmarks compare the
+            faster way with this one.
         decode_rows: the sequences that are decoded at a time, over all devices; None is all. A
             sequence that ends makes place for the next prompt (`gkd_jax.models.refill`), so that
             the KV cache has this many rows. The samples are the same but for rounding.
@@ -222,7 +223,10 @@ def _check_decode_rows(decode_rows: int, plain: bool, context: Any | None) -> No
 
 
 def _first_rows(key: Key[Array, ""] | None, limits: Int[Array, " B"], length: int) -> _Rows:
-    """Returns the state before the first token, but for the tokens to feed."""
+    """Returns the state before the first token.
+
+    Its `last` is a placeholder: the caller sets the token that the model reads first.
+    """
     empty = jnp.zeros((limits.size, length))
     uniforms = empty  # greedy needs none
     if key is not None:
@@ -239,7 +243,19 @@ def _advance(
     logits: Float[Array, "B V"],
     positions: Int[Array, "#B"],
 ) -> tuple[_Rows, None]:
-    """Draws the next token of each row."""
+    """Draws the next token of each row: the function `decode_loop.Decoding.advance` of sampling.
+
+    Args:
+        sampling: how tokens are drawn.
+        allowed: a mask of the ids that may be drawn.
+        eos_ids: the ids that end a sequence.
+        rows: the state of decoding.
+        logits: the model's logits of the next token.
+        positions: the place of that token in `rows.tokens`, of each row or of all rows together.
+
+    Returns:
+        The next state, and None, because each row continues its own past.
+    """
     here = jnp.arange(rows.tokens.shape[1])[None] == positions[:, None]
     uniforms = jnp.sum(jnp.where(here, rows.uniforms, 0.0), axis=1)
     tokens, log_probs = _choose(jnp.where(allowed[None], logits, -jnp.inf), uniforms, sampling)
@@ -324,24 +340,24 @@ def draw(logits: Float[Array, "B V"], uniforms: Float[Array, " B"]) -> Int[Array
     mass = jnp.pad(mass, padding).reshape(batch_size, blocks, _BLOCK)
     block_sums = jnp.sum(mass, axis=-1)
     cumulative = jnp.cumsum(block_sums, axis=-1)
-    target = uniforms * cumulative[:, -1]
-    block = _first_above(cumulative, block_sums, target)
+    threshold = uniforms * cumulative[:, -1]
+    block = _first_above(cumulative, block_sums, threshold)
     # Each row takes from its own entries. Told so, the compiler leaves rows on their devices.
     before = jnp.take_along_axis(cumulative - block_sums, block[:, None], axis=1)[:, 0]
     inside = jnp.take_along_axis(mass, block[:, None, None], axis=1)[:, 0]
-    index = _first_above(jnp.cumsum(inside, axis=-1), inside, target - before)
+    index = _first_above(jnp.cumsum(inside, axis=-1), inside, threshold - before)
     return (block * _BLOCK + index).astype(jnp.int32)
 
 
 def _first_above(
-    cumulative: Float[Array, "B N"], mass: Float[Array, "B N"], target: Float[Array, " B"]
+    cumulative: Float[Array, "B N"], mass: Float[Array, "B N"], threshold: Float[Array, " B"]
 ) -> Int[Array, " B"]:
-    """Returns the first entry with mass > 0 whose cumulative sum exceeds the target.
+    """Returns the first entry with mass > 0 whose cumulative sum exceeds the threshold.
 
-    Where rounding puts the target at or above the total, it is the last entry that has mass.
+    Where rounding puts the threshold at or above the total, it is the last entry that has mass.
     """
     has_mass = mass > 0
-    hit = has_mass & (cumulative > target[:, None])
+    hit = has_mass & (cumulative > threshold[:, None])
     last = mass.shape[1] - 1 - jnp.argmax(has_mass[:, ::-1], axis=1)
     return jnp.where(jnp.any(hit, axis=1), jnp.argmax(hit, axis=1), last)
 

@@ -1,11 +1,11 @@
 """The loop of every way to decode: one more token of each row, until all rows have ended.
 
-If all rows stayed in the batch, the batch would cost its longest row: with answers of geometric
-lengths, four tokens for each that counts. So the loop halves the batch when half of its rows have
-ended: the rows that go on are gathered into arrays of half the size, and a loop of that shape takes
-over. On a mesh each device gathers from its own rows, and all devices halve together, when the
-device with the most rows left can. `gkd_jax.models.refill` runs the same loop on more prompts than
-rows.
+If all rows stayed in the batch, each row would cost as many tokens as the longest one: with answers
+of geometrically distributed length, about four tokens for each that counts. So the loop halves the
+batch when half of its rows have ended: the rows that go on are gathered into arrays of half the
+size, and a loop of that shape takes over. On a mesh each device gathers from its own rows, and all
+devices halve together, when the device with the most rows left can. `gkd_jax.models.refill` runs
+the same loop on more prompts than rows.
 
 Sampling and beam search give `run` what is theirs: a state, and a function that reads the logits of
 one token of each row and returns the next state. A group is what ends together: one row of a
@@ -28,8 +28,10 @@ from gkd_jax.models import kv_cache, lm
 
 
 _MAX_HALVINGS = 3  # each is one more loop to compile
-_TOKENS_OF_A_LOOP = 32  # of fewer tokens, a loop takes longer to compile than a run gains
-_FEWEST_ROWS = 8  # of a batch; below, a token costs the reading of the weights, not the rows
+# For fewer tokens than these, one more loop takes longer to compile than it saves.
+_TOKENS_OF_A_LOOP = 32
+# With fewer rows than these, a token takes the time of reading the weights, and halving saves none.
+_FEWEST_ROWS = 8
 Advance = Callable[[Any, Float[Array, "N V"], Int[Array, "#N"]], tuple[Any, Any]]
 
 
@@ -102,7 +104,8 @@ def run(decoding: Decoding, state: Any, cache: lm.Cache, *, halves: bool = True)
     """
     num_groups, now = state.ended.shape[0], cache.time
     shards = sharding.row_shards(num_groups)
-    # Where no row ends early, the first loop runs to the last token, and the others never.
+    # If no row ends early, the first loop decodes all tokens (a share of 1 of 1), and the later
+    # loops none (0 of 1). `behind` has each larger state with the groups that left it to go on.
     share, behind = (1, 1), []
     for size in halvings(num_groups, shards, decoding.length) if halves else ():
         state, cache = decode_until(
@@ -134,9 +137,10 @@ def decode_until(
     Args:
         state: the first `State`.
         cache: the cache of its rows.
-        fewest: the most groups of a shard that are left.
+        fewest: the loop stops as soon as each shard has at most this many groups that go on.
         shards: the devices that the groups are spread over.
-        since: a time; `length` tokens after it, all of these rows have ended in any case.
+        since: the cache's time when these rows began. `length` tokens later the loop stops in any
+            case.
         share: how often this loop runs if no row ends early, as in `kv_cache.share_scope`.
     """
 
@@ -169,7 +173,7 @@ def put(tree: Any, taken: Any, rows: Int[Array, "shards n"]) -> Any:
 
 
 def halvings(num_groups: int, shards: int, length: int) -> list[int]:
-    """Returns the groups a shard of each smaller batch, largest first.
+    """Returns how many groups each shard keeps in each smaller batch, the largest batch first.
 
     The whole batch has `num_groups` over all shards, whose rows have at most `length` tokens.
     """
@@ -182,7 +186,7 @@ def halvings(num_groups: int, shards: int, length: int) -> list[int]:
 
 
 def num_left(ended: Bool[Array, " G"], shards: int) -> Int[Array, ""]:
-    """Returns the most groups of one shard that go on."""
+    """Returns the number of groups that have not ended, on the shard that has the most of them."""
     return jnp.max(jnp.sum(~ended.reshape(shards, -1), axis=1))
 
 

@@ -44,6 +44,7 @@ def open_source(
     tasks, vocabulary = named_tasks.open_tasks(
         recipe.data, tokenizer=tokenizer, check_remote=check_remote
     )
+    # A dry run knows no contents of a remote vocabulary.
     is_read = check_remote or not vocabularies.is_remote(vocabulary)
     for name, task in tasks.items():
         named_tasks.check_split(task, recipe.data.split)
@@ -74,7 +75,9 @@ def _check_cache(
 ) -> tuple[int, int]:
     """Checks that the recipe's teacher cache fits the run, if there is one.
 
-    Returns the k of the cache, 0 without one, and the number of ids that the cache shares as well.
+    Returns:
+        k, the number of stored ids per position (0 without a cache), and the number of ids that the
+        vocabulary, the models and the cache share.
 
     Raises:
         ValueError: if the method, the temperature, the vocabulary or the teacher is not that of the
