@@ -6,100 +6,19 @@ classes have different defaults. A key or value that may change what the model c
 gkd_jax does not implement is an error that names the key.
 """
 
+import contextlib
 import dataclasses
 from typing import Any
 
 from gkd_jax.convert import field_values, rope_fields
+from gkd_jax.convert.decoder_families import FAMILIES, Family
 from gkd_jax.convert.rope_fields import LAYER_TYPES
 from gkd_jax.models.decoder_config import DecoderConfig
 from gkd_jax.models.execution import ExecutionSettings
 
 
-_COMMON = {
-    "num_key_value_heads": None,
-    "head_dim": None,
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "rope_theta": 10_000.0,
-    "attention_bias": False,
-    "mlp_bias": False,
-    "sliding_window": None,
-}
-_QWEN = {
-    "vocab_size": 151_936,
-    "hidden_size": 4096,
-    "intermediate_size": 22_016,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "max_position_embeddings": 32_768,
-    "use_sliding_window": False,
-    "sliding_window": 4096,
-    "max_window_layers": 28,
-}
-_GEMMA = {
-    "hidden_size": 2304,
-    "intermediate_size": 9216,
-    "num_hidden_layers": 26,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 256,
-    "hidden_activation": "gelu_pytorch_tanh",
-    "query_pre_attn_scalar": 256,
-    "sliding_window": 4096,
-    "tie_word_embeddings": True,
-}
-_LLAMA = {
-    "vocab_size": 32_000,
-    "hidden_size": 4096,
-    "intermediate_size": 11_008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "max_position_embeddings": 2048,
-}
-# The defaults that each class of transformers has for absent keys.
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {**_COMMON, **_LLAMA},
-    "mistral": {
-        **_COMMON,
-        **_LLAMA,
-        "intermediate_size": 14_336,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 131_072,
-        "sliding_window": 4096,
-    },
-    "qwen2": {**_COMMON, **_QWEN},
-    "qwen3": {**_COMMON, **_QWEN, "head_dim": 128},
-    "gemma2": {
-        **_COMMON,
-        **_GEMMA,
-        "vocab_size": 256_000,
-        "max_position_embeddings": 8192,
-        "attn_logit_softcapping": 50.0,
-        "final_logit_softcapping": 30.0,
-    },
-    "gemma3_text": {
-        **_COMMON,
-        **_GEMMA,
-        "vocab_size": 262_208,
-        "max_position_embeddings": 131_072,
-        "rope_theta": 1_000_000.0,
-        "rope_local_base_freq": 10_000.0,
-        "final_logit_softcapping": None,
-        "sliding_window_pattern": 6,
-    },
-}
 COMPOSITE = "gemma3"  # A Gemma 3 with a vision tower; its `text_config` is a "gemma3_text".
-MODEL_TYPES = (*_DEFAULTS, COMPOSITE)
-_ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "gemma2": "Gemma2ForCausalLM",
-    "gemma3_text": "Gemma3ForCausalLM",
-}
+MODEL_TYPES = (*FAMILIES, COMPOSITE)
 _ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
@@ -118,7 +37,7 @@ _SIZES = {
     "max_position_embeddings": "max_length",
 }
 # The keys that `read` and `rope_fields.read` use.
-_READ = frozenset().union(*_DEFAULTS.values()) | {
+_READ = frozenset().union(*(family.defaults for family in FAMILIES.values())) | {
     *("model_type", "rope_scaling", "rope_parameters", "layer_types"),
     *("original_max_position_embeddings", "attn_logit_softcapping"),
 }
@@ -178,33 +97,31 @@ def read(fields: dict[str, Any]) -> DecoderConfig:
     composite = kind == COMPOSITE
     if composite:
         fields, kind = _text_fields(fields), "gemma3_text"
-    _check_keys(kind, fields)
-    known = {**_DEFAULTS[kind], **fields}
-    gemma = kind.startswith("gemma")
+    family = FAMILIES[kind]
+    _check_keys(family, fields)
+    known = {**family.defaults, **fields}
     sizes = _sizes(known)
-    attention_bias = field_values.switch(known, "attention_bias")
+    out_bias = field_values.switch(known, "attention_bias") and family.attention_bias == "key"
     mlp_bias = field_values.switch(known, "mlp_bias")
     types = _layer_types(kind, known)
     windows = _windows(kind, fields, known, types)
-    ropes, rope_of_layer = rope_fields.read(kind, known, types)
-    activation = field_values.choice(
-        known, "hidden_activation" if gemma else "hidden_act", _ACTIVATIONS
-    )
-    scale = field_values.positive(known, "query_pre_attn_scalar") ** -0.5 if gemma else None
+    ropes, rope_of_layer = rope_fields.read(known, types, two_kinds=family.two_ropes)
+    activation = field_values.choice(known, _activation_key(family), _ACTIVATIONS)
+    scale = field_values.positive(known, "query_pre_attn_scalar") ** -0.5 if family.gemma else None
     attention_softcap = field_values.positive_or_null(known, "attn_logit_softcapping")
     final_softcap = field_values.positive_or_null(known, "final_logit_softcapping")
     return DecoderConfig(
         **sizes,
         activation=_ACTIVATIONS[activation],
-        qkv_bias=kind == "qwen2" or (attention_bias and kind != "mistral"),
-        out_bias=attention_bias and kind not in ("qwen2", "mistral"),
-        mlp_bias=mlp_bias and kind == "llama",
-        qk_norm=kind in ("qwen3", "gemma3_text"),
-        unit_offset=gemma,
-        post_norms=gemma,
-        scale_embedding=gemma,
+        qkv_bias=family.attention_bias == "inputs" or out_bias,
+        out_bias=out_bias,
+        mlp_bias=mlp_bias and family.mlp_bias,
+        qk_norm=family.qk_norm,
+        unit_offset=family.gemma,
+        post_norms=family.gemma,
+        scale_embedding=family.gemma,
         attention_scale=scale,
-        attention_softcap=attention_softcap if kind == "gemma2" else None,
+        attention_softcap=attention_softcap if family.attention_softcap else None,
         # transformers' class for the composite model applies no soft cap to the logits, even if
         # its text_config states one.
         final_softcap=None if composite else final_softcap,
@@ -214,6 +131,10 @@ def read(fields: dict[str, Any]) -> DecoderConfig:
         tie_embeddings=field_values.switch(known, "tie_word_embeddings"),
         layer_norm_epsilon=field_values.positive(known, "rms_norm_eps", below=1.0),
     )
+
+
+def _activation_key(family: Family) -> str:
+    return "hidden_activation" if family.gemma else "hidden_act"
 
 
 def _text_fields(fields: dict[str, Any]) -> dict[str, Any]:
@@ -246,9 +167,9 @@ def _sizes(known: dict[str, Any]) -> dict[str, Any]:
     return {ours: field_values.size(known, theirs) for theirs, ours in _SIZES.items()}
 
 
-def _check_keys(kind: str, fields: dict[str, Any]) -> None:
+def _check_keys(family: Family, fields: dict[str, Any]) -> None:
     """Raises ValueError for a key that may change the logits and that `read` does not handle."""
-    read = _READ if kind.startswith("gemma") else _READ - _GEMMA_ALONE
+    read = _READ if family.gemma else _READ - _GEMMA_ALONE
     for name, value in fields.items():
         if name in _ONLY and value not in _ONLY[name]:
             raise ValueError(f"{name}={value!r} changes the numbers and is not supported")
@@ -265,25 +186,12 @@ def _layer_types(kind: str, known: dict[str, Any]) -> list[str]:
     Without `layer_types`, the types follow from the other keys by the rule of the model's class in
     transformers.
     """
-    num_layers = known["num_hidden_layers"]
-    if kind in ("llama", "mistral"):
-        derived = [LAYER_TYPES[kind == "mistral"]] * num_layers
-    elif kind in ("qwen2", "qwen3"):
-        border = num_layers
-        if field_values.switch(known, "use_sliding_window") and known["sliding_window"] is not None:
-            border = known["max_window_layers"]
-            if type(border) is not int or border < 0:
-                raise ValueError(f"max_window_layers must be an integer from 0, got {border!r}")
-        derived = [LAYER_TYPES[layer >= border] for layer in range(num_layers)]
-    else:
-        pattern = 2
-        if kind == "gemma3_text":
-            pattern = field_values.size(known, "sliding_window_pattern")
-        derived = [LAYER_TYPES[(layer + 1) % pattern != 0] for layer in range(num_layers)]
+    num_layers, where = known["num_hidden_layers"], FAMILIES[kind].windows
     stated = known.get("layer_types")
+    derived = [LAYER_TYPES[slides] for slides in _sliding_layers(kind, known)]
     if stated is None:
         return derived
-    one_type = kind == "llama" or (kind == "mistral" and known["sliding_window"] is not None)
+    one_type = where is None or (where == "all" and known["sliding_window"] is not None)
     if one_type and stated != derived:
         raise ValueError(f"layer_types of {kind} must be {derived}, got {stated!r}")
     if (
@@ -294,7 +202,25 @@ def _layer_types(kind: str, known: dict[str, Any]) -> list[str]:
         raise ValueError(
             f"layer_types must be {num_layers} of {', '.join(LAYER_TYPES)}, got {stated!r}"
         )
-    return derived if kind == "mistral" else stated
+    return derived if where == "all" else stated
+
+
+def _sliding_layers(kind: str, known: dict[str, Any]) -> list[bool]:
+    """Returns for each layer whether it has a window where `layer_types` is absent."""
+    family, layers = FAMILIES[kind], range(known["num_hidden_layers"])
+    if family.windows == "last":
+        border = len(layers)
+        if field_values.switch(known, "use_sliding_window") and known["sliding_window"] is not None:
+            border = known["max_window_layers"]
+            if type(border) is not int or border < 0:
+                raise ValueError(f"max_window_layers must be an integer from 0, got {border!r}")
+        return [layer >= border for layer in layers]
+    if family.windows == "pattern":
+        pattern = 2
+        if "sliding_window_pattern" in family.defaults:
+            pattern = field_values.size(known, "sliding_window_pattern")
+        return [(layer + 1) % pattern != 0 for layer in layers]
+    return [family.windows == "all"] * len(layers)
 
 
 def _windows(
@@ -304,14 +230,14 @@ def _windows(
 
     `known` are the keys of `config.json`, completed with the defaults of the class.
     """
-    window = known["sliding_window"]
-    if kind == "llama":
+    window, where = known["sliding_window"], FAMILIES[kind].windows
+    if where is None:
         if fields.get("sliding_window") is not None:
-            raise ValueError(f"llama has no sliding_window, got {window!r}")
+            raise ValueError(f"{kind} has no sliding_window, got {window!r}")
         return ()
-    if "sliding_attention" not in types or (kind == "mistral" and window is None):
+    if "sliding_attention" not in types or (where == "all" and window is None):
         return ()
-    if kind in ("qwen2", "qwen3") and not known["use_sliding_window"]:
+    if where == "last" and not known["use_sliding_window"]:
         raise ValueError(
             "layer_types has sliding_attention, for which use_sliding_window must be true, got "
             f"{known['use_sliding_window']!r}"
@@ -325,21 +251,14 @@ def _windows(
 
 def _model_type(config: DecoderConfig) -> str:
     """Returns the `model_type` whose class computes this model; raises ValueError if none does."""
-    windows = config.windows
-    if config.unit_offset:
-        kind = "gemma3_text" if config.qk_norm else "gemma2"
-    elif config.qk_norm:
-        kind = "qwen3"
-    elif config.qkv_bias and not config.out_bias:
-        kind = "qwen2"
-    else:
-        kind = "mistral" if windows and all(windows) else "llama"
-    # The guess is right only if reading the written fields gives the same model again.
     # `config.json` does not store the execution settings, so what is read has their defaults.
     settings = dataclasses.asdict(ExecutionSettings())
-    if read(_fields(kind, config)) != dataclasses.replace(config, **settings):
-        raise ValueError(f"no class of transformers has these switches together: {config}")
-    return kind
+    plain = dataclasses.replace(config, **settings)
+    for kind in FAMILIES:
+        with contextlib.suppress(ValueError):  # the fields of another family may contradict it
+            if read(_fields(kind, config)) == plain:
+                return kind
+    raise ValueError(f"no class of transformers has these switches together: {config}")
 
 
 def config_fields(config: DecoderConfig, dtype: str) -> dict[str, Any]:
@@ -352,7 +271,7 @@ def config_fields(config: DecoderConfig, dtype: str) -> dict[str, Any]:
     """
     kind = _model_type(config)
     return {
-        "architectures": [_ARCHITECTURES[kind]],
+        "architectures": [FAMILIES[kind].architecture],
         "model_type": kind,
         "torch_dtype": dtype,
         "use_cache": True,
@@ -365,36 +284,37 @@ def _fields(kind: str, config: DecoderConfig) -> dict[str, Any]:
     """Returns the keys of a `config.json` that decide what a model of type `kind` computes."""
     # Several names may mean one activation; `reversed` makes the first of them the written one.
     names = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}
-    gemma = kind.startswith("gemma")
+    family = FAMILIES[kind]
     fields: dict[str, Any] = {
         "model_type": kind,
         **{theirs: getattr(config, ours) for theirs, ours in _SIZES.items()},
-        "hidden_activation" if gemma else "hidden_act": names[config.activation],
+        _activation_key(family): names[config.activation],
         "rms_norm_eps": config.layer_norm_epsilon,
         "tie_word_embeddings": config.tie_embeddings,
         "attention_dropout": 0.0,
     }
-    if kind in ("llama", "qwen3") or gemma:
+    if family.attention_bias == "key":
         fields["attention_bias"] = config.out_bias
-    if kind == "llama":
+    if family.mlp_bias:
         fields["mlp_bias"] = config.mlp_bias
     window = max(config.windows, default=0) or None
-    if kind != "llama":
+    if family.windows is not None:
         # transformers' Gemma computes the mask of its windows even if no layer has one.
-        fields["sliding_window"] = window or (_GEMMA["sliding_window"] if gemma else None)
+        unused = family.defaults["sliding_window"] if family.gemma else None
+        fields["sliding_window"] = window or unused
     types = [LAYER_TYPES[window > 0] for window in config.windows]
-    if kind in ("qwen2", "qwen3"):
+    if family.windows == "last":
         fields["use_sliding_window"] = window is not None
         sliding = types.index("sliding_attention") if window else config.num_layers
         fields["max_window_layers"] = sliding
-    if kind in ("qwen2", "qwen3", "gemma2", "gemma3_text"):
-        if kind == "gemma3_text":
+    if family.windows in ("last", "pattern"):
+        if family.two_ropes:
             types = [LAYER_TYPES[index] for index in config.rope_of_layer]
         fields["layer_types"] = types or ["full_attention"] * config.num_layers
-    if gemma:
+    if family.gemma:
         scale = config.attention_scale or config.head_dim**-0.5
         fields["query_pre_attn_scalar"] = round(scale**-2)
         fields["final_logit_softcapping"] = config.final_softcap
-        if kind == "gemma2":
+        if family.attention_softcap:
             fields["attn_logit_softcapping"] = config.attention_softcap
-    return {**fields, **rope_fields.write(kind, config)}
+    return {**fields, **rope_fields.write(config, two_kinds=family.two_ropes)}
