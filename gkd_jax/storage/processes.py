@@ -20,12 +20,26 @@ def raise_together(error: Exception | None, elsewhere: Exception) -> None:
         raise error or elsewhere
 
 
+def call_together(call: Callable[[], Any], elsewhere: Exception) -> Any:
+    """Returns the result of a call; if the call fails in one process, all processes raise.
+
+    A process in which the call does not fail raises `elsewhere`.
+    """
+    result = error = None
+    try:
+        result = call()
+    except Exception as found:
+        error = found
+    raise_together(error, elsewhere)
+    return result
+
+
 def on_first_process(check: Callable[..., None], *arguments: Any) -> None:
     """Runs a check on the first process, which alone writes; if it fails, all processes raise."""
-    error = None
-    if jax.process_index() == 0:
-        try:
+
+    def check_here() -> None:
+        if jax.process_index() == 0:
             check(*arguments)
-        except Exception as found:
-            error = found
-    raise_together(error, ValueError("the first process refuses to go on: see its message"))
+
+    elsewhere = ValueError("the first process refuses to go on: see its message")
+    call_together(check_here, elsewhere)

@@ -121,14 +121,8 @@ class Rollouts:
             return rows
         if not self._is_sharded:
             return self._cache.attach(rows)
-        error = None
-        try:
-            rows = self._cache.attach(rows)
-        except ValueError as found:
-            error = found
         elsewhere = ValueError("the teacher cache lacks a row that another process reads")
-        processes.raise_together(error, elsewhere)
-        return rows
+        return processes.call_together(functools.partial(self._cache.attach, rows), elsewhere)
 
     def _with_rewards(self, rollout: Rollout) -> Rollout:
         """Returns a rollout with the rewards of its samples, if it has any and the run a reward.

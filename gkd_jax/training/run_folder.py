@@ -224,15 +224,8 @@ def _first_batch(stream: streams.TrainIterator) -> Batch:
     With `shard_by_process`, only some processes may have no examples. All of them raise then, so
     that none waits for a process that has ended.
     """
-    batch = error = None
-    try:
-        batch = stream.peek()
-    except Exception as found:
-        error = found
     elsewhere = ValueError("another process cannot read its first batch: see its message")
-    processes.raise_together(error, elsewhere)
-    assert batch is not None
-    return batch
+    return processes.call_together(stream.peek, elsewhere)
 
 
 def _is_of_data(change: Mapping[str, Any]) -> bool:
