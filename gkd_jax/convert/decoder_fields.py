@@ -105,7 +105,7 @@ def read(fields: dict[str, Any]) -> DecoderConfig:
     mlp_bias = field_values.switch(known, "mlp_bias")
     types = _layer_types(kind, known)
     windows = _windows(kind, fields, known, types)
-    ropes, rope_of_layer = rope_fields.read(known, types, two_kinds=family.two_ropes)
+    ropes, rope_of_layer = rope_fields.read(known, types, two_ropes=family.two_ropes)
     activation = field_values.choice(known, _activation_key(family), _ACTIVATIONS)
     scale = field_values.positive(known, "query_pre_attn_scalar") ** -0.5 if family.gemma else None
     attention_softcap = field_values.positive_or_null(known, "attn_logit_softcapping")
@@ -317,4 +317,4 @@ def _fields(kind: str, config: DecoderConfig) -> dict[str, Any]:
         fields["final_logit_softcapping"] = config.final_softcap
         if family.attention_softcap:
             fields["attn_logit_softcapping"] = config.attention_softcap
-    return {**fields, **rope_fields.write(config, two_kinds=family.two_ropes)}
+    return {**fields, **rope_fields.write(config, two_ropes=family.two_ropes)}

@@ -25,19 +25,19 @@ _ROPE_KEYS = frozenset(
 
 
 def read(
-    known: dict[str, Any], types: list[str], *, two_kinds: bool
+    known: dict[str, Any], types: list[str], *, two_ropes: bool
 ) -> tuple[tuple[Rope, ...], tuple[int, ...]]:
     """Returns the values of `DecoderConfig.ropes` and `DecoderConfig.rope_of_layer`.
 
     Args:
         known: the keys of the `config.json`, completed with the defaults of the model's class.
         types: the type of each layer, one of `LAYER_TYPES`.
-        two_kinds: whether each type of layers has rotary embeddings of its own, as in Gemma 3.
+        two_ropes: whether each type of layers has rotary embeddings of its own, as in Gemma 3.
 
     Raises:
         ValueError: if a key is unknown or missing, or has a value that is not supported.
     """
-    if not two_kinds:
+    if not two_ropes:
         stated = known.get("rope_scaling") or known.get("rope_parameters") or {}
         return (_rope(stated, "rope_theta", known),), ()
     stated = _object(known.get("rope_parameters") or {}, "rope_parameters")
@@ -140,13 +140,13 @@ def _attention_factor(given: dict[str, Any], factor: float) -> float:
 # Writing ------------------------------------------------------------------------------------------
 
 
-def write(config: DecoderConfig, *, two_kinds: bool) -> dict[str, Any]:
+def write(config: DecoderConfig, *, two_ropes: bool) -> dict[str, Any]:
     """Returns the keys of a `config.json` that describe the rotary embeddings of a model (`read`).
 
     transformers 4 reads `rope_theta` and `rope_scaling`. transformers 5 reads `rope_parameters`, or
     the older keys.
     """
-    if two_kinds:
+    if two_ropes:
         full, sliding = config.ropes[0], config.ropes[-1]
         both = {"full_attention": _rope_keys(full), "sliding_attention": _rope_keys(sliding)}
         old: dict[str, Any] = {"rope_theta": full.theta, "rope_local_base_freq": sliding.theta}

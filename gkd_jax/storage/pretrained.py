@@ -331,18 +331,18 @@ def initial_params(
     """
     where = jax.tree.map(lambda x: x.sharding, target)
 
-    def first_as(**settings: str) -> lm.Params:
-        """Returns the parameters of the model with other settings."""
-        other = dataclasses.replace(model, **settings)
+    def loaded_with(**changes: str) -> lm.Params:
+        """Returns the parameters of the model with some other settings."""
+        other = dataclasses.replace(model, **changes)
         shapes = frozen_shapes(other, config, jax.tree.leaves(where)[0].mesh)
         return initial_params(other, config, shapes, key, name)
 
-    # On the devices the parameters are checked and cast, then they are moved to the host.
+    # The parameters are checked and cast on the devices before they are moved to the host.
     if model.memory == "host":
-        return jax.device_put(first_as(memory="device"), where)
+        return jax.device_put(loaded_with(memory="device"), where)
     if model.param_dtype == "int8":
         quantize = jax.jit(quantized.quantize, out_shardings=where, donate_argnums=0)
-        return quantize(first_as(param_dtype="float32"))
+        return quantize(loaded_with(param_dtype="float32"))
     if model.checkpoint is not None:
         params = loading.load_params(model.checkpoint, target, config)
         # Linux reports ru_maxrss in KiB.
