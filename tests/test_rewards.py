@@ -125,9 +125,21 @@ def test_rows_without_a_target_do_not_count_in_a_reward_that_compares(tmp_path):
     def exact_answer(*texts):
         return rewards.exact_answer(*texts)
 
-    chosen = (rewards.rouge2, exact_answer, rewards.Brevity(limit=2))
+    @rewards.compares
+    def of_a_user(prompts, outputs, references):
+        assert all(references)
+        return rewards.exact_answer(prompts, outputs, references)
+
+    class Whole:
+        compares_with_references = True
+
+        def __call__(self, prompts, outputs, references):
+            return np.array([float(a == b) for a, b in zip(outputs, references, strict=True)])
+
+    chosen = (rewards.rouge2, exact_answer, of_a_user, Whole(), rewards.Brevity(limit=2))
     settings = evaluate.EvalConfig(rewards=chosen)
     expected = {"exact_match": 100.0, "rouge2": 1.0, "exact_answer": 0.5, "brevity": -4 / 3}
+    expected |= {"of_a_user": 0.5, "whole": 1.0}
     assert evaluate.compute_metrics(task, rows, settings) == pytest.approx(expected)
     none = evaluate.compute_metrics(task, rows[1:2], settings)
     assert none == {"brevity": -1.0}

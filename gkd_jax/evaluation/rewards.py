@@ -8,7 +8,6 @@ import bisect
 from collections.abc import Sequence
 import dataclasses
 import functools
-import inspect
 
 import jax
 import numpy as np
@@ -26,6 +25,16 @@ from gkd_jax.text.word_vocabulary import EOS_ID
 Texts = Sequence[str]
 
 
+def compares(reward: Reward) -> Reward:
+    """Marks a reward that compares outputs with references, of which some rows may have none.
+
+    The mark is the attribute `compares_with_references`, which a class of rewards may have, too.
+    """
+    vars(reward)["compares_with_references"] = True
+    return reward
+
+
+@compares
 def exact_answer(prompts: Texts, outputs: Texts, references: Texts) -> np.ndarray:
     """Returns 1 if the number after `The answer is` equals that of the reference, else 0."""
     del prompts
@@ -38,6 +47,7 @@ def exact_answer(prompts: Texts, outputs: Texts, references: Texts) -> np.ndarra
     )
 
 
+@compares
 def rouge2(prompts: Texts, outputs: Texts, references: Texts) -> np.ndarray:
     """Returns the ROUGE-2 F1 of each output with its reference, from 0 to 1."""
     del prompts
@@ -50,9 +60,9 @@ def rouge2(prompts: Texts, outputs: Texts, references: Texts) -> np.ndarray:
 
 
 def needs_references(reward: Reward) -> bool:
-    """Returns whether a reward compares outputs with references, which some rows may not have."""
-    # What gin or a decorator wraps is the same reward.
-    return inspect.unwrap(reward) in map(inspect.unwrap, (exact_answer, rouge2))
+    """Returns whether a reward has the mark of `compares`."""
+    # What gin or a decorator wraps has the attributes of the function, by functools.wraps.
+    return getattr(reward, "compares_with_references", False)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -66,7 +66,7 @@ def _why_targets(method: GKDConfig) -> str | None:
     if method.uses_targets():
         return "prompts alone can be trained on only with ON_POLICY_FRACTION=1.0"
     if method.rl is not None and rewards.needs_references(method.rl.reward):
-        return "REWARD compares samples with targets (rewards.brevity and your own need none)"
+        return "REWARD compares samples with targets (rewards.brevity needs none)"
     return None
 
 
