@@ -4,8 +4,12 @@ import atexit
 import os
 import signal
 import sys
+import threading
 
 from gkd_jax.main import main
+
+
+_WAIT_FOR_OTHERS_S = 20.0
 
 
 def program() -> None:
@@ -23,9 +27,25 @@ def program() -> None:
         status[0] = 0
     except SystemExit as ending:
         status[0] = ending.code if isinstance(ending.code, int) else int(ending.code is not None)
+        if status[0] in (1, 2):
+            _wait_no_longer(status[0])
         raise
     finally:  # Ctrl-C while Python itself ends would print a traceback, and end nothing
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _wait_no_longer(status: int) -> None:
+    """Lets a process that failed wait for the other processes of its job for a short time only.
+
+    JAX waits at the end until all processes have come to their end, for at most five minutes, and
+    then aborts. If this process failed alone, the others wait for it in the meantime. When it is
+    gone, JAX's coordination service ends them.
+    """
+    jax = sys.modules.get("jax")
+    if jax is not None and jax.distributed.is_initialized():
+        timer = threading.Timer(_WAIT_FOR_OTHERS_S, _end, [status])
+        timer.daemon = True
+        timer.start()
 
 
 def _end(status: int) -> None:

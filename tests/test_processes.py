@@ -15,7 +15,8 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 import pytest
-from small_runs import LENGTHS
+from small_runs import LENGTHS, write_decoder
+import small_tokenizers
 
 import gin
 from gkd_jax import main, sharding
@@ -361,6 +362,35 @@ def test_a_row_that_one_process_finds_in_no_cache_ends_both_at_once(tmp_path):
     assert codes == [2, 2], texts
     assert "lacks a row of the training data: inputs" in texts[0]
     assert "lacks a row that another process reads" in texts[1]
+
+
+@pytest.mark.slow
+def test_an_error_of_one_process_alone_ends_both(tmp_path):
+    """Only the second process reads the row with a token that the teacher's tokenizer lacks."""
+    tokenizer = small_tokenizers.train("qwen")
+    for seed, name in enumerate(("student", "teacher")):
+        write_decoder(tmp_path / name, tokenizer, tokenizer.get_vocab_size(), seed)
+    stored = tmp_path / "teacher" / "tokenizer.json"
+    content = json.loads(stored.read_text())
+    content["added_tokens"] = [x for x in content["added_tokens"] if "think" not in x["content"]]
+    stored.write_text(json.dumps(content))
+    rows = [{"inputs": f"{number} + 1", "targets": "eggs"} for number in range(41)]
+    rows[7]["targets"] = "<think>"
+    lines = map(json.dumps, rows)
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    flags = [
+        f"--gin.MIXTURE_OR_TASK_NAME='{tmp_path / 'data.jsonl'}'",
+        f"--gin.STUDENT_CHECKPOINT='{tmp_path / 'student'}'",
+        f"--gin.TEACHER_CHECKPOINT='{tmp_path / 'teacher'}'",
+        "--gin.STUDENT_SIZE=None",
+        "--gin.TEACHER_SIZE=None",
+        "--gin.TRAIN_STEPS=100000",
+        "--gin.EVAL_NUM_EXAMPLES=0",
+    ]
+    codes, texts = statuses(start(tmp_path / "run", SHARDED, *flags))
+    assert codes[1] == 2, texts
+    assert codes[0] != 0
+    assert "leave texts with this token out" in texts[1]
 
 
 @pytest.mark.slow
