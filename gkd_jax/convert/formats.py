@@ -32,7 +32,7 @@ def detect(path: str) -> Format:
         raise NotADirectoryError(f"no checkpoint at {path!r}: it is a file, not a folder{gguf}")
     if not folder.is_dir():
         raise FileNotFoundError(f"no checkpoint at {path!r}: there is no such file or folder")
-    if _is_step(folder) or any(map(_is_step, folder.glob("checkpoints/*"))):
+    if is_step(folder) or any(map(is_step, folder.glob("checkpoints/*"))):
         return "gkd"
     # Even beside a whole model: transformers would add the adapter to it.
     if (folder / "adapter_config.json").is_file():
@@ -52,7 +52,8 @@ def detect(path: str) -> Format:
     raise ValueError(f"{path} is no known checkpoint. {_hint(folder, weights)}")
 
 
-def _is_step(folder: epath.Path) -> bool:
+def is_step(folder: epath.Path) -> bool:
+    """Returns whether a folder is a step of gkd_jax, with its parameters and their description."""
     return (folder / "params").is_dir() and (folder / "model").is_dir()
 
 
@@ -77,7 +78,7 @@ def _hint(folder: epath.Path, weights: list[str]) -> str:
         return "It has config.json but no model.safetensors or model.safetensors.index.json"
     if (folder / "checkpoints").is_dir():
         return "It is a MODEL_DIR whose checkpoints/ holds no complete step yet"
-    if own := sorted(child.name for child in folder.iterdir() if _is_step(child)):
+    if own := sorted(child.name for child in folder.iterdir() if is_step(child)):
         return f"It contains the steps {', '.join(own[:5])} of a run: give one of these folders"
     begins = ("checkpoint_", "checkpoint-")  # T5X's steps, and those of transformers' Trainer
     steps = sorted(child.name for child in folder.iterdir() if child.name.startswith(begins))

@@ -62,7 +62,10 @@ def convert_checkpoint(
     opened = _Source(source, config, step_folder, about, tokenizer_files.find(source))
     if to == "t5x":
         convert.check_t5x(config)
-    step = _step_of(source) if step is None else step
+    if step is None:
+        name = (step_folder or epath.Path(source)).name
+        match = re.fullmatch(r"(?:checkpoint_)?(\d+)", name)
+        step = int(match[1]) if match else 0
     if opened.step_folder is None:
         convert.check_arrays(source, config)
     if to == "hf":
@@ -139,10 +142,3 @@ def _write_own(output: str, source: _Source, params: lm.Params) -> None:
     saved_model.write_params(output, source.config, params, vocabulary, num_pieces, more)
     if source.tokenizer is not None:
         tokenizer_files.copy(source.tokenizer, epath.Path(output))
-
-
-def _step_of(source: str) -> int:
-    """Returns the step in the name of a checkpoint's folder; 0 if the name has no step."""
-    name = (saved_model.find_step(source) or epath.Path(source)).name
-    match = re.fullmatch(r"(?:checkpoint_)?(\d+)", name)
-    return int(match[1]) if match else 0

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from gkd_jax.convert import formats
 from gkd_jax.models import lm
 from gkd_jax.models.parameters import flatten
 from gkd_jax.storage import fingerprints
@@ -65,7 +66,7 @@ def describe_model(
 def find_step(path: str) -> epath.Path | None:
     """Returns `path` if it is a step folder, the newest step folder of a MODEL_DIR, else None."""
     folder = epath.Path(path)
-    if (folder / "params").is_dir() and (folder / "model").is_dir():
+    if formats.is_step(folder):
         return folder
     steps = saved_steps(path)
     return folder / FOLDER / str(steps[-1]) if steps else None
