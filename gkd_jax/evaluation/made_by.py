@@ -140,11 +140,11 @@ def _changes(before: dict[str, Any], about: dict[str, Any], unread: Sequence[str
         f"{name} {_short(before.get(name))} -> {_short(about.get(name))}"
         for name in [*about, *sorted(before.keys() - about.keys())]
         if name not in unread and _CONTENT_OF.get(name) not in unread
-        if before.get(name) != about.get(name) and not _lies_elsewhere(name, before, about)
+        if before.get(name) != about.get(name) and not _has_same_content(name, before, about)
     )
 
 
-def _lies_elsewhere(name: str, before: dict[str, Any], about: dict[str, Any]) -> bool:
+def _has_same_content(name: str, before: dict[str, Any], about: dict[str, Any]) -> bool:
     """Returns whether the content that a field names is known and unchanged."""
     content = _CONTENT_OF.get(name, "")
     return about.get(content) is not None and about[content] == before.get(content)

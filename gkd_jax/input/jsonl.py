@@ -81,11 +81,11 @@ def task_name(path: str | os.PathLike) -> str:
 
 def _splits(path: str, eval_fraction: float | None, check_remote: bool) -> dict[str, str]:
     """Returns the file of each split; the split that is held out has the training file."""
-    folder, _ = task_names.split(path)
+    where, _ = task_names.split(path)
     if files.is_remote(path) and not check_remote:
-        is_file = folder.endswith(task_names.ENDINGS)
-        return {split: folder if is_file else f"{folder}/{split}.jsonl" for split in SPLITS}
-    found = find_splits(folder)
+        is_file = where.endswith(task_names.ENDINGS)
+        return {split: where if is_file else f"{where}/{split}.jsonl" for split in SPLITS}
+    found = find_splits(where)
     if eval_fraction is None:
         return found
     if "train" not in found or "validation" in found:

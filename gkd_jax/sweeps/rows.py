@@ -294,11 +294,11 @@ def expand(rows: Sequence[Row], extra: Sequence[str] = ()) -> list[Run]:
     """Returns the runs of rows that are `in_order`, with the flags `extra` in every command."""
     for row in rows:
         _check_macros(row)
-    places = {row.name: _places(row) for row in rows}
+    choices = {row.name: _choices(row) for row in rows}
     runs = {}
     for row in rows:
-        for place in places[row.name]:
-            run = _run(row, place, places, extra)
+        for choice in choices[row.name]:
+            run = _run(row, choice, choices, extra)
             if run.name in runs:
                 raise ValueError(f"two runs would have the folder {run.name!r}: rename a row")
             runs[run.name] = run
@@ -316,26 +316,28 @@ def _check_macros(row: Row) -> None:
             raise ValueError(f"row {row.name!r}: the axes {axis!r} and {other!r} both set {macro}")
 
 
-Place = dict[str, Point]  # one point of each axis, by the axis
+Choice = dict[str, Point]  # one point of each axis of a row, by the name of the axis
 
 
-def _places(row: Row) -> list[Place]:
+def _choices(row: Row) -> list[Choice]:
     combinations = itertools.product(*row.axes.values())
     return [dict(zip(row.axes, points, strict=True)) for points in combinations]
 
 
-def _run_name(row: str, place: Place) -> str:
-    return "-".join([row, *(f"{axis}={point.label}" for axis, point in place.items())])
+def _run_name(row: str, choice: Choice) -> str:
+    return "-".join([row, *(f"{axis}={point.label}" for axis, point in choice.items())])
 
 
-def _run(row: Row, place: Place, places: Mapping[str, list[Place]], extra: Sequence[str]) -> Run:
-    name = _run_name(row.name, place)
-    folders = {need: _needed(row, place, need, places[need]) for need in row.needs()}
+def _run(
+    row: Row, choice: Choice, choices: Mapping[str, list[Choice]], extra: Sequence[str]
+) -> Run:
+    name = _run_name(row.name, choice)
+    folders = {need: _needed(row, choice, need, choices[need]) for need in row.needs()}
     folders[row.name] = name
     macro, file = OUTPUT_MACROS[row.command]
     macros = {
         **row.macros,
-        **{m: v for point in place.values() for m, v in point.macros.items()},
+        **{m: v for point in choice.values() for m, v in point.macros.items()},
         macro: f"'{os.path.join(f'{{{row.name}}}', file).rstrip('/')}'",
     }
     arguments = [
@@ -351,9 +353,9 @@ def _run(row: Row, place: Place, places: Mapping[str, list[Place]], extra: Seque
     return Run(name=name, arguments=tuple(arguments), needs=needs)
 
 
-def _needed(row: Row, place: Place, need: str, candidates: list[Place]) -> str:
+def _needed(row: Row, choice: Choice, need: str, candidates: list[Choice]) -> str:
     """Returns the name of the run of the row `need` that agrees on the axes that both rows have."""
-    here = {axis: point.label for axis, point in place.items()}
+    here = {axis: point.label for axis, point in choice.items()}
     for axis in candidates[0]:
         if axis not in here:
             raise ValueError(

@@ -44,7 +44,7 @@ import sys
 
 from gkd_jax.sweeps import folders, rows
 from gkd_jax.sweeps.execution import Execution
-from gkd_jax.sweeps.rows import Row, Run
+from gkd_jax.sweeps.rows import Row
 from gkd_jax.text import files
 
 
@@ -100,7 +100,9 @@ def sweep(options: Options) -> int:
             aside = folders.put_aside(root / name)
             print(f"{name}: {changed[name]}; put aside as {aside}", file=sys.stderr)
     if options.only_print:
-        _print_commands(runs, done, program, root)
+        for run in runs:
+            if run.name not in done:
+                print(shlex.join([*program, *run.command(str(root))]))
         return 0
     if done:
         print(f"skipped, done before: {', '.join(sorted(done))}", file=sys.stderr)
@@ -156,11 +158,3 @@ def _lock(root: pathlib.Path) -> int:
             f"another sweep, or a run of one that was killed, works on {root}"
         ) from None
     return descriptor
-
-
-def _print_commands(
-    runs: Sequence[Run], done: set[str], program: Sequence[str], root: pathlib.Path
-) -> None:
-    for run in runs:
-        if run.name not in done:
-            print(shlex.join([*program, *run.command(str(root))]))
