@@ -9,7 +9,7 @@ import threading
 from gkd_jax.main import main
 
 
-_WAIT_FOR_OTHERS_S = 20.0
+_WAIT_FOR_OTHERS_S = 20.0  # seconds in which processes that fail together all come to their end
 
 
 def program() -> None:
@@ -27,7 +27,7 @@ def program() -> None:
         status[0] = 0
     except SystemExit as ending:
         status[0] = ending.code if isinstance(ending.code, int) else int(ending.code is not None)
-        if status[0] in (1, 2):
+        if status[0] in (1, 2):  # an error; a signal has another status and ends all processes
             _wait_no_longer(status[0])
         raise
     finally:  # Ctrl-C while Python itself ends would print a traceback, and end nothing
