@@ -564,6 +564,10 @@ def test_seqkd_is_told_by_what_made_its_targets(tmp_path):
             {"divergence": "reverse_kl", "on_policy_fraction": {"type": "Linear", "end": 1.0}},
             "GKD, RKL, λ = Linear(end=1)",
         ),
+        (
+            {"divergence": {"function": "mine.skewed", "by": 0.1}, "on_policy_fraction": 1},
+            "On-policy GKD, mine.skewed(by=0.1)",
+        ),
         ({"divergence": JSD_09, "rl": {"alpha": 0.1}}, "RL + GKD, JSD(0.9)"),
         ({"divergence": JSD_09, "rl": {"alpha": 0}}, "RL"),
     ],

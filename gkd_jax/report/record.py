@@ -288,8 +288,10 @@ def divergence_name(divergence: str) -> str:
 def said(value: Any) -> str:
     """A recipe's value in words: {"type": "Linear", "warmup": 2} -> "Linear(warmup=2)"."""
     if isinstance(value, Mapping):
-        inside = ", ".join(f"{key}={said(one)}" for key, one in value.items() if key != "type")
-        return f"{value.get('type', '')}({inside})"
+        names = ("type", "function")  # of a dataclass, and of a function with values of its own
+        name = next((value[key] for key in names if key in value), "")
+        inside = ", ".join(f"{key}={said(one)}" for key, one in value.items() if key not in names)
+        return f"{name}({inside})"
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "none"}[value]
     if isinstance(value, int):
