@@ -254,6 +254,15 @@ def test_wrong_configurations_end_with_status_2_and_one_line(override, tmp_path,
     assert not (tmp_path / "run").exists()
 
 
+def test_a_module_that_is_not_found_is_named_with_where_python_looks(tmp_path, capfd):
+    recipe = tmp_path / "own.gin"
+    recipe.write_text("from __gin__ import dynamic_registration\nimport no_such_module\n")
+    assert run("train", f"--gin_file={recipe}", "--dry_run") == 2
+    error = capfd.readouterr().err
+    assert "own.gin: No module named 'no_such_module'; Python finds a module of your own" in error
+    assert "PYTHONPATH" in error
+
+
 # In a process of its own: here, signatures are checked before a configuration can speak.
 _TYPES = """
 import sys

@@ -89,8 +89,11 @@ def parse(
 
 
 def _rejected(error: Exception) -> str:
-    """Returns why gin rejects a binding; for an unknown name, which known name is the nearest."""
+    """Returns why gin rejects a file or a binding; for an unknown name, the nearest known one."""
     message = one_message(error)
+    unknown = re.match(r"No module named '[\w.]+'", message)
+    if unknown:
+        return f"{unknown[0]}; Python finds a module of your own in the folders of PYTHONPATH"
     unknown = re.search(r"Configurable '([\w.]+)' doesn't have a parameter named '(\w+)'", message)
     if unknown:
         owner, name = unknown.groups()
