@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import sys
 import traceback
 
+import gkd_jax
 from gkd_jax.command_line import flags
 from gkd_jax.command_line.flags import UsageError
 
@@ -54,9 +55,13 @@ def _main(arguments: list[str]) -> None:
         print(flags.USAGE)
         return
     command, *rest = arguments
+    if getattr(gkd_jax, "__file__", None) is None:
+        found = next(iter(gkd_jax.__path__))
+        raise UsageError(
+            f"Python takes the folder {found!r} for the package gkd_jax: start it elsewhere "
+            "than in the folder above, and leave that out of PYTHONPATH"
+        )
     if command == "--version":
-        import gkd_jax
-
         print(gkd_jax.__version__)
         return
     if command not in flags.COMMANDS:

@@ -11,6 +11,10 @@ fail() {
   exit 2
 }
 
+unknown_flag() {
+  fail "unknown flag '$1': write --FLAG=VALUE; the command to start stands behind --; --help lists the flags"
+}
+
 # Checks the value $2 of the flag $1.
 check_positive() {
   [[ "$2" =~ ^[1-9][0-9]*$ ]] || fail "$1 must be positive, got '$2'"

@@ -39,7 +39,7 @@ while [[ $# -gt 0 ]]; do
     --dry_run) dry_run=1 ;;
     --help | -h) usage; exit 0 ;;
     --) shift; command=("$@"); break ;;
-    *) fail "unknown flag '$1'" ;;
+    *) unknown_flag "$1" ;;
   esac
   shift
 done

@@ -158,6 +158,27 @@ def test_help_names_every_flag_and_an_example_that_parses(command):
         assert "STUDENT_SIZE or STUDENT_CHECKPOINT" in text
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("--gin_files=x", "no flag --gin_files (did you mean 'gin_file'?)"),
+        ("--BATCH_SIZE=8", "no flag --BATCH_SIZE; a setting is written as --gin.BATCH_SIZE=VALUE"),
+    ],
+)
+def test_an_unknown_flag_is_answered_with_one_way_to_write_it(given, words):
+    with pytest.raises(flags.UsageError) as error:
+        flags.parse("train", [given])
+    assert str(error.value) == f"train has {words}"
+
+
+def test_a_folder_that_python_takes_for_the_package_is_named(tmp_path):
+    (tmp_path / "gkd_jax").mkdir()  # a clone: Python finds it before what `pip install -e` added
+    command = [sys.executable, "-c", "from gkd_jax.main import main; main(['recipes'])"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert f"takes the folder '{tmp_path}/gkd_jax' for the package" in done.stderr
+
+
 def test_recipes_lists_every_gin_file_that_runs_with_one_line(capsys, tmp_path, monkeypatch):
     main.main(["recipes"])
     listed = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())

@@ -223,6 +223,7 @@ def test_local_dry_run_prints_runnable_commands(tmp_path):
         (["tpu_vm.sh", "create", *TPU], "--accelerator_type"),
         (["tpu_vm.sh", "run", *TPU], "-- COMMAND"),
         (["tpu_vm.sh", "run", *TPU, "gkd-jax"], "unknown flag 'gkd-jax'"),
+        (["tpu_vm.sh", "create", "--name", "gkd"], "unknown flag '--name': write --FLAG=VALUE"),
         (["tpu_vm.sh", "create", *TPU, "--num_slices=two"], "'two'"),
         (["gke_xpk.sh", "--cluster=c", "--workload=w", "--tpu_type=t"], "docker_image"),
         (["slurm.sh", "--nodes=2", "--", "x"], "--gpus_per_node"),

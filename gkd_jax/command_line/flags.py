@@ -194,11 +194,13 @@ def parse(command: str, arguments: Iterable[str]) -> tuple[Any, list[tuple[str, 
             others.append(argument)
     try:
         extra = values(["gkd-jax", *others])[1:]
+    except flags.UnrecognizedFlagError as error:
+        advice = suggestion(error.flagname, values)
+        if not advice and COMMANDS[command].reads_gin:
+            advice = f"; a setting is written as --gin.{error.flagname.upper()}=VALUE"
+        raise UsageError(f"{command} has no flag --{error.flagname}{advice}") from None
     except flags.Error as error:
-        message = f"{command}: {error}"
-        if isinstance(error, flags.UnrecognizedFlagError) and COMMANDS[command].reads_gin:
-            message += f"; a setting is written as --gin.{error.flagname.upper()}=VALUE"
-        raise UsageError(message) from None
+        raise UsageError(f"{command}: {error}") from None
     for name in _PATHS & {*values}:  # a shell expands no `~` behind the `=` of a flag
         given = values[name].value
         if given:
