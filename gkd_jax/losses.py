@@ -25,8 +25,9 @@ def sequence_mean(values: Float[Array, "B T"], weights: Float[Array, "B T"]) -> 
         sequence without weight (a row that pads the last batch) is not counted.
     """
     lengths = jnp.sum(weights, axis=1)
-    sums = jnp.sum(_masked(values, weights), axis=1)
-    return jnp.sum(sums / jnp.maximum(lengths, 1.0)), jnp.sum(jnp.where(lengths > 0, 1.0, 0.0))
+    has_weight = lengths > 0
+    means = jnp.sum(_masked(values, weights), axis=1) / jnp.where(has_weight, lengths, 1.0)
+    return jnp.sum(means), jnp.sum(jnp.where(has_weight, 1.0, 0.0))
 
 
 def token_mean(values: Float[Array, "B T"], weights: Float[Array, "B T"]) -> SumAndCount:

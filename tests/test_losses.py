@@ -39,6 +39,20 @@ def test_against_a_plain_loop(reduction):
     np.testing.assert_allclose(got, _loop(reduction, values, LENGTHS), rtol=1e-6)
 
 
+@pytest.mark.parametrize("length", [2, 6])
+def test_weights_may_be_fractions(length):
+    """The weights of a row of two tokens sum to less than 1."""
+    rng = np.random.default_rng(4)
+    values = rng.gamma(2.0, size=(5, length)).astype(np.float32)
+    weights = rng.uniform(0.1, 0.45, (5, length)).astype(np.float32)
+    weights[1] = 0.0
+    means = [np.average(v, weights=w) for v, w in zip(values, weights, strict=True) if w.any()]
+    total, count = losses.sequence_mean(jnp.asarray(values), jnp.asarray(weights))
+    np.testing.assert_allclose(total / count, np.mean(means), rtol=1e-6)
+    total, count = losses.token_mean(jnp.asarray(values), jnp.asarray(weights))
+    np.testing.assert_allclose(total / count, np.average(values, weights=weights), rtol=1e-6)
+
+
 def test_counts():
     values, weights = _values_and_weights()
     assert losses.sequence_mean(jnp.asarray(values), jnp.asarray(weights))[1] == 4
