@@ -131,5 +131,5 @@ def policy_loss(
             f"advantages must be one number for each of the {weights.shape[0]} sequences, got the "
             f"shape {np.shape(advantages)}"
         )
-    log_q = jnp.sum(jnp.where(weights > 0, log_probs, 0.0) * weights, axis=1)
+    log_q = jnp.sum(jnp.where(weights > 0, log_probs, 0.0), axis=1)
     return -jnp.sum(advantages * log_q)
