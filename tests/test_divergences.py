@@ -130,6 +130,22 @@ def test_float32_agrees_with_numpy(name, spread):
     )
 
 
+@pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
+def test_jsd_has_the_gradients_of_both_logits_for_any_weight_of_a_token(beta):
+    """Seen from the teacher, JSD(beta) is JSD(1 - beta) with the two exchanged."""
+    rng = np.random.default_rng(11)
+    student, teacher = rng.normal(0, 2, (2, 4, 9))
+    weights = np.array([1.0, 0.25, 0.0, -3.0])
+    with jax.enable_x64(True):
+        divergence = divergences.JSD(beta=beta)
+        _, pull = jax.vjp(divergence, jnp.asarray(student), jnp.asarray(teacher))
+        of_student, of_teacher = pull(jnp.asarray(weights))
+    expected = weights[:, None] * _numpy_gradient(f"jsd_{beta}", student, teacher)
+    np.testing.assert_allclose(of_student, expected, rtol=1e-10, atol=1e-12)
+    expected = weights[:, None] * _numpy_gradient(f"jsd_{1 - beta}", teacher, student)
+    np.testing.assert_allclose(of_teacher, expected, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", ["jsd_0.1", "jsd_0.5", "jsd_0.9"])
 def test_jsd_of_close_distributions_keeps_its_digits(name):
     """P and Q differ by 1e-3: the divergence of 1e-7 is below float32's resolution of log M."""
@@ -216,6 +232,10 @@ def test_jsd_refuses_its_limits_and_names_the_functions(beta):
         divergences.jsd(x, x, beta=beta)
 
 
+def test_the_class_and_the_function_have_the_same_defaults():
+    assert divergences.JSD() == divergences.jsd() == divergences.JSD(beta=0.5, scale="paper")
+
+
 def test_jsd_refuses_an_unknown_scale():
     x = jnp.zeros((2, 3))
     with pytest.raises(ValueError, match=r"'paper' or 'unit', got 'kl'"):
@@ -294,6 +314,20 @@ def test_bfloat16_logits_are_computed_in_float32(name):
     assert got.dtype == jnp.float32
     expected = _numpy_value(name, *(np.asarray(x, np.float64) for x in (student, teacher)))
     np.testing.assert_allclose(got, expected, rtol=2e-6, atol=1e-6)
+    gradient = _gradients(student, teacher)[name]
+    assert gradient.dtype == jnp.bfloat16
+    expected = _numpy_gradient(name, *(np.asarray(x, np.float64) for x in (student, teacher)))
+    np.testing.assert_allclose(np.asarray(gradient, np.float64), expected, rtol=1e-2, atol=1e-6)
+
+
+def test_rounding_noise_gives_total_variation_no_gradient():
+    """The logits differ by a constant, so that P and Q are equal but for rounding."""
+    student = np.random.default_rng(12).uniform(-1, 1, (5, 8)).astype(np.float32)
+    teacher = student + np.float32(0.3)
+    assert (jax.nn.softmax(student) != jax.nn.softmax(teacher)).any()
+    np.testing.assert_array_equal(JITTED["total_variation"](student, teacher), np.zeros(5))
+    gradient = _gradients(student, teacher)["total_variation"]
+    np.testing.assert_array_equal(gradient, np.zeros_like(student))
 
 
 LOGITS = hnp.arrays(np.float32, (3, 6), elements=st.floats(-30, 30, width=32))
