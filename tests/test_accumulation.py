@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gkd_jax import divergences, gkd, sharding
+from gkd_jax import accumulation, divergences, gkd, sharding
 from gkd_jax.batch import Batch
 from gkd_jax.models import lm
 from gkd_jax.models.decoder_config import DecoderConfig
@@ -75,3 +75,15 @@ def test_parts_on_a_mesh_are_those_of_one_device(mesh):
         inside = [item for item in counted if item["loop"] == str(PARTS)]
         largest = max([0, *(item["bytes"] / item["count"] for item in inside)])
         assert largest < 4 * VOCAB * STUDENT.d_model / tensor
+
+
+def test_each_microbatch_has_a_dropout_key_of_its_own():
+    def numerator(params, rows, key):
+        draw = jax.random.uniform(key)
+        return params * draw * jnp.sum(rows), (draw, jnp.square(draw))
+
+    gradient, (draws, squares) = accumulation.sum_gradients(
+        numerator, 4, jnp.ones(()), jnp.ones(4), 4, jax.random.key(0)
+    )
+    np.testing.assert_allclose(gradient, draws, rtol=1e-6)
+    assert squares / 4 - (draws / 4) ** 2 > 1e-3  # the variance, which is 0 for equal draws

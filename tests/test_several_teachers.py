@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import re
 import shutil
@@ -29,6 +30,7 @@ from gkd_jax.storage import loading, pretrained, saved_model
 from gkd_jax.tasks import features
 from gkd_jax.text import vocabularies
 from gkd_jax.training import metrics, program, train, train_state
+from gkd_jax.training import teachers as random_teachers
 from gkd_jax.training.recipe import TaskTeachers, TrainConfig
 
 
@@ -136,6 +138,19 @@ def test_the_gradient_is_the_sum_of_those_of_the_sub_batches(num_microbatches, r
         expected = jax.tree.map(lambda x, y, share=share: x + y * share, expected, of_part)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=5e-6), found, expected)
     assert max(abs(x).max() for x in jax.tree.leaves(found)) > 1e-2
+
+
+def test_the_rows_of_each_teacher_have_a_dropout_of_their_own():
+    """Two teachers with the same weights and the same row: only dropout can tell them apart."""
+    student, teachers = parameters()
+    batch = jax.tree.map(lambda x: np.repeat(x[:1], 2, axis=0), batch_of(2))
+    pair = gkd.ModelPair(
+        student=dataclasses.replace(T5, dropout_rate=0.5), teacher=T5, num_pieces=VOCAB
+    )
+    both = tuple(TeacherShare(task=task, models=pair, num_rows=1) for task in SIZES)
+    learner = learner_of(dataclasses.replace(pair, teacher=None), both)
+    _, numbers = gradient(learner, student, dict.fromkeys(SIZES, teachers["one"]), batch)
+    assert not np.isclose(numbers["divergence/one"], numbers["divergence/two"], rtol=1e-3)
 
 
 def test_one_task_s_teacher_alone_gives_the_bits_of_one_teacher():
@@ -456,6 +471,19 @@ def recipe_of(**more):
     model = pretrained.ModelConfig(architecture=small, size="tiny")
     fields.setdefault("teacher", TaskTeachers(models=dict.fromkeys(TASKS, model)))
     return options("", steps=1, **fields)["recipe"]
+
+
+def test_models_without_a_checkpoint_all_have_weights_of_their_own():
+    built = program.build(recipe_of(), 149)
+    models = random_teachers.initial_params(built.recipe, built.learner, built.teacher)
+    recipe, config = built.recipe, built.models.student
+    key = jax.random.key(recipe.train.seed)
+    models["student"] = pretrained.initial_params(
+        recipe.student, config, built.state.params, key, "student"
+    )
+    found = [np.asarray(model["token_embedder"]["embedding"]) for model in models.values()]
+    for one, other in itertools.combinations(found, 2):
+        assert (one != other).all()
 
 
 def test_rows_stay_on_their_devices():

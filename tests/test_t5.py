@@ -223,6 +223,16 @@ def test_dropout_is_off_without_a_key_and_centred_with_one(batch, params):
     assert np.abs(draws.mean(axis=0) - exact).mean() < 0.5 * noise
 
 
+def test_all_positions_of_a_row_share_one_draw_of_dropout():
+    dropped = t5_layers.Dropout(0.25).apply(
+        {}, jnp.ones((2, 5, 400)), rngs={"dropout": jax.random.key(0)}
+    )
+    np.testing.assert_array_equal(dropped, jnp.broadcast_to(dropped[:, :1], dropped.shape))
+    assert (dropped[0] != dropped[1]).any()
+    assert set(np.unique(dropped)) == {0.0, np.float32(1 / 0.75)}
+    assert abs(np.mean(dropped == 0) - 0.25) < 0.05
+
+
 def test_a_dropout_key_without_a_rate_changes_nothing(batch, params):
     expected = logits(T5_1_1, params["t5_1_1"], batch)
     got = logits(T5_1_1, params["t5_1_1"], batch, dropout_key=jax.random.key(0))
