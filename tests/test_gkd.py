@@ -433,11 +433,25 @@ def test_mixing_by_example_rounds_its_share_up(fraction, count, student, batch):
     assert drawn.tokens.shape == (count, T)
 
 
+def test_the_share_is_not_rounded_up_by_a_rounding_error():
+    """0.07 x 100 is 7.000000000000001 in floating point."""
+    assert gkd.num_on_policy_rows(0.07, 100) == 7
+    assert gkd.num_on_policy_rows(0.0701, 100) == 8
+
+
+@pytest.mark.parametrize("mixing", ["step", "example"])
+def test_samples_have_no_stored_scores_of_the_data_set_s_targets(mixing, student, batch):
+    scored = batch._replace(teacher_scores=divergences.top_k(jnp.zeros((B, T, PIECES)), 3))
+    run = partial(gkd.sample_targets, GKDConfig(mixing=mixing), MODELS)
+    assert jax.eval_shape(run, student, scored, KEY)[0].teacher_scores is None
+
+
 @pytest.mark.parametrize(("fraction", "count"), [(0.3, 3), (1.0, 8)])
 def test_mixing_by_example_samples_exactly_its_share_of_every_batch(
     fraction, count, student, batch
 ):
     config = GKDConfig(on_policy_fraction=fraction, mixing="example")
+    batch = batch._replace(input_lengths=jnp.sum(batch.inputs > 0, axis=1))
     assert all(gkd.is_on_policy(0, step, config) for step in range(20))
     got, drawn = jax.jit(partial(gkd.sample_targets, config, MODELS))(student, batch, KEY)
     assert drawn.tokens.shape == (count, T)
@@ -560,6 +574,22 @@ def test_eight_devices_equal_one(sizes, num_microbatches, student, teacher, batc
 def test_bad_configurations_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         GKDConfig(**changes)
+
+
+def test_the_defaults_are_those_of_the_paper():
+    paper = GKDConfig(
+        on_policy_fraction=1.0,
+        mixing="step",
+        divergence=divergences.forward_kl,
+        teacher_temperature=1.0,
+        student_temperature=1.0,
+        sampling=sampling.SamplingConfig(temperature=1.0, top_k=0, top_p=1.0),
+        num_samples=1,
+        rl=None,
+        reduction=losses.sequence_mean,
+        label_smoothing=0.0,
+    )
+    assert GKDConfig() == paper
 
 
 def test_a_divergence_may_read_the_likeliest_ids_alone():

@@ -159,6 +159,17 @@ def test_adafactor_follows_its_schedule():
         np.testing.assert_allclose(got["w"], (1 + count) * expected["w"], rtol=1e-6)
 
 
+def test_adafactor_of_a_tiny_gradient_is_that_of_a_large_one():
+    """Only the ratios of gradients count, as optax has it with the same epsilon of 1e-30."""
+    params = {"a": _normal((130, 140), 0), "b": _normal((7,), 1)}
+    grads = jax.tree.map(lambda x: _normal(x.shape, x.size, 1e-9), params)
+    optimizer, theirs = optimizers.Adafactor()(_constant), _optax_adafactor(128)
+    got, _ = optimizer.update(grads, optimizer.init(params), params)
+    expected, _ = theirs.update(grads, theirs.init(params), params)
+    _assert_trees_close(got, expected)
+    assert min(np.abs(x).max() for x in jax.tree.leaves(got)) > 1e-3
+
+
 def test_adafactor_of_a_zero_gradient_is_finite():
     params = {"layers": {"kernel": jnp.zeros((2, 3, 4))}, "w": jnp.zeros((3,))}
     optimizer = optimizers.Adafactor()(_constant)
@@ -194,6 +205,18 @@ def test_adamw_equals_its_definition(weight_decay):
         step = (m / (1 - b1**count)) / (np.sqrt(v / (1 - b2**count)) + eps)
         param = param - LEARNING_RATE * (step + weight_decay * param)
         np.testing.assert_allclose(params, param, rtol=1e-5)
+
+
+def test_adamw_has_the_usual_defaults():
+    """Small gradients at first, so that epsilon and the two rates all show."""
+    params = {"kernel": _normal((4, 5), 0), "scale": _normal((4,), 1)}
+    optimizer, theirs = optimizers.AdamW()(_constant), optax.adam(LEARNING_RATE)
+    state, their_state = optimizer.init(params), theirs.init(params)
+    for scale in (1e-8, 1e-6, 1.0, 0.1):
+        grads = jax.tree.map(lambda x, s=scale: _normal(x.shape, x.size, s), params)
+        got, state = optimizer.update(grads, state, params)
+        expected, their_state = theirs.update(grads, their_state, params)
+        _assert_trees_close(got, expected)
 
 
 @pytest.mark.parametrize("per_layer_relpos", [False, True])

@@ -18,6 +18,7 @@ from gkd_jax.evaluation import evaluate
 from gkd_jax.gkd import GKDConfig, ModelPair
 from gkd_jax.models import t5
 from gkd_jax.rl import RLConfig
+from gkd_jax.sampling import SamplingConfig
 from gkd_jax.storage import pretrained
 from gkd_jax.training import train, train_state
 
@@ -236,6 +237,8 @@ def test_any_kind_of_number_is_a_reward(returned):
         (lambda: RLConfig(reward=reward, alpha=1.5), r"alpha must lie in \[0, 1\], got 1.5"),
         (lambda: method(0.5, on_policy_fraction=0.0), "a reward needs samples"),
         (lambda: method(0.5, mixing="example"), "no reward"),
+        (lambda: method(0.5, sampling=SamplingConfig(top_k=2)), "samples of the whole policy"),
+        (lambda: method(0.5, sampling=SamplingConfig(top_p=0.9)), "samples of the whole policy"),
     ],
 )
 def test_bad_configurations_are_refused(make, message):

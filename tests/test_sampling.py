@@ -177,6 +177,11 @@ def test_banned_ids_are_never_drawn(params, inputs):
     assert set(np.unique(tokens)) == set(range(1, 26))
 
 
+def test_by_default_a_t5_draws_no_pad_and_ends_at_its_eos():
+    assert SamplingConfig().special_ids(CONFIG) == ((0,), (1,))
+    assert SamplingConfig(banned_ids=(), eos_ids=(2, 3)).special_ids(CONFIG) == ((), (2, 3))
+
+
 def _numpy_filter(row, top_k, top_p):
     """The kept ids, most probable first: the first k, then the shortest prefix of enough mass."""
     order = np.argsort(-row, kind="stable")
@@ -266,6 +271,10 @@ def test_draw_inverts_the_cumulative_softmax(vocab_size):
     scores[3::7] = -np.inf
     uniforms = rng.random(20_000).astype(np.float32)
     tokens = np.asarray(_draw_many(jnp.asarray(scores), jnp.asarray(uniforms)))
+    if vocab_size <= 128:  # of logits whose exponential float32 cannot hold
+        for shift in (-200.0, 200.0):
+            moved = _draw_many(jnp.asarray(scores + np.float32(shift)), jnp.asarray(uniforms))
+            assert np.mean(tokens == moved) > 0.999
     probabilities = special.softmax(scores.astype(np.float64))
     cumulative = np.cumsum(probabilities)
     # Each uniform lies in its token's interval, up to float32 sums of probabilities.

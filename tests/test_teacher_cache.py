@@ -135,6 +135,43 @@ def test_what_was_written_is_found_in_any_order_and_padding(tmp_path):
         cache.attach(rows(2)[0])  # its second row was no example
 
 
+def test_rows_are_told_apart_by_their_lengths_and_by_where_a_feature_ends(tmp_path):
+    """A decoder-only model's prompt may hold the id 0, and padding may be any id."""
+    batch, scores = rows(0)
+    batch = batch._replace(inputs=np.asarray([[0, 5, 0, 9], [0, 5, 9, 9]], np.int32))
+    batch = batch._replace(input_lengths=np.asarray([3, 2], np.int32))
+    write(tmp_path, [(batch, scores, 2)]).finish()
+    cache = teacher_cache.TeacherCache(str(tmp_path))
+    padded = batch._replace(inputs=np.asarray([[0, 5, 0, 7, 7], [0, 5, 7, 7, 7]], np.int32))
+    np.testing.assert_array_equal(
+        cache.attach(padded).teacher_scores.ids, cache.attach(batch).teacher_scores.ids
+    )
+    with pytest.raises(ValueError, match="lacks a row of the training data: inputs"):
+        cache.attach(batch._replace(input_lengths=np.asarray([3, 3], np.int32)))
+    one, two = np.asarray([1, 2]), np.asarray([3])
+    assert teacher_cache.row_key(one, two) != teacher_cache.row_key(one[:1], np.asarray([2, 3]))
+
+
+def test_ids_of_a_large_vocabulary_are_kept(tmp_path):
+    batch, scores = rows(0)
+    scores = scores._replace(ids=scores.ids + 2**16)
+    write(tmp_path, [(batch, scores, 2)], {**ABOUT, "num_pieces": 2**16 + V}).finish()
+    found = teacher_cache.TeacherCache(str(tmp_path)).attach(batch).teacher_scores
+    counts = batch.weights > 0
+    np.testing.assert_array_equal(found.ids[counts], scores.ids[counts])
+
+
+@pytest.mark.parametrize("broken", ["ids", "log_probs", "tails", "lengths"])
+def test_no_key_is_written_before_the_rest_of_its_row(tmp_path, broken):
+    writer = write(tmp_path, [(*rows(0), 2)])
+    before = (tmp_path / "keys").read_bytes()
+    (tmp_path / broken).unlink()
+    (tmp_path / broken).mkdir()  # so that it cannot be written
+    with pytest.raises(OSError, match=broken):
+        writer.append(*rows(1), 2)
+    assert (tmp_path / "keys").read_bytes() == before
+
+
 def mass_of_tails(stored):
     weights = np.concatenate([batch.weights for batch, *_ in stored])
     tails = np.concatenate([scores.tails for _, scores, *_ in stored])
@@ -147,9 +184,9 @@ def test_a_writer_that_was_cut_off_goes_on_after_whole_batches(tmp_path):
     write(tmp_path / "cut", stored[:2])
     with pytest.raises(ValueError, match="not whole"):
         teacher_cache.TeacherCache(str(tmp_path / "cut"))
-    for name in ("ids", "tails"):  # of a batch whose keys were not written
+    for name in ("ids", "tails", "lengths", "keys"):  # of a batch of which one key was written
         with (tmp_path / "cut" / name).open("ab") as file:
-            file.write(b"abc")
+            file.write(bytes(8))
     writer = teacher_cache.Writer(str(tmp_path / "cut"), ABOUT)
     assert writer.num_rows == 4
     for batch in stored[2:]:

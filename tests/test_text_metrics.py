@@ -15,8 +15,11 @@ GUESSES = ["The cat is on the mat .", "He bought three apples and pears .", "Som
 
 
 def test_bleu_is_sacrebleu_with_t5_settings():
-    expected = sacrebleu.corpus_bleu(GUESSES, [REFERENCES], tokenize="intl").score
-    value = text_metrics.bleu(REFERENCES, GUESSES)["bleu"]
+    references, guesses = [*REFERENCES, "„Ja“, sagt er."], [*GUESSES, "„Ja“ sagt er."]
+    expected = sacrebleu.corpus_bleu(guesses, [references], tokenize="intl").score
+    other = sacrebleu.corpus_bleu(guesses, [references], tokenize="13a").score
+    assert abs(expected - other) > 0.1
+    value = text_metrics.bleu(references, guesses)["bleu"]
     assert type(value) is float
     assert value == pytest.approx(expected, abs=1e-9)
     assert 0 < value < 100
@@ -58,6 +61,7 @@ def test_rouge_by_hand():
     values = text_metrics.rouge(["a b c d"], ["a b"])
     assert values["rouge1"] == pytest.approx(100 * 2 * 0.5 / 1.5)
     assert values["rouge2"] == pytest.approx(100 * 2 * (1 / 3) / (4 / 3))
+    assert text_metrics.rouge(["apples"], ["apple"])["rouge1"] == 0.0  # words are not stemmed
 
 
 def test_rouge_lsum_takes_spaced_periods_as_ends_of_sentences():
@@ -156,6 +160,8 @@ def test_self_bleu_is_the_mean_of_sentence_bleu_against_the_others():
         ("3 + 4 = 7. The answer is 7.", 7),
         ("The answer is $1,200.00.", 1200),
         ("The answer is -5", -5),
+        ("The answer is $-5.", -5),
+        ("The answer is €7, or £6.", 7),
         ("the answer is: -$5.50 dollars", Fraction(-11, 2)),
         ("The answer is 1. No. The answer is 2.", 2),
         ("The answer is 70,000, I think", 70000),
