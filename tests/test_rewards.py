@@ -149,9 +149,9 @@ def test_rows_without_a_target_do_not_count_in_a_reward_that_compares(tmp_path):
 
 def test_a_long_premise_is_cut_and_the_hypothesis_kept(classifier):
     folder, _, _ = classifier
-    score = rewards.Entailment(model=ModelConfig(checkpoint=folder), vocabulary="bytes", length=60)
+    score = rewards.Entailment(model=ModelConfig(checkpoint=folder), vocabulary="bytes", length=61)
     ids = score._encode("word " * 100, "the hypothesis")
-    assert 60 - len("word ") < len(ids) <= 60  # one more word of the premise would not fit
+    assert len(ids) == 61  # five words fit exactly
     text = vocabularies.load("bytes").decode(ids[:-1])
     assert text.startswith("premise: word word")
     assert text.endswith(" hypothesis: the hypothesis")
