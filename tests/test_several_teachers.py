@@ -372,21 +372,23 @@ def test_a_run_goes_on_bit_by_bit_and_other_teachers_are_refused_by_name(
         run(tmp_path / "parts", 6, teachers_of(str(whole[0])))
 
 
+def run_on_files(folder, name, steps, tasks):
+    """The numbers of each step of the run `name`, whose teachers are random."""
+    models = [
+        pretrained.ModelConfig(architecture=architecture, size="tiny")
+        for architecture in (decoder, larger)
+    ]
+    teacher = TaskTeachers(models=dict(zip(tasks, models, strict=True)))
+    data = data_config(task=tasks, vocabulary="arithmetic")
+    lines = run(folder / name, steps, teacher, data=data, fraction=0.0)
+    parts = ("loss", "grad_norm", *(f"divergence/{task.split('/')[-1]}" for task in tasks))
+    return [[line[f"train/{part}"] for part in parts] for line in lines]
+
+
 def test_rows_that_name_their_teacher_train_as_two_files_do(tmp_path):
     """The same numbers, also behind a resume; a row of another teacher ends the run at once."""
     named, alone = files_of_rows(tmp_path)
-
-    def run_on(name, steps, tasks):
-        models = [
-            pretrained.ModelConfig(architecture=architecture, size="tiny")
-            for architecture in (decoder, larger)
-        ]
-        teacher = TaskTeachers(models=dict(zip(tasks, models, strict=True)))
-        data = data_config(task=tasks, vocabulary="arithmetic")
-        lines = run(tmp_path / name, steps, teacher, data=data, fraction=0.0)
-        parts = ("loss", "grad_norm", *(f"divergence/{task.split('/')[-1]}" for task in tasks))
-        return [[line[f"train/{part}"] for part in parts] for line in lines]
-
+    run_on = functools.partial(run_on_files, tmp_path)
     expected = run_on("alone", 4, alone)
     assert run_on("named", 2, named) == expected[:2]
     assert run_on("named", 4, named) == expected
@@ -404,6 +406,41 @@ def test_rows_that_name_their_teacher_train_as_two_files_do(tmp_path):
     with pytest.raises(ValueError, match=r'line 82: .* "numbers" or "words", got "someone"'):
         run_on("new", 1, named)
     assert not (tmp_path / "new" / "run.json").exists()
+
+
+def test_files_of_several_tasks_may_move_and_not_change_places(tmp_path):
+    """As the file of a single task may."""
+    named, alone = files_of_rows(tmp_path)
+    whole = run_on_files(tmp_path, "whole", 3, alone)
+    for name, tasks in (("named", named), ("alone", alone)):
+        run_on_files(tmp_path, name, 2, tasks)
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for path in tmp_path.glob("*.jsonl"):
+        path.rename(moved / path.name)
+    for name, tasks in (("named", named), ("alone", alone)):
+        now = {task.replace(str(tmp_path), str(moved)): rows for task, rows in tasks.items()}
+        assert run_on_files(tmp_path, name, 3, now) == whole
+        changes = json.loads((tmp_path / name / "run.json").read_text())["changes"]
+        assert [change["field"] for change in changes] == ["train.train_steps"]
+    numbers, words = now
+    for other, said in (
+        (
+            dict(reversed(now.items())),
+            r"words\.jsonl 16 -> 8; data\.task\.\S+numbers\.jsonl 8 -> 16",
+        ),
+        (
+            {numbers: 8, words: 16},
+            r"numbers\.jsonl 16 -> 8; data\.task\.\S+words\.jsonl 8 -> 16\. T",
+        ),
+    ):
+        with pytest.raises(ValueError, match=rf"run: data\.task\.\S+{said}"):
+            run_on_files(tmp_path, "alone", 4, other)
+    (moved / "words.jsonl").write_text((moved / "numbers.jsonl").read_text())
+    with pytest.raises(
+        ValueError, match=r"run: data\.task\.\S+words\.jsonl 'content \w+' -> 'data"
+    ):
+        run_on_files(tmp_path, "alone", 4, now)
 
 
 def test_one_device_with_teachers_on_the_host_equals_eight(

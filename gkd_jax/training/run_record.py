@@ -21,7 +21,7 @@ from gkd_jax.evaluation import made_by
 from gkd_jax.input import data, named_tasks, teacher_cache
 from gkd_jax.models import lm
 from gkd_jax.storage import checkpoints, content, saved_model
-from gkd_jax.text import files, vocabularies
+from gkd_jax.text import files, task_names, vocabularies
 from gkd_jax.training.program import Program
 from gkd_jax.training.recipe import MAY_CHANGE, Recipe, describe, differences, is_below, is_path
 from gkd_jax.training.source import Source
@@ -180,12 +180,13 @@ def changes(
 def _all_differences(
     before: dict[str, Any], about: dict[str, Any]
 ) -> Iterator[tuple[str, Any, Any]]:
+    before = _with_places_of(before, about)
     was, now = before.get("contents", {}), about["contents"]
     for name, old, new in differences(before.get("recipe"), about["recipe"]):
         # Contents are compared below. Those of the vocabulary are known even without a path, and
         # they include its extra ids.
         known = "data.vocabulary" if name == "data.extra_ids" else name
-        if known in was and known in now:
+        if is_path(known) and known in was and known in now:
             continue
         # Where both runs have a path, the contents behind the paths are compared below. A task that
         # is no file has a name in place of a path.
@@ -201,6 +202,30 @@ def _all_differences(
             yield name, f"content {was[name][:12]}", f"{where} (content {now[name][:12]})"
     if before.get("process_shards", 1) != about["process_shards"]:
         yield "process_shards", before.get("process_shards", 1), about["process_shards"]
+
+
+def _with_places_of(before: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
+    """Returns the record `before` with the paths of `about` where files of several tasks moved.
+
+    The paths of several tasks are keys, of their rows and of their teachers. The tasks are matched
+    in their order, which is that of their rows in a batch.
+    """
+    was, now = ((one.get("recipe") or {}).get("data", {}).get("task") for one in (before, about))
+    if not isinstance(was, dict) or not isinstance(now, dict) or len(was) != len(now):
+        return before
+    contents, moved = before.get("contents", {}), {}
+    for old, new in zip(was, now, strict=True):
+        are_files = f"data.task.{old}" in contents and f"data.task.{new}" in about["contents"]
+        if are_files and task_names.split(old)[1] == task_names.split(new)[1]:
+            for key in ("{}", "data.task.{}", "teacher.models.{}.checkpoint"):
+                moved[key.format(old)] = key.format(new)
+
+    def renamed(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {moved.get(key, key): renamed(item) for key, item in value.items()}
+
+    return {**before, "recipe": renamed(before["recipe"]), "contents": renamed(contents)}
 
 
 def fields_named(about: dict[str, Any], name: str) -> list[str]:
