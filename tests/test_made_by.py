@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import pytest
@@ -225,6 +226,37 @@ def test_an_evaluation_replaces_another_and_no_file_of_the_users(models, tmp_pat
             with pytest.raises(ValueError, match=rf"{name} exists and was not made by `eval`"):
                 evaluate(models, mine.parent, dry_run=dry_run)
         assert mine.read_text() == content
+
+
+def test_what_is_read_and_recorded_is_of_one_step_while_a_run_goes_on(
+    models, finished, tmp_path, monkeypatch
+):
+    """The run saves a newer step before the model is read, and deletes the older one behind it."""
+    steps = tmp_path / "checkpoints"
+
+    def place_params(*arguments):
+        shutil.copytree(models / "1", steps / "6")
+        params = pretrained.place_params(*arguments)
+        shutil.rmtree(steps / "5")
+        return params
+
+    monkeypatch.setattr(infer, "place_params", place_params)
+    model = pretrained.ModelConfig(checkpoint=str(tmp_path))
+    told = {"model": model, "data": DATA, "evaluation": EVALUATION}
+    shutil.copytree(models / "0", steps / "5")
+    infer.run(**told, output=str(tmp_path / "out.jsonl"))
+    assert (tmp_path / "out.jsonl").read_bytes() == finished.read_bytes()
+    content = record_of(finished)["content"]
+    assert record_of(tmp_path / "out.jsonl")["content"] == content
+    shutil.rmtree(steps / "6")
+    shutil.copytree(models / "0", steps / "5")
+    infer.evaluate_checkpoint(**told, output_dir=str(tmp_path / "eval"))
+    about = json.loads((tmp_path / "eval" / "metrics.json").read_text())["evaluation"]
+    assert (about["checkpoint"], about["step"]) == (str(tmp_path), 5)
+    assert about["content"] == content
+    lines = (tmp_path / "eval" / "predictions.jsonl").read_text().splitlines()
+    targets = [json.loads(line)["targets"] for line in finished.read_text().splitlines()]
+    assert [json.loads(line)["prediction"] for line in lines] == targets
 
 
 def test_only_the_first_process_writes_and_says_the_result(models, tmp_path, monkeypatch, capfd):

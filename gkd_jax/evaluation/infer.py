@@ -101,6 +101,7 @@ def evaluate_checkpoint(
     """
     processes.on_first_process(made_by.check_evaluation, output_dir)
     opened = open_model_and_task(model, data, dry_run=dry_run)
+    about = {} if dry_run else _describe_evaluation(opened, evaluation)
     ready = _prepare(opened, evaluation, mesh)
     if ready is None:
         return
@@ -110,7 +111,7 @@ def evaluate_checkpoint(
         folder.mkdir(parents=True, exist_ok=True)
     decoded = list(decode(batches))
     values = evaluate.compute_metrics(opened.task, decoded, evaluation)
-    model, name = opened.model, task_names.display_name(data.name)
+    name = task_names.display_name(data.name)
     if jax.process_index() == 0:
         if opened.task.metric_fns and not values:
             print(
@@ -120,15 +121,23 @@ def evaluate_checkpoint(
                 file=sys.stderr,
             )
         evaluate.write_rows(folder / "predictions.jsonl", decoded, opened.vocabulary)
-        step_folder = saved_model.find_step(model.checkpoint) if model.checkpoint else None
-        about = {
-            **settings.describe(evaluation),
-            "checkpoint": model.checkpoint,
-            "step": int(step_folder.name) if step_folder and step_folder.name.isdecimal() else None,
-            "content": content.content_id(model.checkpoint) if model.checkpoint else None,
-        }
         files.write_record(folder / "metrics.json", {name: values, "evaluation": about})
         print(json.dumps({name: values}))
+
+
+def _describe_evaluation(opened: Opened, evaluation: EvalConfig) -> dict[str, Any]:
+    """Returns what metrics.json says of how a checkpoint was evaluated.
+
+    Call this before decoding: a run that goes on meanwhile may delete the step.
+    """
+    checkpoint = opened.model.checkpoint
+    step_folder = saved_model.find_step(checkpoint) if checkpoint else None
+    return {
+        **settings.describe(evaluation),
+        "checkpoint": opened.checkpoint,
+        "step": int(step_folder.name) if step_folder and step_folder.name.isdecimal() else None,
+        "content": content.content_id(checkpoint) if checkpoint else None,
+    }
 
 
 def run(

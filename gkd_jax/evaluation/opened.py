@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 from typing import Any
 
 import seqio
@@ -10,7 +11,7 @@ import seqio
 from gkd_jax.input import named_tasks
 from gkd_jax.input.data import DataConfig
 from gkd_jax.models import lm
-from gkd_jax.storage import content, tokenizer_files
+from gkd_jax.storage import content, saved_model, tokenizer_files
 from gkd_jax.storage.pretrained import (
     ModelConfig,
     check_exists,
@@ -32,6 +33,7 @@ class Opened:
     """A model and a task. A dry run reads of them what lies on this machine, and nothing else."""
 
     model: ModelConfig  # its checkpoint is local or in a bucket, except in a dry run
+    checkpoint: str | None  # as it is named; that of `model` is the step in it, if it has one
     data: DataConfig  # its vocabulary is not on the hub either
     task: Any
     vocabulary: seqio.Vocabulary
@@ -74,7 +76,7 @@ class Opened:
         """
         model, data = self.model, self.data
         about = {name: getattr(model, name) for name in _OF_MODEL}
-        about["content"] = None
+        about |= {"checkpoint": self.checkpoint, "content": None}
         about |= {name: getattr(data, name) for name in _OF_DATA}
         about["feature_lengths"] = dict(data.feature_lengths)
         about["template_variables"] = dict(data.template_variables)
@@ -121,7 +123,10 @@ def open_model_and_task(model: ModelConfig, data: DataConfig, *, dry_run: bool) 
     """
     models, data, _ = with_local_files({"model": model}, data, dry_run=dry_run)
     model = models["model"]
-    check_exists(model.checkpoint)
+    check_exists(checkpoint := model.checkpoint)
+    # A run that goes on meanwhile saves newer steps, and all that is read must be of one step.
+    if not dry_run and checkpoint and (step_folder := saved_model.find_step(checkpoint)):
+        model = dataclasses.replace(model, checkpoint=os.fspath(step_folder))
     tokenizer = tokenizer_files.find_for_task(data, model, check_remote=not dry_run)
     task, vocabulary = named_tasks.open_task(data, tokenizer=tokenizer, check_remote=not dry_run)
     if isinstance(task, seqio.Mixture):
@@ -129,4 +134,11 @@ def open_model_and_task(model: ModelConfig, data: DataConfig, *, dry_run: bool) 
             f"{data.task!r} is a mixture, whose examples end with those of its shortest task: name "
             f"one of its tasks, {', '.join(sorted(part.name for part in task.tasks))}"
         )
-    return Opened(model=model, data=data, task=task, vocabulary=vocabulary, dry_run=dry_run)
+    return Opened(
+        model=model,
+        checkpoint=checkpoint,
+        data=data,
+        task=task,
+        vocabulary=vocabulary,
+        dry_run=dry_run,
+    )
