@@ -118,6 +118,10 @@ def test_rows_in_the_forms_that_people_have(row, prompt, target):
             {"prompt": CHAT, "completion": [{**ANSWER, "role": "Assistant"}]},
             "message 4 .* got 'Assistant'",
         ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image", "url": "a.png"}]}]},
+            "message 1 must have parts of the type 'text', got 'image'",
+        ),
         ({"messages": [ANSWER]}, "expected a turn before the assistant's, got none"),
         ({"messages": CHAT, "tools": {"a": 1}}, "'tools' must be a list of objects"),
         ({"inputs": "a", "truncated": 1}, "'truncated' must be true or false, got 1"),
@@ -307,10 +311,16 @@ def test_messages_that_a_template_does_not_print_are_refused(folders):
         == r'"Say \"no\"\nor \"yes\"."' + '"How many?"'
     )
     object.__setattr__(vocabulary.chat_template, "templates", {"default": known})
-    with pytest.raises(
-        ValueError, match=r"message 1 has the role 'developer', of which .* nothing"
-    ):
-        example(vocabulary, {"messages": rules})
+    for role in ("developer", "system", "tool"):
+        said = rf"message 1 has the role '{role}', of which .* nothing"
+        with pytest.raises(ValueError, match=said):
+            example(vocabulary, {"messages": [{**rules[0], "role": role}, question]})
+    first = "{{ messages[0].content[0].text }}"
+    object.__setattr__(vocabulary.chat_template, "templates", {"default": first})
+    assert example(vocabulary, {"messages": chat}).prompt == "How many?"
+    both = [{"role": "user", "content": [*parts, {"type": "text", "text": "Count twice."}]}]
+    with pytest.raises(ValueError, match=r"nothing or a part: 'Count twice\.' is missing"):
+        example(vocabulary, {"messages": both})
 
 
 def test_a_rendered_chat_read_as_a_text_begins_once(folders):
@@ -324,7 +334,7 @@ def test_a_rendered_chat_read_as_a_text_begins_once(folders):
 
 def test_a_template_s_date_does_not_change_the_stream(folders):
     vocabulary = TokenizerVocabulary(folders["llama"])
-    template = "{{ strftime_now('%d %b %Y') }}{{ messages[0].content }}"
+    template = "{{ strftime_now('%d %b %Y') }}{% for m in messages %}{{ m.content }}{% endfor %}"
     object.__setattr__(vocabulary.chat_template, "templates", {"default": template})
     assert example(vocabulary, {"messages": CHAT}).prompt.startswith("26 Jul 2024")
 

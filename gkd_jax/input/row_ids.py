@@ -264,8 +264,9 @@ def _warn_of_turns_without_end(vocabulary: seqio.Vocabulary, variables: Mapping[
 def _check_printed(messages: Sequence[Mapping[str, Any]], text: str) -> None:
     """Raises ValueError if a chat template left out a message, or printed its list as Python does.
 
-    A template may print nothing for a role that it does not know, such as `developer`. Templates
-    that only expect strings print a list of parts as `[{'type': 'text', ...}]`.
+    A template may print nothing for a role that it does not know, such as `developer`, `system` or
+    `tool`. Of an answer in the past it may leave out the reasoning, so answers are not compared.
+    Templates that only expect strings print a list of parts as `[{'type': 'text', ...}]`.
     """
     for number, message in enumerate(messages, start=1):
         content, role = message.get("content"), message["role"]
@@ -274,15 +275,20 @@ def _check_printed(messages: Sequence[Mapping[str, Any]], text: str) -> None:
                 f"message {number} has a list as its 'content', which the chat template prints as "
                 f"{str(content)[:60]!r}: it must be a string"
             )
-        if role in ("system", "user", "assistant", "tool") or not isinstance(content, str):
+        if role == "assistant":
             continue
-        # A template may change a text, for example strip or quote it, but it keeps its words.
-        longest = max(re.findall(r"\w+", content), key=len, default="")
-        if longest not in text:
-            raise ValueError(
-                f"message {number} has the role {role!r}, of which the chat template prints "
-                "nothing: give it a role that the template knows"
-            )
+        parts = [{"text": content}] if isinstance(content, str) else content or ()
+        for part in parts:
+            said = part.get("text") if isinstance(part, dict) else None
+            if not isinstance(said, str):
+                continue
+            # A template may change a text, for example strip or quote it, but it keeps its words.
+            if max(re.findall(r"\w+", said), key=len, default="") not in text:
+                raise ValueError(
+                    f"message {number} has the role {role!r}, of which the chat template prints "
+                    f"nothing or a part: {said[:40]!r} is missing. Give it one text, and a role "
+                    "that the template knows"
+                )
 
 
 def _check_calls(message: Mapping[str, Any], printed: str) -> None:

@@ -140,6 +140,11 @@ def _checked(messages: Any, name: str) -> Messages:
         content = message.get("content")
         if not isinstance(content, str | list) and not (content is None and len(message) > 2):
             raise ValueError(f"message {number} must have a string 'content'")
+        # A template prints a mark in the place of an image, which the model would read without it.
+        parts = content if isinstance(content, list) and role != "tool" else ()
+        kinds = [part.get("type", "text") for part in parts if isinstance(part, dict)]
+        if other := next((kind for kind in kinds if kind != "text"), None):
+            raise ValueError(f"message {number} must have parts of the type 'text', got {other!r}")
     return messages
 
 
