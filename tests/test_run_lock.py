@@ -50,6 +50,24 @@ def test_a_folder_that_cannot_be_made_ends_every_process(tmp_path, monkeypatch):
     assert told == [True]  # so that the other processes do not wait for this one
 
 
+def test_a_full_disk_leaves_no_lock(tmp_path):
+    """The next start would wait for it, although nobody renews it."""
+    script = FULL_DISK.format(folder=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert f"OSError: [Errno 27] File too large: '{tmp_path}/lock.json'" in done.stderr
+    assert [*tmp_path.iterdir()] == []
+
+
+FULL_DISK = """
+import resource, signal
+from gkd_jax.training import run_lock
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writes then fail with EFBIG
+resource.setrlimit(resource.RLIMIT_FSIZE, (5, resource.RLIM_INFINITY))
+with run_lock.hold({folder!r}):
+    pass
+"""
+
+
 def test_a_lock_that_is_renewed_is_waited_for_and_then_said(tmp_path, capfd):
     refused = pytest.raises(ValueError, match="one run at a time")
     with run_lock.hold(tmp_path), refused as error, run_lock.hold(tmp_path):

@@ -96,8 +96,13 @@ def _create(path: epath.Path) -> None:
     """
     owner = {"pid": os.getpid(), "host": socket.gethostname(), "started": _start_time()}
     if not files.in_bucket(path):
-        with open(path, "x", encoding="utf-8") as file:
-            json.dump(owner, file)
+        with files.naming(path), open(path, "x", encoding="utf-8") as file:
+            try:
+                file.write(json.dumps(owner))
+                file.flush()
+            except OSError:  # An empty lock, as a full disk leaves it, would name no owner.
+                path.unlink()
+                raise
     elif path.exists():
         raise FileExistsError(os.fspath(path))
     else:
