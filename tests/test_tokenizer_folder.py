@@ -206,6 +206,23 @@ def test_tokens_of_the_configuration_are_added(tmp_path):
     assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True) == "<tool>"
 
 
+@pytest.mark.parametrize("key", ["additional_special_tokens", "extra_special_tokens"])
+def test_tokens_that_the_configuration_lists_are_special(key, tmp_path):
+    """And it changes the properties of a token that `tokenizer.json` has."""
+    folder = small_tokenizers.write(tmp_path, "qwen")
+    path = folder / "tokenizer_config.json"
+    think = TokenizerVocabulary(folder).pieces.index("<think>")
+    token = {"content": "<think>", "lstrip": True, "special": False, "normalized": False}
+    config = {**json.loads(path.read_text()), key: ["<|im_end|>", "<tool>", "<call>"]}
+    path.write_text(json.dumps({**config, "added_tokens_decoder": {str(think): token}}))
+    ours, theirs = TokenizerVocabulary(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    assert ours.pieces[-2:] == ("<tool>", "<call>")
+    assert ours.vocab_size == len(theirs)
+    ids = theirs("a <tool> <call><think> b  <think>")["input_ids"]
+    assert ours.encode("a <tool> <call><think> b  <think>") == ids
+    assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+
+
 def test_tensorflow_does_the_same_and_its_stream_can_be_saved(folders, kind, tmp_path):
     vocabulary = TokenizerVocabulary(folders[kind])
     texts = ["the eggs", "naïve 東京", ""] * 3

@@ -265,16 +265,19 @@ def _read_tokenizer(
     # Padding and truncation are stored in the file if it was saved after a call that used them.
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    known = tokenizer.get_vocab(with_added_tokens=True)
+    # As in transformers, the properties that the configuration gives a token replace the file's.
     added = config.get("added_tokens_decoder") or {}
     tokenizer.add_tokens(
         [
             tokenizers.AddedToken(**{k: v for k, v in token.items() if k != "id"})
             for _, token in sorted(added.items(), key=lambda item: int(item[0]))
-            if token["content"] not in known
         ]
     )
     tokenizer.add_special_tokens(list(names.values()))
+    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    tokenizer.add_special_tokens(
+        [token for token in _further_tokens(folder, config) if token.content not in known]
+    )
     return tokenizer
 
 
@@ -294,6 +297,17 @@ def _special_tokens(folder: str, config: Mapping[str, Any]) -> dict[str, str]:
             elif name.endswith("_token") and value is None:
                 found.pop(name, None)
     return found
+
+
+def _further_tokens(folder: str, config: Mapping[str, Any]) -> list[tokenizers.AddedToken]:
+    """Returns the special tokens that a configuration lists without a name for each."""
+    for values in (config, files.read_json_in(folder, "special_tokens_map.json")):
+        for key in ("extra_special_tokens", "additional_special_tokens"):
+            if values.get(key) and isinstance(values[key], list):
+                fields = [{"content": x} if isinstance(x, str) else x for x in values[key]]
+                fields = [{k: v for k, v in one.items() if k != "__type"} for one in fields]
+                return [tokenizers.AddedToken(**{**one, "special": True}) for one in fields]
+    return []
 
 
 def _end_ids(folder: str, stated: Any, named: int | None) -> tuple[int, ...]:
