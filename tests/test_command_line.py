@@ -55,6 +55,14 @@ for _ in range(400):
         said = any(word in message.lower() for word in {name.lower(), *fields, *aliases})
         assert message and "\n" not in message and said, (name, value, message)
         refused += 1
+gin.clear_config()
+gin_files.parse(["gin/gkd.gin"], [*REQUIRED, ("OPTIMIZER", "adamw")], ["."])
+try:
+    gin.get_configurable(Recipe)()
+except ValueError as error:
+    assert main._message(error).endswith("'adamw'; a reference begins with @: @optimizers.adamw")
+else:
+    raise AssertionError
 print(built, refused)
 """
 
@@ -122,6 +130,28 @@ def test_a_flag_that_a_scope_of_the_gin_files_overrules_is_warned_of(fresh_gin, 
     flags = [*NEEDED, ("SAMPLING_TEMPERATURE", "0.7"), ("sampling.SamplingConfig.top_p", "0.9")]
     gin_files.parse(["gin/gkd.gin"], [*flags, flag, (scoped, "0.6")], ["."])
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("given", "unused"),
+    [
+        ({"BETA": "0.1", "TEACHER_SIZE": "tiny"}, {"BETA": "jsd.beta"}),
+        ({"BETA": "0.1", "DIVERGENCE": "@divergences.jsd", "TEACHER_SIZE": "tiny"}, {}),
+        ({"TEACHER": "ema", "TEACHER_SIZE": "tiny"}, {"TEACHER_SIZE": "teacher/ModelConfig.size"}),
+        ({"TEACHER": "ema", "EMA_DECAY": "0.9", "RANDOM_SEED": "3"}, {}),
+    ],
+)
+def test_a_macro_that_sets_nothing_in_a_run_is_warned_of(given, unused, fresh_gin, capsys):
+    from gkd_jax.training.recipe import Recipe
+
+    flags = [*NEEDED, ("STUDENT_SIZE", "tiny"), *given.items()]
+    gin_files.parse(["gin/gkd.gin"], flags, ["."])
+    gin.get_configurable(Recipe)()
+    gin_files.warn_of_unused([name for name, _ in flags])
+    assert capsys.readouterr().err == "".join(
+        f"WARNING: --gin.{name} has no effect: it sets {field}, which this run does not have\n"
+        for name, field in unused.items()
+    )
 
 
 def test_400_random_values_make_a_recipe_or_one_line_that_names_them():

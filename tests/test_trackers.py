@@ -67,6 +67,13 @@ def test_a_client_that_is_missing_is_named(monkeypatch):
         trackers.WandB()(1, {})
 
 
+def test_a_dry_run_misses_a_client(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    config = TrainConfig(train_steps=2, metrics_to=(trackers.MLflow(),))
+    with pytest.raises(ModuleNotFoundError, match="METRICS_TO needs mlflow, which is not"):
+        train.train(**options(tmp_path, steps=2, train=config), dry_run=True)
+
+
 def test_a_run_gives_every_line_to_any_function(tmp_path):
     seen = []
     config = TrainConfig(train_steps=2, metrics_to=(lambda step, values: seen.append(step),))

@@ -31,7 +31,7 @@ def run(command: str, values: Any, bindings: list[tuple[str, str]], positional: 
         _read_gin_files(command, values, bindings)
     match command:
         case "train":
-            _train(values)
+            _train(values, bindings)
         case "eval" | "infer" | "score":
             _decode(command, values)
         case "precompile":
@@ -69,7 +69,7 @@ def _say_all_is_well() -> None:
         print("dry run: all is well", file=sys.stderr)
 
 
-def _train(values: Any) -> None:
+def _train(values: Any, bindings: list[tuple[str, str]]) -> None:
     from gkd_jax.training import metrics, train
     from gkd_jax.training.recipe import Recipe
 
@@ -88,7 +88,9 @@ def _train(values: Any) -> None:
     make_recipe = gin.get_configurable(Recipe)
     phases = gin_files.macro("PHASES", ())
     if not phases:
-        train.train(recipe=make_recipe(), model_dir=model_dir, **settings)
+        recipe = make_recipe()
+        gin_files.warn_of_unused([name for name, _ in bindings])
+        train.train(recipe=recipe, model_dir=model_dir, **settings)
         return
     root = epath.Path(model_dir)
     pending = frozenset(os.fspath(root / phase) for phase in phases if values.dry_run)

@@ -207,7 +207,7 @@ def parse(command: str, arguments: Iterable[str]) -> tuple[Any, list[tuple[str, 
             expand = os.path.expanduser
             values[name].value = [*map(expand, given)] if type(given) is list else expand(given)
     if extra and command != "report":
-        raise UsageError(f"{command} takes flags only, got {extra[0]!r}")
+        raise UsageError(f"{command} takes flags only, got {extra[0]!r}: write --NAME=VALUE")
     if bindings and not COMMANDS[command].reads_gin and command != "sweep":
         raise UsageError(f"{command} reads no gin files, got --gin.{bindings[0][0]}")
     given = [_binding(text, text) for text in getattr(values, "gin_bindings", [])]

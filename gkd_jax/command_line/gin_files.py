@@ -191,6 +191,22 @@ def _warn_of_scopes(flags: Sequence[str], lines: Iterable[tuple[str, str]]) -> N
             )
 
 
+def warn_of_unused(flags: Iterable[str]) -> None:
+    """Warns of each macro of the command line that set nothing in the recipe that gin has made.
+
+    BETA, for example, is the beta of `jsd`, and another divergence has none.
+    """
+    used = re.findall(r"^(\w+) = ", gin.operative_config_str(), re.MULTILINE)
+    for name in flags:
+        fields = fields_of(name)
+        if "." not in name and name not in used and fields != [name]:
+            print(
+                f"WARNING: --gin.{name} has no effect: it sets {', '.join(fields)}, which this run "
+                "does not have",
+                file=sys.stderr,
+            )
+
+
 def _expand_paths(names: Iterable[str]) -> None:
     """Expands `~` and `$NAME` in those macros that are strings; UsageError if one is unknown."""
     for name in names:

@@ -159,7 +159,10 @@ class Recipe:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if not isinstance(value, field.type):  # pyright: ignore[reportArgumentType]
-                raise ValueError(f"{field.name} must be a {field.type}, got {value!r}")
+                advice = (
+                    "; a reference begins with @: @optimizers.adamw" if type(value) is str else ""
+                )
+                raise ValueError(f"{field.name} must be a {field.type}, got {value!r}{advice}")
         self._check_tasks()
         self.learning_rate()
         describe(self)

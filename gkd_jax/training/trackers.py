@@ -6,7 +6,7 @@ METRICS_TO is a tuple of functions (step, values). Any function of that type wil
 can import it. In a job of several processes only the first one calls them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 import dataclasses
 import importlib
 from typing import Any
@@ -71,6 +71,13 @@ class MLflow:
             mlflow.set_experiment(self.experiment)
             mlflow.start_run(run_name=self.name)
         mlflow.log_metrics(dict(values), step=step)
+
+
+def check_installed(functions: Iterable[Any]) -> None:
+    """Raises ModuleNotFoundError if one of METRICS_TO needs a package that is not installed."""
+    for function in functions:
+        if isinstance(function, WandB | MLflow):
+            _client(type(function).__name__.lower())
 
 
 def _client(name: str) -> Any:

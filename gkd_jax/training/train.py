@@ -21,6 +21,7 @@ from gkd_jax.training import (
     save_times,
     teachers,
     throughput,
+    trackers,
 )
 from gkd_jax.training.evaluations import Evaluations
 from gkd_jax.training.plan import plan
@@ -173,9 +174,10 @@ def _train(run: RunFolder, evaluate: Evaluations | None, config_text: Callable[[
 
 
 def _check_places(recipe: Recipe, folder: files.AnyPath, pending: frozenset[str]) -> None:
-    """Checks that the models are where the recipe says, and that MODEL_DIR can be written.
+    """Checks that the models are where the recipe says, and that the run can be written and logged.
 
     Raises:
+        ModuleNotFoundError: if the package of a tracker is not installed.
         FileNotFoundError, NotADirectoryError: if a checkpoint is missing.
         ValueError: if MODEL_DIR cannot be a folder, or is the folder of a model.
     """
@@ -192,6 +194,8 @@ def _check_places(recipe: Recipe, folder: files.AnyPath, pending: frozenset[str]
             )
         pretrained.check_exists(place)
     files.check_can_be_folder(folder, "MODEL_DIR", may_be_in_bucket=True)
+    if jax.process_index() == 0:
+        trackers.check_installed(recipe.train.metrics_to)
 
 
 def _warn_of_long_texts(program: Program) -> None:
