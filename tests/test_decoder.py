@@ -269,11 +269,13 @@ def attention_inputs(length, past):
     )
 
 
-@pytest.mark.parametrize("window", [NO_WINDOW, 7])
+@pytest.mark.parametrize("window", [NO_WINDOW, 10])
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize(("block", "past"), [(64, 5), (8, 0), (8, 13)])
 def test_attention_equals_its_definition(window, softcap, block, past):
-    *heads, positions, to = attention_inputs(30, past)
+    # The last block of 33 has one query, which sees one key there. With a window of 10, a block's
+    # first query sees one key of the block before the last.
+    *heads, positions, to = attention_inputs(33, past)
     sight = Sight(positions, to, jnp.asarray(window))
     attend = functools.partial(
         grouped_attention.attend, sight=sight, scale=0.3, softcap=softcap, block=block

@@ -223,6 +223,15 @@ def test_dropout_is_off_without_a_key_and_centred_with_one(batch, params):
     assert np.abs(draws.mean(axis=0) - exact).mean() < 0.5 * noise
 
 
+def test_the_norm_of_small_states_counts_epsilon():
+    rng = np.random.default_rng(0)
+    x, scale = rng.normal(0, 1e-3, (2, 5, 24)), rng.normal(1, 0.2, 24)
+    expected = x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 1e-6) * scale
+    norm = t5_layers.RMSNorm(T5_1_1)
+    found = norm.apply({"params": {"scale": jnp.asarray(scale, jnp.float32)}}, jnp.float32(x))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
 def test_all_positions_of_a_row_share_one_draw_of_dropout():
     dropped = t5_layers.Dropout(0.25).apply(
         {}, jnp.ones((2, 5, 400)), rngs={"dropout": jax.random.key(0)}
