@@ -123,7 +123,7 @@ def test_a_run_carries_the_tokenizer_of_its_student(tmp_path, monkeypatch, capsy
             command(**asked)
 
 
-def test_rewards_of_chats_read_whole_prompts(tmp_path, monkeypatch):
+def test_rewards_of_chats_read_whole_prompts(tmp_path):
     folder = small_tokenizers.write(tmp_path / "tokenizer", "qwen")
     chats = [f"How many eggs are there, {number}?" for number in range(16)]
     path = tmp_path / "chats.jsonl"
@@ -136,13 +136,6 @@ def test_rewards_of_chats_read_whole_prompts(tmp_path, monkeypatch):
         seen.append((prompts, references))
         return np.asarray([float(len(output)) for output in outputs])
 
-    advantages, compared = rl.advantages, []
-
-    def counted(rewards, num_samples=1):
-        compared.append(num_samples)
-        return advantages(rewards, num_samples)
-
-    monkeypatch.setattr(rl, "advantages", counted)
     losses = run(
         tmp_path / "run",
         steps=2,
@@ -168,7 +161,6 @@ def test_rewards_of_chats_read_whole_prompts(tmp_path, monkeypatch):
     first = "user\nHello.\nassistant\nYes?\n"
     assert sorted(prompts[0::2]) == sorted(f"{first}user\n{chat}\nassistant\n" for chat in chats)
     assert {reference for _, batch in seen for reference in batch} == {""}
-    assert compared == [2, 2]  # each sample with the other one of its prompt
 
 
 def test_a_sample_is_truncated_if_none_of_its_tokens_is_an_end_id_of_the_run(tmp_path):

@@ -187,6 +187,8 @@ def test_the_loss_equals_numpy(name, student, teacher, batch, step):
     expected = token_mean if name.endswith("token_mean") else sequence_mean
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-4)
     np.testing.assert_allclose(metrics["target_length"], sum(LENGTHS) / 7, rtol=1e-6)
+    assert metrics["target_tokens"] == sum(LENGTHS)
+    assert metrics["prompt_tokens"] == np.count_nonzero(batch.inputs)
     assert state.step == 1
 
 
@@ -362,6 +364,7 @@ def test_parts_are_chosen_by_the_size_of_the_logits():
     mesh = sharding.make_mesh(sharding.MeshConfig(data=4, fsdp=2))
     with sharding.use(mesh):
         assert parts(256, 256) == 4  # of 32 rows a device
+        assert parts(257, 256) == 8  # of 33 rows on one device
     with pytest.raises(ValueError, match="loss_parts=3 does not divide the target length 32"):
         parts(16, 32, 3)
 
@@ -563,6 +566,7 @@ def test_eight_devices_equal_one(sizes, num_microbatches, student, teacher, batc
         ({"num_samples": 0}, "num_samples must be a positive integer, got 0"),
         ({"teacher_temperature": 0.0}, "teacher_temperature must be positive, got 0.0"),
         ({"student_temperature": -1.0}, "student_temperature must be positive, got -1.0"),
+        ({"student_temperature": 0.0}, "student_temperature must be positive, got 0.0"),
         (
             {"sampling": sampling.SamplingConfig(temperature=0.0)},
             "sampling.temperature must be positive in training, got 0",

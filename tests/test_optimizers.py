@@ -100,6 +100,7 @@ def test_unstacked_parameters_equal_optax():
             "relpos_bias": {"rel_embedding": _normal((4, 32), 2)},  # too small to factor
         },
         "small": {"kernel": _normal((160, 100), 3)},
+        "just_factored": {"kernel": _normal((128, 128), 4)},
     }
     got = _run(optimizers.Adafactor()(_constant), params)
     _assert_trees_close(got, _run(_optax_adafactor(128), params))
