@@ -138,11 +138,17 @@ def expressions(draw, depth=3):
     return text, {"+": a.__add__, "-": a.__sub__, "*": a.__mul__, "/": a.__truediv__}[sign](b)
 
 
+def evaluate(expression):
+    """The exact value of an expression, of which the calculator's texts have six decimals."""
+    lexemes = calculator._LEXEME.finditer(expression)
+    return calculator._parse([match[0] for match in lexemes if match.lastgroup != "space"])
+
+
 @settings(max_examples=150, deadline=None)
 @given(expressions())
-def test_evaluate_agrees_with_python_fractions(case):
+def test_values_agree_with_python_fractions(case):
     text, value = case
-    assert calculator.evaluate(text) == value
+    assert evaluate(text) == value
 
 
 @settings(max_examples=150, deadline=None)
@@ -154,7 +160,7 @@ def test_precedence_and_associativity_agree_with_python(numbers, data):
     # Integers and operators made here: this is Python's own arithmetic.
     ascii_only = re.sub(f"[{re.escape(''.join(MINUS))}]", "-", text)
     expected = eval(re.sub(f"[{re.escape(''.join(TIMES))}]", "*", ascii_only))
-    assert calculator.evaluate(text) == expected
+    assert evaluate(text) == expected
     assert calculator.correct(f"So {text} = 1000000007.") == f"So {text} = {expected}."
 
 

@@ -60,17 +60,6 @@ def number(text: str) -> Number | None:
     return value / 100 if match[2] else value
 
 
-def evaluate(expression: str) -> Number | None:
-    """Returns the exact value of an arithmetic expression.
-
-    The result is None if the text is no arithmetic expression or divides by zero.
-    """
-    lexemes = [match for match in _LEXEME.finditer(expression) if match.lastgroup != "space"]
-    if any(match.lastgroup not in ("number", "operator") for match in lexemes):
-        return None
-    return _parse([match[0] for match in lexemes])
-
-
 def pending_result(text: str) -> str | None:
     """Returns the result to write after a text that ends in `expression =`, or else None.
 
