@@ -60,9 +60,9 @@ def vocabulary(request, folders):
     return TokenizerVocabulary(folders[request.param])
 
 
-def example(vocabulary, row, variables=None) -> row_ids.Example:
+def example(vocabulary, row, *variables) -> row_ids.Example:
     (read,) = [rows._row(row, "x.jsonl", 1)]
-    (made,) = row_ids.tokenize([read], vocabulary, "x.jsonl", variables)
+    (made,) = row_ids.tokenize([read], vocabulary, "x.jsonl", *variables)
     return made
 
 

@@ -38,7 +38,7 @@ def tokenize(
     rows: Sequence[FileRow],
     vocabulary: seqio.Vocabulary,
     path: str | os.PathLike,
-    variables: Mapping[str, Any] | None = None,
+    variables: Mapping[str, Any] = {},
     *,
     with_teacher: bool = False,
     template: str | None = None,
@@ -63,14 +63,14 @@ def tokenize(
             template refuses the messages; the message names the file and the line.
     """
     if any(not isinstance(row.prompt, str) for row in rows):
-        _warn_of_turns_without_end(vocabulary, variables or {})
+        _warn_of_turns_without_end(vocabulary, variables)
     examples = []
     for row in rows:
         with files.faults_in(path, row.line):
-            example = _example(row, vocabulary, variables or {})
+            example = _example(row, vocabulary, variables)
             if with_teacher:
                 own = _teacher_prompt(row, template)
-                ids, text = _prompt(own, row.tools, vocabulary, variables or {})
+                ids, text = _prompt(own, row.tools, vocabulary, variables)
                 if not ids or not text.strip():
                     raise ValueError("expected a teacher's prompt with text, got an empty one")
                 example = example._replace(teacher_inputs=_array(ids), teacher_prompt=text)
@@ -338,7 +338,7 @@ def _prompt(
 ) -> tuple[list[int], str]:
     """Returns the ids and the text of a prompt, which is a text or a list of messages."""
     if isinstance(prompt, str):
-        return (prompt_ids(vocabulary, prompt) if prompt else []), prompt
+        return prompt_ids(vocabulary, prompt), prompt
     text = _render(vocabulary, prompt, tools, variables, add_generation_prompt=True)
     ends = isinstance(vocabulary, TokenizerVocabulary) and vocabulary.ends_prompts
     return [*vocabulary.encode(text), *(_end(vocabulary) if ends else [])], text
