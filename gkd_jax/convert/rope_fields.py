@@ -15,13 +15,10 @@ _SCALING = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "yarn": ("factor", "beta_fast", "beta_slow", "truncate", "attention_factor"),
 }
-_ROPE_KEYS = frozenset(
-    {
-        *("rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings"),
-        *("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "truncate"),
-        *("attention_factor", "mscale", "mscale_all_dim", "partial_rotary_factor"),
-    }
-)
+_ROPE_KEYS = frozenset().union(*_SCALING.values()) | {
+    *("rope_type", "type", "rope_theta", "original_max_position_embeddings"),
+    *("mscale", "mscale_all_dim", "partial_rotary_factor"),
+}
 
 
 def read(
