@@ -21,8 +21,6 @@ from gkd_jax.text import files, settings
 
 
 _HOST = "pinned_host"
-# Fields of a `ModelConfig` that depend on the platform where they are None.
-_CHOICES = ("scan_unroll", "unroll_decoding", "cache_segment", "attention_by_row")
 _PUBLIC_SIZES = ("small", "base", "large", "xl", "xxl")
 # The step of each published checkpoint of a family, in the order of `_PUBLIC_SIZES`.
 _PUBLIC = {
@@ -133,7 +131,7 @@ class ModelConfig:
             "cache_segment": kv_cache.FIRST_ON.get(platform, ExecutionSettings.cache_segment),
             "attention_by_row": platform == "cpu",
         }
-        missing = {name: chosen[name] for name in _CHOICES if getattr(self, name) is None}
+        missing = {name: x for name, x in chosen.items() if getattr(self, name) is None}
         return dataclasses.replace(self, **missing)
 
 
