@@ -311,7 +311,8 @@ def test_what_a_tokenizer_is_read_from_is_downloaded(served, tmp_path):
     folder.mkdir()
     names = {
         *(tokenizer_folder.TOKENIZER_FILE, tokenizer_folder.CONFIG_FILE),
-        *(tokenizer_folder.TEMPLATE_FILE, *vocabularies.SENTENCEPIECE_FILES),
+        *(tokenizer_folder.TEMPLATE_FILE, vocabularies.SENTENCEPIECE_FILE),
+        *vocabularies.UNREAD_FILES,
         *("special_tokens_map.json", "generation_config.json", "config.json"),
     }
     for name in names | {"model.safetensors", "model.safetensors.index.json", "vocab.txt"}:

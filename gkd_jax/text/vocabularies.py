@@ -21,7 +21,9 @@ from gkd_jax.text.word_vocabulary import PAD_ID, WordVocabulary
 T5_PATH = "gs://t5-data/vocabs/cc_all.32000/sentencepiece.model"
 T5_EXTRA_IDS = 100
 
-SENTENCEPIECE_FILES = ("spiece.model", "sentencepiece.model", "tokenizer.model")
+SENTENCEPIECE_FILE = "spiece.model"  # of T5, mT5 and umT5
+# The SentencePiece files of other families, which lack the tokens that tokenizer.json adds.
+UNREAD_FILES = ("sentencepiece.model", "tokenizer.model")
 
 
 class Unread(seqio.PassThroughVocabulary):
@@ -90,11 +92,9 @@ def in_folder(path: str | os.PathLike) -> seqio.Vocabulary | None:
     """
     folder = os.fspath(path)
     config = files.read_json_in(folder, tokenizer_folder.CONFIG_FILE)
-    # T5, mT5 and umT5 use this file name. The SentencePiece files of other families are not read,
-    # because they lack the tokens that tokenizer.json adds.
-    if _exists(folder, SENTENCEPIECE_FILES[0]):
+    if _exists(folder, SENTENCEPIECE_FILE):
         vocabulary = seqio.SentencePieceVocabulary(
-            os.path.join(folder, SENTENCEPIECE_FILES[0]), extra_ids=_extra_ids(folder, config)
+            os.path.join(folder, SENTENCEPIECE_FILE), extra_ids=_extra_ids(folder, config)
         )
         check_readable(vocabulary)
         return vocabulary
@@ -115,7 +115,7 @@ def of_folder(path: str | os.PathLike) -> seqio.Vocabulary:
     found, folder = in_folder(path), os.fspath(path)
     if found is not None:
         return found
-    other = [name for name in SENTENCEPIECE_FILES[1:] if _exists(folder, name)]
+    other = [name for name in UNREAD_FILES if _exists(folder, name)]
     hint = (
         f": it has {other[0]}, which `AutoTokenizer.from_pretrained(...).save_pretrained(...)` of "
         "transformers makes into one"
@@ -124,7 +124,7 @@ def of_folder(path: str | os.PathLike) -> seqio.Vocabulary:
     )
     raise FileNotFoundError(
         f"there is no tokenizer in {folder!r}, expected {tokenizer_folder.TOKENIZER_FILE} or "
-        f"{SENTENCEPIECE_FILES[0]}{hint}"
+        f"{SENTENCEPIECE_FILE}{hint}"
     )
 
 
@@ -153,7 +153,7 @@ def _extra_ids(folder: str, config: dict) -> int:
     # The folder lacks tokenizer_config.json. T5 has sentinel ids and mT5 has none, and only the
     # embedding of T5 has more rows than the pieces need.
     model = files.read_json_in(folder, "config.json")
-    file = os.path.join(folder, SENTENCEPIECE_FILES[0])
+    file = os.path.join(folder, SENTENCEPIECE_FILE)
     rows = model.get("vocab_size")
     size = seqio.SentencePieceVocabulary(file).vocab_size
     return T5_EXTRA_IDS if isinstance(rows, int) and rows >= size + T5_EXTRA_IDS else 0
@@ -198,7 +198,7 @@ def is_remote(vocabulary: seqio.Vocabulary) -> bool:
     return isinstance(vocabulary, Unread) or files.is_remote(path)
 
 
-def in_words(vocabulary: seqio.Vocabulary) -> str:
+def location(vocabulary: seqio.Vocabulary) -> str:
     """Returns where a vocabulary is that `is_remote`."""
     if isinstance(vocabulary, Unread):
         return f"the vocabulary of {vocabulary.checkpoint}"
@@ -293,7 +293,7 @@ def content_hash(vocabulary: seqio.Vocabulary) -> str:
 def short_name(vocabulary: seqio.Vocabulary) -> str:
     """Returns 12 characters that tell a vocabulary from others, without reading a remote file."""
     if is_remote(vocabulary):
-        path = f"{in_words(vocabulary)}:{vocabulary.extra_ids}"
+        path = f"{location(vocabulary)}:{vocabulary.extra_ids}"
         return hashlib.sha256(path.encode()).hexdigest()[:12]
     return content_hash(vocabulary)[:12]
 

@@ -245,7 +245,7 @@ def _check_dry(
     unknown = pending & {model.checkpoint for model in recipe.models.values()}
     unknown |= set(filter(files.is_remote, recipe.data.task_rows))
     if vocabularies.is_remote(source.vocabulary):
-        unknown |= {vocabularies.in_words(source.vocabulary)}
+        unknown |= {vocabularies.location(source.vocabulary)}
     if files.in_bucket(folder):
         unknown |= {os.fspath(folder)}
     if not unknown:
