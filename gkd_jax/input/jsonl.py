@@ -57,11 +57,13 @@ def make_task(
             file.
     """
     assert isinstance(config.task, str)
-    path = _absolute(config.task)
+    path = config.task
+    if not files.is_remote(path):
+        path = os.path.abspath(os.path.expanduser(path))
     splits = _splits(path, config.eval_fraction, check_remote)
     source = JsonlSource(path, splits, vocabulary, config, teachers)
     return seqio.Task(
-        task_name(config.task),
+        task_name(path),
         source=source,
         output_features=features.output_features(
             vocabulary, with_teacher=config.has_teacher_inputs
@@ -72,11 +74,10 @@ def make_task(
     )
 
 
-def task_name(path: str | os.PathLike) -> str:
-    """Returns the name of the task of a path: `jsonl_<stem>_<hash of the absolute path>`."""
-    absolute = _absolute(path)
-    stem = re.sub(r"\W+", "_", os.path.basename(absolute).split(".")[0])
-    return f"jsonl_{stem}_{hashlib.sha256(absolute.encode()).hexdigest()[:8]}"
+def task_name(path: str) -> str:
+    """Returns the name of the task of an absolute path: `jsonl_<stem>_<hash of the path>`."""
+    stem = re.sub(r"\W+", "_", os.path.basename(path).split(".")[0])
+    return f"jsonl_{stem}_{hashlib.sha256(path.encode()).hexdigest()[:8]}"
 
 
 def _splits(path: str, eval_fraction: float | None, check_remote: bool) -> dict[str, str]:
@@ -186,7 +187,7 @@ class JsonlSource(features.RowSource):
     def _checked(
         self, dataset: tf.data.Dataset, output_features: Mapping[str, Any]
     ) -> tf.data.Dataset:
-        """A preprocessor that changes nothing."""
+        """A preprocessor that changes nothing: seqio calls it with the features of the task."""
         self._check_vocabulary(output_features)
         return dataset
 
@@ -319,8 +320,3 @@ def _exact_match(targets: Sequence[str | None], predictions: Sequence[str]) -> d
         if target is not None
     ]
     return text_metrics.exact_match(*zip(*kept, strict=True)) if kept else {}
-
-
-def _absolute(path: str | os.PathLike) -> str:
-    name = os.fspath(path)
-    return name if files.is_remote(name) else os.path.abspath(os.path.expanduser(name))
