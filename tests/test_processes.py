@@ -214,7 +214,7 @@ def read(shard, steps, **more):
         task="arithmetic", feature_lengths=LENGTHS, batch_size=8, shard_by_process=True, **more
     )
     task, _ = named_tasks.open_task(config)
-    stream = streams.TrainIterator(task, config, shard)
+    stream = streams.TrainIterator({task.name: task}, config, shard)
     batches = [next(stream) for _ in range(steps)]
     return [row.tobytes() for batch in batches for row in batch.inputs]
 

@@ -40,7 +40,9 @@ def task():
 
 def stream(task, shard=data.WHOLE, **changes):
     settings = {"feature_lengths": {"inputs": 4, "targets": 4}, "batch_size": 10, **changes}
-    return streams.TrainIterator(task, data.DataConfig(task=task.name, **settings), shard)
+    return streams.TrainIterator(
+        {task.name: task}, data.DataConfig(task=task.name, **settings), shard
+    )
 
 
 def numbers(batches, count) -> list[int]:
@@ -234,7 +236,7 @@ def test_sources_with_vectors_are_left_to_seqio():
     assert split.source_rows() is None
     assert len(list(split.in_order())) == 2
     config = data.DataConfig(task="vectors", feature_lengths=lengths, batch_size=2)
-    batch = next(streams.TrainIterator(task, config))
+    batch = next(streams.TrainIterator({task.name: task}, config))
     assert sorted(batch.input_lengths) == [2, 3]
 
 
@@ -251,13 +253,13 @@ def test_rows_of_one_known_length_make_batches_too(monkeypatch):
         output_features=features.output_features(seqio.PassThroughVocabulary(100)),
     )
     config = data.DataConfig(task="rows", feature_lengths={"inputs": 5, "targets": 3}, batch_size=6)
-    whole = next(streams.TrainIterator(task, config))
+    whole = next(streams.TrainIterator({task.name: task}, config))
     assert sorted(whole.inputs[:, 0]) == [1, 5, 9, 13, 17, 21]
     assert set(whole.input_lengths) == {4}
     np.testing.assert_array_equal(whole.inputs[:, :3], whole.targets)
     np.testing.assert_array_equal(whole.inputs[:, 4], 0)
     monkeypatch.setattr(shuffling, "LARGEST", 1)
-    window = next(streams.TrainIterator(task, config))
+    window = next(streams.TrainIterator({task.name: task}, config))
     np.testing.assert_array_equal(window.inputs[:, :3], window.targets)
 
 

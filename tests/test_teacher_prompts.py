@@ -203,7 +203,7 @@ def test_the_stream_of_a_task_with_a_template_is_that_of_the_task_with_prompts_b
     )
     task, vocabulary = named_tasks.open_task(configs[0])
     with_own, without = (
-        next(streams.TrainIterator(named_tasks.open_task(config)[0], config)) for config in configs
+        next(streams.TrainIterator(named_tasks.open_tasks(config)[0], config)) for config in configs
     )
     assert without.teacher_inputs is None
     for name in ("inputs", "targets", "weights", "input_lengths"):
@@ -215,7 +215,7 @@ def test_the_stream_of_a_task_with_a_template_is_that_of_the_task_with_prompts_b
         assert with_own.teacher_input_lengths[row] == (with_own.teacher_inputs[row] != 0).sum()
     bucketed = data_config(length_buckets=(44, 60), num_examples=100)
     assert bucketed.shapes() == [(44, 32, 44), (48, 32, 60), (48, 32, 80)]
-    stream = streams.TrainIterator(task, bucketed)
+    stream = streams.TrainIterator({task.name: task}, bucketed)
     found = [next(stream) for _ in range(4)]
     assert {data.shape_of(batch) for batch in found} <= set(bucketed.shapes())
 
@@ -250,7 +250,7 @@ def test_lines_of_a_file_name_the_teacher_s_prompt_or_share_the_student_s(tmp_pa
     lengths = {"inputs": 8, "targets": 4, "teacher_inputs": 16}
     config = DataConfig(task=path, feature_lengths=lengths, batch_size=2, vocabulary="bytes")
     task, vocabulary = named_tasks.open_task(config)
-    batch = next(streams.TrainIterator(task, config))
+    batch = next(streams.TrainIterator({task.name: task}, config))
     texts = {vocabulary.decode(x[x > 1].tolist()) for x in batch.teacher_inputs}
     assert texts == {"ab, hint: c", "de"}
     assert sorted(batch.teacher_input_lengths) == [3, 12]  # EOS too
@@ -261,7 +261,7 @@ def test_lines_of_a_file_name_the_teacher_s_prompt_or_share_the_student_s(tmp_pa
         config = DataConfig(
             task=path, feature_lengths=short, batch_size=1, vocabulary="bytes", long_prompts=how
         )
-        stream = streams.TrainIterator(named_tasks.open_task(config)[0], config)
+        stream = streams.TrainIterator(named_tasks.open_tasks(config)[0], config)
         found = [next(stream).teacher_inputs[0] for _ in range(4)]
         assert {vocabulary.decode(x[x > 1].tolist()) for x in found} == kept
     assert "1 of 2 prompts of the teacher (50.0 %) are longer than 5" in capsys.readouterr().err
@@ -271,7 +271,7 @@ def test_lines_of_a_file_name_the_teacher_s_prompt_or_share_the_student_s(tmp_pa
         task=path, feature_lengths={"inputs": 8, "targets": 4}, batch_size=2, vocabulary="bytes"
     )
     task, _ = named_tasks.open_task(plain)
-    assert next(streams.TrainIterator(task, plain)).teacher_inputs is None
+    assert next(streams.TrainIterator({task.name: task}, plain)).teacher_inputs is None
     assert "has prompts for the teacher, which are left alone" in capsys.readouterr().err
 
 
@@ -294,7 +294,7 @@ def test_a_bad_prompt_of_the_teacher_is_named_by_line(tmp_path, row, message):
     lengths = {"inputs": 8, "targets": 4, "teacher_inputs": 16}
     config = DataConfig(task=path, feature_lengths=lengths, batch_size=1, vocabulary="bytes")
     with pytest.raises(ValueError, match=message) as error:
-        streams.TrainIterator(named_tasks.open_task(config)[0], config)
+        streams.TrainIterator(named_tasks.open_tasks(config)[0], config)
     assert "x.jsonl" in str(error.value)
 
 

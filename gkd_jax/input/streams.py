@@ -31,13 +31,12 @@ class TrainIterator:
     shard, the batches are this process's rows, and the position of each shard is saved.
     """
 
-    def __init__(self, task: Any, config: DataConfig, shard: Shard = WHOLE):
+    def __init__(self, tasks: Mapping[str, Any], config: DataConfig, shard: Shard = WHOLE):
         """Opens the stream at its beginning, and warns of examples that do not fit the lengths.
 
-        `task` may also be the tasks by name (`named_tasks.open_tasks`).
+        The tasks by name are those of `named_tasks.open_tasks`.
         """
-        tasks = list(task.values()) if isinstance(task, Mapping) else [task]
-        splits = [Split.of(one, config) for one in tasks]
+        splits = [Split.of(task, config) for task in tasks.values()]
         self._config, self._shard = config, shard
         for split in splits:
             fit.warn_once(split)
