@@ -145,7 +145,7 @@ def _vocabulary(path: str) -> _Vocabulary:
     about = {} if step_folder is None else saved_model.read_description(step_folder)
     rows = about.get("num_pieces") or load_config(path).vocab_size
     # A converted checkpoint has the tokenizer of its source in the place of a hash.
-    folder = epath.Path(path) if step_folder is None else step_folder / saved_model.TOKENIZER
+    folder = saved_model.tokenizer_folder(step_folder) if step_folder else epath.Path(path)
     if about.get("vocabulary") or not folder.is_dir():
         return _Vocabulary(path, rows, about.get("vocabulary", ""), None)
     from gkd_jax.text import vocabularies  # brings TensorFlow and seqio

@@ -72,6 +72,17 @@ def find_step(path: str) -> epath.Path | None:
     return folder / FOLDER / str(steps[-1]) if steps else None
 
 
+def tokenizer_folder(step_folder: epath.Path) -> epath.Path:
+    """Returns the folder of the tokenizer of a step: beside its parameters, or in its MODEL_DIR.
+
+    It is beside the parameters of a converted checkpoint, which may lie in any folder.
+    """
+    folder = files.absolute(step_folder)
+    beside = folder / TOKENIZER
+    is_of_run = folder.parent.name == FOLDER and not beside.is_dir()
+    return folder.parent.parent / TOKENIZER if is_of_run else beside
+
+
 def read_description(step_folder: epath.Path) -> dict[str, Any]:
     """Returns the JSON beside a step's parameters; see `describe_model`.
 

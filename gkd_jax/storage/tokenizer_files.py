@@ -25,7 +25,7 @@ def find(checkpoint: str | None) -> str | None:
     step_folder = saved_model.find_step(checkpoint)
     if step_folder is None:
         return checkpoint if os.path.isfile(os.path.join(checkpoint, "config.json")) else None
-    folder = place(step_folder)
+    folder = saved_model.tokenizer_folder(step_folder)
     if not folder.is_dir():
         return None
     expected = saved_model.read_description(step_folder)["vocabulary"]
@@ -84,8 +84,9 @@ def check_known(checkpoint: str, found: str | None, also: str = "") -> None:
     if step_folder is None:
         return
     if isinstance(saved_model.read_config(step_folder), DecoderConfig):
+        folder = saved_model.tokenizer_folder(step_folder)
         raise FileNotFoundError(
-            f"no tokenizer of the decoder-only model {checkpoint!r} in {str(place(step_folder))!r}"
+            f"no tokenizer of the decoder-only model {checkpoint!r} in {str(folder)!r}"
             ": copy tokenizer.json, tokenizer_config.json, config.json and generation_config.json "
             f"there from the Hugging Face folder that its student started from{also}"
         )
@@ -113,17 +114,6 @@ def copy(source: str, folder: files.AnyPath) -> None:
         epath.Path(target).rmtree()
     target.mkdir(parents=True)
     hf_folder.copy_companions(epath.Path(source), target, "config.json")
-
-
-def place(step_folder: epath.Path) -> epath.Path:
-    """Returns the folder of the tokenizer of a step: beside its parameters, or in its MODEL_DIR.
-
-    It is beside the parameters of a converted checkpoint, which may lie in any folder.
-    """
-    folder = files.absolute(step_folder)
-    beside = folder / saved_model.TOKENIZER
-    is_of_run = folder.parent.name == saved_model.FOLDER and not beside.is_dir()
-    return folder.parent.parent / saved_model.TOKENIZER if is_of_run else beside
 
 
 def _has_vocabulary(folder: str, expected: str) -> bool:

@@ -50,7 +50,7 @@ def shared_pieces(
                 )
             continue
         # A converted checkpoint has the tokenizer of its source in the place of a hash.
-        folder = tokenizer_files.place(step_folder) if step_folder else tokenizer_files.find(path)
+        folder = tokenizer_files.find(path)
         own = None if folder is None else vocabularies.in_folder(folder)
         if own is not None:
             agreed = vocabularies.shared_pieces(
