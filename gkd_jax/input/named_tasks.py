@@ -35,6 +35,7 @@ def open_tasks(
     shared, has_files = None, any(map(task_names.is_path, config.task_rows))
     several = () if isinstance(config.task, str) else tuple(config.task)
     for name in config.task_rows:
+        # Rows are held out of files alone. Without any file, `open_task` refuses the setting.
         holds_out = task_names.is_path(name) or not has_files
         one = dataclasses.replace(
             config, task=name, eval_fraction=config.eval_fraction if holds_out else None
