@@ -100,7 +100,7 @@ def describe(value: Any) -> Any:
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    if isinstance(value, np.generic) or (hasattr(value, "item") and np.ndim(value) == 0):
+    if hasattr(value, "item") and np.ndim(value) == 0:  # a number of NumPy or JAX
         return value.item()
     if isinstance(value, Mapping):
         return {str(key): describe(item) for key, item in value.items()}
