@@ -29,12 +29,11 @@ def read_config(path: str) -> lm.Config:
     arrays = hf_folder.open_weights(folder)  # a file that is missing or cut is named at once
     kinds = (*t5_huggingface.ARCHITECTURES, *decoder_fields.MODEL_TYPES)
     try:
-        is_decoder = field_values.choice(fields, "model_type", kinds) in decoder_fields.MODEL_TYPES
-        config = decoder_fields.read(fields) if is_decoder else t5_huggingface.read_fields(fields)
+        if field_values.choice(fields, "model_type", kinds) in decoder_fields.MODEL_TYPES:
+            return decoder_fields.read(fields)
+        config = t5_huggingface.read_fields(fields)
     except ValueError as error:
         raise ValueError(f"{folder}/config.json: {error}") from error
-    if isinstance(config, DecoderConfig):
-        return config
     t5_huggingface.check_special_ids(folder, fields)
     return dataclasses.replace(config, tie_embeddings=not t5_huggingface.has_own_head(arrays))
 
