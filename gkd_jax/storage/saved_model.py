@@ -3,6 +3,7 @@
 `gkd_jax.storage.checkpoints` says what else the folder of a step holds.
 """
 
+from collections.abc import Mapping
 import dataclasses
 import json
 import os
@@ -172,14 +173,14 @@ def write_params(
     params: lm.Params,
     vocabulary_hash: str,
     num_pieces: int | None = None,
-    more: dict[str, Any] | None = None,
+    more: Mapping[str, Any] = {},
 ) -> None:
     """Writes a model without training state to the step folder `folder`.
 
     The JSON beside the parameters is the result of `describe_model` with the entries of `more`.
     """
     target = files.absolute(folder)
-    about = {**describe_model(config, vocabulary_hash, num_pieces), **(more or {})}
+    about = {**describe_model(config, vocabulary_hash, num_pieces), **more}
     about["fingerprints"] = {"params": fingerprints.of_tree(params)}
     handler = ocp.CompositeCheckpointHandler("model", params=tree_handler())
     with ocp.Checkpointer(handler) as checkpointer:
