@@ -72,7 +72,7 @@ def test_num_pieces_compares_what_the_ids_mean(tmp_path):
         conversion.convert_checkpoint(str(tmp_path / name), str(tmp_path / f"own_{name}"), to="gkd")
     assert gkd_jax.num_pieces(student, tmp_path / "own_teacher") == count
     assert gkd_jax.num_pieces(tmp_path / "own_teacher") == count
-    vocabulary, teachers = vocabularies.in_folder(student), {}
+    vocabulary, teachers = vocabularies.find_in_folder(student), {}
     for name in ("teacher", "stranger"):
         teachers[name] = {name: ModelConfig(checkpoint=str(tmp_path / f"own_{name}"))}
     assert vocabulary_checks.shared_pieces(vocabulary, teachers["teacher"]) == count

@@ -263,8 +263,8 @@ def test_a_folder_is_a_vocabulary_by_name(folders, tmp_path):
         vocabulary = vocabularies.load(spec)
         assert isinstance(vocabulary, TokenizerVocabulary)
         assert vocabularies.num_pieces(vocabulary) == vocabulary.vocab_size
-    assert vocabularies.in_folder(folder)
-    assert not vocabularies.in_folder(tmp_path)
+    assert vocabularies.find_in_folder(folder)
+    assert not vocabularies.find_in_folder(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no tokenizer in .*expected tokenizer\.json or"):
         vocabularies.of_folder(tmp_path)
     (tmp_path / "tokenizer.model").touch()
@@ -323,7 +323,7 @@ def test_t5_folders_have_their_sentinels_and_one_content_in_both_forms(shared, t
 def test_a_byt5_folder_has_bytes(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "ByT5Tokenizer"}')
     assert vocabularies.load(str(tmp_path)) == seqio.ByteVocabulary(extra_ids=125)
-    assert vocabularies.in_folder(tmp_path)
+    assert vocabularies.find_in_folder(tmp_path)
 
 
 # Two models ---------------------------------------------------------------------------------------

@@ -121,7 +121,7 @@ def _named_vocabulary(
         return vocabularies.load(
             config.vocabulary, extra_ids=config.extra_ids, check_remote=check_remote
         )
-    return vocabularies.in_folder(tokenizer) if isinstance(tokenizer, str) else tokenizer
+    return vocabularies.find_in_folder(tokenizer) if isinstance(tokenizer, str) else tokenizer
 
 
 def _check_has_t5_vocabulary(folder: str) -> None:

@@ -150,7 +150,7 @@ def _vocabulary(path: str) -> _Vocabulary:
         return _Vocabulary(path, rows, about.get("vocabulary", ""), None)
     from gkd_jax.text import vocabularies  # brings TensorFlow and seqio
 
-    own = vocabularies.in_folder(folder)
+    own = vocabularies.find_in_folder(folder)
     if own is None:
         return _Vocabulary(path, rows, "", None)
     size = min(vocabularies.num_pieces(own), rows)

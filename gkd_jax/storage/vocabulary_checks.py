@@ -51,7 +51,7 @@ def shared_pieces(
             continue
         # A converted checkpoint has the tokenizer of its source in the place of a hash.
         folder = tokenizer_files.find(path)
-        own = None if folder is None else vocabularies.in_folder(folder)
+        own = None if folder is None else vocabularies.find_in_folder(folder)
         if own is not None:
             agreed = vocabularies.shared_pieces(
                 vocabulary, own, student_name="this run's vocabulary", teacher_name=f"{name} {path}"

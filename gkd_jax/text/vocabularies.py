@@ -80,7 +80,7 @@ def t5_default() -> seqio.SentencePieceVocabulary:
     return seqio.SentencePieceVocabulary(T5_PATH, extra_ids=T5_EXTRA_IDS)
 
 
-def in_folder(path: str | os.PathLike) -> seqio.Vocabulary | None:
+def find_in_folder(path: str | os.PathLike) -> seqio.Vocabulary | None:
     """Returns the vocabulary of a Hugging Face folder; None if there is no tokenizer in it.
 
     If the folder has a `spiece.model` (T5), SentencePiece reads this file, and the folder's
@@ -110,9 +110,9 @@ def of_folder(path: str | os.PathLike) -> seqio.Vocabulary:
 
     Raises:
         FileNotFoundError: if the folder has no tokenizer; the message names the expected files.
-        ValueError: see `in_folder`.
+        ValueError: see `find_in_folder`.
     """
-    found, folder = in_folder(path), os.fspath(path)
+    found, folder = find_in_folder(path), os.fspath(path)
     if found is not None:
         return found
     other = [name for name in UNREAD_FILES if _exists(folder, name)]
