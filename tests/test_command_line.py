@@ -183,6 +183,7 @@ def test_help_names_every_flag_and_an_example_that_parses(command):
     assert not values.dry_run
     assert bool(extra) == (command in ("report", "sweep"))
     assert bool(bindings) == any(word.startswith("--gin.") for word in example)
+    assert ("gin/decode.gin" in text) == (command in ("eval", "infer", "score"))
     if command in ("bench", "precompile"):  # of the required macros these need the sizes alone
         assert not any(f"  {name}:" in text for name in commands.STAND_INS)
         assert "STUDENT_SIZE or STUDENT_CHECKPOINT" in text

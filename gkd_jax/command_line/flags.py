@@ -56,7 +56,7 @@ COMMANDS = {
         reads_gin=False,
     ),
     "infer": Command(
-        does="decodes a task's inputs, or a text file, to JSONL",
+        does="decodes a task's inputs, or the lines of TEXT_FILE, to JSONL",
         example="gkd-jax infer --gin_file=gin/infer.gin --gin.CHECKPOINT=/tmp/teacher "
         "--gin.MIXTURE_OR_TASK_NAME=arithmetic --gin.OUTPUT=/tmp/outputs.jsonl",
         required=(*_DECODE, "OUTPUT: the JSONL file"),
@@ -160,7 +160,11 @@ def describe(command: str) -> str:
     if about.required:
         lines += ["", "macros without a default (--gin.MACRO=VALUE):"]
         lines += [f"  {text}" for text in about.required]
-        lines += ["  the gin files list all others, and docs/configuration.md explains them"]
+        decodes = about.required[0] == _DECODE[0]
+        where = (
+            "gin/decode.gin and the gin file list" if decodes else "docs/configuration.md explains"
+        )
+        lines += [f"  {where} all others"]
     lines += ["", "flags:"]
     for name in sorted(values):
         flag = values[name]
