@@ -160,17 +160,6 @@ def test_adafactor_follows_its_schedule():
         np.testing.assert_allclose(got["w"], (1 + count) * expected["w"], rtol=1e-6)
 
 
-def test_adafactor_of_a_tiny_gradient_is_that_of_a_large_one():
-    """Only the ratios of gradients count, as optax has it with the same epsilon of 1e-30."""
-    params = {"a": _normal((130, 140), 0), "b": _normal((7,), 1)}
-    grads = jax.tree.map(lambda x: _normal(x.shape, x.size, 1e-9), params)
-    optimizer, theirs = optimizers.Adafactor()(_constant), _optax_adafactor(128)
-    got, _ = optimizer.update(grads, optimizer.init(params), params)
-    expected, _ = theirs.update(grads, theirs.init(params), params)
-    _assert_trees_close(got, expected)
-    assert min(np.abs(x).max() for x in jax.tree.leaves(got)) > 1e-3
-
-
 def test_adafactor_of_a_zero_gradient_is_finite():
     params = {"layers": {"kernel": jnp.zeros((2, 3, 4))}, "w": jnp.zeros((3,))}
     optimizer = optimizers.Adafactor()(_constant)
