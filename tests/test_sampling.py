@@ -271,10 +271,6 @@ def test_draw_inverts_the_cumulative_softmax(vocab_size):
     scores[3::7] = -np.inf
     uniforms = rng.random(20_000).astype(np.float32)
     tokens = np.asarray(_draw_many(jnp.asarray(scores), jnp.asarray(uniforms)))
-    if vocab_size <= 128:  # of logits whose exponential float32 cannot hold
-        for shift in (-200.0, 200.0):
-            moved = _draw_many(jnp.asarray(scores + np.float32(shift)), jnp.asarray(uniforms))
-            assert np.mean(tokens == moved) > 0.999
     probabilities = special.softmax(scores.astype(np.float64))
     cumulative = np.cumsum(probabilities)
     # Each uniform lies in its token's interval, up to float32 sums of probabilities.
