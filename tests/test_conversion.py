@@ -13,7 +13,7 @@ import small_runs
 
 from gkd_jax import convert, load_model, main, sampling
 from gkd_jax.models import lm, t5
-from gkd_jax.storage import saved_model, tokenizer_files
+from gkd_jax.storage import loading, saved_model, tokenizer_files
 from gkd_jax.storage.conversion import FORMATS, convert_checkpoint
 from gkd_jax.tasks import multi30k
 from gkd_jax.text import vocabularies
@@ -53,6 +53,24 @@ def test_a_dry_run_says_what_it_would_write_and_writes_nothing(
     assert f"can be written to {output}{'/checkpoint_3' if to == 't5x' else ''} as {to}" in said
     assert f"{lm.num_params(lm.abstract_params(CONFIG)):,} parameters" in said
     assert not list(tmp_path.iterdir())
+
+
+def test_one_step_of_a_run_that_goes_on_is_converted(sources, tmp_path, monkeypatch):
+    steps = tmp_path / "run" / "checkpoints"
+    shutil.copytree(sources / "gkd", steps / "5")
+    load_params = loading.load_params
+
+    def load_later(*arguments):
+        params = random_params(CONFIG, 1)
+        saved_model.write_params(str(steps / "6"), CONFIG, params, "a hash", PIECES)
+        return load_params(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loading, "load_params", load_later)
+        convert_checkpoint(str(tmp_path / "run"), str(tmp_path / "out"), to="t5x")
+    _, found = load_model(tmp_path / "out" / "checkpoint_5")
+    _, wanted = load_model(sources / "gkd")
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
 
 
 @pytest.mark.parametrize("dry_run", [True, False])

@@ -86,7 +86,7 @@ def convert_checkpoint(
     # Load in bfloat16 only if that loses nothing: then the host needs half of the memory.
     narrow = dtype == stored == "bfloat16" and to != "gkd"
     shapes = lm.abstract_params(config, "bfloat16" if narrow else "float32")
-    params = loading.load_params(source, shapes, config)
+    params = loading.load_params(step_folder or source, shapes, config)  # a run may be going on
     if to == "hf":
         _write_hf(output, opened, params, dtype)
     elif to == "t5x":
