@@ -1,6 +1,6 @@
 """Turns the rows of a TOML file, or one gin file and a grid, into the commands of a sweep."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 import dataclasses
 import itertools
 import os
@@ -145,7 +145,7 @@ def _axes(table: Any, where: str, *, trains: bool = True) -> dict[str, tuple[Poi
         axis: _points(axis, values, f"{where}: axis {axis!r}") for axis, values in table.items()
     }
     if not trains and "divergence" in axes:  # a command that decodes takes no DIVERGENCE
-        axes["divergence"] = _with_macros_of(axes["divergence"], ())
+        axes["divergence"] = _with_macros(axes["divergence"], ())
     return axes
 
 
@@ -154,9 +154,8 @@ def macros_of(points: Iterable[Point]) -> set[str]:
     return {macro for point in points for macro in point.macros}
 
 
-def _with_macros_of(points: Sequence[Point], old: Sequence[Point]) -> tuple[Point, ...]:
-    """Returns the points with only those macros that some of the `old` points set."""
-    known = macros_of(old)
+def _with_macros(points: Sequence[Point], known: Collection[str]) -> tuple[Point, ...]:
+    """Returns the points with only those macros that are `known`."""
     return tuple(
         Point(point.label, {name: x for name, x in point.macros.items() if name in known})
         for point in points
@@ -256,7 +255,7 @@ def _overridden(row: Row, macros: Mapping[str, str], axes: Mapping[str, tuple[Po
     trains = row.command == "train"
     own_macros = {name: x for name, x in macros.items() if trains or name in row.macros}
     own_axes = {
-        axis: axes[axis] if trains else _with_macros_of(axes[axis], points)
+        axis: axes[axis] if trains else _with_macros(axes[axis], macros_of(points))
         for axis, points in row.axes.items()
         if axis in axes
     }
