@@ -513,6 +513,9 @@ def recipe_of(**more):
 def test_models_without_a_checkpoint_all_have_weights_of_their_own():
     built = program.build(recipe_of(), 149)
     models = random_teachers.initial_params(built.recipe, built.learner, built.teacher)
+    only = pretrained.ModelConfig(architecture=small, size="tiny")
+    alone = program.build(recipe_of(teacher=only, data=data_config(task="arithmetic")), 149)
+    models["alone"] = random_teachers.initial_params(alone.recipe, alone.learner, alone.teacher)
     recipe, config = built.recipe, built.models.student
     key = jax.random.key(recipe.train.seed)
     models["student"] = pretrained.initial_params(
