@@ -15,8 +15,9 @@ import pytest
 from small_runs import small
 
 import gin
-from gkd_jax import divergences, gkd, main, rl, sharding
+from gkd_jax import convert, divergences, gkd, main, rl, sharding
 from gkd_jax.input import data
+from gkd_jax.models import lm, t5
 from gkd_jax.planning import (
     analysis,
     hlo,
@@ -74,6 +75,16 @@ def _fresh(monkeypatch, folder):
     gin.clear_config()
     yield
     gin.clear_config()
+
+
+def test_a_checkpoint_in_a_folder_tells_its_rows_when_the_texts_are_absent(tmp_path):
+    config = t5.t5_1_1("32x2", vocab_size=256)
+    convert.write_hf(tmp_path / "model", config, lm.init(config, jax.random.key(0)))
+    student = pretrained.ModelConfig(checkpoint=str(tmp_path / "model"))
+    absent = {"task": str(tmp_path / "absent.jsonl"), "batch_size": BATCH}
+    texts = data.DataConfig(feature_lengths={"inputs": SOURCE, "targets": TARGET}, **absent)
+    recipe = options(student=student, teacher=student, data=texts)
+    assert vocabulary_size.num_pieces_of(recipe) == 256
 
 
 def report(capsys, recipe, topology="cpu"):

@@ -2,7 +2,7 @@
 
 import os
 
-from gkd_jax.storage import hub
+from gkd_jax.storage import hub, loading, pretrained
 from gkd_jax.text import known_sizes, task_names
 from gkd_jax.training.recipe import Recipe
 
@@ -12,8 +12,8 @@ def num_pieces_of(recipe: Recipe) -> int:
 
     The recipe's task is opened only if the name of the vocabulary does not determine the number. If
     the tasks are JSONL files that do not exist, or the vocabulary is a name on the Hugging Face
-    hub, the number is that of the rows that models of the recipe's sizes have: it is at least the
-    number of ids.
+    hub, the number is that of the rows that the recipe's models have, by their sizes or their
+    checkpoints: it is at least the number of ids.
     """
     config = recipe.data
     tasks = list(config.task_rows)
@@ -26,11 +26,21 @@ def num_pieces_of(recipe: Recipe) -> int:
     else:
         cannot_be_read = hub.is_name(config.vocabulary)
     if found is None and cannot_be_read:
-        models = [model for model in recipe.models.values() if model.size]
-        rows = [model.architecture(model.size).vocab_size for model in models]
+        rows = [
+            _rows(model)
+            for model in recipe.models.values()
+            if model.size or not pretrained.is_remote(model.checkpoint)
+        ]
         found = min(rows, default=None)
     if found is None:
         from gkd_jax.training import source  # imports TensorFlow and seqio
 
         found = source.open_source(recipe, check_remote=False).num_pieces
     return found
+
+
+def _rows(model: pretrained.ModelConfig) -> int:
+    if model.size:
+        return model.architecture(model.size).vocab_size
+    assert model.checkpoint is not None  # a model has a size or a checkpoint
+    return loading.load_config(model.checkpoint).vocab_size
