@@ -16,7 +16,7 @@ if [[ ${1:---help} == --help ]]; then
   usage
   exit 0
 fi
-[[ $1 != -* ]] || unknown_flag "$1"
+[[ $1 != -* ]] || fail "unknown flag '$1': it takes RESULT.json and ROUNDS alone"
 result=$(realpath "$1")
 rounds=${2:-3}
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
