@@ -347,7 +347,8 @@ def test_a_file_alone_has_one_split_and_says_how_to_get_another(tmp_path):
     assert list(task.splits) == ["train"]
     assert texts(task) == ["in 0", "in 1", "in 2"]
     with pytest.raises(
-        ValueError, match=r"no split 'validation'.*validation\.jsonl.*EVAL_FRACTION"
+        ValueError,
+        match=r"data\.jsonl' has no split 'validation'.*validation\.jsonl.*EVAL_FRACTION",
     ):
         named_tasks.check_split(task, "validation")
 

@@ -234,15 +234,14 @@ def check_split(task: seqio.Task | seqio.Mixture, split: str) -> None:
             "and EVAL_NUM_EXAMPLES choose the first examples"
         )
     if known and split.split("[")[0] not in known:
-        hint = (
-            f": {source.path!r} needs a validation.jsonl beside it, or EVAL_FRACTION=0.05 to hold "
-            "a share of its rows out"
-            if isinstance(source, jsonl.JsonlSource)
-            else ""
-        )
-        raise ValueError(
-            f"task {task.name!r} has no split {split!r}, expected one of {known}{hint}"
-        )
+        name, hint = task.name, ""
+        if isinstance(source, jsonl.JsonlSource):
+            name = source.path
+            hint = (
+                ": a validation.jsonl beside the file makes a split, and EVAL_FRACTION=0.05 holds "
+                "a share of its rows out"
+            )
+        raise ValueError(f"task {name!r} has no split {split!r}, expected one of {known}{hint}")
 
 
 def check_teacher_inputs(name: str, task: seqio.Task | seqio.Mixture, config: DataConfig) -> None:
