@@ -286,6 +286,9 @@ def test_calls_that_a_template_leaves_out_are_refused(folders):
     assert "count" not in theirs.apply_chat_template(CHAT, tools=[call], tokenize=False)
     with pytest.raises(ValueError, match=r"line 1: 'tools' have 'count_eggs', which .* not print"):
         example(vocabulary, {"messages": CHAT, "tools": [call]})
+    short = {"type": "function", "function": {"name": "us"}}  # which is a part of "user"
+    with pytest.raises(ValueError, match=r"line 1: 'tools' have 'us', which .* not print"):
+        example(vocabulary, {"messages": CHAT, "tools": [short]})
     printed = {**answer, "content": "count_eggs()"}
     assert example(vocabulary, {"messages": [row["messages"][0], printed]}).target == "count_eggs()"
 

@@ -298,11 +298,16 @@ def _check_calls(message: Mapping[str, Any], printed: str) -> None:
     one without any token but the end.
     """
     for call in message.get("tool_calls") or ():
-        if not isinstance(name := _name_of(call), str) or name not in printed:
+        if not isinstance(name := _name_of(call), str) or not _has_word(printed, name):
             raise ValueError(
                 f"'tool_calls' have a call of {name!r}, which the chat template does not print: "
                 f"the text would be {printed[-60:]!r}"
             )
+
+
+def _has_word(text: str, name: str) -> bool:
+    """Returns whether a text has a name that is not a part of a longer word."""
+    return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text) is not None
 
 
 def _name_of(tool: Any) -> Any:
@@ -367,7 +372,7 @@ def _render(
     for message in messages:
         _check_calls(message, text)
     for tool in tools or ():
-        if isinstance(name := _name_of(tool), str) and name not in text:
+        if isinstance(name := _name_of(tool), str) and not _has_word(text, name):
             raise ValueError(
                 f"'tools' have {name!r}, which the chat template does not print: the model would "
                 "know nothing of this tool"
