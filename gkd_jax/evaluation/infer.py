@@ -101,18 +101,20 @@ def evaluate_checkpoint(
     """
     processes.on_first_process(made_by.check_evaluation, output_dir)
     opened = open_model_and_task(model, data, dry_run=dry_run)
-    about = {} if dry_run else _describe_evaluation(opened, evaluation)
+    writes = jax.process_index() == 0
+    # The content of a large checkpoint takes long to hash: only the process that records it does.
+    about = _describe_evaluation(opened, evaluation) if writes and not dry_run else {}
     ready = _prepare(opened, evaluation, mesh)
     if ready is None:
         return
     decode, batches, _ = ready
     folder = pathlib.Path(output_dir)
-    if jax.process_index() == 0:
+    if writes:
         folder.mkdir(parents=True, exist_ok=True)
     decoded = list(decode(batches))
     values = evaluate.compute_metrics(opened.task, decoded, evaluation)
     name = task_names.display_name(data.name)
-    if jax.process_index() == 0:
+    if writes:
         if opened.task.metric_fns and not values:
             print(
                 f"WARNING: {name} has no metric, because no row of the split "
