@@ -74,6 +74,14 @@ def test_a_dry_run_misses_a_client(tmp_path, monkeypatch):
         train.train(**options(tmp_path, steps=2, train=config), dry_run=True)
 
 
+def test_a_tracker_of_one_s_own_needs_the_package_of_its_kind(monkeypatch):
+    class Mine(trackers.MLflow):
+        pass
+
+    monkeypatch.setitem(sys.modules, "mlflow", types.ModuleType("mlflow"))
+    trackers.check_installed([Mine(), print])
+
+
 def test_a_run_gives_every_line_to_any_function(tmp_path):
     seen = []
     config = TrainConfig(train_steps=2, metrics_to=(lambda step, values: seen.append(step),))

@@ -76,8 +76,9 @@ class MLflow:
 def check_installed(functions: Iterable[Any]) -> None:
     """Raises ModuleNotFoundError if one of METRICS_TO needs a package that is not installed."""
     for function in functions:
-        if isinstance(function, WandB | MLflow):
-            _client(type(function).__name__.lower())
+        for kind, package in ((WandB, "wandb"), (MLflow, "mlflow")):
+            if isinstance(function, kind):
+                _client(package)
 
 
 def _client(name: str) -> Any:
