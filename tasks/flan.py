@@ -99,15 +99,15 @@ def find_files(folder: str) -> list[str]:
 
     Raises:
         FileNotFoundError: if there are no such files; the message names the folder.
+        ValueError: if a file is there both plain and as `.gz`.
     """
-    paths = sorted(
-        os.path.join(where, name)
+    found = (
+        folders.existing(os.path.join(where, name.removesuffix(".gz")))
         for where, _, names in tf.io.gfile.walk(folder)
         for name in names
         if name.removesuffix(".gz").endswith(ENDINGS)
-        # Of x.jsonl and x.jsonl.gz, the plain file is read, as everywhere.
-        and (not name.endswith(".gz") or name.removesuffix(".gz") not in names)
     )
+    paths = sorted(filter(None, found))
     if not paths:
         raise FileNotFoundError(f"there is no .jsonl or .tsv file (or .gz of one) in {folder!r}")
     return paths

@@ -63,7 +63,8 @@ def read_lines(folder: str, name: str) -> list[str]:
 
     Raises:
         FileNotFoundError: if there is no such file; the message names the file and the folder.
-        ValueError: if the file is not UTF-8 text; the message names the file and the line.
+        ValueError: if the file is not UTF-8 text (the message names the file and the line), or if
+            the folder has both files.
     """
     path = existing(os.path.join(folder, name))
     if path is None:
@@ -75,6 +76,9 @@ def find(family: str, name: str) -> str | None:
     """Returns the path of a file in the folder DATA_DIR/`family`, or else in DATA_DIR.
 
     The result is None if there is no such file, plain or as `.gz`, or if DATA_DIR is not set.
+
+    Raises:
+        ValueError: if a folder has both the plain file and the `.gz`.
     """
     if _data_dir is None:
         return None
@@ -83,5 +87,12 @@ def find(family: str, name: str) -> str | None:
 
 
 def existing(path: str) -> str | None:
-    """Returns `path` or `path`.gz, whichever exists; None if neither exists."""
-    return next((p for p in (path, f"{path}.gz") if tf.io.gfile.exists(p)), None)
+    """Returns `path` or `path`.gz, whichever exists; None if neither exists.
+
+    Raises:
+        ValueError: if both exist, because their contents may differ.
+    """
+    found = [name for name in (path, f"{path}.gz") if tf.io.gfile.exists(name)]
+    if len(found) > 1:
+        raise ValueError(f"there are both {found[0]!r} and {found[1]!r}: remove one of them")
+    return next(iter(found), None)

@@ -406,6 +406,16 @@ def test_folders_have_the_splits_that_are_there(tmp_path):
         open_task(tmp_path / "absent.jsonl").get_dataset(LENGTHS, split="train")
 
 
+@pytest.mark.parametrize("name", ["", "train.jsonl"])
+def test_a_split_that_is_there_plain_and_compressed_is_refused(tmp_path, name):
+    write(tmp_path / "train.jsonl", pairs(3))
+    write(tmp_path / "validation.jsonl", pairs(3))
+    write(tmp_path / "validation.jsonl.gz", pairs(2))
+    both = r"both '.*validation\.jsonl' and '.*validation\.jsonl\.gz': remove one"
+    with pytest.raises(ValueError, match=both):
+        open_task(tmp_path / name)
+
+
 def test_a_share_is_held_out_by_seed_and_row_and_never_trained_on(tmp_path):
     path = write(tmp_path / "data.jsonl", pairs(400))
     chosen = []

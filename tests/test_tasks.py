@@ -708,7 +708,6 @@ def flan_folder(tmp_path, no_data_dir):
     where = tmp_path / "flan"
     (where / "cot").mkdir(parents=True)
     (where / "a.jsonl").write_text('{"inputs": "in", "targets": "out", "task": "x"}\n')
-    (where / "a.jsonl.gz").write_bytes(gzip.compress((where / "a.jsonl").read_bytes()))  # its copy
     (where / "notes.md").write_text("not read")
     (where / "cot" / "b.tsv").write_text("Is it?\\nOptions:\\n- yes\tyes\tIt is.\n")
     with gzip.open(where / "cot" / "c.tsv.gz", "wt") as file:
@@ -728,6 +727,12 @@ def test_flan_reads_every_file_of_a_folder(flan_folder):
             *((f"c{i}", f"d{i}") for i in range(8)),
         ]
     )
+
+
+def test_flan_refuses_a_file_that_is_there_plain_and_compressed(flan_folder):
+    (flan_folder / "flan" / "cot" / "b.tsv.gz").write_bytes(gzip.compress(b"other\ttext\n"))
+    with pytest.raises(ValueError, match=r"both '.*b\.tsv' and '.*b\.tsv\.gz': remove one"):
+        flan.find_files(str(flan_folder))
 
 
 def test_a_mixture_of_another_folder_and_maximum(flan_folder):

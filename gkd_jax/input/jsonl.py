@@ -103,7 +103,8 @@ def find_splits(path: str) -> dict[str, str]:
 
     Raises:
         FileNotFoundError: if the path is a folder without a file of any split.
-        ValueError: if the path is a file whose name has another ending.
+        ValueError: if the path is a file whose name has another ending, or if a file of a split is
+            there both plain and as `.gz`.
     """
     if path.endswith(task_names.ENDINGS):
         validation = _validation_file(path)
