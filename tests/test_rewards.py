@@ -157,6 +157,39 @@ def test_a_long_premise_is_cut_and_the_hypothesis_kept(classifier):
     assert text.endswith(" hypothesis: the hypothesis")
 
 
+def test_the_template_and_the_end_stay_where_the_hypothesis_alone_is_too_long(classifier):
+    template = "premise: {premise} hypothesis: {hypothesis} true?"
+    score = rewards.Entailment(
+        model=ModelConfig(checkpoint=classifier[0]),
+        vocabulary="bytes",
+        template=template,
+        length=50,
+    )
+    vocabulary = vocabularies.load("bytes")
+    for premise, hypothesis in (("a premise", "0123456789" * 9), ("", "ab" * 40)):
+        ids = score._encode(premise, hypothesis)
+        assert (len(ids), ids[-1]) == (50, 1)
+        kept = hypothesis[: 49 - len("premise:  hypothesis:  true?")]
+        assert vocabulary.decode(ids[:-1]) == f"premise:  hypothesis: {kept} true?"
+    short = rewards.Entailment(
+        model=ModelConfig(checkpoint=classifier[0]),
+        vocabulary="bytes",
+        template=template,
+        length=20,
+    )
+    with pytest.raises(ValueError, match="29 tokens without its texts, got 20"):
+        short._encode("a premise", "a hypothesis")
+
+
+def test_a_long_premise_without_spaces_keeps_its_beginning(classifier):
+    score = rewards.Entailment(
+        model=ModelConfig(checkpoint=classifier[0]), vocabulary="bytes", length=40
+    )
+    ids = score._encode("0123456789" * 9, "the end")
+    text = vocabularies.load("bytes").decode(ids[:-1])
+    assert text == "premise: 0123456789 hypothesis: the end"
+
+
 def test_bad_settings_are_refused(classifier):
     model = ModelConfig(checkpoint=classifier[0])
     with pytest.raises(ValueError, match="template must contain"):

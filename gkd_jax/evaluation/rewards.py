@@ -101,8 +101,8 @@ class Entailment:
         label: the text that the classifier writes for entailment: "1" for TRUE, "entailment" for
             the task `rte`.
         prefix: a text that is removed from the beginning of the prompt ("summarize: ").
-        length: the largest number of input tokens. A longer premise loses its end; the hypothesis
-            is kept.
+        length: the largest number of input tokens. A text that is too long loses the end of its
+            premise; only where the hypothesis alone is too long does that lose its end, too.
         batch_size: rows that are scored at once.
     """
 
@@ -149,16 +149,25 @@ class Entailment:
         return {"entailment": float(np.mean(scores)), "entailed": 100 * float(np.mean(called))}
 
     def _encode(self, premise: str, hypothesis: str) -> list[int]:
-        """Returns the ids of the filled template, with as many words of the premise as fit."""
-        words = premise.split(" ")
+        """Returns the ids of the filled template, with as much of both texts as fits.
 
-        def filled(count: int) -> list[int]:
-            text = self.template.format(premise=" ".join(words[:count]), hypothesis=hypothesis)
+        The template's own words and the end of the sequence are always kept: without them the
+        classifier would read a text of another form than it was trained on.
+        """
+
+        def filled(characters: int) -> list[int]:
+            kept = premise[: max(characters - len(hypothesis), 0)]
+            text = self.template.format(premise=kept, hypothesis=hypothesis[:characters])
             return [*self._vocabulary.encode(text), EOS_ID]
 
-        counts = range(len(words) + 1)
+        counts = range(len(hypothesis) + len(premise) + 1)
         fits = bisect.bisect_right(counts, self.length, key=lambda count: len(filled(count)))
-        return filled(max(fits - 1, 0))[: self.length]
+        if fits == 0:
+            raise ValueError(
+                f"length must hold the template {self.template!r}, which has {len(filled(0))} "
+                f"tokens without its texts, got {self.length}"
+            )
+        return filled(fits - 1)
 
     @functools.cached_property
     def _vocabulary(self):
