@@ -46,6 +46,7 @@ _CONFIGURATION_ERRORS = (
     FileNotFoundError,
     FileExistsError,
     NotADirectoryError,
+    ModuleNotFoundError,  # an optional package is missing
     RecursionError,
 )
 

@@ -263,6 +263,12 @@ def test_a_module_that_is_not_found_is_named_with_where_python_looks(tmp_path, c
     assert "PYTHONPATH" in error
 
 
+def test_a_missing_package_is_a_wrong_configuration(tmp_path, capfd, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert train(tmp_path, "--gin.METRICS_TO=(@trackers.WandB(),)", LENGTHS, "--dry_run") == 2
+    assert "METRICS_TO needs wandb, which is not installed" in capfd.readouterr().err
+
+
 # In a process of its own: here, signatures are checked before a configuration can speak.
 _TYPES = """
 import sys
