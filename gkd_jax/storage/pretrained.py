@@ -241,7 +241,7 @@ def _check_rows(path: str, rows: int, num_pieces: int) -> None:
     if rows > num_pieces:
         print(
             f"WARNING: {path} has {rows} embedding rows for {num_pieces} pieces of the vocabulary: "
-            f"ids {num_pieces} to {rows - 1} are never sampled and take no part in the divergence",
+            f"ids {num_pieces} to {rows - 1} are left out of every softmax and are never written",
             file=sys.stderr,
         )
 
