@@ -58,7 +58,7 @@ gin_file = ["gin/sft.gin", "sizes.gin"]
 macros = { TRAIN_STEPS = 500, LENGTHS = { inputs = 4 }, LEARNING_RATE = 1e-4 }
 [rows.teacher]
 axes.RANDOM_SEED = []
-macros.TEXT = '"a b"'
+macros.DATA_DIR = '"a b"'
 """
 CHAIN_RUNS = [
     "student-RANDOM_SEED=0",
@@ -262,7 +262,7 @@ def test_rows_run_after_what_they_name(sweep):
         "--gin.RANDOM_SEED=0",
         f"--gin.MODEL_DIR='{sweep.output}/student-RANDOM_SEED=0'",
     ]
-    assert '--gin.TEXT="a b"' in calls["teacher"]
+    assert '--gin.DATA_DIR="a b"' in calls["teacher"]
 
 
 def test_several_at_once_still_wait_for_what_they_need(sweep):
@@ -478,6 +478,11 @@ def test_rows_and_axes_can_be_chosen(sweep):
         (["--gin_file=a.gin", "--command=no_such_program_here"], ["no_such_program_here"]),
         (["--sweep_file=nowhere.toml"], ["nowhere.toml"]),
         (["--gin_file=a.gin", "--gin.X='{teacher}'"], ["{teacher}", "no row 'teacher'"]),
+        (
+            ["--gin_file=gin/sft.gin", "--gin.TRAIN_STEP=3", "--print"],
+            ["--gin.TRAIN_STEP: no such macro in the gin files (did you mean 'TRAIN_STEPS'?)"],
+        ),
+        (["--gin_file=gin/sft.gin", "--grid=SEED=1,2", "--print"], ["--gin.SEED: no such macro"]),
     ],
 )
 def test_wrong_flags_end_with_one_line(sweep, flags, words):
@@ -495,6 +500,7 @@ def test_wrong_flags_end_with_one_line(sweep, flags, words):
         ("[rows.a]\ngin_file = 'x'\nmacro.X = 1", ["'macro'", "macros"]),
         ("[rows.a]\ngin_file = 'x'\ncommand = 'tran'", ["'tran'", "train"]),
         ("[rows.'a b']\ngin_file = 'x'", ["'a b'"]),
+        ("[rows.a]\ngin_file = 'gin/gkd.gin'\nmacros.K = 1", ["--gin.K: no such macro"]),
         ("[rows.a]\ngin_file = 'x'\naxes.X = 1", ["axis 'X'", "list"]),
         ("[rows.a]\ngin_file = 'x'\naxes.X = [{ Y = 1 }]", ["axis 'X'", "name"]),
         ("[rows.a]\ngin_file = 'x'\nmacros.X = 2020-01-01", ["X", "2020"]),

@@ -215,5 +215,6 @@ def _sweep(values: Any, macros: dict[str, str], extra: list[str]) -> None:
         only_print=values.print,
         redo_changed=values.redo_changed,
         dry_run=values.dry_run,
+        check_macros=gin_files.check_macros,
     )
     sys.exit(sweep.sweep(options))

@@ -3,17 +3,19 @@
 No package outside `command_line/` imports gin.
 """
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 import contextlib
 import inspect
 import logging
 import os
+import pathlib
 import re
 import sys
 import tokenize
 from typing import Any
 
 from gin.config import parse_value
+from gin.config_parser import BindingStatement, ConfigParser, IncludeStatement, ParserDelegate
 
 import gin
 from gkd_jax.command_line import recipes
@@ -61,11 +63,7 @@ def parse(
             raise UsageError(f"{name}: {_rejected(error)}") from error
     header, defined = _imports(), macros()
     for name, value in bindings:
-        if "." not in name and name not in defined:  # gin itself would accept it
-            raise UsageError(
-                f"--gin.{name}: no such macro in the gin files{suggestion(name, defined)}; "
-                f"they define {', '.join(sorted(defined))}"
-            )
+        _check_defined(name, defined)
         try:
             gin.parse_config(f"{header}{name} = {_as_gin(value)}")
         except (SyntaxError, tokenize.TokenError) as error:
@@ -86,6 +84,51 @@ def parse(
         missing.remove(name)
     if missing:
         raise UsageError("; ".join(f"{name} is required: --gin.{name}=VALUE" for name in missing))
+
+
+def check_macros(files: Iterable[str], names: Iterable[str]) -> None:
+    """Raises UsageError for a macro that gin files do not define; they are not executed.
+
+    Nothing is checked if one of the files, or of those that they include, is not here or is no gin:
+    the program that reads them may find other files, and it says what is wrong.
+    """
+    try:
+        defined = _defined_by(files)
+    except (OSError, SyntaxError):
+        return
+    for name in names:
+        _check_defined(name, defined)
+
+
+def _check_defined(name: str, defined: Collection[str]) -> None:
+    if "." not in name and name not in defined:  # gin itself would accept it
+        raise UsageError(
+            f"--gin.{name}: no such macro in the gin files{suggestion(name, defined)}; "
+            f"they define {', '.join(sorted(defined))}"
+        )
+
+
+class _References(ParserDelegate):
+    """Reads the references in a gin file as their names, without looking for what they name."""
+
+    def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> str:
+        return scoped_configurable_name
+
+    def macro(self, macro_name: str) -> str:
+        return macro_name
+
+
+def _defined_by(files: Iterable[str]) -> set[str]:
+    """Returns the macros that gin files define, with those of the files that they include."""
+    found: set[str] = set()
+    for name in files:
+        text = pathlib.Path(recipes.find(name, ".gin")).read_text(encoding="utf-8")
+        for statement in ConfigParser(text, _References()):
+            if isinstance(statement, IncludeStatement):
+                found |= _defined_by([statement.filename])
+            elif isinstance(statement, BindingStatement) and not statement.arg_name:
+                found.add(statement.selector)
+    return found
 
 
 def _rejected(error: Exception) -> str:

@@ -32,9 +32,10 @@ macro OUTPUT is `outputs.jsonl` in that folder; for `eval`, OUTPUT_DIR is the fo
 also has `log.txt` and the records of `folders.py`, which do not cover the contents of gin files.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
 import fcntl
+import itertools
 import os
 import pathlib
 import re
@@ -67,6 +68,8 @@ class Options:
     only_print: bool = False  # print the commands that are left, and run none
     redo_changed: bool = False  # put folders of other commands aside instead of refusing them
     dry_run: bool = False  # check, with `--dry_run`, each command that needs no other run
+    # Raises an error for a macro that gin files do not define.
+    check_macros: Callable[[Iterable[str], Iterable[str]], None]
 
 
 def sweep(options: Options) -> int:
@@ -85,7 +88,11 @@ def sweep(options: Options) -> int:
     files.check_can_be_folder(options.output, "--output")
     root = pathlib.Path(os.path.abspath(options.output))
     _check(options, program, root)
-    runs = rows.expand(_rows(options), options.extra)
+    chosen = _rows(options)
+    for row in chosen:
+        points = itertools.chain.from_iterable(row.axes.values())
+        options.check_macros(row.gin_files, [*row.macros, *sorted(rows.macros_of(points))])
+    runs = rows.expand(chosen, options.extra)
     writes = not options.only_print and not options.dry_run
     lock = _lock(root) if writes else None
     done, changed = folders.survey(runs, root)
