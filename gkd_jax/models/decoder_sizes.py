@@ -5,8 +5,8 @@ A gin file names one so:
     ARCHITECTURE = @decoder_sizes.qwen3
     STUDENT_SIZE = '0.6b'
 
-Sizes named "tiny" or after their width and depth are not public models: they serve tests and
-benchmarks.
+Sizes named "tiny" or after their width and depth are not public models: they serve tests, small
+tasks and benchmarks.
 """
 
 from typing import Any, NamedTuple
@@ -26,7 +26,6 @@ class _Size(NamedTuple):
 
 
 _TINY = (2, 64, 4, 2, 16, 128)
-# Sizes that are named after their width and depth learn the task that fits a laptop, or are timed.
 _QWEN3 = {
     "tiny": _Size(*_TINY, 151_936, True),
     "64x2": _Size(2, 64, 4, 2, 16, 192, 151_936, True),
@@ -77,8 +76,8 @@ def qwen3(size: str, **changes: Any) -> DecoderConfig:
     """Returns the config of a dense Qwen3 model.
 
     Args:
-        size: tiny, 0.6b, 1.7b, 4b, 8b, 14b or 32b, or a width and a number of layers (256x4,
-            512x6).
+        size: tiny, 0.6b, 1.7b, 4b, 8b, 14b or 32b, or a width and a number of layers (64x2, 64x4,
+            128x4, 256x4, 512x6).
         **changes: fields of `DecoderConfig` that replace those of the size, such as `vocab_size`,
             `num_layers`, `d_model`, `num_heads`, `num_kv_heads`, `head_dim` and `d_ff`.
 

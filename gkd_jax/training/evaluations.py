@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 import dataclasses
 import functools
-import os
 import sys
 from typing import Any
 
@@ -152,7 +151,7 @@ class Evaluations:
             rows = list(self._decoder(params, self._batches(task), teacher=teacher))
             values = evaluate.compute_metrics(task, rows, self._config)
             if jax.process_index() == 0:
-                path = self._folder / "eval" / os.path.basename(name) / f"{step}.jsonl"
+                path = self._folder / "eval" / name / f"{step}.jsonl"
                 evaluate.write_rows(path, rows, self._source.vocabulary)
             shown = "  ".join(f"{key} {value:.2f}" for key, value in values.items())
             if "teacher_divergence" in values:

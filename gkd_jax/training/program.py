@@ -36,7 +36,8 @@ class Program:
     Attributes:
         recipe: the configuration of the run.
         mesh: the mesh over all devices.
-        learner: the method with its banned ids, the configs of both models, and the optimizer.
+        learner: the method with the ids that end a sample, the configs of both models, and the
+            optimizer.
         state: the student's training state as shapes with shardings.
         teacher: the teacher's parameters as shapes with shardings, or those of several teachers by
             their tasks; None without a frozen teacher.
@@ -69,7 +70,7 @@ class Program:
 
     @property
     def method(self) -> gkd.GKDConfig:
-        """The recipe's method, whose samples exclude T5's pad and ids without a piece."""
+        """The recipe's method, with the ids that end a sample (see `build`)."""
         return self.learner.config
 
     def batch(self, rows: int, shape: Shape, num_samples: int = 1, k: int = 0) -> Batch:
