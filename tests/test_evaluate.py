@@ -10,7 +10,7 @@ import tokenizers
 
 from gkd_jax import gkd, sharding
 from gkd_jax.batch import Batch
-from gkd_jax.evaluation import evaluate
+from gkd_jax.evaluation import evaluate, rewards
 from gkd_jax.input import padded_batches
 from gkd_jax.models import t5
 from gkd_jax.text import vocabularies
@@ -79,6 +79,13 @@ def test_a_text_without_an_end_is_truncated(decoding, expected, monkeypatch):
     rows = [{"inputs": [70, 1], "targets": [1]}] * 4
     batch = padded_batches.fill_batch(rows, {"inputs": 2, "targets": 4}, 4)
     assert [row.truncated for row in decode(None, [batch])] == expected
+
+
+def test_two_rewards_of_one_name_are_refused():
+    """Only one of the two numbers would be reported."""
+    both = (rewards.Brevity(limit=3), rewards.Brevity(limit=5))
+    with pytest.raises(ValueError, match=r"got \['brevity', 'brevity'\]"):
+        evaluate.EvalConfig(rewards=both)
 
 
 @pytest.mark.parametrize("how", [{"decoding": "beam"}, {"calculator": True}])

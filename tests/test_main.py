@@ -294,6 +294,8 @@ WRONG_TYPES = {
     "--gin.data.DataConfig.length_buckets=('8',)": "must be positive integers, got ('8',)",
     "--gin.STUDENT_SIZE=5": "size must be a string or None, got 5 (set by STUDENT_SIZE)",
     "--gin.DIVERGENCE=jsd": "divergence must be a function (@module.name) or None, got 'jsd' (set",
+    "--gin.evaluate.EvalConfig.rewards=('brevity',)": "rewards must be functions such as (@rewards."
+    "exact_answer,), got ('brevity',)",
     "--gin.TRAIN_STEPS=True": "train_steps must be an integer, got True (set by TRAIN_STEPS)",
 }
 

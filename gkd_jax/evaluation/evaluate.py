@@ -100,6 +100,15 @@ class EvalConfig:
         settings.check_types(self)
         made = tuple(reward() if isinstance(reward, type) else reward for reward in self.rewards)
         object.__setattr__(self, "rewards", made)
+        if not all(map(callable, made)):
+            raise ValueError(
+                f"rewards must be functions such as (@rewards.exact_answer,), got {made!r}"
+            )
+        names = [_reward_name(reward) for reward in made]
+        if len(set(names)) < len(names):
+            raise ValueError(
+                f"rewards must have different names, under which they are reported, got {names}"
+            )
         if self.decoding not in decodings.USED_BY:
             raise ValueError(
                 f"decoding must be 'greedy', 'sample', 'beam' or 'likeliest', got {self.decoding!r}"
@@ -353,11 +362,14 @@ def compute_metrics(
         scores = rl.rewards_of(reward, inputs, outputs, references)
         report = getattr(reward, "report", None)
         if report is None:
-            name = getattr(reward, "__name__", type(reward).__name__).lower()
-            values[name] = float(np.mean(scores))
+            values[_reward_name(reward)] = float(np.mean(scores))
         else:
             values.update(report(scores))
     return values
+
+
+def _reward_name(reward: Reward) -> str:
+    return getattr(reward, "__name__", type(reward).__name__).lower()
 
 
 def write_rows(path: files.AnyPath, rows: Sequence[DecodedRow], vocabulary: Any) -> None:
