@@ -357,6 +357,13 @@ def test_no_examples_are_no_success(models, tmp_path):
     assert texts == ["Ada has 3.", "Ben has 4."]
 
 
+def test_the_task_of_a_training_run_s_evaluation_is_refused(models, tmp_path):
+    other = dataclasses.replace(EVALUATION, task="arithmetic_backwards")
+    for call in (run, evaluate):
+        with pytest.raises(ValueError, match="must be None, got 'arithmetic_backwards'"):
+            call(models, tmp_path / "out", evaluation=other, dry_run=True)
+
+
 def test_another_text_file_of_the_same_name_is_something_else(models, tmp_path):
     lines, output = tmp_path / "lines.txt", tmp_path / "out.jsonl"
     lines.write_text("Ada has 3 apples.\nBen has 4 coins.\n")

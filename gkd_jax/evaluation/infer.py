@@ -45,6 +45,11 @@ def _prepare(
     model, data = opened.model, opened.data
     if evaluation.num_examples == 0:
         raise ValueError("num_examples must be a positive integer or None, got 0")
+    if evaluation.task is not None:
+        raise ValueError(
+            f"MIXTURE_OR_TASK_NAME is the task that is decoded, here {data.name!r}, and "
+            f"EvalConfig.task must be None, got {evaluation.task!r}"
+        )
     if model.memory != "device":
         raise ValueError(f"a model decodes in memory='device', got {model.memory!r}")
     if text_file is None:
