@@ -11,14 +11,15 @@ from small_runs import write_decoder
 import small_tokenizers
 
 from gkd_jax import divergences, gkd
+from gkd_jax.batch import Batch
 from gkd_jax.evaluation import infer, score
 from gkd_jax.evaluation.evaluate import EvalConfig
-from gkd_jax.input.data import DataConfig
+from gkd_jax.input.data import DataConfig, check_ids
 from gkd_jax.storage.pretrained import ModelConfig
 from gkd_jax.training import train
 
 
-MESSAGE = "have the id {}, .* share the ids below {} alone"
+MESSAGE = "have the id {}, .* share the ids 0 to {} alone"
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def losses(folder, student, **fields):
 def test_a_token_that_the_teacher_lacks_is_refused(pair, tmp_path):
     student, teacher, count = pair
     chosen = data(tmp_path, student, prompt="<|tool|> has")
-    message = MESSAGE.format(count, count)
+    message = MESSAGE.format(count, count - 1)
     method = gkd.GKDConfig(on_policy_fraction=1.0, divergence=divergences.reverse_kl)
     with pytest.raises(ValueError, match=message):
         losses(tmp_path / "run", student, teacher=teacher, data=chosen, method=method)
@@ -68,6 +69,14 @@ def test_a_token_that_the_teacher_lacks_is_refused(pair, tmp_path):
         infer.run(model=teacher, data=chosen, evaluation=evaluation, output=output)
     with pytest.raises(ValueError, match=message):
         score.run(model=teacher, data=chosen, output=str(tmp_path / "scores"))
+
+
+def test_a_negative_id_is_refused():
+    """It would read a row from the end of the embedding."""
+    ids = np.array([[3, -1]])
+    batch = Batch(ids, ids + 1, np.ones((1, 2)), input_lengths=np.array([2]))
+    with pytest.raises(ValueError, match=MESSAGE.format(-1, 7)):
+        check_ids(batch, 8)
 
 
 def test_scores_are_of_the_ids_that_the_teacher_has(pair, tmp_path):
@@ -109,7 +118,7 @@ def test_a_trained_student_keeps_the_ids_of_its_run(pair, tmp_path):
     more = {"data": data(tmp_path, student), "teacher": teacher}
     losses(tmp_path / "run", student, divergence=divergences.forward_kl, **more)
     trained = ModelConfig(checkpoint=str(tmp_path / "run"))
-    with pytest.raises(ValueError, match=MESSAGE.format(count, count)):
+    with pytest.raises(ValueError, match=MESSAGE.format(count, count - 1)):
         score.run(
             model=trained,
             data=data(tmp_path, student, prompt="<|tool|> has"),

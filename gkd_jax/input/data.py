@@ -221,11 +221,13 @@ def check_ids(batch: Batch, num_pieces: int) -> None:
     """
     for name in FEATURES:
         ids = getattr(batch, name)
-        if ids is not None and ids.size and (largest := int(np.max(ids))) >= num_pieces:
+        if ids is None:
+            continue
+        if unknown := ids[(ids < 0) | (ids >= num_pieces)].tolist():
             raise ValueError(
-                f"{name!r} of a batch have the id {largest}, and the vocabulary and the models "
-                f"share the ids below {num_pieces} alone: leave texts with this token out, or take "
-                "models with the same tokens (SeqKD works with different tokenizers)"
+                f"{name!r} of a batch have the id {unknown[0]}, and the vocabulary and the models "
+                f"share the ids 0 to {num_pieces - 1} alone: leave texts with this token out, or "
+                "take models with the same tokens (SeqKD works with different tokenizers)"
             )
     for name, lengths in (
         ("inputs", batch.input_lengths),
