@@ -133,8 +133,8 @@ def sample(lengths, sampling=greedy, max_length=3):
     return gkd_jax.sample(
         config, params, inputs, max_length=max_length, input_lengths=lengths, sampling=sampling)
 assert sample(np.array([4, 1])).tokens.shape == sample([4, 1], lists).tokens.shape == (2, 3)
-for wrong in ([0, 4], [5, 1], [4], [[4, 1]]):
-    said = f"input_lengths must be 2 numbers from 1 to 4, the tokens of each prompt, got {wrong}"
+for wrong in ([0, 4], [5, 1], [4], [[4, 1]], [4.0, 1.5]):
+    said = f"input_lengths must be 2 integers from 1 to 4, the tokens of each prompt, got {wrong}"
     says(said, sample, np.array(wrong))
     batch = Batch(inputs, targets, np.ones((2, 3), np.float32), input_lengths=np.array(wrong))
     says(said, lm.logits, config, params, batch)
@@ -151,8 +151,11 @@ def trace(batch, of=config):
     return jax.eval_shape(lambda params, batch: lm.logits(of, params, batch), params, batch)
 good = Batch(inputs, targets, np.ones((2, 3), np.float32), input_lengths=np.array([4, 1]))
 for said, changes in (
-    ("inputs must have the axes [B S], got the shape (4,)", {"inputs": inputs[0]}),
-    ("input_lengths must be 2 numbers from 1 to 4, the tokens of each prompt, got the shape (1,)",
+    ("with a prompt and a token or more, got the shape (4,)", {"inputs": inputs[0]}),
+    ("with a prompt and a token or more, got the shape (0, 4)", {"inputs": inputs[:0]}),
+    ("with a prompt and a token or more, got the shape (2, 0)", {"inputs": inputs[:, :0]}),
+    ("rows for each of the 2 prompts, got the shape (2, 0)", {"targets": targets[:, :0]}),
+    ("input_lengths must be 2 integers from 1 to 4, the tokens of each prompt, got the shape (1,)",
      {"input_lengths": np.array([4])}),
     ("rows for each of the 2 prompts, got the shape (3, 3)", {"targets": targets[[0, 0, 1]]}),
     ("rows for each of the 2 prompts, got the shape (3,)", {"targets": targets[0]}),

@@ -92,7 +92,7 @@ def check_batch(batch: Batch) -> None:
     """
     check_prompts(batch.inputs, batch.input_lengths)
     num_prompts, shape = batch.inputs.shape[0], np.shape(batch.targets)
-    if len(shape) != 2 or not shape[0] or shape[0] % num_prompts:
+    if len(shape) != 2 or 0 in shape or shape[0] % num_prompts:
         raise ValueError(
             "targets must have the axes [N T] with as many rows for each of the "
             f"{num_prompts} prompts, got the shape {shape}"
@@ -116,11 +116,14 @@ def check_prompts(inputs: Any, input_lengths: Any | None) -> None:
         input_lengths: the number of tokens of each prompt [B]; None passes.
 
     Raises:
-        ValueError: if the prompts have other axes, or if there is not one length from 1 to S for
-            each prompt.
+        ValueError: if the prompts have other axes or none of them has a token, or if there is not
+            one length from 1 to S for each prompt.
     """
-    if np.ndim(inputs) != 2:
-        raise ValueError(f"inputs must have the axes [B S], got the shape {np.shape(inputs)}")
+    if np.ndim(inputs) != 2 or 0 in np.shape(inputs):
+        raise ValueError(
+            "inputs must have the axes [B S], with a prompt and a token or more, got the shape "
+            f"{np.shape(inputs)}"
+        )
     if input_lengths is None:
         return
     (rows, longest), shape = inputs.shape, np.shape(input_lengths)
@@ -128,12 +131,13 @@ def check_prompts(inputs: Any, input_lengths: Any | None) -> None:
     is_traced = isinstance(input_lengths, core.Tracer)
     if not is_traced and getattr(input_lengths, "is_fully_addressable", True):
         lengths = np.asarray(input_lengths)
+        is_right = is_right and lengths.dtype.kind in "iu"
         is_right = is_right and lengths.min() >= 1 and lengths.max() <= longest
         got = str(lengths.tolist())
     if not is_right:
         raise ValueError(
-            f"input_lengths must be {rows} numbers from 1 to {longest}, the tokens of each prompt, "
-            f"got {got}"
+            f"input_lengths must be {rows} integers from 1 to {longest}, the tokens of each "
+            f"prompt, got {got}"
         )
 
 
