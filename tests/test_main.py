@@ -148,7 +148,14 @@ WRONG = {
         "MIXTURE_OR_TASK_NAME is required: --gin.MIXTURE_OR_TASK_NAME=VALUE; MODEL_DIR is",
     ),
     "no recipe of that name": (["train", "--gin_file=quickstar"], "quickstar"),
-    "report of nothing": (["report", "/no/such/run", "--output=/tmp/x"], "no '/no/such/run'"),
+    "report of nothing": (
+        ["report", "/no/such/run", "--output=/tmp/x", "--dry_run"],
+        "RUN_DIR '/no/such/run' is",
+    ),
+    "an archive of another name": (
+        ["report", ".", "--output=/tmp/x", "--archive=/tmp/x.txt", "--dry_run"],
+        "must be a file that ends in .jsonl",
+    ),
     "a step where none is written": (
         ["convert", "--input=/no/such", "--output=/tmp/x", "--to=hf", "--step=5"],
         "--step is the step of a T5X checkpoint, got --to=hf",

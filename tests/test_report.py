@@ -886,6 +886,8 @@ def test_folders_that_cannot_be_a_report_are_errors(tmp_path):
         report.write([str(tmp_path / "nowhere")], str(tmp_path / "out"))
     with pytest.raises(FileNotFoundError, match=r"no metrics\.jsonl below"):
         report.write([str(tmp_path)], str(tmp_path / "out"))
+    write_run(tmp_path / "run", about(), {"accuracy": 1.0})
+    report.write([str(tmp_path)], str(tmp_path / "out"), dry_run=True)
     assert not (tmp_path / "out").exists()
 
 

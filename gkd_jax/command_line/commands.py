@@ -180,18 +180,15 @@ def _report(values: Any, run_dirs: list[str]) -> None:
         raise UsageError(
             "report needs run directories and --output: report RUN_DIR... --output=DIR"
         )
-    missing = [path for path in run_dirs if not os.path.exists(path)]
-    if missing:
-        raise UsageError(f"report: there is no {missing[0]!r}")
-    if values.dry_run:
-        _say_all_is_well()
-        return
     from gkd_jax import report
     from gkd_jax.report import archive
 
     if values.archive is not None:
         archive.check_output(values.archive)
-    report.write(run_dirs, values.output)
+    report.write(run_dirs, values.output, dry_run=values.dry_run)
+    if values.dry_run:
+        _say_all_is_well()
+        return
     if values.archive is not None:
         archive.write(run_dirs, values.archive)
     print(f"wrote {os.path.join(values.output, 'report.html')}", file=sys.stderr)

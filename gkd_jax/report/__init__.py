@@ -27,7 +27,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 
-def write(run_dirs: Sequence[str], output: str) -> None:
+def write(run_dirs: Sequence[str], output: str, *, dry_run: bool = False) -> None:
     """Reads every run below `run_dirs` and writes the report to the folder `output`.
 
     A missing run leaves a cell empty. A run that has not reached its last step, or that repeats the
@@ -37,6 +37,7 @@ def write(run_dirs: Sequence[str], output: str) -> None:
     Args:
         run_dirs: folders with runs, or archives (`archive.write`).
         output: the folder of the report.
+        dry_run: read everything, and write nothing.
 
     Raises:
         FileNotFoundError: if a run folder does not exist, or none holds a metrics.jsonl.
@@ -44,6 +45,8 @@ def write(run_dirs: Sequence[str], output: str) -> None:
     """
     files.check_can_be_folder(output, "the folder of the report")
     study = Study(reading.find(run_dirs))
+    if dry_run:
+        return
     folder = pathlib.Path(output)
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     (folder / "runs").mkdir(exist_ok=True)
