@@ -115,7 +115,8 @@ def bench(
     if as_json:
         print(json.dumps(report), flush=True)
         return
-    print("\n".join(f"{name:<16}{value}" for name, value in report.items()), flush=True)
+    width = max(map(len, report)) + 2
+    print("\n".join(f"{name:<{width}}{value}" for name, value in report.items()), flush=True)
 
 
 def _check(method: gkd.GKDConfig, mean_length: int | float | None) -> None:
