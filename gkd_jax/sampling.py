@@ -11,7 +11,7 @@ Axes: B batch, S source, T target, V vocabulary.
 import dataclasses
 import functools
 import numbers
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax import lax
@@ -135,6 +135,7 @@ def sample(
     max_length: int,
     input_lengths: Int[Array, " B"] | None = None,
     sampling: SamplingConfig = SamplingConfig(),
+    context: Any | None = None,
     num_samples: int = 1,
     limits: Int[Array, " N"] | None = None,
     plain: bool = False,
@@ -149,6 +150,7 @@ def sample(
         max_length: the most tokens to decode, T.
         input_lengths: the number of tokens of each prompt; a T5 may do without.
         sampling: how tokens are drawn.
+        context: `lm.encode`'s result, where the caller has it already.
         num_samples: the samples of each prompt, which are neighbours in the result. The prompt is
             read once, or with `decode_rows` once for each sample.
         limits: the most tokens of each sequence; None is `max_length` for all.
@@ -178,7 +180,7 @@ def sample(
         _advance, sampling, allowed_ids(config.vocab_size, banned_ids), eos_ids
     )
     if decode_rows is not None:
-        _check_decode_rows(decode_rows, plain)
+        _check_decode_rows(decode_rows, plain, context)
     if decode_rows is not None and decode_rows < num_rows:
         prompts = (inputs, input_lengths)
         prompts = jax.tree.map(lambda x: jnp.repeat(x, num_samples, axis=0), prompts)
@@ -192,6 +194,7 @@ def sample(
             inputs,
             input_lengths,
             length=max_length,
+            context=context,
             copies=num_samples,
             in_segments=not plain,
         )
@@ -205,16 +208,17 @@ def sample(
     return Sample(rows.tokens, weights, rows.log_probs)
 
 
-def _check_decode_rows(decode_rows: int, plain: bool) -> None:
+def _check_decode_rows(decode_rows: int, plain: bool, context: Any | None) -> None:
     shards = sharding.num_shards("batch")
     if decode_rows < 1 or decode_rows % shards:
         raise ValueError(
             "decode_rows must be a positive integer that data x fsdp divides "
             f"({shards} devices), or None, got {decode_rows!r}"
         )
-    if plain:
+    if plain or context is not None:
         raise ValueError(
-            f"decode_rows={decode_rows} needs plain=False: there is no plain loop for it"
+            f"decode_rows={decode_rows} reads the prompts when their turn comes: it takes no "
+            "context, and there is no plain loop for it"
         )
 
 

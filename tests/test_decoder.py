@@ -50,12 +50,9 @@ def all_logits(config, params, batch):
 
     fed = jnp.concatenate([context.first[:, None], batch.targets[:, :-1]], axis=1)
     cache = decoder.init_cache(config, read, context, length)
-    # Of two rows of targets for each prompt, both continue from the prompt's context.
-    twice = [jnp.repeat(x, 2, axis=0) for x in (batch.targets, batch.weights)]
-    behind_context = batch._replace(targets=twice[0], weights=twice[1])
     return (
         lm.logits(config, params, batch),
-        lm.logits(config, params, behind_context)[::2],
+        lm.logits(config, params, batch, context=context),
         lax.scan(step, cache, fed.T)[1].swapaxes(0, 1),
     )
 

@@ -96,6 +96,14 @@ def test_temperature_near_zero_is_greedy(params, inputs):
     np.testing.assert_array_equal(got.tokens, expected.tokens)
 
 
+def test_an_encoder_result_can_be_given(params, inputs):
+    encoded = jax.jit(t5.encode, static_argnums=0)(CONFIG, params, inputs)
+    key = jax.random.key(3)
+    got = decode(CONFIG, params, jnp.zeros_like(inputs), key, max_length=T, context=encoded)
+    expected = decode(CONFIG, params, inputs, key, max_length=T)
+    np.testing.assert_array_equal(got.tokens, expected.tokens)
+
+
 # The end of a sequence ----------------------------------------------------------------------------
 
 ONLY_EOS = SamplingConfig(banned_ids=(0, *range(2, 32)))

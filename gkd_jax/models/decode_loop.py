@@ -57,6 +57,7 @@ def start(
     input_lengths: Int[Array, " B"] | None,
     *,
     length: int,
+    context: lm.Context | None = None,
     copies: int = 1,
     in_segments: bool = True,
 ) -> Start:
@@ -66,10 +67,12 @@ def start(
         inputs: prompts, padded on the right.
         input_lengths: the number of tokens of each prompt; a T5 may do without.
         length: the most tokens that will be decoded.
+        context: `lm.encode`'s result, where the caller has it already.
         copies: rows of each prompt, which become neighbours.
         in_segments: read the cache as far as it is written; otherwise all of it, at each token.
     """
-    context = lm.encode(config, params, inputs, input_lengths)
+    if context is None:
+        context = lm.encode(config, params, inputs, input_lengths)
     context = kv_cache.repeat_rows(context, copies)
     params = lm.decode_params(config, params)
     if not in_segments:

@@ -152,13 +152,14 @@ def hidden(
     params: Params,
     batch: Batch,
     *,
+    context: Context | None = None,
     dropout_key: Key[Array, ""] | None = None,
 ) -> Float[Array, "N T D"]:
     """Returns the last hidden states that predict each target, for `apply_head`."""
     rows, length = batch.targets.shape
     # With one target for each prompt, a single pass reads both. Otherwise the prompts are read
     # first, and their targets continue from the context.
-    if rows == batch.inputs.shape[0]:
+    if context is None and rows == batch.inputs.shape[0]:
         lengths = _lengths(batch.input_lengths)
         tokens = _joined(batch.inputs, lengths, batch.targets)
         positions = jnp.arange(tokens.shape[1])[None]
@@ -166,7 +167,10 @@ def hidden(
         wanted = jnp.maximum(lengths - 1, 0)[:, None] + jnp.arange(length)[None]
         states = jnp.take_along_axis(states, wanted[..., None], axis=1)
     else:
-        context = encode(config, params, batch.inputs, batch.input_lengths, dropout_key=dropout_key)
+        if context is None:
+            context = encode(
+                config, params, batch.inputs, batch.input_lengths, dropout_key=dropout_key
+            )
         context = kv_cache.repeat_rows(context, rows // context.first.shape[0])
         tokens = jnp.concatenate([context.first[:, None], batch.targets[:, :-1]], axis=1)
         positions = context.lengths[:, None] + jnp.arange(length)[None]

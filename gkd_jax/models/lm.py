@@ -146,6 +146,7 @@ def hidden(
     params: Params,
     batch: Batch,
     *,
+    context: Context | None = None,
     dropout_key: Key[Array, ""] | None = None,
 ) -> Float[Array, "N T D"]:
     """Returns the last hidden states for teacher-forced targets, the input of `apply_head`.
@@ -153,10 +154,11 @@ def hidden(
     Args:
         batch: prompts and targets. The state at position t sees the prompt and the targets before
             t. Each row of inputs may have n neighbouring rows of targets; a prompt is read once.
+        context: `encode`'s result, where the caller has it already.
         dropout_key: the key of dropout; None turns dropout off.
     """
     check_batch(batch)
-    return _family(config).hidden(config, params, batch, dropout_key=dropout_key)
+    return _family(config).hidden(config, params, batch, context=context, dropout_key=dropout_key)
 
 
 def apply_head(
@@ -178,10 +180,11 @@ def logits(
     params: Params,
     batch: Batch,
     *,
+    context: Context | None = None,
     dropout_key: Key[Array, ""] | None = None,
 ) -> Float[Array, "N T V"]:
     """Returns teacher-forced float32 logits; those at position t predict `batch.targets[:, t]`."""
-    states = hidden(config, params, batch, dropout_key=dropout_key)
+    states = hidden(config, params, batch, context=context, dropout_key=dropout_key)
     return apply_head(config, params, states)
 
 

@@ -131,11 +131,13 @@ def hidden(
     params: Params,
     batch: Batch,
     *,
+    context: Context | None = None,
     dropout_key: Key[Array, ""] | None = None,
 ) -> Float[Array, "B T D"]:
     """Returns the decoder's last hidden states; position t sees id 0 and the targets before t."""
     keys = stacks.split_key(dropout_key, 4)
-    context = encode(config, params, batch.inputs, batch.input_lengths, dropout_key=keys[3])
+    if context is None:
+        context = encode(config, params, batch.inputs, batch.input_lengths, dropout_key=keys[3])
     context = kv_cache.repeat_rows(context, batch.targets.shape[0] // context.states.shape[0])
     encoded = context.states
     stack, layer = params["decoder"], t5_layers.DecoderLayer(config)
@@ -157,10 +159,11 @@ def logits(
     params: Params,
     batch: Batch,
     *,
+    context: Context | None = None,
     dropout_key: Key[Array, ""] | None = None,
 ) -> Float[Array, "B T V"]:
     """Returns teacher-forced float32 logits; those at position t predict `batch.targets[:, t]`."""
-    states = hidden(config, params, batch, dropout_key=dropout_key)
+    states = hidden(config, params, batch, context=context, dropout_key=dropout_key)
     return apply_head(config, params, states)
 
 
