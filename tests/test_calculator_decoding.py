@@ -8,7 +8,7 @@ from random_models import random_params, tiny_t5
 
 from gkd_jax import sharding
 from gkd_jax.decoding import calculator_decoding
-from gkd_jax.models import t5
+from gkd_jax.models import decode_loop, t5
 from gkd_jax.sampling import SamplingConfig, sample
 from gkd_jax.text import vocabularies
 
@@ -69,14 +69,20 @@ def test_results_are_forced_into_the_text_and_fed_to_the_model(monkeypatch, para
     assert VOCABULARY.decode([first_row[5]]) == "12"
 
 
-def test_without_arithmetic_it_is_greedy_decoding(params):
-    inputs = jnp.asarray(np.random.default_rng(0).integers(2, 40, (5, 6)), jnp.int32)
+def test_without_arithmetic_it_is_greedy_decoding(monkeypatch, params):
+    """On two devices, whose 16 rows each become 8 when half of them have ended."""
+    monkeypatch.setattr(decode_loop, "_TOKENS_OF_A_LOOP", 4)
+    inputs = jnp.asarray(np.random.default_rng(1).integers(2, 40, (32, 6)), jnp.int32)
     banned = (0, VOCABULARY.encode("=")[0])  # no equals sign, nothing to calculate
+    special = {"banned_ids": banned, "eos_ids": tuple(range(2, 22))}
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=2), jax.devices()[:2])
     decode = calculator_decoding.make_decode(
-        CONFIG, VOCABULARY, mesh=MESH, max_length=LENGTH, banned_ids=banned
+        CONFIG, VOCABULARY, mesh=mesh, max_length=LENGTH, **special
     )
-    greedy = SamplingConfig(temperature=0.0, banned_ids=banned)
-    expected = sample(CONFIG, params, inputs, max_length=LENGTH, sampling=greedy)
+    greedy = SamplingConfig(temperature=0.0, **special)
+    expected = sample(CONFIG, params, inputs, max_length=LENGTH, sampling=greedy, plain=True)
+    going_on = np.sum(np.reshape(expected.weights, (2, 16, LENGTH)), axis=1)
+    assert (going_on[:, 10] <= 8).all()
     np.testing.assert_array_equal(decode(params, inputs), expected.tokens)
 
 
