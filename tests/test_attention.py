@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gkd_jax.models.attention import Padding, attend
+from gkd_jax import sharding
+from gkd_jax.models.attention import Padding, attend, gains_by_row
 from gkd_jax.models.products import product, product_of_transpose, product_with_transpose
 
 
@@ -104,3 +105,12 @@ def test_attention_and_its_gradients_are_those_of_plain_jax(dtype, dropped, rows
     for name in arrays:
         assert gradients[name].dtype == arrays[name].dtype
         assert_close(gradients[name], expected_gradients[name], dtype)
+
+
+def test_rows_are_attended_one_by_one_where_all_their_scores_exceed_the_cache():
+    short, long = jnp.zeros((2, 4, 1024, 1)), jnp.zeros((2, 4, 1025, 1))
+    assert not gains_by_row(short, short)  # 2**23 scores
+    assert gains_by_row(long, short)
+    assert gains_by_row(short, long)
+    with sharding.use(sharding.make_mesh(sharding.MeshConfig(data=2), jax.devices()[:2])):
+        assert not gains_by_row(long, short)

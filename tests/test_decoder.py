@@ -302,6 +302,34 @@ def test_attention_equals_its_definition(window, softcap, block, past):
         np.testing.assert_allclose(one, other, atol=2e-5)
 
 
+def test_scores_far_below_zero_are_as_good_as_others():
+    """The softmax of exp(-240) in float32 needs the maximum of each row, in blocks too."""
+    queries, keys, values, positions, to = attention_inputs(33, 0)
+    queries, keys = 10 + queries / 10, -10 + keys / 10
+    sight = Sight(positions, to, jnp.asarray(NO_WINDOW))
+    found = grouped_attention.attend(queries, keys, values, sight, scale=0.3, block=8)
+    expected = plain_attention(queries, keys, values, sight, 0.3, None)
+    np.testing.assert_allclose(found, expected, atol=2e-4)
+
+
+@pytest.mark.parametrize(("window", "past"), [(NO_WINDOW, 0), (10, 0), (9, 13)])
+def test_pairs_of_blocks_in_which_no_query_sees_a_key_are_skipped(window, past, monkeypatch):
+    visit, visits = grouped_attention._visit, []
+
+    def counted(*args):
+        jax.debug.callback(lambda: visits.append(1))
+        return visit(*args)
+
+    monkeypatch.setattr(grouped_attention, "_visit", counted)
+    heads = [x[1:] for x in attention_inputs(33, past)]  # the row whose past has padding
+    sight = Sight(*heads[3:], jnp.asarray(window))
+    jax.block_until_ready(grouped_attention.attend(*heads[:3], sight, scale=0.3, block=8))
+    jax.effects_barrier()
+    at, to = np.asarray(heads[3][0])[:, None], np.asarray(heads[4][0])[None]
+    query, key = np.nonzero((to <= at) & (to > at - window))
+    assert len(visits) == len(set(zip(query // 8, key // 8, strict=True)))
+
+
 def test_memory_of_attention_grows_with_the_length_alone():
     def temporary_bytes(length):
         shape = jax.ShapeDtypeStruct((1, 4, length, 16), jnp.float32)
