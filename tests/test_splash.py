@@ -4,6 +4,7 @@ tests/test_accelerator.py runs the kernel itself, on a TPU; here it is compiled 
 """
 
 import importlib.util
+import re
 
 import jax
 import jax.numpy as jnp
@@ -81,10 +82,21 @@ def test_attention_and_its_gradients_are_those_of_float64(mesh, windows, softcap
                 assert np.max(np.abs(one - other)) < 3e-6 * np.max(np.abs(other))
 
 
-def serves(monkeypatch, *, rows=4, heads=4, length=256, dim=64, dtype="bfloat16", platform="tpu"):
+def serves(
+    monkeypatch,
+    *,
+    rows=4,
+    heads=4,
+    key_heads=2,
+    length=256,
+    keys=256,
+    dim=64,
+    dtype="bfloat16",
+    platform="tpu",
+):
     monkeypatch.setattr(sharding, "platform", lambda: platform)
     queries = jnp.zeros((rows, heads, length, dim), dtype)
-    return splash.serves(queries, queries[:, :2])
+    return splash.serves(queries, jnp.zeros((rows, key_heads, keys, dim), dtype))
 
 
 def test_what_the_kernel_computes(monkeypatch):
@@ -94,9 +106,29 @@ def test_what_the_kernel_computes(monkeypatch):
         assert not serves(monkeypatch, platform="cpu")
         assert not serves(monkeypatch, dtype="float32")
         assert not serves(monkeypatch, dim=32)
-        assert not serves(monkeypatch, length=200)
+        assert not serves(monkeypatch, length=200, keys=200)
+        assert not serves(monkeypatch, keys=384)
         assert not serves(monkeypatch, rows=6)
         assert not serves(monkeypatch, heads=3)
+        assert not serves(monkeypatch, key_heads=1)
+
+
+@pytest.mark.parametrize("window", [1, 2, 128, 129, 130, 257, 258, NO_WINDOW])
+def test_visits_are_the_pairs_of_blocks_in_which_a_query_sees_a_key(window):
+    query, key = np.nonzero(np.tri(512, dtype=bool) & ~np.tri(512, k=-window, dtype=bool))
+    pairs = set(zip(query // 128, key // 128, strict=True))
+    assert splash.visits(512, 128, window) == f"visits_{len(pairs)}_of_16"
+
+
+def test_a_kernel_s_scope_says_in_how_many_layers_it_runs():
+    q, k, v, _ = arrays()
+    windows = (5, NO_WINDOW, 5, 256, 5)
+
+    def attend(q, k, v):
+        return splash.attend(q, k, v, jnp.int32(5), windows, scale=0.3)
+
+    text = jax.jit(attend).lower(q, k, v).as_text(debug_info=True)
+    assert set(re.findall(r"times_\d+_of_\d+", text)) == {"times_3_of_5", "times_2_of_5"}
 
 
 def test_decoders_take_the_kernel_where_they_can(monkeypatch):
