@@ -1,5 +1,6 @@
 """One run at a time trains in a MODEL_DIR; others wait, give up, or take over a stale lock."""
 
+import contextlib
 import json
 import os
 import socket
@@ -97,3 +98,27 @@ def test_a_lock_of_a_process_that_has_ended_here_is_taken_over(tmp_path, content
         (tmp_path / run_lock.FILE).write_text('{"pi')
     with run_lock.hold(tmp_path):
         assert json.loads((tmp_path / run_lock.FILE).read_text())["pid"] == os.getpid()
+
+
+def test_of_two_starts_that_see_a_stale_lock_one_takes_it(tmp_path, monkeypatch):
+    write(tmp_path, pid=1, host="another-machine", started="0")
+    os.utime(tmp_path / run_lock.FILE, (1, 1))
+    look = run_lock._owner
+    refused = pytest.raises(ValueError, match="one run at a time")
+    with contextlib.ExitStack() as other_start:
+
+        def look_and_be_slow(path):
+            seen = look(path)
+            monkeypatch.setattr(run_lock, "_owner", look)
+            other_start.enter_context(run_lock.hold(tmp_path))
+            return seen
+
+        monkeypatch.setattr(run_lock, "_owner", look_and_be_slow)
+        with refused, run_lock.hold(tmp_path):
+            pytest.fail("two runs in one folder")
+
+
+def test_a_lock_that_another_start_has_taken_over_is_not_released(tmp_path):
+    with run_lock.hold(tmp_path):
+        write(tmp_path, pid=1, host="another-machine", started="0")
+    assert json.loads((tmp_path / run_lock.FILE).read_text())["pid"] == 1

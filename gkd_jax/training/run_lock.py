@@ -2,11 +2,13 @@
 
 The lock is a file that its owner touches every RENEW_SECONDS. If the owner was killed, the file
 grows older than STALE_SECONDS, and the next start takes the lock over. In a bucket, two jobs that
-start in the same instant can both take the lock.
+start in the same instant can both take the lock, as on a network disk without `flock` if the lock
+is stale.
 """
 
 from collections.abc import Iterator
 import contextlib
+import fcntl
 import json
 import os
 import pathlib
@@ -52,7 +54,8 @@ def hold(model_dir: str | os.PathLike[str]) -> Iterator[None]:
         ended.set()
         if jax.process_index() == 0:
             renewal.join()
-            (folder / FILE).unlink(missing_ok=True)
+            if _owner(folder / FILE)[0] == _this_process():  # Not if another start took it over.
+                (folder / FILE).unlink(missing_ok=True)
             if not existed and not files.in_bucket(folder):  # a failed start leaves nothing behind
                 with contextlib.suppress(OSError):
                     os.rmdir(folder)
@@ -71,11 +74,11 @@ def _take(folder: epath.Path) -> None:
             if age is None:
                 continue  # the owner has just released it
             who = f"process {owner.get('pid')} on {owner.get('host')}"
-            if age > STALE_SECONDS or _has_ended(owner):
+            if _is_stale(owner, age):
+                _remove_stale(path)
                 print(
                     f"taking over the lock of {folder} from {who}, which has ended", file=sys.stderr
                 )
-                path.unlink(missing_ok=True)
                 continue
             if time.monotonic() - waited_since > STALE_SECONDS:
                 raise ValueError(
@@ -94,7 +97,7 @@ def _create(path: epath.Path) -> None:
         FileExistsError: if there is a lock file.
         OSError: if the folder cannot be written to.
     """
-    owner = {"pid": os.getpid(), "host": socket.gethostname(), "started": _start_time()}
+    owner = _this_process()
     if not files.in_bucket(path):
         with files.naming(path), open(path, "x", encoding="utf-8") as file:
             try:
@@ -109,6 +112,10 @@ def _create(path: epath.Path) -> None:
         path.write_text(json.dumps(owner))
 
 
+def _this_process() -> dict[str, Any]:
+    return {"pid": os.getpid(), "host": socket.gethostname(), "started": _start_time()}
+
+
 def _owner(path: epath.Path) -> tuple[dict[str, Any], float | None]:
     """Returns (owner, seconds since the lock was renewed); ({}, None) if there is no lock."""
     try:
@@ -121,6 +128,23 @@ def _owner(path: epath.Path) -> tuple[dict[str, Any], float | None]:
     except ValueError:  # the owner is still writing it
         owner = {}
     return owner if isinstance(owner, dict) else {}, age
+
+
+def _remove_stale(path: epath.Path) -> None:
+    """Removes a stale lock, unless another start has removed it and made its own since."""
+    if files.in_bucket(path):
+        path.unlink(missing_ok=True)
+        return
+    with contextlib.suppress(FileNotFoundError), open(path, "r+b") as file:
+        with contextlib.suppress(OSError):  # Some network disks have no such lock.
+            fcntl.flock(file, fcntl.LOCK_EX)  # No other start can remove this file now.
+        is_there = os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+        if is_there and _is_stale(*_owner(path)):
+            os.unlink(path)
+
+
+def _is_stale(owner: dict[str, Any], age: float | None) -> bool:
+    return age is not None and (age > STALE_SECONDS or _has_ended(owner))
 
 
 def _has_ended(owner: dict[str, Any]) -> bool:
