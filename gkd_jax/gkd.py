@@ -70,7 +70,7 @@ def is_on_policy(seed: int, step: int, config: GKDConfig) -> bool:
 
 def num_on_policy_rows(on_policy_fraction: float, batch_size: int) -> int:
     """Returns ceil(lambda B), the number of rows of a batch that `mixing="example"` samples."""
-    return math.ceil(round(on_policy_fraction * batch_size, 6))  # 0.07 * 100 = 7.000000000000001
+    return math.ceil(on_policy_fraction * batch_size * (1 - 1e-12))  # 0.07 * 100 > 7 in float64
 
 
 def sample_targets(

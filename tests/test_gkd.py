@@ -442,6 +442,11 @@ def test_the_share_is_not_rounded_up_by_a_rounding_error():
     assert gkd.num_on_policy_rows(0.0701, 100) == 8
 
 
+def test_the_smallest_share_is_a_row():
+    assert gkd.num_on_policy_rows(1e-9, 100) == 1
+    assert gkd.num_on_policy_rows(0.0, 100) == 0
+
+
 @pytest.mark.parametrize("mixing", ["step", "example"])
 def test_samples_have_no_stored_scores_of_the_data_set_s_targets(mixing, student, batch):
     scored = batch._replace(teacher_scores=divergences.top_k(jnp.zeros((B, T, PIECES)), 3))
