@@ -272,3 +272,26 @@ def test_an_exception_that_a_library_logs_and_raises_is_not_printed_twice(caplog
             absl_logging.exception("a thread raised an exception")
         absl_logging.error("what is wrong")
     assert [record.getMessage() for record in caplog.records] == ["what is wrong"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("GKD_JAX_HEARTBEAT_TIMEOUT", "abc"),
+        ("GKD_JAX_HEARTBEAT_TIMEOUT", "0"),
+        ("GKD_JAX_DISTRIBUTED", "true"),
+    ],
+)
+def test_a_variable_for_several_processes_that_cannot_be_read_is_named(name, value, monkeypatch):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(flags.UsageError, match=rf"{name} must be .*, got '{value}'"):
+        process.set_up(reads_data=False)
+
+
+@pytest.mark.parametrize("coordinator", ["localhost", "12345", ""])
+def test_a_coordinator_needs_a_host_and_a_port(coordinator, monkeypatch):
+    monkeypatch.setenv("GKD_JAX_COORDINATOR", coordinator)
+    monkeypatch.setenv("GKD_JAX_NUM_PROCESSES", "1")
+    monkeypatch.setenv("GKD_JAX_PROCESS_ID", "0")
+    with pytest.raises(flags.UsageError, match=r"several processes need .*: host:port and two"):
+        process.set_up(reads_data=False)

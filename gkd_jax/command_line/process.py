@@ -5,6 +5,7 @@ import ctypes
 import gc
 import os
 import pathlib
+import re
 import sys
 import tempfile
 
@@ -158,12 +159,19 @@ def _join_processes() -> None:
 
     names = ("GKD_JAX_COORDINATOR", "GKD_JAX_NUM_PROCESSES", "GKD_JAX_PROCESS_ID")
     given = {name: os.environ[name] for name in names if os.environ.get(name)}
-    timeout = int(os.environ.get("GKD_JAX_HEARTBEAT_TIMEOUT", "100"))
-    if os.environ.get("GKD_JAX_DISTRIBUTED") == "1":
+    wait = os.environ.get("GKD_JAX_HEARTBEAT_TIMEOUT") or "100"
+    if not wait.isdecimal() or int(wait) == 0:
+        raise UsageError(
+            f"GKD_JAX_HEARTBEAT_TIMEOUT must be a positive number of seconds, got {wait!r}"
+        )
+    timeout, detects = int(wait), os.environ.get("GKD_JAX_DISTRIBUTED") or "0"
+    if detects not in ("0", "1"):
+        raise UsageError(f"GKD_JAX_DISTRIBUTED must be 1, or not set, got {detects!r}")
+    if detects == "1":
         jax.distributed.initialize(heartbeat_timeout_seconds=timeout)
     elif given:
-        missing = [name for name in names if name not in given]
-        if missing or not all(given[name].isdecimal() for name in names[1:]):
+        shapes = dict(zip(names, (r".+:\d+", r"\d+", r"\d+"), strict=True))
+        if not all(re.fullmatch(shapes[name], given.get(name, "")) for name in names):
             raise UsageError(
                 f"several processes need {', '.join(names)}: host:port and two numbers; got {given}"
             )
