@@ -206,6 +206,21 @@ def test_tokens_of_the_configuration_are_added(tmp_path):
     assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True) == "<tool>"
 
 
+@pytest.mark.parametrize("splits", [True, False])
+def test_names_of_special_tokens_are_split_if_the_configuration_says_so(splits, tmp_path):
+    folder = small_tokenizers.write(tmp_path, "qwen")
+    before = TokenizerVocabulary(folder).content_hash
+    path = folder / "tokenizer_config.json"
+    config = {**json.loads(path.read_text()), "split_special_tokens": splits}
+    path.write_text(json.dumps(config))
+    ours, theirs = TokenizerVocabulary(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    text = "a<|im_end|>b <think>c"
+    assert ours.encode(text) == theirs(text, add_special_tokens=False)["input_ids"]
+    assert ours.encode_prompt(text) == theirs(text)["input_ids"]
+    assert (ours.eos_id in ours.encode(text)) == (not splits)
+    assert (ours.content_hash == before) == (not splits)  # a run of the other ids is another run
+
+
 @pytest.mark.parametrize("key", ["additional_special_tokens", "extra_special_tokens"])
 def test_tokens_that_the_configuration_lists_are_special(key, tmp_path):
     """And it changes the properties of a token that `tokenizer.json` has."""

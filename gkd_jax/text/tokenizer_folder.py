@@ -39,8 +39,9 @@ class TokenizerVocabulary(seqio.Vocabulary):
     seqio expects that `encode` adds no special tokens to a text. The tokens that the tokenizer
     itself puts around a text (BOS for Llama and Gemma, none for Qwen, EOS at the end for T5) are
     added by `encode_prompt`, and by `encode` of the vocabulary that `for_prompts` returns. The name
-    of a special token inside a text is read as that token, as in transformers. `decode` stops at
-    the first of `eos_ids` and skips special tokens.
+    of a special token inside a text is read as that token, as in transformers, unless the
+    configuration has `split_special_tokens`. `decode` stops at the first of `eos_ids` and skips
+    special tokens.
 
     Attributes:
         folder: the folder from which the tokenizer was read.
@@ -155,7 +156,8 @@ class TokenizerVocabulary(seqio.Vocabulary):
     def rules(self) -> str:
         """A hash of the rules by which texts become ids.
 
-        The hash covers the kind of the model, its merges, the normalizer and the pre-tokenizer. For
+        The hash covers the kind of the model, its merges, the normalizer and the pre-tokenizer, and
+        whether the names of special tokens are split. For
         unigram models (T5) the value is "unigram": they are compared by their pieces alone, as
         SentencePiece files are.
         """
@@ -167,6 +169,8 @@ class TokenizerVocabulary(seqio.Vocabulary):
         for part in (self._tokenizer.normalizer, self._tokenizer.pre_tokenizer):
             state = b"null" if part is None else part.__getstate__()
             parts.append(json.loads(state, object_hook=_without_offsets))
+        if self._tokenizer.encode_special_tokens:
+            parts.append("split_special_tokens")
         text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -265,6 +269,7 @@ def _read_tokenizer(
     # Padding and truncation are stored in the file if it was saved after a call that used them.
     tokenizer.no_padding()
     tokenizer.no_truncation()
+    tokenizer.encode_special_tokens = bool(config.get("split_special_tokens"))
     # As in transformers, the properties that the configuration gives a token replace the file's.
     added = config.get("added_tokens_decoder") or {}
     tokenizer.add_tokens(
