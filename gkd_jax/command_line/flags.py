@@ -206,10 +206,10 @@ def parse(command: str, arguments: Iterable[str]) -> tuple[Any, list[tuple[str, 
     except flags.Error as error:
         raise UsageError(f"{command}: {error}") from None
     for name in _PATHS & {*values}:  # a shell expands no `~` behind the `=` of a flag
-        given = values[name].value
-        if given:
+        path = values[name].value
+        if path:
             expand = os.path.expanduser
-            values[name].value = [*map(expand, given)] if type(given) is list else expand(given)
+            values[name].value = [*map(expand, path)] if type(path) is list else expand(path)
     if extra and command != "report":
         raise UsageError(f"{command} takes flags only, got {extra[0]!r}: write --NAME=VALUE")
     if bindings and not COMMANDS[command].reads_gin and command != "sweep":
