@@ -166,6 +166,12 @@ def test_a_row_that_ends_makes_place_for_the_next(row_counts):
     assert row_counts["encode"] == [4, 2, 2, 2, 2]
 
 
+def test_what_fills_up_a_refill_is_not_decoded(row_counts):
+    """Two free slots are refilled by the fifth row, which may have no token, and by none."""
+    draw([2] * 4 + [0], decode_rows=4)
+    assert row_counts["decode_step"] == [4] * 2
+
+
 def test_rows_that_have_ended_are_not_decoded(row_counts):
     """One row of 16 is long: most steps run on 8 rows."""
     draw([2] * 7 + [T] + [4] * 4 + [6] * 4)
@@ -243,6 +249,11 @@ def test_beams_are_those_of_a_batch_that_keeps_its_size(family, monkeypatch):
 )
 def test_halvings(groups, shards, length, expected):
     assert decode_loop.halvings(groups, shards, length) == expected
+
+
+def test_the_plain_loop_has_one_segment():
+    started = decode_loop.start(*model("t5"), *prompts(2), length=T, in_segments=False)
+    assert {x.shape[-2] for x in jax.tree.leaves(started.cache.keys)} == {T}
 
 
 @pytest.mark.parametrize(

@@ -433,6 +433,24 @@ def test_a_signal_at_a_step_that_evaluates_does_not_wait_for_the_evaluation(tmp_
     assert list(metrics.values_by_step(file, name)) == [0, 2, 4]
 
 
+def test_a_signal_costs_no_batch_that_was_drawn_ahead(tmp_path, monkeypatch):
+    """The run stops one step later, when no batch waits. All targets are the data set's."""
+
+    def is_due(self, done):
+        self.signal = signal.SIGTERM if done >= 2 else None
+        return done >= 2
+
+    config = TrainConfig(train_steps=6, save_period=6, sample_ahead=True)
+    run(tmp_path / "whole", train=config)
+    with monkeypatch.context() as patched:
+        patched.setattr(interrupts.Interruption, "is_due", is_due)
+        with pytest.raises(SystemExit):
+            run(tmp_path / "stopped", train=config)
+    assert saved_model.saved_steps(tmp_path / "stopped") == [3]
+    run(tmp_path / "stopped", train=config)
+    assert step_losses(tmp_path / "stopped") == step_losses(tmp_path / "whole")
+
+
 def test_where_all_is_damaged_nothing_starts_from_scratch(run_dir):
     (run_dir / "checkpoints").rename(run_dir / "damaged")
     with pytest.raises(ValueError, match="has damaged checkpoints in damaged/ and no other"):
