@@ -179,6 +179,11 @@ def test_rows_that_have_ended_are_not_decoded(row_counts):
     assert row_counts["encode"] == [16]
 
 
+def test_the_plain_loop_keeps_all_rows(row_counts):
+    draw([2] * 15 + [T], plain=True)
+    assert row_counts["decode_step"] == [16] * T
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

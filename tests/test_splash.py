@@ -82,6 +82,15 @@ def test_attention_and_its_gradients_are_those_of_float64(mesh, windows, softcap
                 assert np.max(np.abs(one - other)) < 3e-6 * np.max(np.abs(other))
 
 
+def test_queries_in_bfloat16_are_rounded_after_they_are_scaled():
+    """A scale that is rounded first would move the scores of all keys by the same 0.1 %."""
+    q, k, v, _ = (x.astype(jnp.bfloat16) for x in arrays())
+    scaled = (0.3 * q.astype(jnp.float32)).astype(jnp.bfloat16)
+    window, windows = jnp.int32(NO_WINDOW), (NO_WINDOW,)
+    found = splash.attend(q, k, v, window, windows, scale=0.3)
+    np.testing.assert_array_equal(found, splash.attend(scaled, k, v, window, windows, scale=1.0))
+
+
 def serves(
     monkeypatch,
     *,
