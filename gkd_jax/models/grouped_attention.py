@@ -319,9 +319,8 @@ def _forward_in_blocks(scoring: _Scoring, queries, keys, values, sight: Sight):
         running, _ = lax.scan(
             of_keys, start, (blocks.keys, blocks.values, blocks.key_positions, meet)
         )
-        # A query of padding may visit no keys. Its total is then 0, which must not be a divisor.
-        total = jnp.where(running.total == 0, 1.0, running.total)
-        return running.mixed / total, running.top, total
+        # A query of padding may visit no keys. It is then NaN, and `_join` leaves it out.
+        return running.mixed / running.total, running.top, running.total
 
     found = lax.map(of_queries, (blocks.queries, blocks.query_positions, blocks.meet))
     mixed, top, total = (_join(x, 3, queries.shape[3]) for x in found)
