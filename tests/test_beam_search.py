@@ -84,6 +84,35 @@ def test_enough_beams_find_the_best_sequence_there_is(alpha):
         assert not beams.tokens[row, 0, len(best) :].any()
 
 
+def test_no_search_ends_while_a_longer_sequence_may_still_win():
+    """With one word there is one sequence of each length; of two beams, one always goes on."""
+    config, length, alpha = tiny(), 8, 2.0
+    banned = (0, 3, 4, 5)
+    targets = jnp.full((len(INPUTS), length), 2)
+    batch = Batch(INPUTS, targets, jnp.ones(targets.shape))
+
+    @jax.jit
+    def both(params):
+        beams = beam_search(
+            config,
+            params,
+            INPUTS,
+            max_length=length,
+            num_beams=2,
+            alpha=alpha,
+            banned_ids=banned,
+        )
+        logits = t5.logits(config, params, batch).at[..., banned].set(-jnp.inf)
+        return beams.scores, jax.nn.log_softmax(logits)
+
+    for seed in range(4):
+        found, log_probs = map(np.asarray, both(random_params(config, seed)))
+        before = np.cumsum(log_probs[..., 2], axis=1) - log_probs[..., 2]
+        penalty = ((5 + np.arange(1, length + 1)) / 6) ** alpha
+        scores = np.sort((before + log_probs[..., 1]) / penalty)[:, ::-1]
+        np.testing.assert_allclose(found, scores[:, :2], atol=2e-5)
+
+
 def test_one_beam_without_eos_is_greedy():
     config = tiny(vocab_size=40)
     params = random_params(config)

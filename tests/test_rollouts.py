@@ -81,7 +81,7 @@ def faked(ids, fraction, drawn):
         return batch, Sample(batch.targets, batch.weights, batch.weights)
 
     parts = types.SimpleNamespace(sample=sample, update_samples="samples", update_dataset="dataset")
-    rollouts._steps = {(2, 2): parts}
+    rollouts._steps = {(2, 3): None, (2, 2): parts}
     return rollouts
 
 
