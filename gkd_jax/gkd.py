@@ -171,11 +171,11 @@ def _token_values(
     temperature = config.teacher_temperature
     temperature = temperature(step) if callable(temperature) else temperature
 
-    def of_part(heads, states, targets, weights, cached: TopK | None) -> _TokenValues:
+    def of_part(heads, states, targets, cached: TopK | None) -> _TokenValues:
         logits = lm.apply_head(models.student, heads[0], states[0])
         log_probs = None
         if with_log_probs:
-            log_probs = sample_log_probs(config, models, logits, targets, weights)
+            log_probs = sample_log_probs(config, models, logits, targets)
         logits = of_pieces(logits / config.student_temperature, models.num_pieces)
         if config.divergence is None:
             smoothing = config.label_smoothing
@@ -192,7 +192,7 @@ def _token_values(
     parts = accumulation.num_length_parts(
         num_rows, length, models.student.vocab_size, config.loss_parts
     )
-    inputs = (states, batch.targets, batch.weights, batch.teacher_scores)
+    inputs = (states, batch.targets, batch.teacher_scores)
     return accumulation.map_length_parts(of_part, heads, inputs, parts)
 
 
@@ -211,18 +211,16 @@ def sample_log_probs(
     models: ModelPair,
     student_logits: Float[Array, "N T V"],
     targets: Int[Array, "N T"],
-    weights: Float[Array, "N T"],
 ) -> Float[Array, "N T"]:
     """Returns log Q of each target under the distribution that samples are drawn from, in nats.
 
-    Banned ids are left out of the softmax, as they are when tokens are drawn.
+    Banned ids are left out of the softmax, as they are when tokens are drawn. Padding, where it is
+    a banned id, has -inf.
     """
     special = models.student_sampling(config.sampling).special_ids(models.student)
     allowed = allowed_ids(models.student.vocab_size, special.banned)
     logits = jnp.where(allowed, student_logits / config.sampling.temperature, -jnp.inf)
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    # Padding has probability 0 here. Its weight is 0 too, but its gradient would be NaN.
-    picked = jnp.where(weights > 0, picked, 0.0)
     return picked - jax.nn.logsumexp(logits, axis=-1)
 
 
