@@ -75,10 +75,10 @@ def test_t5s_attention_with_a_position_bias_and_padding(calls):
 
     def ours(queries, keys, values, position):
         hidden = attention.Padding(padding, jnp.asarray(LENGTHS))
-        return attention.attend(queries, keys, values, (position,), hidden, None)
+        return attention.attend(queries, keys, values, (position, 2 * position), hidden, None)
 
     def wanted(queries, keys, values, position):
-        return reference(queries, keys, values, lambda scores: scores + position + padding)
+        return reference(queries, keys, values, lambda scores: scores + 3 * position + padding)
 
     given = (queries, keys, values, position)
     found = ours(*given)
@@ -112,7 +112,7 @@ def test_causal_attention_with_grouped_heads(calls):
 
 
 @pytest.mark.parametrize(
-    "case", ["float32", "by rows", "no lengths", "softcap", "window", "two devices"]
+    "case", ["float32", "by rows", "no lengths", "dropout", "softcap", "window", "two devices"]
 )
 def test_what_the_kernel_cannot_compute_is_computed_without_it(calls, case):
     queries, keys, values = arrays(*[(ROWS, HEADS, QUERIES, DIM)] * 3)
@@ -125,6 +125,9 @@ def test_what_the_kernel_cannot_compute_is_computed_without_it(calls, case):
     elif case == "no lengths":
         hidden = attention.Padding(jnp.zeros((ROWS, 1, 1, QUERIES)))
         attention.attend(queries, keys, values, (), hidden, None)
+    elif case == "dropout":
+        dropped = jnp.ones((ROWS, HEADS, 1, QUERIES))
+        attention.attend(queries, keys, values, (), None, dropped)
     elif case == "two devices":
         mesh = sharding.make_mesh(sharding.MeshConfig(data=2), jax.devices()[:2])
         with sharding.use(mesh):
