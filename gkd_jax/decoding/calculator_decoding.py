@@ -111,7 +111,7 @@ class _Row:
             token = self._forced.popleft()
         self.tokens.append(token)
         self.ended = token in self._eos_ids
-        if not self.ended and not self._forced and "=" in self._vocabulary.decode([token]):
+        if "=" in self._vocabulary.decode([token]):
             self._forced.extend(self._result())
         return token
 
