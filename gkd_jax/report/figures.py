@@ -91,7 +91,7 @@ def _lines(rows: Table, line: Any, x: Any, colour: Any) -> Table:
     """Rows for `plots.curves`, with the paper's points if it has at least two of a line."""
     ours = rows.assign(line=line, x=x, y=rows["mean"], colour=colour, dashed=False, note="")
     known = ours.dropna(subset="paper_value")
-    known = known[known.groupby("line")["line"].transform("size") > 1]
+    known = known[known["line"].duplicated(keep=False)]
     return pd.concat([ours, known.assign(y=known["paper_value"], error=math.nan, dashed=True)])
 
 
@@ -122,13 +122,12 @@ def _shade(group: Group) -> str:
 
 
 def _grids(rows: Table) -> Iterator[Table]:
-    """Yields grids of divergence and lambda: sets of rows that differ in nothing else."""
+    """Yields grids of divergence and lambda, which rises: rows that differ in nothing else."""
     scheduled = rows["group"].map(lambda group: isinstance(group.method.fraction, str))
     rows = rows[(rows["role"] == "distillation") & ~scheduled]
     free = ("method.divergence", "method.on_policy_fraction")
-    key = [hash(group.identity_without(*free)) for group in rows["group"]]
-    for _, members in rows.groupby(key, sort=False) if len(rows) else ():
-        yield members.sort_values("divergence", key=lambda some: some.map(divergence_order))
+    alike = rows["group"].map(lambda group: group.identity_without(*free))
+    yield from (grid for _, grid in rows.groupby(alike, sort=False))
 
 
 def _maps(rows: Table, task: str, setting: Setting, metric: str) -> Iterator[_Sketch]:
@@ -178,7 +177,7 @@ def _lambda(rows: Table, metric: str) -> _Sketch:
     panels, ticks = [], [(x, f"{x}%") for x in (0, 25, 50, 75, 100)]
     for grid in _grids(rows):
         points: Table = grid.groupby("divergence")["divergence"].transform("size")
-        grid = grid[points > 1].sort_values("fraction", kind="stable")
+        grid = grid[points > 1]
         if points.max() > 2:  # a line of two points shows no more than the bars
             of = grid["divergence"]
             lines, colours = of.map(divergence_name), of.map(plots.colour)
@@ -192,8 +191,8 @@ def _lambda(rows: Table, metric: str) -> _Sketch:
 def _data(rows: Table, metric: str) -> _Sketch:
     """Fig. 3: curves over the number of training examples."""
     rows = rows[rows["role"].isin(["distillation", "seqkd", "sft"])]
-    alike = [hash(group.identity_without("data.num_examples")) for group in rows["group"]]
-    rows = rows[pd.Index(alike).duplicated(keep=False)].sort_values("amount", kind="stable")
+    alike = rows["group"].map(lambda group: group.identity_without("data.num_examples"))
+    rows = rows[alike.duplicated(keep=False)].sort_values("amount", kind="stable")
     amounts = sorted(rows["amount"].unique())
     ticks = [(i, "all" if a == math.inf else f"{a:,.0f}") for i, a in enumerate(amounts)]
     panels = []
