@@ -12,7 +12,7 @@ from gkd_jax.report import paper, plots
 from gkd_jax.report.groups import Group
 from gkd_jax.report.plots import COLOURS, Panel
 from gkd_jax.report.record import Setting, divergence_name, said
-from gkd_jax.report.study import Study, Table, by_size, divergence_order
+from gkd_jax.report.study import Study, Table, by_size
 from gkd_jax.text import files
 
 
@@ -147,19 +147,11 @@ def _maps(rows: Table, task: str, setting: Setting, metric: str) -> Iterator[_Sk
         if signed:
             grid = grid.assign(mean=grid["gain"], error=grid["gain_error"])
         where = paper.cell(grid["group"].iloc[0].first, task, metric)
-        panels = [_panel(grid, _cells(grid, signed))]
+        panels = [_panel(grid, grid.assign(signed=signed))]
         panels += _paper_map(where, setting, signed) if where else []
         what = "Improvement over the student before" if signed else "Value"
         title = f"{what} by divergence and λ"
         yield _Sketch("divergence_lambda", title, caption, plots.heat_map, panels)
-
-
-def _cells(rows: Table, signed: bool) -> Table:
-    """Rows for `plots.heat_map`, in the order of its rows and columns."""
-    rows = rows.sort_values("divergence", key=lambda some: some.map(divergence_order))
-    rows = rows.assign(column=rows["divergence"].map(divergence_name), signed=signed)
-    rows = rows.sort_values("fraction", ascending=False, kind="stable")
-    return rows.assign(row=[f"λ {fraction:.0%}" for fraction in rows["fraction"]])
 
 
 def _paper_map(where: paper.Cell, setting: Setting, signed: bool) -> Iterator[Panel]:
@@ -168,7 +160,7 @@ def _paper_map(where: paper.Cell, setting: Setting, signed: bool) -> Iterator[Pa
     if numbers:
         values = [one.gain if signed else one.value for one in numbers]
         methods = pd.DataFrame(one.cell.method for one in numbers)
-        cells = _cells(methods.assign(mean=values, error=math.nan), signed)
+        cells = methods.assign(mean=values, error=math.nan, signed=signed)
         yield Panel(f"{where.size}, the paper ({numbers[0].figure})", cells)
 
 

@@ -18,7 +18,8 @@ from matplotlib.colors import LinearSegmentedColormap, Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
 import numpy as np
 
-from gkd_jax.report.study import Table
+from gkd_jax.report.record import divergence_name
+from gkd_jax.report.study import Table, divergence_order
 
 
 TEMPLATES = importlib.resources.files("gkd_jax.report") / "templates"
@@ -143,13 +144,16 @@ def bars(ax: Any, panel: Panel, narrow: bool) -> float:
 
 
 def heat_map(ax: Any, panel: Panel, narrow: bool) -> float:
-    """Draws a map of values over rows and columns.
+    """Draws a map of values over lambda and the divergences.
 
-    Columns: `row`, `column`, `mean`, `error`, `signed` (whether the values are gains, whose colours
-    are centred on zero). Each map has its own colour scale: a reader looks for its best cell.
+    Columns: `fraction`, `divergence`, `mean`, `error`, `signed` (whether the values are gains,
+    whose colours are centred on zero). Each map has its own colour scale: a reader looks for its
+    best cell.
     """
-    table = panel.rows.pivot_table("mean", "row", "column", sort=False)
-    values, signed = panel.rows["mean"], panel.rows["signed"].any()
+    rows = panel.rows.sort_values("fraction", ascending=False, kind="stable")
+    table = rows.pivot_table("mean", "fraction", "divergence", sort=False)
+    table = table[sorted(table, key=divergence_order)]
+    values, signed = rows["mean"], rows["signed"].any()
     low, high = values.min(), values.max()
     colours, norm = ["#eaf0f5", "#a9c3da", "#3f739f"], Normalize(low, max(high, low + 1e-6))
     if signed and low < 0:
@@ -158,17 +162,17 @@ def heat_map(ax: Any, panel: Panel, narrow: bool) -> float:
     shades = LinearSegmentedColormap.from_list("values", colours)
     ax.pcolormesh(table.to_numpy(), cmap=shades, norm=norm, edgecolor=PAGE, linewidth=2)
     digits = ("+.2f" if values.abs().max() < 2 else "+.1f") if signed else ".1f"
-    for cell in panel.rows.itertuples():
-        place = (table.columns.get_loc(cell.column) + 0.5, table.index.get_loc(cell.row) + 0.5)
+    for cell in rows.itertuples():
+        x, y = table.columns.get_loc(cell.divergence), table.index.get_loc(cell.fraction)
         red, green, blue, _ = shades(norm(cell.mean))
         dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.55
         text = f"{cell.mean:{digits}}" + ("" if math.isnan(cell.error) else f"\n±{cell.error:.1f}")
         weight = "bold" if cell.mean == high else "normal"
         look = {"ha": "center", "va": "center", "color": "white" if dark else "#22262c"}
-        ax.text(*place, text, fontweight=weight, fontsize=8.5, **look)
+        ax.text(x + 0.5, y + 0.5, text, fontweight=weight, fontsize=8.5, **look)
     ax.set_ylim(len(table), 0)
-    ax.set_xticks(np.arange(len(table.columns)) + 0.5, table.columns)
-    ax.set_yticks(np.arange(len(table)) + 0.5, table.index)
+    ax.set_xticks(np.arange(len(table.columns)) + 0.5, map(divergence_name, table.columns))
+    ax.set_yticks(np.arange(len(table)) + 0.5, [f"λ {fraction:.0%}" for fraction in table.index])
     ax.tick_params(length=0, labelsize=8)
     ax.spines[:].set_visible(False)
     return 0.48 * len(table) + 0.8
