@@ -68,9 +68,10 @@ def render(draw: Draw, panels: Sequence[Panel], x: str, y: str = "") -> tuple[by
 def _figure(draw: Draw, panels: Sequence[Panel], x: str, y: str, narrow: bool) -> Any:
     columns = 1 if narrow else min(len(panels), 3)
     figure = Figure(figsize=(_NARROW if narrow else _WIDE, 3), layout="constrained")
-    places = figure.subplots(math.ceil(len(panels) / columns), columns, squeeze=False)
+    lines = math.ceil(len(panels) / columns)
     heights, handles = [], {}
-    for ax, panel in zip(places.flat, panels, strict=False):
+    for place, panel in enumerate(panels, start=1):
+        ax = figure.add_subplot(lines, columns, place)
         heights.append(draw(ax, panel, narrow))
         if not math.isnan(panel.teacher):
             label = f"teacher {panel.teacher:.1f}"
@@ -79,8 +80,6 @@ def _figure(draw: Draw, panels: Sequence[Panel], x: str, y: str, narrow: bool) -
         ax.set_title(textwrap.fill(panel.title, 36 if columns > 1 or narrow else 120))
         drawn, labels = ax.get_legend_handles_labels()
         handles.update(zip(labels, drawn, strict=True))
-    for ax in places.flat[len(panels) :]:
-        ax.set_visible(False)
     across = 1
     if handles:
         limit = 52 if narrow else 100
@@ -88,7 +87,7 @@ def _figure(draw: Draw, panels: Sequence[Panel], x: str, y: str, narrow: bool) -
         across = 1 if narrow else max(1, min(5, 150 // (max(map(len, labels)) + 6)))
         figure.legend(handles.values(), labels, loc="outside lower left", ncols=across)
     legend = 0.2 * math.ceil(len(handles) / across)
-    figure.set_size_inches(figure.get_figwidth(), len(places) * max(heights) + legend)
+    figure.set_size_inches(figure.get_figwidth(), lines * max(heights) + legend)
     return figure
 
 
