@@ -128,19 +128,18 @@ def _makers(runs: Sequence[Run]) -> _Makers:
     same content.
     """
     finished = {run.folder: run for run in runs if run.finished}
-    checkpoints = [(run, *one) for run in runs for one in _checkpoints(run)]
-    by_content: dict[str, tuple[Run, str]] = {}
-    for run, _, path, content in checkpoints:
-        folder, _, step = path.partition("/checkpoints/")
-        # The path may be that of a link to the folder.
-        maker = finished.get(real_path(run.root / folder))
-        if maker is not None and maker is not run:
-            by_content.setdefault(content, (maker, step))
-    makers: dict[str, dict[str, tuple[Run, str]]] = {run.slug: {} for run in runs}
-    for run, field, _, content in checkpoints:
-        if content in by_content:
-            makers[run.slug][field] = by_content[content]
-    return makers
+    made: dict[str, tuple[Run, str]] = {}  # by content
+    for run in runs:
+        for _, path, content in _checkpoints(run):
+            folder, _, step = path.partition("/checkpoints/")
+            # The path may be that of a link to the folder.
+            maker = finished.get(real_path(run.root / folder))
+            if maker is not None and maker is not run:
+                made.setdefault(content, (maker, step))
+    return {
+        run.slug: {field: made[one] for field, _, one in _checkpoints(run) if one in made}
+        for run in runs
+    }
 
 
 def _configuration(
