@@ -61,14 +61,12 @@ def _differing(groups: Sequence[Group]) -> list[str]:
 
 def _texts(field: str, groups: Sequence[Group]) -> list[str]:
     """What each label says of a field, such as "learning rate 0.001"."""
-    values = [said(group.identity[field]) for group in groups]
-    places = [_place(group, field) for group in groups]
-    names = _shortest(dict(zip(values, places, strict=True)))
+    names = _shortest({said(group.identity[field]): _place(group, field) for group in groups})
     words = re.sub("[._]", " ", _OMITTED.sub("", field))
     phrase = _PHRASES.get(field, f"{words} {{}}")
     if field == "data.task" and any(field in group.makers for group in groups):
         phrase = "targets of {}"
-    texts = [phrase.replace("{}", names[value]) for value in values]
+    texts = [phrase.replace("{}", names[said(group.identity[field])]) for group in groups]
     return [text.replace("none examples", "all examples") for text in texts]
 
 
