@@ -72,13 +72,13 @@ def _sketches(study: Study) -> Iterator[tuple[str, _Sketch]]:
         yield task, _rewards(study, task)
 
 
-def _panel(rows: Table, drawn: Table, **options: Any) -> Panel:
+def _panel(rows: Table, ticks: Sequence[tuple[int, str]] = ()) -> Panel:
     """A panel titled with the size, the common parts of all labels and the student's start."""
     parts = [label.split(" · ")[1:] for label in rows["label"]]
     shared = [part for part in parts[0] if all(part in other for other in parts)]
     before = _common(rows["before"])
     shared += [] if math.isnan(before) else [f"student before {before:.1f}"]
-    return Panel(", ".join([rows["size"].iloc[0], *shared]), drawn, **options)
+    return Panel(", ".join([rows["size"].iloc[0], *shared]), rows, ticks=ticks)
 
 
 def _common(column: Any) -> float:
@@ -147,7 +147,7 @@ def _maps(rows: Table, task: str, setting: Setting, metric: str) -> Iterator[_Sk
         if signed:
             grid = grid.assign(mean=grid["gain"], error=grid["gain_error"])
         where = paper.cell(grid["group"].iloc[0].first, task, metric)
-        panels = [_panel(grid, grid.assign(signed=signed))]
+        panels = [_panel(grid.assign(signed=signed))]
         panels += _paper_map(where, setting, signed) if where else []
         what = "Improvement over the student before" if signed else "Value"
         title = f"{what} by divergence and λ"
@@ -171,10 +171,8 @@ def _lambda(rows: Table, metric: str) -> _Sketch:
         points: Table = grid.groupby("divergence")["divergence"].transform("size")
         grid = grid[points > 1]
         if points.max() > 2:  # a line of two points shows no more than the bars
-            of = grid["divergence"]
-            lines, colours = of.map(divergence_name), of.map(plots.colour)
-            drawn = _lines(grid, lines, 100 * grid["fraction"], colours)
-            panels.append(_panel(grid, drawn, ticks=ticks))
+            names, colours = (grid["divergence"].map(of) for of in (divergence_name, plots.colour))
+            panels.append(_panel(_lines(grid, names, 100 * grid["fraction"], colours), ticks))
     caption = "Whiskers of one standard error; as in Fig. 8 of the paper."
     title, x = "From fixed data to own samples", "λ: steps on the student's own samples"
     return _Sketch("lambda", title, caption, plots.curves, panels, x, metric)
@@ -190,9 +188,8 @@ def _data(rows: Table, metric: str) -> _Sketch:
     panels = []
     for _, here in by_size(rows):
         lines = here["label"].str.replace(r" · [\w,]+ examples", "", regex=True)
-        colours = _series(lines)
-        drawn = _lines(here, lines, here["amount"].map(amounts.index), colours)
-        panels.append(_panel(here, drawn, ticks=ticks))
+        drawn = _lines(here, lines, here["amount"].map(amounts.index), _series(lines))
+        panels.append(_panel(drawn, ticks))
     caption = "On-policy methods use their inputs only; as in Fig. 3 of the paper."
     x = "training examples"
     return _Sketch("data", "Less data", caption, plots.curves, panels, x, metric)
@@ -210,7 +207,7 @@ def _rl(study: Study, task: str, setting: Setting, metric: str) -> _Sketch:
     rows = rows[rows["role"] == "rl"]
     notes = [f"alpha {said(group.method.alpha)}" for group in rows["group"]]
     rows = _lines(rows, "RL + GKD", rows["x"], COLOURS["accent"]).assign(note=notes)
-    panels = [_panel(one, one) for _, one in by_size(rows) if len(one) > 1]
+    panels = [_panel(one) for _, one in by_size(rows) if len(one) > 1]
     caption = "alpha weighs distillation, 1 - alpha the reward; as in Fig. 5 of the paper."
     title, y = "Reward and teacher", reward.replace("_", " ")
     return _Sketch("rl_alpha", title, caption, plots.curves, panels, metric, y)
