@@ -27,16 +27,12 @@ class Group:
     # The configuration that all runs share. In the place of a checkpoint is the hash of its maker's
     # configuration, and in that of another file the hash of its content.
     identity: dict[str, Any]
-    by_seed: dict[Any, Run] = dataclasses.field(default_factory=dict)
+    runs: list[Run] = dataclasses.field(default_factory=list)
     # Field of a checkpoint -> the group that made it, and its step there; "" is the last step.
     makers: dict[str, "Group"] = dataclasses.field(default_factory=dict)
     steps: dict[str, str] = dataclasses.field(default_factory=dict)
     made: set[str] = dataclasses.field(default_factory=set)  # fields of which it is the maker
     label: str = ""  # see `labels`
-
-    @property
-    def runs(self) -> list[Run]:
-        return list(self.by_seed.values())
 
     @property
     def first(self) -> Run:
@@ -82,6 +78,7 @@ def grouped(runs: Sequence[Run]) -> tuple[list[Group], dict[str, str]]:
     """
     makers = _makers(runs)
     groups: dict[Any, Group] = {}  # by configuration
+    kept: dict[Any, Run] = {}  # by configuration and seeds
     group_of: dict[str, Group] = {}
     left_out: dict[str, str] = {}
     # Of runs with the same configuration and seed, the one that was decoded in most ways is kept.
@@ -90,10 +87,12 @@ def grouped(runs: Sequence[Run]) -> tuple[list[Group], dict[str, str]]:
             left_out[run.slug] = f"unfinished: step {run.last_step:,} of {run.train_steps:,}"
             continue
         identity, seeds = _configuration(run, makers)
-        group_of[run.slug] = groups.setdefault(_set_fields(identity), Group(identity))
-        held = group_of[run.slug].by_seed.setdefault(seeds, run)
-        if held is not run:
-            left_out[run.slug] = f"same configuration and seed as {held.name}"
+        key = _set_fields(identity)
+        group_of[run.slug] = groups.setdefault(key, Group(identity))
+        if kept.setdefault((key, seeds), run) is run:
+            group_of[run.slug].runs.append(run)
+        else:
+            left_out[run.slug] = f"same configuration and seed as {kept[key, seeds].name}"
     for run in runs:
         for field, (maker, step) in makers[run.slug].items():
             group_of[maker.slug].made.add(field)
