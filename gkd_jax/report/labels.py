@@ -34,8 +34,8 @@ def label(groups: Iterable[Group]) -> None:
         group.label = _TITLES.get(group.role, group.method.title)
         if group.first.several_tasks:  # it stands in a table of each task
             group.label += f" · {group.first.several_tasks}"
-        tasks = frozenset[str | None]().union(*(run.tasks for run in group.runs)) or {None}
-        titles, members = {(group.label, task) for task in tasks}, [group]
+        titles = {(group.label, task) for run in group.runs for task in run.tasks or [None]}
+        members = [group]
         for part in [one for one in alike if one[0] & titles]:
             alike.remove(part)
             titles, members = part[0] | titles, part[1] + members
