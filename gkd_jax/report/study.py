@@ -79,24 +79,23 @@ class Study:
             finals = [(run.seed, run.finals.get((task, setting), {})) for run in runs]
             return SeedValues([(seed, final[metric]) for seed, final in finals if metric in final])
 
-        groups = [group for group in self.of_task(task) if values(group).n]
-        found = [values(group) for group in groups]
-        starts = [group.makers.get("student.checkpoint") for group in groups]
+        found = {group: some for group in self.of_task(task) if (some := values(group)).n}
+        starts = [group.makers.get("student.checkpoint") for group in found]
         before = [values(start) for start in starts]
-        gains = [one.over(other) for one, other in zip(found, before, strict=True)]
+        gains = [one.over(other) for one, other in zip(found.values(), before, strict=True)]
         numbers = [
             paper.beside(group.first, task, setting, metric, started=start is not None)
-            for group, start in zip(groups, starts, strict=True)
+            for group, start in zip(found, starts, strict=True)
         ]
         columns = {
-            "group": groups,
-            "divergence": [group.method.divergence for group in groups],
-            **{name: [getattr(group, name) for group in groups] for name in _OF_GROUP},
-            "values": found,
-            **{name: [getattr(one, name) for one in found] for name in _OF_VALUES},
+            "group": list(found),
+            "divergence": [group.method.divergence for group in found],
+            **{name: [getattr(group, name) for group in found] for name in _OF_GROUP},
+            "values": list(found.values()),
+            **{name: [getattr(one, name) for one in found.values()] for name in _OF_VALUES},
             "start": starts,
             "before": [one.mean for one in before],
-            "teacher": [values(one.makers.get("teacher.checkpoint")).mean for one in groups],
+            "teacher": [values(one.makers.get("teacher.checkpoint")).mean for one in found],
             "gain": [one.mean for one in gains],
             "gain_error": [one.error for one in gains],
             "paper": numbers,
