@@ -30,14 +30,10 @@ except ModuleNotFoundError as error:
 def write(run_dirs: Sequence[str], output: str, *, dry_run: bool = False) -> None:
     """Reads every run below `run_dirs` and writes the report to the folder `output`.
 
+    The runs are in folders or in archives (`archive.write`). With `dry_run` nothing is written.
     A missing run leaves a cell empty. A run that has not reached its last step, or that repeats the
     configuration and the seed of another run, gets a page but is left out of all means; the list of
     runs says so.
-
-    Args:
-        run_dirs: folders with runs, or archives (`archive.write`).
-        output: the folder of the report.
-        dry_run: read everything, and write nothing.
 
     Raises:
         FileNotFoundError: if a run folder does not exist, or none holds a metrics.jsonl.

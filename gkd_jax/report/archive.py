@@ -30,7 +30,8 @@ def write(run_dirs: Sequence[str], output: str) -> None:
     others their last part.
 
     Raises:
-        ValueError: if `output` does not end in .jsonl, or is a file that is no archive.
+        ValueError: if `output` does not end in .jsonl, is in a folder that cannot be made, or is a
+            file that is no archive.
         FileNotFoundError: as for `report.write`.
     """
     check_output(output)
@@ -51,12 +52,7 @@ def write(run_dirs: Sequence[str], output: str) -> None:
 
 
 def check_output(output: str) -> None:
-    """Checks that an archive can be written, over an earlier archive at most.
-
-    Raises:
-        ValueError: if the name does not end in .jsonl, if its folder cannot be made, or if the file
-            exists and is no archive.
-    """
+    """Checks that an archive can be written, over an earlier archive at most; see `write`."""
     path = pathlib.Path(output)
     if path.suffix != ".jsonl":
         raise ValueError(f"the archive must be a file that ends in .jsonl, got {output!r}")
