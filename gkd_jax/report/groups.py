@@ -41,10 +41,10 @@ class Group:
     @property
     def role(self) -> str:
         """What SFT is for, "start" or "teacher" of other runs; else the kind of the method."""
-        if self.method.kind == "sft" and "student.checkpoint" in self.made:
+        made = self.made if self.method.kind == "sft" else ()
+        if "student.checkpoint" in made:
             return "start"
-        is_teacher = any(field.startswith("teacher") for field in self.made)
-        return "teacher" if self.method.kind == "sft" and is_teacher else self.method.kind
+        return "teacher" if any(one.startswith("teacher") for one in made) else self.method.kind
 
     @property
     def method(self) -> Method:
