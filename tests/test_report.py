@@ -10,7 +10,9 @@ import re
 import statistics
 import struct
 
+from matplotlib.figure import Figure
 import numpy as np
+import pandas as pd
 import pytest
 
 from gkd_jax import report
@@ -1345,6 +1347,17 @@ def test_the_papers_map_and_curves_stand_beside_the_same_recipes(tmp_path, monke
     dashed = lines.rows[lines.rows["dashed"] & (lines.rows["line"] == "FKL")]
     assert list(dashed["y"]) == [15.15, 16.3, 16.4]
     assert len(ours.rows) == 9
+
+
+def test_a_map_has_the_papers_order_whatever_is_missing():
+    fractions, divergences = [0.333, 0.334, 1.0], ["forward_kl", "jsd(0.1)", "jsd(0.1)"]
+    rows = pd.DataFrame({"fraction": fractions, "divergence": divergences, "mean": [1.0, 2.0, 3.0]})
+    ax = Figure().subplots()
+    plots.heat_map(ax, plots.Panel("", rows.assign(error=math.nan, signed=False)), narrow=False)
+    assert [one.get_text() for one in ax.get_xticklabels()] == ["FKL", "JSD(0.1)"]
+    assert [one.get_text() for one in ax.get_yticklabels()] == ["λ 100%", "λ 33%", "λ 33%"]
+    places = {one.get_text(): one.get_position() for one in ax.texts}
+    assert places == {"3.0": (1.5, 0.5), "2.0": (1.5, 1.5), "1.0": (0.5, 2.5)}
 
 
 def test_the_reward_over_the_steps_is_the_mean_of_the_seeds(tmp_path, monkeypatch):
