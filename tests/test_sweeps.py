@@ -169,6 +169,27 @@ def test_a_divergence_and_its_beta_are_one_axis(sweep):
         assert_usage_error(result, "jsd_BETA", f"'{wrong}'")
 
 
+def test_a_divergence_of_every_row_names_the_run_that_a_row_of_eval_decodes(sweep):
+    file = """
+gin_file = "gin/gkd.gin"
+axes.divergence = ["forward_kl", "jsd_0.1"]
+[rows.gkd]
+[rows.decoded]
+command = "eval"
+gin_file = "gin/eval.gin"
+macros.CHECKPOINT = "'{gkd}'"
+"""
+    result = sweep(sweep.write(file), "--print")
+    assert result.returncode == 0, result.stderr
+    decoded = [line for line in result.stdout.splitlines() if " eval " in line]
+    assert len(decoded) == 2
+    for line, name in zip(decoded, ("forward_kl", "jsd_0.1"), strict=True):
+        assert f"{sweep.output}/gkd-divergence={name}'" in line
+        assert f"{sweep.output}/decoded-divergence={name}'" in line
+        assert "DIVERGENCE=" not in line
+        assert "BETA=" not in line
+
+
 def paper_sweep(sweep, task, *flags) -> dict[str, dict[str, str]]:
     """Folder -> flags, for the commands of a sweep of gin/paper."""
     path = ROOT / "gin" / "paper" / "sweeps" / f"{task}.toml"

@@ -104,8 +104,10 @@ def _row(name: str, row: Any, gin_file: Any, shared: Mapping, path: str) -> Row:
     files = [files] if isinstance(files, str) else list(files)
     if not files or not all(isinstance(file, str) for file in files):
         raise ValueError(f"{where}: gin_file must be a file or a list of files, got {files!r}")
-    own = _axes(row.get("axes", {}), where, trains=command == "train")
+    own = _axes(row.get("axes", {}), where)
     axes = {**own, **{axis: points for axis, points in shared.items() if axis not in own}}
+    if command != "train" and "divergence" in axes:  # a command that decodes takes no DIVERGENCE
+        axes["divergence"] = _with_macros(axes["divergence"], ())
     return Row(
         name=name,
         command=command,
@@ -138,15 +140,12 @@ def _gin_value(value: Any, where: str) -> str:
     raise ValueError(f"{where}: expected a string, a number, a list or a table, got {value!r}")
 
 
-def _axes(table: Any, where: str, *, trains: bool = True) -> dict[str, tuple[Point, ...]]:
+def _axes(table: Any, where: str) -> dict[str, tuple[Point, ...]]:
     if not isinstance(table, dict):
         raise ValueError(f"{where}: axes must be a table, got {table!r}")
-    axes = {
+    return {
         axis: _points(axis, values, f"{where}: axis {axis!r}") for axis, values in table.items()
     }
-    if not trains and "divergence" in axes:  # a command that decodes takes no DIVERGENCE
-        axes["divergence"] = _with_macros(axes["divergence"], ())
-    return axes
 
 
 def macros_of(points: Iterable[Point]) -> set[str]:
