@@ -87,7 +87,7 @@ def _figure(draw: Draw, panels: Sequence[Panel], x: str, y: str, narrow: bool) -
         across = 1 if narrow else max(1, min(5, 150 // (max(map(len, labels)) + 6)))
         figure.legend(handles.values(), labels, loc="outside lower left", ncols=across)
     legend = 0.2 * math.ceil(len(handles) / across)
-    figure.set_size_inches(figure.get_figwidth(), lines * max(heights) + legend)
+    figure.set_figheight(lines * max(heights) + legend)
     return figure
 
 
