@@ -12,6 +12,7 @@ import re
 from typing import Any, NamedTuple
 
 import jax
+from jax.experimental import topologies
 
 from gkd_jax.text.extras import install_command
 from gkd_jax.training.throughput import GIB, PEAK_FLOPS
@@ -135,8 +136,6 @@ def describe_topology(topology: str, num_slices: int = 1) -> tuple[Chip, Sequenc
     for name, value in _LIBTPU.items():
         os.environ.setdefault(name, value)
     jax.config.update("jax_platforms", "cpu")
-    from jax.experimental import topologies
-
     options = dict(CHIPS[kind].options)
     if not set(shape) - set("1x"):  # a single chip; a host has more by default
         options["chips_per_host_bounds"] = (1, 1, 1)
@@ -160,8 +159,6 @@ def _gpus(topology: str, shape: str, num_slices: int) -> Sequence[Any]:
             f"GPU topologies need JAX's plugin for CUDA: {install_command('gpu')}"
         )
     jax.config.update("jax_platforms", "cpu")
-    from jax.experimental import topologies
-
     found = topologies.get_topology_desc(
         platform="cuda", topology_name="h100", target_config=_H100, topology=shape
     )
