@@ -244,6 +244,7 @@ def test_beams_are_those_of_a_batch_that_keeps_its_size(family, monkeypatch):
     ("groups", "shards", "length", "expected"),
     [
         (64, 1, 12, [32, 16, 8]),
+        (256, 1, 100, [128, 64, 32]),
         (64, 1, 8, [32, 16]),
         (64, 1, 3, []),
         (64, 8, 100, [4, 2, 1]),

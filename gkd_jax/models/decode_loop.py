@@ -179,7 +179,7 @@ def halvings(num_groups: int, shards: int, length: int) -> list[int]:
     """
     sizes, size = [], num_groups // shards
     most = min(_MAX_HALVINGS, length // _TOKENS_OF_A_LOOP)
-    while len(sizes) < most and size > 1 and shards * (size // 2) >= _FEWEST_ROWS:
+    while len(sizes) < most and shards * (size // 2) >= _FEWEST_ROWS:
         size = -(-size // 2)
         sizes.append(size)
     return sizes
