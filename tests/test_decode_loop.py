@@ -166,6 +166,11 @@ def test_a_row_that_ends_makes_place_for_the_next(row_counts):
     assert row_counts["encode"] == [4, 2, 2, 2, 2]
 
 
+def test_two_free_slots_are_refilled_while_the_others_go_on(row_counts):
+    draw([6, 6, 2, 2, 6, 6], decode_rows=4)
+    assert row_counts["decode_step"] == [4] * 8
+
+
 def test_what_fills_up_a_refill_is_not_decoded(row_counts):
     """Two free slots are refilled by the fifth row, which may have no token, and by none."""
     draw([2] * 4 + [0], decode_rows=4)
