@@ -218,6 +218,22 @@ def test_every_task_of_a_mixture_is_evaluated(tmp_path, capfd):
     assert "best checkpoint: step 1, one_half/accuracy" in capfd.readouterr().out
 
 
+def test_a_best_metric_that_no_task_can_have_is_refused(tmp_path):
+    config = TrainConfig(train_steps=1, eval_period=1, best_metric="arithmetic/accuracy")
+    with pytest.raises(ValueError, match=r"a metric alone where .* got 'arithmetic/accuracy'"):
+        run(tmp_path / "run", evaluation=EVALUATION, train=config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_evaluation_without_a_number_is_not_repeated(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(evaluate, "compute_metrics", lambda *_: calls.append("") or {})
+    config = TrainConfig(train_steps=1)
+    for _ in range(2):
+        run(tmp_path, evaluation=EVALUATION, train=config)
+        assert len(calls) == 2  # before the first step, and at the end
+
+
 def test_an_evaluation_task_of_another_vocabulary_is_refused(tmp_path):
     if "bytes_arithmetic" not in seqio.TaskRegistry.names():
         task = seqio.TaskRegistry.get("arithmetic")

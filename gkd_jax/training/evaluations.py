@@ -35,7 +35,8 @@ class Evaluations:
 
         Raises:
             ValueError: if a task has another vocabulary than the training task, if it lacks the
-                split, or if the mesh does not divide the batch size.
+                split, if the mesh does not divide the batch size, or if no task can have the
+                recipe's `best_metric`.
         """
         recipe = program.recipe
         assert recipe.evaluation is not None
@@ -47,6 +48,12 @@ class Evaluations:
         # The name in metrics -> the seqio task, and the name in the recipe of the task or mixture.
         self._tasks = dict(self._open(check_remote))
         self._divergences: dict[gkd.ModelPair, evaluate.TokenDivergence] = {}
+        best, has_several = recipe.train.best_metric, len(self._tasks) > 1
+        if best and has_several != any(best.startswith(f"{name}/") for name in self._tasks):
+            raise ValueError(
+                f"best_metric must be {'TASK/METRIC' if has_several else 'a metric alone'} where "
+                f"the evaluated tasks are {self.names}, got {best!r}"
+            )
 
     @property
     def names(self) -> list[str]:

@@ -93,14 +93,15 @@ class RunFolder:
         """Returns whether the evaluation after `done` steps is due and not in metrics.jsonl.
 
         A step is saved before it is evaluated, so a run that ended during the evaluation has the
-        checkpoint alone.
+        checkpoint alone. An evaluation without a number leaves a line with its step alone.
         """
         if not self.program.recipe.evaluates_after(done):
             return False
         if self.is_new:  # lines that are there belong to a start that failed
             return True
         lines = metrics.read(self.folder / metrics.FILE)
-        return not any(line["step"] == done and task_names.evaluation_in(line) for line in lines)
+        of_step = [line for line in lines if line["step"] == done]
+        return not any(len(line) == 1 or task_names.evaluation_in(line) for line in of_step)
 
     def check_learnt(self) -> None:
         """Checks that not every step of a run that has ended was skipped.
