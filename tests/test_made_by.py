@@ -254,6 +254,9 @@ def test_what_is_read_and_recorded_is_of_one_step_while_a_run_goes_on(
     about = json.loads((tmp_path / "eval" / "metrics.json").read_text())["evaluation"]
     assert (about["checkpoint"], about["step"]) == (str(tmp_path), 5)
     assert about["content"] == content
+    recorded = record_of(tmp_path / "out.jsonl")
+    assert about["model_and_data"].items() <= recorded.items()
+    assert {"task_content", "feature_lengths", "dtype"} <= about["model_and_data"].keys()
     lines = (tmp_path / "eval" / "predictions.jsonl").read_text().splitlines()
     targets = [json.loads(line)["targets"] for line in finished.read_text().splitlines()]
     assert [json.loads(line)["prediction"] for line in lines] == targets

@@ -24,7 +24,7 @@ from gkd_jax.evaluation.opened import Opened, open_model_and_task
 from gkd_jax.input import padded_batches, row_ids
 from gkd_jax.input.data import DataConfig
 from gkd_jax.input.split import Split
-from gkd_jax.storage import content, processes, saved_model
+from gkd_jax.storage import processes, saved_model
 from gkd_jax.storage.pretrained import ModelConfig, place_params, warn_of_long_texts
 from gkd_jax.text import files, settings, task_names
 
@@ -139,11 +139,13 @@ def _describe_evaluation(opened: Opened, evaluation: EvalConfig) -> dict[str, An
     """
     checkpoint = opened.model.checkpoint
     step_folder = saved_model.find_step(checkpoint) if checkpoint else None
+    read, _ = opened.describe(evaluation.split)
     return {
         **settings.describe(evaluation),
-        "checkpoint": opened.checkpoint,
+        "checkpoint": read.pop("checkpoint"),
         "step": int(step_folder.name) if step_folder and step_folder.name.isdecimal() else None,
-        "content": content.content_id(checkpoint) if checkpoint else None,
+        "content": read.pop("content"),
+        "model_and_data": read,
     }
 
 

@@ -28,6 +28,7 @@ UNCHANGING = frozenset({
 # Fields of an evaluation that say nothing about how it decoded.
 _NOT_DECODING = frozenset({
     "type", "task", "batch_size", "decode_rows", "seed", "rewards", "checkpoint", "step", "content",
+    "model_and_data",
 })
 # fmt: on
 SEEDS = ("data.seed", "train.seed")
