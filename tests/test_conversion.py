@@ -137,6 +137,14 @@ def test_it_says_what_it_wrote(to, sources, tmp_path, capsys):
         assert (stored["vocabulary"], stored["num_pieces"]) == ("a hash", PIECES)
 
 
+def test_a_converted_checkpoint_keeps_the_step_of_its_source(sources, tmp_path):
+    step = tmp_path / "checkpoint_7"
+    shutil.copytree(sources / "t5x", step)
+    for source, output, to in [(step, "own", "gkd"), (tmp_path / "own", "t5x", "t5x")]:
+        convert_checkpoint(str(source), str(tmp_path / output), to=to)
+    assert (tmp_path / "t5x" / "checkpoint_7").is_dir()
+
+
 # Tokenizers ---------------------------------------------------------------------------------------
 
 

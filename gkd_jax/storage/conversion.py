@@ -38,7 +38,8 @@ def convert_checkpoint(
             of the source. The format "gkd" always stores float32, which loses nothing, and records
             the dtype of the source.
         step: the step of a written T5X checkpoint. None takes the step from the name of the
-            source's folder (`checkpoint_<step>` or `<step>`), or 0 if the name has none.
+            source's folder (`checkpoint_<step>` or `<step>`). If the name has none, it is the step
+            of that from which the source was converted to "gkd", or 0.
         dry_run: check everything that can be checked without loading arrays, and write nothing.
 
     Raises:
@@ -65,7 +66,7 @@ def convert_checkpoint(
     if step is None:
         name = (step_folder or epath.Path(source)).name
         match = re.fullmatch(r"(?:checkpoint_)?(\d+)", name)
-        step = int(match[1]) if match else 0
+        step = int(match[1] if match else about.get("step", 0))
     if opened.step_folder is None:
         convert.check_arrays(source, config)
     if to == "hf":
@@ -95,7 +96,7 @@ def convert_checkpoint(
         dtype = "float32" if dtype == "float16" else dtype
         convert.write_t5x(output, config, params, step=step, dtype=dtype)
     else:
-        _write_own(output, opened, params)
+        _write_own(output, opened, params, step)
     print(f"wrote {what} as {to}: {size}", file=sys.stderr)
 
 
@@ -132,13 +133,13 @@ def _write_hf(output: str, source: _Source, params: lm.Params, dtype: str) -> No
         print("no tokenizer was copied: the source has none", file=sys.stderr)
 
 
-def _write_own(output: str, source: _Source, params: lm.Params) -> None:
-    """Writes a checkpoint of gkd_jax, with the source's dtype and the tokenizer's files.
+def _write_own(output: str, source: _Source, params: lm.Params, step: int) -> None:
+    """Writes a checkpoint of gkd_jax, with the source's dtype and step and the tokenizer's files.
 
-    Both are kept so that a later conversion to Hugging Face reproduces the source.
+    They are kept so that a later conversion to the source's format reproduces the source.
     """
     vocabulary, num_pieces = source.about.get("vocabulary", ""), source.about.get("num_pieces")
-    more = {"dtype": source.dtype}
+    more = {"dtype": source.dtype, "step": step}
     saved_model.write_params(output, source.config, params, vocabulary, num_pieces, more)
     if source.tokenizer is not None:
         tokenizer_files.copy(source.tokenizer, epath.Path(output))
