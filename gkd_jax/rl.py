@@ -59,6 +59,12 @@ class RLConfig:
             raise ValueError(f"alpha must lie in [0, 1], got {self.alpha}")
 
 
+def needs_references(reward: Reward) -> bool:
+    """Returns whether a reward has the mark of `rewards.compares`."""
+    # What gin or a decorator wraps has the attributes of the function, by functools.wraps.
+    return getattr(reward, "compares_with_references", False)
+
+
 def rewards_of(
     reward: Reward, prompts: Sequence[str], outputs: Sequence[str], references: Sequence[str]
 ) -> Float[np.ndarray, " N"]:

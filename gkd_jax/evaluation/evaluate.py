@@ -311,7 +311,7 @@ def teacher_divergence(models: gkd.ModelPair, mesh: Mesh) -> TokenDivergence:
 
 
 def compute_metrics(
-    task: Any, rows: Sequence[DecodedRow], evaluation: EvalConfig = EvalConfig()
+    task: Any, rows: Sequence[DecodedRow], evaluation: EvalConfig
 ) -> dict[str, float]:
     """Computes the metrics of decoded rows, after the task's own postprocessing.
 
@@ -346,11 +346,9 @@ def compute_metrics(
         step = evaluation.num_samples
         groups = [texts[i : i + step] for i in range(0, len(texts), step)]
         values.update(text_metrics.self_bleu(groups))
-    from gkd_jax.evaluation import rewards  # needs seqio, which `bench` and `precompile` do not
-
     for reward in evaluation.rewards:
         scored = rows
-        if rewards.needs_references(reward):
+        if rl.needs_references(reward):
             pairs = zip(rows, targets, strict=True)
             scored = [row for row, target in pairs if target is not None]
             if not scored:

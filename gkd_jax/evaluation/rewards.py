@@ -1,7 +1,6 @@
 """Rewards for RL + GKD (`rl.Reward`): functions from texts to one number each; higher is better.
 
 A reward takes (prompts, outputs, references) and is called on the host between the jitted steps.
-`exact_answer`, `rouge2` and `Brevity` compare texts; `Entailment` asks a T5 classifier.
 """
 
 import bisect
@@ -57,12 +56,6 @@ def rouge2(prompts: Texts, outputs: Texts, references: Texts) -> np.ndarray:
             for output, reference in zip(outputs, references, strict=True)
         ]
     )
-
-
-def needs_references(reward: Reward) -> bool:
-    """Returns whether a reward has the mark of `compares`."""
-    # What gin or a decorator wraps has the attributes of the function, by functools.wraps.
-    return getattr(reward, "compares_with_references", False)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ This happens before any array exists, so that a mistake is reported at once.
 
 from typing import Any, NamedTuple, NoReturn
 
-from gkd_jax.evaluation import rewards
+from gkd_jax import rl
 from gkd_jax.gkd_config import GKDConfig
 from gkd_jax.input import named_tasks, teacher_cache
 from gkd_jax.storage import content, tokenizer_files, vocabulary_checks
@@ -65,7 +65,7 @@ def _why_targets(method: GKDConfig) -> str | None:
     """Returns why every row needs a target; None if prompts alone can be trained on."""
     if method.uses_targets():
         return "prompts alone can be trained on only with ON_POLICY_FRACTION=1.0"
-    if method.rl is not None and rewards.needs_references(method.rl.reward):
+    if method.rl is not None and rl.needs_references(method.rl.reward):
         return "REWARD compares samples with targets (rewards.brevity needs none)"
     return None
 
