@@ -103,9 +103,11 @@ def rows(seed, num=2):
     weights = (np.arange(5) < rng.integers(1, 6, (num, 1))).astype(np.float32)
     inputs = rng.integers(1, V, (num, 4)).astype(np.int32)
     inputs[0, 2:] = 0
+    lengths = np.asarray([2, *[4] * (num - 1)], np.int32)
     targets = (rng.integers(0, V, (num, 5)) * weights).astype(np.int32)
     scores = divergences.top_k(jnp.asarray(rng.normal(size=(num, 5, V)), jnp.float32), 3)
-    return Batch(inputs, targets, weights), jax.tree.map(np.asarray, scores)
+    batch = Batch(inputs, targets, weights, input_lengths=lengths)
+    return batch, jax.tree.map(np.asarray, scores)
 
 
 def write(folder, batches, about=ABOUT):
@@ -121,9 +123,10 @@ def test_what_was_written_is_found_in_any_order_and_padding(tmp_path):
     cache = teacher_cache.TeacherCache(str(tmp_path))
     picked = [(2, 0), (0, 1), (1, 0), (0, 0)]
     parts = [jax.tree.map(lambda x, i=i: x[i], stored[b]) for b, i in picked]
-    batch = Batch(*(np.stack([getattr(part[0], n) for part in parts]) for n in Batch._fields[:3]))
+    batch = jax.tree.map(lambda *x: np.stack(x), *[part[0] for part in parts])
     # More padding than when they were scored.
-    batch = Batch(*(np.pad(x, ((0, 0), (0, 2))) for x in batch[:3]))
+    padded = (np.pad(x, ((0, 0), (0, 2))) for x in batch[:3])
+    batch = Batch(*padded, input_lengths=batch.input_lengths)
     found = cache.attach(batch).teacher_scores
     for row, (_, scores) in enumerate(parts):
         length = int(batch.weights[row].sum())

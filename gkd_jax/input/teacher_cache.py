@@ -48,11 +48,8 @@ def row_key(*features: np.ndarray) -> int:
 def _real_ids(batch: Batch, row: int) -> tuple[np.ndarray, ...]:
     """Returns the ids of a row as `row_key` takes them."""
     target = int(batch.weights[row].sum())
-    if batch.input_lengths is not None:
-        source = int(batch.input_lengths[row])
-    else:
-        source = int(np.flatnonzero(np.append(1, batch.inputs[row]))[-1])
-    ids = batch.inputs[row, :source], batch.targets[row, :target]
+    assert batch.input_lengths is not None
+    ids = batch.inputs[row, : int(batch.input_lengths[row])], batch.targets[row, :target]
     if batch.teacher_inputs is None:
         return ids
     assert batch.teacher_input_lengths is not None
