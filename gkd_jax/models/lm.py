@@ -4,11 +4,11 @@
     logits = lm.logits(config, params, batch)
 
 Training, sampling and evaluation run models through these functions only. A family is a module that
-implements `init`, `encode`, `hidden`, `apply_head`, `init_cache` and `decode_step` for its own
-frozen config, and the config's constant `family` is the module's name. A config has at least
-`vocab_size`, `d_model`, `context_length` and the `ExecutionSettings`. Parameters are nested dicts
-with T5X's names (`gkd_jax.models.parameters`). The family's constants `BANNED_IDS` and `EOS_IDS`
-are the defaults of sampling.
+implements `init`, `encode`, `hidden`, `apply_head`, `init_cache`, `decode_step` and `from_fields`
+for its own frozen config, and the config's constant `family` is the module's name. A config has at
+least `vocab_size`, `d_model`, `context_length` and the `ExecutionSettings`. Parameters are nested
+dicts with T5X's names (`gkd_jax.models.parameters`). The family's constants `BANNED_IDS` and
+`EOS_IDS` are the defaults of sampling.
 
 A model first reads a prompt and then continues it. Reading gives a `Context`: the encoder's states
 in an encoder-decoder, the KV cache of the prompt in a decoder-only model. Several samples of one
