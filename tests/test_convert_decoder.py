@@ -16,7 +16,7 @@ import transformers
 
 from gkd_jax import convert, sharding
 from gkd_jax.batch import Batch
-from gkd_jax.convert import decoder_fields
+from gkd_jax.convert import decoder_families, decoder_fields
 from gkd_jax.models import decoder, decoder_config, lm
 from gkd_jax.models.decoder_config import DecoderConfig, Rope
 from gkd_jax.text import special_ids
@@ -47,14 +47,7 @@ def edit(folder, changes, remove=()):
 
 # Their defaults -----------------------------------------------------------------------------------
 
-CLASSES = {
-    "llama": transformers.LlamaConfig,
-    "mistral": transformers.MistralConfig,
-    "qwen2": transformers.Qwen2Config,
-    "qwen3": transformers.Qwen3Config,
-    "gemma2": transformers.Gemma2Config,
-    "gemma3_text": transformers.Gemma3TextConfig,
-}
+CLASSES = {kind: transformers.CONFIG_MAPPING[kind] for kind in decoder_families.FAMILIES}
 
 
 @pytest.mark.parametrize("kind", CLASSES)
