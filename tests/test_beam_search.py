@@ -84,10 +84,11 @@ def test_enough_beams_find_the_best_sequence_there_is(alpha):
         assert not beams.tokens[row, 0, len(best) :].any()
 
 
-def test_no_search_ends_while_a_longer_sequence_may_still_win():
-    """With one word there is one sequence of each length; of two beams, one always goes on."""
-    config, length, alpha = tiny(), 8, 2.0
-    banned = (0, 3, 4, 5)
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_no_search_ends_while_a_longer_sequence_may_still_win(num_beams):
+    """With one word and two ends there are two sequences of each length, and one beam goes on."""
+    config, length, alpha = tiny(), 8, 4.0
+    banned, ends = (0, 4, 5), (1, 3)
     targets = jnp.full((len(INPUTS), length), 2)
     batch = Batch(INPUTS, targets, jnp.ones(targets.shape))
 
@@ -98,19 +99,21 @@ def test_no_search_ends_while_a_longer_sequence_may_still_win():
             params,
             INPUTS,
             max_length=length,
-            num_beams=2,
+            num_beams=num_beams,
             alpha=alpha,
             banned_ids=banned,
+            eos_ids=ends,
         )
         logits = t5.logits(config, params, batch).at[..., banned].set(-jnp.inf)
         return beams.scores, jax.nn.log_softmax(logits)
 
-    for seed in range(4):
+    for seed in range(16):
         found, log_probs = map(np.asarray, both(random_params(config, seed)))
-        before = np.cumsum(log_probs[..., 2], axis=1) - log_probs[..., 2]
-        penalty = ((5 + np.arange(1, length + 1)) / 6) ** alpha
-        scores = np.sort((before + log_probs[..., 1]) / penalty)[:, ::-1]
-        np.testing.assert_allclose(found, scores[:, :2], atol=2e-5)
+        before = np.cumsum(log_probs[..., 2:3], axis=1) - log_probs[..., 2:3]
+        penalty = ((5 + np.arange(1, length + 1)[:, None]) / 6) ** alpha
+        scores = (before + log_probs[..., ends]) / penalty
+        scores = np.sort(scores.reshape(len(INPUTS), -1))[:, ::-1]
+        np.testing.assert_allclose(found, scores[:, :num_beams], atol=2e-5)
 
 
 def test_one_beam_without_eos_is_greedy():
