@@ -57,6 +57,5 @@ def _answer(methods: Table, rows: Table) -> tuple[Any, str]:
 def _is_sft_as_long(group: Group, best: Group) -> bool:
     """Whether a group is SFT of the best group's length, data and start."""
     same = ("train.train_steps", "data.num_examples", "data.batch_size", "student.checkpoint")
-    return group.role == "sft" and all(
-        group.identity.get(name) == best.identity.get(name) for name in same
-    )
+    alike = (group.identity.get(name) == best.identity.get(name) for name in same)
+    return group.role == "sft" and all(alike)

@@ -109,11 +109,8 @@ def _checkpoints(run: Run) -> Iterator[tuple[str, str, str]]:
     one that was not recorded is equal to no other.
     """
     wrote = as_object(run.about.get("targets_made_by"))
-    found = {
-        name: (path, run.fields.get(f"contents.{name}"))
-        for name, path in run.fields.items()
-        if _CHECKPOINT.fullmatch(name)
-    }
+    names = [name for name in run.fields if _CHECKPOINT.fullmatch(name)]
+    found = {name: (run.fields[name], run.fields.get(f"contents.{name}")) for name in names}
     found["data.task"] = (wrote.get("checkpoint"), wrote.get("content"))
     for field, (path, content) in found.items():
         if isinstance(path, str):

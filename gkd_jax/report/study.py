@@ -16,8 +16,7 @@ from gkd_jax.report.seed_values import SeedValues
 _PRIMARY = ("rouge2", "bleu", "accuracy", "exact_match", "accuracy_with_calculator")
 # Metrics that describe a student, but do not say how good it is.
 _NOT_QUALITY = ("teacher_divergence", "self_bleu", "entailment", "entailed", "brevity")
-_DIVERGENCES = ("forward_kl", "jsd(0.1)", "jsd(0.5)", "jsd(0.9)", "reverse_kl")
-_DIVERGENCES += ("total_variation", "")
+_DIVERGENCES = ("forward_kl", "jsd(0.1)", "jsd(0.5)", "jsd(0.9)", "reverse_kl", "total_variation")
 _ROLES = ("teacher", "start", "sft", "seqkd", "distillation", "rl", "unknown")
 # Columns of `Study.table` that are attributes of the group, and of its values.
 _OF_GROUP = ("label", "size", "role", "fraction", "amount")
