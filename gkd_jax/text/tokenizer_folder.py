@@ -157,9 +157,8 @@ class TokenizerVocabulary(seqio.Vocabulary):
         """A hash of the rules by which texts become ids.
 
         The hash covers the kind of the model, its merges, the normalizer and the pre-tokenizer, and
-        whether the names of special tokens are split. For
-        unigram models (T5) the value is "unigram": they are compared by their pieces alone, as
-        SentencePiece files are.
+        whether the names of special tokens are split. For unigram models (T5) the value is
+        "unigram": they are compared by their pieces alone, as SentencePiece files are.
         """
         model = files.read_json_in(self.folder, TOKENIZER_FILE)["model"]
         if model.get("type") == "Unigram":
