@@ -319,7 +319,7 @@ def _forward_in_blocks(scoring: _Scoring, queries, keys, values, sight: Sight):
         running, _ = lax.scan(
             of_keys, start, (blocks.keys, blocks.values, blocks.key_positions, meet)
         )
-        # A query of padding may visit no keys. It is then NaN, and `_join` leaves it out.
+        # No total is 0: every block has a query that sees its own key, so it visits some keys.
         return running.mixed / running.total, running.top, running.total
 
     found = lax.map(of_queries, (blocks.queries, blocks.query_positions, blocks.meet))
