@@ -226,6 +226,14 @@ def test_recipes_lists_every_gin_file_that_runs_with_one_line(capsys, tmp_path, 
     assert listed["rl_gkd"].startswith("RL + GKD (the paper's Eq. 5) maximises")
 
 
+def test_a_copy_of_the_package_without_its_gin_files_is_told_of(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(recipes.gkd_jax, "__file__", str(tmp_path / "gkd_jax" / "__init__.py"))
+    with pytest.raises(SystemExit) as stopped:
+        main.main(["recipes"])
+    assert stopped.value.code == 2
+    assert f"lacks its gin files: expected {tmp_path}/gin or" in capsys.readouterr().err
+
+
 def test_a_pipe_may_take_the_first_recipes_alone():
     command = f"{sys.executable} -m gkd_jax recipes | head -n 1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)

@@ -12,10 +12,19 @@ _PARTS = ("decode", "settings", "sweeps")
 
 
 def folder() -> pathlib.Path:
-    """Returns the folder of our gin files, which is in the package only if that is a wheel."""
+    """Returns the folder of our gin files, which is in the package only if that is a wheel.
+
+    Raises:
+        FileNotFoundError: if the package was copied without this folder.
+    """
     package = pathlib.Path(gkd_jax.__file__).parent
     candidates = (package.parent / "gin", package / "gin")
-    return next(path for path in candidates if (path / "gkd.gin").is_file())
+    for path in candidates:
+        if (path / "gkd.gin").is_file():
+            return path
+    raise FileNotFoundError(
+        f"gkd_jax lacks its gin files: expected {candidates[0]} or {candidates[1]}"
+    )
 
 
 def find(name: str, ending: str, search_paths: Iterable[str] = ()) -> str:

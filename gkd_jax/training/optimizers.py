@@ -52,7 +52,7 @@ class Linear:
             raise ValueError(
                 f"warmup_steps and cooldown_steps must fit the run's {total_steps} steps, got "
                 f"{self.warmup_steps} + {self.cooldown_steps}: lower WARMUP_STEPS and "
-                "COOLDOWN_STEPS, or raise TRAIN_STEPS"
+                "COOLDOWN_STEPS (or these two fields, where a gin file sets them), or train longer"
             )
 
         def schedule(count):
