@@ -1,4 +1,4 @@
-"""The reward of a sample sees the texts of its own prompt, and its advantage is among its own."""
+"""What a step trains on: its batch and its sample, with the sample's own reward and advantage."""
 
 import types
 from typing import Any

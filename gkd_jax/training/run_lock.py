@@ -54,7 +54,8 @@ def hold(model_dir: str | os.PathLike[str]) -> Iterator[None]:
         ended.set()
         if jax.process_index() == 0:
             renewal.join()
-            if _owner(folder / FILE)[0] == _this_process():  # Not if another start took it over.
+            # Another start may have taken over a lock that was not renewed in time.
+            if _owner(folder / FILE)[0] == _this_process():
                 (folder / FILE).unlink(missing_ok=True)
             if not existed and not files.in_bucket(folder):  # a failed start leaves nothing behind
                 with contextlib.suppress(OSError):
